@@ -1,0 +1,55 @@
+# Every target does its own set-up: a virtual environment in .venv with the hash-locked requirements.lock and this
+# package, made once and again only when the lock or pyproject.toml changes.
+#
+#   make train            the quickstart: a small DenseNet through Ray Train, no download
+#                         (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
+#   make test             what CI runs: lint, types, import contract, tests
+#   make lock             write requirements.lock anew (needs uv)
+
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help train test lint types contract pytest setup lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 3; }
+	@echo "setting up $(VENV): about 5 GB, some minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: $(READY)
+	@$(BIN)/densenet-dist train $(CONFIG) name=$(notdir $(basename $(CONFIG)))-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+test: lint types contract pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+contract: $(READY)
+	$(BIN)/lint-imports
+
+pytest: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lock:
+	uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,38 @@
+"""densenet_dist: DenseNets trained on GPU clusters.
+
+    from densenet_dist import DenseNet, build_model, evaluate, fit, load_config
+
+    config = load_config("configs/quickstart.yaml", "train.epochs=3")
+    result = fit(config)
+    print(evaluate(result.run))
+
+Names are imported when first used, so that ``import densenet_dist`` costs nothing in Ray's many processes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from densenet_dist.cluster.launch import Result, fit
+    from densenet_dist.config import Config, load_config
+    from densenet_dist.model import DenseNet
+    from densenet_dist.train.evaluation import evaluate
+    from densenet_dist.train.job import build_model
+
+__version__ = "0.1.0"
+__all__ = ["Config", "DenseNet", "Result", "build_model", "evaluate", "fit", "load_config"]
+_HOMES = {
+    "Config": "config",
+    "DenseNet": "model",
+    "Result": "cluster.launch",
+    "build_model": "train.job",
+    "evaluate": "train.evaluation",
+    "fit": "cluster.launch",
+    "load_config": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"densenet_dist.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'densenet_dist' has no attribute {name!r}")

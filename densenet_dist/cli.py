@@ -1,0 +1,220 @@
+"""The commands. Each is thin over the Python interface; what is heavy is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from densenet_dist.config import Config, load_config, to_yaml
+from densenet_dist.errors import ConfigError, DenseNetDistError, Interrupted
+
+app = typer.Typer(
+    help="Train DenseNets from a laptop's CPU to a GPU cluster.",
+    epilog="Exit codes: 0 done, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
+    "6 checkpoint does not fit, 130 or 143 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG.yaml [key=value]...",
+        help="YAML files and dotted.key=value settings; later ones win over earlier ones.",
+        show_default=False,
+    ),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder (path or s3:// URI), or its name in runs/.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Split(StrEnum):
+    """Which images `evaluate` looks at."""
+
+    test = "test"
+    val = "val"
+    train = "train"
+
+
+class Which(StrEnum):
+    """Which checkpoint `evaluate` loads."""
+
+    best = "best"
+    last = "last"
+
+
+@app.command()
+def train(
+    sources: Sources = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run from its last checkpoint.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model and test it once.
+
+    densenet-dist train configs/quickstart.yaml
+    densenet-dist train configs/cifar10_notebook.yaml model.growth_rate=24 name=k24
+    densenet-dist train --resume runs/k24
+    """
+    from densenet_dist.train.logs import Console
+
+    signal.signal(signal.SIGTERM, _terminated)
+    with Console(quiet) as console:
+        if resume is not None:
+            _resume(resume, sources or [], console)
+        else:
+            _fit(_load(sources), console)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    checkpoint: Annotated[Which, typer.Option(help="Which checkpoint.")] = Which.best,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a run's checkpoint again."""
+    from densenet_dist.train.evaluation import evaluate as judge
+
+    figures = judge(run, split=split.value, checkpoint=checkpoint.value, overrides=tuple(settings or ()))
+    if as_json:
+        typer.echo(json.dumps({"run": run, "split": split.value, "checkpoint": checkpoint.value, **figures}))
+    else:
+        typer.echo(
+            f"{split.value}: loss {figures['loss']:.4f}, top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} "
+            f"of {figures['images']:,.0f} images"
+        )
+
+
+@data_app.command("prepare")
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100 or shapes.")],
+    root: Annotated[Path, typer.Option(help="The folder for data sets.")] = Path("data"),
+    url: Annotated[str | None, typer.Option(help="Download from here instead (a mirror).")] = None,
+    download: Annotated[bool, typer.Option(help="Whether a missing set may be downloaded.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Download, unpack and verify a data set."""
+    from densenet_dist.data.datasets import DATASET_NAMES, prepare_dataset
+
+    if name not in DATASET_NAMES:
+        raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
+    folder = prepare_dataset(name, root, download=download, url=url, progress=True)
+    typer.echo(f"{name}: complete and verified in {folder}" if name != "shapes" else "shapes: generated when used")
+
+
+@app.command()
+def config(sources: Sources = None, debug: Debug = False) -> None:
+    """Check a configuration and print all of it as YAML."""
+    from densenet_dist.cluster.launch import check_model
+
+    resolved = _load(sources)
+    check_model(resolved)
+    typer.echo(to_yaml(resolved), nl=False)
+
+
+@app.command()
+def doctor(sources: Sources = None, debug: Debug = False) -> None:
+    """Check whether this machine can do the job: versions, GPUs, DALI, Ray, storage, data.
+
+    With a configuration, the storage and data it names are checked; without one, the defaults.
+    """
+    from densenet_dist.doctor import examine
+
+    if not examine(load_config(*(sources or []))):
+        raise typer.Exit(3)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code; `arguments` defaults to the command line's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        code = app(arguments, standalone_mode=False)
+    except DenseNetDistError as error:
+        _fail(str(error), error.exit_code, arguments)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the parser's own usage errors
+            error.show()
+            code = error.exit_code
+        else:
+            _fail(f"{type(error).__name__}: {error}\n  this is a fault of the program: see --debug", 1, arguments)
+    raise SystemExit(code or 0)
+
+
+def _load(sources: list[str] | None) -> Config:
+    if not sources:
+        raise ConfigError("name a configuration, such as configs/quickstart.yaml (or --resume RUN to go on with a run)")
+    return load_config(*sources)
+
+
+def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
+    from densenet_dist.cluster.launch import fit
+
+    try:
+        result = fit(config, resume=resume, listener=console)
+    except KeyboardInterrupt as stop:  # caught here: the parser has its own idea of what it means
+        raise Interrupted(f"{config.storage.rstrip('/')}/{config.name}", *stop.args) from None
+    _summarise(console, result.run, dict(result.summary))
+
+
+def _resume(run: str, settings: list[str], console: Any) -> None:
+    from densenet_dist.cluster.launch import resume_config
+    from densenet_dist.train.evaluation import open_run
+    from densenet_dist.train.run_folder import SUMMARY_FILE
+
+    for text in settings:
+        if "=" not in text:
+            raise ConfigError(f"{text}: a resumed run has its own config.yaml; only key=value settings can follow")
+    folder = open_run(run)
+    config = resume_config(folder, settings)
+    if folder.exists(SUMMARY_FILE):
+        console({"kind": "note", "text": f"the run {folder.uri} is finished already"})
+        _summarise(console, folder.uri, json.loads(folder.fetch(SUMMARY_FILE).read_text()))
+        return
+    _fit(config, console, resume=True)
+
+
+def _summarise(console: Any, run: str, summary: dict[str, Any]) -> None:
+    best = summary["best"]
+    rows = {"test top-1": f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"}
+    if "val/top1" in best:
+        rows["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
+    seconds = summary["train_seconds"]
+    rows["trained"] = f"{summary['epochs']} epochs, {summary['global_step']:,} steps in {seconds:,.0f} s"
+    rows["run folder"] = run
+    rows["curves"] = f"{run}/curves.png"
+    rows["TensorBoard"] = f"tensorboard --logdir {run}/tb"
+    rows["test it again"] = f"densenet-dist evaluate {run}"
+    console.summary(f"{summary['status']}: {run.rpartition('/')[2]}", rows)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> NoReturn:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

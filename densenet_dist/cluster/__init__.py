@@ -1,0 +1,1 @@
+"""Where training runs: the only package that knows Ray."""

@@ -1,0 +1,169 @@
+"""From a configuration to a trained run: `fit` prepares the folder, trains on Ray or here, and draws the plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from densenet_dist.config import Config, flatten, load_config, to_dict, to_yaml
+from densenet_dist.errors import ConfigError, DataError, StorageError
+from densenet_dist.train.context import Event
+from densenet_dist.train.environment import describe_environment
+from densenet_dist.train.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
+
+_RESUME_MAY_CHANGE = ("cluster.", "checkpoint.", "data.root", "data.url", "data.download", "data.prefetch", "storage")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        run: its folder, a path or URI, which `densenet_dist.evaluate` takes.
+        summary: ``test/top1``, ``test/top5``, ``test/loss`` (shares and mean), the ``best`` epoch's validation
+            figures, ``epochs``, ``global_step``, ``train_seconds``, ``status``.
+    """
+
+    run: str
+    summary: Mapping[str, Any]
+
+
+def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
+    """Train as configured and test the best model once.
+
+    Args:
+        config: from `densenet_dist.load_config`.
+        resume: go on with the run of that name instead of refusing to touch it.
+        listener: called with every event; by default they are shown on the console.
+
+    Returns:
+        Where the run lies and its final figures.
+
+    Raises:
+        ConfigError, EnvironmentProblem, DataError, StorageError, CheckpointError: before any work is lost.
+        TrainingError: when training itself fails.
+    """
+    if listener is None:
+        from densenet_dist.train.logs import Console
+
+        with Console() as console:
+            return fit(config, resume=resume, listener=console)
+    config = absolute(config)
+    check_model(config)
+    run = RunFolder(config.storage, config.name)
+    if _is_writer():
+        _open_run(run, config, resume)
+        _prepare_data(config)
+    if config.cluster.engine == "ray":
+        from densenet_dist.cluster.ray_train import fit_on_ray
+
+        summary = fit_on_ray(config, run, listener)
+    else:
+        summary = _fit_here(config, run, listener)
+    if _is_writer():
+        from densenet_dist.report import plot_curves
+
+        plot_curves(run)
+    return Result(run.uri, summary)
+
+
+def resume_config(run: RunFolder, overrides: list[str]) -> Config:
+    """The configuration of an existing run, with the few changes that a resumed run may take.
+
+    Raises:
+        StorageError: where there is no such run.
+        ConfigError: naming the overrides that would make it another run.
+    """
+    if not run.exists():
+        raise StorageError(f"there is no run at {run.uri}: it has no {CONFIG_FILE}")
+    path = run.fetch(CONFIG_FILE)
+    before, after = load_config(path), load_config(path, *overrides)
+    # The folder may have been moved or mounted elsewhere since: it is where it was found.
+    after = replace(after, storage=run.storage, name=run.name)
+    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if new[key] != old[key] and not _may_change(key)]
+    if changed:
+        raise ConfigError(
+            "a resumed run cannot change:\n  " + "\n  ".join(changed) + "\n  start a new run for that, with name=NEW"
+        )
+    return after
+
+
+def absolute(config: Config) -> Config:
+    """The same configuration with paths that hold in any working directory: Ray's workers have their own."""
+    storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().absolute())
+    root = str(Path(config.data.root).expanduser().absolute())
+    return replace(config, storage=storage, data=replace(config.data, root=root))
+
+
+def check_model(config: Config) -> None:
+    """Whether the model can be built for the images of the data set, without building it.
+
+    Raises:
+        ConfigError: naming every setting that cannot work.
+    """
+    from dataclasses import asdict
+
+    from densenet_dist.model import validate_model
+
+    problems = validate_model(**asdict(config.model), num_classes=10, image_size=32)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _may_change(key: str) -> bool:
+    return key == "name" or key.startswith(_RESUME_MAY_CHANGE)
+
+
+def _is_writer() -> bool:
+    # Under torchrun every rank runs this code, and one of them prepares the folder.
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _open_run(run: RunFolder, config: Config, resume: bool) -> None:
+    if run.exists() and not resume:
+        raise StorageError(
+            f"the run {run.uri} exists already\n"
+            f"  go on with it: densenet-dist train --resume {run.uri}\n  or choose another name: name=NEW"
+        )
+    run.create()
+    if not resume:
+        run.write(CONFIG_FILE, to_yaml(config))
+    run.write(ENV_FILE, json.dumps(describe_environment(), indent=1) + "\n")
+    run.remove(SUMMARY_FILE)
+
+
+def _prepare_data(config: Config) -> None:
+    """Download and verify here, with a progress bar, what the workers will read; elsewhere each node does it itself."""
+    from densenet_dist.data.datasets import prepare_dataset
+
+    data = config.data
+    try:
+        prepare_dataset(data.name, data.root, download=data.download, url=data.url)
+    except (DataError, StorageError):
+        joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        if config.cluster.engine == "local" or not joined:
+            raise
+
+
+def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None]) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    from densenet_dist.cluster.resources import local_threads
+    from densenet_dist.train.context import LocalContext
+    from densenet_dist.train.engine import fit as train
+
+    torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    context = LocalContext.from_environment(run, config.cluster.device, listener, config.cluster.timeout_s)
+    try:
+        if context.world_size > 1:
+            dist.barrier()  # rank 0 has prepared folder and data
+        return train(config, context)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

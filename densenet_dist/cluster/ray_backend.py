@@ -1,0 +1,61 @@
+"""Two corrections to Ray Train's torch backend; imports Ray, so it is imported only by what launches."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+
+
+class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
+    """A TorchTrainer whose `fit` raises KeyboardInterrupt on SIGINT and SIGTERM, the workers stopped.
+
+    Ray's own handler knows SIGINT only, and leaves by ``sys.exit(0)`` or an actor error, which tells nobody why.
+    """
+
+    stopped_by: int = signal.SIGINT
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopped_by = number  # on its way through ray.get the exception loses its arguments
+            for handled in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(handled, signal.SIG_IGN)  # one is enough: the second would cut the cleaning short
+            with suppress(ray.exceptions.RayError):
+                ray.get(controller.abort.remote(), timeout=10)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+
+class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_use_node_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class NodeAddressTorchConfig(TorchConfig):  # type: ignore[misc]
+    """Has gloo listen on the interface that Ray knows the node by.
+
+    Gloo looks its own host name up; where /etc/hosts says 127.0.1.1 for it, as on Debian, other hosts cannot connect.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """Ray's torch backend with that one step before it."""
+        return _NodeAddressBackend
+
+
+def _use_node_interface() -> None:
+    import psutil  # comes with Ray
+
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

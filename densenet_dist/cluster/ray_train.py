@@ -1,0 +1,311 @@
+"""The only door to Ray Train: a `RayContext` for the training loop, and the TorchTrainer that launches it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from densenet_dist.cluster.resources import Resources, plan_resources
+from densenet_dist.config import Config, validate
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
+from densenet_dist.train.context import Event
+from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
+
+# Spinning OpenMP threads of two workers on shared cores slow each other down thirtyfold; Ray would nice workers to 15.
+WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "RAY_worker_niceness": "0"}
+# report() waits for the controller's next poll, 2 s by default; a dead worker is noticed at the same pace.
+DRIVER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_worker_niceness": "0",
+    # Said in our own words when the workers start again.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
+}
+
+
+@dataclass(frozen=True)
+class RayContext:
+    """What one Ray Train worker tells the training loop of its world."""
+
+    rank: int
+    world_size: int
+    device: Any
+    run: RunFolder
+    mailbox: Any
+
+    def report(self, event: Event) -> None:
+        """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank."""
+        if self.rank == 0:
+            self.mailbox.put.remote(event)
+        if event["kind"] == "epoch":
+            self._report_to_ray(event)
+
+    def _report_to_ray(self, event: Event) -> None:
+        # Ray drops metrics that come without a checkpoint. Ours is already safe in the run's folder (its manifest is
+        # the truth), so Ray gets a pointer to it: a few bytes to keep, and enough for Result.checkpoint and the UI.
+        import ray.train
+
+        metrics = {key: value for key, value in event.items() if key != "kind"}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.rank == 0 and event["checkpoint"]:
+                uri = f"{self.run.uri}/{CHECKPOINTS_FOLDER}/{event['checkpoint']}"
+                (Path(folder) / "pointer.json").write_text(json.dumps({"uri": uri}))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            name = f"{event['global_step']:08d}-{os.getpid()}"
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+
+
+def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]) -> dict[str, Any]:
+    """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
+
+    Args:
+        config: the configuration, its paths absolute.
+        run: the run's folder, with its config.yaml written.
+        listener: called with every event, in a thread of its own.
+
+    Returns:
+        The summary of the run.
+
+    Raises:
+        EnvironmentProblem: where the cluster has not what is asked for.
+        TrainingError: where workers failed more often than ``cluster.max_failures``.
+        DenseNetDistError: what a worker raised on purpose.
+        KeyboardInterrupt: on SIGINT or SIGTERM, once the workers are stopped.
+    """
+    with _cluster(config) as own_cluster:
+        import ray
+
+        resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
+        if resources.lacking:
+            listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
+        mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+        with _drained(mailbox, _announcing_restarts(listener, config.cluster.max_failures)):
+            failure = _run_trainer(config, run, resources, mailbox)
+        outcome = ray.get(mailbox.outcome.remote())
+    if outcome["error"] is not None:
+        raise outcome["error"]
+    if failure is not None:
+        raise _explain(failure) from failure
+    if outcome["summary"] is None:
+        raise TrainingError("the workers ended without a result; run again with --debug to see their output")
+    summary: dict[str, Any] = outcome["summary"]
+    return summary
+
+
+class _Mailbox:
+    """An actor that carries events from rank 0 to the driver, and remembers how the run ended."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._error: DenseNetDistError | None = None
+        self._summary: Event | None = None
+
+    def put(self, event: Event) -> None:
+        if event["kind"] == "progress" and self._events and self._events[-1]["kind"] == "progress":
+            self._events.pop()  # nobody has looked at the last one yet: only the newest matters
+        if event["kind"] == "end":
+            self._summary = {key: value for key, value in event.items() if key != "kind"}
+        self._events.append(event)
+
+    def fail(self, error: DenseNetDistError) -> None:
+        self._error = self._error or error
+
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def outcome(self) -> dict[str, Any]:
+        return {"error": self._error, "summary": self._summary}
+
+
+def _train_worker(payload: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray
+    import ray.train.torch
+
+    mailbox = payload["mailbox"]
+    if ray.get(mailbox.failed.remote()):
+        return  # restarted after an error that a restart cannot mend
+    import torch
+
+    from densenet_dist.train.engine import fit
+
+    context = ray.train.get_context()
+    torch.set_num_threads(payload["threads"] or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    config = validate(payload["config"])
+    run = RunFolder(config.storage, config.name)
+    try:
+        _require_shared(run)
+        device = ray.train.torch.get_device()
+        fit(config, RayContext(context.get_world_rank(), context.get_world_size(), device, run, mailbox))
+    except DenseNetDistError as error:
+        ray.get(mailbox.fail.remote(error))
+        if not isinstance(error, TrainingError):  # one rank's alone: raise, so that Ray stops the others
+            raise
+
+
+def _require_shared(run: RunFolder) -> None:
+    from densenet_dist.errors import StorageError
+
+    if not run.exists(CONFIG_FILE):
+        raise StorageError(
+            f"the run folder {run.uri} is not visible on node {os.uname().nodename}\n"
+            "  give storage a path that all nodes share (NFS) or an object store (s3://bucket/path)"
+        )
+
+
+def _run_trainer(config: Config, run: RunFolder, resources: Resources, mailbox: Any) -> BaseException | None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.config import LoggingConfig
+
+    from densenet_dist.cluster.ray_backend import InterruptibleTrainer, NodeAddressTorchConfig
+    from densenet_dist.config import to_dict
+
+    payload = {"config": to_dict(config), "mailbox": mailbox, "threads": resources.threads}
+    trainer = InterruptibleTrainer(
+        _train_worker,
+        train_loop_config=payload,
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=resources.use_gpu, resources_per_worker=resources.per_worker
+        ),
+        torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
+        run_config=RunConfig(
+            # A name of its own for every start: Ray would silently take up its own torn or finished state again.
+            name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=_ray_storage(run),
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_failures,
+                controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": WORKER_ENV},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(trainer.stopped_by) from None
+    except Exception as error:
+        return error
+    return None
+
+
+def _ray_storage(run: RunFolder) -> str:
+    base, _, query = run.storage.partition("?")
+    if not run.is_remote:
+        return str(run.path / "ray")
+    return f"{base.rstrip('/')}/{run.name}/ray" + (f"?{query}" if query else "")
+
+
+@contextmanager
+def _cluster(config: Config) -> Iterator[bool]:
+    """Connect to a cluster, or start one for as long as the context lasts; yields whether it is our own."""
+    os.environ.update({key: value for key, value in DRIVER_ENV.items() if key not in os.environ})
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    own = address in (None, "local")
+    try:
+        # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
+        ray.init(
+            address="local" if own else address,
+            include_dashboard=False if own else None,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "start on this machine" if own else f"be reached at {address}"
+        raise EnvironmentProblem(
+            f"Ray cannot {where}: {error}\n  try cluster.engine=local to train without Ray, or set cluster.address"
+        ) from error
+    try:
+        yield own
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _drained(mailbox: Any, listener: Callable[[Event], None]) -> Iterator[None]:
+    """Pass events on as they come; whatever is still there at the end is passed on before returning."""
+    import ray
+
+    stop = threading.Event()
+
+    def pump() -> None:
+        while True:
+            last = stop.wait(0.2)
+            with suppress(ray.exceptions.RayError):
+                for event in ray.get(mailbox.drain.remote()):
+                    listener(event)
+            if last:
+                return
+
+    thread = threading.Thread(target=pump, name="events")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
+
+
+def _announcing_restarts(listener: Callable[[Event], None], limit: int) -> Callable[[Event], None]:
+    starts = 0
+
+    def listen(event: Event) -> None:
+        nonlocal starts
+        if event["kind"] == "start":
+            starts += 1
+            if starts > 1:
+                text = f"a worker was lost: all were started again ({starts - 1} of at most {limit} times)"
+                listener({"kind": "note", "text": text})
+        listener(event)
+
+    return listen
+
+
+def _explain(failure: BaseException) -> DenseNetDistError:
+    """Ray's failure in one message: the first worker's own error, not the wrapping around it."""
+    workers = getattr(failure, "worker_failures", None)
+    if workers:
+        rank, cause = min(workers.items())
+        text = str(cause).strip().splitlines()
+        return TrainingError(
+            f"training failed on rank {rank}: {text[-1] if text else type(cause).__name__}\n"
+            "  see the traceback with --debug; go on from the last checkpoint with --resume"
+        )
+    controller = getattr(failure, "controller_failure", None)
+    if controller is not None:
+        return EnvironmentProblem(
+            f"the cluster could not start the workers: {controller}\n"
+            "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"
+        )
+    return TrainingError(f"training failed: {failure}")
+
+
+def survey(config: Config) -> tuple[dict[str, float], str]:
+    """The resources of the cluster that a run would use, and which cluster that is.
+
+    Raises:
+        EnvironmentProblem: where it cannot be reached or started.
+    """
+    with _cluster(config) as own:
+        import ray
+
+        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        return dict(ray.cluster_resources()), "starts on this machine" if own else f"cluster at {address}"

@@ -1,0 +1,1 @@
+"""Data sets, and batches made from them."""

@@ -1,0 +1,213 @@
+"""Where the files of a CIFAR set come from: found, extracted from the official archive, or downloaded.
+
+What an archive puts on disk is decided here and not by the archive: regular files with the names, sizes and SHA-256 of
+the official ones, nothing else. They are written aside, and the folder appears in one rename when all of them are there
+and right. A lock lets one process do it while others wait; those who find the folder ready touch nothing.
+"""
+
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from filelock import FileLock
+
+from densenet_dist.data import cifar
+from densenet_dist.data.cifar import CifarSpec
+from densenet_dist.data.download import fetch
+from densenet_dist.errors import DataError, StorageError
+
+_MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
+_MAX_EXTRACTED_BYTES = 1 << 30  # and hold 184 MB
+_CHUNK = 1 << 20
+
+
+def obtain(spec: CifarSpec, root: Path, *, download: bool, url: str | None, progress: bool) -> Path:
+    """The folder that holds an extracted data set, made first if need be; `cifar.read_folder` checks what is in it.
+
+    Looked for are `root/<folder>`, the files in `root` itself and `root/<archive>`, in this order; then it is
+    downloaded.
+
+    Raises:
+        ConfigError: `url` is no address that can be fetched.
+        DataError: it is not there and may not be downloaded, the download failed, or the archive is damaged or unsafe.
+        StorageError: `root` cannot be written.
+    """
+    folder = _find(spec, root)
+    if folder is not None:
+        return folder
+    if not download and not (root / spec.archive).is_file():
+        raise DataError(_not_found(spec, root))
+    with _writing_to(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = root / f".{spec.name}.lock"
+        lock.touch()  # where no file can be made FileLock may wait for ever: fail here
+        with FileLock(lock):
+            # Whoever had the lock before us may have made the folder.
+            folder = _find(spec, root)
+            return folder if folder is not None else _make(spec, root, url=url or spec.url, progress=progress)
+
+
+def _find(spec: CifarSpec, root: Path) -> Path | None:
+    """The folder with the extracted data set, or None."""
+    if (root / spec.folder).is_dir():
+        return root / spec.folder
+    if any((root / name).is_file() for name in (*spec.train, spec.test)):
+        return root
+    cifar.refuse_other(spec, root)
+    return None
+
+
+def _not_found(spec: CifarSpec, root: Path) -> str:
+    """Where was looked in vain, and what lies there instead, as an error message."""
+    if not root.exists():
+        return f"{spec.title} is not there: {root} does not exist; {_ways_to_get(spec, root)}"
+    looked = f"neither {root / spec.folder} nor {root / spec.archive}, nor {spec.test} in {root}"
+    rival, pickled = cifar.other(spec), spec.folder.replace("-batches-bin", "-batches-py").replace("-binary", "-python")
+    hint = ""
+    if any((root / name).exists() for name in (rival.folder, rival.archive)):
+        hint = f"there is {rival.title} (data.name={rival.name}); "
+    elif (root / pickled).exists():
+        hint = f"{pickled} is the pickled version, which is never read: the binary version is needed; "
+    return f"{spec.title} is not in {root}: there is {looked}; {hint}{_ways_to_get(spec, root)}"
+
+
+def _ways_to_get(spec: CifarSpec, root: Path) -> str:
+    return (
+        f"run `densenet-dist data prepare {spec.name}`, put {spec.archive} from {spec.url} into {root}, "
+        "or name a folder that has it: data.root=..."
+    )
+
+
+@contextmanager
+def _writing_to(root: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a StorageError that names `root`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot store the data set in {root}: {error}; name a folder that can be written: data.root=..."
+        ) from error
+
+
+def _make(spec: CifarSpec, root: Path, *, url: str, progress: bool) -> Path:
+    """Extracts the archive in `root`, downloaded first if it is not there. The caller holds the lock."""
+    archive = root / spec.archive
+    if archive.is_file():
+        return _extract(spec, archive, root, source=str(archive), mend=cifar.remedy(spec, archive))
+    partial = root / f".{spec.archive}.partial"
+    try:
+        fetch(
+            url, partial, title=spec.title, limit=_MAX_ARCHIVE_BYTES, mend=_ways_to_get(spec, root), progress=progress
+        )
+        folder = _extract(spec, partial, root, source=url, mend=_ways_to_get(spec, root))
+        # Only now does it get its name: a damaged download must not be found by the next run.
+        partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)
+    return folder
+
+
+def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: str) -> Path:
+    """Extracts an archive into `root/<folder>`, all of it or nothing.
+
+    Args:
+        source: what to call the archive in messages.
+        mend: what to do if it is damaged, for messages.
+    """
+    folder, aside = root / spec.folder, root / f".{spec.folder}.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
+    aside.mkdir()
+    try:
+        try:
+            _unpack(spec, archive, aside, source=source, mend=mend)
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{source} is damaged or truncated ({error}); {mend}") from error
+        _sync(aside)
+        aside.rename(folder)
+        _sync(root)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _unpack(spec: CifarSpec, archive: Path, aside: Path, *, source: str, mend: str) -> None:
+    """Writes the official files in an archive to the folder `aside`, each checked."""
+    missing = set(spec.members)
+    with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+        for member in tar:
+            name = _official_name(spec, member, source=source)
+            content = tar.extractfile(member) if name is not None else None
+            if name is None or content is None:
+                continue
+            if name not in missing:
+                raise DataError(f"{source} holds {member.name} twice; {mend}")
+            missing.remove(name)
+            where = f"{member.name} in {source}"
+            cifar.check_size(spec, name, member.size, source=where, mend=mend)
+            cifar.check_digest(spec, name, _copy(content, aside / name), source=where, mend=mend)
+    if missing:
+        raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(sorted(missing))}; {mend}")
+
+
+def _official_name(spec: CifarSpec, member: tarfile.TarInfo, *, source: str) -> str | None:
+    """Which official file an archive's member is; None for a harmless one that is not needed.
+
+    Raises:
+        DataError: the member leads outside of the folder, is a link or a device, or is of the other data set.
+    """
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+        raise DataError(
+            f"{source} is not safe to extract: its member {member.name!r} leads outside, or is no regular file; "
+            "nothing was extracted. Delete the archive and get it from a source you trust"
+        )
+    if not member.isfile() or len(path.parts) != 2:
+        return None
+    folder, name = path.parts
+    rival = cifar.other(spec)
+    if folder == rival.folder and name in rival.members:
+        raise DataError(
+            f"{source} looks like {rival.title}, not {spec.title}: it holds {path}; set data.name={rival.name}"
+        )
+    return name if folder == spec.folder and name in spec.members else None
+
+
+def _copy(content: IO[bytes], path: Path) -> str:
+    """Writes a stream to a new file, through to the disk; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        while chunk := content.read(_CHUNK):
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Fails past a number of bytes: an archive of a few MB can unpack to any size."""
+
+    _left = _MAX_EXTRACTED_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.ReadError(f"it unpacks to more than {_MAX_EXTRACTED_BYTES} bytes")
+        return data

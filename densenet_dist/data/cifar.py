@@ -1,0 +1,239 @@
+"""CIFAR-10 and CIFAR-100 in their official binary form: what the files are, and how they become arrays.
+
+Learning Multiple Layers of Features from Tiny Images, Alex Krizhevsky, 2009; https://www.cs.toronto.edu/~kriz/cifar.html.
+A record is one label byte (CIFAR-100: two, coarse then fine) and 3072 pixel bytes: 1024 red, 1024 green, 1024 blue,
+each plane row by row. Every file is checked against the SHA-256 of the official one before it is used.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from densenet_dist.errors import DataError
+
+Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+
+_SIDE = 32
+_PIXEL_BYTES = 3 * _SIDE * _SIDE
+_BATCH = 10_000
+
+
+@dataclass(frozen=True)
+class Member:
+    """One official file: its size in bytes and its SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CifarSpec:
+    """One of the two data sets.
+
+    Attributes:
+        name: as in `data.name`.
+        title: as people write it.
+        folder: what the archive extracts to.
+        archive: file name of the archive.
+        url: the archive's official address.
+        label_bytes: bytes before the pixels of a record; the last of them is the label used.
+        train: names of the files with the training records, in order.
+        test: name of the file with the test records.
+        names: name of the file with the class names.
+        members: every file that is needed, by name.
+        mean: red, green, blue mean of the training images in [0, 1].
+        std: standard deviation, likewise.
+    """
+
+    name: str
+    title: str
+    folder: str
+    archive: str
+    url: str
+    label_bytes: int
+    train: tuple[str, ...]
+    test: str
+    names: str
+    num_classes: int
+    members: dict[str, Member]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a record: labels and pixels."""
+        return self.label_bytes + _PIXEL_BYTES
+
+
+def _records(count: int, label_bytes: int, sha256: str) -> Member:
+    return Member(count * (label_bytes + _PIXEL_BYTES), sha256)
+
+
+CIFAR10 = CifarSpec(
+    name="cifar10",
+    title="CIFAR-10",
+    folder="cifar-10-batches-bin",
+    archive="cifar-10-binary.tar.gz",
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    label_bytes=1,
+    train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+    test="test_batch.bin",
+    names="batches.meta.txt",
+    num_classes=10,
+    members={
+        "data_batch_1.bin": _records(_BATCH, 1, "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"),
+        "data_batch_2.bin": _records(_BATCH, 1, "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"),
+        "data_batch_3.bin": _records(_BATCH, 1, "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"),
+        "data_batch_4.bin": _records(_BATCH, 1, "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"),
+        "data_batch_5.bin": _records(_BATCH, 1, "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"),
+        "test_batch.bin": _records(_BATCH, 1, "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
+        "batches.meta.txt": Member(61, "558e74b5e208382e186da55784b4bac2cd52e558448e1b5800990fdb28ed8033"),
+    },
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+)
+
+CIFAR100 = CifarSpec(
+    name="cifar100",
+    title="CIFAR-100",
+    folder="cifar-100-binary",
+    archive="cifar-100-binary.tar.gz",
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    label_bytes=2,
+    train=("train.bin",),
+    test="test.bin",
+    names="fine_label_names.txt",
+    num_classes=100,
+    members={
+        "train.bin": _records(5 * _BATCH, 2, "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29"),
+        "test.bin": _records(_BATCH, 2, "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a"),
+        "fine_label_names.txt": Member(725, "4a53f81a8af29bb6aa646bfe2c455db1b061edfde82a39c0cfc313ef536c681b"),
+    },
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+)
+
+SPECS = {spec.name: spec for spec in (CIFAR10, CIFAR100)}
+
+
+def other(spec: CifarSpec) -> CifarSpec:
+    """The data set that `spec` is most easily mistaken for."""
+    return SPECS["cifar100" if spec.name == "cifar10" else "cifar10"]
+
+
+def remedy(spec: CifarSpec, damaged: Path) -> str:
+    """How to mend a damaged file or folder, as the end of an error message."""
+    return (
+        f"delete {damaged} and run `densenet-dist data prepare {spec.name}` again, "
+        "or name a folder with a sound copy: data.root=..."
+    )
+
+
+def refuse_other(spec: CifarSpec, folder: Path) -> None:
+    """Makes sure that `folder` does not hold the data set that `spec` is most easily mistaken for.
+
+    Raises:
+        DataError: it does.
+    """
+    rival = other(spec)
+    if all((folder / name).is_file() for name in rival.members):
+        raise DataError(
+            f"{folder} holds {rival.title}, not {spec.title}; set data.name={rival.name}, or another data.root"
+        )
+
+
+def read_folder(spec: CifarSpec, folder: Path) -> tuple[tuple[str, ...], Arrays, Arrays]:
+    """Class names, training and test records of an extracted data set, every file checked.
+
+    Raises:
+        DataError: a file is missing, cannot be read, or is not the official one.
+    """
+    missing = [name for name in spec.members if not (folder / name).is_file()]
+    if missing:
+        refuse_other(spec, folder)
+        raise DataError(f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {remedy(spec, folder)}")
+    class_names = tuple(_read_member(spec, folder, spec.names).decode("ascii").split())
+    return class_names, _read_records(spec, folder, spec.train), _read_records(spec, folder, (spec.test,))
+
+
+def _read_records(spec: CifarSpec, folder: Path, files: tuple[str, ...]) -> Arrays:
+    """The records of some files, one after the other."""
+    count = sum(spec.members[name].size for name in files) // spec.record_bytes
+    images = np.empty((count, _SIDE, _SIDE, 3), dtype=np.uint8)
+    labels = np.empty(count, dtype=np.int64)
+    start = 0
+    for name in files:
+        part_images, part_labels = parse_records(spec, _read_member(spec, folder, name), source=folder / name)
+        stop = start + len(part_labels)
+        images[start:stop], labels[start:stop] = part_images, part_labels
+        start = stop
+    return images, labels
+
+
+def _read_member(spec: CifarSpec, folder: Path, name: str) -> bytes:
+    """The bytes of one official file of an extracted data set, checked."""
+    path = folder / name
+    try:
+        check_size(spec, name, path.stat().st_size, source=path, mend=remedy(spec, folder))
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    check_digest(spec, name, hashlib.sha256(data).hexdigest(), source=path, mend=remedy(spec, folder))
+    return data
+
+
+def check_size(spec: CifarSpec, name: str, size: int, *, source: str | Path, mend: str) -> None:
+    """Makes sure that the file `name`, found at `source`, has its official size in bytes.
+
+    Raises:
+        DataError: it has not; the message says so if the file looks like one of the other data set.
+    """
+    expected = spec.members[name].size
+    if size == expected:
+        return
+    records = name != spec.names
+    if records and size > 0 and size % other(spec).record_bytes == 0:
+        rival = other(spec)
+        raise DataError(
+            f"{source} looks like {rival.title}, not {spec.title}: {size} bytes are {size // rival.record_bytes} "
+            f"records of {rival.record_bytes}; set data.name={rival.name}, or {mend}"
+        )
+    state = "truncated" if size < expected else "too long"
+    raise DataError(f"{source} is {state}: {size} bytes instead of {expected}; {mend}")
+
+
+def check_digest(spec: CifarSpec, name: str, sha256: str, *, source: str | Path, mend: str) -> None:
+    """Makes sure that the file `name`, found at `source`, has the official SHA-256.
+
+    Raises:
+        DataError: it has not.
+    """
+    expected = spec.members[name].sha256
+    if sha256 != expected:
+        raise DataError(f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {expected[:16]}...; {mend}")
+
+
+def parse_records(spec: CifarSpec, data: bytes, *, source: str | Path) -> Arrays:
+    """Records as images (n, 32, 32, 3) uint8, a view of `data`, and labels (n,) int64; for CIFAR-100 the fine ones.
+
+    Args:
+        source: where `data` came from, for messages.
+
+    Raises:
+        DataError: `data` is not whole records, or a label is out of range.
+    """
+    if len(data) % spec.record_bytes:
+        raise DataError(f"{source}: {len(data)} bytes are not whole {spec.title} records of {spec.record_bytes}")
+    records = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.record_bytes)
+    labels = records[:, spec.label_bytes - 1].astype(np.int64)
+    wrong = np.flatnonzero(labels >= spec.num_classes)
+    if len(wrong):
+        raise DataError(
+            f"{source}: record {wrong[0]} has label {labels[wrong[0]]}, "
+            f"but {spec.title} has {spec.num_classes} classes, 0 to {spec.num_classes - 1}"
+        )
+    planes = records[:, spec.label_bytes :].reshape(-1, 3, _SIDE, _SIDE)
+    return planes.transpose(0, 2, 3, 1), labels

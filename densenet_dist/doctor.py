@@ -1,0 +1,155 @@
+"""``densenet-dist doctor``: whether this machine can do the job, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from densenet_dist.config import Config
+from densenet_dist.errors import DenseNetDistError
+from densenet_dist.train.environment import cpu_name, package_version
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        name: what was looked at.
+        state: ok; note (it works, but you should know); bad (it cannot work).
+        text: what was found.
+        hint: what to do about it.
+    """
+
+    name: str
+    state: str
+    text: str
+    hint: str = ""
+
+
+def examine(config: Config, console: Console | None = None) -> bool:
+    """Run every check, print a table, and return whether the job can be done."""
+    console = console or Console(highlight=False)
+    findings = []
+    for check in (_python, _torch, _gpus, _dali, _ray, _storage, _data):
+        try:
+            findings.append(check(config))
+        except Exception as error:  # a check that breaks is a finding, not the end of the others
+            findings.append(Finding(check.__name__.strip("_"), "bad", f"{type(error).__name__}: {error}"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.name, finding.text)
+        if finding.hint:
+            table.add_row("", "", f"-> {finding.hint}")
+    console.print(table)
+    bad = [finding.name for finding in findings if finding.state == "bad"]
+    console.print(f"\ncannot do the job: {', '.join(bad)}" if bad else "\nready")
+    return not bad
+
+
+def _python(config: Config) -> Finding:
+    version = package_version("densenet-dist") or "not installed"
+    return Finding("machine", "ok", f"densenet-dist {version}, Python {platform.python_version()}, {cpu_name()}")
+
+
+def _torch(config: Config) -> Finding:
+    import torch
+
+    try:
+        vision = importlib.import_module("torchvision").__version__
+    except (ImportError, RuntimeError) as error:
+        return Finding("torch", "bad", f"torch {torch.__version__}; torchvision does not import: {error}",
+                       "install torch and torchvision of the same build: make setup")  # fmt: skip
+    return Finding("torch", "ok", f"torch {torch.__version__}, torchvision {vision}, CUDA {torch.version.cuda}")
+
+
+def _gpus(config: Config) -> Finding:
+    import torch
+
+    driver = _driver_version()
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return Finding("GPUs", "ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
+    text = "no GPU" if driver is None else f"driver {driver} is there, but torch cannot use a GPU"
+    hint = f"update the driver to one that knows CUDA {torch.version.cuda}" if driver else ""
+    if config.cluster.device == "cuda" and not (config.cluster.address or (config.cluster.engine == "ray" and driver)):
+        return Finding("GPUs", "bad", text, hint or "train on the CPU with cluster.device=cpu")
+    return Finding("GPUs", "note", text + "; training runs on the CPU", hint)
+
+
+def _dali(config: Config) -> Finding:
+    version = package_version("nvidia-dali-cuda130")
+    if version is None:
+        return Finding(
+            "DALI", "note", "not installed; images are augmented by torch", "pip install nvidia-dali-cuda130"
+        )
+    try:
+        count = importlib.import_module("nvidia.dali.backend").GetCUDADeviceCount()
+    except ImportError as error:
+        return Finding("DALI", "note", f"{version} does not import: {error}; images are augmented by torch")
+    return Finding("DALI", "ok", f"{version}, {f'{count} GPUs' if count else 'CPU mode'}")
+
+
+def _ray(config: Config) -> Finding:
+    version = package_version("ray")
+    if version is None:
+        return Finding("Ray", "bad" if config.cluster.engine == "ray" else "note", "not installed",
+                       "pip install 'ray[default,train,tune]', or cluster.engine=local")  # fmt: skip
+    if config.cluster.engine == "local":
+        return Finding("Ray", "ok", f"{version}, not used (cluster.engine=local)")
+    from densenet_dist.cluster.ray_train import survey
+
+    resources, where = survey(config)
+    shown = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    return Finding("Ray", "ok", f"{version}, {where}: {shown}")
+
+
+def _storage(config: Config) -> Finding:
+    from densenet_dist.train.run_folder import RunFolder
+
+    run = RunFolder(config.storage, f".doctor-{uuid.uuid4().hex[:8]}")
+    existed = run.is_remote or Path(config.storage).exists()
+    try:
+        run.create()
+    except DenseNetDistError as error:
+        return Finding("storage", "bad", str(error).splitlines()[0], "choose another place with storage=PATH_OR_URI")
+    run.remove("")
+    if not existed:
+        with suppress(OSError):
+            Path(config.storage).rmdir()
+    return Finding("storage", "ok", f"{config.storage} can be written")
+
+
+def _data(config: Config) -> Finding:
+    from densenet_dist.data.datasets import prepare_dataset
+
+    name, root = config.data.name, config.data.root
+    if name == "shapes":
+        return Finding("data", "ok", "shapes is generated when used")
+    try:
+        folder = prepare_dataset(name, root, download=False, progress=False)
+    except DenseNetDistError as error:
+        text = str(error).splitlines()[0]
+        if config.data.download and not any(Path(root).glob("cifar*")):
+            return Finding("data", "note", f"{name} is not in {root}; it will be downloaded", "")
+        return Finding("data", "bad", text, f"densenet-dist data prepare {name} --root {root}")
+    return Finding("data", "ok", f"{name} is complete in {folder}")
+
+
+def _driver_version() -> str | None:
+    with suppress(OSError):
+        for line in Path("/proc/driver/nvidia/version").read_text().splitlines():
+            if "Kernel Module" in line:
+                return next((word for word in line.split() if word[:1].isdigit() and "." in word), "unknown")
+    return None

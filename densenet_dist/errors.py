@@ -1,0 +1,66 @@
+"""One family of exceptions; each class carries the exit code that the command line ends with.
+
+A message says what is wrong, where, and how to mend it, in words for the person who started the run. The command line
+prints it alone; the traceback appears only with ``--debug``.
+"""
+
+import signal
+
+
+class DenseNetDistError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+    exit_code = 1
+
+    def __reduce__(self) -> tuple[type["DenseNetDistError"], tuple[object, ...]]:
+        # Errors travel between processes: rebuild from the message alone, whatever a subclass' constructor takes.
+        return type(self), self.args
+
+
+class TrainingError(DenseNetDistError):
+    """Training cannot go on, for instance after a NaN loss. Every rank raises it at the same step."""
+
+    exit_code = 1
+
+
+class ConfigError(DenseNetDistError):
+    """The configuration or the command line is wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentProblem(DenseNetDistError):
+    """This machine or cluster cannot do the job: no GPU, too few CPUs, a missing library."""
+
+    exit_code = 3
+
+
+class DataError(DenseNetDistError):
+    """A data set is missing, damaged or not what its name says."""
+
+    exit_code = 4
+
+
+class StorageError(DenseNetDistError):
+    """A run's folder cannot be written, read, or is already in use."""
+
+    exit_code = 5
+
+
+class CheckpointError(DenseNetDistError):
+    """A checkpoint is damaged or does not fit the model or data it is loaded into."""
+
+    exit_code = 6
+
+
+class Interrupted(DenseNetDistError):
+    """The run was asked to stop by a signal; what it had saved is whole.
+
+    Args:
+        run: the run's folder.
+        number: the signal.
+    """
+
+    def __init__(self, run: str, number: int = signal.SIGINT) -> None:
+        super().__init__(f"interrupted; go on from the last checkpoint: densenet-dist train --resume {run}")
+        self.exit_code = 128 + number

@@ -1,0 +1,135 @@
+"""The numbers that fix a DenseNet, and whether they fit together; nothing here makes a tensor."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from typing import Literal, get_args
+
+from densenet_dist.model.dense_block import form_problems
+
+Stem = Literal["cifar", "imagenet"]
+"""How the image is read: one 3x3 convolution, or 7x7 with stride 2 - BN - ReLU - 3x3 max pooling with stride 2."""
+
+CompressionOf = Literal["channels", "growth_rate"]
+"""What a transition's width is a share of: the maps it reads (the paper's), or the growth rate (the notebook's)."""
+
+Head = Literal["global", "pool2"]
+"""What comes before the classifier: global average pooling, or 2x2 average pooling and all positions side by side."""
+
+Init = Literal["glorot", "he", "torchvision"]
+"""How weights start; see :func:`densenet_dist.model.densenet.initialise`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The arguments of a :class:`densenet_dist.model.densenet.DenseNet`, as that class describes them."""
+
+    growth_rate: int
+    num_layers: tuple[int, ...]
+    num_classes: int
+    stem: Stem
+    stem_channels: int
+    bn_size: int | None
+    compression: float
+    compression_of: CompressionOf
+    drop_rate: float
+    norm_momentum: float
+    norm_eps: float
+    head: Head
+    init: Init
+    image_size: int
+    in_channels: int
+    block: str
+
+    def block_widths(self) -> list[tuple[int, int]]:
+        """Count the maps that enter and leave each block."""
+        widths: list[tuple[int, int]] = []
+        entering = self.stem_channels
+        for layers in self.num_layers:
+            leaving = entering + layers * self.growth_rate
+            widths.append((entering, leaving))
+            entering = int((leaving if self.compression_of == "channels" else self.growth_rate) * self.compression)
+        return widths
+
+    def block_sides(self) -> list[int]:
+        """Measure the side of each block's maps in pixels, 0 where poolings have left nothing."""
+        # Stride 2 in the stem rounds up (it pads), the transitions' average pooling rounds down (it does not).
+        side = (self.image_size + 3) // 4 if self.stem == "imagenet" else self.image_size
+        return [side >> i for i in range(len(self.num_layers))]
+
+    def head_features(self) -> int:
+        """Count the inputs of the classifier."""
+        positions = (self.block_sides()[-1] // 2) ** 2 if self.head == "pool2" else 1
+        return self.block_widths()[-1][1] * positions
+
+    def problems(self) -> list[str]:
+        """List everything that keeps this net from being built, one line each with the key, the reason and a remedy.
+
+        Returns:
+            Lines that begin with ``model.<key>: ``; none when the net can be built.
+        """
+        found = [*self._value_problems(), *self._choice_problems()]
+        # Widths and sides mean nothing before the values they are computed from do.
+        return found or [*self._width_problems(), *self._side_problems()]
+
+    def _value_problems(self) -> Iterator[str]:
+        for key in ("growth_rate", "num_classes", "stem_channels", "image_size", "in_channels"):
+            if getattr(self, key) < 1:
+                yield f"model.{key}: {getattr(self, key)} is too small; it must be at least 1"
+        if not self.num_layers or min(self.num_layers) < 1:
+            yield (
+                f"model.num_layers: {list(self.num_layers)} does not give every block a layer; "
+                "give one whole number of at least 1 for each block"
+            )
+        if self.bn_size is not None and self.bn_size < 1:
+            yield f"model.bn_size: {self.bn_size} is too small; it must be at least 1 (4 in the paper), or none"
+        if not 0 < self.compression <= 1:
+            yield (
+                f"model.compression: {self.compression} is out of range; it must be more than 0 and at most 1 "
+                "(0.5 in DenseNet-BC)"
+            )
+        if not 0 <= self.drop_rate < 1:
+            yield f"model.drop_rate: {self.drop_rate} is out of range; it must be at least 0 and less than 1"
+        if not 0 <= self.norm_momentum <= 1:
+            yield f"model.norm_momentum: {self.norm_momentum} is out of range; it must be from 0 to 1"
+        if not self.norm_eps > 0:
+            yield f"model.norm_eps: {self.norm_eps} is out of range; it must be more than 0"
+
+    def _choice_problems(self) -> Iterator[str]:
+        for key, literal in (("stem", Stem), ("compression_of", CompressionOf), ("head", Head), ("init", Init)):
+            value, choices = getattr(self, key), get_args(literal)
+            if value not in choices:
+                yield f"model.{key}: there is no {value!r}; choose from {', '.join(choices)}"
+        yield from form_problems(self.block)
+
+    def _width_problems(self) -> Iterator[str]:
+        for i, ((_, leaving), (entering, _)) in enumerate(pairwise(self.block_widths()), start=1):
+            if entering < 1:
+                base = leaving if self.compression_of == "channels" else self.growth_rate
+                yield (
+                    f"model.compression: {self.compression} of {base} channels leaves none after block {i}; "
+                    f"{ceil(1e4 / base) / 1e4} would leave one"
+                )
+                return
+
+    def _side_problems(self) -> Iterator[str]:
+        smallest = 2 if self.head == "pool2" else 1
+        sides = self.block_sides()
+        if sides[-1] >= smallest:
+            return
+        blocks = len(sides)
+        needed = smallest << (blocks - 1)
+        if self.stem == "imagenet":
+            needed = 4 * needed - 3
+        fitting = sum(side >= smallest for side in sides)
+        fewer = f"use at most {_blocks(fitting)} or " if fitting else "use "
+        yield (
+            f"model.num_layers: images of {self.image_size}x{self.image_size} are too small for {_blocks(blocks)}: "
+            f"{sides[-1]}x{sides[-1]} would remain in the last one, which needs {smallest}x{smallest}; "
+            f"{fewer}images of at least {needed}x{needed}"
+        )
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"

@@ -1,0 +1,213 @@
+"""DenseNet: one class for the notebook's net, the paper's (Huang et al. 2017, arXiv:1608.06993) and torchvision's."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from densenet_dist.errors import ConfigError
+from densenet_dist.model.architecture import Architecture, CompressionOf, Head, Init, Stem
+from densenet_dist.model.dense_block import NormFactory, dense_block
+
+
+class DenseNet(nn.Module):
+    """Dense blocks with transitions between them, then BN-ReLU-pooling-linear (paper, sec. 3).
+
+    Modules, parameters and buffers have torchvision's names wherever torchvision has the like; the last batch
+    normalisation is ``features.norm5`` however many blocks there are, as it is there. Weights are kept in
+    ``channels_last`` memory, and so are all maps.
+
+    Args:
+        growth_rate: maps each layer adds (k).
+        num_layers: layers in each block; its length is the number of blocks.
+        num_classes: logits an image gets.
+        stem_channels: maps that enter the first block.
+        stem: ``cifar``: conv3x3; ``imagenet``: conv7x7 with stride 2, BN, ReLU, 3x3 max pooling with stride 2.
+        bn_size: width of the bottleneck before each 3x3 convolution in units of k (4 in DenseNet-BC); None for none.
+        compression: a transition's width as a share of ``compression_of``, rounded down (theta, sec. 3).
+        compression_of: ``channels``, the maps entering the transition, or ``growth_rate``, as in the notebook.
+        drop_rate: dropout after every convolution but the stem's (sec. 4.2: "except the first one").
+        norm_momentum: weight of the newest batch in the running statistics (PyTorch's sense: Keras' is 1 minus this).
+        norm_eps: added to the variance in batch normalisation.
+        head: ``global`` average pooling, or ``pool2``: 2x2 average pooling, then every position feeds the classifier.
+        init: how weights start, see :func:`initialise`.
+        image_size: side of the square images in pixels. ``pool2`` takes no other; ``global`` takes larger ones too.
+        in_channels: channels of the images.
+        block: form of the dense blocks, see :mod:`densenet_dist.model.dense_block`.
+
+    Attributes:
+        architecture: the arguments above.
+
+    Raises:
+        ConfigError: no such net can be built; one line for each reason.
+    """
+
+    def __init__(
+        self,
+        *,
+        growth_rate: int,
+        num_layers: Sequence[int],
+        num_classes: int,
+        stem_channels: int,
+        stem: Stem = "cifar",
+        bn_size: int | None = None,
+        compression: float = 1.0,
+        compression_of: CompressionOf = "channels",
+        drop_rate: float = 0.0,
+        norm_momentum: float = 0.1,
+        norm_eps: float = 1e-5,
+        head: Head = "global",
+        init: Init = "he",
+        image_size: int = 32,
+        in_channels: int = 3,
+        block: str = "reference",
+    ) -> None:
+        super().__init__()
+        self.architecture = Architecture(
+            growth_rate=growth_rate,
+            num_layers=tuple(num_layers),
+            num_classes=num_classes,
+            stem=stem,
+            stem_channels=stem_channels,
+            bn_size=bn_size,
+            compression=compression,
+            compression_of=compression_of,
+            drop_rate=drop_rate,
+            norm_momentum=norm_momentum,
+            norm_eps=norm_eps,
+            head=head,
+            init=init,
+            image_size=image_size,
+            in_channels=in_channels,
+            block=block,
+        )
+        if problems := self.architecture.problems():
+            raise ConfigError("\n".join(problems))
+        self.features = _features(self.architecture)
+        self.classifier = nn.Linear(self.architecture.head_features(), num_classes)
+        initialise(self, init)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            x: (N, in_channels, H, W) in any memory format, of the weights' dtype unless under autocast.
+
+        Returns:
+            Logits (N, num_classes), of the input's dtype or autocast's.
+
+        Raises:
+            RuntimeError: PyTorch's, where channels or size are not those the net was built for.
+        """
+        x = self.features(x.contiguous(memory_format=torch.channels_last))
+        x = F.relu(x, inplace=True)
+        x = F.avg_pool2d(x, 2) if self.architecture.head == "pool2" else F.adaptive_avg_pool2d(x, 1)
+        logits: Tensor = self.classifier(torch.flatten(x, 1))
+        return logits
+
+
+def _features(arch: Architecture) -> nn.Sequential:
+    """Stack everything up to the last batch normalisation: (N, in_channels, H, W) -> (N, last block's maps, h, w)."""
+    norm = partial(nn.BatchNorm2d, momentum=arch.norm_momentum, eps=arch.norm_eps)
+    features = _stem(arch, norm)
+    widths = arch.block_widths()
+    for i, (num_layers, (entering, leaving)) in enumerate(zip(arch.num_layers, widths, strict=True), start=1):
+        block = dense_block(
+            arch.block,
+            num_layers=num_layers,
+            in_channels=entering,
+            growth_rate=arch.growth_rate,
+            bn_size=arch.bn_size,
+            drop_rate=arch.drop_rate,
+            norm=norm,
+        )
+        features.add_module(f"denseblock{i}", block)
+        if i < len(widths):
+            next_entering, _ = widths[i]
+            features.add_module(f"transition{i}", _transition(leaving, next_entering, arch.drop_rate, norm))
+    features.add_module("norm5", norm(widths[-1][1]))
+    return features
+
+
+def _stem(arch: Architecture, norm: NormFactory) -> nn.Sequential:
+    """Read the image: (N, in_channels, H, W) -> (N, stem_channels, H, W), or a quarter of H and W for ``imagenet``."""
+    stem = nn.Sequential()
+    if arch.stem == "cifar":
+        stem.add_module("conv0", nn.Conv2d(arch.in_channels, arch.stem_channels, 3, padding=1, bias=False))
+    else:
+        stem.add_module("conv0", nn.Conv2d(arch.in_channels, arch.stem_channels, 7, stride=2, padding=3, bias=False))
+        stem.add_module("norm0", norm(arch.stem_channels))
+        stem.add_module("relu0", nn.ReLU(inplace=True))
+        stem.add_module("pool0", nn.MaxPool2d(3, stride=2, padding=1))
+    return stem
+
+
+def _transition(in_channels: int, out_channels: int, drop_rate: float, norm: NormFactory) -> nn.Sequential:
+    """Narrow and halve: (N, in_channels, H, W) -> (N, out_channels, H // 2, W // 2)."""
+    transition = nn.Sequential()
+    transition.add_module("norm", norm(in_channels))
+    transition.add_module("relu", nn.ReLU(inplace=True))
+    transition.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, bias=False))
+    if drop_rate > 0:
+        transition.add_module("drop", nn.Dropout(drop_rate))
+    transition.add_module("pool", nn.AvgPool2d(2))
+    return transition
+
+
+def initialise(model: nn.Module, init: Init) -> None:
+    """Draw all weights of convolutions and linear layers anew and zero the linear layers' biases.
+
+    ======================  ===============================================  ==================================
+    ``init``                convolutions                                     linear layers
+    ======================  ===============================================  ==================================
+    ``glorot`` (Keras')     U(-a, a), a = sqrt(6 / (fan_in + fan_out))       the same
+    ``he`` (the paper's)    N(0, 2 / fan_out), as its Torch code             U(-a, a), a = 1 / sqrt(fan_in)
+    ``torchvision``         N(0, 2 / fan_in)                                 U(-a, a), a = 1 / sqrt(fan_in)
+    ======================  ===============================================  ==================================
+
+    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalisations are left as
+    PyTorch makes them, gamma 1 and beta 0. Sources: Glorot and Bengio 2010, eq. 16; He et al. 2015, sec. 2.2 (both
+    fans); ``models/densenet.lua`` of github.com/liuzhuang13/DenseNet (fan_out).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            if init == "glorot":
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                fan: Literal["fan_in", "fan_out"] = "fan_out" if init == "he" else "fan_in"
+                nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            if init == "glorot":
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                bound = module.in_features**-0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
+
+
+class ParameterCount(NamedTuple):
+    """How many numbers a model holds."""
+
+    trainable: int
+    """Elements of the parameters that take a gradient."""
+
+    statistics: int
+    """Elements of the running means and variances, which Keras counts as non-trainable parameters."""
+
+    @property
+    def total(self) -> int:
+        """Both together: what Keras' ``model.summary()`` calls the total."""
+        return self.trainable + self.statistics
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's trainable parameters and its batch normalisations' running statistics."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    statistics = sum(
+        buffer.numel() for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+    )
+    return ParameterCount(trainable, statistics)

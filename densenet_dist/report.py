@@ -1,0 +1,58 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from densenet_dist.train.logs import read_records
+from densenet_dist.train.run_folder import METRICS_FILE, RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES_FILE = "curves.png"
+
+
+def plot_curves(run: RunFolder) -> Path:
+    """Draw accuracy and loss of training and validation over the epochs, the test result as a star.
+
+    Returns:
+        The local path of curves.png, which is published to the run's folder too.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = read_records(run.fetch(METRICS_FILE))
+    epochs = [record for record in records if "train/loss" in record]
+    tests = [record for record in records if "test/loss" in record]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    _curves(left, epochs, tests, "top1", 100.0)
+    left.set(title="Accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
+    _curves(right, epochs, tests, "loss", 1.0)
+    right.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
+    figure.suptitle(run.name)
+    path = run.path / CURVES_FILE
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    run.publish(CURVES_FILE)
+    return path
+
+
+def _curves(axes: Axes, epochs: list[dict[str, Any]], tests: list[dict[str, Any]], name: str, unit: float) -> None:
+    for split, label, colour in (("train", "training", "tab:blue"), ("val", "validation", "tab:orange")):
+        points = [
+            (record["epoch"], record[f"{split}/{name}"] * unit) for record in epochs if f"{split}/{name}" in record
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(points) < 40 else "")
+    for record in tests[-1:]:
+        value = record[f"test/{name}"] * unit
+        shown = f"test {value:.2f} %" if unit == 100.0 else f"test {value:.3f}"
+        axes.plot(record["epoch"], value, "*", label=shown, color="tab:red", markersize=15, zorder=3)
+    if len(epochs) <= 12:
+        axes.set_xticks([record["epoch"] for record in epochs])
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -1,0 +1,1 @@
+"""Training, evaluating, saving and recording: plain PyTorch, no Ray."""

@@ -1,0 +1,273 @@
+"""Checkpoints that are whole or not there: written beside, checksummed, fsynced, renamed, then listed.
+
+Layout, under the run's ``checkpoints/``::
+
+    manifest.json                   which checkpoints are complete, which is the best; rewritten last, atomically
+    step-00001234/model.safetensors
+                  ema.safetensors   with a weight average only
+                  state.pt          optimizer, loss scaler, schedule, sums: tensors and plain values only
+                  checkpoint.json   position, validation figures, SHA-256 of the files above
+
+Loading never unpickles objects: safetensors for weights, ``torch.load(weights_only=True)`` for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync_folder
+
+_MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
+_WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
+_UNREADABLE = (
+    *(OSError, StorageError, SafetensorError),
+    *(pickle.UnpicklingError, RuntimeError, EOFError),  # torch.load
+    *(ValueError, KeyError, TypeError, AttributeError),  # JSON that is not what was written
+)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: the next step to take.
+
+    Attributes:
+        epoch: epochs completed.
+        step: steps of the current epoch completed.
+        global_step: all steps completed.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One complete checkpoint in the manifest.
+
+    Attributes:
+        name: its folder.
+        position: where training goes on from it.
+        metrics: validation figures, for checkpoints at an epoch's end.
+    """
+
+    name: str
+    position: Position
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds.
+
+    Attributes:
+        model: the state dict of the plain model.
+        average: that of the averaged model, if there is one.
+        state: nested plain values and tensors: optimizer, scaler, course, sums.
+        position: where training goes on.
+        metrics: validation figures, at an epoch's end.
+    """
+
+    model: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+    state: dict[str, Any]
+    position: Position
+    metrics: dict[str, float]
+
+
+class CheckpointStore:
+    """The checkpoints of one run. One rank saves; every rank may load."""
+
+    def __init__(self, run: RunFolder, *, keep: int = 1, monitor: str = "val/top1") -> None:
+        self.run, self.keep, self.monitor = run, keep, monitor
+        self.entries: list[Entry] = []
+        self.best: str | None = None
+        self.damaged: list[str] = []
+        if run.exists(_MANIFEST):
+            self._read_manifest(run.fetch(_MANIFEST))
+
+    def save(self, snapshot: Snapshot) -> Entry:
+        """Write a checkpoint, list it, and delete those that are neither among the newest nor the best.
+
+        Raises:
+            StorageError: where it cannot be written; the checkpoints before it stay whole.
+        """
+        entry = Entry(f"step-{snapshot.position.global_step:08d}", snapshot.position, snapshot.metrics)
+        folder = f"{CHECKPOINTS_FOLDER}/{entry.name}"
+        try:
+            _write_folder(self.run.path / folder, snapshot)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            raise StorageError(
+                f"the checkpoint {self.run.uri}/{folder} cannot be written: {error}\n"
+                "  the checkpoints before it are whole: make room, then go on with --resume"
+            ) from error
+        self.run.publish(folder)
+        self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
+        self.best = self._judge()
+        stale = self._rotate()
+        self._write_manifest()
+        for name in stale:
+            self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
+        return entry
+
+    def latest(self) -> Entry | None:
+        """The newest complete checkpoint."""
+        return self.entries[-1] if self.entries else None
+
+    def load_latest(self) -> Snapshot | None:
+        """The newest checkpoint that is whole.
+
+        Newer ones, and the best, are struck from the list where they are not; what is wrong goes to `damaged`.
+
+        Raises:
+            CheckpointError: where there are checkpoints but all are damaged.
+        """
+        self.damaged.clear()
+        newest = None
+        while self.entries and newest is None:
+            newest = self._load_or_strike(self.entries[-1])
+        for entry in [other for other in self.entries[:-1] if other.name == self.best]:
+            self._load_or_strike(entry)
+        if self.damaged and newest is None:
+            raise CheckpointError("no checkpoint of this run is whole:\n  " + "\n  ".join(self.damaged))
+        return newest
+
+    def load_best(self) -> Snapshot | None:
+        """The best checkpoint, or the newest where none was ever judged.
+
+        Raises:
+            CheckpointError: where it is damaged.
+        """
+        for entry in self.entries:
+            if entry.name == self.best:
+                return self.load(entry)
+        return self.load_latest()
+
+    def load(self, entry: Entry) -> Snapshot:
+        """Verify and read one checkpoint onto the CPU.
+
+        Raises:
+            CheckpointError: where a file is missing or is not what was written.
+        """
+        relative = f"{CHECKPOINTS_FOLDER}/{entry.name}"
+        try:
+            folder = self.run.fetch(relative)
+            meta = json.loads((folder / _META).read_text())
+            if (meta["position"], meta["metrics"]) != (asdict(entry.position), entry.metrics):
+                raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{_META} is damaged")
+            for name in {_WEIGHTS, _STATE, *meta["sha256"]}:
+                if _sha256(folder / name) != meta["sha256"][name]:
+                    raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{name} is damaged")
+            average = load_file(folder / _AVERAGE) if _AVERAGE in meta["sha256"] else None
+            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+            return Snapshot(load_file(folder / _WEIGHTS), average, state, entry.position, entry.metrics)
+        except _UNREADABLE as error:
+            raise CheckpointError(f"the checkpoint {self.run.uri}/{relative} cannot be read: {error}") from error
+
+    def _load_or_strike(self, entry: Entry) -> Snapshot | None:
+        try:
+            return self.load(entry)
+        except CheckpointError as error:
+            self.damaged.append(str(error))
+            self.entries.remove(entry)
+            self.best = self._judge()
+            return None
+
+    def _judge(self) -> str | None:
+        """The name of the best checkpoint in the list; the older of two that are equally good."""
+        judged = [entry for entry in self.entries if self.monitor in entry.metrics]
+        pick = max if self.monitor.endswith("top1") else min
+        return pick(judged, key=lambda entry: entry.metrics[self.monitor]).name if judged else None
+
+    def _rotate(self) -> list[str]:
+        kept = {entry.name for entry in self.entries[-self.keep :]} | {self.best}
+        stale = [entry.name for entry in self.entries if entry.name not in kept]
+        self.entries = [entry for entry in self.entries if entry.name in kept]
+        return stale
+
+    def _write_manifest(self) -> None:
+        content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
+        self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
+
+    def _read_manifest(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text())
+            self.best = content["best"]
+            self.entries = [
+                Entry(item["name"], Position(**item["position"]), item["metrics"]) for item in content["checkpoints"]
+            ]
+            if self.best not in {None, *(entry.name for entry in self.entries)}:
+                raise ValueError(f"the best, {self.best}, is not among them")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}") from error
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state dict, or say exactly how it does not fit.
+
+    Raises:
+        CheckpointError: naming the parameters that are missing, superfluous or of another shape.
+    """
+    own = model.state_dict()
+    problems = [f"missing: {name}" for name in own if name not in weights]
+    problems += [f"not in this model: {name}" for name in weights if name not in own]
+    problems += [
+        f"{name}: {tuple(weights[name].shape)} there, {tuple(own[name].shape)} in this model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise CheckpointError(f"{origin} does not fit this model:\n  " + "\n  ".join(shown))
+    model.load_state_dict(dict(weights))
+
+
+def _write_folder(folder: Path, snapshot: Snapshot) -> None:
+    for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        save_file(_contiguous(snapshot.model), beside / _WEIGHTS)
+        if snapshot.average is not None:
+            save_file(_contiguous(snapshot.average), beside / _AVERAGE)
+        torch.save(snapshot.state, beside / _STATE)
+        digests = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
+        meta = {"format": 1, "position": asdict(snapshot.position), "metrics": snapshot.metrics, "sha256": digests}
+        (beside / _META).write_text(json.dumps(meta, indent=1) + "\n")
+        mode = (beside / _META).stat().st_mode
+        for file in beside.iterdir():
+            with open(file, "rb+") as handle:
+                os.fchmod(handle.fileno(), mode)  # safetensors makes files that their owner alone may read
+                os.fsync(handle.fileno())
+        sync_folder(beside)
+        if folder.exists():  # left by an attempt that died between its rename and the manifest
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,102 @@
+"""What the training loop knows of the world: its rank, its device, its folder, and whom to tell.
+
+The loop never sees Ray: it is given a `RunContext`. `LocalContext` serves one process or the ranks that ``torchrun``
+started; the one for Ray Train is in `densenet_dist.cluster`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.train.run_folder import RunFolder
+
+Event: TypeAlias = dict[str, Any]
+"""Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it."""
+
+
+class RunContext(Protocol):
+    """The five things the loop is given."""
+
+    @property
+    def rank(self) -> int:
+        """This process' number, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+
+    @property
+    def run(self) -> RunFolder:
+        """The run's folder, checkpoints included; every rank can read it, rank 0 writes."""
+
+    def report(self, event: Event) -> None:
+        """Tell whoever watches the run. For ``epoch`` events every rank calls it, for others rank 0 alone."""
+
+
+@dataclass(frozen=True)
+class LocalContext:
+    """One process, or one of the ranks that ``torchrun`` started; events go to `listener` on rank 0."""
+
+    run: RunFolder
+    device: torch.device
+    listener: Callable[[Event], None] | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def report(self, event: Event) -> None:
+        """Hand the event to the listener at once."""
+        if self.listener is not None and self.rank == 0:
+            self.listener(event)
+
+    @classmethod
+    def from_environment(
+        cls,
+        run: RunFolder,
+        device: str = "auto",
+        listener: Callable[[Event], None] | None = None,
+        timeout_s: float = 600,
+    ) -> LocalContext:
+        """Join the process group that the environment describes (RANK, WORLD_SIZE, ...), if it does.
+
+        Raises:
+            EnvironmentProblem: where a GPU is asked for and there is none.
+        """
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        if world_size > 1 and not dist.is_initialized():
+            timeout = timedelta(seconds=timeout_s)
+            if chosen.type == "cuda":
+                dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
+        return cls(run, chosen, listener, rank, world_size)
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device for this process: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        EnvironmentProblem: where a GPU is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "cluster.device=cuda, but torch sees no GPU on this machine\n"
+            "  train on the CPU with cluster.device=cpu, or run 'densenet-dist doctor' to see why"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,278 @@
+"""The training loop: plain PyTorch, the same for one process, torchrun and Ray.
+
+`fit` trains and tests one run, `train_epoch` walks one epoch, `train_step` takes one step, `evaluate_model` judges.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from densenet_dist.config import Config
+from densenet_dist.data.torch_loader import Batch
+from densenet_dist.errors import TrainingError
+from densenet_dist.train.checkpoint import Position, load_weights
+from densenet_dist.train.context import RunContext
+from densenet_dist.train.job import Job, autocast, build_job, describe, eval_loader, normalisation, sync_from_rank0
+from densenet_dist.train.logs import RunLog
+from densenet_dist.train.metrics import Metrics
+from densenet_dist.train.run_folder import SUMMARY_FILE
+
+PROGRESS_EVERY_S = 0.5
+FINITE_CHECK_EVERY = 50
+"""Steps between looks at the losses for NaN: each look is a host sync and a collective call."""
+
+
+def fit(config: Config, context: RunContext) -> dict[str, Any]:
+    """Train as configured, from the run's latest checkpoint if it has one; then test the best model once.
+
+    Every rank calls it. Rank 0 writes metrics.jsonl, TensorBoard, checkpoints and summary.json to the run's folder.
+
+    Returns:
+        What summary.json holds: final figures, the same on every rank.
+
+    Raises:
+        TrainingError: when a loss is NaN or infinite, on every rank at the same step.
+        DataError, ConfigError, StorageError, CheckpointError: as their names say.
+    """
+    job = build_job(config, context)
+    _restore(job)
+    log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
+    if context.rank == 0:
+        context.report(describe(job))
+    while job.position.epoch < config.train.epochs and not job.course.stopped:
+        _run_epoch(job, log)
+    return _finish(job, log)
+
+
+def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
+    """Take the remaining steps of the current epoch.
+
+    Returns:
+        ``train/loss``, ``train/top1``, ``train/top5`` over the whole epoch and all ranks; ``perf/images_per_s`` and
+        ``perf/data_wait`` (share of time) over the part that this process trained.
+    """
+    job.forward.train()
+    started, waited, seen = time.perf_counter(), 0.0, 0
+    shown = asked = started
+    for batch in job.train_loader.epoch(job.position.epoch, job.position.step):
+        waited += time.perf_counter() - asked
+        if log is not None and job.position.global_step == 0:
+            log.images("train/augmented", batch.images, *normalisation(job.config, job.dataset), 0)
+        train_step(job, batch)
+        seen += batch.global_size
+        _after_step(job)
+        asked = time.perf_counter()
+        if job.context.rank == 0 and asked - shown > PROGRESS_EVERY_S:
+            shown = asked
+            _show_progress(job, seen / (asked - started))
+    totals = job.metrics.compute()  # waits for the device, so that the time below is that of the work
+    seconds = time.perf_counter() - started
+    job.seconds += seconds
+    job.metrics = Metrics(job.context.device)
+    figures = {f"train/{name}": totals[name] for name in ("loss", "top1", "top5")}
+    return figures | {"perf/images_per_s": seen / seconds, "perf/data_wait": waited / seconds}
+
+
+def train_step(job: Job, batch: Batch) -> None:
+    """One optimizer step on this rank's share of a global batch.
+
+    The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
+    scaled by world_size / global_size, which stays exact where the shares are unequal. The parts of a step
+    (``grad_accum_steps``) add up to the same.
+    """
+    train, step = job.config.train, job.position.global_step
+    for group in job.optimizer.param_groups:
+        group["lr"] = job.course.lr(step)
+    job.reseed_dropout()
+    parts = min(train.grad_accum_steps, batch.global_size // job.context.world_size)
+    scale = job.context.world_size / batch.global_size
+    pieces = zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
+    for number, (images, labels) in enumerate(pieces, start=1):
+        with _gradients_stay_here(job.forward) if number < parts else nullcontext():
+            with job.autocast():
+                logits = job.forward(images)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=train.label_smoothing)
+            job.scaler.scale(loss * scale).backward()
+        job.metrics.update(loss, logits, labels)
+        job.finite.update(loss.detach(), step)
+    if train.clip_grad_norm is not None:
+        job.scaler.unscale_(job.optimizer)
+        nn.utils.clip_grad_norm_(job.model.parameters(), train.clip_grad_norm)
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+    job.optimizer.zero_grad(set_to_none=True)
+    if job.average is not None:
+        job.average.update(step)
+    job.position = Position(job.position.epoch, job.position.step + 1, step + 1)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: str
+) -> dict[str, float]:
+    """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches."""
+    model.eval()
+    sync_from_rank0(list(model.buffers()))
+    metrics = Metrics(device)
+    for images, labels, _ in batches:
+        with autocast(device, precision):
+            logits = model(images)
+        metrics.update(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+    return metrics.compute()
+
+
+def _run_epoch(job: Job, log: RunLog | None) -> None:
+    started = time.perf_counter()
+    record: dict[str, Any] = {
+        "epoch": job.position.epoch + 1,
+        "lr": job.course.lr(job.position.global_step - job.position.step),
+    }
+    record |= train_epoch(job, log)
+    _check_finite(job)
+    validation: dict[str, float] = {}
+    if job.val_loader is not None:
+        device, precision = job.context.device, job.config.train.precision
+        totals = evaluate_model(job.eval_model, job.val_loader, device, precision)
+        validation = {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
+        if not math.isfinite(totals["loss"]):
+            raise _diverged(job, "validation loss is", job.position.global_step - 1)
+    job.course.epoch_end(validation.get("val/loss"))
+    job.position = Position(job.position.epoch + 1, 0, job.position.global_step)
+    record |= validation | {"seconds": time.perf_counter() - started}
+    if log is not None:
+        log.record(record, job.position.global_step)
+        log.publish()
+    last = job.position.epoch == job.config.train.epochs or job.course.stopped
+    if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last:
+        _save(job, validation)
+    latest = job.store.latest()
+    job.context.report(
+        {
+            "kind": "epoch",
+            **record,
+            "epochs": job.config.train.epochs,
+            "global_step": job.position.global_step,
+            "many_classes": job.dataset.num_classes > 10,
+            "checkpoint": latest.name if latest else None,
+            "is_best": latest is not None and job.store.best == latest.name and latest.position == job.position,
+        }
+    )
+
+
+def _after_step(job: Job) -> None:
+    step, every = job.position.global_step, job.config.checkpoint.every_steps
+    inside = job.position.step < job.train_loader.steps_per_epoch
+    save = every is not None and step % every == 0 and inside
+    if save or step % FINITE_CHECK_EVERY == 0:
+        _check_finite(job)
+    if save:
+        _save(job, {})
+
+
+def _save(job: Job, validation: dict[str, float]) -> None:
+    # The last step's loss was that of the weights before it.
+    norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in job.model.parameters()]))
+    if not norms.isfinite().all():
+        raise _diverged(job, "norm of the weights is", job.position.global_step - 1)
+    snapshot = job.snapshot(validation)
+    if job.context.rank == 0:
+        job.store.save(snapshot)
+    job.saved_step = job.position.global_step
+
+
+def _check_finite(job: Job) -> None:
+    step = job.finite.first()
+    if step is not None:
+        raise _diverged(job, "loss is", step)
+
+
+def _diverged(job: Job, what: str, step: int) -> TrainingError:
+    kept = "no checkpoint was saved yet"
+    if job.saved_step is not None:
+        kept = f"the checkpoint of step {job.saved_step} is kept"
+    return TrainingError(
+        f"the {what} NaN or infinite at step {step} (epoch {step // job.train_loader.steps_per_epoch + 1}); {kept}\n"
+        "  try a lower train.lr, a warm-up (train.schedule.warmup_epochs), train.clip_grad_norm=1 "
+        "or train.precision=fp32"
+    )
+
+
+def _restore(job: Job) -> None:
+    """Take up the latest whole checkpoint; rank 0 chooses it, so that all take the same."""
+    chosen: list[Any] = [None]
+    if job.context.rank == 0:
+        snapshot = job.store.load_latest()
+        chosen[0] = snapshot.position if snapshot else None
+        for problem in job.store.damaged:
+            job.context.report({"kind": "note", "text": f"{problem}; it is left out"})
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen, src=0)
+    for entry in job.store.entries:
+        if entry.position == chosen[0]:
+            job.restore(job.store.load(entry))
+
+
+def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
+    """Test the best model once, on every rank's share of the test images, and write the summary."""
+    config, context = job.config, job.context
+    best: list[Any] = [None]
+    if context.rank == 0:
+        snapshot = job.store.load_best()
+        assert snapshot is not None  # the last epoch always saves
+        load_weights(job.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
+        best = [{"epoch": snapshot.position.epoch, **snapshot.metrics}]
+    if dist.is_initialized():
+        dist.broadcast_object_list(best, src=0)
+    sync_from_rank0(list(job.eval_model.parameters()))
+    batches = eval_loader(config, context, job.dataset, job.dataset.test)
+    totals = evaluate_model(job.eval_model, batches, context.device, config.train.precision)
+    test = {f"test/{name}": totals[name] for name in ("loss", "top1", "top5")}
+    summary = {
+        "status": "early stop" if job.course.stopped else "finished",
+        "epochs": job.position.epoch,
+        "global_step": job.position.global_step,
+        "train_seconds": round(job.seconds, 3),
+        "best": best[0],
+        **test,
+    }
+    if log is not None:
+        log.record({"epoch": best[0]["epoch"], **test}, job.position.global_step)
+        log.hparams(config, {**{k: v for k, v in best[0].items() if "/" in k}, **test})
+        log.close()
+        context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    if context.rank == 0:
+        context.report({"kind": "end", **summary})
+    return summary
+
+
+def _gradients_stay_here(forward: nn.Module) -> Any:
+    # A compiled module passes attributes on, so that the DDP inside is found either way.
+    inner = getattr(forward, "_orig_mod", forward)
+    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
+
+
+def _show_progress(job: Job, rate: float) -> None:
+    loss, _, _, images = job.metrics.sums.tolist()
+    job.context.report(
+        {
+            "kind": "progress",
+            "epoch": job.position.epoch + 1,
+            "epochs": job.config.train.epochs,
+            "step": job.position.step,
+            "steps": job.train_loader.steps_per_epoch,
+            "global_step": job.position.global_step,
+            "loss": loss / max(images, 1.0),
+            "rate": rate,
+        }
+    )

@@ -1,0 +1,254 @@
+"""Everything one rank needs to train: built from a configuration, saved to and restored from a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from densenet_dist.config import Config, ModelConfig
+from densenet_dist.data.datasets import Dataset, Split, load_dataset
+from densenet_dist.data.plan import split_indices
+from densenet_dist.data.torch_loader import EvalLoader, TrainLoader
+from densenet_dist.model import DenseNet, count_parameters, densenet
+from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
+from densenet_dist.train.context import RunContext
+from densenet_dist.train.metrics import FiniteWatch, Metrics
+from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
+from densenet_dist.train.sync_bn import synchronise_batchnorm
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Job:
+    """One rank's share of a run.
+
+    Attributes:
+        model: the plain model, whose state dict is what checkpoints hold.
+        forward: what a training step calls: `model` compiled and wrapped for DDP as configured.
+        num_images: training and validation images.
+        position: the next step to take.
+        saved_step: the global step of the newest checkpoint, known on every rank.
+        seconds: time spent in training epochs so far, over all restarts.
+    """
+
+    config: Config
+    context: RunContext
+    dataset: Dataset
+    model: DenseNet
+    forward: nn.Module
+    average: WeightAverage | None
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    course: Course
+    train_loader: TrainLoader
+    val_loader: EvalLoader | None
+    num_images: tuple[int, int]
+    store: CheckpointStore
+    metrics: Metrics
+    finite: FiniteWatch
+    position: Position = field(default_factory=Position)
+    saved_step: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model to judge: the weight average where there is one."""
+        return self.average.model if self.average else self.model
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as configured."""
+        return autocast(self.context.device, self.config.train.precision)
+
+    def reseed_dropout(self) -> None:
+        """Make this step's dropout masks a function of (seed, global step, rank), so that no generator is saved."""
+        if self.config.model.drop_rate > 0:
+            key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+
+    def snapshot(self, metrics: dict[str, float] | None = None) -> Snapshot:
+        """The state as it stands. A collective call: every rank's running sums go in."""
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "course": self.course.state_dict(),
+            "sums": self.metrics.gather(),
+            "seconds": self.seconds,
+        }
+        average = self.average.model.state_dict() if self.average else None
+        return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take up a checkpoint.
+
+        Raises:
+            CheckpointError: where it does not fit this model.
+        """
+        origin = f"the checkpoint of step {snapshot.position.global_step}"
+        load_weights(self.model, snapshot.model, origin)
+        if self.average:
+            load_weights(self.average.model, snapshot.average or snapshot.model, origin)
+        self.optimizer.load_state_dict(snapshot.state["optimizer"])
+        self.scaler.load_state_dict(snapshot.state["scaler"])
+        self.course.load_state_dict(snapshot.state["course"])
+        self.metrics.restore(snapshot.state["sums"], self.context.rank, self.context.world_size)
+        self.position, self.seconds = snapshot.position, snapshot.state["seconds"]
+        self.saved_step = snapshot.position.global_step
+
+
+def build_job(config: Config, context: RunContext) -> Job:
+    """Load the data, build the model and all that trains it.
+
+    Raises:
+        DataError: where the data set is missing or damaged.
+        ConfigError: where model, data and number of workers do not fit together.
+    """
+    _choose_kernels(config, context)
+    dataset = load_dataset_of(config)
+    train_indices, val_indices = split_indices(
+        dataset.train.labels, config.data.val_fraction, config.seed, stratified=config.data.stratified
+    )
+    mean, std = normalisation(config, dataset)
+    train_loader = TrainLoader(
+        dataset.train,
+        train_indices,
+        global_batch_size=config.train.global_batch_size,
+        augmentation=config.data.augment,
+        seed=config.seed,
+        mean=mean,
+        std=std,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+        prefetch=config.data.prefetch,
+    )
+    model = build_model(config.model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+    store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
+    decay = config.train.ema_decay
+    return Job(
+        config=config,
+        context=context,
+        dataset=dataset,
+        model=model,
+        forward=_wrap(model, config, context),
+        average=WeightAverage(model, decay) if decay is not None else None,
+        optimizer=build_optimizer(model, config.train.optimizer, config.train.lr),
+        scaler=GradScaler(context.device.type, enabled=config.train.precision == "fp16"),
+        course=Course.build(config.train, train_loader.steps_per_epoch),
+        train_loader=train_loader,
+        val_loader=eval_loader(config, context, dataset, dataset.train, val_indices) if len(val_indices) else None,
+        num_images=(len(train_indices), len(val_indices)),
+        store=store,
+        metrics=Metrics(context.device),
+        finite=FiniteWatch(context.device),
+    )
+
+
+def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:
+    """The configured DenseNet on the CPU, its weights drawn from `seed` where one is given.
+
+    Raises:
+        ConfigError: naming every setting that cannot work.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
+
+
+def load_dataset_of(config: Config) -> Dataset:
+    """The configured data set, verified."""
+    data = config.data
+    return load_dataset(data.name, data.root, download=data.download, url=data.url, limit=data.limit, seed=config.seed)
+
+
+def normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation by which images in [0, 1] are normalised."""
+    if config.data.normalize == "unit":
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return dataset.mean, dataset.std
+
+
+def eval_loader(config: Config, context: RunContext, dataset: Dataset, split: Split, indices: Any = None) -> EvalLoader:
+    """The loader that shows every image of `split` (or those at `indices`) once over all ranks, unaugmented."""
+    import numpy as np
+
+    mean, std = normalisation(config, dataset)
+    return EvalLoader(
+        split,
+        np.arange(len(split.labels)) if indices is None else indices,
+        batch_size=config.train.eval_batch_size,
+        mean=mean,
+        std=std,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+        prefetch=config.data.prefetch,
+    )
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision on `device`; a context that does nothing for fp32."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What is about to be trained, on what: the ``start`` event."""
+    device = torch.cuda.get_device_name(job.context.device) if job.context.device.type == "cuda" else "CPU"
+    return {
+        "kind": "start",
+        "model": job.config.model.variant,
+        "parameters": count_parameters(job.model).trainable,
+        "data": job.config.data.name,
+        "train_images": job.num_images[0],
+        "val_images": job.num_images[1],
+        "epochs": job.config.train.epochs,
+        "steps_per_epoch": job.train_loader.steps_per_epoch,
+        "global_batch_size": job.config.train.global_batch_size,
+        "precision": job.config.train.precision,
+        "world_size": job.context.world_size,
+        "device": device,
+        "epoch": job.position.epoch,
+        "global_step": job.position.global_step,
+    }
+
+
+@torch.no_grad()
+def sync_from_rank0(tensors: list[Tensor]) -> None:
+    """Give every rank rank 0's values. A collective call.
+
+    BatchNorm's running statistics differ by rank while training (only rank 0's are kept), so they are shared before
+    an evaluation rather than before every step, as DDP does by default.
+    """
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def _choose_kernels(config: Config, context: RunContext) -> None:
+    if context.device.type != "cuda":
+        return  # CPU kernels are deterministic at a fixed number of threads
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, later than this
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    torch.use_deterministic_algorithms(config.train.deterministic)
+
+
+def _wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
+    forward: nn.Module = model
+    if context.world_size > 1:
+        if config.train.sync_bn:
+            forward = synchronise_batchnorm(model)
+        ids = [context.device.index] if context.device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if config.train.compile:
+        return cast(nn.Module, torch.compile(forward))
+    return forward

@@ -1,0 +1,81 @@
+"""What is counted while training and evaluating: sums on the device, reduced over ranks once."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LOSS, _TOP1, _TOP5, _IMAGES = range(4)
+
+
+class Metrics:
+    """Running sums of loss, top-1 and top-5 hits and images, without a host sync a step.
+
+    Attributes:
+        sums: (4,) float64 on the device: summed loss, top-1 hits, top-5 hits, images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss_sum: () summed loss of the batch.
+            logits: (n, classes), any float dtype.
+            labels: (n,) int64.
+        """
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = top == labels[:, None]
+        self.sums[_LOSS] += loss_sum.detach()
+        self.sums[_TOP1] += hits[:, 0].sum()
+        self.sums[_TOP5] += hits.sum()
+        self.sums[_IMAGES] += len(labels)
+
+    def gather(self) -> Tensor:
+        """(world_size, 4) float64 on the CPU: every rank's sums, for a checkpoint. A collective call."""
+        return gather_ranks(self.sums).cpu()
+
+    def restore(self, gathered: Tensor, rank: int, world_size: int) -> None:
+        """Take up the sums of a checkpoint; at another world size, rank 0 takes all of them."""
+        if len(gathered) == world_size:
+            self.sums.copy_(gathered[rank])
+        elif rank == 0:
+            self.sums.copy_(gathered.sum(0))
+
+    def compute(self) -> dict[str, float]:
+        """``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images`` over all ranks. A collective call."""
+        loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
+        count = max(images, 1.0)
+        return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
+
+
+def gather_ranks(tensor: Tensor) -> Tensor:
+    """(world_size, *shape): every rank's `tensor`, in the order of the ranks, the same bits everywhere."""
+    if not dist.is_initialized():
+        return tensor[None].clone()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+class FiniteWatch:
+    """Remembers the first step whose loss was NaN or infinite, without a host sync a step."""
+
+    _NEVER = torch.iinfo(torch.int64).max
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, step: int) -> None:
+        """Look at the loss, a () tensor, of global step `step`."""
+        self._first = torch.where(torch.isfinite(loss), self._first, self._first.clamp(max=step))
+
+    def first(self) -> int | None:
+        """The first such step over all ranks, if there was one. A collective call."""
+        step = int(gather_ranks(self._first).min().item())
+        return None if step == self._NEVER else step

@@ -1,0 +1,196 @@
+"""Optimizers, learning-rate schedules, early stopping and the moving average of weights.
+
+The rate at a step is a closed formula of the step, so resuming needs no state; only `Plateau` and `EarlyStopping`
+remember anything, and hand it over as plain values.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from densenet_dist.config import OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimizer over `model`'s parameters, in two groups where biases and BatchNorm are spared the decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.decay == "all":
+        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    else:
+        # Weights of convolutions and linear layers have two dimensions or more; biases, gamma and beta have one.
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return adam(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step.
+
+    Attributes:
+        config: which course.
+        lr: the peak rate.
+        steps_per_epoch: optimizer steps an epoch.
+        epochs: length of the run.
+    """
+
+    config: ScheduleConfig
+    lr: float
+    steps_per_epoch: int
+    epochs: int
+
+    def __call__(self, step: int) -> float:
+        """The rate of global step `step` (from 0), before any reduction by `Plateau`."""
+        warmup = self.config.warmup_epochs * self.steps_per_epoch
+        if step < warmup:
+            start = self.config.warmup_start
+            return self.lr * (start + (1 - start) * (step + 1) / math.ceil(warmup))
+        courses: dict[str, Callable[[int], float]] = {
+            "constant": lambda _: self.lr,
+            "plateau": lambda _: self.lr,
+            "multistep": self._multistep,
+            "cosine": self._cosine,
+            "one_cycle": self._one_cycle,
+        }
+        return courses[self.config.name](step)
+
+    @property
+    def _steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    def _multistep(self, step: int) -> float:
+        epoch = step / self.steps_per_epoch
+        return self.lr * self.config.gamma ** sum(epoch >= milestone for milestone in self.config.milestones)
+
+    def _cosine(self, step: int) -> float:
+        """SGDR without restarts (Loshchilov and Hutter 2017, eq. 5), over what the warm-up leaves."""
+        warmup = self.config.warmup_epochs * self.steps_per_epoch
+        progress = (step - warmup) / max(self._steps - warmup, 1)
+        return self.config.final_lr + (self.lr - self.config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _one_cycle(self, step: int) -> float:
+        """Up and down once (Smith and Topin 2018); the same course as `torch.optim.lr_scheduler.OneCycleLR`."""
+        first = self.lr / self.config.div_factor
+        last = first / self.config.final_div_factor
+        top = self.config.pct_start * self._steps - 1
+        if step <= top:
+            return self._anneal(first, self.lr, step / max(top, 1e-12))
+        return self._anneal(self.lr, last, (step - top) / (self._steps - 1 - top))
+
+    def _anneal(self, start: float, end: float, progress: float) -> float:
+        if self.config.anneal == "linear":
+            return start + (end - start) * progress
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass
+class Patience:
+    """Counts epochs without improvement of the validation loss, as Keras' callbacks do.
+
+    Keras acts in the epoch in which the count *reaches* the patience; torch's ReduceLROnPlateau one epoch later.
+    """
+
+    patience: int
+    min_delta: float
+    best: float = math.inf
+    waited: int = 0
+
+    def exhausted(self, loss: float) -> bool:
+        """Take in an epoch's validation loss; whether `patience` epochs in a row have brought no improvement."""
+        if loss < self.best - self.min_delta:
+            self.best, self.waited = loss, 0
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+
+@dataclass
+class Plateau:
+    """ReduceLROnPlateau: multiplies the rate by `factor` when the validation loss stands still."""
+
+    config: ScheduleConfig
+    watch: Patience
+    scale: float = 1.0
+
+    def epoch_end(self, loss: float) -> None:
+        """Take in an epoch's validation loss."""
+        if self.config.name == "plateau" and self.watch.exhausted(loss):
+            self.scale *= self.config.factor
+            self.watch.waited = 0
+
+
+@dataclass
+class Course:
+    """Everything that decides the learning rate and the end of training, with its few remembered values."""
+
+    schedule: Schedule
+    plateau: Plateau
+    early: Patience | None
+    stopped: bool = False
+
+    @classmethod
+    def build(cls, config: TrainConfig, steps_per_epoch: int) -> Course:
+        """The course that a configuration describes."""
+        early = config.early_stopping
+        return cls(
+            Schedule(config.schedule, config.lr, steps_per_epoch, config.epochs),
+            Plateau(config.schedule, Patience(config.schedule.patience, config.schedule.min_delta)),
+            Patience(early.patience, early.min_delta) if early.enabled else None,
+        )
+
+    def lr(self, step: int) -> float:
+        """The rate of global step `step`."""
+        rate = self.schedule(step) * self.plateau.scale
+        return max(rate, self.schedule.config.min_lr) if self.plateau.scale < 1 else rate
+
+    def epoch_end(self, val_loss: float | None) -> None:
+        """Take in an epoch's validation loss, if there is one."""
+        if val_loss is not None:
+            self.plateau.epoch_end(val_loss)
+            self.stopped = self.early is not None and self.early.exhausted(val_loss)
+
+    def state_dict(self) -> dict[str, float]:
+        """What it remembers, as plain numbers."""
+        watches = {"plateau": self.plateau.watch, "early": self.early or Patience(1, 0.0)}
+        state = {f"{name}.{key}": float(value) for name, w in watches.items() for key, value in asdict(w).items()}
+        return state | {"scale": self.plateau.scale, "stopped": float(self.stopped)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up what another `state_dict` remembered; patience and min_delta stay those of the configuration."""
+        for name, watch in (("plateau", self.plateau.watch), ("early", self.early)):
+            if watch is not None:
+                watch.best, watch.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
+        self.plateau.scale, self.stopped = state["scale"], bool(state["stopped"])
+
+
+class WeightAverage:
+    """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging).
+
+    Attributes:
+        model: the averaged model, to evaluate with.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        self._averaged = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]
+        self._source = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """``average += (1 - decay) * (model - average)``, after optimizer step `step`.
+
+        The first steps use a smaller decay, (1 + step) / (10 + step), so that the random start is soon forgotten.
+        """
+        torch._foreach_lerp_(self._averaged, self._source, 1 - min(self.decay, (1 + step) / (10 + step)))

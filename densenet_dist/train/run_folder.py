@@ -1,0 +1,182 @@
+"""A run's folder: ``<storage>/<name>/{config.yaml, env.json, metrics.jsonl, checkpoints/, tb/, ...}``.
+
+On a path (local or NFS) the folder is written in place. On an object store it is written to a temporary folder of this
+process and published file by file; readers fetch what they need.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from densenet_dist.errors import StorageError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+CONFIG_FILE = "config.yaml"
+ENV_FILE = "env.json"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+TENSORBOARD_FOLDER = "tb"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+class RunFolder:
+    """Where one run keeps everything it writes.
+
+    Args:
+        storage: a path, or a URI that pyarrow knows (``s3://bucket/path?endpoint_override=...``). Credentials come
+            from the environment only.
+        name: the run's name; the folder is ``storage/name``.
+
+    Attributes:
+        path: the local folder to write to: the run's folder itself, or this process' stand-in for a remote one.
+        uri: the folder for people to read: a path or a URI.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.storage, self.name = storage, name
+        self._remote: fs.FileSystem | None = None
+        if "://" in storage:
+            base, _, query = storage.partition("?")
+            self.uri = f"{base.rstrip('/')}/{name}"
+            self._remote, self._prefix = _open_filesystem(f"{self.uri}?{query}" if query else self.uri)
+            self.path = Path(tempfile.mkdtemp(prefix=f"densenet_dist-{name}-"))
+            atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+        else:
+            self.path = Path(storage).expanduser().absolute() / name
+            self.uri = str(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the folder lies on an object store."""
+        return self._remote is not None
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            StorageError: where it cannot.
+        """
+        probe = ".write-test"
+        with self._errors("cannot be written"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / probe).write_text("ok")
+            self.publish(probe)
+            self.remove(probe)
+
+    def exists(self, relative: str = CONFIG_FILE) -> bool:
+        """Whether the file or folder is there; by default, whether a run has ever started here."""
+        if self._remote is None:
+            return (self.path / relative).exists()
+        with self._errors("cannot be read"):
+            info: Any = self._remote.get_file_info(f"{self._prefix}/{relative}")
+            return bool(info.type.value)
+
+    def fetch(self, relative: str) -> Path:
+        """The local path of a file or folder of the run, downloaded first from an object store.
+
+        Raises:
+            StorageError: where it cannot be read.
+        """
+        local = self.path / relative
+        if self._remote is not None:
+            from pyarrow import fs
+
+            with self._errors("cannot be read"):
+                source = f"{self._prefix}/{relative}"
+                if self._remote.get_file_info(source).type == fs.FileType.Directory:
+                    local.mkdir(parents=True, exist_ok=True)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                fs.copy_files(source, str(local), self._remote, fs.LocalFileSystem())
+        return local
+
+    def publish(self, *relative: str) -> None:
+        """Upload files or whole folders to an object store; elsewhere they are in place already.
+
+        Raises:
+            StorageError: where they cannot be written.
+        """
+        if self._remote is None:
+            return
+        from pyarrow import fs
+
+        with self._errors("cannot be written"):
+            for item in relative:
+                source = self.path / item
+                if source.exists():
+                    target = f"{self._prefix}/{item}"
+                    self._remote.create_dir(target if source.is_dir() else target.rpartition("/")[0], recursive=True)
+                    fs.copy_files(str(source), target, fs.LocalFileSystem(), self._remote)
+
+    def remove(self, relative: str) -> None:
+        """Delete a file or folder of the run, here and on the object store; a missing one is no error."""
+        local = self.path / relative
+        with self._errors("cannot be written"):
+            if local.is_dir():
+                shutil.rmtree(local)
+            else:
+                local.unlink(missing_ok=True)
+            if self._remote is not None:
+                from pyarrow import fs
+
+                kind = self._remote.get_file_info(f"{self._prefix}/{relative}").type
+                if kind == fs.FileType.Directory:
+                    self._remote.delete_dir(f"{self._prefix}/{relative}")
+                elif kind == fs.FileType.File:
+                    self._remote.delete_file(f"{self._prefix}/{relative}")
+
+    def write(self, relative: str, text: str) -> None:
+        """Write and publish a text file atomically: readers see the old content or the new, never a part.
+
+        Raises:
+            StorageError: where it cannot be written.
+        """
+        with self._errors("cannot be written"):
+            target = self.path / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target.with_name(f".{target.name}.{os.getpid()}")
+            with open(beside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+            sync_folder(target.parent)
+        self.publish(relative)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # pyarrow's errors of storage are OSErrors too
+            reason = error.strerror or str(error)
+            raise StorageError(
+                f"the run folder {self.uri} {what}: {reason}\n  choose another place with storage=PATH_OR_URI"
+            ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    import pyarrow
+    from pyarrow import fs
+
+    try:
+        filesystem, prefix = fs.FileSystem.from_uri(uri)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise StorageError(f"the storage {uri} cannot be opened: {error}") from error
+    return filesystem, prefix.rstrip("/")

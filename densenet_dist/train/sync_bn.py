@@ -1,0 +1,68 @@
+"""BatchNorm over the global batch. torch's own `SyncBatchNorm` computes on GPUs only; this adds the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def synchronise_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm of `model`, in place, by one over all ranks; parameters and state dict stay the same."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = SyncBatchNorm
+    return model
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` that works on the CPU too (gloo), for unequal shares of the batch as well."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (n, C, H, W) by the statistics of all ranks' n together; in eval mode by the running ones."""
+        if input.is_cuda or not self.training or not dist.is_initialized():
+            return super().forward(input)
+        x = input.float()
+        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
+        dist.all_reduce(count)
+        total = float(count)
+        mean = _sum_over_ranks(x.sum((0, 2, 3))) / total
+        centred = x - mean[:, None, None]
+        variance = _sum_over_ranks(centred.square().sum((0, 2, 3))) / total
+        self._update_running(mean.detach(), variance.detach() * (total / max(total - 1, 1)))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(unbiased_variance, self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    reduced: Tensor = _AllReduce.apply(tensor)  # type: ignore[no-untyped-call]
+    return reduced
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; the gradient of a sum that every rank uses is the sum of every rank's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        reduced = tensor.clone()
+        dist.all_reduce(reduced)
+        return reduced
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        reduced = gradients[0].clone()
+        dist.all_reduce(reduced)
+        return reduced

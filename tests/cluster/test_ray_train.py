@@ -1,0 +1,155 @@
+"""Training through Ray Train, as a user starts it: real clusters, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+RAY_NOISE = re.compile(r"raylet|\(pid=|WARNING|INFO|ray::|dashboard|deprecat|Traceback", re.IGNORECASE)
+
+
+def test_a_run_explains_itself(undisturbed, start, read_records):
+    run, text = undisturbed, undisturbed.text()
+    assert not RAY_NOISE.search(text), text
+    assert "2 x CPU" in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")] == ["1/4", "2/4", "3/4", "4/4"]
+    expected = {"config.yaml", "env.json", "metrics.jsonl", "summary.json", "checkpoints", "tb", "curves.png"}
+    assert expected <= {path.name for path in run.folder.iterdir()}
+    assert [line["epoch"] for line in read_records(run.folder) if "train/loss" in line] == [1, 2, 3, 4]
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert f"{summary['test/top1']:.2%}" in text
+    assert str(run.folder) in text
+
+    again = start(f"storage={run.folder.parent}")
+    assert again.wait() == 5
+    assert "exists already" in again.text()
+    assert f"--resume {run.folder}" in again.text()
+
+    finished = run.again()
+    assert finished.returncode == 0
+    assert "finished already" in finished.stdout
+
+
+def test_evaluate_agrees_with_what_two_workers_found(undisturbed):
+    command = [sys.executable, "-m", "densenet_dist", "evaluate", str(undisturbed.folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((undisturbed.folder / "summary.json").read_text())
+    assert json.loads(done.stdout)["top1"] == pytest.approx(summary["test/top1"])
+    assert json.loads(done.stdout)["loss"] == pytest.approx(summary["test/loss"], rel=1e-5)
+
+
+def test_resume_after_a_power_cut_is_exact(undisturbed, start, same_settings, read_records, read_weights):
+    run = start(*same_settings)
+    run.wait_for("epoch   2/4")
+    time.sleep(random.uniform(0.1, 0.5))
+    run.kill_all()
+    resumed = start(resume=True)
+    assert resumed.wait() == 0, resumed.text()
+    assert "resumed after step" in resumed.text()
+    assert read_weights(run.folder) == read_weights(undisturbed.folder)
+    assert read_records(run.folder) == read_records(undisturbed.folder)
+
+
+def test_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, start, same_settings, read_records, read_weights):
+    run = start(*same_settings)
+    run.wait_for("epoch   1/4")
+    random.choice(run.workers()).send_signal(signal.SIGKILL)
+    assert run.wait() == 0, run.text()
+    assert "a worker was lost: all were started again (1 of at most 3 times)" in run.text()
+    assert not RAY_NOISE.search(run.text()), run.text()
+    assert read_weights(run.folder) == read_weights(undisturbed.folder)
+    assert read_records(run.folder) == read_records(undisturbed.folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_no_process(start, number, code):
+    run = start("train.epochs=500")
+    run.wait_for("epoch   2/500")
+    family = run.descendants()
+    assert any("raylet" in process.name() for process in family)
+    run.process.send_signal(number)
+    assert run.wait(30) == code, run.text()
+    assert f"train --resume {run.folder}" in run.text()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    # A dead child that nobody has reaped yet is no process any more: it holds nothing.
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_nan_stops_at_once_and_keeps_the_last_checkpoint(start):
+    # The rate is sane for an epoch, then absurd: what the first epoch saved must survive.
+    run = start(
+        "train.epochs=2", "train.lr=1e25", "train.schedule.name=cosine", "train.schedule.warmup_epochs=1.9",
+        "train.schedule.warmup_start=0", "train.optimizer.momentum=0", "train.optimizer.nesterov=false",
+        "data.augment=none", "checkpoint.every_steps=1", "checkpoint.keep=100",
+    )  # fmt: skip
+    assert run.wait() == 1, run.text()
+    assert re.search(r"error: the loss is NaN or infinite at step \d+ \(epoch 1\)", run.text()), run.text()
+    assert "a worker was lost" not in run.text()
+
+
+def test_more_than_the_machine_has(start):
+    run = start("cluster.workers=3", "cluster.cpus_per_worker=64")
+    assert run.wait() == 3, run.text()
+    assert "3 workers need 192 CPUs, the cluster has" in run.text()
+    run = start("cluster.device=cuda", name="gpu")
+    assert run.wait() == 3, run.text()
+    assert "GPU" in run.text()
+
+
+def test_submitted_as_a_job(tmp_path: Path):
+    """``ray job submit`` on a running cluster: the run joins it and leaves it running."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    port, dashboard = 26379, 28265
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    head = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+            "--ray-client-server-port=27001", "--min-worker-port=27100", "--max-worker-port=27300",
+            f"--temp-dir=/tmp/ray-{os.getpid()}", "--disable-usage-stats"]  # fmt: skip
+    process = subprocess.Popen(head, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    address = f"http://127.0.0.1:{dashboard}"
+    environment["RAY_API_SERVER_ADDRESS"] = address
+    try:
+        _wait_for_cluster(ray, environment)
+        (tmp_path / "job.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "model": {"variant": "densenet_bc", "growth_rate": 4, "num_layers": [1, 1]},
+                    "data": {"name": "shapes", "limit": 640},
+                    "train": {"epochs": 2, "lr": 0.05},
+                    "storage": str(tmp_path / "runs"),
+                }
+            )
+        )
+        command = [ray, "job", "submit", "--working-dir", str(tmp_path), "--",
+                   sys.executable, "-m", "densenet_dist", "train", "job.yaml"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "epoch   2/2" in done.stdout
+        assert json.loads((tmp_path / "runs" / "job" / "summary.json").read_text())["status"] == "finished"
+        listing = subprocess.run([ray, "job", "list"], capture_output=True, text=True, env=environment, timeout=60)
+        assert listing.returncode == 0, "the cluster must still be there"
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+
+
+def _wait_for_cluster(ray: str, environment: dict[str, str]) -> None:
+    deadline = time.monotonic() + 90
+    while subprocess.run([ray, "job", "list"], capture_output=True, env=environment, timeout=60).returncode != 0:
+        assert time.monotonic() < deadline, "the cluster did not come up"
+        time.sleep(1)

@@ -1,0 +1,74 @@
+"""The generated set is the same every time, and is honest work: not for a linear classifier."""
+
+import hashlib
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from densenet_dist.data import shapes
+from densenet_dist.data.datasets import load_dataset
+
+DIGEST = "print(__import__('hashlib').sha256(shapes.generate(300, seed=9, part=1)[0].tobytes()).hexdigest())"
+MEANS = [66.648, 180.464, 149.284, 90.747, 92.508, 206.532, 174.726, 92.961, 146.889, 92.018]
+
+
+def test_form() -> None:
+    dataset = load_dataset("shapes", "unused", limit=500)
+    assert dataset.train.images.shape == dataset.test.images.shape == (500, 32, 32, 3)
+    assert dataset.train.images.dtype == np.uint8
+    assert dataset.train.labels.dtype == np.int64
+    assert np.bincount(dataset.train.labels).tolist() == [50] * 10
+    assert (dataset.num_classes, dataset.image_size, len(set(dataset.class_names))) == (10, 32, 10)
+
+
+def test_same_every_time() -> None:
+    """Also in another process, and whatever comes after."""
+    images, labels = shapes.generate(300, seed=9, part=1)
+    more, more_labels = shapes.generate(700, seed=9, part=1)
+    assert np.array_equal(images, more[:300])
+    assert np.array_equal(labels, more_labels[:300])
+    command = f"from densenet_dist.data import shapes; {DIGEST}"
+    digest = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout.strip()
+    assert digest == hashlib.sha256(images.tobytes()).hexdigest()
+
+
+def test_golden() -> None:
+    """What the set looked like when it was first released, coarsely: a pixel may round differently elsewhere."""
+    images, _ = shapes.generate(10, seed=0, part=0)
+    assert images.reshape(10, -1).mean(axis=1) == pytest.approx(MEANS, abs=0.01)
+
+
+def test_parts_and_seeds_differ() -> None:
+    sets = [shapes.generate(20, seed=seed, part=part)[0] for seed in (0, 1) for part in (0, 1)]
+    assert len({images.tobytes() for images in sets}) == 4
+
+
+def test_statistics() -> None:
+    for seed in (0, 7):
+        images = shapes.generate(2000, seed=seed, part=0)[0].reshape(-1, 3) / 255.0
+        assert images.mean(axis=0) == pytest.approx(shapes.MEAN, abs=0.01)
+        assert images.std(axis=0) == pytest.approx(shapes.STD, abs=0.005)
+
+
+def test_no_class_is_told_by_its_colour_or_place() -> None:
+    """The mean image of every class is the same grey, but for what a figure in the middle covers more often."""
+    images, labels = shapes.generate(4000, seed=0, part=0)
+    means = np.stack([images[labels == label].mean(axis=(0, 1, 2)) for label in range(10)])
+    assert np.abs(means - 127.5).max() < 10.0
+
+
+def test_a_linear_classifier_fails() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    (train, train_labels), (test, test_labels) = (
+        shapes.generate(count, seed=0, part=part) for part, count in enumerate((8000, 2000))
+    )
+    train, test = (images.reshape(len(images), -1).astype(np.float32) for images in (train, test))
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        model = linear_model.LogisticRegression(C=1e-4, max_iter=20).fit((train - mean) / std, train_labels)
+    assert model.score((test - mean) / std, test_labels) < 0.5

@@ -1,0 +1,275 @@
+"""The named nets: their exact sizes, their presets, and what is said of nets that cannot be."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from densenet_dist.errors import ConfigError
+from densenet_dist.model import VARIANTS, DenseNet, ParameterCount, count_parameters, densenet, validate_model
+
+
+def on_meta(variant: str, **options: Any) -> DenseNet:
+    """Build a net without memory for its weights."""
+    with torch.device("meta"):
+        return densenet(variant, **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "trainable", "statistics", "published"),
+    [
+        ("notebook", {}, 3_532_210, 25_480, "3.5M"),
+        ("notebook", {"num_layers": 15, "num_classes": 100}, 5_613_925, 38_080, "5.6M"),
+        ("densenet", {"depth": 40, "growth_rate": 12}, 1_019_722, 18_096, "1.0M"),
+        ("densenet", {"depth": 100, "growth_rate": 12}, 6_979_642, 117_216, "7.0M"),
+        ("densenet", {"depth": 100, "growth_rate": 24}, 27_249_082, 231_264, "27.2M"),
+        ("densenet_bc", {"depth": 100, "growth_rate": 12}, 769_162, 23_988, "0.8M"),
+        ("densenet_bc", {"depth": 250, "growth_rate": 24}, 15_324_406, 257_976, "15.3M"),
+        ("densenet_bc", {"depth": 190, "growth_rate": 40}, 25_624_430, 256_960, "25.6M"),
+        # torchvision documents these as `num_params` of its weights.
+        ("densenet121", {"num_classes": 1000, "image_size": 224}, 7_978_856, 83_648, "8.0M"),
+        ("densenet161", {"num_classes": 1000, "image_size": 224}, 28_681_000, 219_936, "28.7M"),
+        ("densenet169", {"num_classes": 1000, "image_size": 224}, 14_149_480, 158_400, "14.1M"),
+        ("densenet201", {"num_classes": 1000, "image_size": 224}, 20_013_928, 229_056, "20.0M"),
+    ],
+)
+def test_exact_size(variant: str, options: dict[str, Any], trainable: int, statistics: int, published: str) -> None:
+    count = count_parameters(on_meta(variant, **{"num_classes": 10, **options}))
+    assert count == ParameterCount(trainable, statistics)
+    assert count.total == trainable + statistics
+    assert f"{count.trainable / 1e6:.1f}M" == published
+
+
+def test_frozen_parameters_are_not_trainable() -> None:
+    net = on_meta("notebook", num_classes=10)
+    net.classifier.requires_grad_(False)
+    assert count_parameters(net) == ParameterCount(3_532_210 - 18_210, 25_480)
+
+
+@pytest.mark.parametrize(
+    ("variant", "growth_rate", "num_layers", "stem_channels"),
+    [
+        ("notebook", 35, (12, 12, 12, 12), 35),
+        ("densenet", 12, (12, 12, 12), 16),
+        ("densenet_bc", 12, (16, 16, 16), 24),
+        ("densenet121", 32, (6, 12, 24, 16), 64),
+        ("densenet161", 48, (6, 12, 36, 24), 96),
+        ("densenet169", 32, (6, 12, 32, 32), 64),
+        ("densenet201", 32, (6, 12, 48, 32), 64),
+    ],
+)
+def test_presets(variant: str, growth_rate: int, num_layers: tuple[int, ...], stem_channels: int) -> None:
+    arch = on_meta(variant, num_classes=10).architecture
+    assert (arch.growth_rate, arch.num_layers, arch.stem_channels) == (growth_rate, num_layers, stem_channels)
+    assert arch.drop_rate == 0
+
+
+def test_every_variant_is_listed() -> None:
+    assert VARIANTS == (
+        "notebook",
+        "densenet",
+        "densenet_bc",
+        "densenet121",
+        "densenet161",
+        "densenet169",
+        "densenet201",
+    )
+
+
+def test_what_is_asked_for_replaces_the_preset() -> None:
+    arch = on_meta(
+        "densenet_bc", num_classes=7, growth_rate=20, num_layers=[2, 3], compression=0.3, drop_rate=0.2
+    ).architecture
+    assert (arch.growth_rate, arch.num_layers, arch.compression, arch.drop_rate) == (20, (2, 3), 0.3, 0.2)
+    assert (arch.num_classes, arch.stem_channels, arch.bn_size) == (7, 40, 4)
+    assert on_meta("notebook", num_classes=10, num_layers=2).architecture.num_layers == (2, 2, 2, 2)
+    assert on_meta("densenet_bc", num_classes=10, depth=22).architecture.num_layers == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "widths"),
+    [
+        # int(5 * 0.5) = 2 maps enter each later block; 5 + 5, then 2 + 5 leave.
+        ("notebook", [(5, 10), (2, 7), (2, 7)]),
+        # A share of the maps themselves: int(15 * 0.5), int(12 * 0.5).
+        ("densenet_bc", [(10, 15), (7, 12), (6, 11)]),
+    ],
+)
+def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) -> None:
+    net = on_meta(variant, num_classes=10, growth_rate=5, num_layers=[1, 1, 1], compression=0.5)
+    assert net.architecture.block_widths() == widths
+    convs = [net.get_submodule(f"features.transition{i}.conv").weight for i in (1, 2)]
+    assert [conv.shape[:2] for conv in convs] == [(widths[i + 1][0], widths[i][1]) for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "problem"),
+    [
+        (
+            "densnet",
+            {},
+            "model.variant: there is no 'densnet'; choose from notebook, densenet, densenet_bc, densenet121, "
+            "densenet161, densenet169, densenet201",
+        ),
+        ("notebook", {"growth_rate": 0}, "model.growth_rate: 0 is too small; it must be at least 1"),
+        ("densenet_bc", {"num_classes": 0}, "model.num_classes: 0 is too small; it must be at least 1"),
+        ("densenet", {"image_size": -1}, "model.image_size: -1 is too small; it must be at least 1"),
+        (
+            "densenet",
+            {"num_layers": 0},
+            "model.num_layers: [0, 0, 0] does not give every block a layer; "
+            "give one whole number of at least 1 for each block",
+        ),
+        (
+            "notebook",
+            {"num_layers": []},
+            "model.num_layers: [] does not give every block a layer; "
+            "give one whole number of at least 1 for each block",
+        ),
+        (
+            "notebook",
+            {"compression": 1.5},
+            "model.compression: 1.5 is out of range; it must be more than 0 and at most 1 (0.5 in DenseNet-BC)",
+        ),
+        (
+            "notebook",
+            {"compression": float("nan")},
+            "model.compression: nan is out of range; it must be more than 0 and at most 1 (0.5 in DenseNet-BC)",
+        ),
+        (
+            "notebook",
+            {"compression": 0.02},
+            "model.compression: 0.02 of 35 channels leaves none after block 1; 0.0286 would leave one",
+        ),
+        (
+            "densenet_bc",
+            {"num_layers": [1, 1, 1], "growth_rate": 1, "compression": 0.4},
+            "model.compression: 0.4 of 2 channels leaves none after block 2; 0.5 would leave one",
+        ),
+        (
+            "notebook",
+            {"drop_rate": 1.0},
+            "model.drop_rate: 1.0 is out of range; it must be at least 0 and less than 1",
+        ),
+        (
+            "densenet",
+            {"depth": 41},
+            "model.depth: 41 makes no densenet, whose depth - 4 must be a multiple of 3; "
+            "40 and 43 are the nearest that fit",
+        ),
+        (
+            "densenet_bc",
+            {"depth": 101},
+            "model.depth: 101 makes no densenet_bc, whose depth - 4 must be a multiple of 6; "
+            "100 and 106 are the nearest that fit",
+        ),
+        (
+            "densenet_bc",
+            {"depth": 4},
+            "model.depth: 4 makes no densenet_bc, whose depth - 4 must be a multiple of 6; "
+            "10 is the smallest that fits",
+        ),
+        (
+            "densenet",
+            {"depth": 40, "num_layers": 12},
+            "model.depth: it is given together with model.num_layers, and each settles the other; leave one out",
+        ),
+        (
+            "notebook",
+            {"depth": 40},
+            "model.depth: notebook is not named by its depth; give model.num_layers instead",
+        ),
+        (
+            "notebook",
+            {"num_layers": [2] * 7},
+            "model.num_layers: images of 32x32 are too small for 7 blocks: 0x0 would remain in the last one, "
+            "which needs 2x2; use at most 5 blocks or images of at least 128x128",
+        ),
+        (
+            "densenet121",
+            {"image_size": 28},
+            "model.num_layers: images of 28x28 are too small for 4 blocks: 0x0 would remain in the last one, "
+            "which needs 1x1; use at most 3 blocks or images of at least 29x29",
+        ),
+        (
+            "notebook",
+            {"image_size": 1, "num_layers": [1]},
+            "model.num_layers: images of 1x1 are too small for 1 block: 1x1 would remain in the last one, "
+            "which needs 2x2; use images of at least 2x2",
+        ),
+        ("notebook", {"block": "fast"}, "model.block: there is no form 'fast'; choose from reference"),
+    ],
+)
+def test_problem_is_named(variant: str, options: dict[str, Any], problem: str) -> None:
+    options = {"num_classes": 10, **options}
+    assert validate_model(variant, **options) == [problem]
+    with pytest.raises(ConfigError) as caught:
+        densenet(variant, **options)
+    assert str(caught.value) == problem
+
+
+def test_all_problems_are_named_at_once() -> None:
+    problems = validate_model("densenet", num_classes=0, growth_rate=-2, depth=42, drop_rate=2.0, block="x")
+    assert [line.partition(":")[0] for line in problems] == [
+        "model.depth",
+        "model.growth_rate",
+        "model.num_classes",
+        "model.drop_rate",
+        "model.block",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        densenet("densenet", num_classes=0, growth_rate=-2, depth=42, drop_rate=2.0, block="x")
+    assert str(caught.value).splitlines() == problems
+
+
+def test_validation_builds_nothing() -> None:
+    # Built, this net's first convolutions alone would take exabytes.
+    assert validate_model("densenet", num_classes=10, growth_rate=10**9) == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "blocks", "smallest"),
+    [("notebook", 4, 16), ("notebook", 1, 2), ("densenet_bc", 3, 4), ("densenet", 6, 32), ("densenet121", 4, 29)],
+)
+def test_smallest_image(variant: str, blocks: int, smallest: int) -> None:
+    options: dict[str, Any] = {"num_classes": 10, "growth_rate": 2, "num_layers": [1] * blocks}
+    net = on_meta(variant, image_size=smallest, **options).eval()
+    assert net(torch.empty(2, 3, smallest, smallest, device="meta")).shape == (2, 10)
+    (problem,) = validate_model(variant, image_size=smallest - 1, **options)
+    assert problem.endswith(f"images of at least {smallest}x{smallest}")
+
+
+@pytest.mark.parametrize(("variant", "image_size"), [("notebook", 45), ("densenet_bc", 45), ("densenet121", 77)])
+def test_odd_images(variant: str, image_size: int) -> None:
+    """Sides that do not halve evenly are rounded as the poolings round them."""
+    net = on_meta(variant, num_classes=10, growth_rate=2, num_layers=[1] * 4, image_size=image_size).eval()
+    assert net(torch.empty(2, 3, image_size, image_size, device="meta")).shape == (2, 10)
+
+
+def test_constructor_names_its_own_arguments() -> None:
+    with pytest.raises(ConfigError) as caught:
+        DenseNet(
+            growth_rate=4,
+            num_layers=[1],
+            num_classes=10,
+            stem_channels=0,
+            stem="vgg",  # type: ignore[arg-type]
+            bn_size=0,
+            norm_momentum=1.5,
+            norm_eps=0.0,
+            head="max",  # type: ignore[arg-type]
+            init="ones",  # type: ignore[arg-type]
+            compression_of="depth",  # type: ignore[arg-type]
+            in_channels=0,
+        )
+    assert str(caught.value).splitlines() == [
+        "model.stem_channels: 0 is too small; it must be at least 1",
+        "model.in_channels: 0 is too small; it must be at least 1",
+        "model.bn_size: 0 is too small; it must be at least 1 (4 in the paper), or none",
+        "model.norm_momentum: 1.5 is out of range; it must be from 0 to 1",
+        "model.norm_eps: 0.0 is out of range; it must be more than 0",
+        "model.stem: there is no 'vgg'; choose from cifar, imagenet",
+        "model.compression_of: there is no 'depth'; choose from channels, growth_rate",
+        "model.head: there is no 'max'; choose from global, pool2",
+        "model.init: there is no 'ones'; choose from glorot, he, torchvision",
+    ]

@@ -1,0 +1,100 @@
+"""Runs functions of a test module in real processes: one by itself, or several joined by gloo."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(*args)`` in `world_size` processes of one gloo process group, with one thread each.
+
+    Args:
+        function: a function at the top of a test module. It finds its rank with ``dist.get_rank()``.
+        args: what it is called with; pickled.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the first failing rank's number and traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder, _server():
+        start_processes(
+            _rank_main, (world_size, folder, *_address(function), args), world_size, start_method="forkserver"
+        )
+        return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Start ``function(*args)`` in a process of its own, with one thread, and return at once."""
+    with _server() as context:
+        process = context.Process(target=_main, args=(*_address(function), args), daemon=True)
+        process.start()
+    return process
+
+
+def _rank_main(rank: int, world_size: int, folder: str, home: str, name: str, args: tuple[Any, ...]) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", TIMEOUT, world_size, rank)
+    try:
+        result = _main(home, name, args)
+        Path(folder, f"result-{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()  # nobody leaves while another still talks to it
+    except RuntimeError as error:
+        if "gloo" in str(error):
+            time.sleep(5)  # it lost another rank, which is the one to report; this one is stopped meanwhile
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _main(home: str, name: str, args: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("test_module", home)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["test_module"] = module
+    spec.loader.exec_module(module)
+    return getattr(module, name)(*args)
+
+
+def _address(function: Callable[..., Any]) -> tuple[str, str]:
+    # pytest's importlib mode gives test modules names that no other process can import: go by the file.
+    return str(sys.modules[function.__module__].__file__), function.__name__
+
+
+@contextmanager
+def _server() -> Iterator[ForkServerContext]:
+    """A server that has imported torch already forks a process in an instant; spawning one takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["densenet_dist.train.engine"])
+    variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield context
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

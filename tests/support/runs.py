@@ -1,0 +1,71 @@
+"""Runs that take a second: a DenseNet of two layers on a few dozen generated images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from densenet_dist.config import Config, load_config, to_yaml
+from densenet_dist.train.context import Event, LocalContext
+from densenet_dist.train.engine import fit
+from densenet_dist.train.job import Job, build_job
+from densenet_dist.train.run_folder import CONFIG_FILE, METRICS_FILE, RunFolder
+
+TINY = {
+    "name": "tiny",
+    "model": {"variant": "densenet_bc", "growth_rate": 4, "num_layers": [1, 1]},
+    # 67 images to train on, 8 to validate with: 4 batches of 16, then one of 3.
+    "data": {"name": "shapes", "limit": 75, "prefetch": 1},
+    "train": {"epochs": 3, "global_batch_size": 16, "eval_batch_size": 20, "lr": 0.05},
+    "cluster": {"engine": "local", "device": "cpu"},
+}
+STEPS_PER_EPOCH = 5
+TIMES = ("time", "seconds", "perf/images_per_s", "perf/data_wait", "train_seconds")
+
+
+def tiny(storage: Path | str, *settings: str) -> Config:
+    """The tiny run's configuration, in `storage`, with changes."""
+    return load_config(TINY, {"storage": str(storage)}, *settings)
+
+
+def run_of(config: Config) -> RunFolder:
+    """The folder of a run."""
+    return RunFolder(config.storage, config.name)
+
+
+def context_of(config: Config, run: RunFolder | None = None, listener: Callable[[Event], None] | None = None) -> Any:
+    """A context for this process, or for its rank in the process group it is in."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return LocalContext(run or run_of(config), torch.device("cpu"), listener, rank, world_size)
+
+
+def train(
+    config: Config, *, run: RunFolder | None = None, listener: Callable[[Event], None] | None = None
+) -> dict[str, Any]:
+    """Train, or go on with, a run; its summary."""
+    context = context_of(config, run, listener)
+    if context.rank == 0:
+        context.run.write(CONFIG_FILE, to_yaml(config))
+    return fit(config, context)
+
+
+def job_of(config: Config) -> Job:
+    """One rank's job, before its first step."""
+    return build_job(config, context_of(config))
+
+
+def records(config: Config) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = (run_of(config).path / METRICS_FILE).read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def weights_of(config: Config) -> dict[str, dict[str, bytes]]:
+    """The bytes of every weight file, by checkpoint."""
+    folders = (run_of(config).path / "checkpoints").glob("step-*")
+    return {folder.name: {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in folders}

@@ -1,0 +1,210 @@
+"""The command line as a user meets it: help, errors with their exit codes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from densenet_dist.cli import main
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "train.epochs=1", "cluster.engine=local")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; gives its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def quickstart() -> str:
+    return str(ROOT / "configs" / "quickstart.yaml")
+
+
+@pytest.mark.parametrize("name", ["", "train", "evaluate", "data", "config", "doctor"])
+def test_help_reads_well(command, name):
+    code, out, _ = command(*name.split(), "--help")
+    assert code == 0
+    assert "Usage: densenet-dist" in out
+    assert "None" not in out
+    if name == "train":
+        assert "densenet-dist train configs/quickstart.yaml" in out
+
+
+def test_help_does_not_import_torch():
+    code = "import sys\nfrom densenet_dist.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    done = subprocess.run([sys.executable, "-c", f"{code}sys.exit('torch' in sys.modules or 'ray' in sys.modules)"])
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_resolves_and_opens_with_its_command(command, path):
+    code, out, err = command("config", str(path))
+    assert code == 0, err
+    assert yaml.safe_load(out)["name"] == path.stem
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"densenet-dist train configs/{path.name}" in line for line in head)
+
+
+def test_printed_config_is_read_back_as_the_same(command, quickstart, tmp_path):
+    _, out, _ = command("config", quickstart, "train.lr=1e-3", "model.num_layers=[2,3]")
+    Path("again.yaml").write_text(out)
+    assert command("config", "again.yaml", "name=quickstart")[1] == out
+
+
+def test_unknown_key_suggests_the_nearest(command, quickstart):
+    code, _, err = command("train", quickstart, "model.growthrate=12")
+    assert code == 2
+    assert err == "error: model.growthrate: unknown key; did you mean model.growth_rate?\n"
+
+
+def test_several_errors_are_told_at_once(command, quickstart):
+    code, _, err = command("train", quickstart, "train.epochs=many", "lr=0.1", "data.name=cifar11")
+    assert code == 2
+    assert err.startswith("error: 3 problems in the configuration:\n")
+    for text in ("train.epochs: ", "'many'", "lr: unknown key; did you mean train.lr?", "data.name: ", "cifar11"):
+        assert text in err
+
+
+def test_impossible_shapes(command, quickstart):
+    code, _, err = command("train", quickstart, "model.variant=notebook", "model.num_layers=[2,2,2,2,2,2,2]")
+    assert code == 2
+    assert "model.num_layers: images of 32x32 are too small for 7 blocks" in err
+    code, _, err = command("config", quickstart, "model.num_layers=null", "model.depth=41", "model.variant=densenet")
+    assert code == 2
+    assert "model.depth" in err
+    assert "40" in err
+
+
+def test_batch_too_small_for_the_workers(command, quickstart):
+    code, _, err = command("train", quickstart, "cluster.workers=8", "train.global_batch_size=4")
+    assert code == 2
+    assert "cluster.workers: 8 workers cannot share train.global_batch_size=4" in err
+
+
+def test_usage(command, quickstart):
+    assert command("train")[0] == 2
+    assert command("trian")[0] == 2
+    assert command("train", quickstart, "--workers")[0] == 2
+    code, _, err = command("train", "quickstrat.yaml")
+    assert code == 2
+    assert "there is no config file quickstrat.yaml" in err
+
+
+def test_no_gpu(command, quickstart):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, _, err = command("train", quickstart, *QUICK, "cluster.device=cuda")
+    assert code == 3
+    assert "cluster.device=cuda, but torch sees no GPU" in err
+    assert "cluster.device=cpu" in err
+
+
+def test_no_data(command, quickstart):
+    code, _, err = command("train", quickstart, *QUICK, "data.name=cifar10", "data.download=false")
+    assert code == 4
+    assert "cifar-10-batches-bin" in err
+    assert "data prepare cifar10" in err
+
+
+def test_run_folder_cannot_be_written(command, quickstart):
+    Path("file").write_text("in the way")
+    code, _, err = command("train", quickstart, *QUICK, "storage=file/runs")
+    assert code == 5
+    assert "file/runs/quickstart cannot be written: Not a directory" in err
+    assert "storage=PATH_OR_URI" in err
+
+
+def test_nan(command, quickstart):
+    code, _, err = command("train", quickstart, *QUICK, "train.lr=1e30")
+    assert code == 1
+    assert "the loss is NaN or infinite at step" in err
+    assert "Traceback" not in err
+    code, _, err = command("train", quickstart, *QUICK, "train.lr=1e30", "name=again", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_train_evaluate_resume(command, quickstart):
+    code, out, err = command("train", quickstart, *QUICK, "train.epochs=2")
+    assert (code, err) == (0, "")
+    folder = Path("runs/quickstart").absolute()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"test top-1         {summary['test/top1']:.2%}" in out
+    assert f"tensorboard --logdir {folder}/tb" in out
+
+    # Judged again, by name, path, and as JSON.
+    code, out, _ = command("evaluate", "quickstart")
+    assert code == 0
+    assert f"top-1 {summary['test/top1']:.2%}" in out
+    code, out, _ = command("evaluate", str(folder), "--split", "val", "--json")
+    assert json.loads(out)["top1"] == summary["best"]["val/top1"]
+
+    code, _, err = command("train", quickstart, *QUICK)
+    assert code == 5
+    assert "exists already" in err
+    code, out, _ = command("train", "--resume", "quickstart")
+    assert code == 0
+    assert "finished already" in out
+    code, _, err = command("train", "--resume", "quickstart", "train.lr=0.5", "cluster.max_failures=1")
+    assert code == 2
+    assert "a resumed run cannot change:\n  train.lr: 0.1 -> 0.5\n" in err
+    code, _, err = command("train", "--resume", "elsewhere")
+    assert code == 5
+    assert "there is no run at" in err
+
+
+def test_quiet_says_nothing(command, quickstart):
+    assert command("train", quickstart, *QUICK, "--quiet") == (0, "", "")
+
+
+def test_checkpoint_of_another_net(command, quickstart):
+    command("train", quickstart, *QUICK, "name=small", "--quiet")
+    config = Path("runs/small/config.yaml")
+    config.write_text(config.read_text().replace("growth_rate: 4", "growth_rate: 8"))
+    code, _, err = command("evaluate", "runs/small")
+    assert code == 6
+    assert "does not fit this model" in err
+    assert "features.conv0.weight: (8, 3, 3, 3) there, (16, 3, 3, 3) in this model" in err
+
+
+def test_unknown_data_set(command):
+    code, _, err = command("data", "prepare", "imagenet")
+    assert code == 2
+    assert "known: shapes, cifar10, cifar100" in err
+
+
+def test_prepare_shapes(command):
+    assert command("data", "prepare", "shapes")[0] == 0
+
+
+def test_doctor(command):
+    code, out, err = command("doctor", "cluster.engine=local")
+    assert code == 0, out + err
+    for text in ("torch 2.", "Ray", "DALI", "storage", "shapes is generated", "ready"):
+        assert text in out
+    assert not Path("runs").exists(), "a check leaves nothing behind"
+    Path("file").write_text("in the way")
+    code, out, _ = command(
+        "doctor", "cluster.engine=local", "storage=file/runs", "data.name=cifar10", "data.download=false"
+    )
+    assert code == 3
+    assert "cannot do the job: storage, data" in out

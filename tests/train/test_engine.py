@@ -1,0 +1,382 @@
+"""The training loop in one process: what a step does, what an epoch counts, when a run ends and what it leaves."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import STEPS_PER_EPOCH, context_of, job_of, records, run_of, tiny, train, weights_of
+from torch import nn
+
+from densenet_dist.config import Config
+from densenet_dist.errors import CheckpointError, StorageError, TrainingError
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
+from densenet_dist.train.evaluation import evaluate
+from densenet_dist.train.job import Job, build_model
+
+TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 67, 8, 75
+
+
+def state(job: Job) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(job.model.state_dict())
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# One step
+
+
+PLAIN = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.9, nesterov=True, weight_decay=0.01, foreach=False),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.005, weight_decay=0.01, eps=1e-3, foreach=False),
+}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
+    """Without channels_last, fused kernels, autocast, loss scaling and all else that the engine has."""
+    settings = [f"train.optimizer.name={name}", "train.optimizer.weight_decay=0.01", "train.optimizer.decay=all"]
+    settings += ["train.optimizer.eps=1e-3", "train.schedule.name=constant", "train.lr=0.005"]
+    config = tiny(tmp_path, *settings, "train.label_smoothing=0.1", "train.clip_grad_norm=0.25")
+    job = job_of(config)
+    figures = train_epoch(job)
+
+    model = build_model(config.model, 10, 32, config.seed).to(memory_format=torch.contiguous_format)
+    assert_close(dict(model.state_dict()), state(job_of(config)), 0)
+    optimizer, losses, hits, clipped = PLAIN[name](model.parameters()), [], [], 0
+    for images, labels, size in job_of(config).train_loader.epoch(0):
+        log_probabilities = model(images.contiguous()).log_softmax(1)
+        of_label = log_probabilities[torch.arange(size), labels]
+        each = -(0.9 * of_label + 0.1 * log_probabilities.mean(1))
+        optimizer.zero_grad()
+        each.mean().backward()
+        norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+        clipped += int(norm > 0.25)
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, 0.25 / float(norm))
+        optimizer.step()
+        losses += each.tolist()
+        hits += (log_probabilities.argmax(1) == labels).tolist()
+    assert clipped >= 2  # it was at work
+    assert_close(state(job), dict(model.state_dict()), 2e-5)
+    assert figures["train/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert figures["train/top1"] == pytest.approx(np.mean(hits))
+    assert len(losses) == TRAIN_IMAGES
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 16, 100])
+def test_a_step_in_parts_is_the_step_as_a_whole(tmp_path, parts):
+    # With BatchNorm in eval mode: in training mode each part has statistics of its own, in any framework.
+    jobs = [job_of(tiny(tmp_path, f"train.grad_accum_steps={count}")) for count in (1, parts)]
+    batches = list(jobs[0].train_loader.epoch(0))
+    assert batches[-1].global_size == 3  # fewer than the parts, and three parts of 16 are unequal
+    for job in jobs:
+        job.forward.eval()
+        for batch in batches:
+            train_step(job, batch)
+    whole, in_parts = jobs
+    assert_close(state(in_parts), state(whole), 2e-6)
+    torch.testing.assert_close(in_parts.metrics.sums, whole.metrics.sums, rtol=1e-5, atol=0)
+    assert in_parts.position == whole.position
+    moved = state(whole)["classifier.weight"] - state(job_of(whole.config))["classifier.weight"]
+    assert float(moved.abs().max()) > 1e-3
+
+
+def test_the_rate_is_that_of_the_schedule_at_every_step(tmp_path):
+    job = job_of(tiny(tmp_path, "train.schedule.warmup_epochs=1", "train.schedule.final_lr=0.001"))
+    seen = []
+    for batch in job.train_loader.epoch(0):
+        train_step(job, batch)
+        seen.append({group["lr"] for group in job.optimizer.param_groups})
+    assert seen == [{job.course.lr(step)} for step in range(STEPS_PER_EPOCH)]
+    assert len({rate for (rate,) in seen}) == STEPS_PER_EPOCH
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path):
+    def masks(config: Config, *, step: int = 0, rank: int = 0, noise: bool = False) -> bytes:
+        job = job_of(config)
+        job.context = context_of(config)
+        object.__setattr__(job.context, "rank", rank)
+        object.__setattr__(job.position, "global_step", step)
+        torch.manual_seed(99) if noise else None
+        job.reseed_dropout()
+        return nn.functional.dropout(torch.ones(100), 0.5).numpy().tobytes()
+
+    config = tiny(tmp_path, "model.drop_rate=0.5")
+    assert masks(config) == masks(config, noise=True)
+    others = [masks(config, step=1), masks(config, rank=1), masks(tiny(tmp_path, "model.drop_rate=0.5", "seed=1"))]
+    assert len({masks(config), *others}) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_computes_in_it_and_keeps_weights_in_float32(tmp_path, precision):
+    half, full = (job_of(tiny(tmp_path, f"train.precision={name}")) for name in (precision, "fp32"))
+    seen = []
+    half.model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for job in (half, full):
+        train_epoch(job)
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert {tensor.dtype for tensor in half.model.state_dict().values()} == {torch.float32, torch.int64}
+    assert_close(state(half), state(full), 0.05)
+    assert not torch.equal(half.model.classifier.weight, full.model.classifier.weight)
+    assert half.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(tmp_path):
+    job = job_of(tiny(tmp_path, "train.precision=fp16", "train.clip_grad_norm=1"))
+    batch = next(iter(job.train_loader.epoch(0)))
+    train_step(job, batch)
+    before, scale = state(job), job.scaler.get_scale()
+    job.scaler._scale.fill_(2.0**120)  # far beyond what fp16 holds
+    job.forward.eval()  # BatchNorm's statistics stay
+    train_step(job, batch)
+    assert_close(state(job), before, 0)
+    assert job.scaler.get_scale() == 2.0**119
+    job.scaler._scale.fill_(scale)
+    train_step(job, batch)
+    assert not torch.equal(state(job)["classifier.weight"], before["classifier.weight"])
+
+
+# What is counted
+
+
+def test_every_image_is_counted_once(tmp_path):
+    config = tiny(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep=100", "train.epochs=2")
+    train(config)
+    store = CheckpointStore(run_of(config))
+    counted = [float(store.load(entry).state["sums"][:, 3].sum()) for entry in store.entries]
+    assert counted == [16, 32, 48, 64, 0] * 2  # a checkpoint at an epoch's end has none left over
+    job = job_of(config)
+    assert job.num_images == (TRAIN_IMAGES, VAL_IMAGES)
+    for batch in job.train_loader.epoch(0):
+        train_step(job, batch)
+    assert job.metrics.compute()["images"] == TRAIN_IMAGES
+    assert evaluate_model(job.model, job.val_loader, job.context.device, "fp32")["images"] == VAL_IMAGES
+    for split, images in (("test", TEST_IMAGES), ("val", VAL_IMAGES), ("train", TRAIN_IMAGES)):
+        assert evaluate(config.storage + "/tiny", split=split)["images"] == images
+
+
+def test_the_figures_of_an_epoch_are_those_of_its_images(tmp_path):
+    config = tiny(tmp_path, "train.epochs=1")
+    train(config)
+    (epoch, test) = records(config)
+    for split, record in (("val", epoch), ("test", test)):
+        again = evaluate(run_of(config).path, split=split)
+        for name in ("loss", "top1", "top5"):
+            assert again[name] == pytest.approx(record[f"{split}/{name}"], rel=1e-6)
+            assert math.isfinite(again[name])
+
+
+def test_the_events_of_a_run(tmp_path):
+    events = []
+    summary = train(tiny(tmp_path, "train.epochs=2"), listener=events.append)
+    told = [event for event in events if event["kind"] != "progress"]
+    assert [event["kind"] for event in told] == ["start", "epoch", "epoch", "end"]
+    start, first, second, end = told
+    assert (start["train_images"], start["val_images"], start["steps_per_epoch"]) == (67, 8, 5)
+    assert (start["world_size"], start["device"], start["global_step"]) == (1, "CPU", 0)
+    assert [(e["epoch"], e["global_step"], e["checkpoint"]) for e in (first, second)] == [
+        (1, 5, "step-00000005"),
+        (2, 10, "step-00000010"),
+    ]
+    assert first["is_best"] is True
+    for event in (first, second):
+        assert 0 <= event["perf/data_wait"] <= 1
+        assert event["perf/images_per_s"] > 0
+        json.dumps(event)  # plain values only
+    assert end == {"kind": "end", **summary}
+    assert {"status": "finished", "epochs": 2, "global_step": 10}.items() <= summary.items()
+    assert json.loads((tmp_path / "tiny" / "summary.json").read_text()) == summary
+
+
+def test_without_validation_images_the_newest_is_tested(tmp_path):
+    config = tiny(tmp_path, "data.val_fraction=0", "train.epochs=2")
+    summary = train(config)
+    assert "val/loss" not in records(config)[0]
+    assert summary["best"] == {"epoch": 2}
+    assert summary["test/loss"] == evaluate(run_of(config).path, checkpoint="last")["loss"]
+
+
+# How a run ends
+
+
+def test_early_stopping_ends_the_run(tmp_path):
+    # Nothing is an improvement of 100 but the first epoch: it stops after two more.
+    settings = ["train.early_stopping.enabled=true", "train.early_stopping.patience=2"]
+    config = tiny(tmp_path, *settings, "train.early_stopping.min_delta=100", "train.epochs=9")
+    summary = train(config)
+    assert (summary["status"], summary["epochs"], summary["global_step"]) == ("early stop", 3, 15)
+    assert [record["epoch"] for record in records(config)[:-1]] == [1, 2, 3]
+    # Going on with it changes nothing: it is over.
+    assert train(config)["epochs"] == 3
+
+
+def test_plateau_lowers_the_rate_of_the_next_epoch(tmp_path):
+    settings = ["train.schedule.name=plateau", "train.schedule.min_delta=100", "train.schedule.patience=2"]
+    config = tiny(tmp_path, *settings, "train.epochs=6", "train.lr=0.01")
+    train(config)
+    assert [record["lr"] for record in records(config)[:-1]] == pytest.approx([0.01] * 3 + [0.001] * 2 + [0.0001])
+
+
+@pytest.mark.parametrize("settings", [[], ["train.ema_decay=0.5"]])
+def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path, settings):
+    # The rate rises without bound: the last epoch is far worse than the best.
+    rise = ["train.schedule.name=one_cycle", "train.schedule.pct_start=0.99", "train.schedule.div_factor=1000"]
+    config = tiny(tmp_path, *rise, "train.lr=5", "train.epochs=3", "checkpoint.monitor=val/loss", *settings)
+    summary = train(config)
+    lines = records(config)
+    losses = [record["val/loss"] for record in lines[:-1]]
+    best = int(np.argmin(losses)) + 1
+    assert best < 3
+    assert losses[-1] > 2 * min(losses)
+    assert summary["best"]["epoch"] == best == lines[-1]["epoch"]
+    assert summary["best"]["val/loss"] == min(losses)
+    first, last = (evaluate(run_of(config).path, checkpoint=which)["loss"] for which in ("best", "last"))
+    assert summary["test/loss"] == pytest.approx(first, rel=1e-6)
+    assert last > 2 * first
+    assert len(weights_of(config)) == 2  # the best and the newest
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        # The loss of step 5 is still that of the old weights; from step 6 on there is none.
+        ([], r"the loss is NaN or infinite at step 6 \(epoch 2\); the checkpoint of step 5 is kept"),
+        (
+            ["checkpoint.every_steps=1"],
+            r"the norm of the weights is NaN or infinite at step 5 \(epoch 2\); .* step 5 is",
+        ),
+        (
+            ["checkpoint.every_steps=2"],
+            r"the norm of the weights is NaN or infinite at step 5 \(epoch 2\); .* step 5 is",
+        ),
+    ],
+)
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, settings, problem):
+    settings = [*settings, "train.schedule.name=constant"]
+    train(tiny(tmp_path, *settings, "train.epochs=1"))
+    config = tiny(tmp_path, *settings, "train.epochs=3", "train.lr=1e30")
+    good, lines = weights_of(config), records(config)
+    with pytest.raises(TrainingError, match=problem) as caught:
+        train(config)
+    assert caught.value.exit_code == 1
+    assert "train.clip_grad_norm=1" in str(caught.value)
+    assert weights_of(config) == good
+    snapshot = CheckpointStore(run_of(config)).load_latest()
+    assert all(tensor.isfinite().all() for tensor in snapshot.model.values())
+    assert records(config) == lines[:-1]  # without the test of the first, which was the end of another run
+
+
+def test_a_run_that_diverges_in_its_very_first_steps_says_that_nothing_was_saved(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"the loss is NaN or infinite at step 1 \(epoch 1\); no checkpoint was saved"
+    ):
+        train(tiny(tmp_path, "train.lr=1e30", "train.schedule.name=constant"))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
+    # One step an epoch: its own loss is finite, and only validation sees the weights that it leaves.
+    config = tiny(tmp_path, "data.limit=18", "train.lr=1e30", "train.schedule.name=constant")
+    with pytest.raises(TrainingError, match=r"the validation loss is NaN or infinite at step 0 \(epoch 1\)"):
+        train(config)
+    assert not weights_of(config)
+
+
+def test_a_long_epoch_stops_soon_after_it_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr("densenet_dist.train.engine.FINITE_CHECK_EVERY", 4)
+    config = tiny(
+        tmp_path, "data.limit=300", "train.lr=1e30", "train.schedule.name=constant", "train.global_batch_size=8"
+    )
+    taken = []
+    monkeypatch.setattr(
+        "densenet_dist.train.engine.train_step", lambda job, batch: (taken.append(1), train_step(job, batch))
+    )
+    with pytest.raises(TrainingError, match="at step 1 "):
+        train(config)
+    assert len(taken) == 4  # of 34
+
+
+# Checkpoints and runs that do not fit
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tiny(tmp_path, "train.epochs=1"))
+    with pytest.raises(
+        CheckpointError, match=r"(?s)the checkpoint of step 5 does not fit this model:.*there"
+    ) as caught:
+        train(tiny(tmp_path, "train.epochs=2", "model.growth_rate=6"))
+    assert caught.value.exit_code == 6
+
+
+def test_a_run_that_is_not_there_cannot_be_judged(tmp_path):
+    with pytest.raises(StorageError, match=r"there is no run at .*nothing: it has no config\.yaml"):
+        evaluate(tmp_path / "nothing")
+
+
+# What a run leaves
+
+
+def test_the_average_is_what_is_judged_and_saved_beside(tmp_path):
+    config = tiny(tmp_path, "train.ema_decay=0.9", "train.epochs=1")
+    train(config)
+    snapshot = CheckpointStore(run_of(config)).load_latest()
+    assert snapshot.average is not None
+    assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
+    job = job_of(config)
+    job.model.load_state_dict(snapshot.average)
+    judged = evaluate_model(job.model, job.val_loader, job.context.device, "fp32")
+    assert judged["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
+
+
+def test_the_data_are_the_same_whatever_is_around(tmp_path):
+    """Nothing draws from a global generator: what ran before makes no difference."""
+    config, other = (tiny(tmp_path / name, "model.drop_rate=0.2", "train.epochs=1") for name in "ab")
+    train(config)
+    torch.manual_seed(5)
+    torch.rand(7)
+    train(other)
+    assert records(other) == records(config)
+    assert weights_of(other) == weights_of(config)
+
+
+def test_importing_the_loop_brings_neither_ray_nor_dali():
+    code = (
+        "import sys, densenet_dist.train.engine\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('ray', 'nvidia', 'tensorboard', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_steps_are_those_of_eager_ones(tmp_path):
+    settings = ["data.limit=18", "train.schedule.name=constant", "model.num_layers=[1]"]  # one step of 16
+    eager, compiled = (job_of(tiny(tmp_path, *settings, f"train.compile={flag}")) for flag in ("false", "true"))
+    for job in (eager, compiled):
+        train_epoch(job)
+    assert compiled.forward is not compiled.model
+    assert_close(state(compiled), state(eager), 2e-4)
+    assert not any(name.startswith("_orig_mod") for name in state(compiled))
+    judged = [evaluate_model(job.eval_model, job.val_loader, job.context.device, "fp32") for job in (eager, compiled)]
+    assert judged[1]["loss"] == pytest.approx(judged[0]["loss"], rel=1e-3)
+    assert torch.equal(compiled.metrics.sums, torch.zeros(4, dtype=torch.float64))
+
+
+def test_paths_of_a_run(tmp_path):
+    config = tiny(tmp_path, "train.epochs=1")
+    train(config)
+    found = {path.name for path in Path(run_of(config).path).iterdir()}
+    assert found == {"config.yaml", "metrics.jsonl", "tb", "checkpoints", "summary.json"}

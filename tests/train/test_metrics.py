@@ -1,0 +1,137 @@
+"""What is counted: against NumPy, over ranks of unequal shares, and across a restore."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from distributed import run_ranks
+
+from densenet_dist.train.metrics import FiniteWatch, Metrics, gather_ranks
+
+CPU = torch.device("cpu")
+
+
+def batch(size: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = (
+        torch.randn(size, classes, generator=generator),
+        torch.randint(classes, (size,), generator=generator),
+    )
+    logits[torch.arange(size), labels] += 1.5  # better than chance
+    return logits, labels
+
+
+def count(metrics: Metrics, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    metrics.update(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+
+
+def expected(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    scores, classes = logits.double().numpy(), labels.numpy()
+    log_sum = np.log(np.exp(scores).sum(1))
+    loss = (log_sum - scores[np.arange(len(classes)), classes]).mean()
+    order = np.argsort(-scores, axis=1)
+    top1 = (order[:, 0] == classes).mean()
+    top5 = (order[:, :5] == classes[:, None]).any(1).mean()
+    return {"loss": loss, "top1": top1, "top5": top5, "images": float(len(classes))}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 10, 100])
+def test_batches_of_any_size_add_up_to_numpys_means(classes):
+    logits, labels = batch(101, classes)
+    metrics = Metrics(CPU)
+    for start, stop in ((0, 1), (1, 40), (40, 101)):
+        count(metrics, logits[start:stop], labels[start:stop])
+    found = metrics.compute()
+    assert found == pytest.approx(expected(logits, labels), rel=1e-6)
+    assert 0 < found["top1"] < found["top5"]
+    assert (found["top5"] == 1.0) == (classes <= 5)
+
+
+def test_half_precision_logits_are_ranked_as_they_are():
+    logits, labels = batch(64, 10)
+    metrics = Metrics(CPU)
+    count(metrics, logits.bfloat16(), labels)
+    assert metrics.compute() == pytest.approx(expected(logits.bfloat16().float(), labels), rel=1e-6)
+
+
+def test_nothing_counted_is_zero_and_not_an_error():
+    assert Metrics(CPU).compute() == {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0.0}
+
+
+def test_no_gradient_is_held():
+    logits, labels = batch(4, 10)
+    metrics = Metrics(CPU)
+    count(metrics, logits.requires_grad_(), labels)
+    assert not metrics.sums.requires_grad
+
+
+def test_sums_stay_exact_over_many_images():
+    metrics = Metrics(CPU)
+    metrics.sums += torch.tensor([0.0, 0.0, 0.0, 2.0**30], dtype=torch.float64)
+    logits, labels = batch(1, 10)
+    count(metrics, logits, labels)
+    assert metrics.compute()["images"] == 2**30 + 1  # float32 would have lost the one
+
+
+SHARES = [slice(0, 7), slice(7, 30)]
+
+
+def count_shares() -> dict[str, object]:
+    rank = dist.get_rank()
+    logits, labels = batch(30, 10)
+    metrics = Metrics(CPU)
+    count(metrics, logits[SHARES[rank]], labels[SHARES[rank]])
+    gathered = metrics.gather()
+
+    same = Metrics(CPU)
+    same.restore(gathered, rank, 2)
+    other = Metrics(CPU)
+    other.restore(torch.cat([gathered, gathered[:1]]), rank, 2)  # of three ranks
+    watches = [FiniteWatch(CPU) for _ in range(3)]
+    watches[1].update(torch.tensor(math.nan), 5 + rank)
+    if rank == 1:
+        watches[2].update(torch.tensor(math.inf), 9)
+    return {
+        "metrics": metrics.compute(),
+        "restored": same.compute(),
+        "own": torch.equal(same.sums, metrics.sums),
+        "of three": other.sums.tolist(),
+        "gathered": gathered.tolist(),
+        "order": gather_ranks(torch.tensor([rank, rank])).tolist(),
+        "first": [watch.first() for watch in watches],
+    }
+
+
+def test_over_ranks():
+    first, second = run_ranks(count_shares, 2)
+    logits, labels = batch(30, 10)
+    assert first["metrics"] == pytest.approx(expected(logits, labels), rel=1e-6)
+    assert first["metrics"] == second["metrics"]  # to the bit
+    assert first["restored"] == first["metrics"] == second["restored"]
+    assert first["own"]
+    assert second["own"]
+    assert [row[3] for row in first["gathered"]] == [7, 23]
+    # At another world size the sums go to rank 0, once.
+    assert first["of three"] == pytest.approx(np.sum([*first["gathered"], first["gathered"][0]], axis=0))
+    assert second["of three"] == [0.0] * 4
+    assert first["order"] == [[0, 0], [1, 1]]
+    assert first["first"] == second["first"] == [None, 5, 9]
+
+
+def test_one_process_takes_up_the_sums_of_two():
+    metrics = Metrics(CPU)
+    metrics.restore(torch.tensor([[4.0, 1, 2, 4], [8.0, 2, 4, 8]], dtype=torch.float64), 0, 1)
+    assert metrics.compute() == {"loss": 1.0, "top1": 0.25, "top5": 0.5, "images": 12.0}
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    watch = FiniteWatch(CPU)
+    watch.update(torch.tensor(1.0), 3)
+    assert watch.first() is None
+    watch.update(torch.tensor(-math.inf), 4)
+    watch.update(torch.tensor(1.0), 5)
+    watch.update(torch.tensor(math.nan), 6)
+    assert watch.first() == 4

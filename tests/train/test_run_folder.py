@@ -1,0 +1,244 @@
+"""A run's folder on a disk and on an object store (a real server that speaks S3)."""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """``s3://bucket%s?...`` of an S3 server with the one bucket ``bucket``; credentials are in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        from pyarrow import fs
+
+        address = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket%s?{address}"
+        server.stop()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "not" / "there" / "yet")
+    uri: str = request.getfixturevalue("s3")
+    return uri % f"/{uuid.uuid4().hex}/runs"
+
+
+def snapshot(step: int, top1: float) -> Snapshot:
+    weights = {"weight": torch.full((3, 4), float(step))}
+    return Snapshot(weights, weights, {"lr": 0.1}, Position(0, step, step), {"val/top1": top1})
+
+
+# On both
+
+
+def test_a_new_folder_is_empty_and_its_creation_can_be_repeated(storage):
+    run = RunFolder(storage, "run")
+    assert not run.exists()
+    run.create()
+    run.create()
+    assert not run.exists()  # no run has started: there is no configuration
+    assert not run.exists(".write-test")
+    assert not list(run.path.iterdir())
+
+
+def test_what_one_process_writes_another_reads(storage):
+    RunFolder(storage, "run").write("config.yaml", "name: größe\n")
+    other = RunFolder(storage, "run")
+    assert other.exists()
+    assert other.exists("config.yaml")
+    assert not other.exists("nothing.yaml")
+    assert other.fetch("config.yaml").read_text(encoding="utf-8") == "name: größe\n"
+    assert not RunFolder(storage, "other").exists()
+
+
+def test_writing_again_replaces(storage):
+    run = RunFolder(storage, "run")
+    run.write("a/b.txt", "a long first text")
+    run.write("a/b.txt", "short")
+    other = RunFolder(storage, "run")
+    assert other.exists("a")
+    assert other.fetch("a/b.txt").read_text() == "short"
+    assert os.listdir(run.path / "a") == ["b.txt"]
+
+
+def test_folders_are_published_fetched_and_removed_whole(storage):
+    run = RunFolder(storage, "run")
+    run.create()
+    for name in ("tb/events.1", "tb/deeper/events.2", "single"):
+        path = run.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode() * 1000)
+    run.publish("tb", "single", "not there")
+    other = RunFolder(storage, "run")
+    folder = other.fetch("tb")
+    assert (folder / "events.1").read_bytes() == b"tb/events.1" * 1000
+    assert (folder / "deeper" / "events.2").read_bytes() == b"tb/deeper/events.2" * 1000
+    other.remove("tb")
+    other.remove("tb")  # no error
+    assert not other.exists("tb")
+    assert not (other.path / "tb").exists()
+    third = RunFolder(storage, "run")
+    assert not third.exists("tb/events.1")
+    assert third.exists("single")
+    third.remove("single")
+    assert not third.exists("single")
+
+
+def test_checkpoints_travel(storage):
+    writer = CheckpointStore(RunFolder(storage, "run"))
+    for step, top1 in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.2)):
+        writer.save(snapshot(step, top1))
+    reader = CheckpointStore(RunFolder(storage, "run"))
+    latest, best = reader.load_latest(), reader.load_best()
+    assert latest is not None
+    assert best is not None
+    assert latest.position == Position(0, 4, 4)
+    assert torch.equal(latest.model["weight"], torch.full((3, 4), 4.0))
+    assert best.position == Position(0, 2, 2)
+    assert best.metrics == {"val/top1": 0.9}
+    fresh = RunFolder(storage, "run")
+    assert [fresh.exists(f"checkpoints/step-0000000{step}") for step in (1, 2, 3, 4)] == [False, True, False, True]
+    # And on from there, in another process' folder.
+    reader.save(snapshot(5, 0.95))
+    again = CheckpointStore(RunFolder(storage, "run"))
+    assert again.best == "step-00000005"
+    assert [entry.position.step for entry in again.entries] == [5]
+
+
+def test_a_checkpoint_that_is_gone_counts_as_damaged(storage):
+    store = CheckpointStore(RunFolder(storage, "run"), keep=2)
+    store.save(snapshot(1, 0.5))
+    store.save(snapshot(2, 0.9))
+    store.run.remove("checkpoints/step-00000002")
+    again = CheckpointStore(RunFolder(storage, "run"), keep=2)
+    found = again.load_latest()
+    assert found is not None
+    assert found.position.step == 1
+    assert "step-00000002" in again.damaged[0]
+    store.run.remove("checkpoints/step-00000001")
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+        CheckpointStore(RunFolder(storage, "run")).load_latest()
+
+
+# On a disk
+
+
+def test_a_path_is_taken_from_here_and_from_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert RunFolder("runs", "a").path == tmp_path / "runs" / "a"
+    assert RunFolder("~/runs", "a").uri == str(tmp_path / "home" / "runs" / "a")
+    assert not RunFolder("runs", "a").is_remote
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"(?s)file/run cannot be written: .*storage=PATH_OR_URI") as caught:
+        RunFolder(str(tmp_path / "file"), "run").create()
+    assert caught.value.exit_code == 5
+    with pytest.raises(StorageError, match="cannot be written"):
+        RunFolder(str(tmp_path / "file"), "run").write("config.yaml", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_leaves_the_old_text(tmp_path):
+    run = RunFolder(str(tmp_path), "run")
+    run.write("config.yaml", "old")
+    (tmp_path / "run" / f".config.yaml.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left on device"):
+        run.write("config.yaml", "new")
+    assert run.fetch("config.yaml").read_text() == "old"
+
+
+def test_a_file_system_that_is_read_only(tmp_path):
+    code = (
+        "import ctypes, sys\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "def mount(*args):\n"
+        "    if libc.mount(*args): sys.exit(77)\n"
+        "if libc.unshare(0x20000): sys.exit(77)\n"  # CLONE_NEWNS: the mount is this process' alone
+        "mount(b'none', b'/', None, 0x44000, None)\n"  # MS_REC | MS_PRIVATE
+        f"mount(b'none', {os.fsencode(tmp_path)!r}, b'tmpfs', 1, b'')\n"  # MS_RDONLY
+        "from densenet_dist.errors import StorageError\n"
+        "from densenet_dist.train.run_folder import RunFolder\n"
+        "try:\n"
+        f"    RunFolder({str(tmp_path)!r}, 'run').create()\n"
+        "except StorageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("mounting is not permitted here")
+    assert "cannot be written: Read-only file system" in done.stdout, done.stderr
+
+
+# On an object store
+
+
+def test_a_remote_folder_hides_its_query_and_works_in_a_folder_of_its_own(s3):
+    run = RunFolder(s3 % "/runs", "a")
+    assert run.uri == "s3://bucket/runs/a"
+    assert run.is_remote
+    assert run.path != RunFolder(s3 % "/runs", "a").path
+
+
+def test_a_bucket_that_does_not_exist_is_an_error(s3):
+    storage = (s3 % "/runs").replace("s3://bucket", "s3://nowhere")
+    with pytest.raises(StorageError, match=r"s3://nowhere/runs/a cannot be written") as caught:
+        RunFolder(storage, "a").create()
+    assert caught.value.exit_code == 5
+    with pytest.raises(StorageError, match="cannot be read"):
+        RunFolder(storage, "a").fetch("config.yaml")
+
+
+def test_a_remote_file_that_is_missing_is_an_error(s3):
+    with pytest.raises(StorageError, match="cannot be read"):
+        RunFolder(s3 % "/runs", "missing").fetch("config.yaml")
+
+
+@pytest.mark.parametrize("storage", ["s4://bucket/runs", "s3://bucket/runs?no_such_option=1", "://x"])
+def test_a_uri_that_makes_no_sense_is_an_error(storage):
+    with pytest.raises(StorageError, match="cannot be opened"):
+        RunFolder(storage, "run")
+
+
+def test_damage_on_the_object_store_is_found(s3):
+    from pyarrow import fs
+
+    storage = s3 % f"/{uuid.uuid4().hex}"
+    store = CheckpointStore(RunFolder(storage, "run"), keep=2)
+    store.save(snapshot(1, 0.5))
+    store.save(snapshot(2, 0.9))
+    filesystem, prefix = fs.FileSystem.from_uri(storage)
+    name = f"{prefix}/run/checkpoints/step-00000002/model.safetensors"
+    with filesystem.open_input_stream(name) as stream:
+        content = bytearray(stream.read())
+    content[-1] ^= 1
+    with filesystem.open_output_stream(name) as stream:
+        stream.write(bytes(content))
+    again = CheckpointStore(RunFolder(storage, "run"), keep=2)
+    found = again.load_latest()
+    assert found is not None
+    assert found.position.step == 1
+    assert "step-00000002/model.safetensors is damaged" in again.damaged[0]
