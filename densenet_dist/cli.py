@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="densenet-dist", standalone_mode=False)
     except DenseNetDistError as error:
         _fail(str(error), error.exit_code, arguments)
     except typer.Exit as stop:
@@ -204,7 +204,7 @@ def _summarise(console: Any, run: str, summary: dict[str, Any]) -> None:
     rows["trained"] = f"{summary['epochs']} epochs, {summary['global_step']:,} steps in {seconds:,.0f} s"
     rows["run folder"] = run
     rows["curves"] = f"{run}/curves.png"
-    rows["TensorBoard"] = f"tensorboard --logdir {run}/tb"
+    rows["TensorBoard"] = f"tensorboard --logdir {run.rpartition('/')[0]}"
     rows["test it again"] = f"densenet-dist evaluate {run}"
     console.summary(f"{summary['status']}: {run.rpartition('/')[2]}", rows)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from densenet_dist.train.logs import read_records
 from densenet_dist.train.run_folder import METRICS_FILE, RunFolder
@@ -54,5 +57,8 @@ def _curves(axes: Axes, epochs: list[dict[str, Any]], tests: list[dict[str, Any]
         axes.plot(record["epoch"], value, "*", label=shown, color="tab:red", markersize=15, zorder=3)
     if len(epochs) <= 12:
         axes.set_xticks([record["epoch"] for record in epochs])
+    values = [value for line in axes.lines for value in np.atleast_1d(line.get_ydata())]
+    if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
+        axes.set_yscale("log")  # one bad epoch must not flatten all the others
     axes.grid(alpha=0.3)
     axes.legend()

@@ -101,7 +101,7 @@ class CheckpointStore:
             self._read_manifest(run.fetch(_MANIFEST))
 
     def save(self, snapshot: Snapshot) -> Entry:
-        """Write a checkpoint, list it, and delete those that are neither among the newest nor the best.
+        """Write a checkpoint, list it, and delete all but the newest ones and the best.
 
         Raises:
             StorageError: where it cannot be written; the checkpoints before it stay whole.
@@ -118,10 +118,9 @@ class CheckpointStore:
         self.run.publish(folder)
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
         self.best = self._judge()
-        stale = self._rotate()
+        self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
         self._write_manifest()
-        for name in stale:
-            self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
+        self._sweep()
         return entry
 
     def latest(self) -> Entry | None:
@@ -193,11 +192,11 @@ class CheckpointStore:
         pick = max if self.monitor.endswith("top1") else min
         return pick(judged, key=lambda entry: entry.metrics[self.monitor]).name if judged else None
 
-    def _rotate(self) -> list[str]:
-        kept = {entry.name for entry in self.entries[-self.keep :]} | {self.best}
-        stale = [entry.name for entry in self.entries if entry.name not in kept]
-        self.entries = [entry for entry in self.entries if entry.name in kept]
-        return stale
+    def _sweep(self) -> None:
+        """Delete the checkpoints that are not in the list, those that a killed process left as well."""
+        for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in self.entries}:
+            if name.startswith(("step-", ".step-")):
+                self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
     def _write_manifest(self) -> None:
         content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
@@ -237,9 +236,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:
-    for leftover in folder.parent.glob(".step-*"):  # of a process that was killed here
-        shutil.rmtree(leftover, ignore_errors=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         save_file(_contiguous(snapshot.model), beside / _WEIGHTS)

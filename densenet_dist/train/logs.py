@@ -18,6 +18,10 @@ from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 
 
+_HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
+"""What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""
+
+
 class RunLog:
     """metrics.jsonl and TensorBoard of one run; rank 0's alone.
 
@@ -62,7 +66,7 @@ class RunLog:
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in flatten(to_dict(config)).items()
-            if value is not None
+            if value is not None and key.startswith(_HYPERPARAMETERS)
         }
         writer = self._writer._get_file_writer()
         for summary in hparams(settings, results):

@@ -80,6 +80,22 @@ class RunFolder:
             info: Any = self._remote.get_file_info(f"{self._prefix}/{relative}")
             return bool(info.type.value)
 
+    def names(self, relative: str) -> set[str]:
+        """The names of what lies in a folder of the run, here and on the object store; none where it is missing.
+
+        Raises:
+            StorageError: where it cannot be read.
+        """
+        local = self.path / relative
+        with self._errors("cannot be read"):
+            found = set(os.listdir(local)) if local.is_dir() else set()
+            if self._remote is not None:
+                from pyarrow import fs
+
+                selector = fs.FileSelector(f"{self._prefix}/{relative}", allow_not_found=True)
+                found |= {info.base_name for info in self._remote.get_file_info(selector)}
+        return found
+
     def fetch(self, relative: str) -> Path:
         """The local path of a file or folder of the run, downloaded first from an object store.
 

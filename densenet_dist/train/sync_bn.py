@@ -10,20 +10,25 @@ from torch import Tensor, nn
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm of `model`, in place, by one over all ranks; parameters and state dict stay the same."""
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """Make every BatchNorm of `model` one over all ranks, in place; parameters and state dict stay the same."""
+    if next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
     for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.BatchNorm2d):
             module.__class__ = SyncBatchNorm
     return model
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` that works on the CPU too (gloo), for unequal shares of the batch as well."""
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over all ranks' images on CPUs (gloo), for unequal shares of the batch as well.
+
+    Not a kind of `torch.nn.SyncBatchNorm`: DDP refuses those on a CPU.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (n, C, H, W) by the statistics of all ranks' n together; in eval mode by the running ones."""
-        if input.is_cuda or not self.training or not dist.is_initialized():
+        if not self.training or not dist.is_initialized():
             return super().forward(input)
         x = input.float()
         count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)

@@ -86,7 +86,7 @@ def _address(function: Callable[..., Any]) -> tuple[str, str]:
 def _server() -> Iterator[ForkServerContext]:
     """A server that has imported torch already forks a process in an instant; spawning one takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["densenet_dist.train.engine"])
+    context.set_forkserver_preload(["densenet_dist.train.engine", "torch.utils.tensorboard", "torchvision.utils"])
     variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def train(
 def job_of(config: Config) -> Job:
     """One rank's job, before its first step."""
     return build_job(config, context_of(config))
+
+
+def next_second() -> None:
+    """Wait until the clock shows another second: TensorBoard reads the files of a folder in the order of theirs."""
+    time.sleep(1.01 - time.time() % 1)
 
 
 def records(config: Config) -> list[dict[str, Any]]:

@@ -361,7 +361,6 @@ def test_importing_the_loop_brings_neither_ray_nor_dali():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_steps_are_those_of_eager_ones(tmp_path):
     settings = ["data.limit=18", "train.schedule.name=constant", "model.num_layers=[1]"]  # one step of 16
     eager, compiled = (job_of(tiny(tmp_path, *settings, f"train.compile={flag}")) for flag in ("false", "true"))

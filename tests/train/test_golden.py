@@ -1,0 +1,63 @@
+"""The losses of the notebook net's first steps, kept as text: a change that should change nothing leaves them as they are.
+
+``python tests/train/test_golden.py`` writes them anew, after a change that is meant to change them.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from densenet_dist.config import load_config
+from densenet_dist.train.context import LocalContext
+from densenet_dist.train.engine import train_step
+from densenet_dist.train.job import build_job
+from densenet_dist.train.run_folder import RunFolder
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "notebook_losses.txt"
+STEPS = 20
+SETTINGS = {
+    "model": {"variant": "notebook", "growth_rate": 4, "num_layers": 2, "compression": 0.5, "drop_rate": 0.2},
+    "data": {"name": "shapes", "limit": 400, "augment": "notebook", "normalize": "unit", "prefetch": 1},
+    "train": {
+        "global_batch_size": 16,
+        "lr": 1e-3,
+        "optimizer": {"name": "adam", "eps": 1e-7},
+        "schedule": {"name": "multistep"},
+    },
+    "cluster": {"engine": "local", "device": "cpu"},
+}
+HEAD = """\
+# Mean training loss of each of the first 20 steps of the notebook net, 4 maps a layer and 2 layers a block, on shapes:
+# batch 16, the notebook's augmentation, Adam at 1e-3, dropout 0.2, float32, one thread. tests/train/test_golden.py holds
+# the settings, compares to a relative 1e-4 (kinds of CPU round differently), and writes this file anew when it is run.
+"""
+
+
+def losses(storage: str) -> list[float]:
+    """The mean loss of each step."""
+    config = load_config(SETTINGS, {"storage": storage})
+    job = build_job(config, LocalContext(RunFolder(storage, config.name), torch.device("cpu")))
+    job.forward.train()
+    found, before = [], 0.0
+    for batch in job.train_loader.epoch(0):
+        train_step(job, batch)
+        total = float(job.metrics.sums[0])
+        found.append((total - before) / batch.global_size)
+        before = total
+        if len(found) == STEPS:
+            break
+    return found
+
+
+def test_the_losses_are_the_golden_ones(tmp_path):
+    golden = [float(line) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    assert len(golden) == STEPS
+    assert losses(str(tmp_path)) == pytest.approx(golden, rel=1e-4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        GOLDEN.write_text(HEAD + "".join(f"{loss:.7f}\n" for loss in losses(folder)))

@@ -1,0 +1,257 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard and lines on the console."""
+
+import io
+import json
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import job_of, next_second, run_of, tiny, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from densenet_dist.train.environment import cpu_name, describe_environment, git_commit
+from densenet_dist.train.logs import Console, RunLog, epoch_line, read_records
+from densenet_dist.train.run_folder import RunFolder
+
+TAGS = {
+    *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
+    *("test/top5", "lr", "perf/images_per_s", "perf/data_wait"),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path), "run")
+    folder.create()
+    return folder
+
+
+def board_of(run: RunFolder) -> EventAccumulator:
+    board = EventAccumulator(str(run.path / "tb"), size_guidance={"images": 0, "scalars": 0})
+    board.Reload()
+    return board
+
+
+# A whole run
+
+
+def test_a_run_leaves_the_tags_of_the_design_in_one_tensorboard_run(tmp_path):
+    config = tiny(tmp_path, "train.epochs=2")
+    train(config)
+    board = board_of(run_of(config))
+    assert set(board.Tags()["scalars"]) == TAGS
+    lines = read_records(run_of(config).path / "metrics.jsonl")
+    assert len(lines) == 3
+    for tag in TAGS:
+        events = [(event.step, event.value) for event in board.Scalars(tag)]
+        wanted = [(line["global_step"], line[tag]) for line in lines if tag in line]
+        assert [step for step, _ in events] == [step for step, _ in wanted] == ([10] if "test" in tag else [5, 10])
+        assert [value for _, value in events] == pytest.approx([value for _, value in wanted], rel=1e-6)
+    # All in one folder: another one would be another run on the board.
+    assert all(path.is_file() for path in (run_of(config).path / "tb").iterdir())
+
+
+def test_the_board_shows_the_augmented_images_as_they_were(tmp_path):
+    config = tiny(tmp_path, "train.epochs=1", "data.augment=notebook")
+    train(config)
+    (event,) = board_of(run_of(config)).Images("train/augmented")
+    assert event.step == 0
+    shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert shown.shape == (2 * 34 + 2, 8 * 34 + 2, 3)  # 16 images in rows of 8, a frame of 2 around each
+    job = job_of(config)
+    first = next(iter(job.train_loader.epoch(0))).images
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (job.dataset.mean, job.dataset.std))
+    for index in (0, 9):
+        top, left = 2 + 34 * (index // 8), 2 + 34 * (index % 8)
+        pixels = (first[index] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() * 255
+        np.testing.assert_allclose(shown[top : top + 32, left : left + 32], pixels, atol=1)
+    assert shown[:2].max() == 0
+
+
+def test_the_settings_stand_beside_the_results(tmp_path):
+    config = tiny(tmp_path, "train.epochs=1", "train.optimizer.betas=[0.5, 0.75]")
+    summary = train(config)
+    content = board_of(run_of(config)).summary_metadata
+    data = {tag: meta.plugin_data for tag, meta in content.items() if meta.plugin_data.plugin_name == "hparams"}
+    parsed = {tag: plugin_data_pb2.HParamsPluginData.FromString(plugin.content) for tag, plugin in data.items()}
+    settings = parsed["_hparams_/session_start_info"].session_start_info.hparams
+    assert settings["train.lr"].number_value == 0.05
+    assert settings["model.variant"].string_value == "densenet_bc"
+    assert settings["train.optimizer.nesterov"].number_value == 1  # torch makes numbers of truths
+    assert settings["train.optimizer.betas"].string_value == "[0.5, 0.75]"
+    assert "train.ema_decay" not in settings  # null
+    named = {info.name.tag for info in parsed["_hparams_/experiment"].experiment.metric_infos}
+    assert named == {"val/loss", "val/top1", "val/top5", "test/loss", "test/top1", "test/top5"}
+    assert named <= TAGS  # so that the board finds their values
+    assert summary["test/loss"] > 0
+
+
+# The record
+
+
+def test_a_record_is_one_line(run):
+    log = RunLog(run)
+    log.record({"epoch": 1, "train/loss": 0.1 + 0.2, "seconds": 2.5}, 7)
+    log.record({"epoch": 2, "train/loss": 0.25}, 14)
+    log.close()
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [{**line, "time": 0} for line in lines] == [
+        {"time": 0, "global_step": 7, "epoch": 1, "train/loss": 0.1 + 0.2, "seconds": 2.5},
+        {"time": 0, "global_step": 14, "epoch": 2, "train/loss": 0.25},
+    ]
+    assert read_records(run.path / "metrics.jsonl") == lines
+    assert board_of(run).Tags()["scalars"] == ["train/loss"]
+
+
+def test_a_resumed_log_drops_what_will_be_written_again(run):
+    log = RunLog(run)
+    for epoch in (1, 2, 3):
+        log.record({"epoch": epoch, "train/loss": float(epoch)}, 5 * epoch)
+    log.record({"epoch": 2, "test/loss": 9.0}, 15)
+    log.close()
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"time": 1, "global_step": 5, "epo')  # torn by a crash
+    next_second()
+    log = RunLog(run, 12)
+    log.record({"epoch": 3, "train/loss": 30.0}, 15)
+    log.close()
+    lines = read_records(run.path / "metrics.jsonl")
+    assert [(line["global_step"], line["train/loss"]) for line in lines] == [(5, 1.0), (10, 2.0), (15, 30.0)]
+    assert [(event.step, event.value) for event in board_of(run).Scalars("train/loss")] == [
+        (5, 1.0),
+        (10, 2.0),
+        (15, 30.0),
+    ]
+
+
+def test_a_run_started_anew_in_the_same_folder_starts_an_empty_record(run):
+    for _ in range(2):
+        log = RunLog(run)
+        log.record({"epoch": 1, "train/loss": 1.0}, 5)
+        log.close()
+    assert len(read_records(run.path / "metrics.jsonl")) == 1
+
+
+def test_only_the_first_images_are_shown(run):
+    log = RunLog(run)
+    log.images("train/augmented", torch.zeros(70, 3, 4, 4), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), 0)
+    log.close()
+    (event,) = board_of(run).Images("train/augmented")
+    assert (event.width, event.height) == (8 * 6 + 2, 8 * 6 + 2)
+    assert np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))[3, 3].tolist() == [127, 127, 127]
+
+
+def test_the_record_and_the_board_reach_an_object_store(s3):
+    storage = s3 % f"/{uuid.uuid4().hex}"
+    for step in (5, 10):  # two processes, one after the other
+        next_second()
+        folder = RunFolder(storage, "run")
+        folder.create()
+        log = RunLog(folder, step - 5)
+        log.record({"epoch": step // 5, "train/loss": 1.0 / step}, step)
+        log.publish()
+        log.close()
+    reader = RunFolder(storage, "run")
+    lines = read_records(reader.fetch("metrics.jsonl"))
+    assert [line["global_step"] for line in lines] == [5, 10]
+    reader.fetch("tb")
+    assert [event.step for event in board_of(reader).Scalars("train/loss")] == [5, 10]
+
+
+# The console
+
+START = {
+    **{"kind": "start", "model": "notebook", "parameters": 3532210, "data": "cifar10", "train_images": 45000},
+    **{"val_images": 5000, "epochs": 90, "steps_per_epoch": 704, "global_batch_size": 64, "precision": "fp32"},
+    **{"world_size": 2, "device": "CPU", "epoch": 0, "global_step": 0},
+}
+EPOCH = {
+    **{"kind": "epoch", "epoch": 7, "epochs": 90, "lr": 0.001, "train/loss": 1.23456, "train/top1": 0.5},
+    **{"train/top5": 0.9, "val/loss": 2.0, "val/top1": 0.4321, "val/top5": 0.8, "perf/images_per_s": 1234.5},
+    **{"seconds": 36.4, "many_classes": False, "is_best": True},
+}
+
+
+def test_an_epoch_is_one_line():
+    assert epoch_line(EPOCH) == (
+        "epoch   7/90  train loss 1.2346 top-1 50.00%  val loss 2.0000 top-1 43.21%  "
+        "lr 1.00e-03  1,234 images/s  36.4 s  *"
+    )
+    without = {key: value for key, value in EPOCH.items() if not key.startswith("val")} | {"is_best": False}
+    assert "val" not in epoch_line(without)
+    assert not epoch_line(without).endswith("*")
+    assert "top-1 43.21% top-5 80.00%" in epoch_line({**EPOCH, "many_classes": True})
+
+
+def test_the_console_shows_start_epochs_and_notes(capsys):
+    with Console() as console:
+        console(START)
+        console({"kind": "progress", "epoch": 1, "epochs": 90, "step": 3, "steps": 704, "loss": 2.3, "rate": 100.0})
+        console(EPOCH)
+        console({"kind": "note", "text": "something happened"})
+        console({"kind": "end", "test/top1": 0.5})
+        console.summary("finished: run", {"test top-1": "93.10%", "run folder": "/a/b"})
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "notebook, 3,532,210 parameters; cifar10, 45,000 training and 5,000 validation images"
+    assert out[1] == "90 epochs of 704 steps, 64 images a step; 2 x CPU, fp32"
+    assert out[2] == epoch_line(EPOCH)
+    assert out[3] == "something happened"
+    assert "\x1b" not in "".join(out)
+    assert "loss 2.3" not in "".join(out)  # no live line where nobody looks
+    assert [line.split() for line in out[4:] if line.strip()] == [
+        ["finished:", "run"],
+        ["test", "top-1", "93.10%"],
+        ["run", "folder", "/a/b"],
+    ]
+
+
+def test_the_console_says_where_a_run_goes_on(capsys):
+    Console()({**START, "epoch": 3, "global_step": 2115})
+    assert "resumed after step 2115, in epoch 4" in capsys.readouterr().out
+
+
+def test_a_quiet_console_shows_nothing(capsys):
+    with Console(quiet=True) as console:
+        console(START)
+        console(EPOCH)
+        console.summary("done", {"a": "b"})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_live_line(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    progress = {"kind": "progress", "epoch": 2, "epochs": 90, "step": 3, "steps": 704, "loss": 2.345, "rate": 100.0}
+    with Console() as console:
+        console(progress)
+        console({**progress, "step": 200, "loss": 1.5})
+        console(EPOCH)
+    out = capsys.readouterr().out
+    assert "200/704  loss 1.500" in out
+    assert "epoch 2/90" in out
+    assert epoch_line(EPOCH) in out
+
+
+# The environment
+
+
+def test_the_environment_is_plain_and_holds_nothing_secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-tell")
+    found = describe_environment()
+    text = json.dumps(found)
+    assert "do-not-tell" not in text
+    assert found["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in found["packages"]["torch"]
+    assert found["cpus"] == len(os.sched_getaffinity(0))
+    assert cpu_name()
+
+
+def test_the_commit_is_that_of_this_code_only(tmp_path):
+    assert git_commit(tmp_path) is None
+    os.system(f"git init -q {tmp_path}")
+    assert git_commit(tmp_path) is None  # somebody else's checkout, which does not track this package

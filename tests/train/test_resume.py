@@ -1,0 +1,251 @@
+"""A run that dies and goes on ends in the same bits as one that was left alone."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks, start_process
+from runs import job_of, next_second, records, run_of, tiny, train, weights_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.multiprocessing import ProcessRaisedException
+
+from densenet_dist.config import Config
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.run_folder import RunFolder
+
+MANIFEST = "checkpoints/manifest.json"
+EVERYTHING = [
+    "train.epochs=4",
+    "checkpoint.every_steps=2",
+    "model.drop_rate=0.2",
+    "train.ema_decay=0.9",
+    "train.clip_grad_norm=0.5",
+    "train.label_smoothing=0.1",
+    "train.schedule.name=plateau",
+    "train.schedule.patience=1",
+    "train.schedule.min_delta=0.05",
+    "train.early_stopping.enabled=true",
+    "train.early_stopping.patience=3",
+    "train.early_stopping.min_delta=0.05",
+]
+CASES = {
+    "fp32 adam": ["train.optimizer.name=adam", "train.lr=0.003"],
+    "fp32 sgd, parts": ["train.grad_accum_steps=3"],
+    "bf16 sgd": ["train.precision=bf16"],
+    "bf16 adamw": ["train.precision=bf16", "train.optimizer.name=adamw", "train.optimizer.weight_decay=0.1"],
+    "fp16 adam": ["train.precision=fp16", "train.optimizer.name=adam", "train.lr=0.003"],
+    "fp32 one-cycle, no average": ["train.schedule.name=one_cycle", "train.ema_decay=null"],
+}
+
+
+class Died(Exception):
+    pass
+
+
+class DyingFolder(RunFolder):
+    """A run's folder whose process dies at its n-th checkpoint: just before or just after it is listed."""
+
+    def __init__(self, config: Config, checkpoints: int, when: str) -> None:
+        super().__init__(config.storage, config.name)
+        self.left, self.when = checkpoints, when
+
+    def write(self, relative: str, text: str) -> None:
+        self.left -= relative == MANIFEST
+        if relative == MANIFEST and not self.left and self.when == "before":
+            raise Died
+        super().write(relative, text)
+        if relative == MANIFEST and not self.left:
+            raise Died
+
+
+def states_of(config: Config) -> dict[str, Any]:
+    """Everything that is in the checkpoints but the weights and the clock."""
+    found = {}
+    for entry in CheckpointStore(run_of(config)).entries:
+        state = CheckpointStore(run_of(config)).load(entry).state
+        del state["seconds"]
+        found[entry.name] = (entry.position, entry.metrics, state)
+    return found
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0) if isinstance(a, torch.Tensor) else None
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif not isinstance(a, torch.Tensor):
+        assert a == b
+
+
+def assert_same_run(found: Config, expected: Config) -> None:
+    assert records(found) == records(expected)
+    assert weights_of(found) == weights_of(expected)
+    assert_equal(states_of(found), states_of(expected))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_dies_at_every_checkpoint_equals_one_that_does_not(tmp_path, case):
+    whole, torn = (tiny(tmp_path / name, *EVERYTHING, *CASES[case]) for name in ("whole", "torn"))
+    expected = train(whole)
+    deaths, starts = 0, []
+    while True:
+        # By turns after every checkpoint, and before every second one is listed, which then is lost.
+        dying = DyingFolder(torn, 1 + deaths % 2, ("after", "before")[deaths % 2])
+        try:
+            summary = train(torn, run=dying, listener=lambda event: starts.append(event))
+            break
+        except Died:
+            deaths += 1
+            assert deaths < 50
+    resumed_at = [event["global_step"] for event in starts if event["kind"] == "start"]
+    assert sum(step % 5 != 0 for step in resumed_at) >= 4  # most of them within an epoch
+    assert deaths >= 8
+    assert_same_run(torn, whole)
+    assert {**summary, "train_seconds": 0} == {**expected, "train_seconds": 0}
+    rates = {record["lr"] for record in records(whole)[:-1]}
+    assert len(rates) > 1  # plateau, or the schedule, was at work
+
+
+def test_the_scale_of_the_loss_is_restored(tmp_path):
+    config = tiny(tmp_path, "train.precision=fp16", "train.epochs=1")
+    train(config)
+    scaler = CheckpointStore(run_of(config)).load_latest().state["scaler"]
+    assert scaler["scale"] > 0
+    assert scaler["_growth_tracker"] == 5 or scaler["scale"] < 2.0**16
+    job = job_of(config)
+    snapshot = CheckpointStore(run_of(config)).load_latest()
+    snapshot.state["scaler"] = {**scaler, "scale": 1024.0, "_growth_tracker": 3}
+    job.restore(snapshot)
+    assert job.scaler.get_scale() == 1024.0
+    assert job.scaler.state_dict()["_growth_tracker"] == 3
+
+
+def fit_again_and_again(storage: str, settings: list[str]) -> None:
+    train(tiny(storage, *settings))
+
+
+def test_a_killed_process_goes_on_where_it_was(tmp_path):
+    settings = ["model.drop_rate=0.2", "train.epochs=20", "checkpoint.every_steps=3"]
+    whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
+    train(whole)
+    for least in (4, 31, 62):
+        process = start_process(fit_again_and_again, torn.storage, settings)
+        deadline = time.monotonic() + 60
+        while _steps_saved(torn) < least:
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        assert not (run_of(torn).path / "summary.json").exists()
+    train(torn)
+    assert_same_run(torn, whole)
+
+
+def _steps_saved(config: Config) -> int:
+    path: Path = run_of(config).path / MANIFEST
+    return json.loads(path.read_text())["checkpoints"][-1]["position"]["global_step"] if path.exists() else 0
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
+    settings = ["checkpoint.every_steps=2", "checkpoint.keep=3", "train.epochs=2"]
+    whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
+    train(whole)
+    with pytest.raises(Died):
+        train(torn, run=DyingFolder(torn, 4, "after"))
+    newest = CheckpointStore(run_of(torn)).latest().name
+    path = run_of(torn).path / "checkpoints" / newest / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    events = []
+    train(torn, listener=events.append)
+    assert [event["kind"] for event in events][:2] == ["note", "start"]
+    assert f"{newest}/state.pt is damaged; it is left out" in events[0]["text"]
+    assert events[1]["global_step"] == 5
+    assert_same_run(torn, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    config = tiny(tmp_path, "train.epochs=2")
+    first = train(config)
+    lines, weights = records(config), weights_of(config)
+    assert train(config) == first
+    assert records(config) == lines
+    assert weights_of(config) == weights
+
+
+def test_a_run_may_be_made_longer(tmp_path):
+    # A constant rate: with others, the length of the run is in every step.
+    short, long = (tiny(tmp_path / name, "train.schedule.name=constant", "train.epochs=3") for name in ("a", "b"))
+    train(tiny(short.storage, "train.schedule.name=constant", "train.epochs=2"))
+    train(short)
+    train(long)
+    assert_same_run(short, long)
+
+
+def test_nothing_stands_twice_in_the_logs(tmp_path):
+    config = tiny(tmp_path, "checkpoint.every_epochs=2", "train.epochs=4")
+    for when in ("after", "before"):
+        with pytest.raises(Died):
+            train(config, run=DyingFolder(config, 1, when))
+        next_second()
+    # Epochs 3 and 4 were recorded, but not saved: they will be recorded again.
+    assert [record["epoch"] for record in records(config)] == [1, 2, 3, 4]
+    assert _steps_saved(config) == 10
+    with open(run_of(config).path / "metrics.jsonl", "a") as file:
+        file.write('{"torn": ')
+    train(config)
+    assert [record["epoch"] for record in records(config)[:-1]] == [1, 2, 3, 4]
+    assert [record["global_step"] for record in records(config)[:-1]] == [5, 10, 15, 20]
+    board = EventAccumulator(str(run_of(config).path / "tb"))
+    board.Reload()
+    for tag in ("train/loss", "val/loss", "lr"):
+        assert [event.step for event in board.Scalars(tag)] == [5, 10, 15, 20]
+
+
+# Two ranks
+
+
+RANKS = ["train.epochs=2", "checkpoint.every_steps=2", "train.ema_decay=0.9", "train.precision=bf16"]
+
+
+def fit_ranks(storage: str, settings: list[str], die_after: int) -> dict[str, Any]:
+    config = tiny(storage, *settings)
+    return train(config, run=DyingFolder(config, die_after, "after") if die_after else None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "deaths"),
+    [(["model.drop_rate=0.2"], [(1, 2), (3, 6)]), (["train.sync_bn=true", "train.grad_accum_steps=2"], [(2, 4)])],
+)
+def test_two_ranks_go_on_bit_for_bit(tmp_path, settings, deaths):
+    settings = [*RANKS, *settings]
+    whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
+    first, second = run_ranks(fit_ranks, 2, whole.storage, settings, 0)
+    assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
+    for checkpoints, step in deaths:
+        with pytest.raises(ProcessRaisedException, match="Died"):
+            run_ranks(fit_ranks, 2, torn.storage, settings, checkpoints)
+        assert _steps_saved(torn) >= step
+    run_ranks(fit_ranks, 2, torn.storage, settings, 0)
+    assert_same_run(torn, whole)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.sync_bn=true"]
+    whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
+    train(whole)
+    with pytest.raises(ProcessRaisedException, match="Died"):
+        run_ranks(fit_ranks, 2, torn.storage, settings, 2)
+    assert _steps_saved(torn) == 4
+    train(torn)
+    for found, expected in zip(records(torn), records(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert records(torn) != records(whole)  # it was another sum, after all
