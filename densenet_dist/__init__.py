@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from densenet_dist.cluster.launch import Result, fit
-    from densenet_dist.config import Config, load_config
+    from densenet_dist.config import load_config
     from densenet_dist.model import DenseNet
+    from densenet_dist.schema import Config
     from densenet_dist.train.evaluation import evaluate
     from densenet_dist.train.job import build_model
 
 __version__ = "0.1.0"
 __all__ = ["Config", "DenseNet", "Result", "build_model", "evaluate", "fit", "load_config"]
 _HOMES = {
-    "Config": "config",
+    "Config": "schema",
     "DenseNet": "model",
     "Result": "cluster.launch",
     "build_model": "train.job",

@@ -13,8 +13,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.config import Config, load_config, to_yaml
+from densenet_dist.config import load_config, to_yaml
 from densenet_dist.errors import ConfigError, DenseNetDistError, Interrupted
+from densenet_dist.schema import Config
 
 app = typer.Typer(
     help="Train DenseNets from a laptop's CPU to a GPU cluster.",

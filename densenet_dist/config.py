@@ -1,6 +1,6 @@
 """Typed configuration: defaults <- YAML files <- ``key=value``.
 
-Every setting is a field of a frozen dataclass below, with its meaning beside it. `load_config` merges, validates and
+The settings themselves, with their meanings, are in `densenet_dist.schema`. `load_config` merges, validates and
 reports *all* problems at once, each with its full key, before any work starts.
 """
 
@@ -11,231 +11,15 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
 from densenet_dist.errors import ConfigError
-
-_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
-NonNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Index: TypeAlias = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ModelConfig:
-    """Which DenseNet. Everything left at null takes the variant's own value."""
-
-    variant: Literal[
-        "notebook", "densenet", "densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"
-    ] = "notebook"
-    """notebook: the Keras notebook's net; densenet, densenet_bc: the paper's CIFAR nets; the others: torchvision's."""
-    growth_rate: Count | None = None
-    """Feature maps each layer adds (k in the paper)."""
-    num_layers: Count | tuple[Count, ...] | None = None
-    """Layers in each dense block: one number for all, or a list with one number a block."""
-    depth: Count | None = None
-    """Total depth of the paper's nets (L in the paper), instead of num_layers."""
-    compression: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of feature maps a transition keeps (theta in the paper)."""
-    drop_rate: Probability = 0.0
-    """Probability that dropout zeroes a value."""
-    block: Literal["reference"] = "reference"
-    """Implementation of the dense block."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class DataConfig:
-    """Which images, and what is done to them."""
-
-    name: Literal["shapes", "cifar10", "cifar100"] = "shapes"
-    """shapes is generated; the CIFAR sets are downloaded when they are not in root."""
-    root: str = "data"
-    """Folder that holds the data sets; relative paths are taken from where the command is started."""
-    download: bool = True
-    """Whether a missing set may be downloaded."""
-    url: str | None = None
-    """Where to download from instead of the official address (a mirror); the files are checked all the same."""
-    limit: Count | None = None
-    """Use only the first so many training images, and as many test images."""
-    val_fraction: Probability = 0.1
-    """Share of the training images held out for validation."""
-    stratified: bool = False
-    """Whether every class is held out in the same proportion."""
-    augment: Literal["none", "notebook", "crop_flip"] = "crop_flip"
-    """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip."""
-    normalize: Literal["standard", "unit"] = "standard"
-    """standard: the set's own mean and standard deviation; unit: pixel / 255 and nothing else."""
-    prefetch: Count = 2
-    """Batches prepared ahead on a CPU."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class OptimizerConfig:
-    """How parameters follow gradients."""
-
-    name: Literal["adam", "adamw", "sgd"] = "sgd"
-    """adam, adamw: with weight decay as part of the gradient, or beside it; sgd: with momentum."""
-    momentum: Probability = 0.9
-    """SGD only."""
-    nesterov: bool = True
-    """SGD only."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """Adam and AdamW only."""
-    eps: Positive = 1e-8
-    """Adam and AdamW only. (Keras' default is 1e-7.)"""
-    weight_decay: NonNegative = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
-    decay: Literal["all", "weights"] = "weights"
-    """weights: no decay on biases and BatchNorm's gamma and beta; all: decay everything, as the paper does."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ScheduleConfig:
-    """The learning rate over the run. Epochs may be fractions, except for plateau."""
-
-    name: Literal["constant", "multistep", "cosine", "one_cycle", "plateau"] = "cosine"
-    """multistep with milestones [50, 75] and gamma 0.1 is the notebook's step function."""
-    warmup_epochs: NonNegative = 0.0
-    """Epochs of linear warm-up from warmup_start * lr to lr, before the schedule's own course (not for one_cycle)."""
-    warmup_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of lr at which the warm-up starts."""
-    milestones: tuple[Positive, ...] = (50.0, 75.0)
-    """multistep: epochs at which the rate is multiplied by gamma."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """multistep: the factor at each milestone."""
-    final_lr: NonNegative = 0.0
-    """cosine: the rate at the very end."""
-    pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """one_cycle: share of the run in which the rate rises."""
-    div_factor: Annotated[float, Field(ge=1)] = 25.0
-    """one_cycle: the first rate is lr / div_factor."""
-    final_div_factor: Annotated[float, Field(ge=1)] = 1e4
-    """one_cycle: the last rate is the first / final_div_factor."""
-    anneal: Literal["cos", "linear"] = "cos"
-    """one_cycle: the form of both slopes."""
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """plateau: what the rate is multiplied by when validation loss stands still."""
-    patience: Count = 5
-    """plateau: epochs without improvement until then."""
-    min_delta: NonNegative = 0.01
-    """plateau: how much lower counts as improvement."""
-    min_lr: NonNegative = 0.0
-    """plateau: the rate never falls below."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class EarlyStoppingConfig:
-    """Stop when validation loss has not improved for a while."""
-
-    enabled: bool = False
-    """Whether training may stop before its last epoch."""
-    patience: Count = 10
-    """Epochs without improvement until training stops."""
-    min_delta: NonNegative = 0.0
-    """How much lower counts as improvement."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class TrainConfig:
-    """How the model is trained."""
-
-    epochs: Count = 30
-    """How often every training image is seen."""
-    global_batch_size: Count = 64
-    """Images a step, over all workers together."""
-    eval_batch_size: Count = 500
-    """Images a step of evaluation, a worker."""
-    lr: Positive = 0.1
-    """The peak learning rate, for the global batch size as it stands."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: automatic mixed precision over fp32 weights; fp16 scales the loss."""
-    compile: bool = False
-    """Whether torch.compile is used."""
-    deterministic: bool = False
-    """On a GPU: use deterministic kernels only, so that a resumed run equals the undisturbed one bit for bit, at some
-    cost in speed. On CPUs training always is deterministic."""
-    grad_accum_steps: Count = 1
-    """Parts into which each worker's share of a step is cut to save memory; the result stays that of the whole."""
-    clip_grad_norm: Positive | None = None
-    """Largest L2 norm of all gradients together."""
-    label_smoothing: Probability = 0.0
-    """Share of the target that is spread evenly over all classes."""
-    ema_decay: Probability | None = None
-    """Decay a step of an exponential moving average of the weights, which is then what is evaluated."""
-    sync_bn: bool = False
-    """Whether BatchNorm's statistics are those of the global batch."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How parameters follow gradients."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """The learning rate over the run."""
-    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    """When to stop before the last epoch."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class CheckpointConfig:
-    """What is kept for resuming. The last and the best are always kept."""
-
-    every_epochs: Count = 1
-    """Save at the end of every so many epochs, and of the last."""
-    every_steps: Count | None = None
-    """Save within epochs too, every so many steps."""
-    keep: Count = 1
-    """How many of the newest checkpoints to keep beside the best."""
-    monitor: Literal["val/top1", "val/loss"] = "val/top1"
-    """What makes a checkpoint the best: the highest val/top1 or the lowest val/loss."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ClusterConfig:
-    """Where training runs."""
-
-    engine: Literal["ray", "local"] = "ray"
-    """ray: Ray Train; local: this process alone, or the ranks that torchrun started."""
-    workers: Count | Literal["auto"] = "auto"
-    """DDP workers; auto: one a GPU of the cluster, or two on CPUs."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs if the cluster has any."""
-    cpus_per_worker: Count | Literal["auto"] = "auto"
-    """CPU cores, and so torch threads, a worker; auto: an equal share of the cores beside it."""
-    address: str | None = None
-    """A running Ray cluster, as for ray.init; null: the one in RAY_ADDRESS, else one of this process' own."""
-    max_failures: Index = 3
-    """How often a run is restarted from its last checkpoint after a lost worker or node."""
-    timeout_s: Positive = 600.0
-    """How long to wait for resources, and for a collective operation, before giving up."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Config:
-    """Everything a run depends on."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
-    """The run's name, and its folder's; by default the config file's name."""
-    storage: str = "runs"
-    """Where run folders are: a path (shared by all nodes, where there are several) or s3://bucket/path."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Fixes the split, the order, every augmentation, the initial weights and dropout."""
-    model: ModelConfig = ModelConfig()
-    """Which DenseNet."""
-    data: DataConfig = DataConfig()
-    """Which images, and what is done to them."""
-    train: TrainConfig = TrainConfig()
-    """How the model is trained."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """What is kept for resuming."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Where training runs."""
-
+from densenet_dist.schema import Config, impossible
 
 _ADAPTER = TypeAdapter(Config)
 _Path: TypeAlias = tuple[str | int, ...]
@@ -303,7 +87,7 @@ def validate(values: Mapping[str, Any]) -> Config:
         raise ConfigError(_join(_problems(error))) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
-    problems = list(_impossible(config))
+    problems = list(impossible(config))
     if problems:
         raise ConfigError(_join(problems))
     return config
@@ -488,32 +272,6 @@ def _join(problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
-
-
-def _impossible(config: Config) -> Iterator[str]:
-    """Combinations that are each legal alone but cannot work together."""
-    train, data, schedule = config.train, config.data, config.train.schedule
-    if data.val_fraction == 0 and (train.early_stopping.enabled or schedule.name == "plateau"):
-        what = "train.early_stopping" if train.early_stopping.enabled else "train.schedule.name: plateau"
-        yield f"data.val_fraction: 0 leaves nothing to validate on, but {what} watches the validation loss"
-    if schedule.name == "multistep" and list(schedule.milestones) != sorted(set(schedule.milestones)):
-        yield f"train.schedule.milestones: must rise, not {list(schedule.milestones)}"
-    if schedule.name != "one_cycle" and schedule.warmup_epochs >= train.epochs and schedule.warmup_epochs > 0:
-        yield f"train.schedule.warmup_epochs: {schedule.warmup_epochs:g} is the whole run of {train.epochs} epochs"
-    if schedule.name == "one_cycle" and schedule.warmup_epochs > 0:
-        yield "train.schedule.warmup_epochs: one_cycle has its own warm-up (pct_start); leave this at 0"
-    if schedule.name == "plateau" and schedule.min_lr > train.lr:
-        yield f"train.schedule.min_lr: {schedule.min_lr:g} is above train.lr={train.lr:g}"
-    if schedule.name == "cosine" and schedule.final_lr > train.lr:
-        yield f"train.schedule.final_lr: {schedule.final_lr:g} is above train.lr={train.lr:g}"
-    if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
-        yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
-    if isinstance(config.cluster.workers, int):
-        workers = config.cluster.workers
-        if workers > train.global_batch_size:
-            yield f"cluster.workers: {workers} workers cannot share train.global_batch_size={train.global_batch_size}"
-        if config.cluster.engine == "local" and workers > 1:
-            yield "cluster.workers: cluster.engine=local is one process; for more use ray or torchrun"
 
 
 _DEFAULTS = dataclasses.asdict(Config())

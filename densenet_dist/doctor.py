@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from densenet_dist.config import Config
 from densenet_dist.errors import DenseNetDistError
+from densenet_dist.schema import Config
 from densenet_dist.train.environment import cpu_name, package_version
 
 

@@ -62,5 +62,9 @@ class Interrupted(DenseNetDistError):
     """
 
     def __init__(self, run: str, number: int = signal.SIGINT) -> None:
+        self.run, self.number = run, number
         super().__init__(f"interrupted; go on from the last checkpoint: densenet-dist train --resume {run}")
         self.exit_code = 128 + number
+
+    def __reduce__(self) -> tuple[type[DenseNetDistError], tuple[object, ...]]:
+        return type(self), (self.run, self.number)

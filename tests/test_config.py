@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from densenet_dist.config import Config, flatten, load_config, read_yaml, to_dict, to_yaml
+from densenet_dist.config import flatten, load_config, read_yaml, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
+from densenet_dist.schema import Config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

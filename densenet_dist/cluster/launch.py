@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from densenet_dist.config import Config, flatten, load_config, to_dict, to_yaml
+from densenet_dist.config import flatten, load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError
+from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder

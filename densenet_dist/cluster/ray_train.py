@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from densenet_dist.cluster.resources import Resources, plan_resources
-from densenet_dist.config import Config, validate
+from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
+from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 

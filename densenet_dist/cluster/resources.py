@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from densenet_dist.config import ClusterConfig
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.schema import ClusterConfig
 
 
 @dataclass(frozen=True)

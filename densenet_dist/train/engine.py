@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.config import Config
 from densenet_dist.data.torch_loader import Batch
 from densenet_dist.errors import TrainingError
+from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.job import Job, autocast, build_job, describe, eval_loader, normalisation, sync_from_rank0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from densenet_dist.config import Config, load_config
+from densenet_dist.config import load_config
 from densenet_dist.data.plan import split_indices
 from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model

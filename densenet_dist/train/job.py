@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.config import Config, ModelConfig
 from densenet_dist.data.datasets import Dataset, Split, load_dataset
 from densenet_dist.data.plan import split_indices
 from densenet_dist.data.torch_loader import EvalLoader, TrainLoader
 from densenet_dist.model import DenseNet, count_parameters, densenet
+from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.metrics import FiniteWatch, Metrics

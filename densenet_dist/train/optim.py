@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from densenet_dist.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:

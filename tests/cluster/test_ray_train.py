@@ -106,6 +106,22 @@ def test_more_than_the_machine_has(start):
     assert "GPU" in run.text()
 
 
+def test_a_run_on_an_object_store(start, s3):
+    storage = s3 % "/runs"
+    run = start(f"storage={storage}", "train.epochs=2")
+    assert run.wait() == 0, run.text()
+    assert "s3://bucket/runs/run" in run.text()
+    assert not run.folder.exists(), "nothing of it lies on the disk"
+    uri = s3 % "/runs/run"
+    command = [sys.executable, "-m", "densenet_dist", "evaluate", uri, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{json.loads(done.stdout)['top1']:.2%}" in run.text()
+    again = start(f"storage={storage}")
+    assert again.wait() == 5
+    assert "exists already" in again.text()
+
+
 def test_submitted_as_a_job(tmp_path: Path):
     """``ray job submit`` on a running cluster: the run joins it and leaves it running."""
     ray = str(Path(sys.executable).with_name("ray"))

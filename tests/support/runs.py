@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from densenet_dist.config import Config, load_config, to_yaml
+from densenet_dist.config import load_config, to_yaml
+from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, LocalContext
 from densenet_dist.train.engine import fit
 from densenet_dist.train.job import Job, build_job

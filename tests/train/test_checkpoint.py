@@ -183,7 +183,7 @@ def test_every_digit_of_a_checkpoints_description_counts(run):
     path = run.path / "checkpoints" / "step-00000002" / "checkpoint.json"
     whole = path.read_text()
     for place, character in enumerate(whole):
-        if character.isalnum() and '"format": 1' not in whole[place - 10 : place + 1] and place > 14:
+        if character.isalnum() and place > whole.index("position"):
             path.write_text(whole[:place] + ("1" if character != "1" else "2") + whole[place + 1 :])
             with pytest.raises(CheckpointError):
                 store.load(store.entries[0])

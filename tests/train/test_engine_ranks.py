@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from runs import job_of, records, tiny, train, weights_of
+from runs import job_of, records, run_of, tiny, train, weights_of
 
 from densenet_dist.errors import TrainingError
 from densenet_dist.train.engine import evaluate_model, train_step
+from densenet_dist.train.evaluation import evaluate
 
 # In eval mode the whole step is a sum over images, so any share of it can be checked; 11 images over 2 or 3 ranks and
 # in up to 3 parts are never equal shares.
@@ -79,6 +80,10 @@ def test_without_it_each_rank_has_statistics_of_its_own_and_rank_0s_are_judged(t
     train(alone)
     first, second = run_ranks(fit_and_count, 2, together.storage, [])
     assert first["summary"] == second["summary"]
+    # Rank 0's statistics are those in the checkpoints, and all ranks judge with them.
+    for split, figure in (("val", records(together)[-2]), ("test", records(together)[-1])):
+        again = evaluate(run_of(together).path, split=split, checkpoint="last" if split == "val" else "best")
+        assert again["loss"] == pytest.approx(figure[f"{split}/loss"], rel=1e-6)
     losses = [[line["train/loss"] for line in records(config)[:-1]] for config in (together, alone)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from densenet_dist.config import OptimizerConfig, ScheduleConfig, load_config
+from densenet_dist.config import load_config
 from densenet_dist.model import DenseNet, densenet
+from densenet_dist.schema import OptimizerConfig, ScheduleConfig
 from densenet_dist.train.checkpoint import load_weights
 from densenet_dist.train.optim import Course, Patience, Schedule, WeightAverage, build_optimizer
 

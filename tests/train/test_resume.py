@@ -2,6 +2,8 @@
 
 import json
 import time
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from runs import job_of, next_second, records, run_of, tiny, train, weights_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing import ProcessRaisedException
 
-from densenet_dist.config import Config
+from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.evaluation import evaluate
 from densenet_dist.train.run_folder import RunFolder
 
 MANIFEST = "checkpoints/manifest.json"
@@ -208,6 +211,23 @@ def test_nothing_stands_twice_in_the_logs(tmp_path):
     board.Reload()
     for tag in ("train/loss", "val/loss", "lr"):
         assert [event.step for event in board.Scalars(tag)] == [5, 10, 15, 20]
+
+
+def test_a_run_on_an_object_store_goes_on_and_can_be_judged(tmp_path, s3):
+    storage = s3 % f"/{uuid.uuid4().hex}"
+    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.ema_decay=0.9"]
+    whole, torn = tiny(tmp_path, *settings), tiny(storage, *settings)
+    expected = train(whole)
+    with pytest.raises(Died):
+        train(torn, run=DyingFolder(torn, 2, "after"))
+    events = []
+    assert {**train(torn, listener=events.append), "train_seconds": 0} == {**expected, "train_seconds": 0}
+    assert events[0]["global_step"] == 4
+    copy = run_of(torn)
+    for name in ("checkpoints", "metrics.jsonl", "summary.json"):
+        copy.fetch(name)
+    assert_same_run(replace(torn, storage=str(copy.path.parent), name=copy.path.name), whole)
+    assert evaluate(storage.replace("?", "/tiny?"))["loss"] == expected["test/loss"]
 
 
 # Two ranks

@@ -1,0 +1,26 @@
+"""The family of errors."""
+
+import pickle
+
+import pytest
+
+from densenet_dist import errors
+
+CODES = {
+    "TrainingError": 1,
+    "ConfigError": 2,
+    "EnvironmentProblem": 3,
+    "DataError": 4,
+    "StorageError": 5,
+    "CheckpointError": 6,
+}
+
+
+@pytest.mark.parametrize(("name", "code"), CODES.items())
+def test_each_kind_has_its_exit_code_and_travels_between_processes(name, code):
+    error = getattr(errors, name)("what\n  how to mend it")
+    assert isinstance(error, errors.DenseNetDistError)
+    assert error.exit_code == code
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == "what\n  how to mend it"
