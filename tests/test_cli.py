@@ -134,6 +134,17 @@ def test_run_folder_cannot_be_written(command, quickstart):
     assert "storage=PATH_OR_URI" in err
 
 
+def test_relative_storage_in_a_submitted_job(command, quickstart, tmp_path, monkeypatch):
+    # Where Ray unpacks what `ray job submit --working-dir` sends, and deletes it after the job.
+    folder = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    code, _, err = command("train", quickstart, *QUICK)
+    assert code == 2
+    assert "storage: runs is relative" in err
+    assert command("train", quickstart, *QUICK, f"storage={tmp_path / 'runs'}")[0] == 0
+
+
 def test_nan(command, quickstart):
     code, _, err = command("train", quickstart, *QUICK, "train.lr=1e30")
     assert code == 1
@@ -167,7 +178,7 @@ def test_train_evaluate_resume(command, quickstart):
     assert "finished already" in out
     code, _, err = command("train", "--resume", "quickstart", "train.lr=0.5", "cluster.max_failures=1")
     assert code == 2
-    assert "a resumed run cannot change:\n  train.lr: 0.1 -> 0.5\n" in err
+    assert "a resumed run cannot change:\n  train.lr: 0.05 -> 0.5\n" in err
     code, _, err = command("train", "--resume", "elsewhere")
     assert code == 5
     assert "there is no run at" in err

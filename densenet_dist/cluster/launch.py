@@ -95,8 +95,18 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
 
 
 def absolute(config: Config) -> Config:
-    """The same configuration with paths that hold in any working directory: Ray's workers have their own."""
-    storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().absolute())
+    """The same configuration with paths that hold in any working directory: Ray's workers have their own.
+
+    Raises:
+        ConfigError: where the run's folder would lie in the temporary folder of a submitted job.
+    """
+    local = "://" not in config.storage
+    if local and not Path(config.storage).is_absolute() and "runtime_resources" in Path.cwd().parts:
+        raise ConfigError(
+            f"storage: {config.storage} is relative, but the working directory of a submitted job is a temporary one: "
+            "the run would be deleted with it\n  give a folder that all nodes share, or s3://bucket/path"
+        )
+    storage = str(Path(config.storage).expanduser().absolute()) if local else config.storage
     root = str(Path(config.data.root).expanduser().absolute())
     return replace(config, storage=storage, data=replace(config.data, root=root))
 

@@ -20,9 +20,10 @@ from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 
-# Spinning OpenMP threads of two workers on shared cores slow each other down thirtyfold; Ray would nice workers to 15.
-WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "RAY_worker_niceness": "0"}
+# Spinning OpenMP threads of two workers on shared cores slow each other down thirtyfold.
+WORKER_ENV = {"OMP_WAIT_POLICY": "passive"}
 # report() waits for the controller's next poll, 2 s by default; a dead worker is noticed at the same pace.
+# Ray would nice workers to 15.
 DRIVER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_worker_niceness": "0",
@@ -89,7 +90,7 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
         mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
         with _drained(mailbox, _announcing_restarts(listener, config.cluster.max_failures)):
-            failure = _run_trainer(config, run, resources, mailbox)
+            failure = _run_trainer(config, run, resources, mailbox, own_cluster)
         outcome = ray.get(mailbox.outcome.remote())
     if outcome["error"] is not None:
         raise outcome["error"]
@@ -166,7 +167,9 @@ def _require_shared(run: RunFolder) -> None:
         )
 
 
-def _run_trainer(config: Config, run: RunFolder, resources: Resources, mailbox: Any) -> BaseException | None:
+def _run_trainer(
+    config: Config, run: RunFolder, resources: Resources, mailbox: Any, own_cluster: bool
+) -> BaseException | None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
 
@@ -190,7 +193,8 @@ def _run_trainer(config: Config, run: RunFolder, resources: Resources, mailbox: 
                 controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": WORKER_ENV},
+            # A cluster of our own has inherited it; there, asking for it would only start further processes.
+            worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -213,7 +217,8 @@ def _ray_storage(run: RunFolder) -> str:
 @contextmanager
 def _cluster(config: Config) -> Iterator[bool]:
     """Connect to a cluster, or start one for as long as the context lasts; yields whether it is our own."""
-    os.environ.update({key: value for key, value in DRIVER_ENV.items() if key not in os.environ})
+    for key, value in (DRIVER_ENV | WORKER_ENV).items():
+        os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():

@@ -37,9 +37,9 @@ class RunLog:
         if run.is_remote and run.exists(METRICS_FILE):
             run.fetch(METRICS_FILE)
         self._keep_until(global_step)
-        (run.path / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
         # TensorBoard hides what an earlier process wrote from purge_step on.
-        purge = global_step + 1 if global_step else None
+        purge = global_step + 1 if run.exists(TENSORBOARD_FOLDER) else None
+        (run.path / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
         self._writer = SummaryWriter(str(run.path / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
@@ -53,11 +53,9 @@ class RunLog:
 
     def images(self, tag: str, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
         """Show up to 64 normalised images, (n, 3, H, W) float, as one grid."""
-        from torchvision.utils import make_grid
-
         shown = images[:64].detach().float().cpu()
         scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
-        self._writer.add_image(tag, make_grid((shown * scale + shift).clamp(0, 1), nrow=8), step)
+        self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
 
     def hparams(self, config: Config, results: dict[str, float]) -> None:
         """Fill TensorBoard's HPARAMS tab, in this same run (`SummaryWriter.add_hparams` would start another)."""
