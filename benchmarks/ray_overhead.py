@@ -2,7 +2,9 @@
 
     python benchmarks/ray_overhead.py --pairs 3 --out benchmarks/results/ray_overhead.json
 
-Each run is a process of its own. Steady state is the median over its epochs but the first, which warms up.
+The worker has one torch thread unless other settings are given: with a thread on every core, what is measured is how
+Ray's own processes share them. Each run is a process of its own. Steady state is the median over its epochs but the
+first, which warms up.
 """
 
 import argparse
@@ -35,7 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("settings", nargs="*", default=["train.epochs=6", "data.limit=3000"])
+    parser.add_argument(
+        "settings", nargs="*", default=["train.epochs=6", "data.limit=3000", "cluster.cpus_per_worker=1"]
+    )
     arguments = parser.parse_args()
     pairs = []
     for number in range(arguments.pairs):

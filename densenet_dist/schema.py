@@ -196,7 +196,7 @@ class ClusterConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if the cluster has any."""
     cpus_per_worker: Count | Literal["auto"] = "auto"
-    """CPU cores, and so torch threads, a worker; auto: an equal share of the cores beside it."""
+    """CPU cores, and so torch threads, a worker; auto: its share of the machine, less one for Ray."""
     address: str | None = None
     """A running Ray cluster, as for ray.init; null: the one in RAY_ADDRESS, else one of this process' own."""
     max_failures: Index = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import tempfile
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from densenet_dist.cluster.resources import Resources, plan_resources
+from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import Config
@@ -45,7 +46,11 @@ class RayContext:
     def report(self, event: Event) -> None:
         """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank."""
         if self.rank == 0:
-            self.mailbox.put.remote(event)
+            import ray
+
+            sent = self.mailbox.put.remote(event)
+            if event["kind"] == "end":
+                ray.get(sent)  # this process may be gone in a moment
         if event["kind"] == "epoch":
             self._report_to_ray(event)
 
@@ -103,31 +108,41 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
 
 
 class _Mailbox:
-    """An actor that carries events from rank 0 to the driver, and remembers how the run ended."""
+    """An actor that carries events from rank 0 to the driver, and remembers how the run ended.
+
+    Asynchronous, so that the driver can wait in it: on a machine whose every core trains, polling is felt.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._news = asyncio.Event()
         self._error: DenseNetDistError | None = None
         self._summary: Event | None = None
 
-    def put(self, event: Event) -> None:
+    async def put(self, event: Event) -> None:
         if event["kind"] == "progress" and self._events and self._events[-1]["kind"] == "progress":
             self._events.pop()  # nobody has looked at the last one yet: only the newest matters
         if event["kind"] == "end":
             self._summary = {key: value for key, value in event.items() if key != "kind"}
         self._events.append(event)
+        self._news.set()
 
-    def fail(self, error: DenseNetDistError) -> None:
+    async def fail(self, error: DenseNetDistError) -> None:
         self._error = self._error or error
 
-    def failed(self) -> bool:
+    async def failed(self) -> bool:
         return self._error is not None
 
-    def drain(self) -> list[Event]:
+    async def drain(self) -> list[Event]:
+        await self._news.wait()
+        self._news.clear()
         events, self._events = self._events, []
         return events
 
-    def outcome(self) -> dict[str, Any]:
+    async def wake(self) -> None:
+        self._news.set()
+
+    async def outcome(self) -> dict[str, Any]:
         return {"error": self._error, "summary": self._summary}
 
 
@@ -144,7 +159,7 @@ def _train_worker(payload: dict[str, Any]) -> None:
     from densenet_dist.train.engine import fit
 
     context = ray.train.get_context()
-    torch.set_num_threads(payload["threads"] or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
     try:
@@ -253,13 +268,10 @@ def _drained(mailbox: Any, listener: Callable[[Event], None]) -> Iterator[None]:
     stop = threading.Event()
 
     def pump() -> None:
-        while True:
-            last = stop.wait(0.2)
-            with suppress(ray.exceptions.RayError):
+        with suppress(ray.exceptions.RayError):
+            while not stop.is_set():
                 for event in ray.get(mailbox.drain.remote()):
                     listener(event)
-            if last:
-                return
 
     thread = threading.Thread(target=pump, name="events")
     thread.start()
@@ -267,7 +279,12 @@ def _drained(mailbox: Any, listener: Callable[[Event], None]) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        mailbox.wake.remote()
         thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
+        with suppress(ray.exceptions.RayError):
+            ray.get(mailbox.wake.remote(), timeout=5)
+            for event in ray.get(mailbox.drain.remote(), timeout=5):  # come since the thread last looked
+                listener(event)
 
 
 def _announcing_restarts(listener: Callable[[Event], None], limit: int) -> Callable[[Event], None]:
