@@ -73,7 +73,8 @@ def train(
     from densenet_dist.train.logs import Console
 
     signal.signal(signal.SIGTERM, _terminated)
-    with Console(quiet) as console:
+    # Under torchrun every rank runs this; one of them speaks.
+    with Console(quiet or os.environ.get("RANK", "0") != "0") as console:
         if resume is not None:
             _resume(resume, sources or [], console)
         else:

@@ -184,6 +184,21 @@ def test_train_evaluate_resume(command, quickstart):
     assert "there is no run at" in err
 
 
+@pytest.mark.slow
+def test_torchrun_trains_together_and_speaks_once(quickstart, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "densenet_dist", "train", quickstart, *QUICK, f"storage={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 x CPU") == 1
+    assert done.stdout.count("test top-1") == 1
+    assert json.loads((tmp_path / "quickstart" / "summary.json").read_text())["status"] == "finished"
+
+
 def test_quiet_says_nothing(command, quickstart):
     assert command("train", quickstart, *QUICK, "--quiet") == (0, "", "")
 
