@@ -126,6 +126,14 @@ def test_no_data(command, quickstart):
     assert "data prepare cifar10" in err
 
 
+def test_what_failed_before_its_first_step_can_be_started_again(command, quickstart):
+    code, _, _ = command("train", quickstart, *QUICK, "data.name=cifar10", "data.download=false")
+    assert code == 4
+    assert command("train", quickstart, *QUICK)[0] == 0
+    assert yaml.safe_load(Path("runs/quickstart/config.yaml").read_text())["data"]["name"] == "shapes"
+    assert command("train", quickstart, *QUICK)[0] == 5
+
+
 def test_run_folder_cannot_be_written(command, quickstart):
     Path("file").write_text("in the way")
     code, _, err = command("train", quickstart, *QUICK, "storage=file/runs")

@@ -14,7 +14,14 @@ from densenet_dist.errors import ConfigError, DataError, StorageError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.environment import describe_environment
-from densenet_dist.train.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.train.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    ENV_FILE,
+    SUMMARY_FILE,
+    TENSORBOARD_FOLDER,
+    RunFolder,
+)
 
 _RESUME_MAY_CHANGE = ("cluster.", "checkpoint.", "data.root", "data.url", "data.download", "data.prefetch", "storage")
 
@@ -57,8 +64,11 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     check_model(config)
     run = RunFolder(config.storage, config.name)
     if _is_writer():
-        _open_run(run, config, resume)
+        if not resume:
+            _refuse_used_name(run)
+        run.create()
         _prepare_data(config)
+        _write_run(run, config, resume)
     if config.cluster.engine == "ray":
         from densenet_dist.cluster.ray_train import fit_on_ray
 
@@ -135,13 +145,16 @@ def _is_writer() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _open_run(run: RunFolder, config: Config, resume: bool) -> None:
-    if run.exists() and not resume:
+def _refuse_used_name(run: RunFolder) -> None:
+    # What failed before its first step (no data, no GPU) has left nothing worth keeping, and may be started again.
+    if run.exists(TENSORBOARD_FOLDER) or run.exists(CHECKPOINTS_FOLDER):
         raise StorageError(
             f"the run {run.uri} exists already\n"
             f"  go on with it: densenet-dist train --resume {run.uri}\n  or choose another name: name=NEW"
         )
-    run.create()
+
+
+def _write_run(run: RunFolder, config: Config, resume: bool) -> None:
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
     run.write(ENV_FILE, json.dumps(describe_environment(), indent=1) + "\n")

@@ -41,6 +41,7 @@ class RunLog:
         purge = global_step + 1 if run.exists(TENSORBOARD_FOLDER) else None
         (run.path / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
         self._writer = SummaryWriter(str(run.path / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
+        self.publish()  # from here on the run's name is taken
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
