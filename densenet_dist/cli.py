@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from densenet_dist.config import load_config, to_yaml
-from densenet_dist.errors import ConfigError, DenseNetDistError, Interrupted
+from densenet_dist.errors import ConfigError, DenseNetDistError, Interrupted, StorageError
 from densenet_dist.schema import Config
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Sources = Annotated[
     list[str] | None,
@@ -107,19 +109,50 @@ def evaluate(
 
 @data_app.command("prepare")
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100 or shapes.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100, shapes or folder.")],
     root: Annotated[Path, typer.Option(help="The folder for data sets.")] = Path("data"),
     url: Annotated[str | None, typer.Option(help="Download from here instead (a mirror).")] = None,
     download: Annotated[bool, typer.Option(help="Whether a missing set may be downloaded.")] = True,
     debug: Debug = False,
 ) -> None:
-    """Download, unpack and verify a data set."""
+    """Download, unpack and verify a data set; of a folder of pictures, name all that cannot be used.
+
+    densenet-dist data prepare cifar10
+    densenet-dist data prepare folder --root my_photos
+    """
     from densenet_dist.data.datasets import DATASET_NAMES, prepare_dataset
 
     if name not in DATASET_NAMES:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
     folder = prepare_dataset(name, root, download=download, url=url, progress=True)
-    typer.echo(f"{name}: complete and verified in {folder}" if name != "shapes" else "shapes: generated when used")
+    typer.echo(f"{name}: verified in {folder}" if name != "shapes" else "shapes: generated when used")
+
+
+@bench_app.command("data")
+def bench_data(
+    sources: Sources = None,
+    batch_sizes: Annotated[str, typer.Option(help="Images a batch, separated by commas.")] = "64,128,256,512,1024",
+    seconds: Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast each loader makes a configuration's batches: images a second and a CPU-second, and memory.
+
+    densenet-dist bench data configs/cifar10_notebook.yaml --out loaders.json
+    """
+    from densenet_dist.bench.data import bench_data as measure
+    from densenet_dist.bench.data import print_table
+
+    config = _load(sources)
+    sizes = tuple(_batch_size(text) for text in batch_sizes.split(","))
+    found = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
+    print_table(found)
+    if out is not None:
+        try:
+            out.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"{out} cannot be written: {error.strerror}") from error
 
 
 @app.command()
@@ -168,6 +201,12 @@ def _load(sources: list[str] | None) -> Config:
     if not sources:
         raise ConfigError("name a configuration, such as configs/quickstart.yaml (or --resume RUN to go on with a run)")
     return load_config(*sources)
+
+
+def _batch_size(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise ConfigError(f"--batch-sizes: {text!r} is no number of images; write them as 64,128,256")
+    return int(text)
 
 
 def _fit(config: Config, console: Any, *, resume: bool = False) -> None:

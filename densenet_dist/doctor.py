@@ -12,7 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from densenet_dist.errors import DenseNetDistError
+from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
+from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.environment import cpu_name, package_version
 
@@ -77,7 +79,7 @@ def _torch(config: Config) -> Finding:
 def _gpus(config: Config) -> Finding:
     import torch
 
-    driver = _driver_version()
+    driver, _ = driver_versions()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("GPUs", "ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
@@ -89,16 +91,18 @@ def _gpus(config: Config) -> Finding:
 
 
 def _dali(config: Config) -> Finding:
-    version = package_version("nvidia-dali-cuda130")
-    if version is None:
-        return Finding(
-            "DALI", "note", "not installed; images are augmented by torch", "pip install nvidia-dali-cuda130"
-        )
+    import torch
+
+    if not dali_installed():
+        state = "bad" if config.data.loader == "dali" else "note"
+        return Finding("DALI", state, "not installed; torch makes the batches", f"pip install {DALI_PACKAGE}")
+    device = torch.device("cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu")
     try:
-        count = importlib.import_module("nvidia.dali.backend").GetCUDADeviceCount()
-    except ImportError as error:
-        return Finding("DALI", "note", f"{version} does not import: {error}; images are augmented by torch")
-    return Finding("DALI", "ok", f"{version}, {f'{count} GPUs' if count else 'CPU mode'}")
+        require_dali(device, decoding=config.data.name == "folder")
+    except EnvironmentProblem as error:
+        what, *ways = str(error).splitlines()
+        return Finding("DALI", "bad" if config.data.loader == "dali" else "note", what, " ".join(map(str.strip, ways)))
+    return Finding("DALI", "ok", f"{dali_version()}, on the {'GPU' if device.type == 'cuda' else 'CPU'}")
 
 
 def _ray(config: Config) -> Finding:
@@ -138,18 +142,12 @@ def _data(config: Config) -> Finding:
     if name == "shapes":
         return Finding("data", "ok", "shapes is generated when used")
     try:
-        folder = prepare_dataset(name, root, download=False, progress=False)
+        folder = prepare_dataset(name, root, download=False, on_bad_image=config.data.on_bad_image, progress=False)
     except DenseNetDistError as error:
         text = str(error).splitlines()[0]
+        if name == "folder":
+            return Finding("data", "bad", text, f"more about it: densenet-dist data prepare folder --root {root}")
         if config.data.download and not any(Path(root).glob("cifar*")):
             return Finding("data", "note", f"{name} is not in {root}; it will be downloaded", "")
         return Finding("data", "bad", text, f"densenet-dist data prepare {name} --root {root}")
-    return Finding("data", "ok", f"{name} is complete in {folder}")
-
-
-def _driver_version() -> str | None:
-    with suppress(OSError):
-        for line in Path("/proc/driver/nvidia/version").read_text().splitlines():
-            if "Kernel Module" in line:
-                return next((word for word in line.split() if word[:1].isdigit() and "." in word), "unknown")
-    return None
+    return Finding("data", "ok", f"{folder} can be used" if name == "folder" else f"{name} is complete in {folder}")

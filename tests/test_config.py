@@ -202,7 +202,7 @@ def test_every_field_is_described():
         ("train.compile=1", "train.compile: must be true or false, not 1 (int)"),
         ("data.root=3", "data.root: must be text, not 3 (int)"),
         ("data.root=null", "data.root: must be text, not null"),
-        ("data.name=mnist", "data.name: must be 'shapes' or 'cifar10' or 'cifar100', not 'mnist' (str)"),
+        ("data.name=mnist", "data.name: must be 'shapes' or 'cifar10' or 'cifar100' or 'folder', not 'mnist' (str)"),
         ("data.val_fraction=1", "data.val_fraction: must be a number >= 0 and < 1, not 1 (int)"),
         ("cluster.workers=two", "cluster.workers: must be an integer >= 1 or 'auto', not 'two' (str)"),
         ("cluster.workers=0", "cluster.workers: must be an integer >= 1 or 'auto', not 0 (int)"),

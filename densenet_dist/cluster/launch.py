@@ -13,7 +13,7 @@ from densenet_dist.config import flatten, load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
-from densenet_dist.train.environment import describe_environment
+from densenet_dist.train.environment import LOADER_KEY, describe_environment
 from densenet_dist.train.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -23,7 +23,16 @@ from densenet_dist.train.run_folder import (
     RunFolder,
 )
 
-_RESUME_MAY_CHANGE = ("cluster.", "checkpoint.", "data.root", "data.url", "data.download", "data.prefetch", "storage")
+_RESUME_MAY_CHANGE = (
+    "cluster.",
+    "checkpoint.",
+    "data.root",
+    "data.url",
+    "data.download",
+    "data.prefetch",
+    "data.loader",
+    "storage",
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ def check_model(config: Config) -> None:
 
     from densenet_dist.model import validate_model
 
-    problems = validate_model(**asdict(config.model), num_classes=10, image_size=32)
+    problems = validate_model(**asdict(config.model), num_classes=10, image_size=config.data.side)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -155,9 +164,13 @@ def _refuse_used_name(run: RunFolder) -> None:
 
 
 def _write_run(run: RunFolder, config: Config, resume: bool) -> None:
+    environment = describe_environment()
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
-    run.write(ENV_FILE, json.dumps(describe_environment(), indent=1) + "\n")
+    elif run.exists(ENV_FILE):
+        before = json.loads(run.fetch(ENV_FILE).read_text())
+        environment |= {key: before[key] for key in (LOADER_KEY,) if key in before}
+    run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
     run.remove(SUMMARY_FILE)
 
 
@@ -167,7 +180,7 @@ def _prepare_data(config: Config) -> None:
 
     data = config.data
     try:
-        prepare_dataset(data.name, data.root, download=data.download, url=data.url)
+        prepare_dataset(data.name, data.root, download=data.download, url=data.url, on_bad_image=data.on_bad_image)
     except (DataError, StorageError):
         joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
         if config.cluster.engine == "local" or not joined:

@@ -1,15 +1,19 @@
-"""The data sets by name: verified uint8 arrays in memory."""
+"""The data sets by name: verified uint8 arrays in memory, or pictures in files."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data import archive, cifar, shapes
+from densenet_dist.data import archive, cifar, image_folder, shapes
+from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.plan import Stream, split_indices
 from densenet_dist.errors import ConfigError
 
-DATASET_NAMES = ("shapes", "cifar10", "cifar100")
+DATASET_NAMES = ("shapes", "cifar10", "cifar100", "folder")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Channels = tuple[float, float, float]
 
@@ -19,11 +23,11 @@ class Split:
     """Images and their classes, in the data set's own order.
 
     Attributes:
-        images: (n, H, W, 3) uint8, RGB, H = W.
+        images: (n, H, W, 3) uint8, RGB, H = W; or pictures in files.
         labels: (n,) int64, in [0, number of classes).
     """
 
-    images: npt.NDArray[np.uint8]
+    images: npt.NDArray[np.uint8] | ImageFiles
     labels: npt.NDArray[np.int64]
 
 
@@ -33,8 +37,11 @@ class Dataset:
 
     Attributes:
         class_names: by label.
-        mean: red, green, blue mean of the whole training split in [0, 1], whatever the limit or the seed.
+        mean: red, green, blue mean of the whole training split in [0, 1], whatever the limit or the seed; ImageNet's
+            for pictures in files.
         std: standard deviation, likewise.
+        val: (m,) int64, places in `train` that are held out for validation, where the set itself says so; else None.
+        skipped: pictures that were left out, a line each, with the reason.
     """
 
     name: str
@@ -43,6 +50,8 @@ class Dataset:
     test: Split
     mean: Channels
     std: Channels
+    val: npt.NDArray[np.int64] | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -52,7 +61,8 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Side of the square images in pixels."""
-        return int(self.train.images.shape[1])
+        images = self.train.images
+        return images.image_size if isinstance(images, ImageFiles) else int(images.shape[1])
 
 
 def load_dataset(
@@ -63,9 +73,12 @@ def load_dataset(
     url: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    image_size: int = 224,
+    test_fraction: float = 0.1,
+    on_bad_image: Literal["error", "skip"] = "error",
     progress: bool = False,
 ) -> Dataset:
-    """Loads a data set into memory, after making sure that each of its files is the official one.
+    """Loads a data set, after making sure that its files are the official ones, or pictures that can be read.
 
     Args:
         name: one of `DATASET_NAMES`.
@@ -75,7 +88,10 @@ def load_dataset(
         url: where the archive comes from instead of the official address: http(s):// or file://.
         limit: keep only the first `limit` images of each split.
         seed: of the generated set; the others ignore it.
-        progress: whether to show a bar while downloading.
+        image_size: side of the square images made of pictures in a folder.
+        test_fraction: share of the pictures of a folder without a test part that become one.
+        on_bad_image: what becomes of pictures in a folder that cannot be read.
+        progress: whether to show a bar while downloading or reading.
 
     Raises:
         ConfigError: there is no such data set, or `limit` or `url` makes no sense.
@@ -87,25 +103,39 @@ def load_dataset(
         raise ConfigError(f"limit={limit}: the number of images to keep must be at least 1")
     if name == "shapes":
         return _shapes(seed, limit)
+    if name == "folder":
+        folder = image_folder.read_folder(
+            Path(root), image_size=image_size, on_bad_image=on_bad_image, progress=progress
+        )
+        return _folder(folder, limit, test_fraction)
     spec = cifar.SPECS[name]
-    folder = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
-    class_names, train, test = cifar.read_folder(spec, folder)
+    path = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
+    class_names, train, test = cifar.read_folder(spec, path)
     return Dataset(name, class_names, _split(*train, limit), _split(*test, limit), spec.mean, spec.std)
 
 
 def prepare_dataset(
-    name: str, root: str | Path, *, download: bool = True, url: str | None = None, progress: bool = True
+    name: str,
+    root: str | Path,
+    *,
+    download: bool = True,
+    url: str | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    progress: bool = True,
 ) -> Path:
     """Downloads, extracts and verifies a data set, as far as that is not done already.
 
     Returns:
-        The folder that holds its files; for "shapes", which has none, `root` as it is.
+        The folder that holds its files; `root` as it is for "folder", and for "shapes", which has none.
 
     Raises:
         ConfigError, DataError, StorageError: as `load_dataset`.
     """
     _check_name(name)
     if name == "shapes":
+        return Path(root)
+    if name == "folder":
+        image_folder.read_folder(Path(root), image_size=1, on_bad_image=on_bad_image, progress=progress)
         return Path(root)
     spec = cifar.SPECS[name]
     folder = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
@@ -122,6 +152,35 @@ def _shapes(seed: int, limit: int | None) -> Dataset:
     train = shapes.generate(min(limit or shapes.TRAIN_IMAGES, shapes.TRAIN_IMAGES), seed=seed, part=0)
     test = shapes.generate(min(limit or shapes.TEST_IMAGES, shapes.TEST_IMAGES), seed=seed, part=1)
     return Dataset("shapes", shapes.CLASS_NAMES, Split(*train), Split(*test), shapes.MEAN, shapes.STD)
+
+
+def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float) -> Dataset:
+    files, labels, val = folder.files, folder.labels, folder.val
+    test_files, test_labels = folder.test_files, folder.test_labels
+    if test_files is None or test_labels is None:
+        if test_fraction == 0.0:
+            raise ConfigError(f"{files.root} has no folder test, and test_fraction=0 leaves nothing to test on")
+        # One test part for every seed: what is tested on must not depend on how a run was started.
+        train, test = split_indices(labels, test_fraction, 0, stratified=True, stream=Stream.TEST_SPLIT)
+        test_files, test_labels = files.subset(test), labels[test]
+        files, labels = files.subset(train), labels[train]
+        val = None if val is None else np.flatnonzero(np.isin(train, val)).astype(np.int64)
+    kept, kept_test = _evenly(len(labels), limit), _evenly(len(test_labels), limit)
+    return Dataset(
+        "folder",
+        folder.class_names,
+        Split(files.subset(kept), labels[kept]),
+        Split(test_files.subset(kept_test), test_labels[kept_test]),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        None if val is None else np.flatnonzero(np.isin(kept, val)).astype(np.int64),
+        folder.skipped,
+    )
+
+
+def _evenly(count: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """Places of at most `limit` of `count` pictures: evenly, because the first ones are all of one class."""
+    return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
 
 
 def _split(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], limit: int | None) -> Split:

@@ -1,257 +1,180 @@
-"""Batches made with torch ops, on a CPU or a GPU: the whole data set lies on the device, and nothing else is loaded.
+"""Pixels made with torch ops, on a CPU or a GPU.
 
-A batch is gathered from the uint8 images, warped, and normalised last; `plan` says which images and how. On a GPU every
-op is queued without waiting for it, and a whole epoch's order, labels and warps go up in three copies at its start. On
-a CPU one background thread works ahead of the consumer.
+Images in memory lie on the device as a whole, and a batch is gathered from them; pictures in files are read, decoded
+and resized by threads on the CPU. Then tones are changed, the images warped, normalised, and holes cut; `augment` says
+how. On a GPU every op is queued without waiting for it, and a whole epoch's parameters go up in a few copies at its
+start. On a CPU, or where files are read, one background thread works ahead of the consumer.
 """
+
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_dist.data.datasets import Split
-from densenet_dist.data.plan import BatchPlan, Padding, draw_affine, epoch_order, rank_slice
-from densenet_dist.errors import ConfigError
+from densenet_dist.data import torch_ops
+from densenet_dist.data.image_files import BadImage, ImageFiles
+from densenet_dist.data.loader import Request, upload
+from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
+
+_CPU_PIECE = 64
+"""Images that a CPU works on at a time: few enough for its cache, whatever the batch's size (docs/log.md)."""
 
 
-class Batch(NamedTuple):
-    """What one rank gets of one global batch.
-
-    Attributes:
-        images: (n, 3, H, W) float32 in channels_last memory, normalised.
-        labels: (n,) int64.
-        global_size: images of the global batch, over all ranks.
-    """
-
-    images: Tensor
-    labels: Tensor
-    global_size: int
-
-
-class TrainLoader:
-    """The training batches of one rank; the global batches are the same for every world size.
+class TorchEngine:
+    """Makes pixels of the images of one split with torch ops.
 
     Args:
-        split: the data set's whole training split; augmentation is drawn by an image's place in it.
-        indices: (n,) int64, the images to train on.
-        global_batch_size: images a step over all ranks.
-        augmentation: one of `plan.AUGMENTATIONS`.
+        images: (n, H, W, 3) uint8, H = W, or pictures in files.
         mean: of each channel, for images in [0, 1].
         std: likewise.
-        device: where the data set lies and batches are made.
-        prefetch: batches made ahead by a thread on a CPU; 0 for no thread. A GPU needs none.
-
-    Raises:
-        ConfigError: some global batch has too few images to give each rank one.
+        device: where the images lie and batches are made.
+        prefetch: batches made ahead by a thread; 0 for none. Images that lie on a GPU need none.
+        threads: that decode files.
+        substitutes: for pictures in files.
     """
 
     def __init__(
         self,
-        split: Split,
-        indices: npt.NDArray[np.int64],
-        *,
-        global_batch_size: int,
-        augmentation: str,
-        seed: int,
+        images: npt.NDArray[np.uint8] | ImageFiles,
         mean: Sequence[float],
         std: Sequence[float],
-        rank: int = 0,
-        world_size: int = 1,
         device: torch.device | str = "cpu",
-        prefetch: int = 2,
-    ) -> None:
-        self._plan = BatchPlan(len(indices), global_batch_size)
-        if self._plan.smallest < world_size:
-            raise ConfigError(
-                f"{len(indices)} training images in global batches of {global_batch_size} leave a batch of "
-                f"{self._plan.smallest} for {world_size} ranks: choose a batch size of at least {8 * world_size}, "
-                "or use fewer ranks"
-            )
-        self._images = _DeviceImages(split.images, mean, std, torch.device(device))
-        self._labels = split.labels
-        self._indices = indices
-        self._augmentation = augmentation
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._prefetch = prefetch
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches in an epoch, the same on every rank."""
-        return self._plan.steps
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from global step `start_step` on; the same ones as after skipping so many.
-
-        Raises:
-            IndexError: the epoch has fewer steps.
-        """
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise IndexError(f"step {start_step} of an epoch of {self.steps_per_epoch} steps")
-        images = self._images
-        order = epoch_order(self._indices, self._seed, epoch)
-        affine = draw_affine(self._augmentation, self._seed, epoch, len(self._labels), images.size)
-        theta = None if affine is None else images.upload(affine.torch_theta(images.size)[order])
-        padding: Padding = "border" if affine is None else affine.padding
-        rows, labels = images.upload(order), images.upload(self._labels[order])
-
-        def mine(batch: Tensor) -> Tensor:
-            return rank_slice(batch, self._rank, self._world_size)
-
-        def make(step: int) -> Batch:
-            start, stop = self._plan.bounds(step)
-            pixels = images.batch(mine(rows[start:stop]), None if theta is None else mine(theta[start:stop]), padding)
-            return Batch(pixels, mine(labels[start:stop]), stop - start)
-
-        return _made_ahead(make, range(start_step, self.steps_per_epoch), images.depth(self._prefetch))
-
-
-class EvalLoader:
-    """Batches of one rank for evaluation: over all ranks every image once, in order, none warped.
-
-    Rank r of w takes `[r::w]` of each stretch of `batch_size * w` images. At the end there may be nothing left for a
-    rank, which then has one batch fewer than others: no batch is empty.
-
-    Args:
-        split: the split to read from.
-        indices: (n,) int64, the images to evaluate, in this order.
-        batch_size: images a step on this rank.
-        mean: of each channel, for images in [0, 1].
-        std: likewise.
-        device: where the data set lies and batches are made.
-        prefetch: batches made ahead by a thread on a CPU; 0 for no thread. A GPU needs none.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        indices: npt.NDArray[np.int64],
         *,
-        batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
         prefetch: int = 2,
+        threads: int = 1,
+        substitutes: Substitutes | None = None,
     ) -> None:
-        self._images = _DeviceImages(split.images, mean, std, torch.device(device))
-        self._indices = indices
-        self._labels = split.labels[indices]
-        self._stride = batch_size * world_size
-        self._rank, self._world_size = rank, world_size
-        self._prefetch = prefetch
-
-    def __len__(self) -> int:
-        """Batches of this rank."""
-        return -(-(len(self._indices) - self._rank) // self._stride)
-
-    def __iter__(self) -> Iterator[Batch]:
-        images, count = self._images, len(self._indices)
-        rows, labels = images.upload(self._indices), images.upload(self._labels)
-
-        def make(step: int) -> Batch:
-            start, stop = step * self._stride, min((step + 1) * self._stride, count)
-            pixels = images.batch(rank_slice(rows[start:stop], self._rank, self._world_size))
-            return Batch(pixels, rank_slice(labels[start:stop], self._rank, self._world_size), stop - start)
-
-        return _made_ahead(make, range(len(self)), images.depth(self._prefetch))
-
-
-class _DeviceImages:
-    """The images of one split on one device, and the ops that turn rows of them into a normalised batch.
-
-    Args:
-        images: (n, H, W, 3) uint8, H = W; on a CPU the memory is shared, not copied.
-    """
-
-    def __init__(
-        self, images: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float], device: torch.device
-    ) -> None:
-        self.device = device
-        self.size: int = images.shape[1]
-        self._pixels = _tensor(images).to(device)
+        self.device = torch.device(device)
+        self.substitutes = substitutes
+        self._source: _Source
+        if isinstance(images, ImageFiles):
+            self._source, self.image_size = _Files(images, self.device, threads), images.image_size
+        else:
+            self._source, self.image_size = _Resident(images, self.device), int(images.shape[1])
+        self._prefetch = 0 if self.device.type == "cuda" and isinstance(self._source, _Resident) else prefetch
         levels = 255.0 * np.asarray(std, dtype=np.float64)
         self._scale = self._row(1.0 / levels)
         self._shift = self._row(-255.0 * np.asarray(mean, dtype=np.float64) / levels)
-        self._centres = (2.0 * torch.arange(self.size, dtype=torch.float32, device=device) + 1.0) / self.size - 1.0
+        size = self.image_size
+        self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
+
+    def stream(self, request: Callable[[int], Request], largest: int) -> TorchStream:
+        """A stream of its own for one loader; it has no state."""
+        return TorchStream(lambda number: self._pixels(request(number)), self._prefetch)
 
     def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
         """(3,) values repeated for every pixel of a row, (W * 3,) float32 on the device."""
-        return _tensor(np.tile(channels, self.size).astype(np.float32)).to(self.device)
+        return upload(np.tile(channels, self.image_size).astype(np.float32), self.device)
 
-    def depth(self, prefetch: int) -> int:
-        """How many batches a thread should make ahead: none on a GPU, whose queue of kernels already runs ahead."""
-        return prefetch if self.device.type == "cpu" else 0
+    def _pixels(self, request: Request) -> Tensor:
+        """(m, 3, H, W) float32, channels_last, normalised."""
+        pieces = request.pieces(_CPU_PIECE) if self.device.type == "cpu" else [request]
+        if len(pieces) == 1:
+            return self._piece(request)
+        images = torch.empty(request.size, self.image_size, self.image_size, 3).permute(0, 3, 1, 2)
+        start = 0
+        for piece in pieces:
+            stop = start + piece.size
+            images[start:stop] = self._piece(piece)
+            start = stop
+        return images
 
-    def upload(self, array: npt.NDArray[Any]) -> Tensor:
-        """`array` on the device, without waiting for the copy."""
-        tensor = _tensor(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-    def batch(self, rows: Tensor, theta: Tensor | None = None, padding: Padding = "border") -> Tensor:
-        """Rows (n,) int64 as (n, 3, H, W) float32, channels_last, warped by theta (n, 2, 3) if given, normalised."""
-        # index_select copies whole images; indexing by [rows] goes byte by byte and is 15 times slower on a CPU.
-        images = self._pixels.index_select(0, rows).permute(0, 3, 1, 2).float()
-        if theta is not None:
-            images = warp(images, theta, self._centres, padding)
+    def _piece(self, request: Request) -> Tensor:
+        images, todo = self._source.read(request), request.parameters
+        if todo.tone is not None:
+            strength = request.tensor("strength", self.device)
+            torch_ops.change_tones(images, request.array("tone"), strength, lambda rows: upload(rows, self.device))
+        if todo.affine is not None:
+            images = torch_ops.warp(images, request.tensor("theta", self.device), self._centres, todo.padding)
         images = images.contiguous(memory_format=torch.channels_last)
         # By whole rows: broadcasting three channels in the innermost place is 10 times slower on a CPU. And with two
         # roundings, never a fused one: the bits stay the same for every device, thread count and batch size.
-        rows_of_channels = images.permute(0, 2, 3, 1).view(-1, self.size, 3 * self.size)
+        rows_of_channels = images.permute(0, 2, 3, 1).view(-1, self.image_size, 3 * self.image_size)
         rows_of_channels.mul_(self._scale).add_(self._shift)
+        if todo.hole is not None:
+            torch_ops.cut_holes(images, request.tensor("hole", self.device))
         return images
 
 
-def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    """`array` as a tensor on the CPU, which shares its memory where it can."""
-    # torch takes no negative strides and warns of memory that cannot be written: such an array is copied.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+class TorchStream:
+    """The requests of one loader, made into pixels by torch ops."""
+
+    def __init__(self, make: Callable[[int], Tensor], prefetch: int) -> None:
+        self._make, self._prefetch = make, prefetch
+
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
+        """As `loader.Stream.batches`."""
+        return _made_ahead(self._make, range(first, last), self._prefetch)
 
 
-def warp(images: Tensor, theta: Tensor, centres: Tensor, padding: Padding) -> Tensor:
-    """Warps each image bilinearly by its own affine map, in float32 even under autocast.
-
-    The grid is that of `affine_grid(align_corners=False)`, but sums two broadcast products instead of multiplying
-    matrices: 20 times faster on a CPU, exact for whole-pixel shifts, and out of reach of TF32 and autocast, which would
-    move pixels by whole grey levels.
-
-    Args:
-        images: (n, 3, H, W) float32, H = W.
-        theta: (n, 2, 3) float32, `plan.Affine.torch_theta`.
-        centres: (W,) float32, the pixel centres in [-1, 1].
-        padding: "border" repeats the border, "zeros" is black.
-
-    Returns:
-        (n, 3, H, W) float32.
-    """
-    across = (theta[:, :, 0:1] * centres).transpose(1, 2)[:, None, :, :]  # (n, 1, W, 2)
-    down = (theta[:, :, 1:2] * centres + theta[:, :, 2:3]).transpose(1, 2)[:, :, None, :]  # (n, H, 1, 2)
-    with torch.autocast(images.device.type, enabled=False):
-        return F.grid_sample(images, across + down, mode="bilinear", padding_mode=padding, align_corners=False)
+class _Source(Protocol):
+    def read(self, request: Request) -> Tensor:
+        """(m, 3, H, W) float32 in grey levels on the device, in memory of its own."""
 
 
-def _made_ahead(make: Callable[[int], Batch], steps: range, depth: int) -> Iterator[Batch]:
-    """`make(step)` for each step; with `depth` > 0 a thread keeps so many batches ready ahead of the consumer.
+class _Resident:
+    """Images that lie on the device as a whole, (n, H, W, 3) uint8; on a CPU the memory is shared, not copied."""
+
+    def __init__(self, images: npt.NDArray[np.uint8], device: torch.device) -> None:
+        self._device = device
+        self._images = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device)
+
+    def read(self, request: Request) -> Tensor:
+        # index_select copies whole images; indexing by [rows] goes byte by byte and is 15 times slower on a CPU.
+        rows = request.tensor("rows", self._device)
+        return self._images.index_select(0, rows).permute(0, 3, 1, 2).float()
+
+
+class _Files:
+    """Pictures in files, read and decoded on the CPU by a pool of threads."""
+
+    def __init__(self, files: ImageFiles, device: torch.device, threads: int) -> None:
+        self._files, self._device, self._threads = files, device, threads
+
+    def read(self, request: Request) -> Tensor:
+        rows, windows = request.array("rows").tolist(), request.array("window").tolist()
+        size = self._files.image_size
+        pinned = self._device.type == "cuda"
+        images = torch.empty(len(rows), size, size, 3, pin_memory=pinned).permute(0, 3, 1, 2)
+        unreadable: dict[int, str] = {}
+
+        def load(place: int) -> None:
+            left, top, width, height = windows[place]
+            try:
+                picture = self._files.decode(rows[place])
+            except BadImage as error:
+                unreadable[rows[place]] = str(error)
+                return
+            images[place] = torch_ops.resize(picture[:, top : top + height, left : left + width], size)
+
+        with ThreadPoolExecutor(self._threads, "densenet-dist-decode") as pool:
+            list(pool.map(load, range(len(rows))))
+        if unreadable:
+            raise UnreadableFiles(unreadable)
+        return images.to(self._device, non_blocking=True)
+
+
+def _made_ahead(make: Callable[[int], Tensor], numbers: range, depth: int) -> Iterator[Tensor]:
+    """`make(number)` for each number; with `depth` > 0 a thread keeps so many ready ahead of the consumer.
 
     An error in the thread is raised where its batch is asked for. A consumer that stops early ends the thread: it
     finishes at most the batch in hand.
     """
     if depth == 0:
-        yield from map(make, steps)
+        yield from map(make, numbers)
         return
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="densenet-dist-data")
-    ahead: deque[Future[Batch]] = deque()
+    ahead: deque[Future[Tensor]] = deque()
     try:
-        for step in steps:
-            ahead.append(pool.submit(make, step))
+        for number in numbers:
+            ahead.append(pool.submit(make, number))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
         while ahead:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.data.torch_loader import Batch
+from densenet_dist.data.loader import Batch
 from densenet_dist.errors import TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.job import Job, autocast, build_job, describe, eval_loader, normalisation, sync_from_rank0
+from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
+from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.run_folder import SUMMARY_FILE
@@ -50,6 +51,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
     if context.rank == 0:
         context.report(describe(job))
+        if job.dataset.skipped:
+            _tell(job, f"{len(job.dataset.skipped)} pictures cannot be used and are left out", job.dataset.skipped)
     while job.position.epoch < config.train.epochs and not job.course.stopped:
         _run_epoch(job, log)
     return _finish(job, log)
@@ -97,7 +100,8 @@ def train_step(job: Job, batch: Batch) -> None:
     job.reseed_dropout()
     parts = min(train.grad_accum_steps, batch.global_size // job.context.world_size)
     scale = job.context.world_size / batch.global_size
-    pieces = zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
+    targets = batch.labels if batch.targets is None else batch.targets
+    pieces = zip(batch.images.tensor_split(parts), targets.tensor_split(parts), strict=True)
     for number, (images, labels) in enumerate(pieces, start=1):
         with _gradients_stay_here(job.forward) if number < parts else nullcontext():
             with job.autocast():
@@ -125,10 +129,10 @@ def evaluate_model(
     model.eval()
     sync_from_rank0(list(model.buffers()))
     metrics = Metrics(device)
-    for images, labels, _ in batches:
+    for batch in batches:
         with autocast(device, precision):
-            logits = model(images)
-        metrics.update(F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+            logits = model(batch.images)
+        metrics.update(F.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch.labels)
     return metrics.compute()
 
 
@@ -153,6 +157,7 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
     if log is not None:
         log.record(record, job.position.global_step)
         log.publish()
+    _tell_of_lost_files(job)
     last = job.position.epoch == job.config.train.epochs or job.course.stopped
     if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last:
         _save(job, validation)
@@ -235,7 +240,8 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     if dist.is_initialized():
         dist.broadcast_object_list(best, src=0)
     sync_from_rank0(list(job.eval_model.parameters()))
-    batches = eval_loader(config, context, job.dataset, job.dataset.test)
+    engine = engine_of(config, context.device, job.dataset, job.dataset.test, job.loader)
+    batches = eval_loader(config, context, job.dataset.test, engine)
     totals = evaluate_model(job.eval_model, batches, context.device, config.train.precision)
     test = {f"test/{name}": totals[name] for name in ("loss", "top1", "top5")}
     summary = {
@@ -254,6 +260,25 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     if context.rank == 0:
         context.report({"kind": "end", **summary})
     return summary
+
+
+def _tell_of_lost_files(job: Job) -> None:
+    """Say which pictures could not be read any more in this epoch, on any rank. A collective call."""
+    if job.engine.substitutes is None:
+        return
+    news = job.engine.substitutes.news()
+    found: list[Any] = [news]
+    if dist.is_initialized():
+        found = [None] * job.context.world_size
+        dist.all_gather_object(found, news)
+    lines = sorted({line for news in found for line in news})
+    if lines and job.context.rank == 0:
+        _tell(job, f"{len(lines)} pictures can no longer be read; others of their classes stand in for them", lines)
+
+
+def _tell(job: Job, what: str, lines: Sequence[str]) -> None:
+    more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
+    job.context.report({"kind": "note", "text": "\n  ".join([f"{what}:", *lines[:5], *more])})
 
 
 def _gradients_stay_here(forward: nn.Module) -> Any:

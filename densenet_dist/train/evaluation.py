@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from densenet_dist.config import load_config
-from densenet_dist.data.plan import split_indices
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model
-from densenet_dist.train.job import build_model, eval_loader, load_dataset_of
+from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val
+from densenet_dist.train.job import build_model
 from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder
 
 
@@ -74,9 +74,10 @@ def evaluate(
     dataset = load_dataset_of(config)
     model = build_model(config.model, dataset.num_classes, dataset.image_size)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {folder.uri}")
-    train, val = split_indices(
-        dataset.train.labels, config.data.val_fraction, config.seed, stratified=config.data.stratified
-    )
+    train, val = train_and_val(config, dataset)
     parts = {"test": (dataset.test, None), "val": (dataset.train, val), "train": (dataset.train, train)}
-    loader = eval_loader(config, context, dataset, *parts[split])
+    images, indices = parts[split]
+    # One pass is not worth a measurement: torch needs none of DALI's imports.
+    engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
+    loader = eval_loader(config, context, images, engine, indices)
     return evaluate_model(model.to(context.device), loader, context.device, config.train.precision)

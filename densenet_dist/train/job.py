@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.data.datasets import Dataset, Split, load_dataset
-from densenet_dist.data.plan import split_indices
-from densenet_dist.data.torch_loader import EvalLoader, TrainLoader
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.loader import Engine, EvalLoader, TrainLoader
+from densenet_dist.errors import DataError
 from densenet_dist.model import DenseNet, count_parameters, densenet
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
+from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.sync_bn import synchronise_batchnorm
@@ -34,6 +37,8 @@ class Job:
     Attributes:
         model: the plain model, whose state dict is what checkpoints hold.
         forward: what a training step calls: `model` compiled and wrapped for DDP as configured.
+        loader: what makes the batches, torch or dali.
+        engine: of the training split.
         num_images: training and validation images.
         position: the next step to take.
         saved_step: the global step of the newest checkpoint, known on every rank.
@@ -49,6 +54,8 @@ class Job:
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     course: Course
+    loader: str
+    engine: Engine
     train_loader: TrainLoader
     val_loader: EvalLoader | None
     num_images: tuple[int, int]
@@ -113,23 +120,11 @@ def build_job(config: Config, context: RunContext) -> Job:
     """
     _choose_kernels(config, context)
     dataset = load_dataset_of(config)
-    train_indices, val_indices = split_indices(
-        dataset.train.labels, config.data.val_fraction, config.seed, stratified=config.data.stratified
-    )
-    mean, std = normalisation(config, dataset)
-    train_loader = TrainLoader(
-        dataset.train,
-        train_indices,
-        global_batch_size=config.train.global_batch_size,
-        augmentation=config.data.augment,
-        seed=config.seed,
-        mean=mean,
-        std=std,
-        rank=context.rank,
-        world_size=context.world_size,
-        device=context.device,
-        prefetch=config.data.prefetch,
-    )
+    _require_same_files(dataset, context)
+    train_indices, val_indices = train_and_val(config, dataset)
+    loader = choose_loader(config, context, dataset, train_indices)
+    engine = engine_of(config, context.device, dataset, dataset.train, loader)
+    batches = train_loader(config, context, dataset, engine, train_indices)
     model = build_model(config.model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
     store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
     decay = config.train.ema_decay
@@ -142,9 +137,11 @@ def build_job(config: Config, context: RunContext) -> Job:
         average=WeightAverage(model, decay) if decay is not None else None,
         optimizer=build_optimizer(model, config.train.optimizer, config.train.lr),
         scaler=GradScaler(context.device.type, enabled=config.train.precision == "fp16"),
-        course=Course.build(config.train, train_loader.steps_per_epoch),
-        train_loader=train_loader,
-        val_loader=eval_loader(config, context, dataset, dataset.train, val_indices) if len(val_indices) else None,
+        course=Course.build(config.train, batches.steps_per_epoch),
+        loader=loader,
+        engine=engine,
+        train_loader=batches,
+        val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
         num_images=(len(train_indices), len(val_indices)),
         store=store,
         metrics=Metrics(context.device),
@@ -161,37 +158,6 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
     if seed is not None:
         torch.manual_seed(seed)
     return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
-
-
-def load_dataset_of(config: Config) -> Dataset:
-    """The configured data set, verified."""
-    data = config.data
-    return load_dataset(data.name, data.root, download=data.download, url=data.url, limit=data.limit, seed=config.seed)
-
-
-def normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation by which images in [0, 1] are normalised."""
-    if config.data.normalize == "unit":
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return dataset.mean, dataset.std
-
-
-def eval_loader(config: Config, context: RunContext, dataset: Dataset, split: Split, indices: Any = None) -> EvalLoader:
-    """The loader that shows every image of `split` (or those at `indices`) once over all ranks, unaugmented."""
-    import numpy as np
-
-    mean, std = normalisation(config, dataset)
-    return EvalLoader(
-        split,
-        np.arange(len(split.labels)) if indices is None else indices,
-        batch_size=config.train.eval_batch_size,
-        mean=mean,
-        std=std,
-        rank=context.rank,
-        world_size=context.world_size,
-        device=context.device,
-        prefetch=config.data.prefetch,
-    )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -214,6 +180,7 @@ def describe(job: Job) -> dict[str, Any]:
         "steps_per_epoch": job.train_loader.steps_per_epoch,
         "global_batch_size": job.config.train.global_batch_size,
         "precision": job.config.train.precision,
+        "loader": job.loader,
         "world_size": job.context.world_size,
         "device": device,
         "epoch": job.position.epoch,
@@ -231,6 +198,22 @@ def sync_from_rank0(tensors: list[Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def _require_same_files(dataset: Dataset, context: RunContext) -> None:
+    """Pictures are numbered by their names: ranks that see other files would train on other images than agreed."""
+    train, test = dataset.train.images, dataset.test.images
+    if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles) and dist.is_initialized()):
+        return
+    names = "\n".join([*train.names, "", *test.names])
+    found: list[Any] = [None] * context.world_size
+    dist.all_gather_object(found, (os.uname().nodename, hashlib.blake2b(names.encode()).hexdigest(), len(names)))
+    if len({digest for _, digest, _ in found}) > 1:
+        raise DataError(
+            f"the nodes do not see the same pictures in {train.root}: "
+            + ", ".join(f"rank {rank} on {node}" for rank, (node, _, _) in enumerate(found))
+            + "\n  give data.root a folder that all nodes share, or copy the same files to each"
+        )
 
 
 def _choose_kernels(config: Config, context: RunContext) -> None:

@@ -154,7 +154,7 @@ class Console:
         )
         self._console.print(
             f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
-            f" {event['world_size']} x {event['device']}, {event['precision']}"
+            f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}"
         )
 
     def _show_progress(self, event: Event) -> None:

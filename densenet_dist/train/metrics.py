@@ -26,10 +26,10 @@ class Metrics:
         Args:
             loss_sum: () summed loss of the batch.
             logits: (n, classes), any float dtype.
-            labels: (n,) int64.
+            labels: (n,) int64, or (n, classes) float32 probabilities: a hit counts as much as it was to be hit.
         """
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = top == labels[:, None]
+        hits = labels.gather(1, top) if labels.ndim == 2 else top == labels[:, None]
         self.sums[_LOSS] += loss_sum.detach()
         self.sums[_TOP1] += hits[:, 0].sum()
         self.sums[_TOP5] += hits.sum()

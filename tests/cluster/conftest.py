@@ -18,7 +18,7 @@ import pytest
 
 TINY = """
 model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1}
-data: {name: shapes, limit: 640}
+data: {name: shapes, limit: 640, loader: torch}
 train: {epochs: 3, global_batch_size: 64, lr: 0.05, schedule: {name: one_cycle}}
 """
 UNDISTURBED = ("train.epochs=4", "checkpoint.every_steps=4", "data.augment=notebook", "train.ema_decay=0.9")

@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +106,32 @@ def test_more_than_the_machine_has(start):
     run = start("cluster.device=cuda", name="gpu")
     assert run.wait() == 3, run.text()
     assert "GPU" in run.text()
+
+
+def test_pictures_of_ones_own_by_dali_on_two_workers(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("red", "green")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(40):
+            pixels = random.integers(0, 150, (random.integers(20, 80), random.integers(20, 80), 3), dtype=np.uint8)
+            pixels[..., label] += 100
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
+    (tmp_path / "photos" / "red" / "bad.jpg").write_text("no picture")
+    mine = ["data.name=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=32", "data.limit=null"]
+    run = start(*mine, "data.loader=dali", name="error")
+    assert run.wait() == 4
+    assert "red/bad.jpg: not a picture" in run.text()
+    more = ["data.on_bad_image=skip", "data.augment=random_resized_crop", "data.cutmix=1", "train.global_batch_size=16"]
+    run = start(*mine, *more, "data.loader=dali", name="dali")
+    assert run.wait() == 0, run.text()
+    assert "2 x CPU, fp32, batches by dali" in run.text()
+    assert "1 pictures cannot be used and are left out:\n  red/bad.jpg: not a picture" in run.text()
+    assert not RAY_NOISE.search(run.text().replace("red/bad.jpg", "")), run.text()
+    chosen = start(*mine, *more, "train.epochs=1", "data.loader=auto", name="auto")
+    assert chosen.wait() == 0, chosen.text()
+    environment = json.loads((chosen.folder / "env.json").read_text())
+    assert f"batches are made by {environment['loader']['name']}: " in chosen.text()
 
 
 def test_a_run_on_an_object_store(start, s3):

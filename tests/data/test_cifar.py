@@ -104,7 +104,7 @@ class TestFolder:
         for function in (load_dataset, prepare_dataset):
             with pytest.raises(ConfigError, match=r"'mnist'.*shapes, cifar10, cifar100"):
                 function("mnist", tmp_path)
-        assert set(DATASET_NAMES) == {"shapes", *cifar.SPECS}
+        assert set(DATASET_NAMES) == {"shapes", "folder", *cifar.SPECS}
 
     def test_shapes_needs_no_folder(self, tmp_path: Path) -> None:
         assert prepare_dataset("shapes", tmp_path / "nowhere") == tmp_path / "nowhere"

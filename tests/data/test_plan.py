@@ -1,4 +1,4 @@
-"""Splits, orders and warps are pure functions of (seed, epoch, index), and never change silently."""
+"""Splits and orders are pure functions of (seed, epoch, index), and never change silently."""
 
 import hashlib
 
@@ -7,10 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from densenet_dist.data.plan import (
-    AUGMENTATIONS,
     BatchPlan,
     Stream,
-    draw_affine,
     epoch_order,
     random_words,
     rank_slice,
@@ -25,9 +23,20 @@ SIZES = [(1, 1), (1, 64), (7, 8), (8, 8), (9, 8), (64, 64), (65, 64), (71, 64), 
 WORDS = [5683752733477740539, 14118103966592500317]
 SPLIT = "65b98d8fc3568378"
 STRATIFIED = "4717521b493e4c9e"
+TEST_SPLIT = "87826d9dc35f1ec5"
+TEST_STRATIFIED = "17eaa3b474f6620e"
 ORDER = "7f67f07ddf4bfd94"
-CROP_FLIP = ("85daec488d06d345", "6b8d45db91135a02")
-NOTEBOOK_999 = [0.9585915, -0.2036316, 0.1992568, 0.9796378, 2.2412117, 4.5123806]
+STREAMS = {
+    "SPLIT": 1,
+    "ORDER": 2,
+    "AUGMENTATION": 3,
+    "SHAPES": 4,
+    "TEST_SPLIT": 5,
+    "TRIVIAL_AUGMENT": 6,
+    "CUTOUT": 7,
+    "MIX": 8,
+    "RESIZED_CROP": 9,
+}
 
 
 def sha(array: npt.NDArray[np.generic]) -> str:
@@ -44,20 +53,16 @@ class TestGolden:
         assert sha(split_indices(LABELS, 0.1, 42)[1]) == SPLIT
         assert sha(split_indices(LABELS, 0.1, 42, stratified=True)[1]) == STRATIFIED
 
+    def test_test_split(self) -> None:
+        stream = Stream.TEST_SPLIT
+        assert sha(split_indices(LABELS, 0.1, 42, stream=stream)[1]) == TEST_SPLIT
+        assert sha(split_indices(LABELS, 0.1, 42, stratified=True, stream=stream)[1]) == TEST_STRATIFIED
+
+    def test_stream_numbers(self) -> None:
+        assert {stream.name: stream.value for stream in Stream} == STREAMS
+
     def test_order(self) -> None:
         assert sha(epoch_order(np.arange(50_000), 42, 7)) == ORDER
-
-    def test_crop_flip(self) -> None:
-        affine = draw_affine("crop_flip", 42, 7, 1000, 32)
-        assert affine is not None
-        assert (sha(affine.matrix), sha(affine.offset)) == CROP_FLIP
-
-    def test_notebook(self) -> None:
-        # Sines and cosines may differ in the last bit from one processor to another: not a hash.
-        affine = draw_affine("notebook", 42, 7, 1000, 32)
-        assert affine is not None
-        found = np.concatenate([affine.matrix[999].ravel(), affine.offset[999]])
-        np.testing.assert_allclose(found, NOTEBOOK_999, rtol=0, atol=1e-6)
 
 
 class TestRandomWords:
@@ -101,6 +106,18 @@ class TestSplit:
         first, again, other = (split_indices(LABELS, 0.1, seed)[1].tolist() for seed in (1, 1, 2))
         assert first == again
         assert first != other
+
+    @pytest.mark.parametrize("stratified", [False, True])
+    def test_streams_choose_differently(self, stratified: bool) -> None:
+        """A test part held out by the same seed says nothing of the validation part: they share a tenth by chance."""
+        chosen = [
+            split_indices(LABELS, 0.1, 3, stratified=stratified, stream=stream)
+            for stream in (Stream.SPLIT, Stream.TEST_SPLIT)
+        ]
+        default = split_indices(LABELS, 0.1, 3, stratified=stratified)
+        assert [part.tolist() for part in default] == [part.tolist() for part in chosen[0]]
+        assert len(chosen[1][1]) == 100
+        assert 0 < len(np.intersect1d(chosen[0][1], chosen[1][1])) < 25
 
     @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
     def test_fraction_out_of_range(self, fraction: float) -> None:
@@ -166,63 +183,3 @@ class TestBatchPlan:
     def test_ranks_share_a_batch(self) -> None:
         batch = np.arange(10)
         assert [rank_slice(batch, rank, 3).tolist() for rank in range(3)] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
-
-
-class TestAffine:
-    def test_none(self) -> None:
-        assert draw_affine("none", 0, 0, 10, 32) is None
-
-    def test_unknown(self) -> None:
-        with pytest.raises(ConfigError, match=r"'mixup'.*none, notebook, crop_flip"):
-            draw_affine("mixup", 0, 0, 10, 32)
-
-    @pytest.mark.parametrize("name", AUGMENTATIONS[1:])
-    def test_depends_on_seed_epoch_and_index_alone(self, name: str) -> None:
-        few, many, later, other = (
-            draw_affine(name, seed, epoch, count, 32)
-            for seed, epoch, count in [(1, 2, 10), (1, 2, 500), (1, 3, 10), (2, 2, 10)]
-        )
-        assert few is not None
-        assert many is not None
-        assert later is not None
-        assert other is not None
-        assert np.array_equal(few.matrix, many.matrix[:10])
-        assert np.array_equal(few.offset, many.offset[:10])
-        assert not np.array_equal(few.offset, later.offset)
-        assert not np.array_equal(few.offset, other.offset)
-
-    def test_notebook_ranges(self) -> None:
-        affine = draw_affine("notebook", 0, 0, 20_000, 32)
-        assert affine is not None
-        assert affine.padding == "border"
-        assert affine.matrix.dtype == affine.offset.dtype == np.float32
-        zoom = np.linalg.norm(affine.matrix, axis=1)  # columns are R (zx, 0) and R (0, zy)
-        angle = np.rad2deg(np.arctan2(-affine.matrix[:, 0, 1], affine.matrix[:, 1, 1]))
-        for values, low, high in ((zoom[:, 0], 0.9, 1.1), (zoom[:, 1], 0.9, 1.1), (angle, -20, 20)):
-            assert low - 1e-4 <= values.min() < low + 0.01 * (high - low)
-            assert high - 0.01 * (high - low) < values.max() <= high + 1e-4
-        assert abs(np.corrcoef(zoom.T)[0, 1]) < 0.03
-        flipped = np.linalg.det(affine.matrix) < 0
-        assert abs(flipped.mean() - 0.5) < 0.015
-        assert 3.9 < np.abs(affine.offset).max() <= 4.0 * np.sqrt(2.0)
-
-    def test_crop_flip_offsets(self) -> None:
-        affine = draw_affine("crop_flip", 0, 0, 20_000, 32)
-        assert affine is not None
-        assert affine.padding == "zeros"
-        for axis in range(2):
-            values, counts = np.unique(affine.offset[:, axis], return_counts=True)
-            assert values.tolist() == list(range(-4, 5))
-            assert np.sum((counts - 20_000 / 9) ** 2 / (20_000 / 9)) < 26.1  # 8 degrees of freedom, p = 0.001
-        assert abs(np.mean(affine.matrix[:, 0, 0] < 0) - 0.5) < 0.015
-
-    def test_dali_and_torch_say_the_same(self) -> None:
-        """Both forms take the middle of each output pixel to the same place of the input."""
-        affine = draw_affine("notebook", 0, 0, 50, 32)
-        assert affine is not None
-        pixels = np.stack(np.meshgrid(np.arange(32), np.arange(32)), axis=-1).reshape(-1, 2) + 0.5
-        dali = affine.dali_matrix(32).astype(np.float64)
-        by_dali = np.einsum("nij,pj->npi", dali[:, :, :2], pixels) + dali[:, None, :, 2]
-        theta = affine.torch_theta(32).astype(np.float64)
-        by_torch = np.einsum("nij,pj->npi", theta[:, :, :2], pixels / 16 - 1) + theta[:, None, :, 2]
-        np.testing.assert_allclose(by_dali, (by_torch + 1) * 16, rtol=0, atol=1e-5)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from densenet_dist.data import torch_loader
+from densenet_dist.data.augment import GEOMETRIES, Augmentation
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.plan import AUGMENTATIONS, Padding
-from densenet_dist.data.torch_loader import Batch, EvalLoader, TrainLoader
+from densenet_dist.data.loader import Batch, EvalLoader, Request, TrainLoader
+from densenet_dist.data.torch_loader import TorchEngine
 from densenet_dist.errors import ConfigError
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -42,15 +42,12 @@ def train_loader(
     return TrainLoader(
         split,
         np.arange(len(split.labels)) if indices is None else indices,
+        engine=TorchEngine(split.images, MEAN, STD, device, prefetch=prefetch),
         global_batch_size=batch,
-        augmentation=augmentation,
+        augmentation=Augmentation(augmentation),
         seed=seed,
-        mean=MEAN,
-        std=STD,
         rank=rank,
         world_size=world_size,
-        device=device,
-        prefetch=prefetch,
     )
 
 
@@ -63,9 +60,8 @@ def eval_loader(
     device: str = "cpu",
 ) -> EvalLoader:
     indices = np.arange(len(split.labels)) if indices is None else indices
-    return EvalLoader(
-        split, indices, batch_size=batch, mean=MEAN, std=STD, rank=rank, world_size=world_size, device=device
-    )
+    engine = TorchEngine(split.images, MEAN, STD, device)
+    return EvalLoader(split, indices, engine=engine, batch_size=batch, rank=rank, world_size=world_size)
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
@@ -88,7 +84,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 class TestBatch:
-    @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+    @pytest.mark.parametrize("augmentation", GEOMETRIES)
     def test_form(self, augmentation: str) -> None:
         batch = next(train_loader(augmentation=augmentation).epoch(0))
         assert batch.images.shape == (32, 3, 32, 32)
@@ -115,7 +111,7 @@ class TestBatch:
     def test_does_not_touch_the_data(self) -> None:
         split = numbered(64)
         before = split.images.copy()
-        for augmentation in AUGMENTATIONS:
+        for augmentation in GEOMETRIES:
             list(train_loader(split, augmentation=augmentation).epoch(0))
         list(eval_loader(split))
         assert np.array_equal(split.images, before)
@@ -160,7 +156,7 @@ class TestTrainLoader:
         labels = torch.cat([batch.labels for batch in train_loader(indices=indices).epoch(0)])
         assert sorted(labels.tolist()) == indices.tolist()
 
-    @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+    @pytest.mark.parametrize("augmentation", GEOMETRIES)
     @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
     def test_same_global_batches_for_every_world_size(self, world_size: int, augmentation: str) -> None:
         expected = list(train_loader(augmentation=augmentation).epoch(5))
@@ -294,25 +290,23 @@ class TestThread:
 def count_batches(monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.0, fail_at: int | None = None) -> list[int]:
     """Notes every batch made from now on; each takes so long, and one fails."""
     made: list[int] = []
-    genuine = torch_loader._DeviceImages.batch
+    genuine = TorchEngine._pixels
 
-    def batch(
-        self: torch_loader._DeviceImages, rows: torch.Tensor, theta: torch.Tensor | None, padding: Padding
-    ) -> torch.Tensor:
-        made.append(len(rows))
+    def pixels(self: TorchEngine, request: Request) -> torch.Tensor:
+        made.append(len(request.array("rows")))
         time.sleep(seconds)
         if len(made) == fail_at:
             raise RuntimeError(f"batch {fail_at} failed")
-        return genuine(self, rows, theta, padding)
+        return genuine(self, request)
 
-    monkeypatch.setattr(torch_loader._DeviceImages, "batch", batch)
+    monkeypatch.setattr(TorchEngine, "_pixels", pixels)
     return made
 
 
 @pytest.mark.gpu
 @needs_gpu
 class TestGpu:
-    @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+    @pytest.mark.parametrize("augmentation", GEOMETRIES)
     def test_same_pixels_as_on_a_cpu(self, augmentation: str) -> None:
         expected = list(train_loader(augmentation=augmentation).epoch(0))
         found = list(train_loader(augmentation=augmentation, device="cuda").epoch(0))

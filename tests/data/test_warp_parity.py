@@ -8,9 +8,11 @@ import pytest
 import torch
 from scipy import ndimage
 
+from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Split, load_dataset
+from densenet_dist.data.loader import TrainLoader
 from densenet_dist.data.plan import Stream, random_words, unit_floats
-from densenet_dist.data.torch_loader import TrainLoader
+from densenet_dist.data.torch_loader import TorchEngine
 
 COUNT = 512
 SEED, EPOCH = 11, 4
@@ -23,11 +25,10 @@ def grey_levels(images: npt.NDArray[np.uint8], augmentation: str) -> npt.NDArray
     loader = TrainLoader(
         split,
         np.arange(len(images)),
+        engine=TorchEngine(images, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
         global_batch_size=100,
-        augmentation=augmentation,
+        augmentation=Augmentation(augmentation),
         seed=SEED,
-        mean=(0.0, 0.0, 0.0),
-        std=(1 / 255, 1 / 255, 1 / 255),
     )
     batches = list(loader.epoch(EPOCH))
     pixels = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()

@@ -56,7 +56,7 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     model = build_model(config.model, 10, 32, config.seed).to(memory_format=torch.contiguous_format)
     assert_close(dict(model.state_dict()), state(job_of(config)), 0)
     optimizer, losses, hits, clipped = PLAIN[name](model.parameters()), [], [], 0
-    for images, labels, size in job_of(config).train_loader.epoch(0):
+    for images, labels, size, _ in job_of(config).train_loader.epoch(0):
         log_probabilities = model(images.contiguous()).log_softmax(1)
         of_label = log_probabilities[torch.arange(size), labels]
         each = -(0.9 * of_label + 0.1 * log_probabilities.mean(1))

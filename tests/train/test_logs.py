@@ -166,7 +166,14 @@ def test_the_record_and_the_board_reach_an_object_store(s3):
 
 START = {
     **{"kind": "start", "model": "notebook", "parameters": 3532210, "data": "cifar10", "train_images": 45000},
-    **{"val_images": 5000, "epochs": 90, "steps_per_epoch": 704, "global_batch_size": 64, "precision": "fp32"},
+    **{
+        "val_images": 5000,
+        "epochs": 90,
+        "steps_per_epoch": 704,
+        "global_batch_size": 64,
+        "precision": "fp32",
+        "loader": "torch",
+    },
     **{"world_size": 2, "device": "CPU", "epoch": 0, "global_step": 0},
 }
 EPOCH = {
@@ -197,7 +204,7 @@ def test_the_console_shows_start_epochs_and_notes(capsys):
         console.summary("finished: run", {"test top-1": "93.10%", "run folder": "/a/b"})
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "notebook, 3,532,210 parameters; cifar10, 45,000 training and 5,000 validation images"
-    assert out[1] == "90 epochs of 704 steps, 64 images a step; 2 x CPU, fp32"
+    assert out[1] == "90 epochs of 704 steps, 64 images a step; 2 x CPU, fp32, batches by torch"
     assert out[2] == epoch_line(EPOCH)
     assert out[3] == "something happened"
     assert "\x1b" not in "".join(out)

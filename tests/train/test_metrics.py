@@ -57,6 +57,17 @@ def test_half_precision_logits_are_ranked_as_they_are():
     assert metrics.compute() == pytest.approx(expected(logits.bfloat16().float(), labels), rel=1e-6)
 
 
+def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
+    logits, labels = batch(50, 10)
+    others = labels.roll(1)
+    targets = 0.7 * F.one_hot(labels, 10).float() + 0.3 * F.one_hot(others, 10).float()
+    metrics = Metrics(CPU)
+    metrics.update(F.cross_entropy(logits, targets, reduction="sum"), logits, targets)
+    one, other = expected(logits, labels), expected(logits, others)
+    blended = {name: 0.7 * one[name] + 0.3 * other[name] for name in one}
+    assert metrics.compute() == pytest.approx(blended, rel=1e-5)
+
+
 def test_nothing_counted_is_zero_and_not_an_error():
     assert Metrics(CPU).compute() == {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0.0}
 

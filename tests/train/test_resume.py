@@ -40,6 +40,7 @@ CASES = {
     "bf16 sgd": ["train.precision=bf16"],
     "bf16 adamw": ["train.precision=bf16", "train.optimizer.name=adamw", "train.optimizer.weight_decay=0.1"],
     "fp16 adam": ["train.precision=fp16", "train.optimizer.name=adam", "train.lr=0.003"],
+    "fp32 sgd, DALI, mixed": ["data.loader=dali", "data.mixup=1", "data.cutmix=1", "data.trivial_augment=true"],
     "fp32 one-cycle, no average": ["train.schedule.name=one_cycle", "train.ema_decay=null"],
 }
 

@@ -1,0 +1,313 @@
+"""What is done to every image: parameters drawn as pure functions of (seed, epoch, dataset index).
+
+The loaders apply these numbers and draw none of their own, so torch and DALI show the same images on any number of
+ranks, from any step on. In this order: a window of the picture is resized to a square (pictures in files only), tones
+are changed (`trivial_augment`), one bilinear warp does everything geometric, the result is normalised, a hole is cut,
+and two images are mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from densenet_dist.data import trivial_augment
+from densenet_dist.data.plan import Stream, random_words, unit_floats
+from densenet_dist.errors import ConfigError
+
+GEOMETRIES = ("none", "notebook", "crop_flip", "random_resized_crop")
+
+Padding = Literal["border", "zeros"]
+_Draws = npt.NDArray[np.float64]
+
+ROTATION_DEGREES = 20.0  # Keras: rotation_range=20
+SHIFT_FRACTION = 0.125  # Keras: width_shift_range=height_shift_range=0.125
+ZOOM_FRACTION = 0.1  # Keras: zoom_range=0.10, so factors in [0.9, 1.1]
+CROP_PADDING = 4  # pixels on each side, He et al. 2016, section 4.2
+CROP_RATIO = 4 / 3  # random resized crop: sides within 3:4 and 4:3, Szegedy et al. 2015, section 6
+CROP_ATTEMPTS = 10  # as in torchvision
+EVAL_CROP = 0.875  # of the shorter side, where training crops at random: 224 of 256, as for ImageNet
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which augmentations, each independent of the others.
+
+    Attributes:
+        geometry: one of `GEOMETRIES`.
+        trivial_augment: one more operation an image, see `trivial_augment`.
+        cutout: side in pixels of the square hole (DeVries & Taylor 2017); 0 for none.
+        mixup: alpha of Beta(alpha, alpha) for the share of the image itself (Zhang et al. 2018); 0 for none.
+        cutmix: likewise, for the area that a box of another image leaves (Yun et al. 2019). With both, each image gets
+            one of them, drawn evenly.
+        crop_scale: smallest share of the area that a random resized crop shows.
+    """
+
+    geometry: str = "none"
+    trivial_augment: bool = False
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    crop_scale: float = 0.08
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that targets are probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """What is done to each of n images: arrays with a row an image, or None where nothing of the kind is done.
+
+    Attributes:
+        window: (n, 4) int64: left, top, width, height of the part of the picture in a file that is shown.
+        affine: (n, 2, 3) float32 [A | b]: the map from an output pixel to the place in the input that it shows, in
+            pixels (x, y) from the centre: `input = A @ output + b`.
+        padding: what the warp shows outside of the image: its border repeated, or zeros (black).
+        tone: (n,) int64, a `trivial_augment.Tone`.
+        strength: (n,) float32.
+        hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalising.
+        blend: (n,) float32: share of the image itself in each pixel; the rest is its partner's.
+        box: (n, 4) int64: left, top, right, bottom of the part that is wholly the partner's.
+        own: (n,) float32: share of the image's own label in the target.
+    """
+
+    window: Any = None
+    affine: Any = None
+    tone: Any = None
+    strength: Any = None
+    hole: Any = None
+    blend: Any = None
+    box: Any = None
+    own: Any = None
+    padding: Padding = "border"
+
+    def map(self, function: Callable[[Any], Any]) -> Parameters:
+        """The same with `function` of every array that there is: rows picked, or a copy on another device."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "padding"}
+        return replace(self, **{name: function(array) for name, array in arrays.items() if array is not None})
+
+
+class _Warp(NamedTuple):
+    """`Parameters.affine` in the making: matrix (n, 2, 2) and offset (n, 2), float64."""
+
+    matrix: _Draws
+    offset: _Draws
+    padding: Padding
+
+
+def draw(
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    num_images: int,
+    image_size: int,
+    sizes: npt.NDArray[np.int64] | None = None,
+) -> Parameters:
+    """The parameters of images 0 .. num_images - 1 of the data set in `epoch`.
+
+    Image i has draws of its own in each stream, so its parameters depend on (seed, epoch, i) alone: not on how many
+    images there are, nor on the order or batch in which it is seen.
+
+    Args:
+        num_images: images of the whole data set, not of a part of it.
+        image_size: side of the square images in pixels.
+        sizes: (n, 2) int64, width and height of pictures in files; None for images that are square already.
+
+    Raises:
+        ConfigError: there is no such geometry.
+    """
+
+    def uniform(stream: Stream, draws: int) -> _Draws:
+        words = random_words(num_images * draws, seed=seed, stream=stream, epoch=epoch)
+        return unit_floats(words).reshape(num_images, draws)
+
+    if augmentation.geometry not in GEOMETRIES:
+        raise ConfigError(f"augment={augmentation.geometry!r} must be one of {', '.join(GEOMETRIES)}")
+    window = None if sizes is None else central_windows(sizes)
+    warp: _Warp | None = None
+    if augmentation.geometry == "notebook":
+        warp = _notebook(uniform(Stream.AUGMENTATION, 6), image_size)
+    elif augmentation.geometry == "crop_flip":
+        warp = _crop_flip(uniform(Stream.AUGMENTATION, 6))
+    elif augmentation.geometry == "random_resized_crop":
+        shown = np.full((num_images, 2), image_size) if sizes is None else sizes
+        random = random_windows(shown, seed, epoch, augmentation.crop_scale)
+        flip = _flip_sign(uniform(Stream.AUGMENTATION, 6))
+        if sizes is None:
+            warp = _enlarge(random, flip, image_size)
+        else:
+            window, warp = random, _enlarge(np.array([[0, 0, image_size, image_size]]), flip, image_size)
+    tone = strength = None
+    if augmentation.trivial_augment:
+        drawn = trivial_augment.draw(uniform(Stream.TRIVIAL_AUGMENT, 3), image_size)
+        warp, tone, strength = _after(drawn, warp), drawn.tone, drawn.strength
+    parameters = Parameters(window=window, tone=tone, strength=strength)
+    if warp is not None:
+        affine = np.concatenate([warp.matrix, warp.offset[:, :, None]], axis=2).astype(np.float32)
+        parameters = replace(parameters, affine=affine, padding=warp.padding)
+    if augmentation.cutout > 0:
+        hole = _boxes(uniform(Stream.CUTOUT, 2), np.full(num_images, augmentation.cutout), image_size)
+        parameters = replace(parameters, hole=hole)
+    if augmentation.mixes:
+        blend, box, own = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
+        parameters = replace(parameters, blend=blend, box=box, own=own)
+    return parameters
+
+
+def evaluation_parameters(geometry: str, sizes: npt.NDArray[np.int64] | None) -> Parameters:
+    """What is done to images that are evaluated: pictures in files are cut to their central square, no more.
+
+    Args:
+        geometry: that of training; where it crops pictures at random, evaluation shows `EVAL_CROP` of the square,
+            so that things look as large as in training.
+        sizes: as for `draw`.
+    """
+    if sizes is None:
+        return Parameters()
+    return Parameters(window=central_windows(sizes, EVAL_CROP if geometry == "random_resized_crop" else 1.0))
+
+
+def torch_theta(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
+    """`Parameters.affine` for `torch.nn.functional.affine_grid(align_corners=False)`, (n, 2, 3) float32.
+
+    torch measures in half sides, [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H), W = H.
+    """
+    return np.concatenate([affine[:, :, :2], affine[:, :, 2:] * np.float32(2 / image_size)], axis=2)
+
+
+def dali_matrix(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
+    """`Parameters.affine` for `nvidia.dali.fn.warp_affine`, (n, 2, 3) float32.
+
+    DALI measures in pixels from the corner, pixel centres at +0.5: M = [A | b + c - A c] with c = (W / 2, H / 2).
+    """
+    matrix = affine[:, :, :2].astype(np.float64)
+    centre = np.full(2, image_size / 2)
+    shift = affine[:, :, 2] + centre - matrix @ centre
+    return np.concatenate([matrix, shift[:, :, None]], axis=2).astype(np.float32)
+
+
+def central_windows(sizes: npt.NDArray[np.int64], share: float = 1.0) -> npt.NDArray[np.int64]:
+    """The largest square in the middle of pictures of these sizes (n, 2), or `share` of its side: (n, 4) int64."""
+    side = np.maximum(1, np.rint(sizes.min(axis=1) * share).astype(np.int64))[:, None]
+    return np.concatenate([(sizes - side) // 2, side, side], axis=1)
+
+
+def random_windows(sizes: npt.NDArray[np.int64], seed: int, epoch: int, smallest: float) -> npt.NDArray[np.int64]:
+    """The windows of a random resized crop (Szegedy et al. 2015, section 6) of pictures of these sizes, (n, 4) int64.
+
+    As in torchvision: up to ten attempts at a window of between `smallest` and all of the area, its sides within 3:4
+    and 4:3; where none fits, the largest one in the middle whose sides are.
+    """
+    count = len(sizes)
+    width, height = sizes.T.astype(np.float64)
+    most = np.minimum(sizes, np.rint(sizes[:, ::-1] * CROP_RATIO).astype(np.int64))
+    windows = np.concatenate([(sizes - most) // 2, most], axis=1)
+    waiting = np.arange(count)
+    for attempt in range(CROP_ATTEMPTS):
+        words = random_words(4 * count, seed=seed, stream=Stream.RESIZED_CROP, epoch=epoch * CROP_ATTEMPTS + attempt)
+        share, ratio, left, top = unit_floats(words).reshape(count, 4)[waiting].T
+        area = width[waiting] * height[waiting] * (smallest + (1.0 - smallest) * share)
+        root = CROP_RATIO ** (ratio - 0.5)  # of the ratio of the sides, uniform in its logarithm
+        side = np.rint(np.sqrt(area)[:, None] * np.stack([root, 1.0 / root], axis=1)).astype(np.int64)
+        room = sizes[waiting] - side
+        fits = (side >= 1).all(axis=1) & (room >= 0).all(axis=1)
+        corner = np.floor(np.stack([left, top], axis=1) * (room + 1)).astype(np.int64)
+        windows[waiting[fits]] = np.concatenate([corner, side], axis=1)[fits]
+        waiting = waiting[~fits]
+        if len(waiting) == 0:
+            break
+    return windows
+
+
+def _notebook(draws: _Draws, image_size: int) -> _Warp:
+    """Keras' `ImageDataGenerator` as the notebook sets it, from draws (n, 6) in [0, 1).
+
+    A = R(theta) diag(zx, zy) diag(+-1, 1) and b = R(theta) (tx, ty), with R = [[cos, -sin], [sin, cos]]: Keras warps
+    by rotation @ shift @ zoom about the centre (`apply_affine_transform`) and flips last.
+    """
+    signed = 2.0 * draws[:, :5] - 1.0
+    angle = np.deg2rad(ROTATION_DEGREES * signed[:, 0])
+    shift = SHIFT_FRACTION * image_size * signed[:, 1:3]
+    zoom = 1.0 + ZOOM_FRACTION * signed[:, 3:5]
+    cos, sin = np.cos(angle), np.sin(angle)
+    rotation = np.stack([cos, -sin, sin, cos], axis=1).reshape(-1, 2, 2)
+    matrix = rotation * zoom[:, None, :]
+    matrix[:, :, 0] *= _flip_sign(draws)[:, None]
+    return _Warp(matrix, np.einsum("nij,nj->ni", rotation, shift), "border")
+
+
+def _crop_flip(draws: _Draws) -> _Warp:
+    """A random crop of the original size from the image with 4 black pixels around it, then a flip, from (n, 6) draws.
+
+    A crop at (left, top) of the padded image is a shift by a whole number of pixels, left - 4 and top - 4.
+    """
+    matrix = np.zeros((len(draws), 2, 2))
+    matrix[:, 0, 0] = _flip_sign(draws)
+    matrix[:, 1, 1] = 1.0
+    corner = np.floor(draws[:, 1:3] * (2 * CROP_PADDING + 1))
+    return _Warp(matrix, corner - CROP_PADDING, "zeros")
+
+
+def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _Warp:
+    """Windows (n or 1, 4) of square images made as large as the images, and flipped where `flip` (n,) is -1."""
+    matrix = np.zeros((len(flip), 2, 2))
+    matrix[:, 0, 0] = windows[:, 2] / image_size * flip
+    matrix[:, 1, 1] = windows[:, 3] / image_size
+    centre = windows[:, :2] + windows[:, 2:] / 2 - image_size / 2
+    return _Warp(matrix, np.broadcast_to(centre, (len(flip), 2)), "border")
+
+
+def _flip_sign(draws: _Draws) -> _Draws:
+    """-1 for the images that are mirrored left to right, 1 for the others, half each, (n,) float64."""
+    return np.where(draws[:, 5] < 0.5, -1.0, 1.0)
+
+
+def _after(drawn: trivial_augment.Drawn, warp: _Warp | None) -> _Warp:
+    """One warp that shows what `warp` would of the outcome of TrivialAugment's."""
+    if warp is None:
+        return _Warp(drawn.matrix, drawn.offset, "zeros")
+    offset = np.einsum("nij,nj->ni", drawn.matrix, warp.offset) + drawn.offset
+    return _Warp(drawn.matrix @ warp.matrix, offset, warp.padding)
+
+
+def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArray[np.int64]:
+    """Squares of `side` (n,) pixels about a random pixel, cut off at the border: (n, 4) left, top, right, bottom."""
+    corner = np.floor(draws * image_size).astype(np.int64) - (side[:, None] // 2).astype(np.int64)
+    far = corner + side[:, None].astype(np.int64)
+    return np.concatenate([corner, far], axis=1).clip(0, image_size)
+
+
+def _mix(
+    augmentation: Augmentation, draws: _Draws, image_size: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """`Parameters.blend`, `box` and `own` from draws (n, 4): which of the two, the share, the middle of the box."""
+    if augmentation.mixup > 0 and augmentation.cutmix > 0:
+        cut = draws[:, 0] < 0.5
+    else:
+        cut = np.full(len(draws), augmentation.cutmix > 0)
+    share = np.empty(len(draws))
+    share[~cut] = _beta(augmentation.mixup, draws[~cut, 1])
+    share[cut] = _beta(augmentation.cutmix, draws[cut, 1])
+    side = np.where(cut, np.floor(image_size * np.sqrt(1.0 - share)), 0.0)
+    box = _boxes(draws[:, 2:], side, image_size)
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    own = np.where(cut, 1.0 - area / image_size**2, share)
+    return np.where(cut, 1.0, share).astype(np.float32), box, own.astype(np.float32)
+
+
+def _beta(alpha: float, draws: _Draws) -> _Draws:
+    """Beta(alpha, alpha) by inversion: one uniform draw makes one number, whatever alpha is."""
+    if alpha == 1.0 or len(draws) == 0:
+        return draws
+    from scipy.special import betaincinv
+
+    return np.asarray(betaincinv(alpha, alpha, draws))

@@ -1,0 +1,292 @@
+"""The same pixels as `torch_loader`'s, made by NVIDIA DALI: on a GPU, or in its CPU mode without one.
+
+An external source keyed by the number of the request feeds one endless pipeline: images in memory (on a GPU they lie
+there as a whole) or the bytes of files, which DALI decodes (`mixed` on a GPU), with the parameters that
+`augment` drew. Nothing random and no state is inside of DALI, which works ahead over the ends of epochs.
+
+DALI's CPU operators work image by image; those on raw CIFAR records (slice, reinterpret, transpose) take more than
+half of all the time there, so the images are brought to HWC once, at load (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from densenet_dist.data.dali_support import explain, require_dali
+from densenet_dist.data.image_files import BadImage, ImageFiles
+from densenet_dist.data.loader import Request, upload
+from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
+from densenet_dist.data.torch_ops import GREY
+from densenet_dist.data.trivial_augment import Tone
+
+_READERS = 8
+"""Threads that read files: most of their time they wait for a disk or a network."""
+
+
+class DaliEngine:
+    """Makes pixels of the images of one split with DALI.
+
+    Args:
+        images: (n, H, W, 3) uint8, H = W, or pictures in files.
+        mean: of each channel, for images in [0, 1].
+        std: likewise.
+        device: where batches are made.
+        prefetch: batches that DALI makes ahead.
+        threads: DALI's own on the CPU.
+        substitutes: for pictures in files.
+
+    Raises:
+        EnvironmentProblem: DALI is not installed, or cannot work on the device.
+    """
+
+    def __init__(
+        self,
+        images: npt.NDArray[np.uint8] | ImageFiles,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        *,
+        prefetch: int = 2,
+        threads: int = 1,
+        substitutes: Substitutes | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        require_dali(self.device, decoding=isinstance(images, ImageFiles))
+        self.substitutes = substitutes
+        self.prefetch, self.threads = max(1, prefetch), threads
+        self.mean, self.std = ([255.0 * value for value in values] for values in (mean, std))
+        self.files = images if isinstance(images, ImageFiles) else None
+        self.image_size = images.image_size if isinstance(images, ImageFiles) else int(images.shape[1])
+        self._readers = ThreadPoolExecutor(_READERS, "densenet-dist-read")
+        self._images: Any = images
+        if not isinstance(images, ImageFiles):
+            dense = np.ascontiguousarray(images)
+            self._images = upload(dense, self.device) if self.device.type == "cuda" else dense
+
+    def stream(self, request: Callable[[int], Request], largest: int) -> DaliStream:
+        """A stream of its own for one loader: one pipeline, built when first used."""
+        return DaliStream(self, request, largest)
+
+    def sources(self, request: Request) -> list[Any]:
+        """The images of a request: from memory (a GPU's or the host's), or bytes and windows of pictures."""
+        if self.files is not None:
+            left, top, width, height = request.array("window").astype(np.int32).T
+            windows = [np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
+            return [self._encoded(self.files, request.array("rows").tolist()), *windows]
+        if self.device.type == "cuda":
+            return [self._images.index_select(0, request.tensor("rows", self.device))]
+        return [self._images[request.array("rows")]]
+
+    def _encoded(self, files: ImageFiles, rows: list[int]) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of each file: read here and not by DALI, which a broken one can crash."""
+        unreadable: dict[int, str] = {}
+
+        def read(row: int) -> npt.NDArray[np.uint8]:
+            try:
+                return files.read(row)
+            except BadImage as error:
+                unreadable[row] = str(error)
+                return np.empty(0, np.uint8)
+
+        encoded = list(self._readers.map(read, rows))
+        if unreadable:
+            raise UnreadableFiles(unreadable)
+        return encoded
+
+    @staticmethod
+    def parameters(request: Request) -> dict[str, npt.NDArray[Any]]:
+        """What is done to the images of a request, by the names that `_build` knows; in the host's memory."""
+        todo = request.parameters
+        fed: dict[str, npt.NDArray[Any]] = {}
+        if todo.tone is not None:
+            fed |= {"tone": request.array("tone").astype(np.int32), "strength": request.array("strength")}
+        if todo.affine is not None:
+            fed["matrix"] = request.array("matrix")
+        if todo.hole is not None:
+            left, top, right, bottom = request.array("hole").astype(np.float32).T
+            fed["hole_start"] = np.stack([top, left], axis=1)
+            fed["hole_shape"] = np.stack([bottom - top, right - left], axis=1)
+        return {name: np.ascontiguousarray(array) for name, array in fed.items()}  # a rank's share is strided
+
+
+class DaliStream:
+    """The requests of one loader, made into pixels by one DALI pipeline that works ahead without end."""
+
+    def __init__(self, engine: DaliEngine, request: Callable[[int], Request], largest: int) -> None:
+        self._engine, self._request, self._largest = engine, request, largest
+        self._pipeline: Any = None
+        self._next = 0
+
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
+        """As `loader.Stream.batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
+        for number in range(first, last):
+            if self._pipeline is None or self._next != number:
+                self._pipeline = _build(self._engine, self._request, number, self._largest)
+            try:
+                images = self._run()
+            except UnreadableFiles:  # found while it worked ahead: what it holds is lost, nothing that was given
+                self._pipeline = None
+                raise
+            except RuntimeError as error:
+                self._pipeline = None
+                self._diagnose(number, error)
+            self._next = number + 1
+            yield images
+
+    def _run(self) -> Tensor:
+        cuda = self._engine.device.type == "cuda"
+        (output,) = self._pipeline.run(torch.cuda.current_stream(self._engine.device) if cuda else None)
+        # HWC in memory is what channels_last means: a view, and DALI leaves the memory alone while it is in use.
+        images: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        return images
+
+    def _diagnose(self, number: int, error: RuntimeError) -> None:
+        """Say what is behind a failure of the pipeline, which may have been at work on a later request.
+
+        Raises:
+            UnreadableFiles: naming files that have become unreadable.
+            EnvironmentProblem: where all can be read.
+        """
+        files, reasons = self._engine.files, {}
+        if files is not None:
+            rows = [self._request(number + ahead).array("rows") for ahead in range(self._engine.prefetch + 2)]
+            some = np.unique(np.concatenate(rows)).tolist()
+            # torchvision says best what is wrong. DALI, which can be stricter, is asked where that finds nothing.
+            reasons = _refused(some, files.decode) or _refused(some, lambda row: _decode_alone(files.read(row)))
+        if reasons:
+            raise UnreadableFiles(reasons) from None
+        raise explain(error, self._engine.device) from error
+
+
+def _refused(rows: list[int], read: Callable[[int], object]) -> dict[int, str]:
+    """Why `read` refuses files, by row; nothing of those that it takes."""
+    reasons = {}
+    for row in rows:
+        try:
+            read(row)
+        except BadImage as bad:
+            reasons[row] = str(bad)
+    return reasons
+
+
+def _decode_alone(data: npt.NDArray[np.uint8]) -> None:
+    """Decode one picture by DALI on the CPU, from its bytes (n,) uint8.
+
+    Raises:
+        BadImage: DALI cannot.
+    """
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
+    def pipeline() -> Any:
+        encoded = fn.external_source(source=lambda: [data], batch=True)
+        return fn.decoders.image(encoded, device="cpu")
+
+    try:
+        pipeline().run()
+    except RuntimeError as error:
+        raise BadImage("DALI cannot decode it") from error
+
+
+def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, largest: int) -> Any:
+    """A pipeline whose first batch is that of request `start`, the next that of `start + 1`, and so on."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    gpu = engine.device.type == "cuda"
+    padding, names = request(start).parameters.padding, list(engine.parameters(request(start)))
+
+    # A source takes exactly one positional parameter, so that DALI gives it the number of the batch.
+    def parameters(number: int) -> list[npt.NDArray[Any]]:
+        return list(engine.parameters(request(start + number)).values())
+
+    def images(number: int) -> Any:
+        return engine.sources(request(start + number))
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=largest,
+        num_threads=engine.threads,
+        device_id=(engine.device.index or 0) if gpu else None,
+        prefetch_queue_depth=engine.prefetch,
+        exec_dynamic=True,
+        enable_conditionals="tone" in names,
+    )
+    def pipeline() -> Any:
+        given = fn.external_source(source=parameters, num_outputs=len(names), batch=True) if names else []
+        todo = {name: given[place] for place, name in enumerate(names)}
+        pixels = _read(engine, images)
+        if "tone" in todo:
+            pixels = _toned(pixels, todo["tone"], todo["strength"], engine.image_size, gpu)
+        if "matrix" in todo:
+            # Without a fill value DALI repeats the border. In whole numbers it would round to half a level.
+            outside: Any = {"fill_value": 0} if padding == "zeros" else {}
+            pixels = fn.warp_affine(pixels, matrix=todo["matrix"], dtype=types.FLOAT, **outside)
+        pixels = fn.crop_mirror_normalize(
+            pixels, dtype=types.FLOAT, output_layout="HWC", mean=engine.mean, std=engine.std
+        )
+        if "hole_start" in todo:
+            hole: Any = {"anchor": todo["hole_start"], "shape": todo["hole_shape"]}
+            pixels = fn.erase(pixels, **hole, axes=[0, 1], fill_value=0.0)
+        return pixels
+
+    return pipeline()
+
+
+def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
+    """Images (H, W, 3): uint8 from memory, or float32, unrounded, from files."""
+    from nvidia.dali import fn, types
+
+    gpu = engine.device.type == "cuda"
+    if engine.files is None:
+        device = "gpu" if gpu else "cpu"
+        (images,) = fn.external_source(source=source, num_outputs=1, batch=True, layout=["HWC"], device=device)
+        return images
+    encoded, start, shape = fn.external_source(source=source, num_outputs=3, batch=True)
+    device = "mixed" if gpu else "cpu"
+    pictures = fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    windows = fn.slice(pictures, start=start, shape=shape, axes=[0, 1])
+    size = [engine.image_size, engine.image_size]
+    return fn.resize(windows, size=size, dtype=types.FLOAT, interp_type=types.INTERP_LINEAR, antialias=True)
+
+
+def _toned(images: Any, tone: Any, strength: Any, size: int, gpu: bool) -> Any:
+    """Float grey levels in [0, 255], each image changed as `trivial_augment.Tone` says."""
+    from nvidia.dali import fn, math, types
+
+    levels = fn.cast(images, dtype=types.FLOAT)
+    whole = fn.cast(images, dtype=types.UINT8)
+    strength = strength.gpu() if gpu else strength
+    if tone == Tone.BRIGHTNESS.value:
+        levels = levels * strength
+    elif tone == Tone.COLOR.value:
+        grey = fn.coord_transform(levels, M=list(GREY) * 3, dtype=types.FLOAT)
+        levels = grey + (levels - grey) * strength
+    elif tone == Tone.CONTRAST.value:
+        mean = fn.reductions.mean(fn.coord_transform(levels, M=list(GREY), dtype=types.FLOAT))
+        levels = mean + (levels - mean) * strength
+    elif tone == Tone.SHARPNESS.value:
+        kernel, inner = np.full((3, 3), 1 / 13, np.float32), np.zeros((size, size, 1), np.float32)
+        kernel[1, 1], inner[1:-1, 1:-1] = 5 / 13, 1.0  # border pixels stay
+        kernel, inner = (types.Constant(array, device="gpu" if gpu else "cpu") for array in (kernel, inner))
+        smooth = fn.filter(levels, kernel, border="reflect_101")
+        smooth = levels + (smooth - levels) * inner
+        levels = smooth + (levels - smooth) * strength
+    elif tone == Tone.POSTERIZE.value:
+        levels = fn.cast(whole & fn.cast(strength, dtype=types.UINT8), dtype=types.FLOAT)
+    elif tone == Tone.SOLARIZE.value:
+        inverted = fn.cast(levels >= strength, dtype=types.FLOAT)
+        levels = levels + inverted * (255.0 - 2.0 * levels)
+    elif tone == Tone.AUTOCONTRAST.value:
+        low = fn.reductions.min(levels, axes=[0, 1], keep_dims=True)
+        span = fn.reductions.max(levels, axes=[0, 1], keep_dims=True) - low
+        flat = fn.cast(span == 0.0, dtype=types.FLOAT)  # such a channel stays as it is
+        levels = (levels - low * (1.0 - flat)) * ((255.0 - 254.0 * flat) / (span + flat))
+    elif tone == Tone.EQUALIZE.value:
+        levels = fn.cast(fn.equalize(whole), dtype=types.FLOAT)
+    return math.clamp(levels, 0.0, 255.0)

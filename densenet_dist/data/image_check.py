@@ -1,0 +1,136 @@
+"""Makes sure that pictures can be read, before training starts: each is opened and decoded once.
+
+What was found is remembered by size and time of change in the user's cache folder, so that the next start opens only
+what is new.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from densenet_dist.data.image_files import (
+    REFUSED_SUFFIXES,
+    UNREADABLE,
+    Verdict,
+    examine,
+    not_supported,
+    suffix,
+    unreadable,
+)
+
+_BAR_FROM = 300
+_CHUNK = 1024  # files that wait for a thread at a time
+_CACHE_VERSION = 1
+
+
+def verify(root: Path, names: list[str], *, progress: bool) -> tuple[dict[str, Verdict], dict[str, list[int]]]:
+    """What each file is found to be, and its size and time of change in ns, by name.
+
+    Only those that the cache does not know as they are now are opened.
+    """
+    remembered = _load_cache(root)
+    verdicts: dict[str, Verdict] = {}
+    stamps: dict[str, list[int]] = {}
+    unknown = []
+    for name in names:
+        if suffix(name) in REFUSED_SUFFIXES:
+            verdicts[name] = not_supported(suffix(name)[1:])
+            continue
+        try:
+            status = os.stat(root / name)
+        except OSError as error:
+            verdicts[name] = unreadable(error)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            verdicts[name] = "not a file"  # a pipe would be waited for without end
+            continue
+        stamps[name] = [status.st_size, status.st_mtime_ns]
+        match remembered.get(name):
+            case [*stamp, str(reason)] if stamp == stamps[name]:
+                verdicts[name] = reason
+            case [*stamp, int(width), int(height)] if stamp == stamps[name]:
+                verdicts[name] = width, height
+            case _:
+                unknown.append(name)
+    try:
+        _open_all(root, unknown, verdicts, progress=progress)
+    finally:  # what was found before an interrupt is worth keeping
+        found = {name: verdicts[name] for name in stamps if name in verdicts}
+        entries = {
+            name: [*stamps[name], *([verdict] if isinstance(verdict, str) else verdict)]
+            for name, verdict in found.items()
+            if not str(verdict).startswith(UNREADABLE)
+        }
+        if entries != remembered:
+            _save_cache(root, entries)
+    return {name: verdicts[name] for name in names}, stamps
+
+
+def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, progress: bool) -> None:
+    """Opens files with as many threads as this process has CPUs, and adds what they are to `verdicts`."""
+    if not names:
+        return
+    with (
+        warnings.catch_warnings(),
+        _bar(len(names), progress and len(names) >= _BAR_FROM) as advance,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        warnings.simplefilter("ignore")  # Pillow's; out here because filters are those of all threads
+        for start in range(0, len(names), _CHUNK):
+            some = names[start : start + _CHUNK]
+            for name, verdict in zip(some, pool.map(examine, [root / name for name in some]), strict=True):
+                verdicts[name] = verdict
+                advance()
+
+
+def _cache_file(root: Path) -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    digest = hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()
+    return Path(folder) / "densenet_dist" / "folders" / f"{digest}.json"
+
+
+def _load_cache(root: Path) -> dict[str, Any]:
+    """What earlier starts found: by name [size, mtime_ns, width, height] or [size, mtime_ns, reason]."""
+    with suppress(OSError, ValueError, RuntimeError):  # without a cache, or with a damaged one, all is done again
+        match json.loads(_cache_file(root).read_bytes()):
+            case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
+                return files
+    return {}
+
+
+def _save_cache(root: Path, entries: dict[str, list[int | str]]) -> None:
+    """Keeps what was found, if that is possible: whole or not at all, whoever else does the same."""
+    with suppress(OSError, RuntimeError):
+        path = _cache_file(root)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(handle, "w") as file:
+                json.dump({"version": _CACHE_VERSION, "files": entries}, file)
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+
+@contextmanager
+def _bar(count: int, enabled: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar on standard error, advanced picture by picture; or nothing at all."""
+    if not enabled:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("checking pictures", total=count)
+        yield lambda: bars.advance(task)

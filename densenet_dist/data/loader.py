@@ -1,0 +1,398 @@
+"""The batches of one rank, whichever engine makes their pixels: torch (`torch_loader`) or DALI (`dali_loader`).
+
+A loader turns the plan into requests, numbered without end: `epoch * steps + step`. An engine turns requests into
+pixels. So no engine has a state worth saving, and a run goes on from any step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from densenet_dist.data import augment, torch_ops
+from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation, Parameters
+from densenet_dist.data.datasets import Split
+from densenet_dist.data.plan import BatchPlan, epoch_order
+from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
+from densenet_dist.errors import ConfigError
+
+
+class Batch(NamedTuple):
+    """What one rank gets of one global batch.
+
+    Attributes:
+        images: (n, 3, H, W) float32 in channels_last memory, normalised.
+        labels: (n,) int64.
+        global_size: images of the global batch, over all ranks.
+        targets: (n, classes) float32 probabilities where images are mixed, else None: the labels are the targets.
+    """
+
+    images: Tensor
+    labels: Tensor
+    global_size: int
+    targets: Tensor | None = None
+
+
+class Epoch:
+    """One epoch's images in their order: everything an engine needs to know of each, on the host and on its device.
+
+    Attributes:
+        rows: (n,) int64, places in the split.
+        labels: (n,) int64.
+        parameters: a row an image, in the same order.
+    """
+
+    def __init__(
+        self,
+        rows: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        parameters: Parameters,
+        image_size: int,
+    ) -> None:
+        self.rows, self.labels, self.parameters = rows, labels, parameters
+        self._image_size = image_size
+        self._tensors: dict[str, Tensor] = {}
+
+    @cached_property
+    def theta(self) -> npt.NDArray[np.float32]:
+        """The warps as torch wants them."""
+        return augment.torch_theta(self.parameters.affine, self._image_size)
+
+    @cached_property
+    def matrix(self) -> npt.NDArray[np.float32]:
+        """The warps as DALI wants them."""
+        return augment.dali_matrix(self.parameters.affine, self._image_size)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """An array by its name: of this object, or of its parameters."""
+        found = getattr(self, name) if hasattr(self, name) else getattr(self.parameters, name)
+        assert isinstance(found, np.ndarray)
+        return found
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """The same on the engine's device: one copy an epoch, not waited for."""
+        if name not in self._tensors:
+            self._tensors[name] = upload(self.array(name), device)
+        return self._tensors[name]
+
+
+class Request(NamedTuple):
+    """Some rows of an epoch, in the order in which an engine shall make them.
+
+    Attributes:
+        parts: slices, one after the other; one alone is a view, which costs nothing.
+    """
+
+    epoch: Epoch
+    parts: tuple[slice, ...]
+
+    @property
+    def size(self) -> int:
+        """Images asked for."""
+        return sum(len(whole) for whole in self._ranges())
+
+    def pieces(self, size: int) -> list[Request]:
+        """The same in requests of at most `size` images."""
+        cut = [whole[start : start + size] for whole in self._ranges() for start in range(0, len(whole), size)]
+        return [Request(self.epoch, (slice(few.start, few.stop, few.step),)) for few in cut]
+
+    def _ranges(self) -> list[range]:
+        return [range(*part.indices(len(self.epoch.rows))) for part in self.parts]
+
+    @property
+    def parameters(self) -> Parameters:
+        """Those of the whole epoch: what there is of them says what is to be done."""
+        return self.epoch.parameters
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """The request's rows of one of the epoch's arrays."""
+        whole = self.epoch.array(name)
+        picked = [whole[part] for part in self.parts]
+        return picked[0] if len(picked) == 1 else np.concatenate(picked)
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """The same on a device."""
+        whole = self.epoch.tensor(name, device)
+        picked = [whole[part] for part in self.parts]
+        return picked[0] if len(picked) == 1 else torch.cat(picked)
+
+
+class Stream(Protocol):
+    """What makes the pixels of one loader's requests."""
+
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
+        """(m, 3, H, W) float32 in channels_last memory for each request from `first` up to `last`, not included.
+
+        Raises:
+            UnreadableFiles: pictures in files that have become unreadable; nothing after the last batch given is lost.
+        """
+
+
+class Engine(Protocol):
+    """What makes pixels of the images of one split; several loaders may share it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels are made."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+
+    @property
+    def substitutes(self) -> Substitutes | None:
+        """For pictures in files that become unreadable; None for images in memory."""
+
+    def stream(self, request: Callable[[int], Request], largest: int) -> Stream:
+        """A stream that asks `request(number)` what to make; at most `largest` images each."""
+
+
+class TrainLoader:
+    """The training batches of one rank; the global batches are the same for every world size.
+
+    Args:
+        split: the data set's whole training split; augmentation is drawn by an image's place in it.
+        indices: (n,) int64, the images to train on.
+        engine: of that split.
+        global_batch_size: images a step over all ranks.
+        num_classes: of the data set; needed only where images are mixed.
+
+    Raises:
+        ConfigError: some global batch has too few images to give each rank one.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        indices: npt.NDArray[np.int64],
+        *,
+        engine: Engine,
+        global_batch_size: int,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        seed: int = 0,
+        num_classes: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._plan = BatchPlan(len(indices), global_batch_size)
+        if self._plan.smallest < world_size:
+            raise ConfigError(
+                f"{len(indices)} training images in global batches of {global_batch_size} leave a batch of "
+                f"{self._plan.smallest} for {world_size} ranks: choose a batch size of at least {8 * world_size}, "
+                "or use fewer ranks"
+            )
+        self._split, self._indices, self._engine = split, indices, engine
+        self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
+        self._rank, self._world_size = rank, world_size
+        self._epochs = _Recent(self._make_epoch)
+        share = -(-(global_batch_size + -(-global_batch_size // 8)) // world_size)
+        self._stream = engine.stream(self._request, share * (2 if augmentation.mixes else 1))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch, the same on every rank."""
+        return self._plan.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from global step `start_step` on; the same ones as after skipping so many.
+
+        Raises:
+            IndexError: the epoch has fewer steps.
+            DataError: a picture in a file has become unreadable, and is not to be skipped.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise IndexError(f"step {start_step} of an epoch of {self.steps_per_epoch} steps")
+        first = epoch * self.steps_per_epoch
+        numbers = range(first + start_step, first + self.steps_per_epoch)
+        pixels = _whatever_files_do(self._stream, numbers, self._engine.substitutes, self._epochs.clear)
+        return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
+
+    def _make_epoch(self, epoch: int) -> Epoch:
+        order = epoch_order(self._indices, self._seed, epoch)
+        files = self._engine.substitutes
+        if files is not None:
+            order = files.resolve(order)
+        parameters = augment.draw(
+            self._augmentation,
+            self._seed,
+            epoch,
+            len(self._split.labels),
+            self._engine.image_size,
+            None if files is None else files.sizes,
+        )
+        return Epoch(
+            order, self._split.labels[order], parameters.map(lambda array: array[order]), self._engine.image_size
+        )
+
+    def _request(self, number: int) -> Request:
+        epoch, step = divmod(number, self.steps_per_epoch)
+        start, stop = self._plan.bounds(step)
+        parts: tuple[slice, ...] = (slice(start + self._rank, stop, self._world_size),)
+        if self._augmentation.mixes and self._partner_shift(stop - start) is None:
+            parts += self._partners(start, stop)
+        return Request(self._epochs(epoch), parts)
+
+    def _partner_shift(self, size: int) -> int | None:
+        """How far this rank's images are from their partners, both being its own; None where some are not.
+
+        The partner of the image at place p of a global batch of n is the one at (p + n // 2) % n: the order is random
+        already, so any fixed pairing is, and half a batch away it is mostly one of the same rank's.
+        """
+        half, uneven = divmod(size // 2, self._world_size)
+        return None if uneven or size % self._world_size else half
+
+    def _partners(self, start: int, stop: int) -> tuple[slice, slice]:
+        """The places of the partners of this rank's images, in their order."""
+        size, step, half = stop - start, self._world_size, (stop - start) // 2
+        wrapped = self._rank + -(-max(0, size - half - self._rank) // step) * step  # the first image past the end
+        return slice(start + self._rank + half, stop, step), slice(start + wrapped + half - size, start + half, step)
+
+    def _batch(self, number: int, images: Tensor) -> Batch:
+        request, device = self._request(number), self._engine.device
+        start, stop = self._plan.bounds(number % self.steps_per_epoch)
+        labels = request.tensor("labels", device)
+        if not self._augmentation.mixes:
+            return Batch(images, labels, stop - start)
+        own = Request(request.epoch, request.parts[:1])
+        shift = self._partner_shift(stop - start)
+        if shift is not None:
+            partners, others = images.roll(-shift, 0), labels.roll(-shift, 0)
+        else:
+            count = len(own.tensor("labels", device))
+            (images, partners), (labels, others) = ((both[:count], both[count:]) for both in (images, labels))
+        blend, box, share = (own.tensor(name, device) for name in ("blend", "box", "own"))
+        targets = torch_ops.mixed_targets(labels, others, share, self._num_classes)
+        return Batch(torch_ops.mix(images, partners, blend, box), labels, stop - start, targets)
+
+
+class EvalLoader:
+    """Batches of one rank for evaluation: over all ranks every image once, in order, none augmented.
+
+    Rank r of w takes `[r::w]` of each stretch of `batch_size * w` images. At the end there may be nothing left for a
+    rank, which then has one batch fewer than others: no batch is empty.
+
+    Args:
+        split: the split to read from.
+        indices: (n,) int64, the images to evaluate, in this order.
+        engine: of that split.
+        batch_size: images a step on this rank.
+        geometry: that of training, see `augment.evaluation_parameters`.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        indices: npt.NDArray[np.int64],
+        *,
+        engine: Engine,
+        batch_size: int,
+        geometry: str = "none",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._split, self._indices, self._engine, self._geometry = split, indices, engine, geometry
+        self._stride = batch_size * world_size
+        self._rank, self._world_size = rank, world_size
+        self._epochs = _Recent(self._make_epoch)
+        self._stream = engine.stream(self._request, batch_size)
+        self._passes = 0
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-(len(self._indices) - self._rank) // self._stride)
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = self._passes * len(self)
+        self._passes += 1
+        numbers = range(first, first + len(self))
+        files = self._engine.substitutes
+        pixels = _whatever_files_do(self._stream, numbers, files, self._epochs.clear)
+        for number, images in zip(numbers, pixels, strict=True):
+            batch = self._batch(number, images)
+            if files is not None and len(files.unreadable):
+                batch = self._readable(number, batch, files)
+            if len(batch.labels):
+                yield batch
+
+    def _make_epoch(self, epoch: int) -> Epoch:
+        files, rows = self._engine.substitutes, self._indices
+        sizes = None
+        if files is not None:
+            rows = files.resolve(rows)
+            sizes = files.sizes[rows]
+        parameters = augment.evaluation_parameters(self._geometry, sizes)
+        return Epoch(rows, self._split.labels[self._indices], parameters, self._engine.image_size)
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        start = number % len(self) * self._stride
+        return start, min(start + self._stride, len(self._indices))
+
+    def _request(self, number: int) -> Request:
+        start, stop = self._bounds(number)
+        return Request(self._epochs(0), (slice(start + self._rank, stop, self._world_size),))
+
+    def _batch(self, number: int, images: Tensor) -> Batch:
+        start, stop = self._bounds(number)
+        return Batch(images, self._request(number).tensor("labels", self._engine.device), stop - start)
+
+    def _readable(self, number: int, batch: Batch, files: Substitutes) -> Batch:
+        """The batch without what stands in for unreadable pictures: they are not counted, nor is another instead."""
+        start, stop = self._bounds(number)
+        wanted = self._indices[start + self._rank : stop : self._world_size]
+        kept = np.flatnonzero([row not in files.unreadable for row in wanted.tolist()])
+        if len(kept) == len(wanted):
+            return batch
+        rows = upload(kept, self._engine.device)
+        images = batch.images.index_select(0, rows).contiguous(memory_format=torch.channels_last)
+        return Batch(images, batch.labels.index_select(0, rows), batch.global_size)
+
+
+def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """`array` as a tensor on `device`, without waiting for the copy; on a CPU it shares the memory where it can."""
+    # torch takes no negative strides and warns of memory that cannot be written: such an array is copied.
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _Recent:
+    """The last two epochs made, by number: an engine may work ahead of the consumer, into the next one."""
+
+    def __init__(self, make: Callable[[int], Epoch]) -> None:
+        self._make = make
+        self._made: dict[int, Epoch] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> Epoch:
+        with self._lock:
+            if number not in self._made:
+                self._made[number] = self._make(number)
+                for old in sorted(self._made, key=lambda made: abs(made - number))[2:]:
+                    del self._made[old]
+            return self._made[number]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._made.clear()
+
+
+def _whatever_files_do(
+    stream: Stream, numbers: range, files: Substitutes | None, replan: Callable[[], None]
+) -> Iterator[Tensor]:
+    """The pixels of requests `numbers`; where files turn out to be unreadable, others stand in for them, if allowed."""
+    done = numbers.start
+    while done < numbers.stop:
+        try:
+            for images in stream.batches(done, numbers.stop):
+                done += 1
+                yield images
+        except UnreadableFiles as error:
+            assert files is not None
+            files.exclude(error.reasons)
+            replan()

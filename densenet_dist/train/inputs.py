@@ -1,0 +1,113 @@
+"""The input pipeline of one rank, built from a configuration: data set, engine, loaders."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from densenet_dist.data.augment import Augmentation
+from densenet_dist.data.datasets import Dataset, Split, load_dataset
+from densenet_dist.data.engines import make_engine
+from densenet_dist.data.loader import Engine, EvalLoader, TrainLoader
+from densenet_dist.data.plan import split_indices
+from densenet_dist.schema import Config
+from densenet_dist.train.context import RunContext
+
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+
+def load_dataset_of(config: Config) -> Dataset:
+    """The configured data set, verified."""
+    data = config.data
+    return load_dataset(
+        data.name,
+        data.root,
+        download=data.download,
+        url=data.url,
+        limit=data.limit,
+        seed=config.seed,
+        image_size=data.side,
+        test_fraction=data.test_fraction,
+        on_bad_image=data.on_bad_image,
+    )
+
+
+def normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation by which images in [0, 1] are normalised."""
+    if config.data.normalize == "unit":
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return dataset.mean, dataset.std
+
+
+def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
+    """Places in the training split that are trained on and validated with, each (n,) int64 and sorted."""
+    if dataset.val is not None:  # the set says so itself
+        return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
+    return split_indices(dataset.train.labels, config.data.val_fraction, config.seed, stratified=config.data.stratified)
+
+
+def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:
+    """The engine of a split of the data set, for every loader that reads from it.
+
+    Args:
+        loader: torch or dali.
+
+    Raises:
+        EnvironmentProblem: `loader` is dali, and DALI cannot work here.
+    """
+    mean, std = normalisation(config, dataset)
+    return make_engine(
+        loader,
+        split,
+        mean=mean,
+        std=std,
+        device=device,
+        prefetch=config.data.prefetch,
+        threads=torch.get_num_threads(),
+        on_bad_image=config.data.on_bad_image,
+    )
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """The configured augmentation."""
+    data = config.data
+    return Augmentation(data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale)
+
+
+def train_loader(
+    config: Config, context: RunContext, dataset: Dataset, engine: Engine, indices: Indices
+) -> TrainLoader:
+    """The loader of the training images at `indices`, augmented as configured.
+
+    Raises:
+        ConfigError: some global batch has too few images to give each rank one.
+    """
+    return TrainLoader(
+        dataset.train,
+        indices,
+        engine=engine,
+        global_batch_size=config.train.global_batch_size,
+        augmentation=augmentation_of(config),
+        seed=config.seed,
+        num_classes=dataset.num_classes,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+def eval_loader(
+    config: Config, context: RunContext, split: Split, engine: Engine, indices: Indices | None = None
+) -> EvalLoader:
+    """The loader that shows every image of `split` (or those at `indices`) once over all ranks, unaugmented."""
+    return EvalLoader(
+        split,
+        np.arange(len(split.labels)) if indices is None else indices,
+        engine=engine,
+        batch_size=config.train.eval_batch_size,
+        geometry=config.data.augment,
+        rank=context.rank,
+        world_size=context.world_size,
+    )

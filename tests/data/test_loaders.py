@@ -1,0 +1,538 @@
+"""Both engines make every batch as the plan says: for any world size, from any step on, in any order."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from densenet_dist.data import augment, dali_loader
+from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
+from densenet_dist.data.datasets import Split
+from densenet_dist.data.engines import ENGINES, make_engine
+from densenet_dist.data.image_folder import read_folder
+from densenet_dist.data.loader import Batch, Engine, EvalLoader, TrainLoader
+from densenet_dist.errors import ConfigError
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+SEED = 3
+NOTEBOOK = Augmentation("notebook")
+MIXED = Augmentation("notebook", mixup=0.4, cutmix=1.0)
+EVERYTHING = Augmentation("notebook", trivial_augment=True, cutout=8, mixup=0.4, cutmix=1.0)
+
+
+def numbered(count: int) -> Split:
+    """Random images whose label is their number."""
+    images = np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return Split(images, np.arange(count))
+
+
+SPLIT = numbered(203)
+
+
+@pytest.fixture(params=ENGINES)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each engine's name."""
+    return str(request.param)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
+    """46 pictures of several sizes in files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(2)
+    for number in range(46):
+        width, height = rng.integers(20, 90, 2)
+        folder = tmp_path / "pictures" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((width, height)).save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
+    folder = read_folder(tmp_path / "pictures", image_size=32)
+    return Split(folder.files, folder.labels)
+
+
+def engine_of(kind: str, split: Split = SPLIT, **options: Any) -> Engine:
+    return make_engine(kind, split, mean=MEAN, std=STD, **options)
+
+
+def train_loader(
+    engine: str | Engine,
+    split: Split = SPLIT,
+    indices: npt.NDArray[np.int64] | None = None,
+    *,
+    batch: int = 32,
+    augmentation: Augmentation = NOTEBOOK,
+    seed: int = SEED,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> TrainLoader:
+    return TrainLoader(
+        split,
+        np.arange(len(split.labels)) if indices is None else indices,
+        engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
+        global_batch_size=batch,
+        augmentation=augmentation,
+        seed=seed,
+        num_classes=int(split.labels.max()) + 1,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def eval_loader(
+    engine: str | Engine,
+    split: Split = SPLIT,
+    indices: npt.NDArray[np.int64] | None = None,
+    *,
+    batch: int = 32,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> EvalLoader:
+    return EvalLoader(
+        split,
+        np.arange(len(split.labels)) if indices is None else indices,
+        engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
+        batch_size=batch,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
+    """Equal to the bit."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.global_size == other.global_size
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, other.images)
+        assert (one.targets is None) == (other.targets is None)
+        if one.targets is not None and other.targets is not None:
+            assert torch.equal(one.targets, other.targets)
+
+
+def joined(ranks: list[list[Batch]]) -> Iterator[Batch]:
+    """The global batches that the ranks have parts of."""
+    for parts in zip(*ranks, strict=True):
+        size = parts[0].global_size
+        assert [part.global_size for part in parts] == [size] * len(parts)
+        assert [len(part.images) for part in parts] == [
+            len(range(size)[rank :: len(parts)]) for rank in range(len(parts))
+        ]
+
+        def whole(name: str, parts: tuple[Batch, ...] = parts, size: int = size) -> torch.Tensor:
+            pieces = [getattr(part, name) for part in parts]
+            out = torch.empty(size, *pieces[0].shape[1:], dtype=pieces[0].dtype)
+            for rank, piece in enumerate(pieces):
+                out[rank :: len(parts)] = piece
+            return out
+
+        targets = None if parts[0].targets is None else whole("targets")
+        yield Batch(whole("images"), whole("labels"), size, targets)
+
+
+class TestBatch:
+    @pytest.mark.parametrize("augmentation", [*map(Augmentation, GEOMETRIES), EVERYTHING], ids=str)
+    def test_form(self, kind: str, augmentation: Augmentation) -> None:
+        loader = train_loader(kind, augmentation=augmentation)
+        for batch in loader.epoch(0):
+            rows = batch.global_size
+            assert batch.images.shape == (rows, 3, 32, 32)
+            assert batch.images.dtype == torch.float32
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.images.device == batch.labels.device == torch.device("cpu")
+            assert not batch.images.requires_grad
+            assert (batch.labels.shape, batch.labels.dtype) == ((rows,), torch.int64)
+            if augmentation.mixes:
+                assert batch.targets is not None
+                assert (batch.targets.shape, batch.targets.dtype) == ((rows, 203), torch.float32)
+            else:
+                assert batch.targets is None
+
+    def test_form_of_pictures_in_files(self, kind: str, pictures: Split) -> None:
+        for batch in eval_loader(kind, pictures, batch=20):
+            assert batch.images.shape == (batch.global_size, 3, 32, 32)
+            assert batch.images.dtype == torch.float32
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+    def test_is_normalised(self, kind: str) -> None:
+        batch = next(iter(eval_loader(kind)))
+        expected = (SPLIT.images[:32] / 255.0 - MEAN) / STD
+        np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6)
+
+    def test_black_padding_is_normalised_too(self, kind: str) -> None:
+        """What a crop shows of the padding is black, not the mean."""
+        white = Split(np.full((64, 32, 32, 3), 255, dtype=np.uint8), np.arange(64))
+        images = next(train_loader(kind, white, batch=64, augmentation=Augmentation("crop_flip")).epoch(0)).images
+        for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+            values = images[:, channel].flatten()
+            black, bright = (-mean / std, (1.0 - mean) / std)
+            assert ((values - black).abs().minimum((values - bright).abs()) < 1e-6).all()
+            assert ((values - black).abs() < 1e-6).any()
+
+    def test_holes_are_the_mean(self, kind: str) -> None:
+        cut = next(train_loader(kind, augmentation=Augmentation("none", cutout=8)).epoch(0)).images
+        whole = next(train_loader(kind, augmentation=NO_AUGMENTATION).epoch(0)).images
+        changed = (cut != whole).any(dim=1)
+        assert (cut.permute(0, 2, 3, 1)[changed] == 0.0).all()
+        assert torch.equal(changed.any(dim=2).any(dim=1), torch.ones(32, dtype=torch.bool))
+        assert changed.sum(dim=(1, 2)).max() == 64
+
+    def test_does_not_touch_the_data(self, kind: str) -> None:
+        split = numbered(64)
+        before = split.images.copy()
+        for augmentation in (*map(Augmentation, GEOMETRIES), EVERYTHING):
+            for batch in train_loader(kind, split, augmentation=augmentation).epoch(0):
+                batch.images.zero_()
+        for batch in eval_loader(kind, split):
+            batch.images.zero_()
+            batch.labels.zero_()
+        assert np.array_equal(split.images, before)
+
+    def test_takes_memory_that_cannot_be_written(self, kind: str) -> None:
+        split = numbered(64)
+        expected = [batch.images.clone() for batch in train_loader(kind, split).epoch(0)]
+        indices = np.arange(64)[::-1]
+        for array in (split.images, split.labels, indices):
+            array.flags.writeable = False
+        assert next(iter(eval_loader(kind, split, indices, batch=4))).labels.tolist() == [63, 62, 61, 60]
+        found = list(train_loader(kind, split).epoch(0))
+        assert all(torch.equal(batch.images, images) for batch, images in zip(found, expected, strict=True))
+
+    def test_an_array_of_another_layout(self, kind: str) -> None:
+        """A view of channels-first records, as CIFAR's files have them."""
+        records = np.ascontiguousarray(SPLIT.images.transpose(0, 3, 1, 2))
+        view = Split(records.transpose(0, 2, 3, 1), SPLIT.labels)
+        assert_same(train_loader(kind, view).epoch(0), train_loader(kind).epoch(0))
+
+    @pytest.mark.parametrize("in_files", [False, True])
+    def test_threads_leave_bits_alone(self, kind: str, in_files: bool, pictures: Split) -> None:
+        split = pictures if in_files else SPLIT
+        expected = list(train_loader(kind, split, augmentation=EVERYTHING).epoch(0))
+        for threads in (2, 4):
+            assert_same(train_loader(kind, split, augmentation=EVERYTHING, threads=threads).epoch(0), expected)
+
+    @pytest.mark.parametrize("prefetch", [0, 1, 3, 4])
+    def test_prefetch_leaves_bits_alone(self, kind: str, prefetch: int) -> None:
+        expected = list(train_loader(kind).epoch(0))
+        assert_same(train_loader(kind, prefetch=prefetch).epoch(0), expected)
+
+    @pytest.mark.parametrize("prefetch", [1, 2, 4])
+    @pytest.mark.parametrize("augmentation", [NO_AUGMENTATION, NOTEBOOK, MIXED], ids=str)
+    def test_kept_batches_stay_as_they_are(self, kind: str, augmentation: Augmentation, prefetch: int) -> None:
+        """DALI hands out views of its own memory."""
+        loader = train_loader(kind, augmentation=augmentation, prefetch=prefetch)
+        kept: list[Batch] = []
+        copies: list[Batch] = []
+        for batch in (batch for epoch in range(3) for batch in loader.epoch(epoch)):
+            kept.append(batch)
+            targets = None if batch.targets is None else batch.targets.clone()
+            copies.append(Batch(batch.images.clone(), batch.labels.clone(), batch.global_size, targets))
+        assert_same(kept, copies)
+        del loader
+        assert_same(kept, copies)
+        assert len({batch.images.data_ptr() for batch in kept}) == len(kept)
+
+    def test_kept_evaluation_batches_stay_as_they_are(self, kind: str) -> None:
+        loader = eval_loader(kind, batch=16)
+        pairs = [(batch, batch.images.clone()) for _ in range(3) for batch in loader]
+        assert all(torch.equal(batch.images, copy) for batch, copy in pairs)
+
+
+class TestTrainLoader:
+    @pytest.mark.parametrize(
+        ("count", "batch"), [(203, 32), (200, 32), (195, 32), (20, 32), (64, 64), (33, 1), (1, 1), (35, 31)]
+    )
+    def test_every_image_once_an_epoch(self, kind: str, count: int, batch: int) -> None:
+        loader = train_loader(kind, numbered(count), batch=batch)
+        for epoch in range(2):
+            batches = list(loader.epoch(epoch))
+            assert len(batches) == loader.steps_per_epoch
+            assert sorted(torch.cat([found.labels for found in batches]).tolist()) == list(range(count))
+            assert [len(found.labels) for found in batches] == [found.global_size for found in batches]
+            assert [len(found.images) for found in batches] == [found.global_size for found in batches]
+
+    def test_images_and_labels_belong_together(self, kind: str) -> None:
+        grey = np.broadcast_to(np.arange(203, dtype=np.uint8)[:, None, None, None], (203, 32, 32, 3))
+        loader = train_loader(kind, Split(grey, np.arange(203)))
+        for batch in (batch for epoch in range(2) for batch in loader.epoch(epoch)):
+            levels = (batch.images[:, 0] * STD[0] + MEAN[0]) * 255
+            assert (levels - batch.labels[:, None, None]).abs().max() < 0.02
+
+    def test_only_the_images_asked_for(self, kind: str) -> None:
+        indices = np.arange(1, 203, 3)
+        labels = torch.cat([batch.labels for batch in train_loader(kind, indices=indices).epoch(0)])
+        assert sorted(labels.tolist()) == indices.tolist()
+
+    @pytest.mark.parametrize("world_size", [2, 3, 4])
+    @pytest.mark.parametrize(
+        "augmentation",
+        [NO_AUGMENTATION, NOTEBOOK, Augmentation("random_resized_crop", trivial_augment=True), EVERYTHING],
+        ids=str,
+    )
+    def test_same_global_batches_for_every_world_size(
+        self, kind: str, world_size: int, augmentation: Augmentation
+    ) -> None:
+        ranks = [
+            list(train_loader(kind, augmentation=augmentation, rank=rank, world_size=world_size).epoch(5))
+            for rank in range(world_size)
+        ]
+        assert_same(joined(ranks), train_loader(kind, augmentation=augmentation).epoch(5))
+
+    @pytest.mark.parametrize("world_size", [2, 3, 4])
+    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (195, 32), (96, 24), (64, 33), (101, 31)])
+    def test_partners_of_other_ranks(self, kind: str, world_size: int, count: int, batch: int) -> None:
+        """Where images are mixed, even and odd batches and tails alike."""
+        split = numbered(count)
+        augmentation = Augmentation("none", mixup=0.4, cutmix=1.0)
+        ranks = [
+            list(
+                train_loader(
+                    kind, split, batch=batch, augmentation=augmentation, rank=rank, world_size=world_size
+                ).epoch(1)
+            )
+            for rank in range(world_size)
+        ]
+        assert_same(joined(ranks), train_loader(kind, split, batch=batch, augmentation=augmentation).epoch(1))
+
+    def test_same_global_batches_of_pictures_in_files(self, kind: str, pictures: Split) -> None:
+        for augmentation in (Augmentation("random_resized_crop"), EVERYTHING):
+            ranks = [
+                list(
+                    train_loader(kind, pictures, batch=16, augmentation=augmentation, rank=rank, world_size=3).epoch(1)
+                )
+                for rank in range(3)
+            ]
+            assert_same(joined(ranks), train_loader(kind, pictures, batch=16, augmentation=augmentation).epoch(1))
+
+    def test_an_image_looks_the_same_in_every_batch(self, kind: str) -> None:
+        """Its warp depends on its place in the data set, not on who else is trained on."""
+        some = np.arange(0, 203, 2)
+        part = {
+            int(y): x for batch in train_loader(kind, indices=some).epoch(1) for x, y in zip(*batch[:2], strict=True)
+        }
+        whole = {int(y): x for batch in train_loader(kind, batch=50).epoch(1) for x, y in zip(*batch[:2], strict=True)}
+        assert all(torch.equal(part[index], whole[index]) for index in some.tolist())
+
+    @pytest.mark.parametrize("step", [0, 1, 3, 6])
+    @pytest.mark.parametrize("augmentation", [NOTEBOOK, EVERYTHING], ids=str)
+    def test_starts_at_any_step(self, kind: str, step: int, augmentation: Augmentation) -> None:
+        loader = train_loader(kind, augmentation=augmentation)
+        expected = list(loader.epoch(2))[step:]
+        assert_same(loader.epoch(2, start_step=step), expected)
+        assert_same(train_loader(kind, augmentation=augmentation).epoch(2, start_step=step), expected)
+
+    def test_goes_on_after_a_stop(self, kind: str) -> None:
+        """A new process takes the rest of an epoch, then the next one."""
+        whole = train_loader(kind, augmentation=EVERYTHING)
+        expected = [batch for epoch in (0, 1) for batch in whole.epoch(epoch)]
+        before = list(islice(train_loader(kind, augmentation=EVERYTHING).epoch(0), 4))
+        resumed = train_loader(kind, augmentation=EVERYTHING)
+        assert_same([*before, *resumed.epoch(0, start_step=4), *resumed.epoch(1)], expected)
+
+    def test_no_such_step(self, kind: str) -> None:
+        loader = train_loader(kind)
+        assert list(loader.epoch(0, start_step=loader.steps_per_epoch)) == []
+        with pytest.raises(IndexError, match=f"step {loader.steps_per_epoch + 1}"):
+            loader.epoch(0, start_step=loader.steps_per_epoch + 1)
+        with pytest.raises(IndexError, match="step -1"):
+            loader.epoch(0, start_step=-1)
+
+    def test_seeds_and_epochs_differ(self, kind: str) -> None:
+        firsts = [next(train_loader(kind, seed=seed).epoch(epoch)) for seed in (0, 1) for epoch in (0, 1)]
+        for index, first in enumerate(firsts):
+            for other in firsts[index + 1 :]:
+                assert not torch.equal(first.labels, other.labels)
+                assert not torch.equal(first.images, other.images)
+
+    def test_epochs_in_any_order(self, kind: str) -> None:
+        loader = train_loader(kind, augmentation=EVERYTHING)
+        expected = {epoch: list(train_loader(kind, augmentation=EVERYTHING).epoch(epoch)) for epoch in (0, 1, 7, 1000)}
+        for epoch in (7, 0, 1, 7, 7, 1000, 0):
+            assert_same(loader.epoch(epoch), expected[epoch])
+
+    def test_an_abandoned_epoch_disturbs_no_other(self, kind: str) -> None:
+        loader = train_loader(kind)
+        expected = list(train_loader(kind).epoch(1))
+        for steps in (1, 3):
+            abandoned = loader.epoch(0)
+            assert len(list(islice(abandoned, steps))) == steps
+            del abandoned
+            assert_same(loader.epoch(1), expected)
+
+    def test_loaders_that_share_an_engine(self, kind: str) -> None:
+        """Training is interrupted for validation; and two orders of the same images at a time."""
+        engine = engine_of(kind)
+        some = np.arange(0, 203, 5)
+        train = train_loader(engine)
+        other = train_loader(engine, augmentation=EVERYTHING, seed=8)
+        evaluation = eval_loader(engine, indices=some, batch=10)
+        expected, expected_other = (
+            list(train_loader(kind).epoch(0)),
+            list(train_loader(kind, augmentation=EVERYTHING, seed=8).epoch(0)),
+        )
+        expected_evaluation = list(eval_loader(kind, indices=some, batch=10))
+        found, found_other = [], []
+        for one, two in zip(train.epoch(0), other.epoch(0), strict=True):
+            found.append(one)
+            found_other.append(two)
+            assert_same(evaluation, expected_evaluation)
+        assert_same(found, expected)
+        assert_same(found_other, expected_other)
+
+    def test_too_many_ranks_for_a_batch(self, kind: str) -> None:
+        with pytest.raises(ConfigError, match=r"a batch of 4 for 5 ranks.*at least 40"):
+            train_loader(kind, numbered(36), batch=32, world_size=5)
+
+
+class TestMixing:
+    @pytest.mark.parametrize(
+        "augmentation",
+        [
+            Augmentation("none", mixup=0.4),
+            Augmentation("crop_flip", cutmix=1.0),
+            Augmentation("notebook", cutout=10, mixup=1.0, cutmix=0.3),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("batch", [32, 31])
+    def test_is_its_definition(self, kind: str, augmentation: Augmentation, batch: int) -> None:
+        """Image p of a global batch of n is mixed with image (p + n // 2) % n, by the share that was drawn for it."""
+        plain = Augmentation(augmentation.geometry, cutout=augmentation.cutout)
+        drawn = augment.draw(augmentation, SEED, 2, 203, 32)
+        columns = np.arange(32)
+        batches = zip(
+            train_loader(kind, batch=batch, augmentation=augmentation).epoch(2),
+            train_loader(kind, batch=batch, augmentation=plain).epoch(2),
+            strict=True,
+        )
+        for mixed, single in batches:
+            size = mixed.global_size
+            assert torch.equal(mixed.labels, single.labels)
+            assert mixed.targets is not None
+            targets = np.zeros((size, 203))
+            for place, row in enumerate(single.labels.tolist()):
+                partner = (place + size // 2) % size
+                left, top, right, bottom = drawn.box[row]
+                inside = ((columns >= left) & (columns < right)) & ((columns >= top) & (columns < bottom))[:, None]
+                share = np.where(inside, 0.0, drawn.blend[row])
+                own, other = single.images[place].numpy(), single.images[partner].numpy()
+                np.testing.assert_allclose(mixed.images[place].numpy(), share * own + (1 - share) * other, atol=1e-5)
+                targets[place, row] += drawn.own[row]
+                targets[place, int(single.labels[partner])] += 1 - drawn.own[row]
+            np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
+            np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
+            assert (mixed.targets >= 0.0).all()
+
+    def test_an_image_alone_is_its_own_partner(self, kind: str) -> None:
+        split = numbered(3)
+        for mixed, single in zip(
+            train_loader(kind, split, batch=1, augmentation=MIXED).epoch(0),
+            train_loader(kind, split, batch=1, augmentation=NOTEBOOK).epoch(0),
+            strict=True,
+        ):
+            torch.testing.assert_close(mixed.images, single.images, rtol=0, atol=1e-6)
+            assert mixed.targets is not None
+            assert mixed.targets.argmax(dim=1).tolist() == single.labels.tolist()
+            torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(1), rtol=0, atol=1e-6)
+
+
+class TestEvalLoader:
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (37, 1), (128, 32), (5, 32), (3, 1), (1, 8)])
+    def test_every_image_once_over_all_ranks(self, kind: str, count: int, batch: int, world_size: int) -> None:
+        split = numbered(count)
+        loaders = [eval_loader(kind, split, batch=batch, rank=r, world_size=world_size) for r in range(world_size)]
+        ranks = [list(loader) for loader in loaders]
+        assert sorted(label for rank in ranks for part in rank for label in part.labels.tolist()) == list(range(count))
+        assert [len(rank) for rank in ranks] == [len(loader) for loader in loaders]
+        expected = (split.images / 255.0 - MEAN) / STD
+        for part in (part for rank in ranks for part in rank):
+            assert 0 < len(part.labels) == len(part.images) <= batch
+            assert part.labels.tolist() == sorted(part.labels.tolist())
+            found = part.images.permute(0, 2, 3, 1).numpy()
+            np.testing.assert_allclose(found, expected[part.labels.numpy()], rtol=0, atol=1e-6)
+        for step, part in enumerate(ranks[0]):
+            shares = [rank[step].labels for rank in ranks if step < len(rank)]
+            assert part.global_size == sum(len(share) for share in shares)
+
+    def test_in_the_order_asked_for(self, kind: str) -> None:
+        indices = np.array([5, 3, 9])
+        assert [batch.labels.tolist() for batch in eval_loader(kind, indices=indices, batch=2)] == [[5, 3], [9]]
+
+    def test_can_be_repeated(self, kind: str) -> None:
+        loader = eval_loader(kind)
+        expected = list(eval_loader(kind))
+        for _ in range(3):
+            assert_same(loader, expected)
+
+    def test_can_be_abandoned_and_begun_again(self, kind: str) -> None:
+        loader = eval_loader(kind)
+        expected = list(eval_loader(kind))
+        for steps in (0, 1, 3, 6):
+            half = iter(loader)
+            assert_same(islice(half, steps), expected[:steps])
+            del half
+            assert_same(loader, expected)
+
+    def test_two_passes_at_a_time(self, kind: str) -> None:
+        loader = eval_loader(kind)
+        expected = list(eval_loader(kind))
+        one, other = iter(loader), iter(loader)
+        first = next(one)
+        assert_same(other, expected)
+        assert_same([first, *one], expected)
+
+    def test_nothing_to_see(self, kind: str) -> None:
+        assert list(eval_loader(kind, indices=np.arange(0))) == []
+
+
+class TestPipeline:
+    """DALI's pipeline is built once and goes on, where it can."""
+
+    @pytest.fixture
+    def built(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The numbers of the requests at which pipelines began."""
+        starts: list[int] = []
+        genuine: Callable[..., Any] = dali_loader._build
+
+        def build(engine: Any, request: Any, start: int, largest: int) -> Any:
+            starts.append(start)
+            return genuine(engine, request, start, largest)
+
+        monkeypatch.setattr(dali_loader, "_build", build)
+        return starts
+
+    def test_is_built_once_for_many_epochs(self, built: list[int]) -> None:
+        loader = train_loader("dali")
+        assert built == []
+        for epoch in range(4):
+            assert len(list(loader.epoch(epoch))) == 7
+        assert built == [0]
+        list(loader.epoch(9))
+        assert built == [0, 63]
+
+    def test_goes_on_from_the_step_where_it_began(self, built: list[int]) -> None:
+        loader = train_loader("dali")
+        list(loader.epoch(2, start_step=5))
+        list(loader.epoch(3))
+        assert built == [19]
+
+    def test_is_built_once_for_many_passes(self, built: list[int]) -> None:
+        loader = eval_loader("dali")
+        for _ in range(3):
+            assert len(list(loader)) == 7
+        assert built == [0]
+
+    def test_training_goes_on_after_validation(self, built: list[int]) -> None:
+        engine = engine_of("dali")
+        train, evaluation = train_loader(engine), eval_loader(engine, indices=np.arange(40))
+        for epoch in range(3):
+            list(train.epoch(epoch))
+            list(evaluation)
+        assert built == [0, 0]

@@ -1,0 +1,282 @@
+"""DALI shows the same pixels as torch, to a fiftieth of a grey level: on generated images, on CIFAR, on files."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
+from densenet_dist.data.datasets import Split, load_dataset
+from densenet_dist.data.engines import ENGINES, make_engine
+from densenet_dist.data.image_folder import read_folder
+from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
+
+TOLERANCE = 0.02  # grey levels of 255
+SIZES = ((37, 53), (200, 151), (64, 64), (9, 7), (33, 32), (300, 31), (31, 300), (2, 3), (32, 32))
+MIXES = {"no": (0.0, 0.0), "mixup": (0.4, 0.0), "cutmix": (0.0, 1.0), "both": (0.2, 1.0)}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+def loader(
+    kind: str, split: Split, augmentation: Augmentation, *, batch: int = 64, device: str = "cpu", **options: Any
+) -> TrainLoader:
+    """Makes float grey levels, [0, 255]."""
+    engine = make_engine(kind, split, mean=(0.0,) * 3, std=(1 / 255,) * 3, device=device)
+    classes = int(split.labels.max()) + 1
+    rows = options.pop("rows", np.arange(len(split.labels)))
+    options = {"global_batch_size": batch, "augmentation": augmentation, "seed": 5, "num_classes": classes} | options
+    return TrainLoader(split, rows, engine=engine, **options)
+
+
+def pairs(split: Split, augmentation: Augmentation, *, epoch: int = 3, **options: Any) -> Iterator[tuple[Batch, Batch]]:
+    """What torch and DALI make, batch by batch; labels, targets and sizes are the same to the bit."""
+    torch_batches, dali_batches = (loader(kind, split, augmentation, **options).epoch(epoch) for kind in ENGINES)
+    for one, other in zip(torch_batches, dali_batches, strict=True):
+        assert one.global_size == other.global_size
+        assert torch.equal(one.labels, other.labels)
+        assert (one.targets is None) == (other.targets is None)
+        if one.targets is not None and other.targets is not None:
+            assert torch.equal(one.targets, other.targets)
+        yield one, other
+
+
+def apart(one: Batch, other: Batch) -> float:
+    """The largest difference in grey levels."""
+    assert one.images.shape == other.images.shape
+    return float((one.images.cpu() - other.images.cpu()).abs().max())
+
+
+def smooth(count: int, size: int = 32) -> Split:
+    """Coarse random colours, enlarged."""
+    coarse = np.random.default_rng(4).integers(0, 256, (count, 5, 5, 3), dtype=np.uint8)
+    images = [np.asarray(Image.fromarray(of).resize((size, size), Image.Resampling.BICUBIC)) for of in coarse]
+    return Split(np.stack(images), np.arange(count) % 7)
+
+
+def noise(count: int, size: int = 32) -> Split:
+    """Every pixel random; the first images have one colour, one channel, and two colours alone."""
+    images = np.random.default_rng(5).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    images[0] = 77
+    images[1, :, :, 1:] = 0
+    images[2] = images[2] // 128 * 255
+    return Split(images, np.arange(count) % 7)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found about pictures is kept away from the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+class TestGenerated:
+    @pytest.mark.parametrize("mix", MIXES)
+    @pytest.mark.parametrize("cutout", [0, 9])
+    @pytest.mark.parametrize("trivial", [False, True])
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_every_combination(self, geometry: str, trivial: bool, cutout: int, mix: str) -> None:
+        augmentation = Augmentation(geometry, trivial, cutout, *MIXES[mix])
+        for split in (smooth(80), noise(80)):
+            assert max(apart(*pair) for pair in pairs(split, augmentation, batch=40)) <= TOLERANCE
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_every_operation_often(self, geometry: str) -> None:
+        """Some fifty images for each operation of TrivialAugment."""
+        augmentation = Augmentation(geometry, trivial_augment=True)
+        for split in (smooth(700), noise(700)):
+            assert max(apart(*pair) for pair in pairs(split, augmentation, batch=100)) <= TOLERANCE
+
+    @pytest.mark.parametrize("size", [27, 64])
+    def test_other_sizes(self, size: int) -> None:
+        """A place is a float32 number of pixels: it is as much coarser as the image is larger."""
+        for augmentation in (Augmentation("notebook"), Augmentation("random_resized_crop", trivial_augment=True)):
+            assert max(apart(*pair) for pair in pairs(noise(60, size), augmentation)) <= TOLERANCE * size / 32
+
+    def test_evaluation_is_exact_but_for_rounding(self) -> None:
+        split = noise(50)
+        one, other = (
+            EvalLoader(
+                split,
+                np.arange(50),
+                engine=make_engine(kind, split, mean=(0.0,) * 3, std=(1 / 255,) * 3),
+                batch_size=16,
+            )
+            for kind in ENGINES
+        )
+        assert max(apart(*pair) for pair in zip(one, other, strict=True)) <= 1e-4
+
+
+class TestCifar:
+    @pytest.mark.slow
+    def test_two_whole_epochs(self, official: Path) -> None:
+        """Every training image of CIFAR-10, as the notebook augments it."""
+        split = load_dataset("cifar10", official, download=False).train
+        made = [loader(kind, split, Augmentation("notebook"), batch=1000) for kind in ENGINES]
+        worst, count = 0.0, 0
+        for epoch in range(2):
+            for one, other in zip(*(each.epoch(epoch) for each in made), strict=True):
+                assert torch.equal(one.labels, other.labels)
+                worst = max(worst, apart(one, other))
+                count += len(other.labels)
+        assert count == 2 * 50_000
+        assert worst <= TOLERANCE
+
+    def test_two_ranks_of_dali_are_one_of_torch(self, official: Path) -> None:
+        split = load_dataset("cifar10", official, download=False, limit=2000).train
+        augmentation = Augmentation("notebook", cutout=8, mixup=0.4, cutmix=1.0)
+        whole = loader("torch", split, augmentation, batch=128).epoch(1)
+        ranks = [loader("dali", split, augmentation, batch=128, rank=rank, world_size=2).epoch(1) for rank in range(2)]
+        for parts, expected in zip(zip(*ranks, strict=True), whole, strict=True):
+            for rank, part in enumerate(parts):
+                assert part.global_size == expected.global_size
+                assert torch.equal(part.labels, expected.labels[rank::2])
+                assert part.targets is not None
+                assert expected.targets is not None
+                assert torch.equal(part.targets, expected.targets[rank::2])
+                assert float((part.images - expected.images[rank::2]).abs().max()) <= TOLERANCE
+
+    def test_cifar100(self, official: Path) -> None:
+        split = load_dataset("cifar100", official, download=False, limit=2000).train
+        for augmentation in (Augmentation("notebook"), Augmentation("crop_flip", trivial_augment=True, cutout=8)):
+            assert max(apart(*pair) for pair in pairs(split, augmentation, batch=200)) <= TOLERANCE
+
+    @pytest.mark.parametrize("kind", ENGINES)
+    def test_a_folder_of_png_files_gives_the_same_batches(self, kind: str, official: Path, tmp_path: Path) -> None:
+        arrays = load_dataset("cifar10", official, download=False, limit=150).train
+        for number, (image, label) in enumerate(zip(arrays.images, arrays.labels, strict=True)):
+            path = tmp_path / str(label) / f"{number:03d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        folder = read_folder(tmp_path, image_size=32)
+        files = Split(folder.files, folder.labels)
+        order = [int(Path(name).stem) for name in folder.files.names]
+        in_order = Split(arrays.images[order], arrays.labels[order])
+        assert np.array_equal(files.labels, in_order.labels)
+        for augmentation in (NO_AUGMENTATION, Augmentation("notebook", True, 8, 0.4, 1.0), Augmentation("crop_flip")):
+            made = (loader(kind, split, augmentation).epoch(0) for split in (files, in_order))
+            for one, other in zip(*made, strict=True):
+                assert torch.equal(one.labels, other.labels)
+                if kind == "torch":
+                    assert torch.equal(one.images, other.images)
+                assert apart(one, other) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Pictures of every kind that is taken, each in several sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate(SIZES):
+        (root / str(number % 3)).mkdir(exist_ok=True)
+        for name, save in kinds(picture(number, size)):
+            save(root / str(number % 3) / f"{number}-{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = read_folder(root, image_size=32)
+    return Split(folder.files, folder.labels)
+
+
+def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """Smooth, or noise for every other seed."""
+    rng = np.random.default_rng(seed)
+    if seed % 2:
+        return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def kinds(image: Image.Image) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """The same picture in many ways of writing it: a file's name, and what writes it."""
+
+    def saved(of: Image.Image, **options: Any) -> Callable[[Path], None]:
+        return lambda path: of.save(path, **options)
+
+    for subsampling in range(3):  # 4:4:4, 4:2:2, 4:2:0
+        for progressive in (False, True):
+            name = f"jpeg-{subsampling}-{progressive}.jpg"
+            yield name, saved(image, subsampling=subsampling, progressive=progressive, quality=85)
+    yield "grey.jpg", saved(image.convert("L"))
+    yield "cmyk.jpg", saved(image.convert("CMYK"))
+    for orientation in range(1, 9):
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        for kind in ("jpg", "png", "webp"):
+            yield f"exif-{orientation}.{kind}", saved(image, exif=tags)
+    see_through = image.copy()
+    see_through.putalpha(image.convert("L").rotate(180))
+    yield "rgb.png", saved(image)
+    yield "grey.png", saved(image.convert("L"))
+    yield "grey-alpha.png", saved(see_through.convert("LA"))
+    yield "alpha.png", saved(see_through)
+    yield "palette.png", saved(image.convert("P"))
+    yield "palette-transparent.png", saved(image.convert("P"), transparency=3)
+    yield "bits.png", saved(image.convert("1"))
+    yield "grey-16.png", saved(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251 + 17))
+    yield "rgb-16.png", lambda path: _write_png_16(path, np.asarray(image).astype(np.uint16) * 251 + 17)
+    yield "lossy.webp", saved(image, quality=70)
+    yield "lossless.webp", saved(image, lossless=True)
+    yield "alpha.webp", saved(see_through, lossless=True)
+
+
+def _write_png_16(path: Path, levels: npt.NDArray[np.uint16]) -> None:
+    """Pillow cannot write colours of 16 bits."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    written = [
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+
+
+class TestFiles:
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_training(self, pictures: Split, geometry: str) -> None:
+        assert max(apart(*pair) for pair in pairs(pictures, Augmentation(geometry))) <= TOLERANCE
+
+    @pytest.mark.parametrize("geometry", ["none", "random_resized_crop"])
+    def test_evaluation(self, pictures: Split, geometry: str) -> None:
+        one, other = (
+            EvalLoader(
+                pictures,
+                np.arange(len(pictures.labels)),
+                engine=make_engine(kind, pictures, mean=(0.0,) * 3, std=(1 / 255,) * 3),
+                batch_size=64,
+                geometry=geometry,
+            )
+            for kind in ENGINES
+        )
+        assert max(apart(*pair) for pair in zip(one, other, strict=True)) <= TOLERANCE
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_tones(self, pictures: Split, geometry: str) -> None:
+        """Where a tone jumps, the last bit of a resampled pixel may decide; it does for one pixel in some thousands."""
+        differ = pixels = 0
+        for one, other in pairs(pictures, Augmentation(geometry, trivial_augment=True)):
+            differ += int(((one.images - other.images).abs() > TOLERANCE).sum())
+            pixels += one.images.numel()
+        assert differ < 1e-4 * pixels
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestGpu:
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    def test_arrays(self, geometry: str) -> None:
+        augmentation = Augmentation(geometry, True, 9, 0.4, 1.0)
+        expected = loader("torch", noise(80), augmentation).epoch(0)
+        found = loader("dali", noise(80), augmentation, device="cuda").epoch(0)
+        assert max(apart(*pair) for pair in zip(found, expected, strict=True)) <= TOLERANCE
+
+    def test_files(self, pictures: Split) -> None:
+        """A GPU's JPEG decoder rounds otherwise than a CPU's: a picture may be a grey level or two off."""
+        expected = loader("torch", pictures, NO_AUGMENTATION).epoch(0)
+        found = loader("dali", pictures, NO_AUGMENTATION, device="cuda").epoch(0)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.labels.cpu(), other.labels)
+            assert apart(one, other) <= 3.0

@@ -1,0 +1,162 @@
+"""A person's own pictures: the same command, what cannot be used is said first, and what breaks later is lived with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from distributed import run_ranks
+from PIL import Image
+from runs import job_of, records, run_of, tiny, train
+from torch.multiprocessing import ProcessRaisedException
+
+from densenet_dist.cli import main
+from densenet_dist.errors import DataError
+from densenet_dist.train.evaluation import evaluate
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ["data.name=folder", "data.limit=null", "data.image_size=16", "train.eval_batch_size=7"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three classes of 24 pictures of many sizes and kinds; the classes differ in colour."""
+    root, random = tmp_path / "my photos", np.random.default_rng(0)
+    for label, name in enumerate(("apple", "bär", "cat")):
+        (root / name).mkdir(parents=True)
+        for number in range(24):
+            pixels = random.integers(0, 120, (random.integers(12, 60), random.integers(12, 60), 3))
+            pixels[..., label] += 120
+            picture = Image.fromarray(pixels.astype(np.uint8))
+            kind = ("jpg", "png", "webp")[number % 3]
+            picture.save(root / name / f"{number:02}.{kind}")
+    return root
+
+
+def settings(photos: Path, *more: str) -> list[str]:
+    return [*SETTINGS, f"data.root={photos}", *more]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_the_command_trains_on_a_folder(photos, tmp_path, capsys, loader):
+    small = ["model.variant=densenet", "model.num_layers=[1,1]", "model.growth_rate=4", "data.image_size=32"]
+    small += ["train.epochs=4", "train.lr=0.05", "train.global_batch_size=8", f"data.loader={loader}"]
+    place = [f"data.root={photos}", f"storage={tmp_path}", "cluster.engine=local"]
+    code = run(str(ROOT / "configs/folder.yaml"), *small, *place)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "folder, 59 training and 6 validation images" in out
+    summary = json.loads((tmp_path / "folder" / "summary.json").read_text())
+    assert summary["test/top1"] > 0.6  # of three classes: colour is easy
+    figures = evaluate(tmp_path / "folder")
+    assert figures["top1"] == pytest.approx(summary["test/top1"])
+    assert figures["images"] == 7
+
+
+def test_bad_pictures_are_all_named_before_anything_is_written(photos, tmp_path, capsys):
+    (photos / "cat" / "empty.jpg").touch()
+    (photos / "apple" / "text.png").write_text("hello")
+    command = [str(ROOT / "configs/folder.yaml"), f"data.root={photos}", "cluster.engine=local", f"storage={tmp_path}"]
+    assert run(*command) == 4
+    err = capsys.readouterr().err
+    assert "2 of 74 pictures" in err
+    assert "cat/empty.jpg: empty file" in err
+    assert "apple/text.png: not a picture" in err
+    assert "data.on_bad_image=skip" in err
+    assert not (tmp_path / "folder" / "metrics.jsonl").exists()
+
+
+def test_bad_pictures_that_are_skipped_are_said(photos, tmp_path):
+    (photos / "cat" / "empty.jpg").touch()
+    events: list[dict[str, Any]] = []
+    train(tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip")), listener=events.append)
+    (note,) = [event["text"] for event in events if event["kind"] == "note"]
+    assert "1 pictures cannot be used and are left out" in note
+    assert "cat/empty.jpg: empty file" in note
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_pictures_that_break_meanwhile_do_not_end_the_run(photos, tmp_path, loader):
+    config = tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip", f"data.loader={loader}"))
+    broken = [name for name in job_of(config).dataset.train.images.names if name.endswith(("04.png", "09.jpg"))]
+    assert len(broken) >= 4
+    events: list[dict[str, Any]] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["kind"] == "start":
+            for name in broken:
+                (photos / name).write_bytes(b"")
+
+    summary = train(config, listener=listen)
+    assert summary["status"] == "finished"
+    assert [record["train/loss"] > 0 for record in records(config) if "train/loss" in record] == [True] * 3
+    notes = "\n".join(event["text"] for event in events if event["kind"] == "note")
+    assert f"{len(broken)} pictures can no longer be read; others of their classes stand in for them" in notes
+    assert notes.count("empty file") == min(len(broken), 5)
+
+
+def test_a_broken_picture_ends_a_run_that_was_not_told_to_skip(photos, tmp_path):
+    def listen(event: dict[str, Any]) -> None:
+        if event["kind"] == "start":
+            for path in (photos / "cat").iterdir():
+                path.write_bytes(b"")
+
+    with pytest.raises(DataError, match=r"(?s)can no longer be read.*cat.*empty file.*data.on_bad_image=skip"):
+        train(tiny(tmp_path / "runs", *settings(photos)), listener=listen)
+
+
+def test_val_and_test_folders_are_used_as_such(photos, tmp_path):
+    parted = tmp_path / "parted"
+    for number, path in enumerate(sorted(photos.glob("*/*"))):
+        part = ("train", "train", "train", "val", "test")[number % 5]
+        (parted / part / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(parted / part / path.parent.name / path.name)
+    job = job_of(tiny(tmp_path / "runs", *settings(parted, "data.val_fraction=0.5")))
+    assert job.num_images == (44, 14)
+    assert len(job.dataset.test.labels) == 14
+    names = job.dataset.train.images.names
+    assert {names[row].split("/")[0] for row in job.dataset.val} == {"val"}
+    config = tiny(tmp_path / "runs", *settings(parted), "train.epochs=1")
+    train(config)
+    assert evaluate(run_of(config).path, split="val")["images"] == 14
+
+
+def test_the_test_part_does_not_depend_on_the_seed(photos, tmp_path):
+    jobs = [job_of(tiny(tmp_path / "runs", *settings(photos), f"seed={seed}")) for seed in (0, 1)]
+    parts = [job.dataset.test.images.names for job in jobs]
+    assert parts[0] == parts[1]
+    assert len({name.split("/")[0] for name in parts[0]}) == 3
+
+
+def test_a_limit_takes_from_every_class(photos, tmp_path):
+    dataset = job_of(tiny(tmp_path / "runs", *settings(photos, "data.limit=12"))).dataset
+    assert np.bincount(dataset.train.labels).tolist() == [4, 4, 4]
+
+
+def other_files(storage: str, photos: str) -> None:
+    # Each rank looks into a folder of its own, which only the first one's holds all the pictures of.
+    job_of(tiny(storage, *SETTINGS, f"data.root={photos}/{dist.get_rank()}"))
+
+
+def test_ranks_that_see_other_files_are_told_apart(photos, tmp_path):
+    for rank in range(2):
+        shutil.copytree(photos, tmp_path / "nodes" / str(rank))
+    (tmp_path / "nodes" / "1" / "cat" / "03.jpg").unlink()
+    with pytest.raises(ProcessRaisedException, match="the nodes do not see the same pictures"):
+        run_ranks(other_files, 2, str(tmp_path / "runs"), str(tmp_path / "nodes"))

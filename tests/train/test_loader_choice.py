@@ -1,0 +1,134 @@
+"""``data.loader=auto`` measures once, says so, writes it down, and keeps to it; what it chose changes no batch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from runs import job_of, records, run_of, tiny, train, weights_of
+
+from densenet_dist.cluster.launch import fit, resume_config
+from densenet_dist.data.speed import Speed
+from densenet_dist.train.loader_choice import compare
+from densenet_dist.train.run_folder import ENV_FILE
+
+MIXED = ["data.mixup=0.4", "data.cutmix=1.0", "data.trivial_augment=true", "data.cutout=8"]
+
+
+def environment(config: Any) -> dict[str, Any]:
+    return json.loads((run_of(config).path / ENV_FILE).read_text())
+
+
+@pytest.mark.parametrize(
+    ("device", "torch_rate", "dali_rate", "chosen"),
+    [
+        ("cpu", 100, 60, "torch"),
+        ("cpu", 100, 105, "torch"),  # not clearly better: the usual one
+        ("cpu", 100, 120, "dali"),
+        ("cuda", 100, 60, "torch"),
+        ("cuda", 105, 100, "dali"),
+        ("cuda", 100, 120, "dali"),
+    ],
+)
+def test_the_usual_one_of_a_device_is_taken_unless_the_other_is_clearly_faster(device, torch_rate, dali_rate, chosen):
+    def speed(rate: int) -> Speed:
+        # On a CPU its seconds count, on a GPU those of the clock; the other figure would lead astray.
+        return Speed(1000, 1000 / rate, 1.0) if device == "cuda" else Speed(1000, 1.0, 1000 / rate)
+
+    name, reason, figures = compare({"torch": speed(torch_rate), "dali": speed(dali_rate)}, device)
+    assert name == chosen
+    assert reason.startswith(str({"torch": torch_rate, "dali": dali_rate}[name]))
+    assert sorted(figures.values()) == sorted([torch_rate, dali_rate])
+
+
+def test_auto_measures_both_says_so_and_writes_it_down(tmp_path):
+    config = tiny(tmp_path, "data.loader=auto", "train.epochs=1")
+    events: list[dict[str, Any]] = []
+    fit(config, listener=events.append)
+    choice = environment(config)["loader"]
+    assert choice["name"] in ("torch", "dali")
+    assert choice["device"] == "cpu"
+    assert choice["torch_images_per_cpu_s"] > 0
+    assert choice["dali_images_per_cpu_s"] > 0
+    (note,) = [event["text"] for event in events if event["kind"] == "note"]
+    assert note.startswith(f"batches are made by {choice['name']}: ")
+    assert [event["loader"] for event in events if event["kind"] == "start"] == [choice["name"]]
+    assert environment(config)["packages"]["torch"] == torch.__version__.partition("+")[0]  # the rest is still there
+
+
+@pytest.mark.parametrize("kept", ["torch", "dali"])
+def test_a_resumed_run_keeps_what_was_chosen(tmp_path, kept):
+    config = tiny(tmp_path, "data.loader=auto", "train.epochs=1")
+    fit(config, listener=lambda event: None)
+    written = environment(config)
+    run_of(config).write(ENV_FILE, json.dumps(written | {"loader": written["loader"] | {"name": kept}}))
+    events: list[dict[str, Any]] = []
+    resumed = resume_config(run_of(config), [])
+    fit(resumed, resume=True, listener=events.append)
+    assert [event["loader"] for event in events if event["kind"] == "start"] == [kept]
+    assert not [event for event in events if event["kind"] == "note"]  # nothing was measured
+    assert environment(config)["loader"]["name"] == kept
+
+
+def test_a_choice_made_on_another_kind_of_device_does_not_count(tmp_path):
+    config = tiny(tmp_path, "data.loader=auto")
+    run_of(config).write(ENV_FILE, json.dumps({"loader": {"name": "dali", "device": "cuda"}}))
+    assert job_of(config).loader in ("torch", "dali")
+    assert environment(config)["loader"]["device"] == "cpu"
+
+
+def choose(storage: str) -> tuple[str, int]:
+    config = tiny(storage, "data.loader=auto")
+    return job_of(config).loader, dist.get_rank()
+
+
+def test_all_ranks_take_the_same(tmp_path):
+    found = run_ranks(choose, 2, str(tmp_path))
+    assert len({name for name, _ in found}) == 1
+    assert environment(tiny(tmp_path))["loader"]["name"] == found[0][0]
+
+
+@pytest.mark.parametrize("settings", [[], MIXED], ids=["plain", "everything"])
+def test_training_is_the_same_whichever_makes_the_batches(tmp_path, settings):
+    losses = {}
+    for loader in ("torch", "dali"):
+        config = tiny(tmp_path / loader, f"data.loader={loader}", *settings)
+        train(config)
+        losses[loader] = [record["train/loss"] for record in records(config) if "train/loss" in record]
+    assert losses["torch"] == pytest.approx(losses["dali"], rel=1e-3)
+    assert losses["torch"] != losses["dali"]  # last bits differ, so both really were at work
+
+
+def ranks(storage: str, loader: str) -> None:
+    train(tiny(storage, f"data.loader={loader}", "train.sync_bn=true", "train.epochs=2", *MIXED))
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_mixed_batches_are_those_of_one_process_on_any_number_of_ranks(tmp_path, loader):
+    """Partners on other ranks, shares that are not equal, targets that are probabilities: the loss agrees."""
+    expected = tiny(tmp_path / "one", f"data.loader={loader}", "train.epochs=2", *MIXED)
+    train(expected)
+    run_ranks(ranks, 2, str(tmp_path / "two"), loader)
+    found = records(tiny(tmp_path / "two"))
+    for one, other in zip(records(expected), found, strict=True):
+        for key in ("train/loss", "val/loss", "test/loss", "train/top1"):
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=2e-3, abs=1e-3), key
+
+
+def test_explicit_loaders_are_not_measured(tmp_path):
+    config = tiny(tmp_path, "data.loader=dali", "train.epochs=1")
+    events: list[dict[str, Any]] = []
+    fit(config, listener=events.append)
+    assert "loader" not in environment(config)
+    assert not [event for event in events if event["kind"] == "note"]
+    assert weights_of(config)
+
+
+def test_another_loader_may_be_named_when_a_run_goes_on(tmp_path: Path):
+    config = tiny(tmp_path, "train.epochs=1")
+    fit(config, listener=lambda event: None)
+    assert resume_config(run_of(config), ["data.loader=dali"]).data.loader == "dali"
