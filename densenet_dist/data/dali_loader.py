@@ -21,7 +21,7 @@ from torch import Tensor
 
 from densenet_dist.data.dali_support import explain, require_dali
 from densenet_dist.data.image_files import BadImage, ImageFiles
-from densenet_dist.data.loader import Request, upload
+from densenet_dist.data.requests import Request, upload
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
@@ -125,7 +125,7 @@ class DaliStream:
         self._next = 0
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """As `loader.Stream.batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
+        """As `requests.Stream.batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
         for number in range(first, last):
             if self._pipeline is None or self._next != number:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)

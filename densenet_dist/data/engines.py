@@ -9,7 +9,7 @@ import torch
 
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.loader import Engine
+from densenet_dist.data.requests import Engine
 from densenet_dist.data.substitutes import Substitutes
 from densenet_dist.data.torch_loader import TorchEngine
 

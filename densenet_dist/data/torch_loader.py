@@ -20,7 +20,7 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.image_files import BadImage, ImageFiles
-from densenet_dist.data.loader import Request, upload
+from densenet_dist.data.requests import Request, upload
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 _CPU_PIECE = 64
@@ -110,7 +110,7 @@ class TorchStream:
         self._make, self._prefetch = make, prefetch
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """As `loader.Stream.batches`."""
+        """As `requests.Stream.batches`."""
         return _made_ahead(self._make, range(first, last), self._prefetch)
 
 

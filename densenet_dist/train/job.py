@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.loader import Engine, EvalLoader, TrainLoader
+from densenet_dist.data.loader import EvalLoader, TrainLoader
+from densenet_dist.data.requests import Engine
 from densenet_dist.errors import DataError
 from densenet_dist.model import DenseNet, count_parameters, densenet
 from densenet_dist.schema import Config, ModelConfig

@@ -19,8 +19,8 @@ from densenet_dist.data import augment, reference, torch_ops, trivial_augment
 from densenet_dist.data.augment import GEOMETRIES, Augmentation, Parameters, draw
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.engines import make_engine
-from densenet_dist.data.loader import Epoch, Request
 from densenet_dist.data.plan import Stream, random_words, unit_floats
+from densenet_dist.data.requests import Epoch, Request
 from densenet_dist.data.trivial_augment import OPERATIONS, STRENGTHS, Tone
 from densenet_dist.errors import ConfigError
 

@@ -16,7 +16,8 @@ from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.engines import ENGINES, make_engine
 from densenet_dist.data.image_folder import read_folder
-from densenet_dist.data.loader import Batch, Engine, EvalLoader, TrainLoader
+from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
+from densenet_dist.data.requests import Engine
 from densenet_dist.errors import ConfigError
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -222,8 +223,7 @@ class TestBatch:
         expected = list(train_loader(kind).epoch(0))
         assert_same(train_loader(kind, prefetch=prefetch).epoch(0), expected)
 
-    @pytest.mark.parametrize("prefetch", [1, 2, 4])
-    @pytest.mark.parametrize("augmentation", [NO_AUGMENTATION, NOTEBOOK, MIXED], ids=str)
+    @pytest.mark.parametrize(("augmentation", "prefetch"), [(NO_AUGMENTATION, 1), (NOTEBOOK, 2), (MIXED, 4)], ids=str)
     def test_kept_batches_stay_as_they_are(self, kind: str, augmentation: Augmentation, prefetch: int) -> None:
         """DALI hands out views of its own memory."""
         loader = train_loader(kind, augmentation=augmentation, prefetch=prefetch)
@@ -272,7 +272,7 @@ class TestTrainLoader:
     @pytest.mark.parametrize("world_size", [2, 3, 4])
     @pytest.mark.parametrize(
         "augmentation",
-        [NO_AUGMENTATION, NOTEBOOK, Augmentation("random_resized_crop", trivial_augment=True), EVERYTHING],
+        [NOTEBOOK, Augmentation("random_resized_crop", trivial_augment=True), EVERYTHING],
         ids=str,
     )
     def test_same_global_batches_for_every_world_size(
@@ -285,7 +285,7 @@ class TestTrainLoader:
         assert_same(joined(ranks), train_loader(kind, augmentation=augmentation).epoch(5))
 
     @pytest.mark.parametrize("world_size", [2, 3, 4])
-    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (195, 32), (96, 24), (64, 33), (101, 31)])
+    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (195, 32), (96, 24), (64, 33)])
     def test_partners_of_other_ranks(self, kind: str, world_size: int, count: int, batch: int) -> None:
         """Where images are mixed, even and odd batches and tails alike."""
         split = numbered(count)
@@ -319,9 +319,10 @@ class TestTrainLoader:
         whole = {int(y): x for batch in train_loader(kind, batch=50).epoch(1) for x, y in zip(*batch[:2], strict=True)}
         assert all(torch.equal(part[index], whole[index]) for index in some.tolist())
 
-    @pytest.mark.parametrize("step", [0, 1, 3, 6])
-    @pytest.mark.parametrize("augmentation", [NOTEBOOK, EVERYTHING], ids=str)
-    def test_starts_at_any_step(self, kind: str, step: int, augmentation: Augmentation) -> None:
+    @pytest.mark.parametrize(
+        ("augmentation", "step"), [(NOTEBOOK, 0), (NOTEBOOK, 1), (NOTEBOOK, 6), (EVERYTHING, 3)], ids=str
+    )
+    def test_starts_at_any_step(self, kind: str, augmentation: Augmentation, step: int) -> None:
         loader = train_loader(kind, augmentation=augmentation)
         expected = list(loader.epoch(2))[step:]
         assert_same(loader.epoch(2, start_step=step), expected)
@@ -352,8 +353,8 @@ class TestTrainLoader:
 
     def test_epochs_in_any_order(self, kind: str) -> None:
         loader = train_loader(kind, augmentation=EVERYTHING)
-        expected = {epoch: list(train_loader(kind, augmentation=EVERYTHING).epoch(epoch)) for epoch in (0, 1, 7, 1000)}
-        for epoch in (7, 0, 1, 7, 7, 1000, 0):
+        expected = {epoch: list(train_loader(kind, augmentation=EVERYTHING).epoch(epoch)) for epoch in (0, 7, 1000)}
+        for epoch in (7, 0, 7, 7, 1000):
             assert_same(loader.epoch(epoch), expected[epoch])
 
     def test_an_abandoned_epoch_disturbs_no_other(self, kind: str) -> None:

@@ -14,7 +14,7 @@ from densenet_dist.data import reference, torch_ops
 from densenet_dist.data.augment import GEOMETRIES, Augmentation, Padding, Parameters, draw
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.engines import make_engine
-from densenet_dist.data.loader import Epoch, Request
+from densenet_dist.data.requests import Epoch, Request
 from densenet_dist.data.trivial_augment import Tone
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
