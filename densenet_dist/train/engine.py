@@ -24,7 +24,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
-from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
+from densenet_dist.train.job import Job, autocast, build_job, describe, digest_of_files, sync_from_rank0
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.run_folder import SUMMARY_FILE
@@ -225,7 +225,11 @@ def _restore(job: Job) -> None:
         dist.broadcast_object_list(chosen, src=0)
     for entry in job.store.entries:
         if entry.position == chosen[0]:
-            job.restore(job.store.load(entry))
+            snapshot = job.store.load(entry)
+            job.restore(snapshot)
+            if snapshot.state.get("pictures") != digest_of_files(job.dataset) and job.context.rank == 0:
+                text = "the pictures are not those that the run began with: it goes on with them, but no longer exactly"
+                job.context.report({"kind": "note", "text": text})
 
 
 def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Job:
             "course": self.course.state_dict(),
             "sums": self.metrics.gather(),
             "seconds": self.seconds,
+            "pictures": digest_of_files(self.dataset),
         }
         average = self.average.model.state_dict() if self.average else None
         return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {})
@@ -201,18 +202,26 @@ def sync_from_rank0(tensors: list[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def digest_of_files(dataset: Dataset) -> str | None:
+    """What tells the pictures of a set of files from other ones, by their names; None for images in memory."""
+    train, test = dataset.train.images, dataset.test.images
+    if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles)):
+        return None
+    names = "\n".join([*train.names, "", *test.names])
+    return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
 def _require_same_files(dataset: Dataset, context: RunContext) -> None:
     """Pictures are numbered by their names: ranks that see other files would train on other images than agreed."""
-    train, test = dataset.train.images, dataset.test.images
-    if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles) and dist.is_initialized()):
+    digest = digest_of_files(dataset)
+    if digest is None or not dist.is_initialized():
         return
-    names = "\n".join([*train.names, "", *test.names])
     found: list[Any] = [None] * context.world_size
-    dist.all_gather_object(found, (os.uname().nodename, hashlib.blake2b(names.encode()).hexdigest(), len(names)))
-    if len({digest for _, digest, _ in found}) > 1:
+    dist.all_gather_object(found, (os.uname().nodename, digest))
+    if len({other for _, other in found}) > 1:
         raise DataError(
-            f"the nodes do not see the same pictures in {train.root}: "
-            + ", ".join(f"rank {rank} on {node}" for rank, (node, _, _) in enumerate(found))
+            "the nodes do not see the same pictures in data.root: "
+            + ", ".join(f"rank {rank} on {node}" for rank, (node, _) in enumerate(found))
             + "\n  give data.root a folder that all nodes share, or copy the same files to each"
         )
 

@@ -137,6 +137,18 @@ def test_val_and_test_folders_are_used_as_such(photos, tmp_path):
     assert evaluate(run_of(config).path, split="val")["images"] == 14
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path, changed):
+    config = tiny(tmp_path / "runs", *settings(photos))
+    train(config)
+    if changed:
+        shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
+    events: list[dict[str, Any]] = []
+    train(tiny(tmp_path / "runs", *settings(photos, "train.epochs=4")), listener=events.append)
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert ["no longer exactly" in note for note in notes] == [True] * changed
+
+
 def test_the_test_part_does_not_depend_on_the_seed(photos, tmp_path):
     jobs = [job_of(tiny(tmp_path / "runs", *settings(photos), f"seed={seed}")) for seed in (0, 1)]
     parts = [job.dataset.test.images.names for job in jobs]
