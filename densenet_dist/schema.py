@@ -85,7 +85,7 @@ class DataConfig:
     normalize: Literal["standard", "unit"] = "standard"
     """standard: the set's own mean and standard deviation; unit: pixel / 255 and nothing else."""
     loader: Literal["auto", "torch", "dali"] = "auto"
-    """What makes the batches, to within 0.02 grey levels the same ones; auto measures both when a run starts."""
+    """What makes the batches, the same ones but for rounding; auto measures both when a run starts."""
     prefetch: Count = 2
     """Batches prepared ahead, except from images that lie on a GPU already."""
 

@@ -28,14 +28,11 @@ from densenet_dist.data.image_files import (
 
 _BAR_FROM = 300
 _CHUNK = 1024  # files that wait for a thread at a time
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
-def verify(root: Path, names: list[str], *, progress: bool) -> tuple[dict[str, Verdict], dict[str, list[int]]]:
-    """What each file is found to be, and its size and time of change in ns, by name.
-
-    Only those that the cache does not know as they are now are opened.
-    """
+def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict]:
+    """What each file is found to be, by name; only those that the cache does not know as they are now are opened."""
     remembered = _load_cache(root)
     verdicts: dict[str, Verdict] = {}
     stamps: dict[str, list[int]] = {}
@@ -56,8 +53,8 @@ def verify(root: Path, names: list[str], *, progress: bool) -> tuple[dict[str, V
         match remembered.get(name):
             case [*stamp, str(reason)] if stamp == stamps[name]:
                 verdicts[name] = reason
-            case [*stamp, int(width), int(height)] if stamp == stamps[name]:
-                verdicts[name] = width, height
+            case [*stamp, int(width), int(height), int(checksum)] if stamp == stamps[name]:
+                verdicts[name] = width, height, checksum
             case _:
                 unknown.append(name)
     try:
@@ -71,7 +68,7 @@ def verify(root: Path, names: list[str], *, progress: bool) -> tuple[dict[str, V
         }
         if entries != remembered:
             _save_cache(root, entries)
-    return {name: verdicts[name] for name in names}, stamps
+    return {name: verdicts[name] for name in names}
 
 
 def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, progress: bool) -> None:
@@ -98,7 +95,7 @@ def _cache_file(root: Path) -> Path:
 
 
 def _load_cache(root: Path) -> dict[str, Any]:
-    """What earlier starts found: by name [size, mtime_ns, width, height] or [size, mtime_ns, reason]."""
+    """What earlier starts found: by name [size, mtime_ns, width, height, CRC-32] or [size, mtime_ns, reason]."""
     with suppress(OSError, ValueError, RuntimeError):  # without a cache, or with a damaged one, all is done again
         match json.loads(_cache_file(root).read_bytes()):
             case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:

@@ -69,7 +69,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
     except OSError as error:
         mend = f"give access to it, or {_NAME_ANOTHER}"
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {mend}") from error
-    verdicts, stamps = verify(root, [name for part in parts.values() for name in part], progress=progress)
+    verdicts = verify(root, [name for part in parts.values() for name in part], progress=progress)
     bad = tuple(f"{_printable(name)}: {found}" for name, found in verdicts.items() if isinstance(found, str))
     if bad and on_bad_image == "error":
         more = (f"... and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()
@@ -87,9 +87,8 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
             )
 
     def arrays(labels: dict[str, int]) -> tuple[ImageFiles, npt.NDArray[np.int64]]:
-        sizes = np.array([verdicts[name] for name in labels], dtype=np.int64)
-        stamped = np.array([stamps[name] for name in labels], dtype=np.int64)
-        files = ImageFiles(root, tuple(labels), sizes, stamped, image_size)
+        found = np.array([verdicts[name] for name in labels], dtype=np.int64)
+        files = ImageFiles(root, tuple(labels), found[:, :2], found[:, 2], image_size)
         return files, np.array(list(labels.values()), dtype=np.int64)
 
     files, labels_of_files = arrays(parts["train"] | parts.get("val", {}))
