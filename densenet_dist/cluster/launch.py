@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -203,4 +204,7 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None])
         return train(config, context)
     finally:
         if dist.is_initialized():
+            # DDP's reference cycles keep the group alive until they are collected, and gloo's threads with it: one that
+            # drops a tensor while the interpreter ends takes the process down.
+            gc.collect()
             dist.destroy_process_group()

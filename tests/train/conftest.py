@@ -6,9 +6,10 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    # Nets this small gain nothing from more, and the golden losses were written with one.
+    # Nets this small gain nothing from more, and the golden losses were written with one. Before every test, because
+    # the command sets its own number.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
