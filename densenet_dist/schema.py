@@ -56,7 +56,7 @@ class DataConfig:
     url: str | None = None
     """Where to download from instead of the official address (a mirror); the files are checked all the same."""
     limit: Count | None = None
-    """Use only the first so many training images, and as many test images."""
+    """Use only the first so many training images, and as many test images (folder: evenly, of every class)."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
     stratified: bool = False
@@ -83,7 +83,7 @@ class DataConfig:
     test_fraction: Probability = 0.1
     """folder: share of the pictures held out as the test part where there is no folder test."""
     normalize: Literal["standard", "unit"] = "standard"
-    """standard: the set's own mean and standard deviation; unit: pixel / 255 and nothing else."""
+    """standard: the set's own mean and standard deviation (folder: ImageNet's); unit: pixel / 255 and nothing else."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """What makes the batches, the same ones but for rounding; auto measures both when a run starts."""
     prefetch: Count = 2

@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,8 +30,7 @@ from densenet_dist.data import augment, reference
 from densenet_dist.data.dali_support import require_dali
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.loader import Batch, TrainLoader
-from densenet_dist.data.speed import Speed, measure
+from densenet_dist.data.speed import Speed, endless, measure
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.context import LocalContext, choose_device
@@ -216,14 +214,9 @@ def _measure(
         engine = engine_of(config, device, dataset, dataset.train, name)
         context = LocalContext(RunFolder(config.storage, config.name), device)
         loader = train_loader(config, context, dataset, engine, train_and_val(config, dataset)[0])
-        speed = measure(_endless(loader), device, seconds=seconds)
+        speed = measure(endless(loader), device, seconds=seconds)
     gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return speed, _peak_mib(), gpu
-
-
-def _endless(loader: TrainLoader) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch)
 
 
 def _measure_reference(config: Config, dataset: Dataset, seconds: float) -> Speed:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from densenet_dist.data.loader import Batch
+from densenet_dist.data.loader import Batch, TrainLoader
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, w
     if images == 0:
         raise ValueError("no batches left to measure")
     return Speed(images, time.perf_counter() - started, time.process_time() - worked)
+
+
+def endless(loader: TrainLoader) -> Iterator[Batch]:
+    """The batches of every epoch, one after the other."""
+    for epoch in itertools.count():
+        yield from loader.epoch(epoch)
 
 
 def _wait(device: torch.device) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from densenet_dist.data.dali_support import dali_installed
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.loader import Batch, TrainLoader
-from densenet_dist.data.speed import Speed, measure
+from densenet_dist.data.speed import Speed, endless, measure
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
@@ -86,10 +83,5 @@ def compare(speeds: dict[str, Speed], device: str) -> tuple[str, str, dict[str, 
 
 def _speed(loader: str, config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> Speed:
     engine = engine_of(config, context.device, dataset, dataset.train, loader)
-    batches = _endless(train_loader(config, context, dataset, engine, indices))
+    batches = endless(train_loader(config, context, dataset, engine, indices))
     return measure(batches, context.device, seconds=MEASURE_SECONDS)
-
-
-def _endless(loader: TrainLoader) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch)
