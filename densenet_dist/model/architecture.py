@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import ceil
 from typing import Literal, get_args
 
-from densenet_dist.model.dense_block import form_problems
+from densenet_dist.model.forms import form_problems
 
 Stem = Literal["cifar", "imagenet"]
 """How the image is read: one 3x3 convolution, or 7x7 with stride 2 - BN - ReLU - 3x3 max pooling with stride 2."""

@@ -1,17 +1,9 @@
-"""The dense block (Huang et al. 2017, sec. 3), behind an interface with room for more than one form of it.
+"""The dense block (Huang et al. 2017, sec. 3) in its reference form: the definition, for autograd to differentiate."""
 
-Every form holds the parameters and buffers of :class:`DenseLayer` under the same names, so a state dict of one form
-loads into any other.
-"""
-
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Final
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from densenet_dist.errors import ConfigError
 
 NormFactory = Callable[[int], nn.BatchNorm2d]
 """Makes the batch normalisation of a number of channels, with the net's own momentum and epsilon."""
@@ -88,41 +80,3 @@ class DenseBlock(nn.ModuleDict):
         for layer in self.values():
             x = torch.cat((x, layer(x)), dim=1)
         return x
-
-
-BLOCK_FORMS: Final[Mapping[str, type[DenseBlock]]] = MappingProxyType({"reference": DenseBlock})
-"""The forms a block can take, by the name that ``model.block`` gives. Another form derives from the reference."""
-
-
-def form_problems(form: str) -> list[str]:
-    """Say what is wrong with the name of a form: one line, or nothing."""
-    if form in BLOCK_FORMS:
-        return []
-    return [f"model.block: there is no form {form!r}; choose from {', '.join(BLOCK_FORMS)}"]
-
-
-def dense_block(
-    form: str,
-    *,
-    num_layers: int,
-    in_channels: int,
-    growth_rate: int,
-    bn_size: int | None,
-    drop_rate: float,
-    norm: NormFactory,
-) -> nn.Module:
-    """Make a dense block of the named form; arguments and shapes as for :class:`DenseBlock`.
-
-    Raises:
-        ConfigError: there is no such form.
-    """
-    if problems := form_problems(form):
-        raise ConfigError("\n".join(problems))
-    return BLOCK_FORMS[form](
-        num_layers=num_layers,
-        in_channels=in_channels,
-        growth_rate=growth_rate,
-        bn_size=bn_size,
-        drop_rate=drop_rate,
-        norm=norm,
-    )

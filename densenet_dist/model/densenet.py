@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.architecture import Architecture, CompressionOf, Head, Init, Stem
-from densenet_dist.model.dense_block import NormFactory, dense_block
+from densenet_dist.model.dense_block import NormFactory
+from densenet_dist.model.forms import dense_block
+from densenet_dist.model.fused_block import FusedDenseBlock
 
 
 class DenseNet(nn.Module):
@@ -36,7 +38,7 @@ class DenseNet(nn.Module):
         init: how weights start, see :func:`initialise`.
         image_size: side of the square images in pixels. ``pool2`` takes no other; ``global`` takes larger ones too.
         in_channels: channels of the images.
-        block: form of the dense blocks, see :mod:`densenet_dist.model.dense_block`.
+        block: form of the dense blocks, see :mod:`densenet_dist.model.forms`.
 
     Attributes:
         architecture: the arguments above.
@@ -104,14 +106,64 @@ class DenseNet(nn.Module):
             RuntimeError: PyTorch's, where channels or size are not those the net was built for.
         """
         x = self.features(x.contiguous(memory_format=torch.channels_last))
-        x = F.relu(x, inplace=True)
         x = F.avg_pool2d(x, 2) if self.architecture.head == "pool2" else F.adaptive_avg_pool2d(x, 1)
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits
 
 
-def _features(arch: Architecture) -> nn.Sequential:
-    """Stack everything up to the last batch normalisation: (N, in_channels, H, W) -> (N, last block's maps, h, w)."""
+class Features(nn.Sequential):
+    """Everything up to the last batch normalisation and ReLU, in order.
+
+    Input (N, in_channels, H, W), output (N, last block's maps, h, w). A fused block computes the batch normalisation
+    after it, and a transition's convolution, together with its own layers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the modules; see the class."""
+        modules = iter(self.children())
+        for module in modules:
+            if not isinstance(module, FusedDenseBlock):
+                x = module(x)
+                continue
+            after = next(modules)
+            if not isinstance(after, Transition):
+                return cast(Tensor, module(x, after))  # rectified already
+            x = after.after(module, x)
+        return F.relu(x, inplace=True)
+
+
+class Transition(nn.Sequential):
+    """Narrow and halve: (N, in_channels, H, W) -> (N, out_channels, H // 2, W // 2).
+
+    Args:
+        in_channels: maps read.
+        out_channels: maps made.
+        drop_rate: of dropout after the convolution.
+        norm: makes the batch normalisation.
+    """
+
+    norm: nn.BatchNorm2d
+    conv: nn.Conv2d
+
+    def __init__(self, in_channels: int, out_channels: int, drop_rate: float, norm: NormFactory) -> None:
+        super().__init__()
+        self.add_module("norm", norm(in_channels))
+        self.add_module("relu", nn.ReLU(inplace=True))
+        self.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        if drop_rate > 0:
+            self.add_module("drop", nn.Dropout(drop_rate))
+        self.add_module("pool", nn.AvgPool2d(2))
+
+    def after(self, block: FusedDenseBlock, x: Tensor) -> Tensor:
+        """Run a block and then this, leaving to the block all that it can do better."""
+        x = block(x, self.norm, self.conv)
+        for module in list(self)[3:]:
+            x = module(x)
+        return x
+
+
+def _features(arch: Architecture) -> Features:
+    """Stack the stem, the blocks and their transitions, and the last batch normalisation."""
     norm = partial(nn.BatchNorm2d, momentum=arch.norm_momentum, eps=arch.norm_eps)
     features = _stem(arch, norm)
     widths = arch.block_widths()
@@ -128,14 +180,14 @@ def _features(arch: Architecture) -> nn.Sequential:
         features.add_module(f"denseblock{i}", block)
         if i < len(widths):
             next_entering, _ = widths[i]
-            features.add_module(f"transition{i}", _transition(leaving, next_entering, arch.drop_rate, norm))
+            features.add_module(f"transition{i}", Transition(leaving, next_entering, arch.drop_rate, norm))
     features.add_module("norm5", norm(widths[-1][1]))
     return features
 
 
-def _stem(arch: Architecture, norm: NormFactory) -> nn.Sequential:
+def _stem(arch: Architecture, norm: NormFactory) -> Features:
     """Read the image: (N, in_channels, H, W) -> (N, stem_channels, H, W), or a quarter of H and W for ``imagenet``."""
-    stem = nn.Sequential()
+    stem = Features()
     if arch.stem == "cifar":
         stem.add_module("conv0", nn.Conv2d(arch.in_channels, arch.stem_channels, 3, padding=1, bias=False))
     else:
@@ -144,18 +196,6 @@ def _stem(arch: Architecture, norm: NormFactory) -> nn.Sequential:
         stem.add_module("relu0", nn.ReLU(inplace=True))
         stem.add_module("pool0", nn.MaxPool2d(3, stride=2, padding=1))
     return stem
-
-
-def _transition(in_channels: int, out_channels: int, drop_rate: float, norm: NormFactory) -> nn.Sequential:
-    """Narrow and halve: (N, in_channels, H, W) -> (N, out_channels, H // 2, W // 2)."""
-    transition = nn.Sequential()
-    transition.add_module("norm", norm(in_channels))
-    transition.add_module("relu", nn.ReLU(inplace=True))
-    transition.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, bias=False))
-    if drop_rate > 0:
-        transition.add_module("drop", nn.Dropout(drop_rate))
-    transition.add_module("pool", nn.AvgPool2d(2))
-    return transition
 
 
 def initialise(model: nn.Module, init: Init) -> None:

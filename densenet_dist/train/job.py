@@ -19,6 +19,7 @@ from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.errors import DataError
 from densenet_dist.model import DenseNet, count_parameters, densenet
+from densenet_dist.model.sync_bn import synchronise_batchnorm
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
@@ -26,7 +27,6 @@ from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, 
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
-from densenet_dist.train.sync_bn import synchronise_batchnorm
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

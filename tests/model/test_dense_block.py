@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densenet_dist.errors import ConfigError
-from densenet_dist.model.dense_block import BLOCK_FORMS, dense_block
+from densenet_dist.model.forms import BLOCK_FORMS, FORM_NAMES, dense_block
 
 NORM = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)
 LAYERS, IN_CHANNELS, GROWTH = 3, 5, 4
@@ -159,4 +159,4 @@ def test_kept_activations_are_scaled_by_dropout() -> None:
 def test_unknown_form_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         make_block("fussed")
-    assert str(caught.value) == "model.block: there is no form 'fussed'; choose from " + ", ".join(BLOCK_FORMS)
+    assert str(caught.value) == "model.block: there is no form 'fussed'; choose from " + ", ".join(FORM_NAMES)

@@ -197,7 +197,7 @@ def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) ->
             "model.num_layers: images of 1x1 are too small for 1 block: 1x1 would remain in the last one, "
             "which needs 2x2; use images of at least 2x2",
         ),
-        ("notebook", {"block": "fast"}, "model.block: there is no form 'fast'; choose from reference"),
+        ("notebook", {"block": "fast"}, "model.block: there is no form 'fast'; choose from reference, fused, auto"),
     ],
 )
 def test_problem_is_named(variant: str, options: dict[str, Any], problem: str) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
 
-from densenet_dist.train.sync_bn import SyncBatchNorm, synchronise_batchnorm
+from densenet_dist.model.sync_bn import SyncBatchNorm, synchronise_batchnorm
 
 CHANNELS = 5
 SHARES = {1: [slice(0, 11)], 2: [slice(0, 3), slice(3, 11)], 3: [slice(0, 1), slice(1, 4), slice(4, 11)]}

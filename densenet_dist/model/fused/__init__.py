@@ -1,0 +1,1 @@
+"""The fused dense block: its passes, and the operator that PyTorch sees."""

@@ -1,0 +1,207 @@
+"""The fused dense block, backward; notation as in `densenet_dist.model.fused.forward`.
+
+    g_l = [s_l x + t_l > 0] (W_l^T * d made_l);  d beta_l = sum g_l;  d gamma_l = sum g_l (x - mean) / sigma
+    for a map, over all units l that read it:  G = sum_l s_l g_l
+    dx = G - offset - slope (x - mean),  offset = sum_l s_l sum(g_l) / M,
+    slope = sum_l s_l sum(g_l (x - mean)) / (sigma^2 M),  M = N H W
+    d made_j = dropout mask * dx[slot_j]
+
+Sums are over (N, H, W); offset and slope count the units in training only (a frozen one has constant statistics).
+
+Gradients W_l^T * d made_l wait until a map below them is needed; after a few of them (`WAITING`) all that they add to
+the maps below is added to the buffer of G at once. So the buffer is read and written once for several layers, and
+memory stays linear in depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_dist.model.fused.convolver import Convolver
+from densenet_dist.model.fused.structure import Forward, Gradients, Structure, Unit, new_maps
+from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
+
+WAITING = {"cpu": 2, "cuda": MOST_CONSUMERS}
+"""How many layers' gradients wait: more of them cost memory and save traffic."""
+
+
+def run_backward(
+    kernels: Kernels, block: Structure, made: Forward, masks: Sequence[Tensor], gradient: Tensor, *, need_x: bool,
+    need_weights: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """All gradients of a block.
+
+    Args:
+        kernels: for the device and type of the maps.
+        block: as for the forward pass.
+        made: by the forward pass; `Forward.out` is not needed.
+        masks: as for the forward pass.
+        gradient: of `Forward.out`, or without a tail of `Forward.maps`; channels_last.
+        need_x: whether that of the block's input is wanted.
+        need_weights: the same of every unit's weight, in order of `Structure.units`; False where it has none.
+    """
+    return _Pass(kernels, block, made, masks, need_weights).run(gradient, need_x)
+
+
+class _Waiting(NamedTuple):
+    """What came back to a reader that is not yet counted in the maps below it."""
+
+    reader: int
+    gradient: Tensor
+    norm: Norm
+
+
+class _Pass:
+    def __init__(
+        self, kernels: Kernels, block: Structure, made: Forward, masks: Sequence[Tensor], need_weights: Sequence[bool]
+    ) -> None:
+        maps = made.maps
+        self._kernels, self._block, self._made = kernels, block, made
+        self._masks, self._needs = list(masks), list(need_weights)
+        self._wide = accumulation_type(maps.dtype)
+        self._count = maps.numel() // maps.shape[1]
+        self._convolver = Convolver(kernels, maps, max(unit.reads for unit in block.units))
+        self._norms = [unit.norm(made.statistics, self._wide) for unit in block.readers]
+        self._sums = maps.new_zeros((len(self._norms), 2, maps.shape[1]), dtype=self._wide)
+        self._shares = _shares_of(block.readers, self._norms, self._sums)
+        self._inner_gradients: list[Tensor] = []  # last layer first, as are these:
+        self._weights: list[Tensor] = []
+        self._waiting: list[_Waiting] = []
+        self._limit = WAITING.get(maps.device.type, 1)
+        self._carry: Tensor | None = None  # G without what waits; at first the gradient of the maps themselves
+        self._buffer: Tensor | None = None
+
+    def run(self, gradient: Tensor, need_x: bool) -> Gradients:
+        layers, widths = self._block.layers, self._block.widths
+        if self._block.tail is None:
+            self._carry = gradient
+        else:
+            self._through_reader(len(layers), self._block.tail, self._padded(gradient))
+        for number, (start, stop) in reversed(list(enumerate(pairwise(widths)))):
+            layer = layers[number]
+            d_made = self._d_slot(start, stop, self._next_mask(), self._convolver.padded(stop - start))
+            if len(layer) == 2:
+                d_made = self._through_inner(number, layer[1], d_made)
+            self._through_reader(number, layer[0], d_made)
+        d_x = self._d_slot(0, widths[0], None, widths[0])
+        return Gradients(d_x if need_x else None, self._d_readers(), self._d_inner(), self._weights[::-1])
+
+    def _through_reader(self, number: int, unit: Unit, d_made: Tensor) -> None:
+        """Back through a unit that reads the block's maps: what comes out waits, or all that waits is added to G."""
+        norm = self._norms[number]
+        came = self._through(unit, self._made.maps[:, : unit.reads], norm, d_made)
+        self._waiting.insert(0, _Waiting(number, came, norm))
+        if len(self._waiting) == self._limit and number > 0:
+            if self._buffer is None:
+                self._buffer = new_maps(self._made.maps, unit.reads)
+            out = self._buffer[:, : unit.reads]
+            self._gather(0, unit.reads, out)
+            self._carry = out
+            self._waiting.clear()
+
+    def _through_inner(self, number: int, unit: Unit, d_made: Tensor) -> Tensor:
+        """Back through a second unit, to the gradient of what the first one's convolution made."""
+        maps, width = self._made.inner[number], unit.reads
+        norm = unit.norm(self._made.inner_statistics.narrow(number * width, (number + 1) * width), self._wide)
+        came = self._through(unit, maps, norm, d_made)[:, :width]
+        sums = maps.new_empty((2, width), dtype=self._wide)
+        total = new_maps(maps, width, self._wide)
+        self._kernels.gather(maps, [Consumer(came, norm, sums)], None, total)
+        self._inner_gradients.append(sums * _betas_and_gammas(norm))
+        shares = _shares(unit, norm)
+        correction = None if shares is None else self._correction(norm.mean, shares * sums)
+        out = new_maps(maps, self._convolver.padded(width))
+        self._kernels.finish(total, maps, correction, self._next_mask(), self._block.keep, out)
+        return out
+
+    def _through(self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor) -> Tensor:
+        needed = self._needs.pop()
+        came, d_weight = self._convolver.backward(unit, maps, norm, d_made, needed)
+        self._weights += [] if d_weight is None else [d_weight]
+        return came
+
+    def _d_slot(self, start: int, stop: int, mask: Tensor | None, padded: int) -> Tensor:
+        """The gradient of what was stored as the block's maps `start` to before `stop`, dropout included."""
+        maps = self._made.maps[:, start:stop]
+        if self._waiting:
+            total = new_maps(maps, stop - start, self._wide)
+            self._gather(start, stop, total)
+        else:
+            assert self._carry is not None
+            total = self._carry[:, start:stop]
+        correction = None
+        if self._shares is not None:
+            shares = (self._shares[:, :, start:stop] * self._sums[:, :, start:stop]).sum(0)
+            correction = self._correction(self._made.statistics.mean[start:stop], shares)
+        out = new_maps(maps, padded)
+        self._kernels.finish(total, maps, correction, mask, self._block.keep, out)
+        return out
+
+    def _gather(self, start: int, stop: int, out: Tensor) -> None:
+        """Add what waits to G for a range of channels, and keep the sums."""
+        sums = self._sums.new_empty(len(self._waiting), 2, stop - start)
+        consumers = [
+            Consumer(waiting.gradient[:, start:stop], waiting.norm.narrow(start, stop), into)
+            for waiting, into in zip(self._waiting, sums, strict=True)
+        ]
+        carry = None if self._carry is None else self._carry[:, start:stop]
+        self._kernels.gather(self._made.maps[:, start:stop], consumers, carry, out)
+        first = self._waiting[0].reader
+        self._sums[first : first + len(sums), :, start:stop] = sums
+
+    def _correction(self, mean: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        offset, slope = self._block.reduction.average(sums, self._count)
+        return mean, offset, slope
+
+    def _next_mask(self) -> Tensor | None:
+        return self._masks.pop() if self._masks else None
+
+    def _padded(self, gradient: Tensor) -> Tensor:
+        """A gradient from outside with as many channels as the convolution made."""
+        channels = gradient.shape[1]
+        if self._block.tail is None or self._block.tail.weight is None or channels == self._convolver.padded(channels):
+            return gradient
+        out = new_maps(gradient, self._convolver.padded(channels))
+        self._kernels.finish(gradient, gradient, None, None, 1.0, out)
+        return out
+
+    def _d_readers(self) -> Tensor:
+        for sums, norm in zip(self._sums, self._norms, strict=True):
+            sums[:, : len(norm.gamma)] *= _betas_and_gammas(norm)
+        return self._sums
+
+    def _d_inner(self) -> Tensor:
+        if not self._inner_gradients:
+            return self._sums.new_empty(0, 2, 0)
+        return torch.stack(self._inner_gradients[::-1])
+
+
+def _betas_and_gammas(norm: Norm) -> Tensor:
+    """What turns the sums over g and g (x - mean) into the gradients of beta and gamma: (2, C)."""
+    rstd = torch.rsqrt(norm.var + norm.eps)
+    return torch.stack([torch.ones_like(rstd), rstd])
+
+
+def _shares(unit: Unit, norm: Norm) -> Tensor | None:
+    """What turns the same sums into M times offset and slope: (2, C); None where the statistics are constants."""
+    if unit.frozen is not None:
+        return None
+    scale = norm.scale()
+    return torch.stack([scale, scale / (norm.var + norm.eps)])
+
+
+def _shares_of(readers: Sequence[Unit], norms: Sequence[Norm], like: Tensor) -> Tensor | None:
+    """`_shares` of all readers, zero where a reader reads no further: (readers, 2, all maps)."""
+    found = [_shares(unit, norm) for unit, norm in zip(readers, norms, strict=True)]
+    if all(shares is None for shares in found):
+        return None
+    out = torch.zeros_like(like)
+    for into, shares in zip(out, found, strict=True):
+        if shares is not None:
+            into[:, : shares.shape[1]] = shares
+    return out

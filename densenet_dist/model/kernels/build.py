@@ -1,0 +1,96 @@
+"""Builds ``native.cpp`` once a machine and user, and loads it.
+
+PyTorch's own extension loader is not used: it compiles PyTorch's headers along (about forty seconds against two), and a
+build that is killed leaves a lock on which every later one waits for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+SOURCE: Final = Path(__file__).with_name("native.cpp")
+FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+COMPILERS: Final = ("c++", "g++", "clang++")
+TIMEOUT_S: Final = 300
+
+
+class BuildError(Exception):
+    """The library cannot be built or loaded here; the message says why, on one line."""
+
+
+@cache
+def native_library() -> ctypes.CDLL:
+    """The library for this processor, from the cache or compiled anew.
+
+    It is kept in ``densenet_dist`` under ``XDG_CACHE_HOME`` or ``~/.cache``, named by what it was made of and for. The
+    compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    compiler = _compiler()
+    library = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"{library} cannot be written or loaded: {error}") from error
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler is found ({named[0] if named else ', '.join(COMPILERS)})")
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "densenet_dist"
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    """A name for the library: other sources, compilers and processors have others (home folders may be shared)."""
+    version = _run([*compiler, "--version"]).stdout
+    parts = [SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), _processor()]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
+
+
+def _processor() -> str:
+    """The instruction sets of this processor, as far as Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder, "native.so")
+        done = _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        if done.returncode != 0:
+            said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+            first = next((line for line in said if "error" in line), said[0])
+            raise BuildError(f"{' '.join(compiler)} cannot compile {SOURCE.name}: {first}")
+        made.rename(library)  # atomic: another process may be doing the same
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error

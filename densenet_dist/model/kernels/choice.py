@@ -1,0 +1,48 @@
+"""Which kernels serve a tensor, and why there are none where there are none."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from densenet_dist.model.kernels.build import BuildError
+from densenet_dist.model.kernels.eager import EagerKernels
+from densenet_dist.model.kernels.interface import Kernels
+from densenet_dist.model.kernels.native import NativeKernels
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels for maps of this device and type; those in PyTorch's operators where there are no others."""
+    if device.type == "cuda" and unavailable("cuda") is None:
+        return _triton()
+    if device.type == "cpu" and NativeKernels.takes(dtype) and unavailable("cpu") is None:
+        return _native()
+    return EagerKernels()
+
+
+@cache
+def unavailable(device_type: str) -> str | None:
+    """Why a device of this type has no fast kernels, in a few words; None where it has, or needs none."""
+    if device_type == "cuda":
+        return None if find_spec("triton") else "Triton is not installed"
+    if device_type == "cpu":
+        try:
+            _native()
+        except BuildError as error:
+            return str(error)
+        return None
+    return None if device_type == "meta" else f"there are none for {device_type}"
+
+
+@cache
+def _native() -> NativeKernels:
+    return NativeKernels()
+
+
+@cache
+def _triton() -> Kernels:
+    from densenet_dist.model.kernels.triton_pointwise import TritonPointwise  # Triton is not everywhere
+
+    return TritonPointwise()

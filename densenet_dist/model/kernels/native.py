@@ -1,0 +1,148 @@
+"""The passes on a CPU, in C++: see ``native.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from densenet_dist.model.kernels.build import native_library
+from densenet_dist.model.kernels.interface import Consumer, Norm, accumulation_type
+
+_TYPES: Final = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+
+_P, _I, _D, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+_SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
+    "bn_relu": (_I, _I, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N),
+    "write": (_I, _I, _P, _I, _P, _D, _P, _I, _P, _P, _N),
+    "gather": (_I, _I, _P, _I, _I, _P, _P, _I, _P, _I, _N, _N),
+    "finish": (_I, _I, _I, _P, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N, _N),
+}
+
+
+class _Consumer(ctypes.Structure):
+    _fields_ = (
+        ("gradient", _P), ("ld", _I), ("gamma", _P), ("beta", _P), ("mean", _P), ("var", _P), ("eps", _D), ("sums", _P),
+    )  # fmt: skip
+
+
+class NativeKernels:
+    """See `densenet_dist.model.kernels.interface.Kernels`; for maps in float32, float64 and bfloat16 on a CPU.
+
+    Raises:
+        BuildError: when made where the library cannot be built.
+    """
+
+    def __init__(self) -> None:
+        library = native_library()
+        self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+        for name, arguments in _SIGNATURES.items():
+            for dtype, suffix in _TYPES.items():
+                function = getattr(library, f"{name}_{suffix}")
+                function.argtypes, function.restype = arguments, None
+                self._functions[name, dtype] = function
+
+    @staticmethod
+    def takes(dtype: torch.dtype) -> bool:
+        """Whether there are passes for maps of this type."""
+        return dtype in _TYPES
+
+    def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
+        """Normalise and rectify."""
+        rows, channels, ld = _rows(maps)
+        _, padded, ldo = _rows(out)
+        self._functions["bn_relu", maps.dtype](
+            rows, channels, padded, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
+            out.data_ptr(), ldo, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def write(
+        self, made: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
+    ) -> None:
+        """Drop, store, and take the statistics of what was stored."""
+        rows, channels, lds = _rows(slot)
+        _, _, ldm = _rows(made)
+        assert made.dtype == slot.dtype
+        self._functions["write", slot.dtype](
+            rows, channels, made.data_ptr(), ldm, _mask(mask, slot), keep, slot.data_ptr(), lds,
+            _vector(mean, channels, slot.dtype), _vector(var, channels, slot.dtype), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def gather(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
+        """Sum what came back to the consumers."""
+        rows, channels, ld = _rows(maps)
+        _, _, ldo = _rows(out)
+        assert carry is None or carry.dtype == maps.dtype
+        ldc = ldo if carry is None else _rows(carry)[2]
+        described = (_Consumer * len(consumers))()
+        for into, (gradient, norm, sums) in zip(described, consumers, strict=True):
+            assert gradient.dtype == maps.dtype
+            into.gradient, (_, _, into.ld) = gradient.data_ptr(), _rows(gradient)
+            into.gamma, into.beta, into.mean, into.var = _pointers(norm, channels, maps.dtype)
+            into.eps, into.sums = norm.eps, _vector(sums, 2 * channels, maps.dtype)
+        self._functions["gather", maps.dtype](
+            rows, channels, maps.data_ptr(), ld, len(consumers), ctypes.addressof(described),
+            None if carry is None else carry.data_ptr(), ldc, out.data_ptr(), ldo, _is_wide(out, maps),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def finish(
+        self, gradient: Tensor, maps: Tensor, correction: tuple[Tensor, Tensor, Tensor] | None, mask: Tensor | None,
+        keep: float, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Apply the statistics' share of the gradient, then dropout's."""
+        rows, channels, ld = _rows(maps)
+        _, _, ldg = _rows(gradient)
+        _, padded, ldo = _rows(out)
+        vectors = [_vector(vector, channels, maps.dtype) for vector in correction or (None, None, None)]
+        self._functions["finish", maps.dtype](
+            rows, channels, padded, gradient.data_ptr(), ldg, maps.data_ptr(), ld, *vectors, _mask(mask, maps), keep,
+            out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _rows(maps: Tensor) -> tuple[int, int, int]:
+    """Pixels, channels, and elements from one pixel to the next.
+
+    Pointers go to code that trusts them, so the layout is checked here.
+    """
+    n, channels, height, width = maps.shape
+    ld = maps.stride(3) if width > 1 else maps.stride(2) if height > 1 else maps.stride(0)
+    dense = (
+        maps.device.type == "cpu"
+        and (channels == 1 or maps.stride(1) == 1)
+        and (height == 1 or maps.stride(2) == ld * width)
+        and (n == 1 or maps.stride(0) == ld * width * height)
+    )
+    assert dense, f"maps of strides {maps.stride()} for shape {tuple(maps.shape)} on {maps.device}"
+    return n * height * width, channels, ld
+
+
+def _vector(vector: Tensor | None, elements: int, dtype: torch.dtype) -> int | None:
+    if vector is None:
+        return None
+    assert vector.dtype == accumulation_type(dtype)
+    assert vector.numel() == elements
+    assert vector.is_contiguous()
+    return vector.data_ptr()
+
+
+def _pointers(norm: Norm, channels: int, dtype: torch.dtype) -> list[int | None]:
+    return [_vector(vector, channels, dtype) for vector in norm[:4]]
+
+
+def _mask(mask: Tensor | None, maps: Tensor) -> int | None:
+    if mask is None:
+        return None
+    assert mask.dtype == torch.bool
+    assert mask.shape == maps.shape
+    assert mask.is_contiguous(memory_format=torch.channels_last)
+    return mask.data_ptr()
+
+
+def _is_wide(values: Tensor, maps: Tensor) -> bool:
+    assert values.dtype in (maps.dtype, accumulation_type(maps.dtype))
+    return values.dtype != maps.dtype
