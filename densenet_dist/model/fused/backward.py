@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.convolver import Convolver
+from densenet_dist.model.fused.convolutions import choose_convolutions
 from densenet_dist.model.fused.structure import Forward, Gradients, Structure, Unit, new_maps
 from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
 
@@ -65,7 +65,7 @@ class _Pass:
         self._masks, self._needs = list(masks), list(need_weights)
         self._wide = accumulation_type(maps.dtype)
         self._count = maps.numel() // maps.shape[1]
-        self._convolver = Convolver(kernels, maps, max(unit.reads for unit in block.units))
+        self._convolutions = choose_convolutions(kernels, maps, max(unit.reads for unit in block.units))
         self._norms = [unit.norm(made.statistics, self._wide) for unit in block.readers]
         self._sums = maps.new_zeros((len(self._norms), 2, maps.shape[1]), dtype=self._wide)
         self._shares = _shares_of(block.readers, self._norms, self._sums)
@@ -84,7 +84,7 @@ class _Pass:
             self._through_reader(len(layers), self._block.tail, self._padded(gradient))
         for number, (start, stop) in reversed(list(enumerate(pairwise(widths)))):
             layer = layers[number]
-            d_made = self._d_slot(start, stop, self._next_mask(), self._convolver.padded(stop - start))
+            d_made = self._d_slot(start, stop, self._next_mask(), self._convolutions.padded(stop - start))
             if len(layer) == 2:
                 d_made = self._through_inner(number, layer[1], d_made)
             self._through_reader(number, layer[0], d_made)
@@ -92,14 +92,21 @@ class _Pass:
         return Gradients(d_x if need_x else None, self._d_readers(), self._d_inner(), self._weights[::-1])
 
     def _through_reader(self, number: int, unit: Unit, d_made: Tensor) -> None:
-        """Back through a unit that reads the block's maps: what comes out waits, or all that waits is added to G."""
-        norm = self._norms[number]
-        came = self._through(unit, self._made.maps[:, : unit.reads], norm, d_made)
+        """Back through a unit that reads the block's maps: what comes out is added to G, at once or with others."""
+        norm, needed = self._norms[number], self._needs.pop()
+        maps = self._made.maps[:, : unit.reads]
+        if self._convolutions.accumulates:
+            sums = self._sums.new_empty(2, unit.reads)
+            carry, out = self._carried(0, unit.reads), self._room(unit.reads)
+            self._keep(self._convolutions.accumulate(unit, maps, norm, d_made, needed, carry, out, sums))
+            self._sums[number, :, : unit.reads] = sums
+            self._carry = out
+            return
+        came, d_weight = self._convolutions.backward(unit, maps, norm, d_made, needed)
+        self._keep(d_weight)
         self._waiting.insert(0, _Waiting(number, came, norm))
         if len(self._waiting) == self._limit and number > 0:
-            if self._buffer is None:
-                self._buffer = new_maps(self._made.maps, unit.reads)
-            out = self._buffer[:, : unit.reads]
+            out = self._room(unit.reads)
             self._gather(0, unit.reads, out)
             self._carry = out
             self._waiting.clear()
@@ -108,22 +115,27 @@ class _Pass:
         """Back through a second unit, to the gradient of what the first one's convolution made."""
         maps, width = self._made.inner[number], unit.reads
         norm = unit.norm(self._made.inner_statistics.narrow(number * width, (number + 1) * width), self._wide)
-        came = self._through(unit, maps, norm, d_made)[:, :width]
-        sums = maps.new_empty((2, width), dtype=self._wide)
-        total = new_maps(maps, width, self._wide)
-        self._kernels.gather(maps, [Consumer(came, norm, sums)], None, total)
+        sums, total = self._sums.new_empty(2, width), new_maps(maps, width, self._wide)
+        needed = self._needs.pop()
+        self._keep(self._convolutions.accumulate(unit, maps, norm, d_made, needed, None, total, sums))
         self._inner_gradients.append(sums * _betas_and_gammas(norm))
         shares = _shares(unit, norm)
         correction = None if shares is None else self._correction(norm.mean, shares * sums)
-        out = new_maps(maps, self._convolver.padded(width))
+        out = new_maps(maps, self._convolutions.padded(width))
         self._kernels.finish(total, maps, correction, self._next_mask(), self._block.keep, out)
         return out
 
-    def _through(self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor) -> Tensor:
-        needed = self._needs.pop()
-        came, d_weight = self._convolver.backward(unit, maps, norm, d_made, needed)
+    def _keep(self, d_weight: Tensor | None) -> None:
         self._weights += [] if d_weight is None else [d_weight]
-        return came
+
+    def _room(self, channels: int) -> Tensor:
+        """The first channels of the buffer of G."""
+        if self._buffer is None:
+            self._buffer = new_maps(self._made.maps, channels)
+        return self._buffer[:, :channels]
+
+    def _carried(self, start: int, stop: int) -> Tensor | None:
+        return None if self._carry is None else self._carry[:, start:stop]
 
     def _d_slot(self, start: int, stop: int, mask: Tensor | None, padded: int) -> Tensor:
         """The gradient of what was stored as the block's maps `start` to before `stop`, dropout included."""
@@ -149,8 +161,7 @@ class _Pass:
             Consumer(waiting.gradient[:, start:stop], waiting.norm.narrow(start, stop), into)
             for waiting, into in zip(self._waiting, sums, strict=True)
         ]
-        carry = None if self._carry is None else self._carry[:, start:stop]
-        self._kernels.gather(self._made.maps[:, start:stop], consumers, carry, out)
+        self._kernels.gather(self._made.maps[:, start:stop], consumers, self._carried(start, stop), out)
         first = self._waiting[0].reader
         self._sums[first : first + len(sums), :, start:stop] = sums
 
@@ -164,9 +175,13 @@ class _Pass:
     def _padded(self, gradient: Tensor) -> Tensor:
         """A gradient from outside with as many channels as the convolution made."""
         channels = gradient.shape[1]
-        if self._block.tail is None or self._block.tail.weight is None or channels == self._convolver.padded(channels):
+        if (
+            self._block.tail is None
+            or self._block.tail.weight is None
+            or channels == self._convolutions.padded(channels)
+        ):
             return gradient
-        out = new_maps(gradient, self._convolver.padded(channels))
+        out = new_maps(gradient, self._convolutions.padded(channels))
         self._kernels.finish(gradient, gradient, None, None, 1.0, out)
         return out
 

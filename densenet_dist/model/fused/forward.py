@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from densenet_dist.model.fused.convolver import Convolver
+from densenet_dist.model.fused.convolutions import choose_convolutions
 from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_maps
 from densenet_dist.model.kernels.interface import Kernels, accumulation_type
 
@@ -38,36 +38,39 @@ class _Pass:
     def __init__(self, kernels: Kernels, block: Structure, x: Tensor, masks: Sequence[Tensor]) -> None:
         self._kernels, self._block = kernels, block
         self._masks = iter(masks)
-        self._convolver = Convolver(kernels, x, max(unit.reads for unit in block.units))
+        self._convolutions = choose_convolutions(kernels, x, max(unit.reads for unit in block.units))
         self._wide = accumulation_type(x.dtype)
 
     def run(self, x: Tensor, keep_inner: bool) -> Forward:
-        block, inner = self._block, []
-        widths, between = block.widths, block.inner_width
-        maps = new_maps(x, widths[-1])
+        block, widths, between = self._block, self._block.widths, self._block.inner_width
+        maps, inner = new_maps(x, widths[-1]), []
         stats = Statistics.empty(widths[-1] if block.in_training else 0, x)
         inner_stats = Statistics.empty(between * len(block.layers) if block.in_training else 0, x)
-        self._store(x, None, maps[:, : widths[0]], stats.narrow(0, widths[0]))
+        into = self._settled(stats.narrow(0, widths[0]))
+        self._kernels.write(x, None, 1.0, maps[:, : widths[0]], *(into or (None, None)))
+        self._merge(into, x)
         for number, (layer, (start, stop)) in enumerate(zip(block.layers, pairwise(widths), strict=True)):
-            made = self._convolve(layer[0], maps[:, :start], stats)
+            read, read_stats = maps[:, :start], stats
             if between:
-                own = inner_stats.narrow(number * between, (number + 1) * between)
-                narrowed = made[:, :between]
-                self._store(narrowed, next(self._masks, None), narrowed, own)
-                made = self._convolve(layer[1], narrowed, own)
-                inner += [narrowed] if keep_inner else []
-            self._store(made, next(self._masks, None), maps[:, start:stop], stats.narrow(start, stop))
+                read_stats = inner_stats.narrow(number * between, (number + 1) * between)
+                read = self._write(layer[0], maps[:, :start], stats, None, read_stats)
+                inner += [read] if keep_inner else []
+            self._write(layer[-1], read, read_stats, maps[:, start:stop], stats.narrow(start, stop))
         out = None
         if block.tail is not None:
-            out = self._convolve(block.tail, maps, stats)[:, : block.tail.makes]
+            out = self._convolutions.apply(block.tail, maps, block.tail.norm(stats, self._wide))
         return Forward(maps, out, stats, inner, inner_stats)
 
-    def _convolve(self, unit: Unit, maps: Tensor, stats: Statistics) -> Tensor:
-        return self._convolver.forward(unit, maps, unit.norm(stats, self._wide))
+    def _write(self, unit: Unit, maps: Tensor, stats: Statistics, slot: Tensor | None, own: Statistics) -> Tensor:
+        """What a unit makes of maps, after dropout, goes into a slot, and its statistics into `own`."""
+        norm, mask, into = unit.norm(stats, self._wide), next(self._masks, None), self._settled(own)
+        made = self._convolutions.write(unit, maps, norm, mask, self._block.keep, slot, into)
+        self._merge(into, made)
+        return made
 
-    def _store(self, made: Tensor, mask: Tensor | None, slot: Tensor, into: Statistics) -> None:
-        if not self._block.in_training:
-            self._kernels.write(made, mask, self._block.keep, slot, None, None)
-            return
-        self._kernels.write(made, mask, self._block.keep, slot, into.mean, into.var)
-        self._block.reduction.merge(into.mean, into.var, slot.numel() // slot.shape[1])
+    def _settled(self, stats: Statistics) -> Statistics | None:
+        return stats if self._block.in_training else None
+
+    def _merge(self, stats: Statistics | None, made: Tensor) -> None:
+        if stats is not None:
+            self._block.reduction.merge(stats.mean, stats.var, made.numel() // made.shape[1])

@@ -1,0 +1,183 @@
+"""BN-ReLU and the convolution after it, forward and backward: by PyTorch's convolutions, or by Triton's."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_dist.model.fused.structure import Statistics, Unit, new_maps
+from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, accumulation_type
+
+TENSOR_CORE_CHANNELS = 8
+"""Tensor cores want channels in multiples of this (16 bytes of half precision): others cost cuDNN a copy or its slow
+kernels. Padding is zeros, in weights as in maps, so that its products and gradients are exactly 0."""
+
+CHOICE_VARIABLE = "DENSENET_DIST_CONVOLUTIONS"
+"""Environment variable: ``triton`` takes `TritonConvolutions` on GPUs; for measurements."""
+
+
+class LayerGradients(NamedTuple):
+    """Of relu(norm(maps)), (N, at least C, H, W), and of the weight, with its shape, type and strides."""
+
+    rectified: Tensor
+    weight: Tensor | None
+
+
+class Convolutions:
+    """The convolutions of one block, one after the other, by PyTorch (oneDNN, cuDNN).
+
+    Args:
+        kernels: for the maps' device and type.
+        like: maps of the block's images, device and type.
+        widest: the most channels that a unit reads.
+    """
+
+    accumulates = False
+    """Whether `accumulate` is better than `backward`, with gradients that wait."""
+
+    def __init__(self, kernels: Kernels, like: Tensor, widest: int) -> None:
+        self._kernels, self._like = kernels, like
+        self._multiple = TENSOR_CORE_CHANNELS if like.is_cuda else 1
+        # One piece of memory for all layers: on a CPU fresh pages cost more than the pass that fills them.
+        n, _, height, width = like.shape
+        self._scratch = like.new_empty(n * height * width * self.padded(widest))
+
+    def padded(self, channels: int) -> int:
+        """The next multiple that the device likes."""
+        return -(-channels // self._multiple) * self._multiple
+
+    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
+        """``conv(relu(norm(maps)))``: (N, C, H, W) -> (N, K, H, W), fresh memory; without a weight BN-ReLU."""
+        if unit.weight is None:
+            out = new_maps(maps, unit.reads)
+            self._kernels.bn_relu(maps, norm, out)
+            return out
+        return self._convolve(unit.weight, maps, norm)[:, : unit.makes]
+
+    def write(
+        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        into: Statistics | None,
+    ) -> Tensor:  # fmt: skip
+        """``slot = conv(relu(norm(maps))) * mask / keep`` and the slot's statistics, as `Kernels.write`.
+
+        Returns:
+            `slot`, fresh memory where it is None.
+        """
+        assert unit.weight is not None
+        made = self._convolve(unit.weight, maps, norm)
+        slot = made[:, : unit.makes] if slot is None else slot
+        self._kernels.write(made, mask, keep, slot, *(into or (None, None)))
+        return slot
+
+    def backward(self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool) -> LayerGradients:
+        """From the gradient of what the convolution made, (N, `padded` K, H, W), padding zero."""
+        if unit.weight is None:
+            return LayerGradients(d_made, None)
+        weight = self._prepared(unit.weight)
+        d_input, d_weight, _ = torch.ops.aten.convolution_backward(
+            d_made, self._rectified(maps, norm), weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
+            [True, need_weight, False],
+        )  # fmt: skip
+        return LayerGradients(_channels_last(d_input), _like_weight(d_weight, unit.weight) if need_weight else None)
+
+    def accumulate(
+        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
+        out: Tensor, sums: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """`backward`, and `Kernels.gather` of what came out of it.
+
+        Returns:
+            The weight's gradient.
+        """
+        came, d_weight = self.backward(unit, maps, norm, d_made, need_weight)
+        self._kernels.gather(maps, [Consumer(came[:, : unit.reads], norm, sums)], carry, out)
+        return d_weight
+
+    def _convolve(self, weight: Tensor, maps: Tensor, norm: Norm) -> Tensor:
+        weight = self._prepared(weight)
+        made: Tensor = torch.ops.aten.convolution(
+            self._rectified(maps, norm), weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1
+        )
+        return _channels_last(made)
+
+    def _rectified(self, maps: Tensor, norm: Norm) -> Tensor:
+        n, channels, height, width = maps.shape
+        padded = self.padded(channels)
+        flat = self._scratch[: n * height * width * padded]
+        out = flat.view(n, height, width, padded).permute(0, 3, 1, 2)
+        self._kernels.bn_relu(maps, norm, out)
+        return out
+
+    def _prepared(self, weight: Tensor) -> Tensor:
+        """The weight in the maps' type, padded."""
+        makes, reads = self.padded(weight.shape[0]), self.padded(weight.shape[1])
+        if (makes, reads) == tuple(weight.shape[:2]):
+            return weight.to(self._like.dtype, memory_format=torch.channels_last)
+        out = torch.zeros((makes, reads, *weight.shape[2:]), dtype=self._like.dtype, device=weight.device)
+        out = out.contiguous(memory_format=torch.channels_last)
+        out[: weight.shape[0], : weight.shape[1]] = weight
+        return out
+
+
+class TritonConvolutions(Convolutions):
+    """The same by kernels that normalise what they read and take statistics, masks and sums of what they make."""
+
+    accumulates = True
+
+    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
+        """As in the base class."""
+        if unit.weight is None:
+            return super().apply(unit, maps, norm)
+        return self.write(unit, maps, norm, None, 1.0, None, None)
+
+    def write(
+        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        into: Statistics | None,
+    ) -> Tensor:  # fmt: skip
+        """As in the base class, in one kernel."""
+        from densenet_dist.model.kernels.triton_conv import conv_forward
+
+        assert unit.weight is not None
+        slot = new_maps(maps, unit.makes) if slot is None else slot
+        conv_forward(maps, norm, unit.weight, mask, keep, slot, *(into or (None, None)))
+        return slot
+
+    def accumulate(
+        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
+        out: Tensor, sums: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """As in the base class, in two kernels."""
+        if unit.weight is None:
+            return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
+        from densenet_dist.model.kernels.triton_conv import conv_dgrad, conv_wgrad
+
+        conv_dgrad(d_made, unit.weight, maps, norm, carry, out, sums)
+        if not need_weight:
+            return None
+        d_weight = torch.empty_like(unit.weight, dtype=accumulation_type(maps.dtype))
+        conv_wgrad(maps, norm, d_made, d_weight)
+        return _like_weight(d_weight, unit.weight)
+
+
+def choose_convolutions(kernels: Kernels, like: Tensor, widest: int) -> Convolutions:
+    """The faster ones for a device, as far as that has been measured."""
+    triton = like.is_cuda and os.environ.get(CHOICE_VARIABLE) == "triton"
+    return (TritonConvolutions if triton else Convolutions)(kernels, like, widest)
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [side // 2 for side in weight.shape[2:]]
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _like_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Without padding, and with the weight's strides: torch's fused optimizers do not look at a gradient's."""
+    if gradient.shape == weight.shape and gradient.stride() == weight.stride() and gradient.dtype == weight.dtype:
+        return gradient
+    return torch.empty_like(weight).copy_(gradient[: weight.shape[0], : weight.shape[1]])
