@@ -178,6 +178,9 @@ class TrainConfig:
     """bf16, fp16: automatic mixed precision over fp32 weights; fp16 scales the loss."""
     compile: bool = False
     """Whether torch.compile is used."""
+    cuda_graph: bool = False
+    """Whether a step is launched as one CUDA graph, which helps small batches; on one GPU, elsewhere it changes
+    nothing."""
     deterministic: bool = False
     """On a GPU: use deterministic kernels only, so that a resumed run equals the undisturbed one bit for bit, at some
     cost in speed. On CPUs training always is deterministic."""
@@ -275,6 +278,10 @@ def impossible(config: Config) -> Iterator[str]:
         yield f"train.schedule.min_lr: {schedule.min_lr:g} is above train.lr={train.lr:g}"
     if schedule.name == "cosine" and schedule.final_lr > train.lr:
         yield f"train.schedule.final_lr: {schedule.final_lr:g} is above train.lr={train.lr:g}"
+    if train.cuda_graph and train.precision == "fp16":
+        yield "train.cuda_graph: fp16 decides on the CPU whether to skip a step; use train.precision=bf16 (or fp32)"
+    if train.cuda_graph and train.grad_accum_steps > 1:
+        yield "train.cuda_graph: a captured step has one part; leave train.grad_accum_steps at 1"
     if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
         yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
     if isinstance(config.cluster.workers, int):

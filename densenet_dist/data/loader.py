@@ -39,6 +39,11 @@ class Batch(NamedTuple):
     global_size: int
     targets: Tensor | None = None
 
+    @property
+    def aims(self) -> Tensor:
+        """What the loss is taken against: the targets where there are any, else the labels."""
+        return self.labels if self.targets is None else self.targets
+
 
 class TrainLoader:
     """The training batches of one rank; the global batches are the same for every world size.

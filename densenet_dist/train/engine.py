@@ -28,6 +28,7 @@ from densenet_dist.train.job import Job, autocast, build_job, describe, digest_o
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.run_folder import SUMMARY_FILE
+from densenet_dist.train.step_graph import StepGraph
 
 PROGRESS_EVERY_S = 0.5
 FINITE_CHECK_EVERY = 50
@@ -91,34 +92,40 @@ def train_step(job: Job, batch: Batch) -> None:
     """One optimizer step on this rank's share of a global batch.
 
     The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
-    scaled by world_size / global_size, which stays exact where the shares are unequal. The parts of a step
-    (``grad_accum_steps``) add up to the same.
+    scaled by world_size / global_size, which stays exact where the shares are unequal.
     """
-    train, step = job.config.train, job.position.global_step
-    for group in job.optimizer.param_groups:
-        group["lr"] = job.course.lr(step)
+    step = job.position.global_step
     job.reseed_dropout()
-    parts = min(train.grad_accum_steps, batch.global_size // job.context.world_size)
-    scale = job.context.world_size / batch.global_size
-    targets = batch.labels if batch.targets is None else batch.targets
-    pieces = zip(batch.images.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    for number, (images, labels) in enumerate(pieces, start=1):
-        with _gradients_stay_here(job.forward) if number < parts else nullcontext():
-            with job.autocast():
-                logits = job.forward(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=train.label_smoothing)
-            job.scaler.scale(loss * scale).backward()
-        job.metrics.update(loss, logits, labels)
-        job.finite.update(loss.detach(), step)
-    if train.clip_grad_norm is not None:
-        job.scaler.unscale_(job.optimizer)
-        nn.utils.clip_grad_norm_(job.model.parameters(), train.clip_grad_norm)
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
-    job.optimizer.zero_grad(set_to_none=True)
+    if job.step_graph is None:
+        for group in job.optimizer.param_groups:
+            group["lr"] = job.course.lr(step)
+        _step_in_parts(job, batch)
+    else:
+        _step_as_graph(job, job.step_graph, batch)
     if job.average is not None:
         job.average.update(step)
     job.position = Position(job.position.epoch, job.position.step + 1, step + 1)
+
+
+def _step_in_parts(job: Job, batch: Batch) -> None:
+    """Forward, backward and the optimizer's step; the parts (``grad_accum_steps``) add up to the whole."""
+    parts = min(job.config.train.grad_accum_steps, batch.global_size // job.context.world_size)
+    scale = job.context.world_size / batch.global_size
+    pieces = zip(batch.images.tensor_split(parts), batch.aims.tensor_split(parts), strict=True)
+    for number, (images, aims) in enumerate(pieces, start=1):
+        with _gradients_stay_here(job.forward) if number < parts else nullcontext():
+            loss, logits = job.forward_backward(images, aims, scale)
+        job.metrics.update(loss, logits, aims)
+        job.finite.update(loss.detach(), job.position.global_step)
+    job.update_weights()
+    job.optimizer.zero_grad(set_to_none=True)
+
+
+def _step_as_graph(job: Job, graph: StepGraph, batch: Batch) -> None:
+    graph.set_learning_rate(job.course.lr(job.position.global_step))
+    loss, logits = graph(batch.images, batch.aims)
+    job.metrics.update(loss, logits, batch.aims)
+    job.finite.update(loss, job.position.global_step)
 
 
 @torch.no_grad()

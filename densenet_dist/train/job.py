@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,7 @@ from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, 
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
+from densenet_dist.train.step_graph import StepGraph
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +46,7 @@ class Job:
         position: the next step to take.
         saved_step: the global step of the newest checkpoint, known on every rank.
         seconds: time spent in training epochs so far, over all restarts.
+        step_graph: what takes the steps where they are captured as a CUDA graph.
     """
 
     config: Config
@@ -66,6 +69,7 @@ class Job:
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     seconds: float = 0.0
+    step_graph: StepGraph | None = None
 
     @property
     def eval_model(self) -> nn.Module:
@@ -75,6 +79,27 @@ class Job:
     def autocast(self) -> torch.autocast:
         """Mixed precision as configured."""
         return autocast(self.context.device, self.config.train.precision)
+
+    def forward_backward(self, images: Tensor, aims: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Add to the gradients those of ``scale`` times the summed loss.
+
+        Returns:
+            The summed loss, (), and the logits.
+        """
+        with self.autocast():
+            logits = self.forward(images)
+        smoothing = self.config.train.label_smoothing
+        loss = F.cross_entropy(logits.float(), aims, reduction="sum", label_smoothing=smoothing)
+        self.scaler.scale(loss * scale).backward()
+        return loss.detach(), logits.detach()
+
+    def update_weights(self) -> None:
+        """Clip the gradients as configured, and take the optimizer's step."""
+        if self.config.train.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def reseed_dropout(self) -> None:
         """Make this step's dropout masks a function of (seed, global step, rank), so that no generator is saved."""
@@ -130,7 +155,7 @@ def build_job(config: Config, context: RunContext) -> Job:
     model = build_model(config.model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
     store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
     decay = config.train.ema_decay
-    return Job(
+    job = Job(
         config=config,
         context=context,
         dataset=dataset,
@@ -149,6 +174,21 @@ def build_job(config: Config, context: RunContext) -> Job:
         metrics=Metrics(context.device),
         finite=FiniteWatch(context.device),
     )
+    job.step_graph = _step_graph(job)
+    return job
+
+
+def _step_graph(job: Job) -> StepGraph | None:
+    train, context = job.config.train, job.context
+    if not train.cuda_graph or context.device.type != "cuda" or context.world_size > 1:
+        return None
+
+    def step(images: Tensor, aims: Tensor) -> tuple[Tensor, Tensor]:
+        made = job.forward_backward(images, aims, 1 / len(images))
+        job.update_weights()
+        return made
+
+    return StepGraph(step, job.optimizer, context.device)
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:

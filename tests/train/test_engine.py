@@ -10,15 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
 from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, Position
+from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
 from densenet_dist.train.evaluation import evaluate
-from densenet_dist.train.job import Job, build_model
+from densenet_dist.train.job import Job, build_job, build_model
+from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
 
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 67, 8, 75
 
@@ -387,3 +388,24 @@ def test_paths_of_a_run(tmp_path):
     train(config)
     found = {path.name for path in run_of(config).path.iterdir()}
     assert found == {"config.yaml", "metrics.jsonl", "tb", "checkpoints", "summary.json"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_captured_steps_equal_launched_ones(tmp_path, optimizer):
+    """Ten steps, the last of an epoch smaller than the others, with dropout and a changing learning rate."""
+
+    def weights_after(cuda_graph: bool) -> dict[str, torch.Tensor]:
+        settings = ["model.drop_rate=0.2", "cluster.device=cuda", f"train.optimizer.name={optimizer}"]
+        config = tiny(tmp_path, *settings, f"train.cuda_graph={str(cuda_graph).lower()}")
+        job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
+        assert (job.step_graph is not None) == cuda_graph
+        for epoch in range(2):
+            for batch in job.train_loader.epoch(epoch):
+                train_step(job, batch)
+        return {name: value.cpu() for name, value in job.model.state_dict().items()}
+
+    launched, captured = weights_after(False), weights_after(True)
+    for name, value in launched.items():
+        torch.testing.assert_close(captured[name], value, rtol=1e-4, atol=1e-5)
