@@ -293,6 +293,8 @@ def test_all_problems_are_listed_at_once():
             ["train.schedule.name=one_cycle", "train.schedule.warmup_epochs=1"],
             "train.schedule.warmup_epochs: one_cycle",
         ),
+        (["train.cuda_graph=true", "train.precision=fp16"], "train.cuda_graph: fp16 decides on the CPU"),
+        (["train.cuda_graph=true", "train.grad_accum_steps=2"], "train.cuda_graph: a captured step has one part"),
         (["train.optimizer.momentum=0"], "train.optimizer.nesterov: needs momentum > 0"),
         (["cluster.workers=9", "train.global_batch_size=8"], "cluster.workers: 9 workers cannot share"),
         (["cluster.workers=2", "cluster.engine=local"], "cluster.workers: cluster.engine=local is one process"),
