@@ -12,19 +12,20 @@ from typing import Final
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.dense_block import DenseBlock, NormFactory
 from densenet_dist.model.fused_block import FusedDenseBlock
+from densenet_dist.model.padded_block import PaddedDenseBlock
 
 BLOCK_FORMS: Final[Mapping[str, type[DenseBlock]]] = MappingProxyType(
-    {"reference": DenseBlock, "fused": FusedDenseBlock}
+    {"reference": DenseBlock, "fused": FusedDenseBlock, "padded": PaddedDenseBlock}
 )
-"""The forms a block can take."""
+"""The forms a block can take; padded is for measurements."""
 
-FORM_NAMES: Final = (*BLOCK_FORMS, "auto")
+FORM_NAMES: Final = ("reference", "fused", "auto")
 """What ``model.block`` may be; auto is the fused form, which computes as the reference where it has no kernels."""
 
 
 def form_problems(form: str) -> list[str]:
     """Say what is wrong with the name of a form: one line, or nothing."""
-    if form in FORM_NAMES:
+    if form in FORM_NAMES or form in BLOCK_FORMS:
         return []
     return [f"model.block: there is no form {form!r}; choose from {', '.join(FORM_NAMES)}"]
 
