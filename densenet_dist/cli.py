@@ -39,6 +39,10 @@ Sources = Annotated[
     ),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder (path or s3:// URI), or its name in runs/.")]
+BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Images a batch, separated by commas.")]
+Seconds = Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -131,10 +135,10 @@ def prepare(
 @bench_app.command("data")
 def bench_data(
     sources: Sources = None,
-    batch_sizes: Annotated[str, typer.Option(help="Images a batch, separated by commas.")] = "64,128,256,512,1024",
-    seconds: Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")] = 1.0,
-    rounds: Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")] = 3,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")] = None,
+    batch_sizes: BatchSizes = "64,128,256,512,1024",
+    seconds: Seconds = 1.0,
+    rounds: Rounds = 3,
+    out: Out = None,
     debug: Debug = False,
 ) -> None:
     """Measure how fast each loader makes a configuration's batches: images a second and a CPU-second, and memory.
@@ -145,14 +149,49 @@ def bench_data(
     from densenet_dist.bench.data import print_table
 
     config = _load(sources)
-    sizes = tuple(_batch_size(text) for text in batch_sizes.split(","))
+    sizes = _batch_sizes(batch_sizes)
+    _require_writable(out)
     found = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
     print_table(found)
-    if out is not None:
-        try:
-            out.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(f"{out} cannot be written: {error.strerror}") from error
+    _write_json(found, out)
+
+
+@bench_app.command("model")
+def bench_model(
+    sources: Sources = None,
+    batch_sizes: BatchSizes = "64,128,256,512,1024,2048",
+    arms: Annotated[
+        str, typer.Option(help="Ways to run the net, separated by commas.")
+    ] = "reference,compiled,fused,graph",
+    seconds: Seconds = 1.0,
+    rounds: Rounds = 3,
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw speed and memory there too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast a configuration's net trains, and in how much memory, beside what this machine could do at most.
+
+    Images are random and lie on the device. Compiling takes minutes for each batch size of a deep net.
+
+    densenet-dist bench model configs/cifar10_notebook.yaml --out model.json --plot model.png
+    """
+    from rich.console import Console
+
+    from densenet_dist.bench.model import bench_model as measure
+    from densenet_dist.bench.model_report import draw, print_table
+
+    config = _load(sources)
+    sizes, names = _batch_sizes(batch_sizes), tuple(name.strip() for name in arms.split(","))
+    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot: {plot} must end in .png, .pdf or .svg")
+    for path in (out, plot):
+        _require_writable(path)
+    with Console(stderr=True).status("") as status:  # on a terminal only
+        found = measure(config, batch_sizes=sizes, arms=names, seconds=seconds, rounds=rounds, listener=status.update)
+    print_table(found)
+    _write_json(found, out)
+    if plot is not None:
+        draw(found, plot)
 
 
 @app.command()
@@ -203,10 +242,34 @@ def _load(sources: list[str] | None) -> Config:
     return load_config(*sources)
 
 
-def _batch_size(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) == 0:
-        raise ConfigError(f"--batch-sizes: {text!r} is no number of images; write them as 64,128,256")
-    return int(text)
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    for size in text.split(","):
+        if not size.strip().isdecimal() or int(size) == 0:
+            raise ConfigError(f"--batch-sizes: {size!r} is no number of images; write them as 64,128,256")
+    return tuple(int(size) for size in text.split(","))
+
+
+def _require_writable(path: Path | None) -> None:
+    """Say so before the work, not after it, where a result could not be written."""
+    if path is None:
+        return
+    try:
+        new = not path.exists()
+        with path.open("a"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _write_json(found: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _fit(config: Config, console: Any, *, resume: bool = False) -> None:

@@ -7,23 +7,20 @@ loaders can give, not what a training run sees.
 
 from __future__ import annotations
 
-import gc
 import itertools
-import multiprocessing
 import statistics
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from densenet_dist.bench.workers import Worker, peak_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict, validate
 from densenet_dist.data import augment, reference
@@ -31,7 +28,7 @@ from densenet_dist.data.dali_support import require_dali
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.speed import Speed, endless, measure
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.environment import describe_environment
@@ -47,6 +44,9 @@ from densenet_dist.train.run_folder import RunFolder
 
 LOADERS = ("torch", "dali", "reference")
 BATCH_SIZES = (64, 128, 256, 512, 1024)
+
+_Measured: TypeAlias = tuple[Speed, float, float | None]
+"""A speed, the process' peak memory in MiB, and torch's on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,16 @@ def bench_data(
         loaders.remove("dali")
         notes.append(f"dali is left out: {str(error).splitlines()[0]}")
     load_dataset_of(config)  # says what is wrong with it before any process is started
-    found: dict[tuple[str, int | None], list[tuple[Speed, float, float | None]]] = {}
-    workers = {name: _Worker(name, config, device) for name in loaders}
+    found: dict[tuple[str, int | None], list[_Measured]] = {}
+    workers = {name: Worker(_prepare, name, to_dict(config), str(device)) for name in loaders}
     try:
+        for worker in workers.values():
+            worker.wait()
         for _ in range(rounds):
             for batch_size, (name, worker) in itertools.product(batch_sizes, workers.items()):
                 if name != "reference":
-                    found.setdefault((name, batch_size), []).append(worker.measure(batch_size, seconds))
-            found.setdefault(("reference", None), []).append(workers["reference"].measure(1, seconds))
+                    found.setdefault((name, batch_size), []).append(worker.ask(batch_size, seconds))
+            found.setdefault(("reference", None), []).append(workers["reference"].ask(1, seconds))
     finally:
         for worker in workers.values():
             worker.stop()
@@ -119,7 +121,7 @@ def bench_data(
     }
 
 
-def _row(loader: str, batch_size: int | None, results: list[tuple[Speed, float, float | None]]) -> Row:
+def _row(loader: str, batch_size: int | None, results: list[_Measured]) -> Row:
     speeds = [speed.per_second for speed, _, _ in results]
     gpu = [peak for _, _, peak in results if peak is not None]
     return Row(
@@ -156,56 +158,17 @@ def print_table(found: dict[str, Any]) -> None:
         console.print(note, markup=False)
 
 
-class _Worker:
-    """A process that measures one loader when told to."""
-
-    def __init__(self, name: str, config: Config, device: torch.device) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, name, to_dict(config), str(device)), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def measure(self, batch_size: int, seconds: float) -> tuple[Speed, float, float | None]:
-        """Its speed, its peak memory in MiB, and torch's on the GPU."""
-        self._connection.send((batch_size, seconds))
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise EnvironmentProblem(f"the measuring process ended with code {self._process.exitcode}") from None
-        if isinstance(answer, DenseNetDistError):
-            raise answer
-        speed, peak, gpu = answer
-        return speed, peak, gpu
-
-    def stop(self) -> None:
-        """End it."""
-        self._connection.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-
-
-def _work(connection: Connection, name: str, plain: dict[str, Any], device_name: str) -> None:
+def _prepare(name: str, plain: dict[str, Any], device_name: str) -> Callable[[int, float], _Measured]:
     config, device = validate(plain), torch.device(device_name)
     torch.set_num_threads(local_threads(config.cluster))
-    dataset = load_dataset_of(config)
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
-            batch_size, seconds = connection.recv()
-            gc.collect()  # what the last measurement left
-            try:
-                connection.send(_measure(name, config, dataset, device, batch_size, seconds))
-            except DenseNetDistError as error:
-                connection.send(error)
+    return partial(_measure, name, config, load_dataset_of(config), device)
 
 
 def _measure(
     name: str, config: Config, dataset: Dataset, device: torch.device, batch_size: int, seconds: float
-) -> tuple[Speed, float, float | None]:
+) -> _Measured:
     config = replace(config, train=replace(config.train, global_batch_size=batch_size))
-    _reset_peak()
+    reset_peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if name == "reference":
@@ -216,7 +179,7 @@ def _measure(
         loader = train_loader(config, context, dataset, engine, train_and_val(config, dataset)[0])
         speed = measure(endless(loader), device, seconds=seconds)
     gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    return speed, _peak_mib(), gpu
+    return speed, peak_bytes() / 2**20, gpu
 
 
 def _measure_reference(config: Config, dataset: Dataset, seconds: float) -> Speed:
@@ -244,15 +207,3 @@ def _measure_reference(config: Config, dataset: Dataset, seconds: float) -> Spee
 
 def _pick(row: int, array: Any) -> Any:
     return array[row]
-
-
-def _reset_peak() -> None:
-    with suppress(OSError):  # then the peak is that since the process began
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return float("nan")

@@ -1,0 +1,223 @@
+"""What a training step must at least compute and move, and what this machine can at most.
+
+FLOPs are counted, of the net's definition: 2 a multiplication and addition of convolutions and matrix products. Bytes
+are *modelled*: what a step really moves only hardware counters tell. `traffic` adds up, pass by pass, the feature maps
+that an arm's kernels read and write, each once. Weights, dropout's masks and what a library does besides are left out,
+so it is a lower bound of what the arm moves, as long as maps do not stay in a cache from one pass to the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from densenet_dist.model.architecture import Architecture
+from densenet_dist.model.densenet import DenseNet
+from densenet_dist.train.job import AUTOCAST
+
+
+def count_flops(model: DenseNet) -> float:
+    """FLOPs of forward and backward an image; of a model on the meta device nothing is computed.
+
+    Args:
+        model: in the reference form: what another form saves or adds is not what is asked for.
+    """
+    device, side = model.classifier.weight.device, model.architecture.image_size
+    images = torch.empty(2, 3, side, side, device=device)  # a batch of one may have no statistics
+    labels = torch.zeros(2, dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(images), labels).backward()
+    return float(counter.get_total_flops()) / 2
+
+
+class Passes(NamedTuple):
+    """How often a part of a net reads or writes the maps it takes in, and those it makes; each once is 1."""
+
+    taken_forward: float
+    taken_backward: float
+    made_forward: float
+    made_backward: float
+
+
+# Each part's kernels, with the maps they read (r) and write (w). The reference form runs PyTorch's operators: forward
+# batch normalisation rrw (its statistics first), ReLU rw, convolution r; backward input gradient w, weight gradient r,
+# ReLU rrw, batch normalisation rr rrw.
+_UNIT: Final = Passes(6, 10, 1, 2)
+_REFERENCE: Final[Mapping[str, Passes]] = {
+    "stem": Passes(1, 1, 1, 1),
+    "stem_pool": Passes(6, 9, 1, 1),  # of the stem for large images: batch normalisation, ReLU, max pooling
+    "entry": Passes(0, 0, 0, 0),
+    "layer": _UNIT,
+    "bottleneck": _UNIT,
+    "inner": _UNIT,  # the 3x3 convolution behind a bottleneck
+    "cat": Passes(2, 0, 0, 0),
+    "cat_gradient": Passes(0, 3, 0, 0),  # what came back to the layer and through the cat are added: rrw
+    "drop": Passes(2, 2, 0, 0),
+    "inner_drop": Passes(2, 2, 0, 0),
+    "transition_drop": Passes(2, 2, 0, 0),
+    "transition": _UNIT,
+    "pool": Passes(1, 1, 1, 1),
+    "head": Passes(6, 9, 0, 0),
+}
+# Inductor fuses pointwise work between convolutions: forward the statistics into the cat, normalisation and ReLU rw,
+# convolution r; backward input gradient w, weight gradient r, reduction rr, the rest with the sum of gradients rrrw.
+_COMPILED: Final[Mapping[str, Passes]] = {
+    **_REFERENCE,
+    "stem_pool": Passes(2, 5, 1, 1),
+    "layer": Passes(3, 7, 1, 2),
+    "bottleneck": Passes(3, 7, 1, 2),
+    "inner": Passes(4, 7, 1, 2),  # no cat before it to take the statistics in
+    "cat_gradient": Passes(0, 1, 0, 0),
+    "transition": Passes(3, 7, 1, 2),
+    "head": Passes(1, 3, 0, 0),
+}
+# The fused block (`densenet_dist.model.fused`): forward normalisation and ReLU rw, convolution r, then the maps made
+# go into the buffer rw; backward normalisation and ReLU again rw, input gradient w, weight gradient r, and the sum of
+# gradients r, with maps and sum rrw once for every four layers: 5.75. The gradient of what a layer made is finished
+# rrw, then read by both convolutions.
+_FUSED: Final[Mapping[str, Passes]] = {
+    **_REFERENCE,
+    "entry": Passes(2, 3, 0, 0),
+    "layer": Passes(3, 5.75, 3, 5),
+    "bottleneck": Passes(3, 5.75, 2, 5),  # what it makes stays where it is and is read for its statistics
+    "inner": Passes(3, 7, 3, 5),
+    "cat": Passes(0, 0, 0, 0),
+    "cat_gradient": Passes(0, 0, 0, 0),
+    "drop": Passes(0, 0, 0, 0),
+    "inner_drop": Passes(1, 0, 0, 0),
+    "transition": Passes(3, 5.75, 1, 2),
+    "head": Passes(3, 2.75, 0, 0),
+}
+PASSES: Final[Mapping[str, Mapping[str, Passes]]] = {
+    "reference": _REFERENCE,
+    "compiled": _COMPILED,
+    "fused": _FUSED,
+    "graph": _FUSED,
+}
+"""The passes of each arm of ``bench model`` over the maps of each part of a net."""
+
+
+class _Part(NamedTuple):
+    name: str
+    taken: float
+    """Values it takes in, an image."""
+    made: float
+    """Values it makes, an image."""
+
+
+def traffic(architecture: Architecture, arm: str, bytes_per_value: int) -> float:
+    """Bytes that the arm's kernels must at least move an image, forward and backward; see the module."""
+    passes, total = PASSES[arm], 0.0
+    for part in _parts(architecture):
+        of = passes[part.name]
+        total += (of.taken_forward + of.taken_backward) * part.taken + (of.made_forward + of.made_backward) * part.made
+    return total * bytes_per_value
+
+
+def _parts(arch: Architecture) -> Iterator[_Part]:
+    """The net from the image to its last pooling; dropout's masks, the classifier and the loss are left out."""
+    k, drops = arch.growth_rate, arch.drop_rate > 0
+    yield from _stem(arch)
+    sides, widths = arch.block_sides(), arch.block_widths()
+    for i, (side, (entering, leaving)) in enumerate(zip(sides, widths, strict=True)):
+        pixels = side**2
+        yield _Part("entry", pixels * entering, 0)
+        for before, after in pairwise(range(entering, leaving + 1, k)):
+            if arch.bn_size is None:
+                yield _Part("layer", pixels * before, pixels * k)
+            else:
+                inner = pixels * arch.bn_size * k
+                yield _Part("bottleneck", pixels * before, inner)
+                yield _Part("inner", inner, pixels * k)
+                if drops:
+                    yield _Part("inner_drop", inner, 0)
+            if drops:
+                yield _Part("drop", pixels * k, 0)
+            yield _Part("cat", pixels * after, 0)
+            yield _Part("cat_gradient", pixels * before, 0)
+        if i + 1 == len(widths):
+            yield _Part("head", pixels * leaving, 0)
+            return
+        made = pixels * widths[i + 1][0]
+        yield _Part("transition", pixels * leaving, made)
+        if drops:
+            yield _Part("transition_drop", made, 0)
+        yield _Part("pool", made, made / 4)
+
+
+def _stem(arch: Architecture) -> Iterator[_Part]:
+    image, stride = arch.image_size**2 * arch.in_channels, 1 if arch.stem == "cifar" else 2
+    made = (arch.image_size / stride) ** 2 * arch.stem_channels
+    yield _Part("stem", image, made)
+    if arch.stem == "imagenet":
+        yield _Part("stem_pool", made, made / 4)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What the device was seen to do at most.
+
+    Attributes:
+        gb_per_s: 1e9 bytes a second of a large copy, read and written.
+        tflop_per_s: 1e12 operations a second of a large matrix product.
+    """
+
+    gb_per_s: float
+    tflop_per_s: float
+
+
+def prepare_roofline(device_name: str, precision: str, threads: int) -> Callable[[float], Roofline]:
+    """What measures the roofline for about so many seconds, of matrices as convolutions see them in this precision."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
+        torch.set_float32_matmul_precision("high")  # as convolutions are computed by default
+    return partial(_measure_roofline, device, AUTOCAST[precision])
+
+
+def _measure_roofline(device: torch.device, dtype: torch.dtype, seconds: float) -> Roofline:
+    found = Roofline(_copy_speed(device, seconds / 2), _product_speed(device, dtype, seconds / 2))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the arms want it
+    return found
+
+
+def _copy_speed(device: torch.device, seconds: float) -> float:
+    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _shortest(lambda: target.copy_(source), device, seconds) / 1e9
+
+
+def _product_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    best, side, most = 0.0, 512, 8192 if device.type == "cuda" else 2048
+    spent = 0.0
+    while side <= most and spent < max(
+        seconds / 8, 0.05
+    ):  # a CPU without float16 products takes seconds for a small one
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        spent = _shortest(partial(torch.mm, a, b), device, seconds if side == most else 0)
+        best, side = max(best, 2 * side**3 / spent / 1e12), 2 * side
+    return best
+
+
+def _shortest(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The shortest time of one call in seconds, of at least two, the first one not counted."""
+    best, started = float("inf"), time.perf_counter()
+    for count in range(1000):
+        before = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - before) if count else best
+        if count > 1 and now - started > seconds:
+            break
+    return best
