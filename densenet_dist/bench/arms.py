@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
@@ -17,18 +18,18 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
+from densenet_dist.bench.ways import WAYS, configured_for
 from densenet_dist.bench.workers import available_bytes, peak_bytes, reset_peak, resident_bytes
 from densenet_dist.cluster.resources import local_threads
-from densenet_dist.config import to_dict, validate
+from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.model import densenet
+from densenet_dist.model.fused.convolutions import CHOICE_VARIABLE
 from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.schema import Config
-from densenet_dist.train.job import autocast, build_model
+from densenet_dist.train.job import autocast
 from densenet_dist.train.optim import build_optimizer
 
-ARMS = ("reference", "compiled", "fused", "graph")
-
-_FUSED = ("fused", "graph")
 _SHARE_OF_MEMORY = 0.8
 _FEW = 4
 _CAPTURE_WARM_UP = 3
@@ -67,17 +68,6 @@ class Measurement:
     loss: float
 
 
-def configured_for(config: Config, arm: str) -> Config:
-    """The configuration with the form of the dense block that the arm runs.
-
-    Raises:
-        ConfigError: there is no such form.
-    """
-    plain = to_dict(config)
-    plain["model"]["block"] = "fused" if arm in _FUSED else "reference"
-    return validate(plain)
-
-
 def prepare_arm(
     arm: str, plain: dict[str, Any], num_classes: int, device_name: str
 ) -> Callable[[int, float], Measurement]:
@@ -94,7 +84,7 @@ def prepare_arm(
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # as training does
     # Without kernels the fused form would stand back for the reference form: the row would not be what it says.
-    if arm in _FUSED and (reason := unavailable(device.type)):
+    if WAYS[arm].block == "fused" and (reason := unavailable(device.type)):
         raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
     return partial(_explained, _explained(_Arm, arm, config, num_classes, device).measure)
 
@@ -103,15 +93,18 @@ class _Arm:
     """The net on its device, with what trains it."""
 
     def __init__(self, arm: str, config: Config, num_classes: int, device: torch.device) -> None:
-        self._arm, self._config, self._num_classes, self._device = arm, config, num_classes, device
-        self._model = build_model(config.model, num_classes, config.data.side, config.seed).to(device).train()
+        self._way, self._config, self._num_classes, self._device = WAYS[arm], config, num_classes, device
+        os.environ[CHOICE_VARIABLE] = self._way.convolutions
+        torch.manual_seed(config.seed)
+        settings = {**asdict(config.model), "num_classes": num_classes, "image_size": config.data.side}
+        self._model = densenet(**{**settings, "block": self._way.block}).to(device).train()
         self._forward: nn.Module = self._model
         # A learning rate of zero: all of the work, and weights that stay the same however long it is measured.
         self._optimizer = build_optimizer(self._model, config.train.optimizer, lr=0.0)
         self._scaler = GradScaler(device.type, enabled=config.train.precision == "fp16")
         self._saved: dict[int, float] = {}
         self._largest, self._bytes_per_image = _FEW, self._try_few_images()
-        if arm == "compiled":
+        if self._way.compiled:
             from torch._dynamo import config as dynamo
 
             dynamo.recompile_limit = _MOST_SHAPES  # beyond it a net would silently run uncompiled
@@ -132,7 +125,7 @@ class _Arm:
             self._saved[batch_size] = self._count_saved(images)
         step(_nothing)
         known = self._start_of_peak()
-        if self._arm == "graph":
+        if self._way.captured:
             step = _captured(step, self._optimizer)
         once = sum(self._time(step, 1)) / 1e3
         peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else peak_bytes() - known
@@ -164,7 +157,7 @@ class _Arm:
         mark()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=self._arm != "graph")  # a graph has fixed addresses
+        self._optimizer.zero_grad(set_to_none=not self._way.captured)  # a graph has fixed addresses
         return loss.detach()
 
     def _time(self, step: _Step, steps: int) -> list[float]:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from densenet_dist.bench.arms import ARMS, Measurement, OutOfMemory, configured_for, prepare_arm
+from densenet_dist.bench.arms import Measurement, OutOfMemory, prepare_arm
 from densenet_dist.bench.roofline import Roofline, count_flops, prepare_roofline, traffic
+from densenet_dist.bench.ways import ARMS, WAYS, configured_for
 from densenet_dist.bench.workers import Worker, median_and_spread, rounded
 from densenet_dist.cluster.launch import check_model
 from densenet_dist.cluster.resources import local_threads
@@ -36,6 +37,9 @@ DEFINITIONS = {
     "compiled": "the same under torch.compile, compiled anew for every batch size",
     "fused": "model.block=fused",
     "graph": "model.block=fused, the whole step in one CUDA graph",
+    "padded": "the reference form, widths padded to multiples of 8 inside the blocks",
+    "compiled_graph": "compiled, the whole step in one CUDA graph",
+    "triton": "graph, with convolutions by this project's Triton kernels",
     "step_ms": "forward, cross entropy, backward, optimizer, gradients to zero; forward_ms has the cross entropy in it",
     "spreads": "lowest and highest of the rounds",
     "tflop_per_s": "FLOPs of the net's definition (2 a multiplication and addition; forward and backward; the same for "
@@ -58,7 +62,7 @@ class Row:
     """The medians of one arm at one batch size; None where there is nothing, and a note that says why.
 
     Attributes:
-        arm: one of `ARMS`.
+        arm: one of `WAYS`.
         batch_size: None where the arm does not work at all.
         note: why there are no figures; empty where there are.
 
@@ -101,7 +105,7 @@ def bench_model(
     Args:
         config: whose model, precision and optimizer are used, on its ``cluster.device``.
         batch_sizes: images a step.
-        arms: of `ARMS`.
+        arms: of `WAYS`.
         seconds: how long each measurement takes, about, warm-up not counted.
         rounds: of which the medians count.
         listener: told what is being measured.
@@ -113,14 +117,14 @@ def bench_model(
         ConfigError: the net cannot be built, or there is no such arm.
         EnvironmentProblem: there is no such device.
     """
-    if unknown := [name for name in arms if name not in ARMS]:
-        raise ConfigError(f"--arms: there is no {unknown[0]!r}; choose from {', '.join(ARMS)}")
+    if unknown := [name for name in arms if name not in WAYS]:
+        raise ConfigError(f"--arms: there is no {unknown[0]!r}; choose from {', '.join(WAYS)}")
     check_model(configured_for(config, "reference"))
     device = choose_device(config.cluster.device)
     notes, names = [], list(dict.fromkeys(arms))
-    if device.type != "cuda" and "graph" in names:
-        names.remove("graph")
-        notes.append("graph is left out: CUDA graphs need a GPU")
+    for name in [name for name in names if WAYS[name].gpu_only and device.type != "cuda"]:
+        names.remove(name)
+        notes.append(f"{name} is left out: it needs a GPU")
     if config.data.name == "folder":
         notes.append(f"the classes of a folder are not looked for: measured with {classes_of(config)}")
     runners = {name: _Runner(name, config, device) for name in names}

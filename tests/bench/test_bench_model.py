@@ -46,7 +46,7 @@ def test_table_file_and_picture(tmp_path, capsys):
     assert bench("model", *arguments, "--arms", "reference,fused,graph") == 0
     shown, found, rows = capsys.readouterr().out, json.loads(out.read_text()), rows_of(out)
     assert set(rows) == {(arm, size) for arm in ("reference", "fused") for size in (16, 256)}
-    assert "graph is left out: CUDA graphs need a GPU" in found["notes"]
+    assert "graph is left out: it needs a GPU" in found["notes"]
     for (arm, size), row in rows.items():
         check_row(found, row, size)
         assert f"{row['images_per_s']:,.0f}" in shown or f"{row['images_per_s']:#.3g}" in shown

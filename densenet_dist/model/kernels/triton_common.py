@@ -22,7 +22,6 @@ from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Norm, accumula
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels: it multiplies bfloat16 matrices wrongly (Triton 3.6)."""
 
-_MOST_AT_ONCE = 8
 _LARGEST_INT = 2**31 - 1
 _MANY, _FEW = 512, 8
 
@@ -36,8 +35,8 @@ def kernel(function: Callable[..., None]) -> Any:
 class Rows(NamedTuple):
     """Where the maps of a tensor lie."""
 
-    count: int
-    """N H W."""
+    pixels: int
+    """N H W, the number of rows."""
 
     channels: int
     """C."""
@@ -118,16 +117,20 @@ def scale_of(keep: float) -> float:
 
 
 def read_width(channels: int, *tensors: Tensor | None) -> int:
-    """How many channels a thread can read at once: 8, 4, 2 or 1.
+    """How many channels a thread can read at once: 8, 4 or 1.
 
-    What begins before the last channel is read to its end, so memory must go on that far; kernels drop what is beyond.
+    Eights that begin before the last channel are read to their end if memory goes on that far; kernels drop the rest.
     """
-    return _width(tensors, lambda tensor, width: _ends_inside(tensor, -channels % width))
+    wide = all(t is None or (_is_aligned(t, 8) and _goes_on(t, round_up(channels, 8))) for t in tensors)
+    return 8 if wide else write_width(channels, *tensors)
 
 
 def write_width(channels: int, *tensors: Tensor | None) -> int:
-    """How many channels a thread can write at once: 8, 4, 2 or 1."""
-    return _width(tensors, lambda tensor, width: channels % width == 0)
+    """How many channels a thread can write at once: 8, 4 or 1. Or read, where that is as many to the end."""
+    for width in (8, 4):
+        if channels % width == 0 and all(t is None or _is_aligned(t, width) for t in tensors):
+            return width
+    return 1
 
 
 def vector_width(*vectors: Tensor) -> int:
@@ -136,32 +139,25 @@ def vector_width(*vectors: Tensor) -> int:
     return 4 if aligned else 1
 
 
-def _width(tensors: tuple[Tensor | None, ...], fits: Callable[[Tensor, int], bool]) -> int:
-    width = _MOST_AT_ONCE
-    while width > 1 and not all(t is None or (_is_aligned(t, width) and fits(t, width)) for t in tensors):
-        width //= 2
-    return width
-
-
 def _is_aligned(tensor: Tensor, width: int) -> bool:
     return tensor.data_ptr() % (width * tensor.element_size()) == 0 and rows_of(tensor).ld % width == 0
 
 
-def _ends_inside(tensor: Tensor, further: int) -> bool:
-    """Whether memory goes on for so many elements after the tensor's last."""
+def _goes_on(tensor: Tensor, channels: int) -> bool:
+    """Whether memory holds so many elements from the beginning of the tensor's last row."""
     rows = rows_of(tensor)
-    last = tensor.storage_offset() + (rows.count - 1) * rows.ld + tensor.shape[1]
-    return (last + further) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    stop = tensor.storage_offset() + (rows.pixels - 1) * rows.ld + channels
+    return stop * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def block_of(channels: int) -> int:
     """How many channels a tile has: the smallest of 16, 32 and 64 that holds them all, else 64."""
-    return min(64, max(16, triton.next_power_of_2(channels)))
+    return min(64, max(16, 1 << (channels - 1).bit_length()))
 
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below the value."""
-    return triton.cdiv(value, multiple) * multiple
+    return -(-value // multiple) * multiple
 
 
 @triton.jit
@@ -300,8 +296,7 @@ def _reduce_sums(
     sums = tl.sum(total, 0)
     outs, lds = (out0, out1, out2, out3), (ld0, ld1, ld2, ld3)
     for i in tl.static_range(4):
-        if outs[i] is not None:
-            tl.store(outs[i] + row * lds[i] + channel, sums, mask=(channel < channels) & (which == i))
+        tl.store(outs[i] + row * lds[i] + channel, sums, mask=(channel < channels) & (which == i))
 
 
 def reduce_sums(partial: Tensor, outs: Sequence[Tensor]) -> None:
@@ -318,7 +313,8 @@ def reduce_sums(partial: Tensor, outs: Sequence[Tensor]) -> None:
     for out in outs:
         if out.shape != partial.shape[2:] or (channels > 1 and out.stride(1) != 1) or out.dtype != partial.dtype:
             raise ValueError(f"sums are (2, {channels}) of {partial.dtype}, not {tuple(out.shape)} of {out.dtype}")
-    places = [part for out in outs for part in (out, out.stride(0))] + [None, None] * (MOST_CONSUMERS - count)
+    # Those that are missing are never written to.
+    places = [part for i in range(MOST_CONSUMERS) for part in (outs[i % count], outs[i % count].stride(0))]
     _reduce_sums[(triton.cdiv(channels, _FEW), 2 * count)](
         partial, *places, tiles, channels, BLOCK_T=_MANY, BLOCK_C=_FEW
     )

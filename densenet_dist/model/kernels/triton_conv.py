@@ -133,19 +133,19 @@ def conv_forward(
         raise ValueError(f"a convolution that makes {packed.made} maps does not fill {tuple(slot.shape)}")
     keeps = None if mask is None else mask_bytes(mask, slot)
     block_n = min(tile.columns, block_of(packed.made))
-    tiles, moments = triton.cdiv(rows.count, tile.rows), None
+    tiles, moments = triton.cdiv(rows.pixels, tile.rows), None
     if mean is not None and var is not None:
         check_vector(mean, slot)
         check_vector(var, slot)
         moments = mean.new_empty(tiles, 2, packed.made)
     forward_kernel[(tiles * triton.cdiv(packed.made, block_n),)](
         maps, rows.ld, vectors, packed.values, *packed.values.shape[1:], keeps, scale_of(keep), slot, written.ld,
-        moments, rows.count, *maps.shape[2:], packed.read, packed.made,
+        moments, rows.pixels, *maps.shape[2:], packed.read, packed.made,
         SIDE=packed.side, READ=read_width(packed.read, maps), WRITE=write_width(packed.made, slot, keeps),
         BLOCK_M=tile.rows, BLOCK_N=block_n, BLOCK_K=tile.inner, **tile.launch(),
     )  # fmt: skip
     if moments is not None and mean is not None and var is not None:
-        combine_moments(moments, tile.rows, rows.count, mean, var)
+        combine_moments(moments, tile.rows, rows.pixels, mean, var)
 
 
 def conv_dgrad(
@@ -173,12 +173,12 @@ def conv_dgrad(
     packed = _packed_weight(weight, maps, d_out)
     vectors = _packed_norm(norm, maps).vectors
     rows, written, tile = rows_of(maps), rows_like(out, maps, packed.read), _tile_of(_DGRAD, maps.dtype)
-    tiles, channels = triton.cdiv(rows.count, tile.rows), min(d_out.shape[1], packed.values.shape[2])
+    tiles, channels = triton.cdiv(rows.pixels, tile.rows), min(d_out.shape[1], packed.values.shape[2])
     partial = vectors.new_empty(1, tiles, 2, packed.read)
     dgrad_kernel[(tiles * triton.cdiv(packed.read, tile.columns),)](
         d_out, rows_like(d_out, maps, packed.made).ld, packed.values, *packed.values.shape[1:], maps, rows.ld, vectors,
         carry, 0 if carry is None else rows_like(carry, maps, packed.read).ld, out, written.ld, partial,
-        rows.count, *maps.shape[2:], packed.read, channels,
+        rows.pixels, *maps.shape[2:], packed.read, channels,
         SIDE=packed.side, READ_OUT=write_width(channels, d_out), READ=read_width(packed.read, maps, carry),
         WRITE=write_width(packed.read, out),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=min(tile.inner, block_of(packed.made)), **tile.launch(),
@@ -208,12 +208,12 @@ def conv_wgrad(maps: Tensor, norm: Norm | PackedNorm, d_out: Tensor, out_weight_
     block_k, taps, size_c = min(tile.rows, block_of(made)), side * side, vectors.shape[1]
     channels = min(d_out.shape[1], round_up(made, block_k))
     programs = taps * triton.cdiv(made, block_k) * (size_c // tile.columns)
-    part_rows = round_up(triton.cdiv(rows.count, max(1, _WGRAD_PROGRAMS // programs)), tile.inner)
-    parts = triton.cdiv(rows.count, part_rows)
+    part_rows = round_up(triton.cdiv(rows.pixels, max(1, _WGRAD_PROGRAMS // programs)), tile.inner)
+    parts = triton.cdiv(rows.pixels, part_rows)
     partial = out_weight_grad.new_empty(parts, taps, made, size_c)
     wgrad_kernel[(parts * programs,)](
         maps, rows.ld, vectors, d_out, rows_like(d_out, maps, made).ld, partial, size_c,
-        rows.count, part_rows, *maps.shape[2:], read, made, channels,
+        rows.pixels, part_rows, *maps.shape[2:], read, made, channels,
         SIDE=side, READ=read_width(read, maps), READ_OUT=write_width(channels, d_out),
         BLOCK_M=block_k, BLOCK_N=tile.columns, BLOCK_K=tile.inner, **tile.launch(),
     )  # fmt: skip

@@ -64,7 +64,7 @@ class TritonPointwise:
         rows, written = rows_of(maps), rows_like(out, maps, maps.shape[1])
         block = block_of(written.channels)
         _bn_relu[_grid(written, block, _TILE)](
-            maps, rows.ld, *norm, out, written.ld, rows.count, rows.channels, written.channels,
+            maps, rows.ld, *norm, out, written.ld, rows.pixels, rows.channels, written.channels,
             READ=read_width(rows.channels, maps), WRITE=write_width(written.channels, out),
             NORM=vector_width(*norm[:4]), BLOCK_R=_TILE // block, BLOCK_C=block, num_warps=4,
         )  # fmt: skip
@@ -84,15 +84,15 @@ class TritonPointwise:
         if mean is not None and var is not None:
             check_vector(mean, slot)
             check_vector(var, slot)
-            moments = mean.new_empty(triton.cdiv(rows.count, _WRITE_TILE // block), 2, written.channels)
+            moments = mean.new_empty(triton.cdiv(rows.pixels, _WRITE_TILE // block), 2, written.channels)
         _write[grid](
-            made, rows.ld, keeps, scale_of(keep), slot, written.ld, moments, rows.count, written.channels,
+            made, rows.ld, keeps, scale_of(keep), slot, written.ld, moments, rows.pixels, written.channels,
             STORE=keeps is not None or not in_place,
             READ=read_width(written.channels, made), WRITE=write_width(written.channels, slot, keeps),
             BLOCK_R=_WRITE_TILE // block, BLOCK_C=block, num_warps=8,
         )  # fmt: skip
         if moments is not None and mean is not None and var is not None:
-            combine_moments(moments, _WRITE_TILE // block, rows.count, mean, var)
+            combine_moments(moments, _WRITE_TILE // block, rows.pixels, mean, var)
 
     def gather(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
         """Sum what came back to the consumers."""
@@ -102,14 +102,14 @@ class TritonPointwise:
         for consumer in consumers:
             check_norm(consumer.norm, maps)
         block = block_of(rows.channels)
-        tiles = triton.cdiv(rows.count, _GATHER_TILE // block)
+        tiles = triton.cdiv(rows.pixels, _GATHER_TILE // block)
         count, wide_type = len(consumers), accumulation_type(maps.dtype)
         sums = torch.empty(count, tiles, 2, rows.channels, dtype=wide_type, device=maps.device)
         flat = [part for g, norm, _ in consumers for part in (g, rows_like(g, maps, maps.shape[1]).ld, *norm)]
         _gather[_grid(rows, block, _GATHER_TILE)](
             maps, rows.ld, *flat, *[None] * (7 * (MOST_CONSUMERS - count)),
             carry, 0 if carry is None else rows_like(carry, maps, maps.shape[1]).ld, out, written.ld, sums,
-            rows.count, rows.channels, tiles, COUNT=count,
+            rows.pixels, rows.channels, tiles, COUNT=count,
             READ=read_width(rows.channels, maps, carry, *(consumer.gradient for consumer in consumers)),
             WRITE=write_width(rows.channels, out),
             NORM=vector_width(*(settled for consumer in consumers for settled in consumer.norm[:4])),
@@ -129,16 +129,16 @@ class TritonPointwise:
         block = block_of(written.channels)
         _finish[_grid(written, block, _TILE)](
             gradient, rows_like(gradient, maps, maps.shape[1]).ld, maps, rows.ld, *(correction or (None, None, None)),
-            keeps, scale_of(keep), out, written.ld, rows.count, rows.channels, written.channels,
-            READ=read_width(rows.channels, gradient, maps, keeps), WRITE=write_width(written.channels, out),
-            NORM=vector_width(*(correction or ())),
+            keeps, scale_of(keep), out, written.ld, rows.pixels, rows.channels, written.channels,
+            READ=read_width(rows.channels, gradient, maps), MASK=write_width(rows.channels, keeps),
+            WRITE=write_width(written.channels, out), NORM=vector_width(*(correction or ())),
             BLOCK_R=_TILE // block, BLOCK_C=block, num_warps=4,
         )  # fmt: skip
 
 
 def _grid(rows: Rows, block: int, tile: int) -> tuple[int]:
     """One program a tile; the channels of the same rows come one after another."""
-    return (triton.cdiv(rows.count, tile // block) * triton.cdiv(rows.channels, block),)
+    return (triton.cdiv(rows.pixels, tile // block) * triton.cdiv(rows.channels, block),)
 
 
 @triton.jit
@@ -217,7 +217,8 @@ def _gather(
 def _finish(
     gradient, gradient_ld, maps, maps_ld, mean, offset, slope, mask, scale: tl.float64, out, out_ld, rows, channels,
     out_channels,
-    READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    READ: tl.constexpr, MASK: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     _, row, channel = _tile(out_channels, BLOCK_R, BLOCK_C)
     here = tile_mask(row, rows, channel, channels, READ)
@@ -227,6 +228,7 @@ def _finish(
         x -= vector(mean, channel, channels, NORM)[None, :]
         g -= vector(offset, channel, channels, NORM)[None, :] + vector(slope, channel, channels, NORM)[None, :] * x
     if mask is not None:
-        g = dropped(g, tl.load(tile_at(mask, channels, row, channel, READ), mask=here, other=0), scale)
+        here = tile_mask(row, rows, channel, channels, MASK)
+        g = dropped(g, tl.load(tile_at(mask, channels, row, channel, MASK), mask=here, other=0), scale)
     g = tl.where((channel < channels)[None, :], g, 0)
     tl.store(tile_at(out, out_ld, row, channel, WRITE), g, mask=tile_mask(row, rows, channel, out_channels, WRITE))
