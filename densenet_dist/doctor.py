@@ -40,7 +40,7 @@ def examine(config: Config, console: Console | None = None) -> bool:
     """Run every check, print a table, and return whether the job can be done."""
     console = console or Console(highlight=False)
     findings = []
-    for check in (_python, _torch, _gpus, _dali, _ray, _storage, _data):
+    for check in (_python, _torch, _gpus, _block, _dali, _ray, _storage, _data):
         try:
             findings.append(check(config))
         except Exception as error:  # a check that breaks is a finding, not the end of the others
@@ -88,6 +88,20 @@ def _gpus(config: Config) -> Finding:
     if config.cluster.device == "cuda" and not (config.cluster.address or (config.cluster.engine == "ray" and driver)):
         return Finding("GPUs", "bad", text, hint or "train on the CPU with cluster.device=cpu")
     return Finding("GPUs", "note", text + "; training runs on the CPU", hint)
+
+
+def _block(config: Config) -> Finding:
+    import torch
+
+    from densenet_dist.model.kernels.choice import unavailable
+
+    device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
+    if (reason := unavailable(device)) is not None:
+        hint = "install a C++ compiler (Debian: apt install g++)" if device == "cpu" else "install Triton: make setup"
+        return Finding("fused block", "note", f"{reason}; the reference form of the dense block is used", hint)
+    return Finding(
+        "fused block", "ok", "kernels in Triton" if device == "cuda" else "kernels in C++, built for this CPU"
+    )
 
 
 def _dali(config: Config) -> Finding:

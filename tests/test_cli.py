@@ -234,7 +234,7 @@ def test_prepare_shapes(command):
 def test_doctor(command):
     code, out, err = command("doctor", "cluster.engine=local")
     assert code == 0, out + err
-    for text in ("torch 2.", "Ray", "DALI", "storage", "shapes is generated", "ready"):
+    for text in ("torch 2.", "Ray", "DALI", "kernels in C++", "storage", "shapes is generated", "ready"):
         assert text in out
     assert not Path("runs").exists(), "a check leaves nothing behind"
     Path("file").write_text("in the way")

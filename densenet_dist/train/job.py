@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.errors import DataError
 from densenet_dist.model import DenseNet, count_parameters, densenet
+from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.model.sync_bn import synchronise_batchnorm
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
@@ -152,7 +153,8 @@ def build_job(config: Config, context: RunContext) -> Job:
     loader = choose_loader(config, context, dataset, train_indices)
     engine = engine_of(config, context.device, dataset, dataset.train, loader)
     batches = train_loader(config, context, dataset, engine, train_indices)
-    model = build_model(config.model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+    model = build_model(_usable(config.model, context), dataset.num_classes, dataset.image_size, config.seed)
+    model = model.to(context.device)
     store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
     decay = config.train.ema_decay
     job = Job(
@@ -189,6 +191,15 @@ def _step_graph(job: Job) -> StepGraph | None:
         return made
 
     return StepGraph(step, job.optimizer, context.device)
+
+
+def _usable(config: ModelConfig, context: RunContext) -> ModelConfig:
+    """The form of the dense block that this device has kernels for; says so where it is another than configured."""
+    reason = None if config.block == "reference" else unavailable(context.device.type)
+    if reason is None:
+        return config
+    context.report({"kind": "note", "text": f"dense blocks are computed in the reference form: {reason}"})
+    return replace(config, block="reference")
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:
