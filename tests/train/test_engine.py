@@ -409,3 +409,23 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer):
     launched, captured = weights_after(False), weights_after(True)
     for name, value in launched.items():
         torch.testing.assert_close(captured[name], value, rtol=1e-4, atol=1e-5)
+
+
+# The form of the dense block
+
+
+@pytest.mark.parametrize("block", ["auto", "fused", "reference"])
+def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("densenet_dist.train.job.unavailable", lambda _: "no C++ compiler is found (c++)")
+    events: list[dict[str, object]] = []
+    config = tiny(tmp_path, f"model.block={block}", "train.epochs=1")
+    train(config, listener=events.append)
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    expected = ["dense blocks are computed in the reference form: no C++ compiler is found (c++)"]
+    assert [note for note in notes if "dense blocks" in str(note)] == (expected if block != "reference" else [])
+
+
+def test_the_configured_form_is_the_one_that_trains(tmp_path):
+    forms = {block: type(job_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__
+             for block in ("auto", "fused", "reference")}  # fmt: skip
+    assert forms == {"auto": "FusedDenseBlock", "fused": "FusedDenseBlock", "reference": "DenseBlock"}
