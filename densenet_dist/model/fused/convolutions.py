@@ -152,13 +152,14 @@ class TritonConvolutions(Convolutions):
         """As in the base class, in two kernels."""
         if unit.weight is None:
             return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
-        from densenet_dist.model.kernels.triton_conv import conv_dgrad, conv_wgrad
+        from densenet_dist.model.kernels.triton_conv import conv_dgrad, conv_wgrad, pack_norm
 
-        conv_dgrad(d_made, unit.weight, maps, norm, carry, out, sums)
+        packed = pack_norm(norm)
+        conv_dgrad(d_made, unit.weight, maps, packed, carry, out, sums)
         if not need_weight:
             return None
         d_weight = torch.empty_like(unit.weight, dtype=accumulation_type(maps.dtype))
-        conv_wgrad(maps, norm, d_made, d_weight)
+        conv_wgrad(maps, packed, d_made, d_weight)
         return _like_weight(d_weight, unit.weight)
 
 

@@ -23,6 +23,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels: it multiplies bfloat16 matrices wrongly (Triton 3.6)."""
 
 _LARGEST_INT = 2**31 - 1
+
+# A tile of the kernels that reduce: few channels, so that there are enough programs, and many partial results at once.
 _MANY, _FEW = 512, 8
 
 
@@ -83,8 +85,8 @@ def check_norm(norm: Norm, maps: Tensor) -> None:
     Raises:
         ValueError: it doesn't.
     """
-    for vector in norm[:4]:
-        check_vector(vector, maps)
+    for settled in norm[:4]:
+        check_vector(settled, maps)
 
 
 def check_vector(vector: Tensor, maps: Tensor) -> None:
@@ -194,7 +196,6 @@ def scale_and_shift(gamma, beta, mean, var, eps, channel, channels, WIDTH: tl.co
     """s and t of norm(x) = s x + t, by one expression for every kernel, so that all agree on the sign of norm(x)."""
     variance = vector(var, channel, channels, WIDTH)
     s = vector(gamma, channel, channels, WIDTH) * tl.rsqrt(variance + tl.full([], eps, variance.dtype))
-    s = tl.where(channel < channels, s, 0)  # where there is no channel and no epsilon, s would be 0 times infinity
     return s, tl.fma(-vector(mean, channel, channels, WIDTH), s, vector(beta, channel, channels, WIDTH))
 
 
