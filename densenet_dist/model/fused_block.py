@@ -42,8 +42,8 @@ class FusedDenseBlock(DenseBlock):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x.contiguous(memory_format=torch.channels_last)
-        values, synchronised = x.numel() // x.shape[1], _synchronised(parts)
         training = [bn.training for bn in parts.norms]
+        values, synchronised = x.numel() // x.shape[1], any(training) and _synchronised(parts)
         if any(training) and values == 1 and not synchronised:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         maps, out, mean, var, _, inner_mean, inner_var, count = dense_block(
@@ -62,6 +62,8 @@ class FusedDenseBlock(DenseBlock):
             torch.is_grad_enabled(),
         )
         if any(training):
+            _count_batch(parts)
+        if any(training) and (values > 0 or synchronised):  # as PyTorch's, it learns nothing from no images
             unbias = count / (count - 1) if synchronised else torch.full_like(mean[:1], values / (values - 1))
             _update_running(parts, (mean.detach(), var.detach()), (inner_mean.detach(), inner_var.detach()), unbias)
         made: Tensor = maps if norm is None else out
@@ -117,6 +119,10 @@ def _synchronised(parts: _Parts) -> bool:
     return isinstance(parts.norms[0], kinds) and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _count_batch(parts: _Parts) -> None:
+    torch._foreach_add_([bn.num_batches_tracked for bn in parts.norms if bn.training], 1)  # type: ignore[misc]
+
+
 @torch.no_grad()
 def _update_running(parts: _Parts, outer: tuple[Tensor, Tensor], inner: tuple[Tensor, Tensor], unbias: Tensor) -> None:
     """Follow the batch: `outer` statistics of all maps, `inner` of those between convolutions, layer by layer."""
@@ -136,7 +142,6 @@ def _update_running(parts: _Parts, outer: tuple[Tensor, Tensor], inner: tuple[Te
     momentum = parts.norms[0].momentum
     assert momentum is not None
     torch._foreach_lerp_(running, batch, momentum)
-    torch._foreach_add_([bn.num_batches_tracked for bn in parts.norms if bn.training], 1)  # type: ignore[misc]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
@@ -156,7 +161,5 @@ def _warn_once(message: str) -> None:
 def _dropout_mask(x: Tensor, channels: int, drop_rate: float) -> Tensor:
     n, _, height, width = x.shape
     shape = (n, channels, height, width)
-    like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if x.is_cuda:  # there F.dropout draws while it multiplies, by a mapping of its own
-        return torch.ops.aten.native_dropout(like, drop_rate, True)[1]  # type: ignore[no-any-return]
-    return like.bernoulli_(1 - drop_rate).bool()
+    like = torch.ones(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
+    return F.dropout(like, drop_rate, training=True).bool()

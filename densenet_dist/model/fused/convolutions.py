@@ -55,7 +55,9 @@ class Convolutions:
             out = new_maps(maps, unit.reads)
             self._kernels.bn_relu(maps, norm, out)
             return out
-        return self._convolve(unit.weight, maps, norm)[:, : unit.makes]
+        made = self._convolve(unit.weight, maps, norm)
+        # Not a view: nobody could change it in place.
+        return made if made.shape[1] == unit.makes else made[:, : unit.makes].clone(memory_format=torch.channels_last)
 
     def write(
         self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,

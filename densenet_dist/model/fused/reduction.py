@@ -26,6 +26,8 @@ class Reduction:
         if not self.synchronised:
             return
         local, square = mean.double(), var.double()
+        if count == 0:  # a rank may be without images: its NaN must not count
+            local, square = torch.zeros_like(local), torch.zeros_like(square)
         sums = torch.cat([local * count, (square + local.square()) * count, local.new_tensor([count])])
         dist.all_reduce(sums)
         total = sums / sums[-1]
@@ -36,7 +38,7 @@ class Reduction:
     def average(self, sums: Tensor, count: int) -> Tensor:
         """Divide sums (2, C) over this rank's `count` values by that, or those over all ranks' by all ranks' count."""
         if not self.synchronised:
-            return sums / count
+            return sums / max(count, 1)
         flat = torch.cat([sums.double().flatten(), sums.new_tensor([count], dtype=torch.float64)])
         dist.all_reduce(flat)
         return (flat[:-1] / flat[-1]).to(sums.dtype).view_as(sums)

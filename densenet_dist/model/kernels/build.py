@@ -49,7 +49,10 @@ def native_library() -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']} is no command: {error}") from error
     for command in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command
@@ -58,7 +61,10 @@ def _compiler() -> list[str]:
 
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "densenet_dist"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "densenet_dist"
+    except RuntimeError as error:
+        raise BuildError(f"there is no folder for a cache, set XDG_CACHE_HOME: {error}") from error
 
 
 def _fingerprint(compiler: list[str]) -> str:
@@ -91,6 +97,6 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error

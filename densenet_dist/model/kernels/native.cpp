@@ -150,7 +150,7 @@ void write(int64_t rows, int64_t channels, const T *made, int64_t ldm, const uin
       m2 += squares[group * channels + c] + delta * delta * (old * more / (old + more));
     }
     mean_out[c] = static_cast<A>(mean);
-    var_out[c] = static_cast<A>(m2 / static_cast<double>(rows));
+    var_out[c] = static_cast<A>(m2 / static_cast<double>(std::max<int64_t>(rows, 1)));
   }
 }
 
