@@ -61,7 +61,8 @@ def dense_block(
     """
     block = _structure(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
     with torch.autocast(x.device.type, enabled=False):
-        made = run_forward(choose_kernels(x.device, x.dtype), block, x, _channels_last(masks), keep_inner)
+        kernels = choose_kernels(x.device, x.dtype, x.numel())
+        made = run_forward(kernels, block, x, _channels_last(masks), keep_inner)
         count = block.reduction.count(x.numel() // x.shape[1], x.device)
     out = x.new_empty(0) if made.out is None else made.out.contiguous(memory_format=torch.channels_last)
     return made.maps, out, *made.statistics, made.inner, *made.inner_statistics, count
@@ -107,7 +108,7 @@ def dense_block_backward(
     with torch.autocast(maps.device.type, enabled=False):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         found = run_backward(
-            choose_kernels(maps.device, maps.dtype),
+            choose_kernels(maps.device, maps.dtype, maps.numel()),
             block,
             made,
             _channels_last(masks),

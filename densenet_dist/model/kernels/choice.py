@@ -13,8 +13,13 @@ from densenet_dist.model.kernels.interface import Kernels
 from densenet_dist.model.kernels.native import NativeKernels
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels for maps of this device and type; those in PyTorch's operators where there are no others."""
+def choose_kernels(device: torch.device, dtype: torch.dtype, values: int = 1) -> Kernels:
+    """The fastest kernels for maps of this device and type; those in PyTorch's operators where there are no others.
+
+    Without any values (a rank may be without images) there is nothing to launch.
+    """
+    if values == 0:
+        return EagerKernels()
     if device.type == "cuda" and unavailable("cuda") is None:
         return _triton()
     if device.type == "cpu" and NativeKernels.takes(dtype) and unavailable("cpu") is None:

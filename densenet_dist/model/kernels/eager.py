@@ -26,6 +26,10 @@ class EagerKernels:
         slot.copy_(_dropped(made[:, : slot.shape[1]], mask, keep))
         if mean is not None and var is not None:
             stored = slot.to(mean.dtype)
+            if stored.numel() == 0:
+                mean.zero_()
+                var.zero_()
+                return
             torch.mean(stored, (0, 2, 3), out=mean)
             torch.mean((stored - _channels(mean)).square(), (0, 2, 3), out=var)
 

@@ -76,7 +76,8 @@ class Kernels(Protocol):
             mask: bool, (N, C, H, W), dense in channels_last; what dropout keeps.
             keep: the probability that dropout keeps a value.
             slot: (N, C, H, W), where the maps go.
-            mean: (C,), accumulation type: becomes the mean of what `slot` holds, rounding included; None: not wanted.
+            mean: (C,), accumulation type: becomes the mean of what `slot` holds, rounding included; 0 of nothing; None:
+                not wanted.
             var: (C,) likewise, the variance (divided by N H W).
         """
 
