@@ -26,8 +26,8 @@ from densenet_dist.model.fused.convolutions import choose_convolutions
 from densenet_dist.model.fused.structure import Forward, Gradients, Structure, Unit, new_maps
 from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
 
-WAITING = {"cpu": 1, "cuda": MOST_CONSUMERS}
-"""How many layers' gradients wait: more of them cost memory and save traffic (which CPUs did not feel: docs/log.md)."""
+WAITING = {"cpu": MOST_CONSUMERS, "cuda": MOST_CONSUMERS}
+"""How many layers' gradients wait: more of them cost memory and save traffic."""
 
 
 def run_backward(

@@ -18,6 +18,11 @@ kernels. Padding is zeros, in weights as in maps, so that its products and gradi
 CHOICE_VARIABLE = "DENSENET_DIST_CONVOLUTIONS"
 """Environment variable: ``triton`` takes `TritonConvolutions` on GPUs; for measurements."""
 
+PIECE_BYTES = 24 * 2**20
+"""Most rectified maps that a CPU works on at a time. What is larger than 32 MiB glibc gives back to the system when it
+is freed: its pages are faulted in and cleared anew for every layer. Much smaller pieces cost more calls than they
+save."""
+
 
 class LayerGradients(NamedTuple):
     """Of relu(norm(maps)), (N, at least C, H, W), and of the weight, with its shape, type and strides."""
@@ -124,6 +129,77 @@ class Convolutions:
         return out
 
 
+class PiecewiseConvolutions(Convolutions):
+    """The same on a CPU, some images at a time (`PIECE_BYTES`)."""
+
+    def __init__(self, kernels: Kernels, like: Tensor, widest: int) -> None:
+        images = max(1, PIECE_BYTES // (like[:1, :1].nbytes * widest))
+        super().__init__(kernels, like[:images], widest)
+        self._images = images
+        self.accumulates = len(like) > images  # else gradients are small enough for several to wait
+
+    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
+        """As in the base class."""
+        if unit.weight is None:
+            return super().apply(unit, maps, norm)
+        out = new_maps(maps, unit.makes)
+        for few, into in zip(self._cut(maps), self._cut(out), strict=True):
+            into.copy_(self._convolve(unit.weight, few, norm))
+        return out
+
+    def write(
+        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        into: Statistics | None,
+    ) -> Tensor:  # fmt: skip
+        """As in the base class."""
+        if len(maps) <= self._images:
+            return super().write(unit, maps, norm, mask, keep, slot, into)
+        assert unit.weight is not None
+        slot = new_maps(maps, unit.makes) if slot is None else slot
+        pieces = self._cut(maps)
+        parts = None if into is None else torch.stack([torch.stack(into)] * len(pieces))
+        masks = [None] * len(pieces) if mask is None else self._cut(mask)
+        for i, (few, kept, place) in enumerate(zip(pieces, masks, self._cut(slot), strict=True)):
+            made = self._convolve(unit.weight, few, norm)
+            self._kernels.write(made, kept, keep, place, *((None, None) if parts is None else parts[i]))
+        if into is not None and parts is not None:
+            _merge(parts, [len(few) for few in pieces], into)
+        return slot
+
+    def accumulate(
+        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
+        out: Tensor, sums: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """As in the base class."""
+        if unit.weight is None or len(maps) <= self._images:
+            return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
+        pieces = self._cut(maps)
+        carries = [None] * len(pieces) if carry is None else self._cut(carry)
+        parts = sums.new_empty(len(pieces), *sums.shape)
+        d_weight = torch.zeros_like(unit.weight, dtype=sums.dtype) if need_weight else None
+        for i, (few, came, before, place) in enumerate(
+            zip(pieces, self._cut(d_made), carries, self._cut(out), strict=True)
+        ):
+            d_few = super().accumulate(unit, few, norm, came, need_weight, before, place, parts[i])
+            if d_weight is not None and d_few is not None:
+                d_weight += d_few
+        torch.sum(parts, 0, out=sums)
+        return None if d_weight is None else _like_weight(d_weight, unit.weight)
+
+    def _cut(self, maps: Tensor) -> tuple[Tensor, ...]:
+        pieces: tuple[Tensor, ...] = maps.split(self._images)
+        return pieces
+
+
+def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
+    """Statistics of some images each, (pieces, 2, C), to those of all."""
+    share = parts.new_tensor(images, dtype=torch.float64)[:, None] / sum(images)
+    means, variances = parts.double().unbind(1)
+    mean = (share * means).sum(0)
+    into.mean.copy_(mean)
+    into.var.copy_((share * (variances + (means - mean).square())).sum(0))
+
+
 class TritonConvolutions(Convolutions):
     """The same by kernels that normalise what they read and take statistics, masks and sums of what they make."""
 
@@ -167,8 +243,10 @@ class TritonConvolutions(Convolutions):
 
 def choose_convolutions(kernels: Kernels, like: Tensor, widest: int) -> Convolutions:
     """The faster ones for a device, as far as that has been measured."""
-    triton = like.is_cuda and os.environ.get(CHOICE_VARIABLE) == "triton"
-    return (TritonConvolutions if triton else Convolutions)(kernels, like, widest)
+    if like.is_cuda:
+        triton = os.environ.get(CHOICE_VARIABLE) == "triton"
+        return (TritonConvolutions if triton else Convolutions)(kernels, like, widest)
+    return (PiecewiseConvolutions if like.numel() > 0 else Convolutions)(kernels, like, widest)
 
 
 def _padding(weight: Tensor) -> list[int]:
