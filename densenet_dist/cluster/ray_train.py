@@ -22,7 +22,7 @@ from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 
 # Spinning OpenMP threads of two workers on shared cores slow each other down thirtyfold.
-WORKER_ENV = {"OMP_WAIT_POLICY": "passive"}
+WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 # report() waits for the controller's next poll, 2 s by default; a dead worker is noticed at the same pace.
 # Ray would nice workers to 15.
 DRIVER_ENV = {
