@@ -545,6 +545,17 @@ def test_errors_of_rounding_are_no_larger(
 
 
 @both_kinds
+@each_tail
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_maps_are_of_its_type(bn_size: int | None, tail: str, dtype: torch.dtype) -> None:
+    model = Block("fused", bn_size=bn_size, tail=tail).float()
+    found = take_step(model, maps(dtype=torch.float32), autocast=dtype)
+    assert found["y"].dtype == dtype
+    del found["y"]
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32, torch.int64}
+
+
+@both_kinds
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_block_whose_parameters_are_in_half_precision(

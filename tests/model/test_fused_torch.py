@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from densenet_dist.model import DenseNet, densenet, fused_block
@@ -152,6 +153,36 @@ def test_the_gradient_operator_keeps_the_rules(bn_size: int | None, tail: str, w
          need_x, needs),
         test_utils=["test_schema", "test_faketensor"],
     )  # fmt: skip
+
+
+def layouts(value: Any) -> Any:
+    """Shapes, strides and types of what an operator returns."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return [layouts(part) for part in value]
+
+
+@both_kinds
+@each_tail
+@pytest.mark.parametrize("which", ["all", "none", "some"])
+def test_a_compiler_is_told_the_true_layouts(bn_size: int | None, tail: str, which: str) -> None:
+    """Strides, too, of which `opcheck` says nothing."""
+    *given, keeps = arguments(bn_size, tail, which, True, needs_gradients=False)
+
+    def compute(given: list[Any]) -> tuple[Any, Any]:
+        made, out, mean, var, inner, inner_mean, inner_var, count = operator.dense_block(*given, keeps)
+        gradient = torch.empty_like(made if tail == "no tail" else out).zero_()
+        _, gammas, betas, weights, frozen, masks, *settings = given
+        gradients = operator.dense_block_backward(
+            gradient, made, mean, var, inner, inner_mean, inner_var, gammas, betas, weights, frozen, masks, *settings,
+            True, [number != 1 for number in range(len(weights))],
+        )  # fmt: skip
+        return layouts((made, out, mean, var, inner, inner_mean, inner_var, count)), layouts(gradients)
+
+    real = compute(given)
+    with FakeTensorMode() as mode:
+        fake = compute(torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given))
+    assert fake == real
 
 
 def compiled(model: nn.Module, backend: str) -> tuple[Any, CompileCounterWithBackend]:

@@ -1,7 +1,7 @@
 """Builds ``native.cpp`` once a machine and user, and loads it.
 
-PyTorch's own extension loader is not used: it compiles PyTorch's headers along, and a build that is killed leaves a lock
-on which every later one waits for ever.
+PyTorch's own extension loader is not used: it compiles PyTorch's headers along, and a build that is killed leaves a
+lock on which every later one waits for ever.
 """
 
 from __future__ import annotations
