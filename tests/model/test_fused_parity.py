@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from densenet_dist.model import DenseNet, densenet
 from densenet_dist.model.forms import dense_block
-from densenet_dist.model.fused import backward, operator
+from densenet_dist.model.fused import backward, convolutions, operator
 from densenet_dist.model.kernels.eager import EagerKernels
 
 TAILS = ["no tail", "norm", "norm and conv"]
@@ -198,6 +198,37 @@ def test_any_number_of_layers_may_wait(
 ) -> None:
     monkeypatch.setattr(backward, "WAITING", {"cpu": waiting})
     assert_same_step(x=maps((2, 5, 4, 3)), layers=layers, bn_size=bn_size, tail=tail)
+
+
+@pytest.fixture(params=[1, 3], ids=["one image at a time", "three images at a time"])
+def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A CPU convolves large batches in pieces; here four images of 6x5 already."""
+    image = 6 * 5 * 8 * 17  # bytes, of the most maps that a unit of `Block` reads
+    monkeypatch.setattr(convolutions, "PIECE_BYTES", request.param * image + 1)
+    assert convolutions.choose_convolutions(EagerKernels(), maps(), 17).accumulates
+    return request.param
+
+
+@both_kinds
+@each_tail
+@pytest.mark.parametrize("which", ["none", "all", "even", "odd"])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.usefixtures("in_pieces")
+def test_some_images_at_a_time(bn_size: int | None, tail: str, which: str, drop_rate: float) -> None:
+    prepare = (lambda _: None) if which == "none" else partial(freeze, which)
+    assert_same_step(prepare, bn_size=bn_size, tail=tail, drop_rate=drop_rate)
+
+
+@both_kinds
+@each_tail
+@pytest.mark.usefixtures("in_pieces")
+def test_some_images_at_a_time_with_fixed_parameters_and_other_layouts(bn_size: int | None, tail: str) -> None:
+    for names in (["conv"], ["denselayer2."], ["bias"]):
+        assert_same_step(partial(fix, names), maps().contiguous(), needs_x=False, bn_size=bn_size, tail=tail)
+    assert_same_step(lambda m: m.to(memory_format=torch.contiguous_format), bn_size=bn_size, tail=tail)
+    model = Block("fused", bn_size=bn_size, tail=tail).to(memory_format=torch.contiguous_format)
+    take_step(model, maps())
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in model.parameters())
 
 
 def norms_of(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -534,10 +565,18 @@ def errors(dtype: torch.dtype, **options: Any) -> tuple[float, float]:
     [(torch.float32, 1.5), (torch.bfloat16, 1.1), (torch.float16, 1.25)],
     ids=["fp32", "bf16", "fp16"],
 )
+@pytest.mark.parametrize("pieces", [False, True], ids=["", "one image at a time"])
 def test_errors_of_rounding_are_no_larger(
-    bn_size: int | None, dtype: torch.dtype, most: float, drop_rate: float
+    monkeypatch: pytest.MonkeyPatch,
+    bn_size: int | None,
+    dtype: torch.dtype,
+    most: float,
+    drop_rate: float,
+    pieces: bool,
 ) -> None:
     """In half precision on the average of many draws: a sign that flips weighs more than all roundings."""
+    if pieces:
+        monkeypatch.setattr(convolutions, "PIECE_BYTES", 1)
     reference, fused = errors(dtype, bn_size=bn_size, tail="norm and conv", layers=5, drop_rate=drop_rate)
     print(f"{dtype}: fused / reference: {fused / reference:.3f}")
     assert 0 < fused <= most * reference
