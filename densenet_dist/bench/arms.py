@@ -29,10 +29,10 @@ from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.schema import Config
 from densenet_dist.train.job import autocast
 from densenet_dist.train.optim import build_optimizer
+from densenet_dist.train.step_graph import WARM_UP_STEPS, StepGraph
 
 _SHARE_OF_MEMORY = 0.8
 _FEW = 4
-_CAPTURE_WARM_UP = 3
 _MOST_SHAPES = 64
 
 _Mark: TypeAlias = Callable[[], None]
@@ -126,7 +126,7 @@ class _Arm:
         step(_nothing)
         known = self._start_of_peak()
         if self._way.captured:
-            step = _captured(step, self._optimizer)
+            step = self._captured(images, labels)
         once = sum(self._time(step, 1)) / 1e3
         peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else peak_bytes() - known
         steps = max(2 if on_gpu or once <= seconds else 1, int(seconds / once))
@@ -157,8 +157,22 @@ class _Arm:
         mark()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=not self._way.captured)  # a graph has fixed addresses
+        if not self._way.captured:  # a graph clears them itself
+            self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def _captured(self, images: Tensor, labels: Tensor) -> _Step:
+        """The step as training captures it (``train.cuda_graph``), the copies into the graph's own memory included."""
+
+        def whole(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            loss = self._step(images, labels, _nothing)
+            return loss, loss
+
+        graph = StepGraph(whole, self._optimizer, self._device)
+        graph.set_learning_rate(0.0)
+        for _ in range(WARM_UP_STEPS + 1):
+            graph(images, labels)
+        return lambda _: graph(images, labels)[0]
 
     def _time(self, step: _Step, steps: int) -> list[float]:
         """Milliseconds from mark to mark of so many steps."""
@@ -233,28 +247,6 @@ class _Stopwatch:
             torch.cuda.synchronize(self._device)
             return [before.elapsed_time(after) for before, after in pairwise(self._marks)]
         return [(after - before) * 1e3 for before, after in pairwise(self._marks)]
-
-
-def _captured(step: _Step, optimizer: torch.optim.Optimizer) -> _Step:
-    """The same step as one CUDA graph, which is replayed without the CPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_CAPTURE_WARM_UP):
-            step(_nothing)
-    torch.cuda.current_stream().wait_stream(stream)
-    for group in optimizer.param_groups:
-        if "capturable" in group:  # Adam's; SGD needs no leave
-            group["capturable"] = True
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        loss = step(_nothing)
-
-    def replay(_: _Mark) -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 def _explained(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -10,7 +10,7 @@ Sums are over (N, H, W); offset and slope count the units in training only (a fr
 
 Gradients W_l^T * d made_l wait until a map below them is needed; after a few of them (`WAITING`) all that they add to
 the maps below is added to the buffer of G at once. So the buffer is read and written once for several layers, and
-memory stays linear in depth.
+memory stays linear in depth. Convolutions that add to the buffer themselves (`Convolutions.accumulates`) wait for none.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class _Pass:
 
     def run(self, gradient: Tensor, need_x: bool) -> Gradients:
         layers, widths = self._block.layers, self._block.widths
-        if self._block.tail is None:
+        tail = self._block.tail
+        if tail is None:
             self._carry = gradient
         else:
-            self._through_reader(len(layers), self._block.tail, self._padded(gradient))
+            self._through_reader(len(layers), tail, self._padded(tail, gradient))
         for number, (start, stop) in reversed(list(enumerate(pairwise(widths)))):
             layer = layers[number]
             d_made = self._d_slot(start, stop, self._next_mask(), self._convolutions.padded(stop - start))
@@ -172,16 +173,12 @@ class _Pass:
     def _next_mask(self) -> Tensor | None:
         return self._masks.pop() if self._masks else None
 
-    def _padded(self, gradient: Tensor) -> Tensor:
-        """A gradient from outside with as many channels as the convolution made."""
-        channels = gradient.shape[1]
-        if (
-            self._block.tail is None
-            or self._block.tail.weight is None
-            or channels == self._convolutions.padded(channels)
-        ):
+    def _padded(self, tail: Unit, gradient: Tensor) -> Tensor:
+        """A gradient from outside with as many channels as the tail's convolution made."""
+        channels = self._convolutions.padded(tail.makes)
+        if tail.weight is None or channels == tail.makes:
             return gradient
-        out = new_maps(gradient, self._convolutions.padded(channels))
+        out = new_maps(gradient, channels)
         self._kernels.finish(gradient, gradient, None, None, 1.0, out)
         return out
 
