@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
 from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError, TrainingError
@@ -19,7 +20,6 @@ from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
 from densenet_dist.train.evaluation import evaluate
 from densenet_dist.train.job import Job, build_job, build_model
-from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
 
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 67, 8, 75
 
