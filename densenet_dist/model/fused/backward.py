@@ -10,7 +10,7 @@ Sums are over (N, H, W); offset and slope count the units in training only (a fr
 
 Gradients W_l^T * d made_l wait until a map below them is needed; after a few of them (`WAITING`) all that they add to
 the maps below is added to the buffer of G at once. So the buffer is read and written once for several layers, and
-memory stays linear in depth. Convolutions that add to the buffer themselves (`Convolutions.accumulates`) wait for none.
+memory stays linear in depth. Where a convolution adds to the buffer itself (`Convolutions.accumulates`) none waits.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Pass:
         self._masks, self._needs = list(masks), list(need_weights)
         self._wide = accumulation_type(maps.dtype)
         self._count = maps.numel() // maps.shape[1]
-        self._convolutions = choose_convolutions(kernels, maps, max(unit.reads for unit in block.units))
+        self._convolutions = choose_convolutions(kernels, maps, block.units)
         self._norms = [unit.norm(made.statistics, self._wide) for unit in block.readers]
         self._sums = maps.new_zeros((len(self._norms), 2, maps.shape[1]), dtype=self._wide)
         self._shares = _shares_of(block.readers, self._norms, self._sums)
@@ -96,7 +96,7 @@ class _Pass:
         """Back through a unit that reads the block's maps: what comes out is added to G, at once or with others."""
         norm, needed = self._norms[number], self._needs.pop()
         maps = self._made.maps[:, : unit.reads]
-        if self._convolutions.accumulates:
+        if self._convolutions.accumulates(unit) and not self._waiting:
             sums = self._sums.new_empty(2, unit.reads)
             carry, out = self._carried(0, unit.reads), self._room(unit.reads)
             self._keep(self._convolutions.accumulate(unit, maps, norm, d_made, needed, carry, out, sums))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from densenet_dist.model.fused.structure import Statistics, Unit, new_maps
 from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, accumulation_type
+from densenet_dist.model.kernels.native import NativeKernels
 
 TENSOR_CORE_CHANNELS = 8
 """Tensor cores want channels in multiples of this (16 bytes of half precision): others cost cuDNN a copy or its slow
@@ -37,18 +39,19 @@ class Convolutions:
     Args:
         kernels: for the maps' device and type.
         like: maps of the block's images, device and type.
-        widest: the most channels that a unit reads.
+        units: whose convolutions they are.
     """
 
-    accumulates = False
-    """Whether `accumulate` is better than `backward`, with gradients that wait."""
-
-    def __init__(self, kernels: Kernels, like: Tensor, widest: int) -> None:
+    def __init__(self, kernels: Kernels, like: Tensor, units: Iterable[Unit]) -> None:
         self._kernels, self._like = kernels, like
         self._multiple = TENSOR_CORE_CHANNELS if like.is_cuda else 1
         # One piece of memory for all layers: on a CPU fresh pages cost more than the pass that fills them.
         n, _, height, width = like.shape
-        self._scratch = like.new_empty(n * height * width * self.padded(widest))
+        self._scratch = like.new_empty(n * height * width * self.padded(_widest(units)))
+
+    def accumulates(self, unit: Unit) -> bool:
+        """Whether `accumulate` is better than `backward`, with gradients that wait."""
+        return False
 
     def padded(self, channels: int) -> int:
         """The next multiple that the device likes."""
@@ -132,11 +135,15 @@ class Convolutions:
 class PiecewiseConvolutions(Convolutions):
     """The same on a CPU, some images at a time (`PIECE_BYTES`)."""
 
-    def __init__(self, kernels: Kernels, like: Tensor, widest: int) -> None:
-        images = max(1, PIECE_BYTES // (like[:1, :1].nbytes * widest))
-        super().__init__(kernels, like[:images], widest)
+    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
+        images = max(1, PIECE_BYTES // (like[:1, :1].nbytes * _widest(units)))
+        super().__init__(kernels, like[:images], units)
         self._images = images
-        self.accumulates = len(like) > images  # else gradients are small enough for several to wait
+        self._many = len(like) > images
+
+    def accumulates(self, unit: Unit) -> bool:
+        """Where there are several pieces; else gradients are small enough for several to wait."""
+        return self._many
 
     def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
         """As in the base class."""
@@ -191,6 +198,51 @@ class PiecewiseConvolutions(Convolutions):
         return pieces
 
 
+class NativeConvolutions(PiecewiseConvolutions):
+    """The same, 1x1 convolutions by kernels of our own that normalise what they read and sum what they make."""
+
+    def __init__(self, kernels: NativeKernels, like: Tensor, units: Sequence[Unit]) -> None:
+        super().__init__(kernels, like, [unit for unit in units if not kernels.convolves(unit.weight, like.dtype)])
+        self._native = kernels
+
+    def accumulates(self, unit: Unit) -> bool:
+        """As in the base class, and wherever a kernel of our own does it at once."""
+        return super().accumulates(unit) or self._takes(unit)
+
+    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
+        """As in the base class."""
+        return self.write(unit, maps, norm, None, 1.0, None, None) if self._takes(unit) else super().apply(unit, maps, norm)
+
+    def write(
+        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        into: Statistics | None,
+    ) -> Tensor:  # fmt: skip
+        """As in the base class."""
+        if not self._takes(unit):
+            return super().write(unit, maps, norm, mask, keep, slot, into)
+        assert unit.weight is not None
+        slot = new_maps(maps, unit.makes) if slot is None else slot
+        weight = unit.weight.to(maps.dtype).contiguous()
+        self._native.conv1x1(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
+        return slot
+
+    def accumulate(
+        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
+        out: Tensor, sums: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """As in the base class."""
+        if not self._takes(unit):
+            return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
+        assert unit.weight is not None
+        weight = unit.weight.to(maps.dtype).contiguous()
+        d_weight = torch.empty_like(weight) if need_weight else None
+        self._native.conv1x1_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
+        return None if d_weight is None else _like_weight(d_weight, unit.weight)
+
+    def _takes(self, unit: Unit) -> bool:
+        return self._native.convolves(unit.weight, self._like.dtype)
+
+
 def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
     """Statistics of some images each, (pieces, 2, C), to those of all."""
     share = parts.new_tensor(images, dtype=torch.float64)[:, None] / sum(images)
@@ -203,7 +255,9 @@ def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
 class TritonConvolutions(Convolutions):
     """The same by kernels that normalise what they read and take statistics, masks and sums of what they make."""
 
-    accumulates = True
+    def accumulates(self, unit: Unit) -> bool:
+        """Always: it takes no more memory traffic than `backward`."""
+        return True
 
     def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
         """As in the base class."""
@@ -241,12 +295,19 @@ class TritonConvolutions(Convolutions):
         return _like_weight(d_weight, unit.weight)
 
 
-def choose_convolutions(kernels: Kernels, like: Tensor, widest: int) -> Convolutions:
-    """The faster ones for a device, as far as that has been measured."""
+def choose_convolutions(kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> Convolutions:
+    """The faster ones for a device, as far as that has been measured; arguments as of `Convolutions`."""
     if like.is_cuda:
         triton = os.environ.get(CHOICE_VARIABLE) == "triton"
-        return (TritonConvolutions if triton else Convolutions)(kernels, like, widest)
-    return (PiecewiseConvolutions if like.numel() > 0 else Convolutions)(kernels, like, widest)
+        return (TritonConvolutions if triton else Convolutions)(kernels, like, units)
+    if isinstance(kernels, NativeKernels):
+        return NativeConvolutions(kernels, like, units)
+    return (PiecewiseConvolutions if like.numel() > 0 else Convolutions)(kernels, like, units)
+
+
+def _widest(units: Iterable[Unit]) -> int:
+    """The most channels that a unit reads."""
+    return max((unit.reads for unit in units), default=1)
 
 
 def _padding(weight: Tensor) -> list[int]:

@@ -38,7 +38,7 @@ class _Pass:
     def __init__(self, kernels: Kernels, block: Structure, x: Tensor, masks: Sequence[Tensor]) -> None:
         self._kernels, self._block = kernels, block
         self._masks = iter(masks)
-        self._convolutions = choose_convolutions(kernels, x, max(unit.reads for unit in block.units))
+        self._convolutions = choose_convolutions(kernels, x, block.units)
         self._wide = accumulation_type(x.dtype)
 
     def run(self, x: Tensor, keep_inner: bool) -> Forward:

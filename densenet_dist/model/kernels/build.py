@@ -70,7 +70,8 @@ def _cache_folder() -> Path:
 def _fingerprint(compiler: list[str]) -> str:
     """A name for the library: other sources, compilers and processors have others (home folders may be shared)."""
     version = _run([*compiler, "--version"]).stdout
-    parts = [SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), _processor()]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = [*sources, *FLAGS, *compiler, version, platform.machine(), _processor()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
 
 

@@ -1,62 +1,12 @@
-// The four passes of interface.py for CPUs, in C++ with OpenMP. No header but the standard library's: a build takes two
+// The kernels of interface.py for CPUs, in C++ with OpenMP. No header but the standard library's: a build takes a few
 // seconds, and fits every version of torch. Maps are rows of channels, `ld` elements apart, one row a pixel.
 //
 // Sums go over fixed chunks of rows, added up in order: the same bits with any number of threads.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
+#include "native_common.h"
+#include "native_conv1x1.h"
 
 namespace {
-
-constexpr int64_t kChunk = 64;      // rows summed in single precision, their maps still in the first cache
-constexpr int64_t kGroup = 1024;    // rows whose sums one thread makes alone
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-template <typename T>
-struct Wide {
-  using type = T;
-};
-template <>
-struct Wide<bfloat16> {
-  using type = float;
-};
-
-inline float load(const float *p) { return *p; }
-inline double load(const double *p) { return *p; }
-inline float load(const bfloat16 *p) {
-  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline void store(float *p, float value) { *p = value; }
-inline void store(double *p, double value) { *p = value; }
-inline void store(bfloat16 *p, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  p->bits = static_cast<uint16_t>(value != value ? 0x7FC0 : rounded);
-}
-
-// y = scale x + shift. Forward and backward use this one expression, or the sign of y could differ by a rounding.
-template <typename A>
-struct Affine {
-  std::vector<A> scale, shift;
-  Affine(int64_t channels, const A *gamma, const A *beta, const A *mean, const A *var, double eps)
-      : scale(channels), shift(channels) {
-    for (int64_t c = 0; c < channels; ++c) {
-      scale[c] = gamma[c] / std::sqrt(var[c] + static_cast<A>(eps));
-      shift[c] = beta[c] - mean[c] * scale[c];
-    }
-  }
-};
 
 template <typename T>
 void bn_relu(int64_t rows, int64_t channels, int64_t padded, const T *x, int64_t ldx, const void *gamma,
@@ -66,92 +16,33 @@ void bn_relu(int64_t rows, int64_t channels, int64_t padded, const T *x, int64_t
                        static_cast<const A *>(mean), static_cast<const A *>(var), eps);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    const T *__restrict from = x + row * ldx;
-    T *__restrict to = out + row * ldo;
-    const A *__restrict scale = norm.scale.data();
-    const A *__restrict shift = norm.shift.data();
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const A y = load(from + c) * scale[c] + shift[c];
-      store(to + c, y < 0 ? A(0) : y);  // NaN stays NaN
-    }
+    T *to = out + row * ldo;
+    rectify(channels, x + row * ldx, norm, to);
     for (int64_t c = channels; c < padded; ++c) store(to + c, A(0));
   }
 }
 
 template <typename T>
 void write(int64_t rows, int64_t channels, const T *made, int64_t ldm, const uint8_t *mask, double keep, T *slot,
-           int64_t lds, void *mean_, void *var_, int threads) {
+           int64_t lds, void *mean, void *var, int threads) {
   using A = typename Wide<T>::type;
   const A factor = keep > 0 ? static_cast<A>(1 / keep) : A(0);
-  const bool copies = made != slot || mask != nullptr, counts = mean_ != nullptr;
-  const int64_t groups = (rows + kGroup - 1) / kGroup;
-  std::vector<double> means(counts ? groups * channels : 0), squares(counts ? groups * channels : 0);
+  const bool copies = made != slot || mask != nullptr;
+  Moments<A> moments(rows, channels, mean != nullptr);
+  const int64_t groups = moments.groups(rows);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = group * kGroup, end = std::min(rows, begin + kGroup);
-    std::vector<A> sum(channels), square(channels), centre(channels);
-    double *mean = counts ? means.data() + group * channels : nullptr;
-    double *m2 = counts ? squares.data() + group * channels : nullptr;
+    std::vector<A> scratch(3 * channels);
     for (int64_t first = begin; first < end; first += kChunk) {
       const int64_t last = std::min(end, first + kChunk);
       if (copies)
-        for (int64_t row = first; row < last; ++row) {
-          const T *from = made + row * ldm;
-          T *to = slot + row * lds;
-          if (mask != nullptr) {
-            const uint8_t *__restrict kept = mask + row * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; ++c) store(to + c, load(from + c) * (kept[c] ? factor : A(0)));
-          } else {
-#pragma omp simd
-            for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
-          }
-        }
-      if (!counts) continue;
-      // Mean and sum of squared deviations of the chunk, then merged as Chan, Golub and LeVeque (1983), eq. 2.1.
-      std::fill(sum.begin(), sum.end(), A(0));
-      std::fill(square.begin(), square.end(), A(0));
-      for (int64_t row = first; row < last; ++row) {
-        const T *__restrict from = slot + row * lds;
-        A *__restrict s = sum.data();
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) s[c] += load(from + c);
-      }
-      const A share = A(1) / static_cast<A>(last - first);
-      for (int64_t c = 0; c < channels; ++c) centre[c] = sum[c] * share;
-      for (int64_t row = first; row < last; ++row) {
-        const T *__restrict from = slot + row * lds;
-        const A *__restrict middle = centre.data();
-        A *__restrict s = square.data();
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) {
-          const A off = load(from + c) - middle[c];
-          s[c] += off * off;
-        }
-      }
-      const double old = static_cast<double>(first - begin), more = static_cast<double>(last - first);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double delta = static_cast<double>(centre[c]) - mean[c];
-        mean[c] += delta * (more / (old + more));
-        m2[c] += square[c] + delta * delta * (old * more / (old + more));
-      }
+        for (int64_t row = first; row < last; ++row)
+          drop(channels, made + row * ldm, mask == nullptr ? nullptr : mask + row * channels, factor, slot + row * lds);
+      moments.add(begin, first, last, slot, lds, scratch.data());
     }
   }
-  if (!counts) return;
-  A *mean_out = static_cast<A *>(mean_), *var_out = static_cast<A *>(var_);
-  for (int64_t c = 0; c < channels; ++c) {
-    double mean = 0, m2 = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      const double old = static_cast<double>(group * kGroup);
-      const double more = static_cast<double>(std::min(rows, (group + 1) * kGroup) - group * kGroup);
-      const double delta = means[group * channels + c] - mean;
-      mean += delta * (more / (old + more));
-      m2 += squares[group * channels + c] + delta * delta * (old * more / (old + more));
-    }
-    mean_out[c] = static_cast<A>(mean);
-    var_out[c] = static_cast<A>(m2 / static_cast<double>(std::max<int64_t>(rows, 1)));
-  }
+  moments.finish(mean, var);
 }
 
 // One consumer's share of a chunk: out (+)= scale g, and the sums of g and of g (x - mean).
@@ -293,7 +184,7 @@ void finish(int64_t rows, int64_t channels, int64_t padded, const G *gradient, i
     write(rows, channels, made, ldm, mask, keep, slot, lds, mean, var, threads);                                       \
   }                                                                                                                    \
   extern "C" void gather_##NAME(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count,                \
-                                const void *consumers, const T *carry, int64_t ldc, void *out, int64_t ldo,         \
+                                const void *consumers, const T *carry, int64_t ldc, void *out, int64_t ldo,            \
                                 int wide, int threads) {                                                               \
     const auto *all = static_cast<const Consumer<T> *>(consumers);                                                     \
     if (wide)                                                                                                          \
@@ -312,6 +203,24 @@ void finish(int64_t rows, int64_t channels, int64_t padded, const G *gradient, i
              out, ldo, threads);                                                                                       \
   }
 
+#define FOR_WIDE_TYPE(NAME, T)                                                                                         \
+  extern "C" void conv1x1_##NAME(int64_t rows, int64_t channels, int64_t makes, const T *x, int64_t ldx,               \
+                                 const void *gamma, const void *beta, const void *mean, const void *var, double eps,   \
+                                 const T *weight, const uint8_t *mask, double keep, T *slot, int64_t lds,              \
+                                 void *slot_mean, void *slot_var, int threads) {                                       \
+    conv1x1(rows, channels, makes, x, ldx, gamma, beta, mean, var, eps, weight, mask, keep, slot, lds, slot_mean,      \
+            slot_var, threads);                                                                                        \
+  }                                                                                                                    \
+  extern "C" void conv1x1_backward_##NAME(                                                                             \
+      int64_t rows, int64_t channels, int64_t makes, const T *x, int64_t ldx, const void *gamma, const void *beta,     \
+      const void *mean, const void *var, double eps, const T *weight, const T *d_made, int64_t ldd, const T *carry,    \
+      int64_t ldc, T *out, int64_t ldo, void *sums, void *d_weight, int threads) {                                     \
+    conv1x1_backward(rows, channels, makes, x, ldx, gamma, beta, mean, var, eps, weight, d_made, ldd, carry, ldc, out, \
+                     ldo, sums, d_weight, threads);                                                                    \
+  }
+
 FOR_TYPE(f32, float, float)
 FOR_TYPE(f64, double, double)
 FOR_TYPE(bf16, bfloat16, float)
+FOR_WIDE_TYPE(f32, float)
+FOR_WIDE_TYPE(f64, double)

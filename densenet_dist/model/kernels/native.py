@@ -20,7 +20,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "write": (_I, _I, _P, _I, _P, _D, _P, _I, _P, _P, _N),
     "gather": (_I, _I, _P, _I, _I, _P, _P, _I, _P, _I, _N, _N),
     "finish": (_I, _I, _I, _P, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N, _N),
+    "conv1x1": (_I, _I, _I, _P, _I, _P, _P, _P, _P, _D, _P, _P, _D, _P, _I, _P, _P, _N),
+    "conv1x1_backward": (_I, _I, _I, _P, _I, _P, _P, _P, _P, _D, _P, _P, _I, _P, _I, _P, _I, _P, _P, _N),
 }
+_CONVOLVED: Final = (torch.float32, torch.float64)
 
 
 class _Consumer(ctypes.Structure):
@@ -41,6 +44,8 @@ class NativeKernels:
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, arguments in _SIGNATURES.items():
             for dtype, suffix in _TYPES.items():
+                if name.startswith("conv1x1") and dtype not in _CONVOLVED:
+                    continue
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = arguments, None
                 self._functions[name, dtype] = function
@@ -49,6 +54,11 @@ class NativeKernels:
     def takes(dtype: torch.dtype) -> bool:
         """Whether there are passes for maps of this type."""
         return dtype in _TYPES
+
+    @staticmethod
+    def convolves(weight: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether `conv1x1` and `conv1x1_backward` are there for a unit of this weight and maps of this type."""
+        return weight is not None and weight.shape[2:] == (1, 1) and dtype in _CONVOLVED
 
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """Normalise and rectify."""
@@ -103,6 +113,51 @@ class NativeKernels:
             out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
         )  # fmt: skip
 
+    def conv1x1(
+        self, maps: Tensor, norm: Norm, weight: Tensor, mask: Tensor | None, keep: float, slot: Tensor,
+        mean: Tensor | None, var: Tensor | None,
+    ) -> None:  # fmt: skip
+        """`write` of ``conv(relu(norm(maps)))``; `weight`: (K, C, 1, 1), of the maps' type."""
+        rows, channels, ld = _rows(maps)
+        slot_rows, makes, lds = _rows(slot)
+        assert slot_rows == rows
+        assert slot.dtype == maps.dtype
+        self._functions["conv1x1", maps.dtype](
+            rows, channels, makes, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
+            _matrix(weight, makes, channels, maps.dtype), _mask(mask, slot), keep, slot.data_ptr(), lds,
+            _vector(mean, makes, slot.dtype), _vector(var, makes, slot.dtype), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def conv1x1_backward(
+        self, maps: Tensor, norm: Norm, weight: Tensor, d_made: Tensor, carry: Tensor | None, out: Tensor, sums: Tensor,
+        d_weight: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Back through `conv1x1`, and `gather` of what comes out of it.
+
+        Args:
+            maps: (N, C, H, W): x.
+            norm: of x.
+            weight: (K, C, 1, 1), of the maps' type.
+            d_made: (N, K, H, W), the gradient of what the convolution made.
+            carry: as for `gather`.
+            out: as for `gather`, of the maps' type.
+            sums: (2, C), as those of `Consumer`.
+            d_weight: of the weight's shape, contiguous, becomes its gradient; None: not wanted.
+        """
+        rows, channels, ld = _rows(maps)
+        made_rows, makes, ldd = _rows(d_made)
+        out_rows, _, ldo = _rows(out)
+        assert made_rows == out_rows == rows
+        assert d_made.dtype == out.dtype == maps.dtype
+        assert carry is None or (carry.dtype == maps.dtype and carry.shape == maps.shape)
+        self._functions["conv1x1_backward", maps.dtype](
+            rows, channels, makes, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
+            _matrix(weight, makes, channels, maps.dtype), d_made.data_ptr(), ldd,
+            None if carry is None else carry.data_ptr(), ldo if carry is None else _rows(carry)[2], out.data_ptr(), ldo,
+            _vector(sums, 2 * channels, maps.dtype),
+            None if d_weight is None else _matrix(d_weight, makes, channels, maps.dtype), torch.get_num_threads(),
+        )  # fmt: skip
+
 
 def _rows(maps: Tensor) -> tuple[int, int, int]:
     """Pixels, channels, and elements from one pixel to the next.
@@ -128,6 +183,12 @@ def _vector(vector: Tensor | None, elements: int, dtype: torch.dtype) -> int | N
     assert vector.numel() == elements
     assert vector.is_contiguous()
     return vector.data_ptr()
+
+
+def _matrix(weight: Tensor, makes: int, channels: int, dtype: torch.dtype) -> int:
+    assert weight.dtype == dtype
+    assert tuple(weight.shape) == (makes, channels, 1, 1)
+    return _vector(weight.view(makes, channels), makes * channels, dtype) or 0
 
 
 def _pointers(norm: Norm, channels: int, dtype: torch.dtype) -> list[int | None]:
