@@ -180,7 +180,7 @@ class TrainConfig:
     """Whether torch.compile is used."""
     cuda_graph: bool = False
     """Whether a step is launched as one CUDA graph, which helps small batches; on one GPU, elsewhere it changes
-    nothing."""
+    nothing. Augmentation is in it where the torch loader does it on the GPU, trivial_augment excepted."""
     deterministic: bool = False
     """On a GPU: use deterministic kernels only, so that a resumed run equals the undisturbed one bit for bit, at some
     cost in speed. On CPUs training always is deterministic."""

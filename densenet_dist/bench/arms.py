@@ -22,6 +22,7 @@ from densenet_dist.bench.ways import WAYS, configured_for
 from densenet_dist.bench.workers import available_bytes, peak_bytes, reset_peak, resident_bytes
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
+from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model import densenet
 from densenet_dist.model.fused.convolutions import CHOICE_VARIABLE
@@ -170,9 +171,10 @@ class _Arm:
 
         graph = StepGraph(whole, self._optimizer, self._device)
         graph.set_learning_rate(0.0)
+        recipe = BatchRecipe.of(Batch(images, labels, len(images)))
         for _ in range(WARM_UP_STEPS + 1):
-            graph(images, labels)
-        return lambda _: graph(images, labels)[0]
+            graph(recipe)
+        return lambda _: graph(recipe).loss
 
     def _time(self, step: _Step, steps: int) -> list[float]:
         """Milliseconds from mark to mark of so many steps."""

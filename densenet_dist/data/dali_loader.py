@@ -70,6 +70,9 @@ class DaliEngine:
             dense = np.ascontiguousarray(images)
             self._images = upload(dense, self.device) if self.device.type == "cuda" else dense
 
+    def recipe(self, request: Request) -> None:
+        """None: DALI's pipeline runs on its own."""
+
     def stream(self, request: Callable[[int], Request], largest: int) -> DaliStream:
         """A stream of its own for one loader: one pipeline, built when first used."""
         return DaliStream(self, request, largest)

@@ -45,6 +45,31 @@ class Batch(NamedTuple):
         return self.labels if self.targets is None else self.targets
 
 
+class BatchRecipe(NamedTuple):
+    """A batch not made yet: a pure function, on the device alone, that a CUDA graph can hold.
+
+    Attributes:
+        inputs: tensors on the device.
+        make: of those, or of others in their places, the batch. It depends on shapes only, so that with one rank one
+            serves all batches of one size.
+        global_size: of the batch.
+    """
+
+    inputs: tuple[Tensor, ...]
+    make: Callable[..., Batch]
+    global_size: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> BatchRecipe:
+        """Of a batch that has been made: nothing is left to do."""
+        size = batch.global_size
+        return cls((batch.images, batch.aims), lambda images, aims: Batch(images, aims, size), size)
+
+    def batch(self) -> Batch:
+        """Make it."""
+        return self.make(*self.inputs)
+
+
 class TrainLoader:
     """The training batches of one rank; the global batches are the same for every world size.
 
@@ -98,12 +123,26 @@ class TrainLoader:
             IndexError: the epoch has fewer steps.
             DataError: a picture in a file has become unreadable, and is not to be skipped.
         """
+        numbers = self._numbers(epoch, start_step)
+        pixels = _whatever_files_do(self._stream, numbers, self._engine.substitutes, self._epochs.clear)
+        return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
+
+    def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
+        """The same batches, to be made later; None where the host has a part in making them.
+
+        Raises:
+            IndexError: the epoch has fewer steps.
+        """
+        numbers = self._numbers(epoch, start_step)
+        if numbers and self._engine.recipe(self._request(numbers[0])) is None:
+            return None
+        return map(self._recipe, numbers)
+
+    def _numbers(self, epoch: int, start_step: int) -> range:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise IndexError(f"step {start_step} of an epoch of {self.steps_per_epoch} steps")
         first = epoch * self.steps_per_epoch
-        numbers = range(first + start_step, first + self.steps_per_epoch)
-        pixels = _whatever_files_do(self._stream, numbers, self._engine.substitutes, self._epochs.clear)
-        return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
+        return range(first + start_step, first + self.steps_per_epoch)
 
     def _make_epoch(self, epoch: int) -> Epoch:
         order = epoch_order(self._indices, self._seed, epoch)
@@ -146,21 +185,41 @@ class TrainLoader:
         return slice(start + self._rank + half, stop, step), slice(start + wrapped + half - size, start + half, step)
 
     def _batch(self, number: int, images: Tensor) -> Batch:
-        request, device = self._request(number), self._engine.device
+        return self._mixed(self._global_size(number), images, *self._beside(number))
+
+    def _recipe(self, number: int) -> BatchRecipe:
+        pixels, beside = self._engine.recipe(self._request(number)), self._beside(number)
+        assert pixels is not None  # as of the epoch's first batch
+        make, count, size = pixels.make, len(pixels.inputs), self._global_size(number)
+        return BatchRecipe(
+            (*pixels.inputs, *beside), lambda *inputs: self._mixed(size, make(*inputs[:count]), *inputs[count:]), size
+        )
+
+    def _global_size(self, number: int) -> int:
         start, stop = self._plan.bounds(number % self.steps_per_epoch)
+        return stop - start
+
+    def _beside(self, number: int) -> tuple[Tensor, ...]:
+        """What a batch needs besides pixels: labels, and where images are mixed how, of this rank's own."""
+        request, device = self._request(number), self._engine.device
         labels = request.tensor("labels", device)
         if not self._augmentation.mixes:
-            return Batch(images, labels, stop - start)
+            return (labels,)
         own = Request(request.epoch, request.parts[:1])
-        shift = self._partner_shift(stop - start)
+        return labels, *(own.tensor(name, device) for name in ("blend", "box", "own"))
+
+    def _mixed(self, global_size: int, images: Tensor, labels: Tensor, *how: Tensor) -> Batch:
+        if not how:
+            return Batch(images, labels, global_size)
+        blend, box, share = how
+        shift = self._partner_shift(global_size)
         if shift is not None:
             partners, others = images.roll(-shift, 0), labels.roll(-shift, 0)
         else:
-            count = len(own.tensor("labels", device))
+            count = len(blend)
             (images, partners), (labels, others) = ((both[:count], both[count:]) for both in (images, labels))
-        blend, box, share = (own.tensor(name, device) for name in ("blend", "box", "own"))
         targets = torch_ops.mixed_targets(labels, others, share, self._num_classes)
-        return Batch(torch_ops.mix(images, partners, blend, box), labels, stop - start, targets)
+        return Batch(torch_ops.mix(images, partners, blend, box), labels, global_size, targets)
 
 
 class EvalLoader:

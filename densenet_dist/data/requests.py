@@ -100,6 +100,19 @@ class Request(NamedTuple):
         return picked[0] if len(picked) == 1 else torch.cat(picked)
 
 
+class Recipe(NamedTuple):
+    """Pixels not made yet: a pure function, on the device alone, that a CUDA graph can hold.
+
+    Attributes:
+        inputs: tensors on the engine's device, whose first size is that of the request.
+        make: of those, or of others in their places: (m, 3, H, W) float32 in channels_last memory. It depends on
+            shapes only, so that one serves all requests of one size.
+    """
+
+    inputs: tuple[Tensor, ...]
+    make: Callable[..., Tensor]
+
+
 class Stream(Protocol):
     """What makes the pixels of one loader's requests."""
 
@@ -125,6 +138,9 @@ class Engine(Protocol):
     @property
     def substitutes(self) -> Substitutes | None:
         """For pictures in files that become unreadable; None for images in memory."""
+
+    def recipe(self, request: Request) -> Recipe | None:
+        """The request's pixels, to be made later; None where the host has a part in it."""
 
     def stream(self, request: Callable[[int], Request], largest: int) -> Stream:
         """A stream that asks `request(number)` what to make; at most `largest` images each."""

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data import torch_ops
+from densenet_dist.data.augment import Padding
 from densenet_dist.data.image_files import BadImage, ImageFiles
-from densenet_dist.data.requests import Request, upload
+from densenet_dist.data.requests import Recipe, Request, upload
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 _CPU_PIECE = 64
@@ -86,20 +87,40 @@ class TorchEngine:
             start = stop
         return images
 
+    def recipe(self, request: Request) -> Recipe | None:
+        """As `requests.Engine.recipe`, of images that lie on the device; tones are sorted on the host."""
+        source, todo = self._source, request.parameters
+        if not isinstance(source, _Resident) or todo.tone is not None:
+            return None
+        warped, cut = todo.affine is not None, todo.hole is not None
+        names = ["rows"] + ["theta"] * warped + ["hole"] * cut
+
+        def make(rows: Tensor, *rest: Tensor) -> Tensor:
+            theta, hole = rest[0] if warped else None, rest[-1] if cut else None
+            return self._transformed(source.pick(rows), theta, todo.padding, hole)
+
+        return Recipe(tuple(request.tensor(name, self.device) for name in names), make)
+
     def _piece(self, request: Request) -> Tensor:
         images, todo = self._source.read(request), request.parameters
         if todo.tone is not None:
             strength = request.tensor("strength", self.device)
             torch_ops.change_tones(images, request.array("tone"), strength, lambda rows: upload(rows, self.device))
-        if todo.affine is not None:
-            images = torch_ops.warp(images, request.tensor("theta", self.device), self._centres, todo.padding)
+        theta = None if todo.affine is None else request.tensor("theta", self.device)
+        hole = None if todo.hole is None else request.tensor("hole", self.device)
+        return self._transformed(images, theta, todo.padding, hole)
+
+    def _transformed(self, images: Tensor, theta: Tensor | None, padding: Padding, hole: Tensor | None) -> Tensor:
+        """Warped, normalised, and with holes cut."""
+        if theta is not None:
+            images = torch_ops.warp(images, theta, self._centres, padding)
         images = images.contiguous(memory_format=torch.channels_last)
         # By whole rows: broadcasting three channels in the innermost place is 10 times slower on a CPU. And with two
         # roundings, never a fused one: the bits stay the same for every device, thread count and batch size.
         rows_of_channels = images.permute(0, 2, 3, 1).view(-1, self.image_size, 3 * self.image_size)
         rows_of_channels.mul_(self._scale).add_(self._shift)
-        if todo.hole is not None:
-            torch_ops.cut_holes(images, request.tensor("hole", self.device))
+        if hole is not None:
+            torch_ops.cut_holes(images, hole)
         return images
 
 
@@ -127,8 +148,11 @@ class _Resident:
         self._images = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device)
 
     def read(self, request: Request) -> Tensor:
+        return self.pick(request.tensor("rows", self._device))
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """`read`, by places in the split, (m,) int64."""
         # index_select copies whole images; indexing by [rows] goes byte by byte and is 15 times slower on a CPU.
-        rows = request.tensor("rows", self._device)
         return self._images.index_select(0, rows).permute(0, 3, 1, 2).float()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.data.loader import Batch
+from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import Position, load_weights
@@ -69,10 +69,11 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
     job.forward.train()
     started, waited, seen = time.perf_counter(), 0.0, 0
     shown = asked = started
-    for batch in job.train_loader.epoch(job.position.epoch, job.position.step):
+    for batch in _batches(job):
         waited += time.perf_counter() - asked
         if log is not None and job.position.global_step == 0:
-            log.images("train/augmented", batch.images, *normalisation(job.config, job.dataset), 0)
+            first = batch.batch() if isinstance(batch, BatchRecipe) else batch
+            log.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         train_step(job, batch)
         seen += batch.global_size
         _after_step(job)
@@ -88,7 +89,14 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
     return figures | {"perf/images_per_s": seen / seconds, "perf/data_wait": waited / seconds}
 
 
-def train_step(job: Job, batch: Batch) -> None:
+def _batches(job: Job) -> Iterator[Batch] | Iterator[BatchRecipe]:
+    """Those left of the current epoch; recipes where a captured step can make the batch too."""
+    start = (job.position.epoch, job.position.step)
+    recipes = None if job.step_graph is None else job.train_loader.recipes(*start)
+    return job.train_loader.epoch(*start) if recipes is None else recipes
+
+
+def train_step(job: Job, batch: Batch | BatchRecipe) -> None:
     """One optimizer step on this rank's share of a global batch.
 
     The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
@@ -96,12 +104,12 @@ def train_step(job: Job, batch: Batch) -> None:
     """
     step = job.position.global_step
     job.reseed_dropout()
-    if job.step_graph is None:
+    if job.step_graph is not None:
+        _step_as_graph(job, job.step_graph, batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch))
+    else:
         for group in job.optimizer.param_groups:
             group["lr"] = job.course.lr(step)
-        _step_in_parts(job, batch)
-    else:
-        _step_as_graph(job, job.step_graph, batch)
+        _step_in_parts(job, batch.batch() if isinstance(batch, BatchRecipe) else batch)
     if job.average is not None:
         job.average.update(step)
     job.position = Position(job.position.epoch, job.position.step + 1, step + 1)
@@ -121,10 +129,10 @@ def _step_in_parts(job: Job, batch: Batch) -> None:
     job.optimizer.zero_grad(set_to_none=True)
 
 
-def _step_as_graph(job: Job, graph: StepGraph, batch: Batch) -> None:
+def _step_as_graph(job: Job, graph: StepGraph, recipe: BatchRecipe) -> None:
     graph.set_learning_rate(job.course.lr(job.position.global_step))
-    loss, logits = graph(batch.images, batch.aims)
-    job.metrics.update(loss, logits, batch.aims)
+    loss, logits, aims = graph(recipe)
+    job.metrics.update(loss, logits, aims)
     job.finite.update(loss, job.position.global_step)
 
 

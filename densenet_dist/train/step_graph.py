@@ -1,34 +1,48 @@
-"""A training step as one CUDA graph: hundreds of kernels, one launch, so that small batches do not wait for Python."""
+"""A training step as one CUDA graph: hundreds of kernels, one launch, so that small batches do not wait for Python.
+
+Where the batch's images lie on the GPU, making the batch is part of it (`densenet_dist.data.loader.BatchRecipe`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from densenet_dist.data.loader import BatchRecipe
+
 Step: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(images, targets) -> (loss, logits): forward, backward and optimizer step, all on the device."""
+"""(images, aims) -> (loss, logits): forward, backward and optimizer step, all on the device."""
 
 WARM_UP_STEPS: Final = 3
 """Steps taken as usual before a shape is captured: cuDNN chooses its kernels, the optimizer makes its state."""
 
 
+class Made(NamedTuple):
+    """What a step gives: loss, logits, and what the loss was taken against; all on the device."""
+
+    loss: Tensor
+    logits: Tensor
+    aims: Tensor
+
+
+_Shapes: TypeAlias = tuple[torch.Size, ...]
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    images: Tensor
-    targets: Tensor
-    loss: Tensor
-    logits: Tensor
+    inputs: list[Tensor]
+    made: Made
 
 
 class StepGraph:
     """Takes steps, by replaying a graph once a batch shape has been seen often enough.
 
-    What a step reads besides images and targets must stay where it is: weights do, learning rates become tensors
+    What a step reads besides a batch must stay where it is: weights do, learning rates become tensors
     (`set_learning_rate`). Dropout follows the generator's seed at every replay, as it does without a graph.
 
     Args:
@@ -39,31 +53,22 @@ class StepGraph:
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._step, self._optimizer, self._device = step, optimizer, device
-        self._seen: dict[tuple[torch.Size, torch.Size], int] = {}
-        self._captured: dict[tuple[torch.Size, torch.Size], _Captured] = {}
+        self._seen: dict[_Shapes, int] = {}
+        self._captured: dict[_Shapes, _Captured] = {}
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a step.
-
-        Args:
-            images: (n, C, H, W) on the device.
-            targets: what `step` takes beside them.
-
-        Returns:
-            Loss and logits; they are overwritten by the next step of the same shape.
-        """
-        shape = (images.shape, targets.shape)
-        captured = self._captured.get(shape)
+    def __call__(self, recipe: BatchRecipe) -> Made:
+        """Take a step on a batch; what is given back is overwritten by the next step on a batch of the same shapes."""
+        shapes = tuple(tensor.shape for tensor in recipe.inputs)
+        captured = self._captured.get(shapes)
         if captured is None:
-            self._seen[shape] = self._seen.get(shape, 0) + 1
-            if self._seen[shape] <= WARM_UP_STEPS:
-                return self._warm_up(images, targets)
-            captured = self._captured[shape] = self._capture(images, targets)
-        captured.images.copy_(images)
-        captured.targets.copy_(targets)
+            self._seen[shapes] = self._seen.get(shapes, 0) + 1
+            if self._seen[shapes] <= WARM_UP_STEPS:
+                return self._warm_up(recipe)
+            captured = self._captured[shapes] = self._capture(recipe)
+        torch._foreach_copy_(captured.inputs, list(recipe.inputs))
         captured.graph.replay()
-        return captured.loss, captured.logits
+        return captured.made
 
     def set_learning_rate(self, value: float) -> None:
         """Set every group's learning rate where a captured step reads it."""
@@ -74,20 +79,24 @@ class StepGraph:
             if "capturable" in group:
                 group["capturable"] = True
 
-    def _warm_up(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _warm_up(self, recipe: BatchRecipe) -> Made:
         # On the stream that captures: cuBLAS and the allocator keep memory for each stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._optimizer.zero_grad(set_to_none=True)
-            made = self._step(images, targets)
+            made = self._whole_step(recipe)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return made
 
-    def _capture(self, images: Tensor, targets: Tensor) -> _Captured:
+    def _capture(self, recipe: BatchRecipe) -> _Captured:
         """Record a step; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        held_images, held_targets = images.clone(), targets.clone()
+        held = recipe._replace(inputs=tuple(tensor.clone() for tensor in recipe.inputs))
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients in memory of its own
         with torch.cuda.graph(graph, stream=self._stream):
-            loss, logits = self._step(held_images, held_targets)
-        return _Captured(graph, held_images, held_targets, loss, logits)
+            made = self._whole_step(held)
+        return _Captured(graph, list(held.inputs), made)
+
+    def _whole_step(self, recipe: BatchRecipe) -> Made:
+        batch = recipe.batch()
+        return Made(*self._step(batch.images, batch.aims), batch.aims)

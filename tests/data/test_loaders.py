@@ -16,7 +16,7 @@ from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.engines import ENGINES, make_engine
 from densenet_dist.data.image_folder import read_folder
-from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
+from densenet_dist.data.loader import Batch, BatchRecipe, EvalLoader, TrainLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.errors import ConfigError
 
@@ -441,6 +441,53 @@ class TestMixing:
             assert mixed.targets is not None
             assert mixed.targets.argmax(dim=1).tolist() == single.labels.tolist()
             torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(1), rtol=0, atol=1e-6)
+
+
+class TestRecipes:
+    """Batches to be made later, as a CUDA graph does it."""
+
+    @pytest.mark.parametrize(
+        "augmentation",
+        [NO_AUGMENTATION, NOTEBOOK, MIXED, Augmentation("crop_flip", cutout=8), Augmentation("none", cutout=4)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_make_the_same_batches(self, augmentation: Augmentation, world_size: int) -> None:
+        for rank in range(world_size):
+            loader = train_loader("torch", augmentation=augmentation, rank=rank, world_size=world_size)
+            recipes = loader.recipes(2, 1)
+            assert recipes is not None
+            assert_same((recipe.batch() for recipe in recipes), loader.epoch(2, 1))
+
+    @pytest.mark.parametrize("augmentation", [NOTEBOOK, MIXED], ids=str)
+    def test_one_makes_all_batches_of_its_size(self, augmentation: Augmentation) -> None:
+        """It is captured once, and its inputs change."""
+        loader = train_loader("torch", augmentation=augmentation)
+        recipes = list(loader.recipes(0) or []) + list(loader.recipes(1) or [])
+        batches = list(loader.epoch(0)) + list(loader.epoch(1))
+        first = recipes[0]
+        alike = [number for number, recipe in enumerate(recipes) if recipe.global_size == first.global_size]
+        assert len(alike) > 4
+        assert_same((first.make(*recipes[number].inputs) for number in alike), (batches[number] for number in alike))
+
+    def test_of_a_batch_give_it_back(self) -> None:
+        for augmentation in (NOTEBOOK, MIXED):
+            batch = next(train_loader("torch", augmentation=augmentation).epoch(0))
+            again = BatchRecipe.of(batch).batch()
+            assert torch.equal(again.images, batch.images)
+            assert torch.equal(again.aims, batch.aims)
+            assert again.global_size == batch.global_size
+
+    def test_there_are_none_where_the_host_has_a_part(self, pictures: Split) -> None:
+        assert train_loader("torch", pictures).recipes(0) is None
+        assert train_loader("dali").recipes(0) is None
+        assert train_loader("torch", augmentation=Augmentation("none", trivial_augment=True)).recipes(0) is None
+
+    def test_of_an_epoch_that_is_done_are_none(self) -> None:
+        loader = train_loader("torch")
+        assert list(loader.recipes(0, loader.steps_per_epoch) or []) == []
+        with pytest.raises(IndexError):
+            loader.recipes(0, loader.steps_per_epoch + 1)
 
 
 class TestEvalLoader:

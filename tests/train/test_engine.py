@@ -393,22 +393,42 @@ def test_paths_of_a_run(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_captured_steps_equal_launched_ones(tmp_path, optimizer):
-    """Ten steps, the last of an epoch smaller than the others, with dropout and a changing learning rate."""
+@pytest.mark.parametrize("data", [(), ("data.cutout=8", "data.mixup=0.4"), ("data.trivial_augment=true",)], ids=str)
+def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
+    """Making the batch included where the device can do it alone.
+
+    Ten steps, the last of an epoch smaller than the others, with dropout and a changing learning rate.
+    """
 
     def weights_after(cuda_graph: bool) -> dict[str, torch.Tensor]:
-        settings = ["model.drop_rate=0.2", "cluster.device=cuda", f"train.optimizer.name={optimizer}"]
+        settings = [
+            "model.drop_rate=0.2",
+            "cluster.device=cuda",
+            "data.loader=torch",
+            *data,
+            f"train.optimizer.name={optimizer}",
+        ]
         config = tiny(tmp_path, *settings, f"train.cuda_graph={str(cuda_graph).lower()}")
         job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
         assert (job.step_graph is not None) == cuda_graph
         for epoch in range(2):
-            for batch in job.train_loader.epoch(epoch):
-                train_step(job, batch)
+            job.position = Position(epoch, 0, job.position.global_step)
+            train_epoch(job)
         return {name: value.cpu() for name, value in job.model.state_dict().items()}
 
     launched, captured = weights_after(False), weights_after(True)
     for name, value in launched.items():
         torch.testing.assert_close(captured[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
+    jobs = [job_of(tiny(tmp_path, "data.loader=torch", "data.cutout=8", "data.mixup=0.4")) for _ in range(2)]
+    for batch in jobs[0].train_loader.epoch(0):
+        train_step(jobs[0], batch)
+    for recipe in jobs[1].train_loader.recipes(0):
+        train_step(jobs[1], recipe)
+    for one, other in zip(*(job.model.state_dict().values() for job in jobs), strict=True):
+        assert torch.equal(one, other)
 
 
 # The form of the dense block

@@ -211,7 +211,9 @@ class NativeConvolutions(PiecewiseConvolutions):
 
     def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
         """As in the base class."""
-        return self.write(unit, maps, norm, None, 1.0, None, None) if self._takes(unit) else super().apply(unit, maps, norm)
+        if not self._takes(unit):
+            return super().apply(unit, maps, norm)
+        return self.write(unit, maps, norm, None, 1.0, None, None)
 
     def write(
         self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
