@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from densenet_dist.config import flatten, load_config, read_yaml, to_dict, to_yaml
+from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config
+from densenet_dist.yaml_settings import flatten, read_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from densenet_dist.config import flatten, load_config, to_dict, to_yaml
+from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
@@ -23,6 +23,7 @@ from densenet_dist.train.run_folder import (
     TENSORBOARD_FOLDER,
     RunFolder,
 )
+from densenet_dist.yaml_settings import flatten
 
 _RESUME_MAY_CHANGE = (
     "cluster.",

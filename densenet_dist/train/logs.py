@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from densenet_dist.config import flatten, to_dict
+from densenet_dist.config import to_dict
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
+from densenet_dist.yaml_settings import flatten
 
 _HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
 """What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""

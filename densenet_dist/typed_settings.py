@@ -1,0 +1,156 @@
+"""Plain nested values against a frozen dataclass of settings: types, limits, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from densenet_dist.errors import ConfigError
+
+T = TypeVar("T")
+_Path: TypeAlias = tuple[str | int, ...]
+
+
+class Settings(Generic[T]):
+    """Turns plain values into settings and back.
+
+    Args:
+        kind: a frozen pydantic dataclass, every field with a default.
+        impossible: the combinations that are each legal alone but cannot work together, one line each.
+    """
+
+    def __init__(self, kind: type[T], impossible: Callable[[T], Iterable[str]]) -> None:
+        self._adapter = TypeAdapter(kind)
+        self._impossible = impossible
+        self._defaults: dict[str, Any] = dataclasses.asdict(kind())  # type: ignore[call-overload]
+
+    def validate(self, values: Mapping[str, Any]) -> T:
+        """Settings of these values, defaults for the rest.
+
+        Raises:
+            ConfigError: with every problem found, one a line.
+        """
+        try:
+            # JSON's strict mode takes lists for tuples and mappings for groups, and nothing else for something else.
+            settings = self._adapter.validate_json(json.dumps(values, default=str))
+        except ValidationError as error:
+            raise ConfigError(join_problems(self._problems(error))) from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
+        problems = list(self._impossible(settings))
+        if problems:
+            raise ConfigError(join_problems(problems))
+        return settings
+
+    def to_dict(self, settings: T) -> dict[str, Any]:
+        """Nested plain values, ready for YAML or JSON."""
+        values = self._adapter.dump_python(settings, mode="json")
+        assert isinstance(values, dict)
+        return values
+
+    def unknown_key(self, dotted: str) -> str | None:
+        """What is wrong with a dotted key; None where it names one setting."""
+        path = tuple(dotted.split("."))
+        group, known = _at(self._defaults, path[:-1]), _at(self._defaults, path)
+        if not isinstance(group, dict) or path[-1] not in group:
+            return self._unknown(path)
+        return f"{dotted}: is a group of settings: {', '.join(known)}" if isinstance(known, dict) else None
+
+    def _problems(self, error: ValidationError) -> list[str]:
+        """One line for each setting that is wrong."""
+        lines: dict[_Path, str] = {}
+        for item in error.errors():
+            path = self._real_path(item["loc"])
+            if item["type"] == "missing":  # a list that is too short: the input is all of it
+                path = path[:-1]
+            unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+            lines[path] = self._unknown(path) if unknown else self._wrong(path, item["input"])
+        # Of a list that could also be a single number, only the wrong element matters.
+        return [line for path, line in lines.items() if not any(path == other[:-1] for other in lines)]
+
+    def _unknown(self, path: _Path) -> str:
+        *group, key = (str(part) for part in path)
+        known = list(_at(self._defaults, group) or [])
+        everywhere = _all_keys(self._defaults)
+        near = [".".join([*group, name]) for name in difflib.get_close_matches(key, known, n=1)]
+        near += [other for other in everywhere if other.split(".")[-1] == key]
+        near += [other for other in everywhere if difflib.get_close_matches(key, [other.split(".")[-1]], cutoff=0.8)]
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known or self._defaults)}"
+        return f"{_dotted(path)}: unknown key; {hint}"
+
+    def _wrong(self, path: _Path, value: Any) -> str:
+        shown = "null" if value is None else f"{value!r} ({type(value).__name__})"
+        if len(shown) > 70:
+            shown = f"{shown[:50]}... ({type(value).__name__})"
+        group = _at(self._defaults, path)
+        if isinstance(group, dict):
+            return f"{_dotted(path)}: holds {shown}, but is a group of settings: {', '.join(group)}"
+        schema = self._adapter.json_schema()
+        return f"{_dotted(path)}: must be {_expected(_schema_at(schema, path))}, not {shown}"
+
+    def _real_path(self, location: Sequence[str | int]) -> _Path:
+        # pydantic appends which member of a union it tried; only keys and list positions mean anything to a reader.
+        path: list[str | int] = []
+        for part in location:
+            if isinstance(part, int) or isinstance(_at(self._defaults, path), dict):
+                path.append(part)
+        return tuple(path)
+
+
+def join_problems(problems: Sequence[str]) -> str:
+    """All problems in one message."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _expected(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema asks for, in words."""
+    if "anyOf" in schema:
+        options = sorted(schema["anyOf"], key=lambda option: option["type"] == "array")  # the longest words last
+        return " or ".join(_expected(option) for option in options)
+    if "const" in schema or "enum" in schema:
+        return " or ".join(repr(option) for option in schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "array":
+        items = schema.get("prefixItems", [schema.get("items")])
+        count = f"{len(items)} values" if "prefixItems" in schema else "values"
+        return f"a list of {count}, each {_expected(items[0])}"
+    words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
+    limits += [f"that matches {schema['pattern']}"] if "pattern" in schema else []
+    return " ".join([str(words.get(schema["type"], schema["type"])), " and ".join(limits)]).strip()
+
+
+def _schema_at(schema: dict[str, Any], path: _Path) -> dict[str, Any]:
+    level = schema
+    for part in path:
+        if isinstance(part, int):
+            lists = [option for option in level.get("anyOf", [level]) if option.get("type") == "array"]
+            level = lists[0]["items"] if "items" in lists[0] else lists[0]["prefixItems"][part]
+        else:
+            level = level["properties"][part]
+        if "$ref" in level:
+            level = schema["$defs"][level["$ref"].rpartition("/")[2]]
+    return level
+
+
+def _at(values: Any, path: Sequence[str | int]) -> Any:
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _dotted(path: _Path) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+
+
+def _all_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    groups = [(key, value) for key, value in values.items() if isinstance(value, Mapping)]
+    below = [key for name, value in groups for key in _all_keys(value, f"{prefix}{name}.")]
+    return [prefix + key for key in values] + below

@@ -1,0 +1,125 @@
+"""Settings in YAML files and ``dotted.key=value``, read and merged, whatever they are about."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from densenet_dist.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands here a second time", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """`yaml.SafeDumper` that quotes every text which `_Loader` would read as something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file that must hold a mapping.
+
+    Raises:
+        ConfigError: where the file is missing, is not YAML, repeats a key, or holds something else.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a subclass of SafeLoader
+        values = nest(values) if isinstance(values, dict) else values
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}{_similar_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config file {path} is not valid YAML: {error}") from None
+    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01, a number of thousands of digits
+        raise ConfigError(f"the config file {path} cannot be understood: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config file {path} holds a {type(values).__name__}; it must hold keys and values")
+    return values
+
+
+def read_override(text: str) -> dict[str, Any]:
+    """Read ``dotted.key=value``, its value YAML, as nested values.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    key, _, value = text.partition("=")
+    if not key.strip():
+        raise ConfigError(f"{text!r} has no key before its =")
+    try:
+        return nest({key.strip(): yaml.load(value, Loader=_Loader)})
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {text!r} is not valid YAML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the value in {text!r} cannot be understood: {error}") from None
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that `read_yaml` reads back the same."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level of dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as levels: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = str(key).split(".")
+        layer: dict[str, Any] = {last: nest(value) if isinstance(value, Mapping) else value}
+        for parent in reversed(parents):
+            layer = {parent: layer}
+        merge(nested, layer)
+    return nested
+
+
+def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Lay nested values over others, in place."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = nest(value) if isinstance(value, Mapping) else value
+
+
+def _similar_file(path: Path) -> str:
+    names = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
