@@ -14,22 +14,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from densenet_dist.cluster.launch import Result, fit
+    from densenet_dist.cluster.sweep import SweepResult, tune
     from densenet_dist.config import load_config
     from densenet_dist.model import DenseNet
     from densenet_dist.schema import Config
+    from densenet_dist.sweep.definition import load_sweep
     from densenet_dist.train.evaluation import evaluate
     from densenet_dist.train.job import build_model
 
 __version__ = "0.1.0"
-__all__ = ["Config", "DenseNet", "Result", "build_model", "evaluate", "fit", "load_config"]
+__all__ = [
+    "Config",
+    "DenseNet",
+    "Result",
+    "SweepResult",
+    "build_model",
+    "evaluate",
+    "fit",
+    "load_config",
+    "load_sweep",
+    "tune",
+]
 _HOMES = {
     "Config": "schema",
     "DenseNet": "model",
     "Result": "cluster.launch",
+    "SweepResult": "cluster.sweep",
     "build_model": "train.job",
     "evaluate": "train.evaluation",
     "fit": "cluster.launch",
     "load_config": "config",
+    "load_sweep": "sweep.definition",
+    "tune": "cluster.sweep",
 }
 
 

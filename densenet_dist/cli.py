@@ -14,8 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from densenet_dist.config import load_config, to_yaml
-from densenet_dist.errors import ConfigError, DenseNetDistError, Interrupted, StorageError
+from densenet_dist.errors import ConfigError, DenseNetDistError, Interrupted, StorageError, TrainingError
 from densenet_dist.schema import Config
+from densenet_dist.yaml_settings import read_yaml
 
 app = typer.Typer(
     help="Train DenseNets from a laptop's CPU to a GPU cluster.",
@@ -85,6 +86,45 @@ def train(
             _resume(resume, sources or [], console)
         else:
             _fit(_load(sources), console)
+
+
+@app.command()
+def tune(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SWEEP.yaml [key=value]...",
+            help="A sweep file, then settings: its own (trials=8), the base configuration's (train.epochs=3) or the "
+            "space's (space.train.lr={loguniform: [0.01, 1]}).",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="SWEEP", help="Go on with this sweep: its folder, or its name.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search settings: many runs of one configuration, the best of them kept.
+
+    densenet-dist tune configs/sweep_quickstart.yaml
+    densenet-dist tune configs/sweep_cifar10.yaml trials=32 name=wide
+    densenet-dist tune --resume runs/wide
+    """
+    from densenet_dist.cluster.sweep import open_sweep
+    from densenet_dist.sweep.console import SweepConsole
+    from densenet_dist.sweep.definition import load_sweep
+
+    signal.signal(signal.SIGTERM, _terminated)
+    with SweepConsole(quiet) as console:
+        if resume is None:
+            if not sources:
+                raise ConfigError("name a sweep file, such as configs/sweep_quickstart.yaml (or --resume SWEEP)")
+            _tune(load_sweep(*sources), console)
+            return
+        if sources:
+            raise ConfigError(f"{sources[0]}: a sweep that is resumed has its own sweep.yaml; nothing can follow")
+        _tune(open_sweep(resume), console, resume=True)
 
 
 @app.command()
@@ -197,9 +237,14 @@ def bench_model(
 
 @app.command()
 def config(sources: Sources = None, debug: Debug = False) -> None:
-    """Check a configuration and print all of it as YAML."""
+    """Check a configuration, or a sweep file, and print all of it as YAML."""
     from densenet_dist.cluster.launch import check_model
 
+    if any(map(_is_sweep, sources or [])):
+        from densenet_dist.sweep.definition import load_sweep
+
+        typer.echo(load_sweep(*(sources or [])).to_yaml(), nl=False)
+        return
     resolved = _load(sources)
     check_model(resolved)
     typer.echo(to_yaml(resolved), nl=False)
@@ -241,7 +286,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _load(sources: list[str] | None) -> Config:
     if not sources:
         raise ConfigError("name a configuration, such as configs/quickstart.yaml (or --resume RUN to go on with a run)")
+    for source in filter(_is_sweep, sources):
+        raise ConfigError(f"{source} is a sweep file, whose trials are run by: densenet-dist tune {source}")
     return load_config(*sources)
+
+
+def _is_sweep(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file() and "space" in read_yaml(Path(source))
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:
@@ -282,6 +333,28 @@ def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
     except KeyboardInterrupt as stop:  # caught here: the parser has its own idea of what it means
         raise Interrupted(f"{config.storage.rstrip('/')}/{config.name}", *stop.args) from None
     _summarise(console, result.run, dict(result.summary))
+
+
+def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
+    from densenet_dist.cluster.sweep import tune as search
+    from densenet_dist.sweep.results import BEST_FILE, PAGE_FILE, RESULTS_FILE, TABLE_FILE
+
+    try:
+        result = search(sweep, resume=resume, listener=console)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise Interrupted(sweep.folder, number, "tune") from None
+    console.table(sweep, result.trials)
+    rows = {"sweep folder": result.folder}
+    if result.best is not None:
+        rows["best trial"] = f"{result.best.name}   ({sweep.settings.metric} {result.best.metric:.4f})"
+        rows["train it again"] = f"densenet-dist train {result.folder}/{BEST_FILE}"
+    rows["page"] = f"{result.folder}/{PAGE_FILE}"
+    rows["results"] = f"{result.folder}/{{{RESULTS_FILE},{TABLE_FILE}}}"
+    rows["TensorBoard"] = f"tensorboard --logdir {result.folder}"
+    console.summary(f"{result.ended_by or 'finished'}: {sweep.settings.name}", rows)
+    if result.best is None:
+        raise TrainingError(f"no trial of {result.folder} came to its first figure; see their causes above")
 
 
 def _resume(run: str, settings: list[str], console: Any) -> None:

@@ -57,14 +57,15 @@ class Interrupted(DenseNetDistError):
     """The run was asked to stop by a signal; what it had saved is whole.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or a sweep's.
         number: the signal.
+        command: that goes on with it.
     """
 
-    def __init__(self, run: str, number: int = signal.SIGINT) -> None:
-        self.run, self.number = run, number
-        super().__init__(f"interrupted; go on from the last checkpoint: densenet-dist train --resume {run}")
+    def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train") -> None:
+        self.run, self.number, self.command = run, number, command
+        super().__init__(f"interrupted; go on from the last checkpoint: densenet-dist {command} --resume {run}")
         self.exit_code = 128 + number
 
     def __reduce__(self) -> tuple[type[DenseNetDistError], tuple[object, ...]]:
-        return type(self), (self.run, self.number)
+        return type(self), (self.run, self.number, self.command)

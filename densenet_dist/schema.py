@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
@@ -20,7 +20,7 @@ Count: TypeAlias = Annotated[int, Field(ge=1)]
 Index: TypeAlias = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Which DenseNet. Everything left at null takes the variant's own value."""
 
@@ -43,7 +43,7 @@ class ModelConfig:
     and takes memory linear in depth; auto: fused where this machine can."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Which images, and what is done to them."""
 
@@ -96,7 +96,7 @@ class DataConfig:
         return (self.image_size or 224) if self.name == "folder" else 32
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """How parameters follow gradients."""
 
@@ -116,7 +116,7 @@ class OptimizerConfig:
     """weights: no decay on biases and BatchNorm's gamma and beta; all: decay everything, as the paper does."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ScheduleConfig:
     """The learning rate over the run. Epochs may be fractions, except for plateau."""
 
@@ -150,7 +150,7 @@ class ScheduleConfig:
     """plateau: the rate never falls below."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EarlyStoppingConfig:
     """Stop when validation loss has not improved for a while."""
 
@@ -162,7 +162,7 @@ class EarlyStoppingConfig:
     """How much lower counts as improvement."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """How the model is trained."""
 
@@ -202,7 +202,7 @@ class TrainConfig:
     """When to stop before the last epoch."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """What is kept for resuming. The last and the best are always kept."""
 
@@ -216,7 +216,7 @@ class CheckpointConfig:
     """What makes a checkpoint the best: the highest val/top1 or the lowest val/loss."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
     """Where training runs."""
 
@@ -236,7 +236,7 @@ class ClusterConfig:
     """How long to wait for resources, and for a collective operation, before giving up."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """Everything a run depends on."""
 

@@ -29,8 +29,12 @@ class Settings(Generic[T]):
         self._impossible = impossible
         self._defaults: dict[str, Any] = dataclasses.asdict(kind())  # type: ignore[call-overload]
 
-    def validate(self, values: Mapping[str, Any]) -> T:
+    def validate(self, values: Mapping[str, Any], *, combinations: bool = True) -> T:
         """Settings of these values, defaults for the rest.
+
+        Args:
+            values: nested plain values.
+            combinations: whether they must also be able to work together.
 
         Raises:
             ConfigError: with every problem found, one a line.
@@ -42,7 +46,7 @@ class Settings(Generic[T]):
             raise ConfigError(join_problems(self._problems(error))) from None
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
-        problems = list(self._impossible(settings))
+        problems = list(self._impossible(settings)) if combinations else []
         if problems:
             raise ConfigError(join_problems(problems))
         return settings

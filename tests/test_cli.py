@@ -60,7 +60,17 @@ def test_every_config_resolves_and_opens_with_its_command(command, path):
     assert code == 0, err
     assert yaml.safe_load(out)["name"] == path.stem
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"densenet-dist train configs/{path.name}" in line for line in head)
+    verb = "tune" if path.name.startswith("sweep_") else "train"
+    assert any(f"densenet-dist {verb} configs/{path.name}" in line for line in head)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "bench data"])
+def test_a_sweep_file_is_no_configuration(command, name):
+    code, _, err = command(*name.split(), str(ROOT / "configs" / "sweep_quickstart.yaml"))
+    assert code == (5 if name == "evaluate" else 2)
+    if name != "evaluate":
+        assert "is a sweep file" in err
+        assert "densenet-dist tune" in err
 
 
 def test_printed_config_is_read_back_as_the_same(command, quickstart, tmp_path):

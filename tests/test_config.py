@@ -13,6 +13,7 @@ import yaml
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config
+from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.yaml_settings import flatten, read_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -172,7 +173,10 @@ def test_the_yaml_holds_plain_values_only():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_are_valid(path):
-    assert load_config(path).name == path.stem
+    if path.name.startswith("sweep_"):
+        assert load_sweep(path).settings.name == path.stem
+    else:
+        assert load_config(path).name == path.stem
 
 
 # Descriptions

@@ -78,8 +78,8 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         if not resume:
             _refuse_used_name(run)
         run.create()
-        _prepare_data(config)
-        _write_run(run, config, resume)
+        prepare_data(config)
+        write_run(run, config, resume)
     if config.cluster.engine == "ray":
         from densenet_dist.cluster.ray_train import fit_on_ray
 
@@ -165,7 +165,8 @@ def _refuse_used_name(run: RunFolder) -> None:
         )
 
 
-def _write_run(run: RunFolder, config: Config, resume: bool) -> None:
+def write_run(run: RunFolder, config: Config, resume: bool) -> None:
+    """Write what a run's folder says before the first step: config.yaml, unless it is resumed, and env.json."""
     environment = describe_environment()
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
@@ -176,7 +177,7 @@ def _write_run(run: RunFolder, config: Config, resume: bool) -> None:
     run.remove(SUMMARY_FILE)
 
 
-def _prepare_data(config: Config) -> None:
+def prepare_data(config: Config) -> None:
     """Download and verify here, with a progress bar, what the workers will read; elsewhere each node does it itself."""
     from densenet_dist.data.datasets import prepare_dataset
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
@@ -32,6 +33,17 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+
+
+class ControllerNotice(ControllerCallback):  # type: ignore[misc]
+    """Tells a mailbox which actor controls a run: in a thread, as in a trial, `fit` has no other way of being ended."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Runs in the controller."""
+        ray.get(self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor))
 
 
 class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from typing import Any
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
-from densenet_dist.schema import Config
+from densenet_dist.schema import ClusterConfig, Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 
@@ -42,9 +42,14 @@ class RayContext:
     device: Any
     run: RunFolder
     mailbox: Any
+    paced: bool = False
 
     def report(self, event: Event) -> None:
-        """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank."""
+        """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank.
+
+        Raises:
+            _Stopped: on every rank, where the driver paces the run and has heard enough.
+        """
         if self.rank == 0:
             import ray
 
@@ -53,6 +58,11 @@ class RayContext:
                 ray.get(sent)  # this process may be gone in a moment
         if event["kind"] == "epoch":
             self._report_to_ray(event)
+            if self.paced:
+                import ray
+
+                if not ray.get(self.mailbox.may_go_on.remote(event["global_step"])):
+                    raise _Stopped
 
     def _report_to_ray(self, event: Event) -> None:
         # Ray drops metrics that come without a checkpoint. Ours is already safe in the run's folder (its manifest is
@@ -70,13 +80,49 @@ class RayContext:
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
-def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]) -> dict[str, Any]:
+class _Stopped(BaseException):
+    """The driver has heard enough."""
+
+
+class Pace:
+    """A driver's hold on a run that waits for it at the end of every epoch.
+
+    Args:
+        heard: called with every event, in a thread of its own; what it returns of an epoch says whether to go on.
+    """
+
+    def __init__(self, heard: Callable[[Event], bool]) -> None:
+        self.heard = heard
+        self._mailbox: Any = None
+
+    def open(self, mailbox: Any) -> None:
+        """From here on the run listens."""
+        self._mailbox = mailbox
+
+    def __call__(self, event: Event) -> None:
+        """Hear an event, and answer."""
+        go_on = self.heard(event)
+        if event["kind"] == "epoch":
+            self._mailbox.answer.remote(event["global_step"], go_on)
+
+    def abort(self, timeout_s: float) -> None:
+        """End the run wherever it is, and give back its workers."""
+        import ray
+
+        if self._mailbox is not None:
+            with suppress(ray.exceptions.RayError):
+                controller = ray.get(self._mailbox.controller.remote(), timeout=timeout_s)
+                if controller is not None:
+                    ray.get(controller.abort.remote(), timeout=timeout_s)
+
+
+def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace) -> dict[str, Any]:
     """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
 
     Args:
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
-        listener: called with every event, in a thread of its own.
+        listener: called with every event, in a thread of its own; a `Pace` also says when to go on.
 
     Returns:
         The summary of the run.
@@ -87,15 +133,17 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
         DenseNetDistError: what a worker raised on purpose.
         KeyboardInterrupt: on SIGINT or SIGTERM, once the workers are stopped.
     """
-    with _cluster(config) as own_cluster:
+    with connected(config.cluster) as own_cluster:
         import ray
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if resources.lacking:
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
         mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+        if isinstance(listener, Pace):
+            listener.open(mailbox)
         with _drained(mailbox, _announcing_restarts(listener, config.cluster.max_failures)):
-            failure = _run_trainer(config, run, resources, mailbox, own_cluster)
+            failure = _run_trainer(config, run, resources, mailbox, own_cluster, isinstance(listener, Pace))
         outcome = ray.get(mailbox.outcome.remote())
     if outcome["error"] is not None:
         raise outcome["error"]
@@ -118,6 +166,8 @@ class _Mailbox:
         self._news = asyncio.Event()
         self._error: DenseNetDistError | None = None
         self._summary: Event | None = None
+        self._controller: Any = None
+        self._answers: dict[int, asyncio.Future[bool]] = {}
 
     async def put(self, event: Event) -> None:
         if event["kind"] == "progress" and self._events and self._events[-1]["kind"] == "progress":
@@ -142,6 +192,23 @@ class _Mailbox:
     async def wake(self) -> None:
         self._news.set()
 
+    async def answer(self, global_step: int, go_on: bool) -> None:
+        waiting = self._answer_to(global_step)
+        if not waiting.done():
+            waiting.set_result(go_on)
+
+    async def may_go_on(self, global_step: int) -> bool:
+        return await asyncio.shield(self._answer_to(global_step))
+
+    def _answer_to(self, global_step: int) -> asyncio.Future[bool]:
+        return self._answers.setdefault(global_step, asyncio.get_running_loop().create_future())
+
+    async def controlled_by(self, controller: Any) -> None:
+        self._controller = controller
+
+    async def controller(self) -> Any:
+        return self._controller
+
     async def outcome(self) -> dict[str, Any]:
         return {"error": self._error, "summary": self._summary}
 
@@ -165,7 +232,10 @@ def _train_worker(payload: dict[str, Any]) -> None:
     try:
         _require_shared(run)
         device = ray.train.torch.get_device()
-        fit(config, RayContext(context.get_world_rank(), context.get_world_size(), device, run, mailbox))
+        rank, world_size = context.get_world_rank(), context.get_world_size()
+        fit(config, RayContext(rank, world_size, device, run, mailbox, payload["paced"]))
+    except _Stopped:
+        return
     except DenseNetDistError as error:
         ray.get(mailbox.fail.remote(error))
         if not isinstance(error, TrainingError):  # one rank's alone: raise, so that Ray stops the others
@@ -183,15 +253,15 @@ def _require_shared(run: RunFolder) -> None:
 
 
 def _run_trainer(
-    config: Config, run: RunFolder, resources: Resources, mailbox: Any, own_cluster: bool
+    config: Config, run: RunFolder, resources: Resources, mailbox: Any, own_cluster: bool, paced: bool
 ) -> BaseException | None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
 
-    from densenet_dist.cluster.ray_backend import InterruptibleTrainer, NodeAddressTorchConfig
+    from densenet_dist.cluster.ray_backend import ControllerNotice, InterruptibleTrainer, NodeAddressTorchConfig
     from densenet_dist.config import to_dict
 
-    payload = {"config": to_dict(config), "mailbox": mailbox, "threads": resources.threads}
+    payload = {"config": to_dict(config), "mailbox": mailbox, "threads": resources.threads, "paced": paced}
     trainer = InterruptibleTrainer(
         _train_worker,
         train_loop_config=payload,
@@ -208,6 +278,7 @@ def _run_trainer(
                 controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=[ControllerNotice(mailbox)] if paced else None,
             # A cluster of our own has inherited it; there, asking for it would only start further processes.
             worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -230,7 +301,7 @@ def _ray_storage(run: RunFolder) -> str:
 
 
 @contextmanager
-def _cluster(config: Config) -> Iterator[bool]:
+def connected(config: ClusterConfig) -> Iterator[bool]:
     """Connect to a cluster, or start one for as long as the context lasts; yields whether it is our own."""
     for key, value in (DRIVER_ENV | WORKER_ENV).items():
         os.environ.setdefault(key, value)
@@ -239,7 +310,7 @@ def _cluster(config: Config) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = config.address or os.environ.get("RAY_ADDRESS")
     own = address in (None, "local")
     try:
         # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
@@ -327,7 +398,7 @@ def survey(config: Config) -> tuple[dict[str, float], str]:
     Raises:
         EnvironmentProblem: where it cannot be reached or started.
     """
-    with _cluster(config) as own:
+    with connected(config.cluster) as own:
         import ray
 
         address = config.cluster.address or os.environ.get("RAY_ADDRESS")

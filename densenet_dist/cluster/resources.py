@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig
+from densenet_dist.sweep.schema import SweepConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,88 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
             "or join a larger cluster with cluster.address"
         )
     return Resources(workers, use_gpu, per_worker, None if share == "auto" else share, lacking)
+
+
+@dataclass(frozen=True)
+class TrialRoom:
+    """What trials of a sweep get.
+
+    Attributes:
+        per_worker: Ray resources of one worker.
+        per_trial: what Tune asks for for a trial: with several workers next to nothing, since Ray Train asks for them.
+        concurrent: trials at a time.
+        gpus_per_trial: for the budget; on a cluster without GPUs its workers.
+        threads: torch threads a worker.
+        settings: of every trial's configuration, by dotted key.
+        lacking: what the cluster does not have yet, in words.
+        said: what a user should know, in words; empty where there is nothing.
+    """
+
+    per_worker: dict[str, float]
+    per_trial: dict[str, float]
+    concurrent: int
+    gpus_per_trial: float
+    threads: int
+    settings: dict[str, Any]
+    lacking: str = ""
+    said: str = ""
+
+
+def plan_trials(
+    sweep: SweepConfig, cluster: ClusterConfig, trials: int, available: Mapping[str, float], *, fixed: bool
+) -> TrialRoom:
+    """Decide how many trials run at a time.
+
+    The workers of a trial are placed all or none, and never more trials are started than have room at the same time, so
+    that none waits for what another one holds.
+
+    Args:
+        sweep: what is asked for.
+        cluster: of the base configuration.
+        trials: of the sweep.
+        available: the cluster's resources, as `ray.cluster_resources` gives them.
+        fixed: whether the cluster can get no more than that.
+
+    Raises:
+        EnvironmentProblem: where a fixed cluster has no room for one trial.
+    """
+    gpus = sweep.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if cluster.device != "cpu" and (available.get("GPU", 0) > 0 or cluster.device == "cuda") else 0.0
+    cpus = 1 if sweep.cpus_per_worker == "auto" else sweep.cpus_per_worker
+    per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+    rooms = {name: available.get(name, 0.0) / (amount * sweep.workers) for name, amount in per_worker.items()}
+    scarce = min(rooms, key=lambda name: rooms[name])
+    room = int(rooms[scarce] + 1e-9)
+    lacking = said = ""
+    if room == 0:
+        needed = per_worker[scarce] * sweep.workers
+        lacking = f"a trial needs {needed:g} {scarce}s, the cluster has {available.get(scarce, 0):g}"
+        if fixed:
+            raise EnvironmentProblem(
+                f"{lacking}\n  ask for less with workers, gpus_per_worker or cpus_per_worker, "
+                "or join a larger cluster with cluster.address"
+            )
+    wanted = trials if sweep.concurrent == "auto" else sweep.concurrent
+    if sweep.concurrent != "auto" and 0 < room < wanted:
+        said = f"{room} trials run at a time, not {wanted}: the cluster has {available.get(scarce, 0):g} {scarce}s"
+    settings = {
+        "cluster.workers": sweep.workers,
+        "cluster.cpus_per_worker": cpus,
+        "cluster.device": "cuda" if gpus else "cpu",
+        "cluster.engine": "ray",
+        "cluster.max_failures": sweep.max_failures,
+    }
+    return TrialRoom(
+        per_worker=per_worker,
+        per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
+        concurrent=max(1, min(wanted, room, trials)),
+        gpus_per_trial=(gpus or 1.0) * sweep.workers,
+        threads=cpus,
+        settings=settings,
+        lacking=lacking,
+        said=said,
+    )
 
 
 def share_of_cores(workers: int) -> int:

@@ -50,6 +50,16 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     job = build_job(config, context)
     _restore(job)
     log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
+    try:
+        return _fit(job, log)
+    except BaseException:
+        if log is not None:
+            log.abandon()  # this process may go on to another run
+        raise
+
+
+def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
+    config, context = job.config, job.context
     if context.rank == 0:
         context.report(describe(job))
         if job.dataset.skipped:

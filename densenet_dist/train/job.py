@@ -131,7 +131,14 @@ class Job:
         load_weights(self.model, snapshot.model, origin)
         if self.average:
             load_weights(self.average.model, snapshot.average or snapshot.model, origin)
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(snapshot.state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(
+                own
+            )  # a checkpoint holds state; settings are the configuration's (a trial may inherit weights)
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.course.load_state_dict(snapshot.state["course"])
         self.metrics.restore(snapshot.state["sums"], self.context.rank, self.context.world_size)

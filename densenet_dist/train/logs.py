@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,6 +82,11 @@ class RunLog:
         """Write out and close everything."""
         self._writer.close()
         self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
+
+    def abandon(self) -> None:
+        """Let go of the files after an error; what was recorded by then is in them."""
+        with suppress(OSError):
+            self._writer.close()
 
     def _keep_until(self, global_step: int) -> None:
         path = self.run.path / METRICS_FILE

@@ -24,6 +24,7 @@ CONFIG_FILE = "config.yaml"
 ENV_FILE = "env.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
 CHECKPOINTS_FOLDER = "checkpoints"
 

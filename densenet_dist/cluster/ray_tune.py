@@ -1,0 +1,280 @@
+"""The only door to Ray Tune: a sweep's schedulers, searchers and trials, on a cluster that has room for them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from densenet_dist.cluster.ray_train import connected
+from densenet_dist.cluster.resources import TrialRoom, plan_trials
+from densenet_dist.config import load_config
+from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.schema import ClusterConfig
+from densenet_dist.sweep import space as spaces
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.results import Trial
+from densenet_dist.sweep.space import Choice, Domain
+from densenet_dist.train.context import Event
+
+TUNE_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have records of their own
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def run_trials(sweep: Sweep, recorded: Sequence[Trial], listener: Callable[[Event], None]) -> str | None:
+    """Run what is left of a sweep.
+
+    Args:
+        sweep: what is searched, its paths absolute.
+        recorded: trials of before, by their names; those that did not end go on.
+        listener: called with ``trial`` and ``note`` events.
+
+    Returns:
+        Why the sweep ended before all its trials had, where a budget did it.
+
+    Raises:
+        EnvironmentProblem: where the cluster has not what a trial needs.
+        DenseNetDistError: what made a trial fail, where all others would fail as well.
+        KeyboardInterrupt: on SIGINT or SIGTERM, once all is given back.
+    """
+    for key, value in TUNE_ENV.items():
+        os.environ.setdefault(key, value)
+    cluster = load_config(sweep.base).cluster
+    with connected(cluster) as own_cluster:
+        import ray
+
+        room = plan_trials(sweep.settings, cluster, sweep.trials, ray.cluster_resources(), fixed=own_cluster)
+        if room.lacking:
+            room = _wait_for_room(sweep, cluster, room, listener)
+        if room.said:
+            listener({"kind": "note", "text": room.said})
+        return _run(sweep, recorded, room, listener)
+
+
+def _wait_for_room(
+    sweep: Sweep, cluster: ClusterConfig, room: TrialRoom, listener: Callable[[Event], None]
+) -> TrialRoom:
+    """Ask for the room of one trial, so that a cluster that can grow does, and wait for it."""
+    import ray
+
+    listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {room.lacking}"})
+    wanted = ray.util.placement_group([dict(room.per_worker)] * sweep.settings.workers, strategy="PACK")
+    try:
+        if not wanted.wait(cluster.timeout_s):
+            raise EnvironmentProblem(
+                f"no room for a trial after {cluster.timeout_s:g} s: {room.lacking}\n"
+                "  ask for less with workers, gpus_per_worker or cpus_per_worker, or wait longer with cluster.timeout_s"
+            )
+        return plan_trials(sweep.settings, cluster, sweep.trials, ray.cluster_resources(), fixed=False)
+    finally:
+        ray.util.remove_placement_group(wanted)
+
+
+def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Callable[[Event], None]) -> str | None:
+    from ray import tune
+
+    from densenet_dist.cluster.trial import TrialPlan, TrialRunner
+    from densenet_dist.cluster.tune_events import Budget, Names, Watcher
+
+    settings = sweep.settings
+    plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt")
+    budget = Budget(settings.max_hours, settings.max_gpu_hours, room.gpus_per_trial)
+    watcher, names = Watcher(settings.metric, listener), Names(recorded)
+    points = _points(sweep, recorded)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(TrialRunner, plan=plan), room.per_trial),
+        param_space={} if settings.search.name == "optuna" else _first_values(points),
+        tune_config=tune.TuneConfig(
+            metric=settings.metric,
+            mode="max" if settings.maximise else "min",
+            scheduler=_scheduler(sweep),
+            search_alg=_searcher(sweep, points),
+            num_samples=max(sweep.trials, len(recorded)),
+            max_concurrent_trials=room.concurrent,
+            reuse_actors=True,
+            trial_name_creator=names,
+            trial_dirname_creator=str,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=_storage(sweep),
+            stop=budget,
+            verbose=0,
+            callbacks=[watcher],
+            failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    with _quiet(), _ended_by_signals() as signals:
+        tuner.fit()
+    if watcher.fatal is not None:
+        raise watcher.fatal
+    if budget.reason is None and (signals or watcher.interrupted):
+        raise KeyboardInterrupt(*signals[:1])
+    return budget.reason
+
+
+def _points(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What is tried, as far as that is known beforehand: first what was tried before, in its order."""
+    settings = sweep.settings
+    before = [trial.overrides for trial in recorded]
+    if settings.search.name == "optuna":
+        return before
+    if settings.scheduler.name == "pbt" and before:
+        drawn: list[dict[str, Any]] = list(before)  # their settings have changed on the way
+    elif settings.search.name == "grid":
+        drawn = list(spaces.grid(sweep.space))
+    else:
+        rng = random.Random(settings.search.seed)
+        drawn = [spaces.sample(sweep.space, rng) for _ in range(sweep.trials)]
+    new = [point for point in drawn if point not in before]
+    return before + new[: max(0, sweep.trials - len(before))]
+
+
+def _first_values(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # Every trial's values come from the points; Tune wants to see the keys.
+    from ray import tune
+
+    from densenet_dist.cluster.trial import encode
+
+    keys = {key for point in points for key in point}
+    return {key: tune.choice([encode({key: point[key]})[key] for point in points]) for key in sorted(keys)}
+
+
+def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]]) -> Any:
+    from densenet_dist.cluster.trial import encode
+
+    encoded = [encode(point) for point in points]
+    search = sweep.settings.search
+    if search.name != "optuna":
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        return BasicVariantGenerator(points_to_evaluate=encoded)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=search.seed)
+    return OptunaSearch(
+        space={key: _distribution(domain) for key, domain in sweep.space.items()},
+        metric=sweep.settings.metric,
+        mode="max" if sweep.settings.maximise else "min",
+        points_to_evaluate=encoded or None,
+        sampler=sampler,
+    )
+
+
+def _distribution(domain: Domain) -> Any:
+    from optuna import distributions
+
+    from densenet_dist.cluster.trial import encode
+
+    if isinstance(domain, Choice):
+        return distributions.CategoricalDistribution([encode({"": value})[""] for value in domain.values])
+    if domain.integer:
+        step = 1 if domain.step is None else int(domain.step)
+        return distributions.IntDistribution(int(domain.low), int(domain.ends[1]), log=domain.log, step=step)
+    return distributions.FloatDistribution(domain.low, domain.ends[1], log=domain.log, step=domain.step)
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    from ray.tune import schedulers
+
+    wanted, epochs = sweep.settings.scheduler, _most_epochs(sweep)
+    if wanted.name == "asha":
+        # The last epoch is never a rung: there is nothing left to save.
+        return schedulers.AsyncHyperBandScheduler(
+            time_attr="epoch",
+            max_t=max(epochs, wanted.grace_epochs + 1),
+            grace_period=wanted.grace_epochs,
+            reduction_factor=wanted.reduction_factor,
+        )
+    if wanted.name == "median":
+        return schedulers.MedianStoppingRule(
+            time_attr="epoch", grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials
+        )
+    if wanted.name == "pbt":
+        return schedulers.PopulationBasedTraining(
+            time_attr="epoch",
+            perturbation_interval=wanted.perturb_epochs,
+            hyperparam_mutations=_mutations(sweep),
+            quantile_fraction=wanted.quantile,
+            resample_probability=wanted.resample_probability,
+            custom_explore_fn=partial(_into_space, sweep.space),
+            log_config=False,
+        )
+    return schedulers.FIFOScheduler()
+
+
+def _most_epochs(sweep: Sweep) -> int:
+    searched = sweep.space.get("train.epochs")
+    return int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
+
+
+def _mutations(sweep: Sweep) -> dict[str, Any]:
+    from densenet_dist.cluster.trial import encode
+
+    rng = random.Random(sweep.settings.search.seed)
+    return {
+        key: [encode({key: value})[key] for value in domain.values]
+        if isinstance(domain, Choice)
+        else partial(domain.sample, rng)
+        for key, domain in sweep.space.items()
+    }
+
+
+def _into_space(space: Mapping[str, Domain], config: dict[str, Any]) -> dict[str, Any]:
+    # A factor of 0.8 or 1.2 knows no limits.
+    return {
+        key: value if isinstance(space[key], Choice) else space[key].clip(value)  # type: ignore[union-attr]
+        for key, value in config.items()
+    }
+
+
+def _storage(sweep: Sweep) -> str:
+    base, question, query = sweep.folder.partition("?")
+    return f"{base}/ray{question}{query}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's own words are for its developers; what matters is in the events."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray._private")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Tune knows SIGINT only, and how to end all trials then; yields the signals that came."""
+    came: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        came.append(number)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        before = signal.signal(signal.SIGTERM, forward)
+    except ValueError:  # not the main thread: whoever runs this one has the signals
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)

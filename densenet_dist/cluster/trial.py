@@ -1,0 +1,273 @@
+"""One trial of a sweep, as Ray Tune runs it: an ordinary run that waits after each epoch to hear whether to go on.
+
+With one worker the training loop runs in the trial's own process; with several, Ray Train's workers are started from
+there. What a sweep that is resumed has seen of a trial is told again, from the run's own record, so that schedulers and
+searchers know it; only what is left is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from ray import tune
+
+from densenet_dist.cluster.launch import write_run
+from densenet_dist.cluster.ray_train import DRIVER_ENV, WORKER_ENV, Pace, fit_on_ray
+from densenet_dist.config import to_yaml
+from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProblem, StorageError
+from densenet_dist.schema import Config
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.results import read_note, write_note
+from densenet_dist.train.context import Event, LocalContext, choose_device
+from densenet_dist.train.logs import read_records
+from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder
+
+OUTCOME: Final = "outcome"
+"""Key of a trial's last result: finished, stopped or failed."""
+CAUSE: Final = "cause"
+FATAL: Final = "fatal"
+"""Key of a failed trial's last result: the class of its error, where all other trials would fail as well."""
+_FATAL: Final = (StorageError, DataError, EnvironmentProblem)
+_POINTER: Final = "pointer.json"
+_STOP_S: Final = 5.0
+
+Figures: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a sweep share; travels to their processes.
+
+    Attributes:
+        sweep: the sweep.
+        cluster: settings of every trial's configuration, by dotted key.
+        threads: torch threads of a worker.
+        replays: whether a trial first tells again what it did before.
+    """
+
+    sweep: Sweep
+    cluster: Mapping[str, Any]
+    threads: int
+    replays: bool
+
+
+class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are untyped
+    """Trains one trial at a time; one process may serve several, one after the other.
+
+    Results hold an epoch's figures; the last one has `OUTCOME`.
+    """
+
+    def setup(self, config: dict[str, Any], plan: TrialPlan) -> None:
+        """Take up a trial; training starts with the first step, after a hand-over if there is one."""
+        for key, value in (DRIVER_ENV | WORKER_ENV).items():
+            os.environ.setdefault(key, value)
+        self._plan = plan
+        self._take_up(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take up another trial in this process."""
+        self.cleanup()
+        self._take_up(new_config)
+        return True
+
+    def _take_up(self, config: dict[str, Any]) -> None:
+        self._overrides = decode(config)
+        self._work: _Work | None = None
+        self._results = self._all_results()
+        self._last: Figures = {}
+
+    def step(self) -> Figures:
+        """Train until the end of the next epoch."""
+        self._last |= next(self._results)
+        return dict(self._last)
+
+    def cleanup(self) -> None:
+        """Stop training, and give everything back."""
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copy the run's newest checkpoint: a hand-over may want it when the run itself has long deleted it."""
+        run = self._run()
+        manifest = json.loads(run.fetch(f"{CHECKPOINTS_FOLDER}/manifest.json").read_text())
+        entry = manifest["checkpoints"][-1]
+        name = f"{CHECKPOINTS_FOLDER}/{entry['name']}"
+        shutil.copytree(run.fetch(name), Path(checkpoint_dir) / entry["name"])
+        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"trial": run.name, "entry": entry}))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Take over another trial's weights and state, with this trial's settings; its own are on its run's record."""
+        pointer = json.loads((Path(checkpoint_dir) / _POINTER).read_text())
+        run = self._run()
+        if pointer["trial"] == run.name:
+            return
+        note = read_note(run)
+        taken = [pointer["trial"], pointer["entry"]["name"]]
+        if note.get("taken") == taken:
+            return  # a crash since then: this trial has its own checkpoints after the hand-over
+        entry = pointer["entry"]
+        run.remove(CHECKPOINTS_FOLDER)
+        target = run.path / CHECKPOINTS_FOLDER / entry["name"]
+        shutil.copytree(Path(checkpoint_dir) / entry["name"], target)
+        run.publish(f"{CHECKPOINTS_FOLDER}/{entry['name']}")
+        manifest = {"format": 1, "best": entry["name"], "checkpoints": [entry]}
+        run.write(f"{CHECKPOINTS_FOLDER}/manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_note(run, overrides=self._overrides, taken=taken)
+
+    def _run(self) -> RunFolder:
+        return RunFolder(self._plan.sweep.folder, self.trial_name)
+
+    def _all_results(self) -> Iterator[Figures]:
+        run, note = self._run(), {}
+        if run.exists():
+            note = read_note(run)
+            yield from self._past(run, note)
+        try:
+            config = self._plan.sweep.config(run.name, self._overrides, **self._plan.cluster)
+            self._prepare(run, config, note)
+            self._work = _Work(config, run, self._plan)
+            yield from self._work.results()
+        except DenseNetDistError as error:  # another attempt would end the same
+            fatal = type(error).__name__ if isinstance(error, _FATAL) else None
+            yield {"done": True, OUTCOME: "failed", CAUSE: str(error), FATAL: fatal}
+
+    def _past(self, run: RunFolder, note: Mapping[str, Any]) -> Iterator[Figures]:
+        """What is on the run's record already."""
+        records = read_records(run.fetch(METRICS_FILE)) if run.exists(METRICS_FILE) else []
+        epochs = [record for record in records if "train/loss" in record]
+        end: Figures | None = None
+        if note.get("status") in ("stopped", "failed"):
+            end = {OUTCOME: note["status"], CAUSE: note.get("cause")}
+        elif run.exists(SUMMARY_FILE):
+            end = {OUTCOME: "finished", **_tested(json.loads(run.fetch(SUMMARY_FILE).read_text()))}
+        last = epochs.pop() if end is not None and epochs else {}
+        if self._plan.replays:
+            yield from epochs
+        if end is not None:
+            yield last | end | {"done": True}
+
+    def _prepare(self, run: RunFolder, config: Config, note: Mapping[str, Any]) -> None:
+        run.create()
+        write_run(run, config, resume=run.exists())
+        if note.get("overrides") != self._overrides:
+            run.write(CONFIG_FILE, to_yaml(config))  # other than before after a hand-over
+            write_note(run, overrides=self._overrides)
+
+
+class _Stopped(BaseException):
+    """The trial is to end here."""
+
+
+class _Work:
+    """The training of one trial, in a thread that waits after each epoch until it is asked for more."""
+
+    def __init__(self, config: Config, run: RunFolder, plan: TrialPlan) -> None:
+        self._config, self._run, self._plan = config, run, plan
+        self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._turn = threading.Semaphore(0)
+        self._ending = threading.Event()
+        self._pace = Pace(self._heard)
+        self._parameters: int | None = None
+        self._last_epoch: Figures = {}
+        self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+
+    def results(self) -> Iterator[Figures]:
+        """The figures of each epoch, as they come."""
+        self._thread.start()
+        while True:
+            kind, content = self._news.get()
+            if kind == "error":
+                raise content
+            if kind == "end":
+                yield {"done": True, OUTCOME: "finished", **self._last_epoch, **_tested(content)}
+                return
+            yield content
+            if kind == "epoch":
+                self._turn.release()
+
+    def stop(self) -> None:
+        """End the training, in the middle of an epoch too, and wait until nothing is left of it."""
+        self._ending.set()
+        self._turn.release()
+        if not self._thread.is_alive():
+            return
+        self._thread.join(_STOP_S if self._alone else 1.0)
+        if self._thread.is_alive() and not self._alone:
+            self._pace.abort(_STOP_S)
+            self._thread.join(_STOP_S)
+
+    @property
+    def _alone(self) -> bool:
+        return self._config.cluster.workers == 1
+
+    def _train(self) -> None:
+        try:
+            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._pace)
+            self._news.put(("end", summary))
+        except _Stopped:
+            pass
+        except BaseException as error:
+            if not self._ending.is_set():
+                self._news.put(("error", error))
+
+    def _train_here(self) -> dict[str, Any]:
+        import torch
+
+        from densenet_dist.train.engine import fit
+
+        torch.set_num_threads(self._plan.threads)
+        context = LocalContext(self._run, choose_device(self._config.cluster.device), self._told)
+        return fit(self._config, context)
+
+    def _told(self, event: Event) -> None:
+        if not self._heard(event):
+            raise _Stopped
+
+    def _heard(self, event: Event) -> bool:
+        """Pass an event on; after an epoch wait for the word to go on. Whether to."""
+        if self._ending.is_set():
+            return False
+        if event["kind"] == "start":
+            self._parameters = event["parameters"]
+        if event["kind"] == "epoch":
+            figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
+            figures["parameters"] = self._parameters
+            if event["epoch"] == event["epochs"]:  # nothing is left that a scheduler could save, but the test
+                self._last_epoch = figures
+            else:
+                self._news.put(("epoch", figures))
+                self._turn.acquire()
+        return not self._ending.is_set()
+
+
+def _tested(summary: Mapping[str, Any]) -> Figures:
+    return {key: value for key, value in summary.items() if key.startswith("test/")}
+
+
+def encode(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as Tune and Optuna take them: what is no scalar as its JSON."""
+    return {key: _encoded(value) for key, value in overrides.items()}
+
+
+def _encoded(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else _JSON + json.dumps(value)
+
+
+def decode(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `encode`."""
+    return {
+        key: json.loads(value.removeprefix(_JSON)) if isinstance(value, str) and value.startswith(_JSON) else value
+        for key, value in config.items()
+    }
+
+
+_JSON: Final = "json:"

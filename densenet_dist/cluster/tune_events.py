@@ -1,0 +1,137 @@
+"""What Ray Tune tells of a sweep, in our words; imports Ray, so it is imported only by what runs trials."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import tune
+
+from densenet_dist import errors
+from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME, decode
+from densenet_dist.sweep.results import TRIAL_PREFIX, Trial
+from densenet_dist.train.context import Event
+
+
+class Names:
+    """Names trials: those of before by their settings, new ones by number."""
+
+    def __init__(self, recorded: Sequence[Trial]) -> None:
+        self._known = [(trial.overrides, trial.name) for trial in recorded]
+        numbers = [int(trial.name.removeprefix(TRIAL_PREFIX)) for trial in recorded]
+        self._next = max(numbers, default=-1) + 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Names:
+        return self  # Tune copies what it is given for every trial; numbers must not begin anew
+
+    def __call__(self, trial: Any) -> str:
+        """The name of a Tune trial that was just made."""
+        overrides = decode(trial.config)
+        for known in self._known:
+            if known[0] == overrides:
+                self._known.remove(known)
+                return known[1]
+        self._next += 1
+        return f"{TRIAL_PREFIX}{self._next - 1:03d}"
+
+
+class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
+    """Turns Tune's callbacks into ``trial`` events: ``name``, ``overrides``, ``state``, ``figures``, ``cause``.
+
+    Attributes:
+        fatal: what made a trial fail, where all others would fail as well.
+        interrupted: whether trials were running when Tune ended.
+    """
+
+    def __init__(self, metric: str, listener: Callable[[Event], None]) -> None:
+        self._metric, self._listener = metric, listener
+        self.fatal: errors.DenseNetDistError | None = None
+        self._running: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()  # Tune writes its callbacks down; a listener cannot be, and need not
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether trials were running when Tune ended."""
+        return bool(self._running)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins, or goes on after a pause or a crash."""
+        self._running.add(str(trial))
+        self._tell(trial, "running", {})
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch is done."""
+        if "epoch" in result:
+            self._tell(trial, "epoch", result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended: on its own, or by the scheduler."""
+        self._running.discard(str(trial))
+        result = trial.last_result or {}
+        cause, fatal = result.get(CAUSE), result.get(FATAL)
+        # One that lacked only room on a disk can go on when there is some.
+        self._tell(trial, "interrupted" if fatal else result.get(OUTCOME, "stopped"), result, cause)
+        if fatal and self.fatal is None:
+            self.fatal = getattr(errors, fatal)(cause)
+            os.kill(os.getpid(), signal.SIGINT)  # Tune's own way to end: what was running can go on later
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial crashed more often than it may."""
+        self._running.discard(str(trial))
+        self._tell(trial, "failed", trial.last_result or {}, explain(trial.get_error()))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial crashed, and is started again."""
+        self._listener({"kind": "note", "text": f"{trial} crashed and is started again: {explain(trial.get_error())}"})
+
+    def _tell(self, trial: Any, state: str, result: dict[str, Any], cause: str | None = None) -> None:
+        event = {"kind": "trial", "name": str(trial), "overrides": decode(trial.config), "state": state}
+        self._listener(event | {"figures": result, "cause": cause})
+
+
+class Budget(tune.Stopper):  # type: ignore[misc]
+    """Ends a sweep whose hours are spent.
+
+    Attributes:
+        reason: which; None while there are some left.
+    """
+
+    def __init__(self, hours: float | None, gpu_hours: float | None, gpus_per_trial: float) -> None:
+        self._hours, self._gpu_hours, self._gpus = hours, gpu_hours, gpus_per_trial
+        self._started = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        self.reason: str | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Count a trial's time; it is never stopped alone."""
+        self._seconds[trial_id] = result.get("time_total_s", 0.0)
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the sweep ends now."""
+        if self._hours is not None and time.monotonic() - self._started > self._hours * 3600:
+            self.reason = f"max_hours: {self._hours:g} hours are over"
+        if self._gpu_hours is not None and sum(self._seconds.values()) * self._gpus > self._gpu_hours * 3600:
+            self.reason = f"max_gpu_hours: {self._gpu_hours:g} GPU hours are used"
+        return self.reason is not None
+
+
+def explain(error: Any) -> str:
+    """A crash in one line: what was raised at last, not Ray's wrapping."""
+    if error is None:
+        return "the trial's process was lost"
+    text = str(getattr(error, "cause", None) or error).strip()
+    if "OutOfMemory" in type(error).__name__ or "memory monitor" in text:
+        return "out of memory: its process was killed; lower trials at a time (concurrent), or the batch size"
+    if "ActorDied" in type(error).__name__ or "actor died" in text.lower() or "died unexpectedly" in text:
+        return "the trial's process was lost (killed, or its node is gone)"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", lines[-1])[:300] if lines else type(error).__name__

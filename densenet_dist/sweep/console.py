@@ -1,0 +1,125 @@
+"""Shows a sweep to a person: a line for each trial that ends, a live line on a terminal, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.results import Trial, ranked
+from densenet_dist.train.context import Event
+
+
+class SweepConsole:
+    """Takes a sweep's events; see `densenet_dist.cluster.sweep`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(highlight=False, quiet=quiet, soft_wrap=True)
+        self._status: Status | None = None
+        self._metric, self._total = "", 0
+
+    def __enter__(self) -> SweepConsole:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if event["kind"] == "sweep":
+            self._begin(event["sweep"], event["trials"], event["folder"])
+        elif event["kind"] == "note":
+            self._console.print(event["text"], markup=False)
+        elif event["kind"] == "trial":
+            self._trial(event)
+
+    def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:
+        settings = sweep.settings
+        self._metric, self._total = settings.metric, max(sweep.trials, len(recorded))
+        self._console.print(
+            f"{self._total} trials, {settings.search.name} search, {settings.scheduler.name}, "
+            f"{'highest' if settings.maximise else 'lowest'} {settings.metric}; folder {folder}",
+            markup=False,
+        )
+        for key, domain in sweep.space.items():
+            self._console.print(f"  {key}: {shown(domain.describe())}", markup=False)
+        if recorded:
+            ended = sum(trial.status != "interrupted" for trial in recorded)
+            self._console.print(f"resumed: {ended} trials ended before, {len(recorded) - ended} go on", markup=False)
+
+    def _trial(self, event: Event) -> None:
+        trial: Trial = event["trial"]
+        if event["state"] not in ("running", "epoch"):
+            self._console.print(self._line(trial, event["best"]), markup=False)
+        if self._console.is_terminal:
+            if self._status is None:
+                self._status = self._console.status("")
+                self._status.start()
+            self._status.update(self._summary(event["all"], event["best"]))
+
+    def _line(self, trial: Trial, best: Trial | None) -> str:
+        what = {"stopped": f"stopped after {trial.epochs} epochs", "finished": f"finished {trial.epochs} epochs"}
+        parts = [f"{trial.name}  {what.get(trial.status, trial.status):<24}", f"{self._metric} {figure(trial.metric)}"]
+        parts.append("  ".join(f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()))
+        line = "  ".join(parts) + ("  *" if best is trial else "")
+        return line if trial.cause is None else f"{line}\n  {trial.cause}"
+
+    def _summary(self, trials: Sequence[Trial], best: Trial | None) -> str:
+        running = [trial for trial in trials if trial.status == "running"]
+        ended = sum(trial.status not in ("running", "interrupted") for trial in trials)
+        now = ", ".join(f"{trial.name} epoch {trial.epochs}" for trial in running[:4])
+        text = f"{ended} of {self._total} trials ended; running: {now or 'none'}"
+        return text if best is None else f"{text}; best {self._metric} {figure(best.metric)} ({best.name})"
+
+    def table(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
+        """All trials, best first."""
+        if self._status is not None:
+            self._status.stop()
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("trial", "status", sweep.settings.metric, "epoch", *map(short, sweep.space), "cause"):
+            table.add_column(heading, overflow="fold")
+        for trial in ranked(trials, sweep.settings.maximise):
+            values = [shown(trial.overrides.get(key)) for key in sweep.space]
+            best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
+            table.add_row(trial.name, trial.status, figure(trial.metric), best, *values, trial.cause or "")
+        if not any(trial.cause for trial in trials):
+            table.columns.pop()
+        self._console.print()
+        self._console.print(table)
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None:
+        """Names and values at the end, each on one line however long, so that paths can be copied whole."""
+        width = max(map(len, rows))
+        self._console.print(f"\n{title}", style="bold", markup=False)
+        for name, value in rows.items():
+            self._console.print(f"  {name:<{width}}  {value}", markup=False)
+
+
+def figure(value: float | None) -> str:
+    """A metric, or that there is none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def short(key: str) -> str:
+    """A dotted key's last part, or two where one says too little."""
+    *before, last = key.split(".")
+    return f"{before[-1]}.{last}" if last == "name" and before else last
+
+
+def shown(value: Any) -> str:
+    """A value of a setting, short."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    return str(value)

@@ -1,0 +1,232 @@
+"""A sweep as a whole: settings, base configuration and space, read from a sweep file and judged at once."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from densenet_dist import config as run_config
+from densenet_dist.config import load_config, name_of_file
+from densenet_dist.errors import ConfigError
+from densenet_dist.schema import Config
+from densenet_dist.sweep import space as spaces
+from densenet_dist.sweep.schema import SweepConfig, impossible
+from densenet_dist.sweep.space import Domain, Value, read_domain
+from densenet_dist.typed_settings import Settings, join_problems
+from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
+
+SETTINGS: Final = Settings(SweepConfig, impossible)
+DEFAULT_TRIALS: Final = 16
+_CHECKED_COMBINATIONS: Final = 200
+_GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "seed")
+_PBT_MAY_CHANGE: Final = (
+    *("train.lr", "train.label_smoothing", "train.clip_grad_norm", "train.optimizer.weight_decay"),
+    *("train.optimizer.momentum", "train.optimizer.betas", "train.optimizer.eps", "model.drop_rate"),
+    *("data.augment", "data.crop_scale", "data.trivial_augment", "data.cutout", "data.mixup", "data.cutmix"),
+)
+"""What weights in the middle of their training can be handed over to."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is searched.
+
+    Attributes:
+        settings: of the sweep.
+        base: the configuration that trials start from, as nested plain values.
+        space: a domain for each dotted key.
+    """
+
+    settings: SweepConfig
+    base: Mapping[str, Any]
+    space: Mapping[str, Domain]
+
+    @property
+    def trials(self) -> int:
+        """How many trials there are to be."""
+        if self.settings.trials is not None:
+            return self.settings.trials
+        return (spaces.size(self.space) or 0) if self.settings.search.name == "grid" else DEFAULT_TRIALS
+
+    @property
+    def folder(self) -> str:
+        """The sweep's folder, a path or URI; the storage of its trials."""
+        base, question, query = self.settings.storage.partition("?")
+        return f"{base.rstrip('/')}/{self.settings.name}{question}{query}"
+
+    def config(self, name: str, overrides: Mapping[str, Value], **changed: Any) -> Config:
+        """The configuration of one trial.
+
+        Raises:
+            ConfigError: where these values cannot work together.
+        """
+        return load_config(self.base, overrides, {"name": name, "storage": self.folder}, changed)
+
+    def to_yaml(self) -> str:
+        """The whole sweep as one file, which `load_sweep` reads back."""
+        said = SETTINGS.to_dict(self.settings) | {"base": ""}
+        return to_yaml(
+            said | {"settings": self.base, "space": {key: domain.describe() for key, domain in self.space.items()}}
+        )
+
+
+def load_sweep(*sources: str | Path) -> Sweep:
+    """Read a sweep.
+
+    Args:
+        sources: a sweep file, then ``key=value``: of the sweep's own settings (``trials=8``), of the base configuration
+            (``train.epochs=3``), or of the space (``space.train.lr={loguniform: [0.01, 1]}``). Later ones win.
+
+    Raises:
+        ConfigError: with every problem of settings, base and space, one a line.
+    """
+    merged: dict[str, Any] = {}
+    name: dict[str, str] = {}
+    said: dict[str, Any] = {}
+    for source in sources:
+        layer = _read(source)
+        space_of_layer = layer.pop("space", None) or {}
+        if not isinstance(space_of_layer, Mapping):
+            raise ConfigError(f"space: must hold a domain for each key, not {space_of_layer!r}")
+        said |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
+        merge(merged, layer)
+        if not _is_override(source):
+            name = {"name": name_of_file(source)}
+    settings_of_base = merged.pop("settings", None) or {}
+    problems: list[str] = []
+    settings = _try(partial(SETTINGS.validate, name | merged), problems, "")
+    base = _try(partial(_load_base, str(merged.get("base") or ""), settings_of_base), problems, "")
+    space = _read_space(said, problems)
+    if settings is not None and base is not None:
+        sweep = Sweep(settings, _of_base(base), space)
+        problems += _judge(sweep) if not problems else []
+        if not problems:
+            return sweep
+    raise ConfigError(join_problems(list(dict.fromkeys(problems))))
+
+
+def _is_override(source: str | Path) -> bool:
+    return isinstance(source, str) and "=" in source and not os.path.exists(source)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    if not _is_override(source):
+        layer = read_yaml(Path(source))
+        if layer.get("base"):
+            layer["base"] = str(Path(source).parent / str(layer["base"]))
+        return layer
+    layer = read_override(str(source))
+    groups = {key: layer.pop(key) for key in _GROUPS if key in layer}
+    return layer | ({"settings": groups} if groups else {})
+
+
+def _load_base(path: str, settings: Any) -> Config:
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"settings: must hold settings of the base configuration, not {settings!r}")
+    return load_config(*([path] if path else []), nest(settings))
+
+
+def _of_base(base: Config) -> dict[str, Any]:
+    values = run_config.to_dict(base)
+    return {key: value for key, value in values.items() if key not in ("name", "storage")}
+
+
+def _read_space(said: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:
+    space: dict[str, Domain] = {}
+    if not said:
+        problems.append("space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}")
+        return space
+    for key, value in said.items():
+        unknown = run_config.SETTINGS.unknown_key(key)
+        if unknown is not None:
+            problems.append(f"space.{unknown}")
+        elif key in ("name", "storage") or key.startswith("cluster."):
+            problems.append(f"space.{key}: is the same for all trials; see the sweep's own settings")
+        else:
+            domain = _try(partial(read_domain, value), problems, f"space.{key}: ")
+            space |= {} if domain is None else {key: domain}
+    return space
+
+
+def _leaves(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and what is said of each, down to settings of a run."""
+    for part, value in said.items():
+        key = f"{prefix}{part}"
+        group = isinstance(value, Mapping) and run_config.SETTINGS.unknown_key(key) is not None
+        if group and not set(value) & {"choice", "uniform", "loguniform", "integer", "loginteger"}:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _judge(sweep: Sweep) -> list[str]:
+    """What is wrong with settings, base and space together."""
+    problems: list[str] = []
+    for key, domain in sweep.space.items():
+        for end in domain.ends:
+            values = nest(sweep.base)
+            merge(values, nest({key: end}))
+            _try(partial(run_config.SETTINGS.validate, values, combinations=False), problems, "space.")
+    settings = sweep.settings
+    if settings.search.name == "grid":
+        for key, domain in sweep.space.items():
+            if domain.every() is None:
+                problems.append(f"space.{key}: search.name=grid needs a choice, or a step")
+        count = spaces.size(sweep.space)
+        if count is not None and settings.trials not in (None, count):
+            problems.append(f"trials: the grid has {count} combinations; leave trials out")
+    if settings.scheduler.name == "pbt":
+        fixed = [key for key in sweep.space if key not in _PBT_MAY_CHANGE]
+        if fixed:
+            problems.append(
+                f"space: pbt hands weights over in the middle of training, and {', '.join(fixed)} cannot change there; "
+                f"it can search {', '.join(_PBT_MAY_CHANGE)}"
+            )
+    if settings.metric.startswith("val/") and sweep.base["data"]["val_fraction"] == 0:
+        problems.append(f"metric: {settings.metric} needs validation images, but data.val_fraction is 0")
+    return problems or _judge_combinations(sweep)
+
+
+def _judge_combinations(sweep: Sweep) -> list[str]:
+    rng = random.Random(0)
+    for _ in range(_CHECKED_COMBINATIONS):
+        overrides = spaces.sample(sweep.space, rng)
+        found: list[str] = []
+        _try(partial(_checked, sweep, overrides), found, "")
+        if found:
+            example = ", ".join(f"{key}={value}" for key, value in overrides.items())
+            return [f"space: some combinations cannot work, such as {example}", *(f"  {line}" for line in found)]
+    return []
+
+
+def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
+    """Raise where a trial of these values could not even start."""
+    from dataclasses import asdict
+
+    from densenet_dist.model import validate_model
+
+    config = sweep.config("trial", overrides, **{"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"})
+    problems = validate_model(**asdict(config.model), num_classes=10, image_size=config.data.side)
+    if problems:
+        raise ConfigError(join_problems(problems))
+
+
+def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:
+    """What `make` gives, or None and its problems, each after `prefix`."""
+    try:
+        return make()
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        several = lines[0].endswith("problems in the configuration:")
+        problems += [prefix + line.strip() for line in (lines[1:] if several else lines)]
+        return None
+
+
+def with_storage(sweep: Sweep, storage: str, name: str) -> Sweep:
+    """The same sweep where it was found: its folder may have been moved since it was written."""
+    return replace(sweep, settings=replace(sweep.settings, storage=storage, name=name))

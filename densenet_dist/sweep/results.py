@@ -1,0 +1,184 @@
+"""What a sweep has found: one record a trial, read from the trials' own run folders, and the files made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+from densenet_dist.config import to_yaml
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.train.logs import read_records
+from densenet_dist.train.run_folder import METRICS_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
+
+SWEEP_FILE: Final = "sweep.yaml"
+RESULTS_FILE: Final = "sweep.json"
+TABLE_FILE: Final = "sweep.csv"
+BEST_FILE: Final = "best.yaml"
+PAGE_FILE: Final = "sweep.html"
+TRIAL_PREFIX: Final = "trial-"
+
+Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
+"""stopped: by the scheduler or a budget; interrupted: neither, it can go on."""
+
+
+@dataclass
+class Trial:
+    """One trial.
+
+    Attributes:
+        name: of its run folder, in the sweep's.
+        overrides: its values of the space, by dotted key; with population based training those of its end.
+        status: what became of it.
+        cause: why it failed.
+        parameters: trainable ones of its model; None where it never started.
+        epochs: that it trained.
+        seconds: of training, evaluation excluded.
+        metric: the sweep's, at its best epoch; None before the first.
+        best_epoch: which that was.
+        history: the metric after each epoch, by epoch.
+        figures: of the best epoch and, where it was tested, ``test/...``.
+        origin: the trial whose weights it took over last (population based training).
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    status: Status = "running"
+    cause: str | None = None
+    parameters: int | None = None
+    epochs: int = 0
+    seconds: float = 0.0
+    metric: float | None = None
+    best_epoch: int | None = None
+    history: dict[int, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    origin: str | None = None
+
+
+def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bool) -> None:
+    """Count an epoch's record of metrics.jsonl in."""
+    trial.epochs = int(record["epoch"])
+    trial.seconds += record.get("seconds", 0.0)
+    value = record.get(metric)
+    if value is None or not math.isfinite(value):
+        return
+    trial.history[trial.epochs] = value
+    better = trial.metric is None or (value > trial.metric if maximise else value < trial.metric)
+    if better:
+        trial.metric, trial.best_epoch = value, trial.epochs
+        tested = {key: value for key, value in trial.figures.items() if key.startswith("test/")}
+        trial.figures = {key: value for key, value in record.items() if "/" in key} | tested
+
+
+def read_figures(trial: Trial, sweep: Sweep) -> None:
+    """Take a trial's figures anew from its run folder, which is the truth whatever was reported."""
+    run = RunFolder(sweep.folder, trial.name)
+    trial.epochs, trial.seconds, trial.metric, trial.best_epoch = 0, 0.0, None, None
+    trial.history, trial.figures = {}, {}
+    if not run.exists(METRICS_FILE):
+        return
+    for record in read_records(run.fetch(METRICS_FILE)):
+        if "train/loss" in record:
+            add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximise)
+        trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}
+    if run.exists(SUMMARY_FILE):
+        trial.status = "finished"
+
+
+def read_note(run: RunFolder) -> dict[str, Any]:
+    """What a trial's folder says of it as one: ``overrides`` and, where it ended so, ``status`` and ``cause``."""
+    if not run.exists(TRIAL_FILE):
+        return {}
+    try:
+        note = json.loads(run.fetch(TRIAL_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def write_note(run: RunFolder, **changes: Any) -> None:
+    """Change some of it.
+
+    Raises:
+        StorageError: where it cannot be written.
+    """
+    run.write(TRIAL_FILE, json.dumps(read_note(run) | changes, indent=1) + "\n")
+
+
+def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
+    """All trials that have a folder in the sweep's, in order of their names; those that did not end are interrupted."""
+    trials = []
+    for name in sorted(name for name in folder.names("") if name.startswith(TRIAL_PREFIX)):
+        run = RunFolder(sweep.folder, name)
+        note = read_note(run)
+        if "overrides" in note:
+            trial = Trial(name, note["overrides"], note.get("status", "interrupted"), note.get("cause"))
+            trial.origin = (note.get("taken") or [None])[0]
+            trial.parameters = note.get("parameters")
+            read_figures(trial, sweep)
+            trials.append(trial)
+    return trials
+
+
+def ranked(trials: Sequence[Trial], maximise: bool) -> list[Trial]:
+    """Best first; those without a figure last, in their order."""
+    sign = -1.0 if maximise else 1.0
+    return sorted(trials, key=lambda trial: math.inf if trial.metric is None else sign * trial.metric)
+
+
+def best_trial(trials: Sequence[Trial], maximise: bool) -> Trial | None:
+    """The best of those that did not fail and have their figures."""
+    judged = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
+    return ranked(judged, maximise)[0] if judged else None
+
+
+def write_results(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Write sweep.json, sweep.csv and, where some trial has a figure, best.yaml.
+
+    Raises:
+        StorageError: where they cannot be written.
+    """
+    settings = sweep.settings
+    best = best_trial(trials, settings.maximise)
+    content = {
+        "sweep": settings.name,
+        "metric": settings.metric,
+        "mode": "max" if settings.maximise else "min",
+        "best": best.name if best else None,
+        "trials": [asdict(trial) for trial in trials],
+    }
+    folder.write(RESULTS_FILE, json.dumps(content, indent=1) + "\n")
+    folder.write(TABLE_FILE, _csv(sweep, ranked(trials, settings.maximise)))
+    if best is not None:
+        folder.write(BEST_FILE, best_yaml(sweep, best))
+
+
+def best_yaml(sweep: Sweep, trial: Trial) -> str:
+    """A configuration that `train` takes as it is: the best trial's, under a name and in a place of its own."""
+    config = sweep.config(f"{sweep.settings.name}-best", trial.overrides, storage=sweep.settings.storage)
+    settings = sweep.settings
+    said = [
+        f"# The best of {settings.name}: {trial.name}, {settings.metric} {trial.metric:.4f}, epoch {trial.best_epoch}.",
+        *(f"#   {key}: {value}" for key, value in trial.overrides.items()),
+    ]
+    if trial.origin is not None:
+        said.append(f"# Its settings changed on the way, and its weights came from {trial.origin}: see sweep.json.")
+    return "\n".join(said) + "\n" + to_yaml(config)
+
+
+def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:
+    figures = sorted({key for trial in trials for key in trial.figures})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = ["trial", "status", *sweep.space, "parameters", "epochs", "seconds", "best_epoch", *figures, "cause"]
+    writer.writerow(columns)
+    for trial in trials:
+        values = [trial.overrides.get(key) for key in sweep.space]
+        measured = [trial.figures.get(key) for key in figures]
+        row = [trial.name, trial.status, *values, trial.parameters, trial.epochs, round(trial.seconds, 3)]
+        writer.writerow([*row, trial.best_epoch, *measured, trial.cause])
+    return text.getvalue()

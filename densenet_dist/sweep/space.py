@@ -1,0 +1,172 @@
+"""The space of a sweep: for each dotted configuration key, the values that trials may have."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from densenet_dist.errors import ConfigError
+
+Number: TypeAlias = int | float
+Value: TypeAlias = Any
+"""A configuration value: a scalar, or a list."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[Value, ...]
+
+    def sample(self, rng: random.Random) -> Value:
+        """A value, uniformly."""
+        return rng.choice(self.values)
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """Values which, if they are legal, let all others be expected to be."""
+        return self.values
+
+    def every(self) -> list[Value] | None:
+        """All values, for a grid."""
+        return list(self.values)
+
+    def describe(self) -> dict[str, Any]:
+        """As a sweep file says it."""
+        return {"choice": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included.
+
+    Attributes:
+        integer: whole numbers only.
+        log: uniform in the logarithm.
+        step: distance of the values from each other, counted from `low`; None: any.
+    """
+
+    low: Number
+    high: Number
+    integer: bool = False
+    log: bool = False
+    step: Number | None = None
+
+    def sample(self, rng: random.Random) -> Number:
+        """A value, uniformly (in its logarithm where `log`)."""
+        values = self.every()
+        if values is not None:
+            return rng.choice(values)
+        if self.integer:
+            drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))
+            return min(int(drawn), int(self.high))
+        if self.log:
+            return min(max(math.exp(rng.uniform(math.log(self.low), math.log(self.high))), self.low), self.high)
+        return rng.uniform(self.low, self.high)
+
+    def clip(self, value: Number) -> Number:
+        """The nearest value of the range."""
+        value = min(max(value, self.low), self.high)
+        if self.step is not None:
+            value = min(self.low + round((value - self.low) / self.step) * self.step, self.high)
+        return round(value) if self.integer else value
+
+    @property
+    def ends(self) -> tuple[Number, ...]:
+        """The lowest and the highest."""
+        values = self.every()
+        return (self.low, self.high) if values is None else (values[0], values[-1])
+
+    def every(self) -> list[Number] | None:
+        """All values, for a grid; None where there are too many to name."""
+        if self.step is None:
+            return list(range(int(self.low), int(self.high) + 1)) if self.integer and not self.log else None
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        values = [self.low + i * self.step for i in range(count)]
+        return [round(value) for value in values] if self.integer else [float(f"{value:.12g}") for value in values]
+
+    def describe(self) -> dict[str, Any]:
+        """As a sweep file says it."""
+        kind = ("loginteger" if self.log else "integer") if self.integer else ("loguniform" if self.log else "uniform")
+        said: dict[str, Any] = {kind: [self.low, self.high]}
+        return said if self.step is None else said | {"step": self.step}
+
+
+Domain: TypeAlias = Choice | Range
+Space: TypeAlias = Mapping[str, Domain]
+FORMS = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, integer or loginteger"
+
+
+def read_domain(value: Any) -> Domain:
+    """What a sweep file says of one key.
+
+    Raises:
+        ConfigError: where it says nothing that can be drawn from; the message begins in the middle of a sentence.
+    """
+    if isinstance(value, list):
+        value = {"choice": value}
+    kinds = {"choice", "uniform", "loguniform", "integer", "loginteger"}
+    if not isinstance(value, Mapping) or len(found := set(value) & kinds) != 1 or set(value) - found - {"step"}:
+        raise ConfigError(f"must be {FORMS}; uniform and integer with a step: if wanted; not {_shown(value)}")
+    kind = found.pop()
+    if kind == "choice":
+        return _read_choice(value)
+    return _read_range(kind, value[kind], value.get("step"))
+
+
+def _read_choice(value: Mapping[str, Any]) -> Choice:
+    values = value["choice"]
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"choice needs a list of at least one value, not {_shown(values)}")
+    if "step" in value:
+        raise ConfigError("a choice has no step")
+    shown = [json.dumps(item, sort_keys=True, default=str) for item in values]
+    twice = next((text for text in shown if shown.count(text) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"the choice {twice} stands there twice")
+    return Choice(tuple(values))
+
+
+def _read_range(kind: str, ends: Any, step: Any) -> Range:
+    integer, log = kind.endswith("integer"), kind.startswith("log")
+    allowed = (int,) if integer else (int, float)
+    if not isinstance(ends, list) or len(ends) != 2 or not all(type(end) in allowed for end in ends):
+        raise ConfigError(f"{kind} needs [low, high] in {'whole ' * integer}numbers, not {_shown(ends)}")
+    low, high = ends
+    if not all(math.isfinite(end) for end in ends) or low >= high:
+        raise ConfigError(f"{kind} needs a low end below its high end, not {_shown(ends)}")
+    if log and low <= 0:
+        raise ConfigError(f"{kind} needs a low end above 0, not {low:g}")
+    if step is not None and (log or type(step) not in allowed or not 0 < step <= high - low):
+        raise ConfigError(f"a step (uniform, integer) must be above 0 and fit into {_shown(ends)}, not {_shown(step)}")
+    if not integer:
+        low, high = float(low), float(high)
+    return Range(low, high, integer, log, step)
+
+
+def size(space: Space) -> int | None:
+    """How many combinations a grid has; None where some key has too many values to name."""
+    every = [domain.every() for domain in space.values()]
+    return math.prod(len(values) for values in every if values is not None) if None not in every else None
+
+
+def grid(space: Space) -> Iterator[dict[str, Value]]:
+    """Every combination, the last key varying fastest."""
+    every: Sequence[list[Value]] = [domain.every() or [] for domain in space.values()]
+    for values in itertools.product(*every):
+        yield dict(zip(space, values, strict=True))
+
+
+def sample(space: Space, rng: random.Random) -> dict[str, Value]:
+    """One combination, each key drawn alone."""
+    return {key: domain.sample(rng) for key, domain in space.items()}
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) < 70 else f"{text[:50]}..."
