@@ -150,7 +150,7 @@ def test_the_most_alive_in_a_step_is_linear_in_depth(
     print(most)
     assert most["fused", 24] <= 2.1 * most["fused", 12]
     assert most["reference", 24] >= 2.5 * most["reference", 12]
-    assert most["fused", 24] <= 0.4 * most["reference", 24]
+    assert most["fused", 24] <= 0.3 * most["reference", 24]
 
 
 @both_kinds
@@ -160,4 +160,4 @@ def test_eval_mode_without_gradients_holds_little_more_than_the_maps(bn_size: in
         made = model(x)
         most = most_bytes_alive(lambda: model(x))
     print(most / made.nbytes)
-    assert most <= 2.5 * made.nbytes
+    assert most <= {None: 2.5, 4: 1.6}[bn_size] * made.nbytes

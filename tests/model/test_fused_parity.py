@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from torch.nn import functional as F
 from densenet_dist.model import DenseNet, densenet
 from densenet_dist.model.forms import dense_block
 from densenet_dist.model.fused import backward, convolutions, operator
+from densenet_dist.model.fused.structure import Unit
 from densenet_dist.model.kernels.eager import EagerKernels
+from densenet_dist.model.kernels.interface import Kernels
+from densenet_dist.model.kernels.native import NativeKernels
 
 TAILS = ["no tail", "norm", "norm and conv"]
 KERAS, TORCH = (0.01, 1e-3), (0.1, 1e-5)
@@ -200,13 +204,32 @@ def test_any_number_of_layers_may_wait(
     assert_same_step(x=maps((2, 5, 4, 3)), layers=layers, bn_size=bn_size, tail=tail)
 
 
+def units_of(model: Block) -> list[Unit]:
+    parts = model.block._parts(model.norm, model.conv)
+    weights = [conv.weight for conv in parts.convs]
+    return [Unit(bn.weight, bn.bias, weight, bn.eps) for bn, weight in zip_longest(parts.norms, weights)]
+
+
+@pytest.fixture(params=[NativeKernels, EagerKernels])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Those that a block gets: with the native ones convolutions of their own, which take 1x1 ones whole."""
+    made = request.param()
+    monkeypatch.setattr(operator, "choose_kernels", lambda *_: made)
+    return made
+
+
 @pytest.fixture(params=[1, 3], ids=["one image at a time", "three images at a time"])
-def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def in_pieces(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kernels: Kernels, bn_size: int | None, tail: str
+) -> None:
     """A CPU convolves large batches in pieces; here four images of 6x5 already."""
-    image = 6 * 5 * 8 * 17  # bytes, of the most maps that a unit of `Block` reads
+    units, native = units_of(Block("fused", bn_size=bn_size, tail=tail)), isinstance(kernels, NativeKernels)
+    cut = [unit for unit in units if not (native and unit.weight is not None and unit.weight.shape[2:] == (1, 1))]
+    image = 6 * 5 * 8 * max(unit.reads for unit in cut)  # bytes, of the most maps that one of them reads
     monkeypatch.setattr(convolutions, "PIECE_BYTES", request.param * image + 1)
-    assert convolutions.choose_convolutions(EagerKernels(), maps(), 17).accumulates
-    return request.param
+    chosen = convolutions.choose_convolutions(kernels, maps(), units)
+    assert [len(piece) for piece in chosen._cut(maps())] == {1: [1, 1, 1, 1], 3: [3, 1]}[request.param]
+    assert all(chosen.accumulates(unit) for unit in units)
 
 
 @both_kinds

@@ -3,6 +3,7 @@
 The cases run in Triton's interpreter, and on a GPU where there is one: see tests/support/triton_cases.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from triton_cases import DEVICES, INTERPRETED, run_interpreted
 
 from densenet_dist.model.forms import dense_block
 from densenet_dist.model.fused import backward, convolutions, forward, operator
+from densenet_dist.model.fused.structure import Unit
+from densenet_dist.model.kernels.interface import Kernels
 
 # Where wrong formulas cannot hide behind rounding; but Triton multiplies float64 matrices in the interpreter only.
 DTYPE, TOLERANCE = (torch.float64, 1e-10) if INTERPRETED else (torch.float32, 1e-4)
@@ -22,11 +25,11 @@ NORM = partial(nn.BatchNorm2d, momentum=0.1, eps=1e-5)
 class Padded(convolutions.Convolutions):
     """Those of a GPU, on any device: channels in multiples of eight."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
+        super().__init__(kernels, like, units)
         self._multiple = convolutions.TENSOR_CORE_CHANNELS
-        n, _, height, width = self._like.shape
-        self._scratch = self._like.new_empty(n * height * width * self.padded(arguments[2]))
+        n, _, height, width = like.shape
+        self._scratch = like.new_empty(n * height * width * self.padded(max(unit.reads for unit in units)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")

@@ -56,8 +56,8 @@ def test_it_is_built_once(tmp_path: Path, cache: Path, monkeypatch: pytest.Monke
     assert len(compilations(tmp_path)) == 1
     (kept,) = cache.iterdir()
     assert first._name == second._name == str(kept)
-    for name in ("bn_relu", "write", "gather", "finish"):
-        for dtype in ("f32", "f64", "bf16"):
+    for name in ("bn_relu", "write", "gather", "finish", "conv1x1", "conv1x1_backward"):
+        for dtype in ("f32", "f64") if name.startswith("conv1x1") else ("f32", "f64", "bf16"):
             assert getattr(first, f"{name}_{dtype}")
 
 
@@ -77,7 +77,7 @@ def test_the_compiler_may_be_named_with_options(
     assert load().bn_relu_f32
 
 
-@pytest.mark.parametrize("changed", ["FLAGS", "SOURCE", "_processor", "version"])
+@pytest.mark.parametrize("changed", ["FLAGS", "SOURCE", "header", "_processor", "version"])
 def test_for_other_machines_and_sources_it_is_built_anew(
     changed: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
@@ -85,13 +85,17 @@ def test_for_other_machines_and_sources_it_is_built_anew(
     monkeypatch.setenv("CXX", script(f"test $1 = --version && echo one || exec {compiler()} $@"))
     monkeypatch.setattr(build, "SOURCE", tmp_path / "native.cpp")
     monkeypatch.setattr(build, "FLAGS", ("-shared", "-fPIC"))
-    build.SOURCE.write_text('extern "C" int one() { return 1; }\n')
+    build.SOURCE.write_text('#include "native_one.h"\nextern "C" int one() { return kOne; }\n')
+    header = tmp_path / "native_one.h"
+    header.write_text("constexpr int kOne = 1;\n")
     assert load().one() == load().one() == 1
     assert len(compilations(tmp_path)) == 1
     if changed == "FLAGS":
         monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O2"))
     elif changed == "SOURCE":
         build.SOURCE.write_text('extern "C" int one() { return 3 - 2; }\n')
+    elif changed == "header":
+        header.write_text("constexpr int kOne = 3 - 2;\n")
     elif changed == "_processor":
         monkeypatch.setattr(build, "_processor", lambda: "flags: other")
     else:

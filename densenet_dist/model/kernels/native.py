@@ -76,6 +76,7 @@ class NativeKernels:
         rows, channels, lds = _rows(slot)
         _, _, ldm = _rows(made)
         assert made.dtype == slot.dtype
+        assert (mean is None) == (var is None)
         self._functions["write", slot.dtype](
             rows, channels, made.data_ptr(), ldm, _mask(mask, slot), keep, slot.data_ptr(), lds,
             _vector(mean, channels, slot.dtype), _vector(var, channels, slot.dtype), torch.get_num_threads(),
@@ -86,10 +87,12 @@ class NativeKernels:
         rows, channels, ld = _rows(maps)
         _, _, ldo = _rows(out)
         assert carry is None or carry.dtype == maps.dtype
+        assert out.shape == maps.shape
         ldc = ldo if carry is None else _rows(carry)[2]
         described = (_Consumer * len(consumers))()
         for into, (gradient, norm, sums) in zip(described, consumers, strict=True):
             assert gradient.dtype == maps.dtype
+            assert gradient.shape == maps.shape
             into.gradient, (_, _, into.ld) = gradient.data_ptr(), _rows(gradient)
             into.gamma, into.beta, into.mean, into.var = _pointers(norm, channels, maps.dtype)
             into.eps, into.sums = norm.eps, _vector(sums, 2 * channels, maps.dtype)
@@ -122,6 +125,7 @@ class NativeKernels:
         slot_rows, makes, lds = _rows(slot)
         assert slot_rows == rows
         assert slot.dtype == maps.dtype
+        assert (mean is None) == (var is None)
         self._functions["conv1x1", maps.dtype](
             rows, channels, makes, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
             _matrix(weight, makes, channels, maps.dtype), _mask(mask, slot), keep, slot.data_ptr(), lds,
@@ -146,8 +150,9 @@ class NativeKernels:
         """
         rows, channels, ld = _rows(maps)
         made_rows, makes, ldd = _rows(d_made)
-        out_rows, _, ldo = _rows(out)
-        assert made_rows == out_rows == rows
+        _, _, ldo = _rows(out)
+        assert made_rows == rows
+        assert out.shape == maps.shape
         assert d_made.dtype == out.dtype == maps.dtype
         assert carry is None or (carry.dtype == maps.dtype and carry.shape == maps.shape)
         self._functions["conv1x1_backward", maps.dtype](

@@ -12,8 +12,10 @@ namespace {
 constexpr int kVectorBytes = 64, kTall = 8;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32, kTall = 4;
-#else
+#elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kTall = 8;
+#else
+constexpr int kVectorBytes = 16, kTall = 4;
 #endif
 constexpr int kBroad = 3;  // kTall * kBroad sums, kBroad + 1 factors: as many vectors as the processor has registers
 
