@@ -111,7 +111,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         if pointer["trial"] == run.name:
             return
         note = read_note(run)
-        taken = [pointer["trial"], pointer["entry"]["name"]]
+        taken = [pointer["trial"], pointer["entry"]["name"], self._overrides]
         if note.get("taken") == taken:
             return  # a crash since then: this trial has its own checkpoints after the hand-over
         entry = pointer["entry"]
@@ -121,7 +121,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         run.publish(f"{CHECKPOINTS_FOLDER}/{entry['name']}")
         manifest = {"format": 1, "best": entry["name"], "checkpoints": [entry]}
         run.write(f"{CHECKPOINTS_FOLDER}/manifest.json", json.dumps(manifest, indent=1) + "\n")
-        write_note(run, overrides=self._overrides, taken=taken)
+        write_note(run, taken=taken)
 
     def _run(self) -> RunFolder:
         return RunFolder(self._plan.sweep.folder, self.trial_name)
