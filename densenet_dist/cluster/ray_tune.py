@@ -99,9 +99,9 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             metric=settings.metric,
             mode="max" if settings.maximise else "min",
             scheduler=_scheduler(sweep),
-            search_alg=_searcher(sweep, points),
+            search_alg=_searcher(sweep, points, room.concurrent),
             num_samples=max(sweep.trials, len(recorded)),
-            max_concurrent_trials=room.concurrent,
+            max_concurrent_trials=room.concurrent if settings.search.name == "optuna" else None,
             reuse_actors=True,
             trial_name_creator=names,
             trial_dirname_creator=str,
@@ -151,7 +151,7 @@ def _first_values(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: tune.choice([encode({key: point[key]})[key] for point in points]) for key in sorted(keys)}
 
 
-def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]]) -> Any:
+def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]], concurrent: int) -> Any:
     from densenet_dist.cluster.trial import encode
 
     encoded = [encode(point) for point in points]
@@ -159,7 +159,9 @@ def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]]) -> Any:
     if search.name != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(points_to_evaluate=encoded)
+        # A population is alive together; where it has no room, Tune lets its trials take turns.
+        together = sweep.settings.scheduler.name == "pbt"
+        return BasicVariantGenerator(points_to_evaluate=encoded, max_concurrent=0 if together else concurrent)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
