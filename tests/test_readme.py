@@ -11,6 +11,7 @@ import pytest
 import densenet_dist
 from densenet_dist.cli import app
 from densenet_dist.config import load_config
+from densenet_dist.sweep.definition import load_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
@@ -40,7 +41,14 @@ def test_commands_are_real():
         start = next(i for i, word in enumerate(words) if word.endswith(("densenet-dist", "densenet_dist")))
         assert words[start + 1] in known
         sources = [word for word in words[start + 2 :] if not word.startswith("-")]
-        load_config(*[str(ROOT / word) if word.endswith(".yaml") else word for word in sources])
+        load = load_sweep if words[start + 1] == "tune" else load_config
+        load(*[str(ROOT / word) if word.endswith(".yaml") else word for word in sources])
+
+
+def test_the_sweep_file_is_one(tmp_path):
+    (text,) = [block for block in blocks("yaml") if "space:" in block]
+    (tmp_path / "sweep.yaml").write_text(text.replace("base: ", f"base: {ROOT}/configs/"))
+    assert len(load_sweep(tmp_path / "sweep.yaml").space) == 5
 
 
 def test_make_targets_are_real():
