@@ -60,6 +60,9 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     config, context = job.config, job.context
+    if log is not None and job.position.global_step == 0:
+        splits = ["test"] if job.val_loader is None else ["val", "test"]
+        log.hparams(config, [f"{split}/{name}" for split in splits for name in ("loss", "top1", "top5")])
     if context.rank == 0:
         context.report(describe(job))
         if job.dataset.skipped:
@@ -283,7 +286,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     }
     if log is not None:
         log.record({"epoch": best[0]["epoch"], **test}, job.position.global_step)
-        log.hparams(config, {**{k: v for k, v in best[0].items() if "/" in k}, **test})
+        log.finished()
         log.close()
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     if context.rank == 0:

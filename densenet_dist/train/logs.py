@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -60,8 +61,15 @@ class RunLog:
         scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
         self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
 
-    def hparams(self, config: Config, results: dict[str, float]) -> None:
-        """Fill TensorBoard's HPARAMS tab, in this same run (`SummaryWriter.add_hparams` would start another)."""
+    def hparams(self, config: Config, metrics: Sequence[str]) -> None:
+        """Fill TensorBoard's HPARAMS tab, in this same run (`SummaryWriter.add_hparams` would start another).
+
+        Before the first step, so that a run that is stopped or lost is in it too, with the metrics it came to.
+
+        Args:
+            config: the run's.
+            metrics: tags of the scalars to show beside the settings.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         settings = {
@@ -70,8 +78,14 @@ class RunLog:
             if value is not None and key.startswith(_HYPERPARAMETERS)
         }
         writer = self._writer._get_file_writer()
-        for summary in hparams(settings, results):
+        for summary in hparams(settings, dict.fromkeys(metrics, 0.0))[:2]:  # the third says that the run is over
             writer.add_summary(summary)
+
+    def finished(self) -> None:
+        """Tell the HPARAMS tab that the run came to its end."""
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer._get_file_writer().add_summary(hparams({}, {})[2])
 
     def publish(self) -> None:
         """Flush, and bring both up to date on an object store."""

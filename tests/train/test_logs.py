@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from runs import job_of, next_second, run_of, tiny, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from densenet_dist.train.environment import cpu_name, describe_environment, git_commit
 from densenet_dist.train.logs import Console, RunLog, epoch_line, read_records
@@ -88,6 +88,22 @@ def test_the_settings_stand_beside_the_results(tmp_path):
     assert named == {"val/loss", "val/top1", "val/top5", "test/loss", "test/top1", "test/top5"}
     assert named <= TAGS  # so that the board finds their values
     assert summary["test/loss"] > 0
+    assert parsed["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
+
+
+def test_a_run_that_was_cut_off_has_its_settings_on_the_board_too(tmp_path):
+    config = tiny(tmp_path)
+
+    def cut(event: dict[str, object]) -> None:
+        if event["kind"] == "epoch":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=cut)
+    board = board_of(run_of(config))
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(board.summary_metadata)
+    assert "_hparams_/session_end_info" not in board.summary_metadata
+    assert len(board.Scalars("val/top1")) == 1
 
 
 # The record
