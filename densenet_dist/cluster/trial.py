@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 
 from ray import tune
 
@@ -27,8 +27,16 @@ from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import read_note, write_note
 from densenet_dist.train.context import Event, LocalContext, choose_device
+from densenet_dist.train.environment import LOADER_KEY
 from densenet_dist.train.logs import read_records
-from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.train.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    ENV_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    RunFolder,
+)
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""
@@ -64,6 +72,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 
     Results hold an epoch's figures; the last one has `OUTCOME`.
     """
+
+    _loader_choice: ClassVar[dict[str, Any] | None] = None
 
     def setup(self, config: dict[str, Any], plan: TrialPlan) -> None:
         """Take up a trial; training starts with the first step, after a hand-over if there is one."""
@@ -135,7 +145,9 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             config = self._plan.sweep.config(run.name, self._overrides, **self._plan.cluster)
             self._prepare(run, config, note)
             self._work = _Work(config, run, self._plan)
-            yield from self._work.results()
+            for figures in self._work.results():
+                self._share_loader_choice(run)
+                yield figures
         except DenseNetDistError as error:  # another attempt would end the same
             fatal = type(error).__name__ if isinstance(error, _FATAL) else None
             yield {"done": True, OUTCOME: "failed", CAUSE: str(error), FATAL: fatal}
@@ -158,9 +170,20 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
     def _prepare(self, run: RunFolder, config: Config, note: Mapping[str, Any]) -> None:
         run.create()
         write_run(run, config, resume=run.exists())
+        self._share_loader_choice(run)
         if note.get("overrides") != self._overrides:
             run.write(CONFIG_FILE, to_yaml(config))  # other than before after a hand-over
             write_note(run, overrides=self._overrides)
+
+    def _share_loader_choice(self, run: RunFolder) -> None:
+        """Loaders are measured once a process, not once a trial, where trials do the same with their images."""
+        if any(key.startswith("data.") for key in self._overrides):
+            return
+        environment = json.loads(run.fetch(ENV_FILE).read_text())
+        if LOADER_KEY in environment:
+            type(self)._loader_choice = environment[LOADER_KEY]
+        elif self._loader_choice is not None:
+            run.write(ENV_FILE, json.dumps(environment | {LOADER_KEY: self._loader_choice}, indent=1) + "\n")
 
 
 class _Stopped(BaseException):
