@@ -11,7 +11,8 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
@@ -21,6 +22,12 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     """
 
     stopped_by: int = signal.SIGINT
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
+        # driver leaves is given back when its job ends, and what a lost trial leaves by the sweep (`Placements`).
+        every = super()._create_default_callbacks()
+        return [callback for callback in every if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
@@ -35,11 +42,20 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         signal.signal(signal.SIGTERM, stop)
 
 
-class ControllerNotice(ControllerCallback):  # type: ignore[misc]
-    """Tells a mailbox which actor controls a run: in a thread, as in a trial, `fit` has no other way of being ended."""
+class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Tells a mailbox which actor controls a run: in a thread, as in a trial, `fit` has no other way of being ended.
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    And tells a sweep's driver, through an actor of its own, what room the workers have: if the trial's process is lost,
+    nobody else gives it back.
+    """
+
+    def __init__(self, mailbox: Any, placements: Any, owner: str) -> None:
+        self._mailbox, self._placements, self._owner = mailbox, placements, owner
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Runs in the controller."""
+        placed = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        ray.get(self._placements.add.remote(self._owner, placed))
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs in the controller."""

@@ -89,10 +89,12 @@ class Pace:
 
     Args:
         heard: called with every event, in a thread of its own; what it returns of an epoch says whether to go on.
+        placements: an actor that is told what room the workers have.
+        owner: whose it is, for that actor.
     """
 
-    def __init__(self, heard: Callable[[Event], bool]) -> None:
-        self.heard = heard
+    def __init__(self, heard: Callable[[Event], bool], placements: Any, owner: str) -> None:
+        self.heard, self.placements, self.owner = heard, placements, owner
         self._mailbox: Any = None
 
     def open(self, mailbox: Any) -> None:
@@ -143,7 +145,8 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
         if isinstance(listener, Pace):
             listener.open(mailbox)
         with _drained(mailbox, _announcing_restarts(listener, config.cluster.max_failures)):
-            failure = _run_trainer(config, run, resources, mailbox, own_cluster, isinstance(listener, Pace))
+            pace = listener if isinstance(listener, Pace) else None
+            failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace)
         outcome = ray.get(mailbox.outcome.remote())
     if outcome["error"] is not None:
         raise outcome["error"]
@@ -253,7 +256,7 @@ def _require_shared(run: RunFolder) -> None:
 
 
 def _run_trainer(
-    config: Config, run: RunFolder, resources: Resources, mailbox: Any, own_cluster: bool, paced: bool
+    config: Config, run: RunFolder, resources: Resources, mailbox: Any, own_cluster: bool, pace: Pace | None
 ) -> BaseException | None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
@@ -261,7 +264,7 @@ def _run_trainer(
     from densenet_dist.cluster.ray_backend import ControllerNotice, InterruptibleTrainer, NodeAddressTorchConfig
     from densenet_dist.config import to_dict
 
-    payload = {"config": to_dict(config), "mailbox": mailbox, "threads": resources.threads, "paced": paced}
+    payload = {"config": to_dict(config), "mailbox": mailbox, "threads": resources.threads, "paced": pace is not None}
     trainer = InterruptibleTrainer(
         _train_worker,
         train_loop_config=payload,
@@ -278,7 +281,7 @@ def _run_trainer(
                 controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[ControllerNotice(mailbox)] if paced else None,
+            callbacks=None if pace is None else [ControllerNotice(mailbox, pace.placements, pace.owner)],
             # A cluster of our own has inherited it; there, asking for it would only start further processes.
             worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
             logging_config=LoggingConfig(log_level="ERROR"),

@@ -82,15 +82,17 @@ def _wait_for_room(
 
 
 def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Callable[[Event], None]) -> str | None:
+    import ray
     from ray import tune
 
     from densenet_dist.cluster.trial import TrialPlan, TrialRunner
-    from densenet_dist.cluster.tune_events import Budget, Names, Watcher
+    from densenet_dist.cluster.tune_events import Budget, Names, Placements, Watcher, explain
 
     settings = sweep.settings
-    plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt")
+    placements = ray.remote(num_cpus=0)(Placements).remote()
+    plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt", placements)
     budget = Budget(settings.max_hours, settings.max_gpu_hours, room.gpus_per_trial)
-    watcher, names = Watcher(settings.metric, listener), Names(recorded)
+    watcher, names = Watcher(settings.metric, listener, placements), Names(recorded)
     points = _points(sweep, recorded)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialRunner, plan=plan), room.per_trial),
@@ -116,7 +118,13 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
         ),
     )
     with _quiet(), _ended_by_signals() as signals:
-        tuner.fit()
+        try:
+            tuner.fit()
+        except (tune.TuneError, ray.exceptions.RayError) as error:
+            raise EnvironmentProblem(
+                f"the cluster failed the sweep: {explain(error)}\n"
+                f"  go on with it when the cluster is back: densenet-dist tune --resume {sweep.folder}"
+            ) from error
     if watcher.fatal is not None:
         raise watcher.fatal
     if budget.reason is None and (signals or watcher.interrupted):

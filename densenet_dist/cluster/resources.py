@@ -131,8 +131,8 @@ def plan_trials(
         said = f"{room} trials run at a time, not {wanted}: the cluster has {available.get(scarce, 0):g} {scarce}s"
     if sweep.scheduler.name == "pbt" and sweep.workers > 1 and 0 < room < trials:
         raise EnvironmentProblem(
-            f"pbt needs room for all {trials} trials at a time; with {available.get(scarce, 0):g} {scarce}s the cluster "
-            f"has room for {room} of {sweep.workers} workers each\n"
+            f"pbt needs room for all {trials} trials at a time; with {available.get(scarce, 0):g} {scarce}s "
+            f"there is room for {room} of {sweep.workers} workers each\n"
             "  ask for fewer trials, or for trials of one worker, which take turns"
         )
     settings = {

@@ -16,6 +16,7 @@ from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,
     SWEEP_FILE,
+    TRIAL_PREFIX,
     Trial,
     add_epoch,
     best_trial,
@@ -72,11 +73,8 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
 
     sweep = _absolute(sweep)
     folder = RunFolder(sweep.settings.storage, sweep.settings.name)
-    if not resume and (folder.exists(SWEEP_FILE) or folder.exists()):
-        raise StorageError(
-            f"the sweep {folder.uri} exists already\n"
-            f"  go on with it: densenet-dist tune --resume {folder.uri}\n  or choose another name: name=NEW"
-        )
+    if not resume:
+        _refuse_used_name(folder)
     folder.create()
     prepare_data(sweep.config("data", {}))
     if not resume:
@@ -92,6 +90,15 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         folder.remove("ray")
         write_page(folder, sweep, record.trials)
     return SweepResult(folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
+
+
+def _refuse_used_name(folder: RunFolder) -> None:
+    # What failed before its first trial (no data, no GPU) has left nothing worth keeping, and may be started again.
+    if folder.exists() or any(name.startswith(TRIAL_PREFIX) for name in folder.names("")):
+        raise StorageError(
+            f"the sweep {folder.uri} exists already\n"
+            f"  go on with it: densenet-dist tune --resume {folder.uri}\n  or choose another name: name=NEW"
+        )
 
 
 def open_sweep(folder: str | Path) -> Sweep:

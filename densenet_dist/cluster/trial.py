@@ -59,12 +59,14 @@ class TrialPlan:
         cluster: settings of every trial's configuration, by dotted key.
         threads: torch threads of a worker.
         replays: whether a trial first tells again what it did before.
+        placements: an actor that is told what room the workers of trials have.
     """
 
     sweep: Sweep
     cluster: Mapping[str, Any]
     threads: int
     replays: bool
+    placements: Any
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are untyped
@@ -198,7 +200,7 @@ class _Work:
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._turn = threading.Semaphore(0)
         self._ending = threading.Event()
-        self._pace = Pace(self._heard)
+        self._pace = Pace(self._heard, plan.placements, run.name)
         self._parameters: int | None = None
         self._last_epoch: Figures = {}
         self._thread = threading.Thread(target=self._train, name="trial", daemon=True)

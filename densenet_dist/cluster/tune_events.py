@@ -7,8 +7,10 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import tune
 
 from densenet_dist import errors
@@ -39,6 +41,21 @@ class Names:
         return f"{TRIAL_PREFIX}{self._next - 1:03d}"
 
 
+class Placements:
+    """An actor that knows what room the workers of each trial have, for when the trial itself is lost."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[Any]] = {}
+
+    def add(self, trial: str, placement_group: Any) -> None:
+        """A trial's workers were placed."""
+        self._of.setdefault(trial, []).append(placement_group)
+
+    def take(self, trial: str) -> list[Any]:
+        """All that a trial ever had."""
+        return self._of.pop(trial, [])
+
+
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
     """Turns Tune's callbacks into ``trial`` events: ``name``, ``overrides``, ``state``, ``figures``, ``cause``.
 
@@ -47,8 +64,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         interrupted: whether trials were running when Tune ended.
     """
 
-    def __init__(self, metric: str, listener: Callable[[Event], None]) -> None:
-        self._metric, self._listener = metric, listener
+    def __init__(self, metric: str, listener: Callable[[Event], None], placements: Any) -> None:
+        self._metric, self._listener, self._placements = metric, listener, placements
         self.fatal: errors.DenseNetDistError | None = None
         self._running: set[str] = set()
 
@@ -86,11 +103,18 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial crashed more often than it may."""
         self._running.discard(str(trial))
+        self._give_back(trial)
         self._tell(trial, "failed", trial.last_result or {}, explain(trial.get_error()))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial crashed, and is started again."""
+        self._give_back(trial)
         self._listener({"kind": "note", "text": f"{trial} crashed and is started again: {explain(trial.get_error())}"})
+
+    def _give_back(self, trial: Any) -> None:
+        with suppress(ray.exceptions.RayError):  # the cluster is lost, and all of it with it
+            for placement_group in ray.get(self._placements.take.remote(str(trial)), timeout=10):
+                ray.util.remove_placement_group(placement_group)
 
     def _tell(self, trial: Any, state: str, result: dict[str, Any], cause: str | None = None) -> None:
         event = {"kind": "trial", "name": str(trial), "overrides": decode(trial.config), "state": state}
