@@ -7,12 +7,14 @@ searchers know it; only what is left is trained.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
 import shutil
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
@@ -106,6 +108,10 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         if self._work is not None:
             self._work.stop()
             self._work = None
+        self._results.close()
+        gc.collect()  # models have reference cycles, and this process goes on to other trials
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+            sys.modules["torch"].cuda.empty_cache()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the run's newest checkpoint: a hand-over may want it when the run itself has long deleted it."""
@@ -138,7 +144,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
     def _run(self) -> RunFolder:
         return RunFolder(self._plan.sweep.folder, self.trial_name)
 
-    def _all_results(self) -> Iterator[Figures]:
+    def _all_results(self) -> Generator[Figures]:
         run, note = self._run(), {}
         if run.exists():
             note = read_note(run)

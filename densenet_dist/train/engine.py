@@ -61,8 +61,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     config, context = job.config, job.context
     if log is not None and job.position.global_step == 0:
-        splits = ["test"] if job.val_loader is None else ["val", "test"]
-        log.hparams(config, [f"{split}/{name}" for split in splits for name in ("loss", "top1", "top5")])
+        log.hparams(config)
     if context.rank == 0:
         context.report(describe(job))
         if job.dataset.skipped:

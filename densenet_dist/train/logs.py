@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -61,14 +60,11 @@ class RunLog:
         scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
         self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
 
-    def hparams(self, config: Config, metrics: Sequence[str]) -> None:
+    def hparams(self, config: Config) -> None:
         """Fill TensorBoard's HPARAMS tab, in this same run (`SummaryWriter.add_hparams` would start another).
 
-        Before the first step, so that a run that is stopped or lost is in it too, with the metrics it came to.
-
-        Args:
-            config: the run's.
-            metrics: tags of the scalars to show beside the settings.
+        Before the first step, so that a run that is stopped or lost is in it too. The settings alone: told what an
+        experiment consists of, the tab would believe it, and not put first what differs between its runs.
         """
         from torch.utils.tensorboard.summary import hparams
 
@@ -78,8 +74,8 @@ class RunLog:
             if value is not None and key.startswith(_HYPERPARAMETERS)
         }
         writer = self._writer._get_file_writer()
-        for summary in hparams(settings, dict.fromkeys(metrics, 0.0))[:2]:  # the third says that the run is over
-            writer.add_summary(summary)
+        _, start, _ = hparams(settings, {})
+        writer.add_summary(start)
 
     def finished(self) -> None:
         """Tell the HPARAMS tab that the run came to its end."""
