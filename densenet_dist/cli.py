@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import traceback
@@ -286,9 +288,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _load(sources: list[str] | None) -> Config:
     if not sources:
         raise ConfigError("name a configuration, such as configs/quickstart.yaml (or --resume RUN to go on with a run)")
+    sources = list(map(_fetched, sources))
     for source in filter(_is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file, whose trials are run by: densenet-dist tune {source}")
     return load_config(*sources)
+
+
+def _fetched(source: str) -> str:
+    """A configuration file that lies on an object store, such as a sweep's best.yaml, as a local file."""
+    if not re.match(r"[a-z0-9]+://", source):
+        return source
+    from densenet_dist.train.run_folder import RunFolder
+
+    base, question, query = source.partition("?")
+    parent, _, file = base.rpartition("/")
+    storage, _, name = parent.rpartition("/")
+    return str(RunFolder(f"{storage}{question}{query}", name).fetch(file))
 
 
 def _is_sweep(source: str) -> bool:
@@ -348,7 +363,8 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
     rows = {"sweep folder": result.folder}
     if result.best is not None:
         rows["best trial"] = f"{result.best.name}   ({sweep.settings.metric} {result.best.metric:.4f})"
-        rows["train it again"] = f"densenet-dist train {result.folder}/{BEST_FILE}"
+        query = sweep.settings.storage.partition("?")[1:]
+        rows["train it again"] = f"densenet-dist train {shlex.quote(''.join((result.folder, '/', BEST_FILE, *query)))}"
     rows["page"] = f"{result.folder}/{PAGE_FILE}"
     rows["results"] = f"{result.folder}/{{{RESULTS_FILE},{TABLE_FILE}}}"
     rows["TensorBoard"] = f"tensorboard --logdir {result.folder}"

@@ -115,6 +115,8 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             verbose=0,
             callbacks=[watcher],
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+            # Tune's default would copy every trial's last checkpoint, and fail on one that had none.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     with _quiet(), _ended_by_signals() as signals:

@@ -82,13 +82,15 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
     recorded = trials_on_record(folder, sweep) if resume else []
     record = Record(folder, sweep, recorded, listener)
     listener({"kind": "sweep", "sweep": sweep, "trials": recorded, "folder": folder.uri})
-    ended_by = None
     try:
         ended_by = run_trials(sweep, recorded, record)
-    finally:
-        record.close("stopped" if ended_by else "interrupted")
+    except BaseException:
+        record.close("interrupted")  # no page: a job that is stopped has seconds
         folder.remove("ray")
-        write_page(folder, sweep, record.trials)
+        raise
+    record.close("stopped" if ended_by else "interrupted")
+    folder.remove("ray")
+    write_page(folder, sweep, record.trials)
     return SweepResult(folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,9 @@ class SweepConsole:
     """Takes a sweep's events; see `densenet_dist.cluster.sweep`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(highlight=False, quiet=quiet, soft_wrap=True)
+        # Piped, a table has no terminal to fit into.
+        width = None if sys.stdout.isatty() else 200
+        self._console = Console(highlight=False, quiet=quiet, soft_wrap=True, width=width)
         self._status: Status | None = None
         self._metric, self._total = "", 0
 
@@ -66,7 +69,8 @@ class SweepConsole:
             self._status.update(self._summary(event["all"], event["best"]))
 
     def _line(self, trial: Trial, best: Trial | None) -> str:
-        what = {"stopped": f"stopped after {trial.epochs} epochs", "finished": f"finished {trial.epochs} epochs"}
+        epochs = f"{trial.epochs} epoch{'s' * (trial.epochs != 1)}"
+        what = {"stopped": f"stopped after {epochs}", "finished": f"finished {epochs}"}
         parts = [f"{trial.name}  {what.get(trial.status, trial.status):<24}", f"{self._metric} {figure(trial.metric)}"]
         parts.append("  ".join(f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()))
         line = "  ".join(parts) + ("  *" if best is trial else "")

@@ -79,6 +79,7 @@ def read_figures(trial: Trial, sweep: Sweep) -> None:
     run = RunFolder(sweep.folder, trial.name)
     trial.epochs, trial.seconds, trial.metric, trial.best_epoch = 0, 0.0, None, None
     trial.history, trial.figures = {}, {}
+    trial.origin = (read_note(run).get("taken") or [None])[0]
     if not run.exists(METRICS_FILE):
         return
     for record in read_records(run.fetch(METRICS_FILE)):
@@ -117,7 +118,6 @@ def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
         note = read_note(run)
         if "overrides" in note:
             trial = Trial(name, note["overrides"], note.get("status", "interrupted"), note.get("cause"))
-            trial.origin = (note.get("taken") or [None])[0]
             trial.parameters = note.get("parameters")
             read_figures(trial, sweep)
             trials.append(trial)
@@ -125,9 +125,13 @@ def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
 
 
 def ranked(trials: Sequence[Trial], maximise: bool) -> list[Trial]:
-    """Best first; those without a figure last, in their order."""
+    """Best first; then those that failed, and those without a figure, in their order."""
     sign = -1.0 if maximise else 1.0
-    return sorted(trials, key=lambda trial: math.inf if trial.metric is None else sign * trial.metric)
+
+    def rank(trial: Trial) -> tuple[bool, float]:
+        return trial.status == "failed", math.inf if trial.metric is None else sign * trial.metric
+
+    return sorted(trials, key=rank)
 
 
 def best_trial(trials: Sequence[Trial], maximise: bool) -> Trial | None:
@@ -181,4 +185,4 @@ def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:
         measured = [trial.figures.get(key) for key in figures]
         row = [trial.name, trial.status, *values, trial.parameters, trial.epochs, round(trial.seconds, 3)]
         writer.writerow([*row, trial.best_epoch, *measured, trial.cause])
-    return text.getvalue()
+    return text.getvalue().encode(errors="replace").decode()  # a cause may name a file whose name is no UTF-8

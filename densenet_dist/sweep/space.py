@@ -59,9 +59,10 @@ class Range:
 
     def sample(self, rng: random.Random) -> Number:
         """A value, uniformly (in its logarithm where `log`)."""
-        values = self.every()
-        if values is not None:
-            return rng.choice(values)
+        if self.step is not None:
+            return self._at(rng.randrange(self._count))
+        if self.integer and not self.log:
+            return rng.randint(int(self.low), int(self.high))
         if self.integer:
             drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))
             return min(int(drawn), int(self.high))
@@ -73,22 +74,29 @@ class Range:
         """The nearest value of the range."""
         value = min(max(value, self.low), self.high)
         if self.step is not None:
-            value = min(self.low + round((value - self.low) / self.step) * self.step, self.high)
+            return self._at(min(round((value - self.low) / self.step), self._count - 1))
         return round(value) if self.integer else value
 
     @property
     def ends(self) -> tuple[Number, ...]:
         """The lowest and the highest."""
-        values = self.every()
-        return (self.low, self.high) if values is None else (values[0], values[-1])
+        return (self.low, self.high if self.step is None else self._at(self._count - 1))
 
     def every(self) -> list[Number] | None:
         """All values, for a grid; None where there are too many to name."""
-        if self.step is None:
-            return list(range(int(self.low), int(self.high) + 1)) if self.integer and not self.log else None
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        values = [self.low + i * self.step for i in range(count)]
-        return [round(value) for value in values] if self.integer else [float(f"{value:.12g}") for value in values]
+        if self.step is not None:
+            return [self._at(i) for i in range(self._count)]
+        return list(range(int(self.low), int(self.high) + 1)) if self.integer and not self.log else None
+
+    @property
+    def _count(self) -> int:
+        assert self.step is not None
+        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    def _at(self, i: int) -> Number:
+        assert self.step is not None
+        value = self.low + i * self.step
+        return round(value) if self.integer else float(f"{value:.12g}")
 
     def describe(self) -> dict[str, Any]:
         """As a sweep file says it."""

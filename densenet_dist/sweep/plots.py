@@ -1,0 +1,529 @@
+"""The plots of a sweep's page, as SVG that takes its colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from densenet_dist.sweep.console import shown as short_text
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.importance import Importance, importance
+from densenet_dist.sweep.results import Trial, ranked
+from densenet_dist.sweep.space import Choice, Domain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHADES: Final = 7
+"""Colours from the worst metric to the best."""
+_STATUSES: Final = ("finished", "stopped", "interrupted", "running", "failed")
+_ROUND: Final = (1, 2, 2.5, 5, 10)
+_MOST_POINTS: Final = 12_000
+_GROWTH: Final = "model.growth_rate"
+_ROLES: Final = ("ink", "muted", "grid", "best", *_STATUSES, *(f"shade{i}" for i in range(SHADES)))
+_STYLE: Final[dict[str, Any]] = {
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": False,
+    "text.parse_math": False,  # a value may hold anything
+}
+
+
+class Metric(NamedTuple):
+    """How a sweep's metric is shown: accuracies in per cent."""
+
+    name: str
+    maximise: bool
+
+    @property
+    def percent(self) -> bool:
+        """Whether it is an accuracy."""
+        return not self.name.endswith("loss")
+
+    @property
+    def label(self) -> str:
+        """Its name and unit."""
+        return f"{self.name} (%)" if self.percent else f"{self.name} (nats)"
+
+    def scaled(self, value: float) -> float:
+        """In its unit."""
+        return value * 100 if self.percent else value
+
+    def text(self, value: float) -> str:
+        """In words."""
+        return f"{value * 100:.2f}\N{NO-BREAK SPACE}%" if self.percent else f"{value:.4f}"
+
+    def log(self, values: Sequence[float]) -> bool:
+        """Whether a logarithmic scale is needed: a diverged trial's loss must not flatten all the others."""
+        return not self.percent and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One section of the page.
+
+    Attributes:
+        title: its heading.
+        caption: how to read it and what it leaves out; where there is no picture, why.
+        pictures: as SVG, side by side where the page is wide enough.
+        legend: signs, each with the name of its colour, the sign and its meaning.
+    """
+
+    title: str
+    caption: str
+    pictures: tuple[str, ...] = ()
+    legend: tuple[tuple[str, str, str], ...] = ()
+
+
+def draw_plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> list[Plot]:
+    """All plots, in the order in which they are to be read."""
+    metric = Metric(sweep.settings.metric, sweep.settings.maximise)
+    judged = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
+    log = metric.log([trial.metric for trial in judged if trial.metric is not None])
+    shares = importance(sweep, judged, log=log)
+    with _drawing():
+        return [
+            _curves(metric, trials, best),
+            _parallel(sweep, metric, judged, len(trials) - len(judged), best),
+            _importance(metric, shares, log),
+            _against_key(sweep, metric, judged, shares, best),
+        ]
+
+
+def has_numbers(domain: Domain) -> bool:
+    """Whether all values are numbers."""
+    return all(map(_is_number, domain.ends))
+
+
+def _curves(metric: Metric, trials: Sequence[Trial], best: Trial | None) -> Plot:
+    title = "Metric against epoch and time"
+    shown = [trial for trial in trials if trial.history]
+    if not shown:
+        return Plot(title, "Not shown: no trial came to the end of its first epoch.")
+    every = math.ceil(sum(len(trial.history) for trial in shown) / _MOST_POINTS)
+    timed = [trial for trial in shown if trial.seconds > 0 and trial.epochs > 0]
+    top = _top(metric, shown)
+    longest = max((trial.seconds for trial in timed), default=0.0)
+    unit, divisor = ("h", 3600.0) if longest > 3 * 3600 else ("min", 60.0) if longest > 600 else ("s", 1.0)
+    pictures = [_curve(metric, shown, best, top, every, "epoch", {})]
+    if timed:
+        per_epoch = {trial.name: trial.seconds / trial.epochs / divisor for trial in timed}
+        pictures.append(_curve(metric, timed, best, top, every, f"training time ({unit})", per_epoch))
+    caption = (
+        f"A line a trial: {metric.name} after each epoch, its last epoch marked. Training time leaves evaluation out "
+        "and counts all epochs of a trial as equally long."
+    )
+    caption += f" One epoch in {every} is drawn." if every > 1 else ""
+    caption += f" Losses above {top:.3g} are beyond the upper edge." if top is not None else ""
+    caption += _left_out(len(trials) - len(shown), "that never came to the end of an epoch")
+    legend = [
+        (status, "✕" if status == "failed" else "●", f"{status} ({count})")
+        for status in _STATUSES
+        if (count := sum(trial.status == status for trial in shown))
+    ]
+    legend += [("best", "★", f"best: {best.name}")] if best is not None else []
+    return Plot(title, caption, tuple(pictures), tuple(legend))
+
+
+def _top(metric: Metric, trials: Sequence[Trial]) -> float | None:
+    """Where to cut losses that exploded; None where none did."""
+    middle = statistics.median([min(trial.history.values()) for trial in trials])
+    highest = max(max(trial.history.values()) for trial in trials)
+    return None if metric.percent or not 0 < 10 * middle < highest else 10 * middle
+
+
+def _curve(
+    metric: Metric,
+    trials: Sequence[Trial],
+    best: Trial | None,
+    top: float | None,
+    every: int,
+    label: str,
+    unit: dict[str, float],
+) -> str:
+    from matplotlib.collections import LineCollection
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _new_figure(5.9, 3.8)
+    axes = figure.add_subplot()
+    crowded = len(trials) > 60
+    for status in _STATUSES:
+        lines = [
+            _points(metric, trial, every, unit) for trial in trials if trial.status == status and trial is not best
+        ]
+        axes.add_collection(
+            LineCollection(lines, colors=_colour(status), linewidths=0.8 if crowded else 1.4, alpha=0.5), autolim=True
+        )
+        ends = [line[-1] for line in lines]
+        size = 18 if status == "failed" else 8 if crowded else 16
+        _dots(axes, ends, status, size, "x" if status == "failed" else "o")
+    if best is not None and best in trials:
+        line = _points(metric, best, every, unit)
+        axes.plot(*zip(*line, strict=True), color=_colour("best"), linewidth=2.2, zorder=3.5)
+        _dots(axes, line[-1:], "best", 90, "*")
+    axes.autoscale_view()
+    axes.set_xlim(0, 1.05 * max(max(trial.history) * unit.get(trial.name, 1.0) for trial in trials))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=_ROUND, integer=not unit, min_n_ticks=1))
+    axes.set(xlabel=label, ylabel=metric.label)
+    _metric_axis(axes, metric, [value for trial in trials for value in trial.history.values()], top)
+    return _to_svg(figure, f"{metric.name} against {label}")
+
+
+def _points(metric: Metric, trial: Trial, every: int, unit: dict[str, float]) -> list[tuple[float, float]]:
+    epochs = sorted(trial.history)
+    kept = [epoch for i, epoch in enumerate(epochs) if i % every == 0 or i == len(epochs) - 1]
+    scale = unit.get(trial.name, 1.0)
+    return [(epoch * scale, metric.scaled(trial.history[epoch])) for epoch in kept]
+
+
+def _dots(axes: Axes, points: Sequence[tuple[float, float]], role: str, size: float, marker: str) -> None:
+    above = 4 if role == "best" else 3
+    x, y = [x for x, _ in points], [y for _, y in points]
+    axes.scatter(x, y, s=size, c=_colour(role), marker=marker, alpha=1.0 if above == 4 else 0.8, zorder=above)
+
+
+def _metric_axis(axes: Axes, metric: Metric, values: Sequence[float], top: float | None = None) -> None:
+    log = metric.log(values)
+    if log:
+        axes.set_yscale("log")
+    if top is not None:
+        low = min(values)
+        axes.set_ylim(low / 1.1 if log else low - 0.05 * (top - low), top)
+    if log:
+        ticks = _number_ticks(*axes.get_ylim(), log=True)
+        axes.set_yticks([tick for tick, _ in ticks], [text for _, text in ticks])
+        axes.minorticks_off()
+
+
+def _parallel(sweep: Sweep, metric: Metric, judged: Sequence[Trial], left_out: int, best: Trial | None) -> Plot:
+    title = "Settings and metric"
+    if not judged:
+        return Plot(title, "Not shown: no trial that did not fail has a figure.")
+    values = [metric.scaled(trial.metric) for trial in judged if trial.metric is not None]
+    scale = _number_axis(min(values), max(values), metric.log(values))
+    rows = [
+        [*(trial.overrides.get(key) for key in sweep.space), metric.scaled(trial.metric or 0.0)] for trial in judged
+    ]
+    axes = [_axis(domain, [row[i] for row in rows]) for i, domain in enumerate(sweep.space.values())] + [scale]
+    groups = [key.rpartition(".") for key in sweep.space]
+    names = [f"{group}{dot}\n{last}" for group, dot, last in groups]
+    names.append(f"{metric.label}\n{'highest' if metric.maximise else 'lowest'} is best")
+    caption = (
+        f"A line a trial, through its value of each key to its {metric.name} on the right; the stronger the colour, "
+        "the better its rank. Ranges that were searched in the logarithm have logarithmic axes."
+    )
+    if sweep.settings.scheduler.name == "pbt":
+        caption += " Settings changed on the way: these are the last ones."
+    caption += _left_out(left_out, "that failed or never had a figure")
+    legend = (("best", "━", f"best: {best.name}"),) if best is not None else ()
+    return Plot(title, caption, (_parallel_picture(metric, judged, rows, axes, names, best),), legend)
+
+
+def _parallel_picture(
+    metric: Metric,
+    judged: Sequence[Trial],
+    rows: Sequence[list[Any]],
+    axes: Sequence[_Axis],
+    names: Sequence[str],
+    best: Trial | None,
+) -> str:
+    from matplotlib.collections import LineCollection
+
+    inches, right, height = max(1.45, min(2.3, 9.5 / len(axes))), 0.75, 4.4
+    left = max(0.2 + 0.075 * axes[0].width, 0.75)
+    width = left + inches * (len(axes) - 1) + right
+    figure = _new_figure(width, height, layout=None)
+    canvas = figure.add_axes((left / width, 0.06, 1 - (left + right) / width, 0.76))
+    canvas.set(xlim=(0, len(axes) - 1), ylim=(0, 1))
+    canvas.axis("off")
+    for x, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        canvas.plot([x, x], [0, 1], color=_colour("muted"), linewidth=1, clip_on=False, zorder=2)
+        canvas.text(x, 1.06, name, ha="center", va="bottom", linespacing=1.3)
+        for place, text in axis.ticks:
+            canvas.plot([x - 0.02, x], [place, place], color=_colour("muted"), linewidth=1, clip_on=False, zorder=2)
+            canvas.text(x - 0.04, place, text, ha="right", va="center", fontsize=8, zorder=5)
+    crowded = len(judged) > 60
+    lines: dict[str, list[list[tuple[float, float]]]] = {}
+    ranks = {trial.name: rank for rank, trial in enumerate(ranked(judged, metric.maximise))}
+    for trial, row in zip(judged, rows, strict=True):
+        places = [(float(x), axis.place(value)) for x, (axis, value) in enumerate(zip(axes, row, strict=True))]
+        shade = SHADES - 1 - ranks[trial.name] * SHADES // len(judged)
+        role = "best" if trial is best else f"shade{shade}"
+        lines.setdefault(role, []).append([point for point in places if not math.isnan(point[1])])
+    for order, role in enumerate([*(f"shade{i}" for i in range(SHADES)), "best"]):
+        canvas.add_collection(
+            LineCollection(
+                lines.get(role, []),
+                colors=_colour(role),
+                linewidths=2.6 if role == "best" else 0.8 if crowded else 1.4,
+                alpha=0.3 + 0.1 * order if crowded else 1.0,
+                clip_on=False,
+                zorder=4 + order / 10,
+            ),
+            autolim=False,
+        )
+    return _to_svg(figure, f"Searched settings and {metric.name} of each trial")
+
+
+def _importance(metric: Metric, found: Importance, log: bool) -> Plot:
+    title = "Importance of each key"
+    if found.reason is not None:
+        return Plot(title, f"Not shown. {found.reason}")
+    keys = list(found.shares)[::-1]
+    figure = _new_figure(6.2, 0.9 + 0.34 * len(keys))
+    axes = figure.add_subplot()
+    shares = [100 * found.shares[key] for key in keys]
+    axes.barh(range(len(keys)), shares, height=0.62, color=_colour("finished"))
+    for y, share in enumerate(shares):
+        axes.annotate(f"{share:.0f} %", (share, y), (5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(keys)), keys)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.set(xlim=(0, max(*shares, 1.0) * 1.14), xlabel=f"share of the variance of {metric.name} (%)")
+    together = max(0.0, 100 - sum(shares))
+    caption = (
+        f"What each key explains alone, by functional ANOVA (Hutter et al. 2014) with a random forest on "
+        f"{found.trials} trials; the remaining {together:.0f} % are keys acting together, and chance. "
+        "A trial that was stopped early counts with the metric it had by then, which makes keys that decide the "
+        "first epochs look more important than they are; failed trials are left out."
+    )
+    caption += f" It is the logarithm of {metric.name} that is explained." if log else ""
+    caption += " With so few trials this is a hint at most." if found.trials < 10 * len(keys) else ""
+    return Plot(title, caption, (_to_svg(figure, f"Importance of each key for {metric.name}"),))
+
+
+def _against_key(sweep: Sweep, metric: Metric, judged: Sequence[Trial], shares: Importance, best: Trial | None) -> Plot:
+    ordered = list(shares.shares or sweep.space)
+    numbers = [key for key in ordered if has_numbers(sweep.space[key])]
+    keys = [key for key in numbers if any(_is_number(trial.overrides.get(key)) for trial in judged)]
+    key = _GROWTH if _GROWTH in keys else keys[0] if keys else None
+    title = "Accuracy and cost against growth rate" if _GROWTH in sweep.space else "Metric against a key"
+    if key is None:
+        return Plot(title, f"Not shown: {'no trial has a figure' if numbers else 'no searched key is a number'}.")
+    shown = [trial for trial in judged if _is_number(trial.overrides.get(key))]
+    domain = sweep.space[key]
+    log = (
+        min(domain.ends) > 0 and max(domain.ends) > 50 * min(domain.ends) if isinstance(domain, Choice) else domain.log
+    )
+    scores = [(trial, metric.scaled(trial.metric or 0.0)) for trial in shown]
+    pictures = [_scatter(key, log, scores, metric.label, best, metric)]
+    caption = "A dot a trial; a line, where trials share their values, joins the medians at each. "
+    if key == _GROWTH:
+        sizes = [(trial, float(trial.parameters)) for trial in shown if trial.parameters]
+        times = [(trial, trial.seconds / trial.epochs) for trial in shown if trial.epochs and trial.seconds > 0]
+        for cost, label in ((sizes, "trainable parameters"), (times, "training time of an epoch (s)")):
+            pictures += [_scatter(key, log, cost, label, best)] if cost else []
+        caption += "All other keys vary too, and trials that shared their processors with others took longer."
+    else:
+        title = f"Metric against {key}"
+        why = "the most important key that is a number" if shares.shares else "the first key that is a number"
+        caption += f"Shown is {why}; all other keys vary too."
+    caption += " Trials stopped early count with the metric they had by then; failed ones are left out."
+    marks = [
+        (status, "●", status)
+        for status in _STATUSES
+        if any(trial.status == status for trial in shown if trial is not best)
+    ]
+    marks += [("best", "★", f"best: {best.name}")] if best in shown and best is not None else []
+    return Plot(title, caption, tuple(pictures), tuple(marks))
+
+
+def _scatter(
+    key: str,
+    log: bool,
+    values: Sequence[tuple[Trial, float]],
+    label: str,
+    best: Trial | None,
+    metric: Metric | None = None,
+) -> str:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure = _new_figure(3.95, 3.4)
+    axes = figure.add_subplot()
+    by_value: dict[float, list[float]] = {}
+    for trial, y in values:
+        by_value.setdefault(float(trial.overrides[key]), []).append(y)
+    for status in _STATUSES:
+        dots = [(trial.overrides[key], y) for trial, y in values if trial.status == status and trial is not best]
+        _dots(axes, dots, status, 22, "o")
+    _dots(axes, [(trial.overrides[key], y) for trial, y in values if trial is best], "best", 110, "*")
+    if 1 < len(by_value) <= min(12, len(values) / 2):
+        medians = [(x, statistics.median(ys)) for x, ys in sorted(by_value.items())]
+        axes.plot(*zip(*medians, strict=True), color=_colour("muted"), linewidth=1.4, zorder=2)
+    if log:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    if 1 < len(by_value) <= 7:
+        axes.set_xticks(sorted(by_value), [f"{x:g}" for x in sorted(by_value)])
+    elif log:
+        ticks = _number_ticks(*axes.get_xlim(), log=True)
+        axes.set_xticks([tick for tick, _ in ticks], [text for _, text in ticks])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND, integer=all(x.is_integer() for x in by_value)))
+    axes.set(xlabel=key, ylabel=label)
+    if metric is not None:
+        _metric_axis(axes, metric, [y for _, y in values])
+    else:
+        axes.set_ylim(0, 1.08 * max(y for _, y in values))
+        axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    return _to_svg(figure, f"{label} against {key}")
+
+
+def _left_out(count: int, why: str) -> str:
+    return f" Left out: {count} trial{'s' * (count > 1)} {why}." if count else ""
+
+
+class _Axis(NamedTuple):
+    """One axis of parallel coordinates, from 0 to 1."""
+
+    low: float
+    high: float
+    log: bool
+    ticks: Sequence[tuple[float, str]]
+    choices: Sequence[str] | None = None
+
+    @property
+    def width(self) -> int:
+        """Letters of its longest tick."""
+        return max((len(text) for _, text in self.ticks), default=0)
+
+    def place(self, value: Any) -> float:
+        """Where a value is; NaN where it has no place."""
+        if self.choices is not None:
+            return _of_choices(self.choices, _json(value))
+        return _between(self.low, self.high, self.log, value) if _is_number(value) else math.nan
+
+
+def _axis(domain: Domain, values: Sequence[Any]) -> _Axis:
+    if not isinstance(domain, Choice):
+        ends = [*filter(_is_number, values), domain.low, domain.high]
+        return _number_axis(min(ends), max(ends), domain.log and min(ends) > 0, domain.integer)
+    choices = [_json(value) for value in domain.values]
+    every = math.ceil(len(choices) / 16)
+    ticks = [
+        (_of_choices(choices, choice), _tidy(short_text(value)))
+        for i, (choice, value) in enumerate(zip(choices, domain.values, strict=True))
+        if i % every == 0
+    ]
+    return _Axis(0.0, 1.0, False, ticks, choices)
+
+
+def _number_axis(low: float, high: float, log: bool, integer: bool = False) -> _Axis:
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    ticks = [(_between(low, high, log, value), text) for value, text in _number_ticks(low, high, log, integer)]
+    return _Axis(low, high, log, ticks)
+
+
+def _of_choices(choices: Sequence[str], choice: str) -> float:
+    if choice not in choices:
+        return math.nan
+    return choices.index(choice) / (len(choices) - 1) if len(choices) > 1 else 0.5
+
+
+def _between(low: float, high: float, log: bool, value: float) -> float:
+    if log:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
+
+
+def _number_ticks(low: float, high: float, log: bool, integer: bool = False) -> list[tuple[float, str]]:
+    """Up to eight round numbers of a range, with their texts."""
+    from matplotlib.ticker import MaxNLocator
+
+    found: Sequence[float]
+    ticks: list[float] = []
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for digits, step in ((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), math.ceil(len(decades) / 6)):
+            found = [float(f"{digit}e{decade}") for decade in decades[::step] for digit in digits]
+            ticks = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+            if len(ticks) <= 8:
+                break
+    if len(ticks) < 2:
+        found = MaxNLocator(nbins=6, steps=_ROUND, integer=integer).tick_values(low, high)
+        margin = 1e-9 * (high - low)
+        ticks = [float(tick) for tick in found if low - margin <= tick <= high + margin and (tick > 0 or not log)]
+    return [(tick, f"{tick:.6g}") for tick in ticks]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _tidy(text: str, most: int = 18) -> str:
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _colour(role: str) -> str:
+    """A colour that stands for a variable of the page's style sheet."""
+    return f"#0100{_ROLES.index(role):02x}"
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the process has set, but for the page's style; all is as before afterwards."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser has other fonts
+        matplotlib.rcdefaults()
+        texts = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+        lines = ("axes.edgecolor", "xtick.color", "ytick.color")
+        colours = dict.fromkeys(texts, _colour("ink")) | dict.fromkeys(lines, _colour("muted"))
+        style: Any = _STYLE | colours | {"grid.color": _colour("grid")}
+        matplotlib.rcParams.update(style)
+        yield
+
+
+def _new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def _to_svg(figure: Figure, label: str) -> str:
+    """The figure as an element of an HTML page; `label` says what it shows, for those who do not see it."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = label  # names within one page must differ, but not from time to time
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = re.sub(r"<!--.*?-->|<style.*?</style>|(?<=>)\s+(?=<)", "", buffer.getvalue(), flags=re.DOTALL)
+    body = re.sub(r"<[^>]+>", _slim, text[text.index("<g") :])
+    width, height = (72 * side for side in figure.get_size_inches())
+    wide = ' class="wide"' if width > 500 else ""  # too much to be shown smaller
+    opening = f'<svg{wide} role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}"'
+    return f'{opening} style="width:{width * 4 / 3:.0f}px">{body}'
+
+
+def _slim(tag: re.Match[str]) -> str:
+    """A tag without names that nothing refers to, with coordinates of two decimals, and the page's colours."""
+    text = re.sub(r'<g id="[^"]*"', "<g", tag[0]).replace(" xlink:href=", " href=")
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', _shorter, text)
+    return re.sub(r"#0100([0-9a-f]{2})", lambda found: f"var(--{_ROLES[int(found[1], 16)]})", text)
+
+
+def _shorter(numbers: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", numbers[0]).replace(" \n", "")
