@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import html
-import io
-import json
 import math
-import re
 import statistics
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from densenet_dist.sweep.console import shown as short_text
+from densenet_dist.sweep.axes import ROUND, Axis, axis_of, is_number, number_axis, number_ticks
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.importance import Importance, importance
 from densenet_dist.sweep.results import Trial, ranked
 from densenet_dist.sweep.space import Choice, Domain
+from densenet_dist.sweep.svg import SHADES, STATUSES, colour, drawing, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-SHADES: Final = 7
-"""Colours from the worst metric to the best."""
-_STATUSES: Final = ("finished", "stopped", "interrupted", "running", "failed")
-_ROUND: Final = (1, 2, 2.5, 5, 10)
 _MOST_POINTS: Final = 12_000
 _GROWTH: Final = "model.growth_rate"
-_ROLES: Final = ("ink", "muted", "grid", "best", *_STATUSES, *(f"shade{i}" for i in range(SHADES)))
-_STYLE: Final[dict[str, Any]] = {
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": False,
-    "text.parse_math": False,  # a value may hold anything
-}
 
 
 class Metric(NamedTuple):
@@ -96,7 +74,7 @@ def draw_plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> lis
     judged = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
     log = metric.log([trial.metric for trial in judged if trial.metric is not None])
     shares = importance(sweep, judged, log=log)
-    with _drawing():
+    with drawing():
         return [
             _curves(metric, trials, best),
             _parallel(sweep, metric, judged, len(trials) - len(judged), best),
@@ -107,7 +85,7 @@ def draw_plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> lis
 
 def has_numbers(domain: Domain) -> bool:
     """Whether all values are numbers."""
-    return all(map(_is_number, domain.ends))
+    return all(map(is_number, domain.ends))
 
 
 def _curves(metric: Metric, trials: Sequence[Trial], best: Trial | None) -> Plot:
@@ -133,7 +111,7 @@ def _curves(metric: Metric, trials: Sequence[Trial], best: Trial | None) -> Plot
     caption += _left_out(len(trials) - len(shown), "that never came to the end of an epoch")
     legend = [
         (status, "✕" if status == "failed" else "●", f"{status} ({count})")
-        for status in _STATUSES
+        for status in STATUSES
         if (count := sum(trial.status == status for trial in shown))
     ]
     legend += [("best", "★", f"best: {best.name}")] if best is not None else []
@@ -159,29 +137,29 @@ def _curve(
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import MaxNLocator
 
-    figure = _new_figure(5.9, 3.8)
+    figure = new_figure(5.9, 3.8)
     axes = figure.add_subplot()
     crowded = len(trials) > 60
-    for status in _STATUSES:
+    for status in STATUSES:
         lines = [
             _points(metric, trial, every, unit) for trial in trials if trial.status == status and trial is not best
         ]
         axes.add_collection(
-            LineCollection(lines, colors=_colour(status), linewidths=0.8 if crowded else 1.4, alpha=0.5), autolim=True
+            LineCollection(lines, colors=colour(status), linewidths=0.8 if crowded else 1.4, alpha=0.5), autolim=True
         )
         ends = [line[-1] for line in lines]
         size = 18 if status == "failed" else 8 if crowded else 16
         _dots(axes, ends, status, size, "x" if status == "failed" else "o")
     if best is not None and best in trials:
         line = _points(metric, best, every, unit)
-        axes.plot(*zip(*line, strict=True), color=_colour("best"), linewidth=2.2, zorder=3.5)
+        axes.plot(*zip(*line, strict=True), color=colour("best"), linewidth=2.2, zorder=3.5)
         _dots(axes, line[-1:], "best", 90, "*")
     axes.autoscale_view()
     axes.set_xlim(0, 1.05 * max(max(trial.history) * unit.get(trial.name, 1.0) for trial in trials))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=_ROUND, integer=not unit, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=ROUND, integer=not unit, min_n_ticks=1))
     axes.set(xlabel=label, ylabel=metric.label)
     _metric_axis(axes, metric, [value for trial in trials for value in trial.history.values()], top)
-    return _to_svg(figure, f"{metric.name} against {label}")
+    return to_svg(figure, f"{metric.name} against {label}")
 
 
 def _points(metric: Metric, trial: Trial, every: int, unit: dict[str, float]) -> list[tuple[float, float]]:
@@ -194,7 +172,7 @@ def _points(metric: Metric, trial: Trial, every: int, unit: dict[str, float]) ->
 def _dots(axes: Axes, points: Sequence[tuple[float, float]], role: str, size: float, marker: str) -> None:
     above = 4 if role == "best" else 3
     x, y = [x for x, _ in points], [y for _, y in points]
-    axes.scatter(x, y, s=size, c=_colour(role), marker=marker, alpha=1.0 if above == 4 else 0.8, zorder=above)
+    axes.scatter(x, y, s=size, c=colour(role), marker=marker, alpha=1.0 if above == 4 else 0.8, zorder=above)
 
 
 def _metric_axis(axes: Axes, metric: Metric, values: Sequence[float], top: float | None = None) -> None:
@@ -205,7 +183,7 @@ def _metric_axis(axes: Axes, metric: Metric, values: Sequence[float], top: float
         low = min(values)
         axes.set_ylim(low / 1.1 if log else low - 0.05 * (top - low), top)
     if log:
-        ticks = _number_ticks(*axes.get_ylim(), log=True)
+        ticks = number_ticks(*axes.get_ylim(), log=True)
         axes.set_yticks([tick for tick, _ in ticks], [text for _, text in ticks])
         axes.minorticks_off()
 
@@ -215,11 +193,11 @@ def _parallel(sweep: Sweep, metric: Metric, judged: Sequence[Trial], left_out: i
     if not judged:
         return Plot(title, "Not shown: no trial that did not fail has a figure.")
     values = [metric.scaled(trial.metric) for trial in judged if trial.metric is not None]
-    scale = _number_axis(min(values), max(values), metric.log(values))
+    scale = number_axis(min(values), max(values), metric.log(values))
     rows = [
         [*(trial.overrides.get(key) for key in sweep.space), metric.scaled(trial.metric or 0.0)] for trial in judged
     ]
-    axes = [_axis(domain, [row[i] for row in rows]) for i, domain in enumerate(sweep.space.values())] + [scale]
+    axes = [axis_of(domain, [row[i] for row in rows]) for i, domain in enumerate(sweep.space.values())] + [scale]
     groups = [key.rpartition(".") for key in sweep.space]
     names = [f"{group}{dot}\n{last}" for group, dot, last in groups]
     names.append(f"{metric.label}\n{'highest' if metric.maximise else 'lowest'} is best")
@@ -238,7 +216,7 @@ def _parallel_picture(
     metric: Metric,
     judged: Sequence[Trial],
     rows: Sequence[list[Any]],
-    axes: Sequence[_Axis],
+    axes: Sequence[Axis],
     names: Sequence[str],
     best: Trial | None,
 ) -> str:
@@ -247,15 +225,15 @@ def _parallel_picture(
     inches, right, height = max(1.45, min(2.3, 9.5 / len(axes))), 0.75, 4.4
     left = max(0.2 + 0.075 * axes[0].width, 0.75)
     width = left + inches * (len(axes) - 1) + right
-    figure = _new_figure(width, height, layout=None)
+    figure = new_figure(width, height, layout=None)
     canvas = figure.add_axes((left / width, 0.06, 1 - (left + right) / width, 0.76))
     canvas.set(xlim=(0, len(axes) - 1), ylim=(0, 1))
     canvas.axis("off")
     for x, (axis, name) in enumerate(zip(axes, names, strict=True)):
-        canvas.plot([x, x], [0, 1], color=_colour("muted"), linewidth=1, clip_on=False, zorder=2)
+        canvas.plot([x, x], [0, 1], color=colour("muted"), linewidth=1, clip_on=False, zorder=2)
         canvas.text(x, 1.06, name, ha="center", va="bottom", linespacing=1.3)
         for place, text in axis.ticks:
-            canvas.plot([x - 0.02, x], [place, place], color=_colour("muted"), linewidth=1, clip_on=False, zorder=2)
+            canvas.plot([x - 0.02, x], [place, place], color=colour("muted"), linewidth=1, clip_on=False, zorder=2)
             canvas.text(x - 0.04, place, text, ha="right", va="center", fontsize=8, zorder=5)
     crowded = len(judged) > 60
     lines: dict[str, list[list[tuple[float, float]]]] = {}
@@ -269,7 +247,7 @@ def _parallel_picture(
         canvas.add_collection(
             LineCollection(
                 lines.get(role, []),
-                colors=_colour(role),
+                colors=colour(role),
                 linewidths=2.6 if role == "best" else 0.8 if crowded else 1.4,
                 alpha=0.3 + 0.1 * order if crowded else 1.0,
                 clip_on=False,
@@ -277,7 +255,7 @@ def _parallel_picture(
             ),
             autolim=False,
         )
-    return _to_svg(figure, f"Searched settings and {metric.name} of each trial")
+    return to_svg(figure, f"Searched settings and {metric.name} of each trial")
 
 
 def _importance(metric: Metric, found: Importance, log: bool) -> Plot:
@@ -285,10 +263,10 @@ def _importance(metric: Metric, found: Importance, log: bool) -> Plot:
     if found.reason is not None:
         return Plot(title, f"Not shown. {found.reason}")
     keys = list(found.shares)[::-1]
-    figure = _new_figure(6.2, 0.9 + 0.34 * len(keys))
+    figure = new_figure(6.2, 0.9 + 0.34 * len(keys))
     axes = figure.add_subplot()
     shares = [100 * found.shares[key] for key in keys]
-    axes.barh(range(len(keys)), shares, height=0.62, color=_colour("finished"))
+    axes.barh(range(len(keys)), shares, height=0.62, color=colour("finished"))
     for y, share in enumerate(shares):
         axes.annotate(f"{share:.0f} %", (share, y), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(keys)), keys)
@@ -304,18 +282,18 @@ def _importance(metric: Metric, found: Importance, log: bool) -> Plot:
     )
     caption += f" It is the logarithm of {metric.name} that is explained." if log else ""
     caption += " With so few trials this is a hint at most." if found.trials < 10 * len(keys) else ""
-    return Plot(title, caption, (_to_svg(figure, f"Importance of each key for {metric.name}"),))
+    return Plot(title, caption, (to_svg(figure, f"Importance of each key for {metric.name}"),))
 
 
 def _against_key(sweep: Sweep, metric: Metric, judged: Sequence[Trial], shares: Importance, best: Trial | None) -> Plot:
     ordered = list(shares.shares or sweep.space)
     numbers = [key for key in ordered if has_numbers(sweep.space[key])]
-    keys = [key for key in numbers if any(_is_number(trial.overrides.get(key)) for trial in judged)]
+    keys = [key for key in numbers if any(is_number(trial.overrides.get(key)) for trial in judged)]
     key = _GROWTH if _GROWTH in keys else keys[0] if keys else None
     title = "Accuracy and cost against growth rate" if _GROWTH in sweep.space else "Metric against a key"
     if key is None:
         return Plot(title, f"Not shown: {'no trial has a figure' if numbers else 'no searched key is a number'}.")
-    shown = [trial for trial in judged if _is_number(trial.overrides.get(key))]
+    shown = [trial for trial in judged if is_number(trial.overrides.get(key))]
     domain = sweep.space[key]
     log = (
         min(domain.ends) > 0 and max(domain.ends) > 50 * min(domain.ends) if isinstance(domain, Choice) else domain.log
@@ -336,7 +314,7 @@ def _against_key(sweep: Sweep, metric: Metric, judged: Sequence[Trial], shares: 
     caption += " Trials stopped early count with the metric they had by then; failed ones are left out."
     marks = [
         (status, "●", status)
-        for status in _STATUSES
+        for status in STATUSES
         if any(trial.status == status for trial in shown if trial is not best)
     ]
     marks += [("best", "★", f"best: {best.name}")] if best in shown and best is not None else []
@@ -353,177 +331,36 @@ def _scatter(
 ) -> str:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = _new_figure(3.95, 3.4)
+    figure = new_figure(3.95, 3.4)
     axes = figure.add_subplot()
     by_value: dict[float, list[float]] = {}
     for trial, y in values:
         by_value.setdefault(float(trial.overrides[key]), []).append(y)
-    for status in _STATUSES:
+    for status in STATUSES:
         dots = [(trial.overrides[key], y) for trial, y in values if trial.status == status and trial is not best]
         _dots(axes, dots, status, 22, "o")
     _dots(axes, [(trial.overrides[key], y) for trial, y in values if trial is best], "best", 110, "*")
     if 1 < len(by_value) <= min(12, len(values) / 2):
         medians = [(x, statistics.median(ys)) for x, ys in sorted(by_value.items())]
-        axes.plot(*zip(*medians, strict=True), color=_colour("muted"), linewidth=1.4, zorder=2)
+        axes.plot(*zip(*medians, strict=True), color=colour("muted"), linewidth=1.4, zorder=2)
     if log:
         axes.set_xscale("log")
         axes.minorticks_off()
     if 1 < len(by_value) <= 7:
         axes.set_xticks(sorted(by_value), [f"{x:g}" for x in sorted(by_value)])
     elif log:
-        ticks = _number_ticks(*axes.get_xlim(), log=True)
+        ticks = number_ticks(*axes.get_xlim(), log=True)
         axes.set_xticks([tick for tick, _ in ticks], [text for _, text in ticks])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND, integer=all(x.is_integer() for x in by_value)))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND, integer=all(x.is_integer() for x in by_value)))
     axes.set(xlabel=key, ylabel=label)
     if metric is not None:
         _metric_axis(axes, metric, [y for _, y in values])
     else:
         axes.set_ylim(0, 1.08 * max(y for _, y in values))
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
-    return _to_svg(figure, f"{label} against {key}")
+    return to_svg(figure, f"{label} against {key}")
 
 
 def _left_out(count: int, why: str) -> str:
     return f" Left out: {count} trial{'s' * (count > 1)} {why}." if count else ""
-
-
-class _Axis(NamedTuple):
-    """One axis of parallel coordinates, from 0 to 1."""
-
-    low: float
-    high: float
-    log: bool
-    ticks: Sequence[tuple[float, str]]
-    choices: Sequence[str] | None = None
-
-    @property
-    def width(self) -> int:
-        """Letters of its longest tick."""
-        return max((len(text) for _, text in self.ticks), default=0)
-
-    def place(self, value: Any) -> float:
-        """Where a value is; NaN where it has no place."""
-        if self.choices is not None:
-            return _of_choices(self.choices, _json(value))
-        return _between(self.low, self.high, self.log, value) if _is_number(value) else math.nan
-
-
-def _axis(domain: Domain, values: Sequence[Any]) -> _Axis:
-    if not isinstance(domain, Choice):
-        ends = [*filter(_is_number, values), domain.low, domain.high]
-        return _number_axis(min(ends), max(ends), domain.log and min(ends) > 0, domain.integer)
-    choices = [_json(value) for value in domain.values]
-    every = math.ceil(len(choices) / 16)
-    ticks = [
-        (_of_choices(choices, choice), _tidy(short_text(value)))
-        for i, (choice, value) in enumerate(zip(choices, domain.values, strict=True))
-        if i % every == 0
-    ]
-    return _Axis(0.0, 1.0, False, ticks, choices)
-
-
-def _number_axis(low: float, high: float, log: bool, integer: bool = False) -> _Axis:
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    ticks = [(_between(low, high, log, value), text) for value, text in _number_ticks(low, high, log, integer)]
-    return _Axis(low, high, log, ticks)
-
-
-def _of_choices(choices: Sequence[str], choice: str) -> float:
-    if choice not in choices:
-        return math.nan
-    return choices.index(choice) / (len(choices) - 1) if len(choices) > 1 else 0.5
-
-
-def _between(low: float, high: float, log: bool, value: float) -> float:
-    if log:
-        low, high, value = math.log(low), math.log(high), math.log(value)
-    return (value - low) / (high - low)
-
-
-def _number_ticks(low: float, high: float, log: bool, integer: bool = False) -> list[tuple[float, str]]:
-    """Up to eight round numbers of a range, with their texts."""
-    from matplotlib.ticker import MaxNLocator
-
-    found: Sequence[float]
-    ticks: list[float] = []
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for digits, step in ((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), math.ceil(len(decades) / 6)):
-            found = [float(f"{digit}e{decade}") for decade in decades[::step] for digit in digits]
-            ticks = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
-            if len(ticks) <= 8:
-                break
-    if len(ticks) < 2:
-        found = MaxNLocator(nbins=6, steps=_ROUND, integer=integer).tick_values(low, high)
-        margin = 1e-9 * (high - low)
-        ticks = [float(tick) for tick in found if low - margin <= tick <= high + margin and (tick > 0 or not log)]
-    return [(tick, f"{tick:.6g}") for tick in ticks]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _tidy(text: str, most: int = 18) -> str:
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _colour(role: str) -> str:
-    """A colour that stands for a variable of the page's style sheet."""
-    return f"#0100{_ROLES.index(role):02x}"
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the process has set, but for the page's style; all is as before afterwards."""
-    import matplotlib
-
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser has other fonts
-        matplotlib.rcdefaults()
-        texts = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-        lines = ("axes.edgecolor", "xtick.color", "ytick.color")
-        colours = dict.fromkeys(texts, _colour("ink")) | dict.fromkeys(lines, _colour("muted"))
-        style: Any = _STYLE | colours | {"grid.color": _colour("grid")}
-        matplotlib.rcParams.update(style)
-        yield
-
-
-def _new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout=layout)
-
-
-def _to_svg(figure: Figure, label: str) -> str:
-    """The figure as an element of an HTML page; `label` says what it shows, for those who do not see it."""
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = label  # names within one page must differ, but not from time to time
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = re.sub(r"<!--.*?-->|<style.*?</style>|(?<=>)\s+(?=<)", "", buffer.getvalue(), flags=re.DOTALL)
-    body = re.sub(r"<[^>]+>", _slim, text[text.index("<g") :])
-    width, height = (72 * side for side in figure.get_size_inches())
-    wide = ' class="wide"' if width > 500 else ""  # too much to be shown smaller
-    opening = f'<svg{wide} role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}"'
-    return f'{opening} style="width:{width * 4 / 3:.0f}px">{body}'
-
-
-def _slim(tag: re.Match[str]) -> str:
-    """A tag without names that nothing refers to, with coordinates of two decimals, and the page's colours."""
-    text = re.sub(r'<g id="[^"]*"', "<g", tag[0]).replace(" xlink:href=", " href=")
-    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', _shorter, text)
-    return re.sub(r"#0100([0-9a-f]{2})", lambda found: f"var(--{_ROLES[int(found[1], 16)]})", text)
-
-
-def _shorter(numbers: re.Match[str]) -> str:
-    return re.sub(r"(\.\d\d)\d+", r"\1", numbers[0]).replace(" \n", "")
