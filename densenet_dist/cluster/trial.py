@@ -7,6 +7,7 @@ searchers know it; only what is left is trained.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -109,7 +110,11 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             self._work.stop()
             self._work = None
         self._results.close()
-        gc.collect()  # models have reference cycles, and this process goes on to other trials
+        # This process goes on to other trials: models have reference cycles, and glibc keeps what a thread has freed for
+        # that thread alone.
+        gc.collect()
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
             sys.modules["torch"].cuda.empty_cache()
 
