@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
@@ -110,8 +111,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             self._work.stop()
             self._work = None
         self._results.close()
-        # This process goes on to other trials: models have reference cycles, and glibc keeps what a thread has freed for
-        # that thread alone.
+        # This process goes on to other trials: models have reference cycles, and glibc keeps what a thread has freed
+        # for that thread alone.
         gc.collect()
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
