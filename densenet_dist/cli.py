@@ -369,7 +369,7 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
     rows["results"] = f"{result.folder}/{{{RESULTS_FILE},{TABLE_FILE}}}"
     rows["TensorBoard"] = f"tensorboard --logdir {result.folder}"
     console.summary(f"{result.ended_by or 'finished'}: {sweep.settings.name}", rows)
-    if result.best is None:
+    if result.best is None and result.ended_by is None:
         raise TrainingError(f"no trial of {result.folder} came to its first figure; see their causes above")
 
 

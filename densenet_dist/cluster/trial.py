@@ -1,8 +1,8 @@
 """One trial of a sweep, as Ray Tune runs it: an ordinary run that waits after each epoch to hear whether to go on.
 
 With one worker the training loop runs in the trial's own process; with several, Ray Train's workers are started from
-there. What a sweep that is resumed has seen of a trial is told again, from the run's own record, so that schedulers and
-searchers know it; only what is left is trained.
+there. In a sweep that is resumed, a trial that had ended tells again what it was, from the run's own record, so that
+schedulers and searchers know it; one that had not goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -175,11 +175,12 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             end = {OUTCOME: note["status"], CAUSE: note.get("cause")}
         elif run.exists(SUMMARY_FILE):
             end = {OUTCOME: "finished", **_tested(json.loads(run.fetch(SUMMARY_FILE).read_text()))}
-        last = epochs.pop() if end is not None and epochs else {}
+        if end is None:
+            return  # it goes on; told of its past in another order, a scheduler might judge it anew and stop it
+        last = epochs.pop() if epochs else {}
         if self._plan.replays:
             yield from epochs
-        if end is not None:
-            yield last | end | {"done": True}
+        yield last | end | {"done": True}
 
     def _prepare(self, run: RunFolder, config: Config, note: Mapping[str, Any]) -> None:
         run.create()

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -104,12 +105,14 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         """A trial crashed more often than it may."""
         self._running.discard(str(trial))
         self._give_back(trial)
-        self._tell(trial, "failed", trial.last_result or {}, explain(trial.get_error()))
+        self._tell(trial, "failed", trial.last_result or {}, explain(_last_failure(trial)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial crashed, and is started again."""
         self._give_back(trial)
-        self._listener({"kind": "note", "text": f"{trial} crashed and is started again: {explain(trial.get_error())}"})
+        self._listener(
+            {"kind": "note", "text": f"{trial} crashed and is started again: {explain(_last_failure(trial))}"}
+        )
 
     def _give_back(self, trial: Any) -> None:
         with suppress(ray.exceptions.RayError):  # the cluster is lost, and all of it with it
@@ -146,6 +149,14 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         if self._gpu_hours is not None and sum(self._seconds.values()) * self._gpus > self._gpu_hours * 3600:
             self.reason = f"max_gpu_hours: {self._gpu_hours:g} GPU hours are used"
         return self.reason is not None
+
+
+def _last_failure(trial: Any) -> Any:
+    # Tune copies this file to the trial's storage, where `get_error` looks, only later.
+    path = trial.error_file
+    if path is None or not os.path.exists(path):
+        return trial.get_error()
+    return Path(path).read_text().rpartition("Failure # ")[2]
 
 
 def explain(error: Any) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, TypeAlias
@@ -13,7 +14,8 @@ from typing import Any, Final, Literal, TypeAlias
 from densenet_dist.config import to_yaml
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.train.logs import read_records
-from densenet_dist.train.run_folder import METRICS_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
+from densenet_dist.train.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
+from densenet_dist.yaml_settings import flatten, read_yaml
 
 SWEEP_FILE: Final = "sweep.yaml"
 RESULTS_FILE: Final = "sweep.json"
@@ -113,11 +115,13 @@ def write_note(run: RunFolder, **changes: Any) -> None:
 def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
     """All trials that have a folder in the sweep's, in order of their names; those that did not end are interrupted."""
     trials = []
-    for name in sorted(name for name in folder.names("") if name.startswith(TRIAL_PREFIX)):
+    for name in sorted(name for name in folder.names("") if re.fullmatch(rf"{TRIAL_PREFIX}\d+", name)):
         run = RunFolder(sweep.folder, name)
         note = read_note(run)
-        if "overrides" in note:
-            trial = Trial(name, note["overrides"], note.get("status", "interrupted"), note.get("cause"))
+        if run.exists():
+            values = flatten(read_yaml(run.fetch(CONFIG_FILE)))  # where its note is damaged
+            overrides = note.get("overrides") or {key: values.get(key) for key in sweep.space}
+            trial = Trial(name, overrides, note.get("status", "interrupted"), note.get("cause"))
             trial.parameters = note.get("parameters")
             read_figures(trial, sweep)
             trials.append(trial)

@@ -21,6 +21,16 @@ model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1
 data: {name: shapes, limit: 640, loader: torch}
 train: {epochs: 3, global_batch_size: 64, lr: 0.05, schedule: {name: one_cycle}}
 """
+SWEEP = """
+trials: 4
+scheduler: {name: fifo}
+settings:
+  model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1}
+  data: {name: shapes, limit: 75, prefetch: 1, loader: torch}
+  train: {epochs: 4, global_batch_size: 16, eval_batch_size: 20, lr: 0.05}
+space:
+  train.lr: {loguniform: [0.001, 0.5]}
+"""
 UNDISTURBED = ("train.epochs=4", "checkpoint.every_steps=4", "data.augment=notebook", "train.ema_decay=0.9")
 
 
@@ -31,6 +41,7 @@ class Run:
     process: subprocess.Popen[str]
     folder: Path
     output: Path
+    command: str = "train"
 
     def text(self) -> str:
         return self.output.read_text()
@@ -47,7 +58,7 @@ class Run:
 
     def again(self) -> subprocess.CompletedProcess[str]:
         """Resume it, in the foreground."""
-        command = [sys.executable, "-m", "densenet_dist", "train", "--resume", str(self.folder)]
+        command = [sys.executable, "-m", "densenet_dist", self.command, "--resume", str(self.folder)]
         return subprocess.run(command, capture_output=True, text=True)
 
     def descendants(self) -> list[psutil.Process]:
@@ -83,22 +94,35 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield run
 
 
+@pytest.fixture(scope="module")
+def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start ``densenet-dist tune`` on a tiny sweep, for all tests of a module side by side under names of their own."""
+    with _starter(tmp_path_factory.mktemp("sweeps"), "tune", SWEEP) as begin:
+        yield begin
+
+
+@pytest.fixture
+def sweep_text() -> str:
+    """The tiny sweep, as a file says it."""
+    return SWEEP
+
+
 @contextmanager
-def _starter(tmp_path: Path) -> Iterator[Start]:
+def _starter(tmp_path: Path, subcommand: str = "train", text: str = TINY) -> Iterator[Start]:
     config = tmp_path / "tiny.yaml"
-    config.write_text(TINY)
+    config.write_text(text)
     started: list[Run] = []
 
     def begin(*arguments: str, name: str = "run", engine: str = "ray", resume: bool = False) -> Run:
         folder = tmp_path / "runs" / name
         what = ["--resume", str(folder)] if resume else [str(config), f"name={name}", f"cluster.engine={engine}"]
         place = [] if resume else [f"storage={tmp_path / 'runs'}"]
-        command = [sys.executable, "-m", "densenet_dist", "train", *what, *place, *arguments]
+        command = [sys.executable, "-m", "densenet_dist", subcommand, *what, *place, *arguments]
         output = tmp_path / f"output-{len(started)}.txt"
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         with open(output, "w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
-        started.append(Run(process, folder, output))
+        started.append(Run(process, folder, output, subcommand))
         return started[-1]
 
     yield begin

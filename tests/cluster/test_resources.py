@@ -1,0 +1,95 @@
+"""How many trials run at a time, on what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from densenet_dist.cluster.resources import TrialRoom, plan_trials
+from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.schema import ClusterConfig
+from densenet_dist.sweep.schema import SchedulerConfig, SweepConfig
+
+
+def plan(cpus: float, gpus: float = 0, *, trials: int = 16, device: str = "auto", fixed: bool = True, **asked: Any):
+    available = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+    cluster = ClusterConfig(device=device)  # type: ignore[arg-type]
+    return plan_trials(SweepConfig(**asked), cluster, trials, available, fixed=fixed)
+
+
+@pytest.mark.parametrize(
+    ("room", "concurrent", "per_worker"),
+    [
+        (plan(2), 2, {"CPU": 1}),
+        (plan(64), 16, {"CPU": 1}),
+        (plan(8, cpus_per_worker=3), 2, {"CPU": 3}),
+        (plan(64, 8), 8, {"CPU": 1, "GPU": 1}),
+        (plan(4, 8), 4, {"CPU": 1, "GPU": 1}),
+        (plan(64, 2, gpus_per_worker=0.25), 8, {"CPU": 1, "GPU": 0.25}),
+        (plan(64, 1, gpus_per_worker=0.1), 10, {"CPU": 1, "GPU": 0.1}),
+        (plan(64, 8, workers=4), 2, {"CPU": 1, "GPU": 1}),
+        (plan(7, workers=3), 2, {"CPU": 1}),
+        (plan(64, 8, gpus_per_worker=0), 16, {"CPU": 1}),
+        (plan(64, 8, device="cpu"), 16, {"CPU": 1}),
+        (plan(64, 8, concurrent=3), 3, {"CPU": 1, "GPU": 1}),
+        (plan(64, 8, trials=2), 2, {"CPU": 1, "GPU": 1}),
+    ],
+)
+def test_room(room: TrialRoom, concurrent: int, per_worker: dict[str, float]):
+    assert (room.concurrent, room.per_worker, room.lacking, room.said) == (concurrent, per_worker, "", "")
+    assert room.settings["cluster.device"] == ("cuda" if "GPU" in per_worker else "cpu")
+
+
+def test_what_trials_are_told():
+    room = plan(64, 8, workers=4, cpus_per_worker=2, max_failures=5)
+    assert room.settings == {
+        "cluster.workers": 4,
+        "cluster.cpus_per_worker": 2,
+        "cluster.device": "cuda",
+        "cluster.engine": "ray",
+        "cluster.max_failures": 5,
+    }
+    assert (room.threads, room.gpus_per_trial) == (2, 4)
+    assert plan(8, workers=2).gpus_per_trial == 2, "CPU workers count as well"
+    assert plan(64, 2, gpus_per_worker=0.25).gpus_per_trial == 0.25
+
+
+def test_what_tune_asks_for():
+    assert plan(8, cpus_per_worker=2).per_trial == {"CPU": 2}
+    nested = plan(8, workers=2).per_trial
+    assert "GPU" not in nested
+    assert nested["CPU"] == 0, "Ray Train asks for the workers' own"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"cpus": 2, "workers": 3}, "a trial needs 3 CPUs, the cluster has 2"),
+        ({"cpus": 2, "cpus_per_worker": 4}, "a trial needs 4 CPUs, the cluster has 2"),
+        ({"cpus": 2, "gpus_per_worker": 1}, "a trial needs 1 GPUs, the cluster has 0"),
+        ({"cpus": 2, "device": "cuda"}, "a trial needs 1 GPUs, the cluster has 0"),
+        ({"cpus": 64, "gpus": 1, "workers": 2}, "a trial needs 2 GPUs, the cluster has 1"),
+    ],
+)
+def test_no_room_for_one(asked, expected):
+    with pytest.raises(EnvironmentProblem, match=expected) as caught:
+        plan(**asked)
+    assert "ask for less with workers, gpus_per_worker or cpus_per_worker" in str(caught.value)
+    growing = plan(**asked, fixed=False)
+    assert growing.lacking == expected
+    assert growing.concurrent == 1
+
+
+def test_fewer_at_a_time_than_asked_for():
+    assert plan(2, concurrent=5).said == "2 trials run at a time, not 5: the cluster has 2 CPUs"
+    assert plan(2, concurrent=5).concurrent == 2
+    assert plan(64, 4, concurrent=5).said == "4 trials run at a time, not 5: the cluster has 4 GPUs"
+
+
+def test_a_population_of_several_workers_needs_room_for_all():
+    pbt = SchedulerConfig(name="pbt")
+    with pytest.raises(EnvironmentProblem, match=r"pbt needs room for all 4 trials at a time.* room for 3"):
+        plan(6, trials=4, workers=2, scheduler=pbt)
+    assert plan(8, trials=4, workers=2, scheduler=pbt).concurrent == 4
+    assert plan(2, trials=4, scheduler=pbt).concurrent == 2, "those of one worker take turns"

@@ -1,0 +1,277 @@
+"""Sweep files: what they may say, what is said of wrong ones, and what is drawn from their space."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from densenet_dist.errors import ConfigError
+from densenet_dist.sweep import space as spaces
+from densenet_dist.sweep.definition import DEFAULT_TRIALS, Sweep, load_sweep
+from densenet_dist.sweep.space import Choice, Range, read_domain
+
+LR = "space: {train.lr: {loguniform: [0.01, 1]}}\n"
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    def load(text: str, *more: str) -> Sweep:
+        (tmp_path / "mine.yaml").write_text(text)
+        return load_sweep(tmp_path / "mine.yaml", *more)
+
+    return load
+
+
+@pytest.fixture
+def problems(load):
+    def problems(text: str, *more: str) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            load(text, *more)
+        lines = str(caught.value).splitlines()
+        return [line.removeprefix("  ") for line in (lines[1:] if "problems in the" in lines[0] else lines)]
+
+    return problems
+
+
+def test_every_problem_is_named_at_once(problems):
+    text = """
+trials: 0
+wrokers: 2
+settings: {train: {lr: fast}}
+space:
+  train.lrr: [1]
+  train.schedule: [1]
+  name: [a]
+  cluster.workers: [1]
+  train.ema_decay: {uniform: [0.5]}
+  train.label_smoothing: {uniform: [0.3, 0.1]}
+  train.epochs: {integer: [1, 5], step: 7}
+  train.clip_grad_norm: {loguniform: [1, 2], step: 1}
+  train.optimizer.momentum: {choice: [0.1], step: 1}
+  train.optimizer.name: sgd
+  model.growth_rate: {loginteger: [0, 3]}
+  model.drop_rate: {choice: []}
+  data.mixup: {integer: [0, 0.5]}
+  data.cutmix: {uniform: [0, .inf]}
+  seed: [1, 1]
+"""
+    found = problems(text)
+    forms = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, integer or loginteger"
+    expected = [
+        "trials: must be an integer >= 1 or null, not 0 (int)",
+        "wrokers: unknown key; did you mean workers?",
+        "train.lr: must be a number > 0, not 'fast' (str)",
+        "space.train.lrr: unknown key; did you mean train.lr?",
+        "space.name: is the same for all trials; see the sweep's own settings",
+        "space.cluster.workers: is the same for all trials; see the sweep's own settings",
+        "space.train.ema_decay: uniform needs [low, high] in numbers, not [0.5]",
+        "space.train.label_smoothing: uniform needs a low end below its high end, not [0.3, 0.1]",
+        "space.train.epochs: a step (uniform, integer) must be above 0 and fit into [1, 5], not 7",
+        "space.train.clip_grad_norm: a step (uniform, integer) must be above 0 and fit into [1, 2], not 1",
+        "space.train.optimizer.momentum: a choice has no step",
+        f"space.train.optimizer.name: must be {forms}; uniform and integer with a step: if wanted; not 'sgd'",
+        "space.model.growth_rate: loginteger needs a low end above 0, not 0",
+        "space.model.drop_rate: choice needs a list of at least one value, not []",
+        "space.data.mixup: integer needs [low, high] in whole numbers, not [0, 0.5]",
+        "space.data.cutmix: uniform needs a low end below its high end, not [0, inf]",
+        "space.seed: the choice 1 stands there twice",
+    ]
+    group = [line for line in found if line.startswith("space.train.schedule: is a group of settings: name, ")]
+    assert len(group) == 1
+    assert sorted(set(found) - set(group)) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trials: 3", "space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}"),
+        ("space: 3", "space: must hold a domain for each key, not 3"),
+        (LR + "settings: 3", "settings: must hold settings of the base configuration, not 3"),
+        ("space: {train.lr: [-1, 0.1]}", "space.train.lr: must be a number > 0, not -1 (int)"),
+        ("space: {train.lr: {uniform: [0, 1]}}", "space.train.lr: must be a number > 0, not 0.0 (float)"),
+        (LR + "search.name: grid", "space.train.lr: search.name=grid needs a choice, or a step"),
+        (
+            "space: {train.lr: [0.1, 0.2], seed: [1, 2]}\nsearch.name: grid\ntrials: 3",
+            "trials: the grid has 4 combinations; leave trials out",
+        ),
+        (LR + "scheduler.name: pbt\ntrials: 1", "trials: pbt needs a population of at least 2"),
+        (
+            LR + "scheduler.name: pbt\nsearch.name: optuna",
+            "search.name: optuna; pbt finds its own settings from random ones, set search.name=random",
+        ),
+        (
+            LR + "settings: {data.val_fraction: 0}",
+            "metric: val/top1 needs validation images, but data.val_fraction is 0",
+        ),
+        (
+            LR + "gpus_per_worker: 0.5\nworkers: 2",
+            "gpus_per_worker: 0.5; a worker uses 0 or 1, and only trials of one worker can share a GPU",
+        ),
+        (LR + "gpus_per_worker: 2", "gpus_per_worker: 2; a worker uses 0 or 1, and only trials of one worker can"),
+        (LR + "base: nowhere.yaml", "there is no config file "),
+    ],
+)
+def test_what_cannot_work(problems, text, expected):
+    found = problems(text)
+    assert len(found) == 1
+    assert found[0].startswith(expected)
+
+
+def test_pbt_searches_only_what_can_change_in_the_middle(problems, load):
+    text = "scheduler.name: pbt\nspace: {model.growth_rate: [4, 8], train.epochs: [2, 3], train.lr: [0.1, 0.2]}"
+    (found,) = problems(text)
+    start = "space: pbt hands weights over in the middle of training, and model.growth_rate, train.epochs cannot change"
+    assert found.startswith(start)
+    assert "it can search train.lr, " in found
+    ours = "scheduler.name: pbt\nspace: {train.optimizer.weight_decay: [0, 0.1], data.cutmix: {uniform: [0, 1]}}"
+    assert load(ours).settings.scheduler.name == "pbt"
+
+
+def test_combinations_that_cannot_work(problems):
+    found = problems("space: {model.num_layers: [[1, 1], [1, 1, 1, 1, 1, 1, 1]]}\nsettings.model.variant: densenet_bc")
+    assert found[0] == "space: some combinations cannot work, such as model.num_layers=[1, 1, 1, 1, 1, 1, 1]"
+    assert found[1].startswith("  model.num_layers: images of 32x32 are too small for 7 blocks")
+    found = problems("space: {train.optimizer.momentum: [0, 0.9], train.optimizer.nesterov: [true, false]}")
+    assert found == [
+        "space: some combinations cannot work, such as train.optimizer.momentum=0, train.optimizer.nesterov=True",
+        "  train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum",
+    ]
+    found = problems("workers: 3\nspace: {train.global_batch_size: [2, 64]}")
+    assert "cluster.workers: 3 workers cannot share train.global_batch_size=2" in found[1]
+
+
+def test_settings_go_where_they_belong(load):
+    more = ("trials=8", "scheduler.name=median", "train.epochs=3", "data={limit: 500}", "seed=5")
+    sweep = load(LR + "settings: {train: {epochs: 2, lr: 0.3}}", *more, "space.train.lr={uniform: [0.1, 0.2]}")
+    assert (sweep.settings.trials, sweep.settings.scheduler.name, sweep.settings.name) == (8, "median", "mine")
+    assert (sweep.base["train"]["epochs"], sweep.base["train"]["lr"], sweep.base["seed"]) == (3, 0.3, 5)
+    assert sweep.base["data"]["limit"] == 500
+    assert sweep.space == {"train.lr": Range(0.1, 0.2)}
+    assert not {"name", "storage"} & set(sweep.base)
+    assert load(LR, "name=other").settings.name == "other"
+
+
+def test_a_domain_is_replaced_as_a_whole(load):
+    text = "space: {train.lr: {uniform: [0.1, 0.5], step: 0.1}}"
+    assert load(text, "space.train.lr={loguniform: [0.01, 1]}").space == {"train.lr": Range(0.01, 1.0, log=True)}
+    assert load(text, "space.train.lr=[0.1]").space == {"train.lr": Choice((0.1,))}
+
+
+def test_nested_and_dotted_spellings_are_the_same(load):
+    dotted = load(
+        "space: {train.lr: [0.1], train.optimizer.momentum: {uniform: [0.8, 0.9]}, model.num_layers: [[1, 2]]}"
+    )
+    nested = load(
+        "space: {train: {lr: {choice: [0.1]}, optimizer: {momentum: {uniform: [0.8, 0.9]}}},"
+        " model: {num_layers: {choice: [[1, 2]]}}}"
+    )
+    assert dotted == nested
+    assert list(nested.space) == ["train.lr", "train.optimizer.momentum", "model.num_layers"]
+
+
+def test_the_base_is_relative_to_the_sweep_file(load, tmp_path, monkeypatch):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "base.yaml").write_text("train: {epochs: 7, lr: 0.2}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sweep = load(LR + "base: bases/base.yaml\nsettings: {train.lr: 0.4}")
+    assert (sweep.base["train"]["epochs"], sweep.base["train"]["lr"]) == (7, 0.4)
+
+
+def test_a_sweep_is_read_back_as_it_was_written(load):
+    text = """
+trials: 5
+storage: s3://bucket/sweeps?region=eu-1
+metric: train/loss
+scheduler: {name: asha, reduction_factor: 2}
+settings: {train: {epochs: 2, schedule: {name: multistep, milestones: [1]}}}
+space:
+  train.lr: {loguniform: [1e-5, 1]}
+  train.label_smoothing: {uniform: [0, 0.3], step: 0.1}
+  train.epochs: {integer: [1, 9], step: 2}
+  model.growth_rate: {loginteger: [4, 32]}
+  model.num_layers: [[1, 1], [2, 2]]
+  data.augment: ["none", crop_flip]
+"""
+    sweep = load(text)
+    again = load(sweep.to_yaml())
+    assert again == sweep
+    assert list(again.space) == list(sweep.space)
+    assert sweep.folder == "s3://bucket/sweeps/mine?region=eu-1"
+    config = sweep.config("trial-007", {"train.lr": 0.5, "model.num_layers": [2, 2]})
+    assert (config.train.lr, config.model.num_layers) == (0.5, (2, 2))
+    assert (config.name, config.storage) == ("trial-007", sweep.folder)
+
+
+def test_trials_of_a_grid(load):
+    text = "search.name: grid\nspace: {train.lr: [0.1, 0.2], train.label_smoothing: {uniform: [0, 0.2], step: 0.1}}"
+    sweep = load(text)
+    assert sweep.trials == spaces.size(sweep.space) == 6
+    points = [tuple(point.values()) for point in spaces.grid(sweep.space)]
+    assert points == [(lr, smoothing) for lr in (0.1, 0.2) for smoothing in (0, 0.1, 0.2)]
+    assert load(text, "trials=6").trials == 6
+    assert load(LR).trials == DEFAULT_TRIALS
+    assert spaces.size(load(LR).space) is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "maximise"),
+    [("val/top1", "auto", True), ("val/loss", "auto", False), ("val/top1", "min", False), ("val/loss", "max", True)],
+)
+def test_what_is_best(load, metric, mode, maximise):
+    assert load(LR, f"metric={metric}", f"mode={mode}").settings.maximise is maximise
+
+
+@pytest.mark.parametrize(
+    ("said", "values"),
+    [
+        ({"integer": [2, 5]}, [2, 3, 4, 5]),
+        ({"integer": [1, 9], "step": 3}, [1, 4, 7]),
+        ({"uniform": [0, 1], "step": 0.6}, [0, 0.6]),
+        ({"uniform": [0.1, 0.3], "step": 0.1}, [0.1, 0.2, 0.3]),
+        ({"loginteger": [1, 4]}, None),
+        ({"uniform": [0, 1]}, None),
+    ],
+)
+def test_ranges(said, values):
+    domain, rng = read_domain(said), random.Random(0)
+    assert isinstance(domain, Range)
+    assert domain.describe() == said
+    assert domain.every() == values
+    drawn = [domain.sample(rng) for _ in range(300)]
+    assert all(domain.low <= value <= domain.high for value in drawn)
+    assert all(domain.clip(value) == value for value in drawn)
+    assert {type(value) for value in drawn} == {int if "nteger" in next(iter(said)) else float}
+    assert domain.clip(-99) == domain.ends[0] == domain.low
+    assert domain.clip(99) == domain.ends[1]
+    if values is not None:
+        assert set(drawn) == set(values)
+        assert all(domain.clip(value + 0.04) == value for value in values)
+    if said == {"loginteger": [1, 4]}:
+        assert set(drawn) == {1, 2, 3, 4}
+
+
+def test_logarithmic_ranges_draw_evenly_in_the_logarithm():
+    rng = random.Random(0)
+    drawn = [Range(1e-4, 1.0, log=True).sample(rng) for _ in range(2000)]
+    assert sum(math.log10(value) < -2 for value in drawn) == pytest.approx(1000, abs=100)
+    drawn = [Range(1, 999, integer=True, log=True).sample(rng) for _ in range(2000)]
+    assert sum(value < 10 for value in drawn) == pytest.approx(667, abs=80)
+
+
+def test_a_wide_range_costs_nothing():
+    domain = read_domain({"integer": [0, 2**62]})
+    assert domain.ends == (0, 2**62)
+    assert 0 <= domain.sample(random.Random(0)) <= 2**62
+
+
+def test_choices():
+    domain: Any = read_domain([[1, 1], None, "x"])
+    assert domain == read_domain({"choice": [[1, 1], None, "x"]})
+    assert domain.every() == list(domain.ends) == [[1, 1], None, "x"]
+    rng = random.Random(0)
+    assert {str(domain.sample(rng)) for _ in range(50)} == {"[1, 1]", "None", "x"}

@@ -1,0 +1,207 @@
+"""The record of a sweep: its trials' figures, its files, and what the console says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from densenet_dist.config import load_config
+from densenet_dist.sweep.console import SweepConsole
+from densenet_dist.sweep.definition import Sweep, load_sweep
+from densenet_dist.sweep.results import (
+    BEST_FILE,
+    RESULTS_FILE,
+    TABLE_FILE,
+    Trial,
+    add_epoch,
+    best_trial,
+    ranked,
+    read_note,
+    trials_on_record,
+    write_note,
+    write_results,
+)
+from densenet_dist.train.run_folder import RunFolder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    (tmp_path / "mine.yaml").write_text(
+        "settings: {train: {epochs: 3}}\nspace: {train.lr: {loguniform: [0.01, 1]}, model.num_layers: [[1, 1], [2, 2]]}"
+    )
+    return load_sweep(tmp_path / "mine.yaml", f"storage={tmp_path}")
+
+
+@pytest.fixture
+def folder(sweep: Sweep) -> RunFolder:
+    folder = RunFolder(sweep.settings.storage, sweep.settings.name)
+    folder.create()
+    return folder
+
+
+def trial(name: str, *values: float, status: str = "finished", lr: float = 0.1, layers: int = 1) -> Trial:
+    made = Trial(f"trial-{name}", {"train.lr": lr, "model.num_layers": [layers, layers]}, status)  # type: ignore[arg-type]
+    for epoch, value in enumerate(values, 1):
+        add_epoch(made, {"epoch": epoch, "seconds": 1.5, "val/top1": value, "val/loss": 1 - value}, "val/top1", True)
+    return made
+
+
+def test_the_best_epoch_counts():
+    found = trial("000", 0.2, 0.5, 0.5, 0.4)
+    assert (found.metric, found.best_epoch, found.epochs, found.seconds) == (0.5, 2, 4, 6.0)
+    assert found.figures == {"val/top1": 0.5, "val/loss": 0.5}
+    assert found.history == {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4}
+    low = Trial("trial-001", {})
+    for epoch, value in enumerate((0.5, 0.2, 0.4), 1):
+        add_epoch(low, {"epoch": epoch, "val/loss": value}, "val/loss", maximise=False)
+    assert (low.metric, low.best_epoch) == (0.2, 2)
+
+
+def test_nan_is_no_figure():
+    found = trial("000", math.nan, 0.1, math.inf)
+    assert (found.metric, found.best_epoch, found.epochs, found.history) == (0.1, 2, 3, {2: 0.1})
+    assert trial("001", math.nan).metric is None
+    add_epoch(found, {"epoch": 4, "train/loss": 0.1}, "val/top1", maximise=True)
+    assert (found.epochs, found.metric) == (4, 0.1)
+
+
+def test_ranks():
+    trials = [trial("000", 0.1), trial("001"), trial("002", 0.3), trial("003", 0.9, status="failed"), trial("004", 0.3)]
+    names = ["trial-002", "trial-004", "trial-000", "trial-001", "trial-003"]
+    assert [one.name for one in ranked(trials, maximise=True)] == names
+    assert best_trial(trials, maximise=True) is trials[2]
+    assert best_trial(trials, maximise=False) is trials[0]
+    assert best_trial([trials[1], trials[3]], maximise=True) is None
+
+
+def test_files(sweep, folder):
+    failed = trial("001", status="failed", lr=0.7)
+    failed.cause = "the loss, or what not, is NaN"
+    trials = [trial("000", 0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)]
+    write_results(folder, sweep, trials)
+    content = json.loads((folder.path / RESULTS_FILE).read_text())
+    assert {key: content[key] for key in ("sweep", "metric", "mode", "best")} == {
+        "sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"
+    }  # fmt: skip
+    assert [entry["name"] for entry in content["trials"]] == ["trial-000", "trial-001", "trial-002"]
+    assert content["trials"][2]["history"] == {"1": 0.2, "2": 0.4}
+    assert content["trials"][1]["cause"] == failed.cause
+    with open(folder.path / TABLE_FILE, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == ["trial-002", "trial-000", "trial-001"]
+    assert rows[0]["train.lr"] == "0.3"
+    assert rows[0]["model.num_layers"] == "[2, 2]"
+    assert rows[0]["val/top1"] == "0.4"
+    assert rows[2]["cause"] == failed.cause
+    assert rows[2]["val/top1"] == ""
+
+
+def test_best_yaml_is_a_configuration(sweep, folder):
+    best = trial("002", 0.2, 0.4, lr=0.3, layers=2)
+    write_results(folder, sweep, [best, trial("000", 0.1)])
+    config = load_config(folder.path / BEST_FILE)
+    assert (config.train.lr, config.model.num_layers, config.train.epochs) == (0.3, (2, 2), 3)
+    assert (config.name, config.storage) == ("mine-best", sweep.settings.storage)
+    assert config == sweep.config("mine-best", best.overrides, storage=sweep.settings.storage)
+    text = (folder.path / BEST_FILE).read_text()
+    assert text.startswith("# The best of mine: trial-002, val/top1 0.4000, epoch 2.\n#   train.lr: 0.3\n")
+    best.origin = "trial-000"
+    write_results(folder, sweep, [best])
+    assert "its weights came from trial-000" in (folder.path / BEST_FILE).read_text()
+
+
+def test_without_a_figure_there_is_no_best(sweep, folder):
+    write_results(folder, sweep, [trial("000"), trial("001", 0.5, status="failed")])
+    assert json.loads((folder.path / RESULTS_FILE).read_text())["best"] is None
+    assert not (folder.path / BEST_FILE).exists()
+
+
+def test_notes_are_added_to(sweep):
+    run = RunFolder(sweep.folder, "trial-000")
+    assert read_note(run) == {}
+    write_note(run, overrides={"train.lr": 0.1})
+    write_note(run, status="stopped")
+    assert read_note(run) == {"overrides": {"train.lr": 0.1}, "status": "stopped"}
+    for torn in ('{"over', "[1]", ""):
+        (run.path / "trial.json").write_text(torn)
+        assert read_note(run) == {}
+
+
+def test_trials_on_record(sweep, folder):
+    def left(name: str, *values: float, **note: object) -> Path:
+        run = RunFolder(sweep.folder, name)
+        write_note(run, overrides={"train.lr": 0.1}, **note)
+        run.write("config.yaml", "train: {lr: 0.2}\n")
+        lines = [
+            {"epoch": epoch, "seconds": 1.0, "train/loss": 2.0, "val/top1": value}
+            for epoch, value in enumerate(values, 1)
+        ]
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run.path
+
+    finished = left("trial-002", 0.1, 0.3, parameters=77)
+    (finished / "summary.json").write_text("{}")
+    with open(finished / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"epoch": 2, "test/top1": 0.25}) + "\n")
+    left("trial-000", 0.2, status="stopped")
+    left("trial-001", status="failed", cause="NaN")
+    broken = left("trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])
+    with open(broken / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "tra')
+    (left("trial-004", 0.1) / "trial.json").write_text('{"overri')
+    (folder.path / "ray").mkdir()
+    left("other", 0.9)
+    (folder.path / "trial-005").mkdir()  # killed before its first line
+
+    found = {one.name: one for one in trials_on_record(folder, sweep)}
+    assert list(found) == [f"trial-00{number}" for number in range(5)]
+    assert [one.status for one in found.values()] == ["stopped", "failed", "finished", "interrupted", "interrupted"]
+    assert found["trial-000"].overrides == {"train.lr": 0.1}
+    assert found["trial-004"].overrides["train.lr"] == 0.2  # its note is damaged: as its configuration says
+    assert (found["trial-002"].metric, found["trial-002"].parameters) == (0.3, 77)
+    assert found["trial-002"].figures == {"train/loss": 2.0, "val/top1": 0.3, "test/top1": 0.25}
+    assert found["trial-001"].cause == "NaN"
+    assert (found["trial-003"].history, found["trial-003"].origin) == ({1: 0.1, 2: 0.2}, "trial-002")
+
+
+def test_what_the_console_says(sweep, capsys):
+    first, failed = trial("000", 0.25, 0.5, status="stopped"), trial("001", status="failed", lr=0.7)
+    failed.cause = "loss [is] NaN"
+    last = trial("002", 0.75, lr=0.0123456, layers=2)
+    everyone = [first, failed, last]
+    with SweepConsole() as console:
+        console({"kind": "sweep", "sweep": sweep, "trials": [first, trial("009", status="interrupted")], "folder": "F"})
+        for state, one, best in (
+            *(("running", first, None), ("epoch", first, first)),
+            *(("stopped", first, first), ("failed", failed, first), ("finished", last, last)),
+        ):
+            console({"kind": "trial", "state": state, "trial": one, "best": best, "all": everyone})
+        console({"kind": "note", "text": "a [note]"})
+        console.table(sweep, everyone)
+        console.summary("finished: mine", {"sweep folder": "F" * 200})
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:8] == [
+        "16 trials, random search, asha, highest val/top1; folder F",
+        "  train.lr: loguniform [0.01, 1]",
+        "  model.num_layers: choice [[1, 1], [2, 2]]",
+        "resumed: 1 trials ended before, 1 go on",
+        "trial-000  stopped after 2 epochs    val/top1 0.5000  lr=0.1  num_layers=[1, 1]  *",
+        "trial-001  failed                    val/top1 -  lr=0.7  num_layers=[1, 1]",
+        "  loss [is] NaN",
+        "trial-002  finished 1 epoch          val/top1 0.7500  lr=0.01235  num_layers=[2, 2]  *",
+    ]
+    assert lines[8] == "a [note]"
+    assert [line.split()[0] for line in lines[10:14]] == ["trial", "trial-002", "trial-000", "trial-001"]
+    assert lines[-1].endswith("F" * 200)
+
+
+def test_quiet(sweep, capsys):
+    with SweepConsole(quiet=True) as console:
+        console({"kind": "sweep", "sweep": sweep, "trials": [], "folder": "F"})
+        console({"kind": "trial", "state": "finished", "trial": trial("000", 0.1), "best": None, "all": []})
+        console.table(sweep, [trial("000", 0.1)])
+    assert capsys.readouterr().out == ""
