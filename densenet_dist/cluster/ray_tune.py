@@ -127,6 +127,8 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
                 f"the cluster failed the sweep: {explain(error)}\n"
                 f"  go on with it when the cluster is back: densenet-dist tune --resume {sweep.folder}"
             ) from error
+        finally:
+            ray.kill(placements)  # what Tune has kept of the plan holds on to it
     if watcher.fatal is not None:
         raise watcher.fatal
     if budget.reason is None and (signals or watcher.interrupted):
