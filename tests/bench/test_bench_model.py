@@ -58,7 +58,9 @@ def test_table_file_and_picture(tmp_path, capsys):
         assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)
         assert arm != "reference" or row["memory_ratio"] == row["time_ratio"] == 1
     assert rows["reference", 256]["peak_mib"] > 4 * rows["reference", 16]["peak_mib"]
-    assert rows["fused", 256]["peak_mib"] < rows["reference", 256]["peak_mib"]
+    # The resident size of a net this small is known to some megabytes only.
+    assert rows["fused", 256]["peak_mib"] < 1.2 * rows["reference", 256]["peak_mib"]
+    assert rows["fused", 256]["saved_mib_per_image"] < 0.7 * rows["reference", 256]["saved_mib_per_image"]
     for arm in ("reference", "fused"):
         saved = [rows[arm, size]["saved_mib_per_image"] for size in (16, 256)]
         assert saved == pytest.approx([saved[0]] * 2, rel=0.05)

@@ -1,0 +1,52 @@
+"""Starts a run or a sweep, or goes on with it where it exists: for launchers that may start the same thing twice.
+
+    python launch/start.py train CONFIG.yaml storage=PLACE name=NAME [key=value]...
+    python launch/start.py tune SWEEP.yaml storage=PLACE name=NAME [key=value]...
+    python launch/start.py finished storage=PLACE name=NAME
+
+The last one ends with 0 where the run has come to its end, else with 1.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from densenet_dist.cli import main
+from densenet_dist.errors import DenseNetDistError
+from densenet_dist.sweep.results import SWEEP_FILE
+from densenet_dist.train.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
+
+
+def arguments(command: str, source: str, *settings: str) -> list[str]:
+    """What `densenet-dist` is to be told."""
+    folder, place = _folder(settings)
+    if command == "train" and folder.exists(CONFIG_FILE):
+        return ["train", "--resume", place, *settings]  # which refuses what would make it another run
+    if command == "tune" and folder.exists(SWEEP_FILE):
+        return ["tune", "--resume", place]
+    return [command, source, *settings]
+
+
+def finished(*settings: str) -> bool:
+    """Whether the run has come to its end."""
+    return _folder(settings)[0].exists(SUMMARY_FILE)
+
+
+def _folder(settings: tuple[str, ...]) -> tuple[RunFolder, str]:
+    given = dict(setting.split("=", 1) for setting in settings)
+    if not {"storage", "name"} <= set(given):
+        sys.exit(f"error: storage=PLACE and name=NAME must be given\n{__doc__}")
+    base, question, query = given["storage"].partition("?")
+    return RunFolder(given["storage"], given["name"]), f"{base.rstrip('/')}/{given['name']}{question}{query}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in ("train", "tune", "finished"):
+        sys.exit(__doc__)
+    try:
+        if sys.argv[1] == "finished":
+            sys.exit(not finished(*sys.argv[2:]))
+        told = arguments(*sys.argv[1:])
+    except DenseNetDistError as error:
+        sys.exit(f"error: {error}")
+    main(told)
