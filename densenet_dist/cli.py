@@ -298,12 +298,10 @@ def _fetched(source: str) -> str:
     """A configuration file that lies on an object store, such as a sweep's best.yaml, as a local file."""
     if not re.match(r"[a-z0-9]+://", source):
         return source
-    from densenet_dist.train.run_folder import RunFolder
+    from densenet_dist.train.run_folder import RunFolder, split_location
 
-    base, question, query = source.partition("?")
-    parent, _, file = base.rpartition("/")
-    storage, _, name = parent.rpartition("/")
-    return str(RunFolder(f"{storage}{question}{query}", name).fetch(file))
+    folder, file = split_location(source)
+    return str(RunFolder(*split_location(folder)).fetch(file))
 
 
 def _is_sweep(source: str) -> bool:

@@ -73,6 +73,17 @@ def test_a_sweep_file_is_no_configuration(command, name):
         assert "densenet-dist tune" in err
 
 
+def test_a_configuration_is_no_sweep_file(command, tmp_path):
+    code, _, err = command("tune", str(ROOT / "configs" / "quickstart.yaml"))
+    assert code == 2
+    assert "densenet-dist train" in err
+    assert "base: quickstart.yaml" in err
+    (tmp_path / "sweep.yaml").write_text("train: {epochs: 3}\nspace: {train.lr: [0.1, 0.2]}\n")
+    code, _, err = command("tune", str(tmp_path / "sweep.yaml"))
+    assert code == 2
+    assert "train of the base configuration belong under settings" in err
+
+
 def test_printed_config_is_read_back_as_the_same(command, quickstart, tmp_path):
     _, out, _ = command("config", quickstart, "train.lr=1e-3", "model.num_layers=[2,3]")
     Path("again.yaml").write_text(out)

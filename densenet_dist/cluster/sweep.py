@@ -13,8 +13,6 @@ from densenet_dist.errors import StorageError
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
-    BEST_FILE,
-    RESULTS_FILE,
     SWEEP_FILE,
     TRIAL_PREFIX,
     Trial,
@@ -26,7 +24,7 @@ from densenet_dist.sweep.results import (
     write_results,
 )
 from densenet_dist.train.context import Event
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.train.run_folder import RunFolder, split_location
 
 _WRITE_EVERY_S = 5.0
 
@@ -110,9 +108,7 @@ def open_sweep(folder: str | Path) -> Sweep:
         StorageError: where there is no sweep.
     """
     text = str(folder)
-    base, question, query = text.partition("?")
-    parent, _, name = base.rstrip("/").rpartition("/")
-    found = RunFolder(f"{parent or '.'}{question}{query}", name)
+    found = RunFolder(*split_location(text if "://" in text else str(Path(text).expanduser().absolute())))
     if not found.exists(SWEEP_FILE) and "://" not in text and (Path("runs") / text / SWEEP_FILE).exists():
         path = (Path("runs") / text).absolute()
         found = RunFolder(str(path.parent), path.name)
@@ -206,6 +202,3 @@ def _absolute(sweep: Sweep) -> Sweep:
     config = absolute(sweep.config("data", {}, storage=sweep.settings.storage))
     base = dict(sweep.base) | {"data": dict(sweep.base["data"]) | {"root": config.data.root}}
     return replace(with_storage(sweep, config.storage, sweep.settings.name), base=base)
-
-
-__all__ = ["BEST_FILE", "RESULTS_FILE", "Record", "SweepResult", "open_sweep", "tune"]

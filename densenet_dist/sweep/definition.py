@@ -117,6 +117,14 @@ def _is_override(source: str | Path) -> bool:
 def _read(source: str | Path) -> dict[str, Any]:
     if not _is_override(source):
         layer = read_yaml(Path(source))
+        misplaced = [key for key in _GROUPS if key in layer]
+        if misplaced and "space" not in layer:
+            raise ConfigError(
+                f"{source} is the configuration of one run: densenet-dist train {source}\n"
+                f"  a sweep file names it: base: {Path(source).name}, and what to search: space"
+            )
+        if misplaced:
+            raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
             layer["base"] = str(Path(source).parent / str(layer["base"]))
         return layer

@@ -13,7 +13,7 @@ from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val
 from densenet_dist.train.job import build_model
-from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder
+from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder, split_location
 
 
 def open_run(run: str | Path) -> RunFolder:
@@ -27,9 +27,7 @@ def open_run(run: str | Path) -> RunFolder:
     """
     text = str(run)
     if "://" in text:
-        base, _, query = text.partition("?")
-        parent, _, name = base.rstrip("/").rpartition("/")
-        folder = RunFolder(f"{parent}?{query}" if query else parent, name)
+        folder = RunFolder(*split_location(text))
     else:
         path = Path(text).expanduser()
         if not (path / CONFIG_FILE).exists() and (Path("runs") / path / CONFIG_FILE).exists():

@@ -179,6 +179,13 @@ class RunFolder:
             ) from error
 
 
+def split_location(location: str) -> tuple[str, str]:
+    """A folder's path or URI as the place it is in, and its name: the arguments of `RunFolder`."""
+    base, question, query = location.partition("?")
+    parent, _, name = base.rstrip("/").rpartition("/")
+    return f"{parent}{question}{query}", name
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
