@@ -25,7 +25,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
-        # driver leaves is given back when its job ends, and what a lost trial leaves by the sweep (`Placements`).
+        # driver leaves is given back when its job ends, and what a lost trial leaves by the sweep (`SweepState`).
         every = super()._create_default_callbacks()
         return [callback for callback in every if not isinstance(callback, PlacementGroupCleanerCallback)]
 

@@ -26,6 +26,7 @@ from densenet_dist.train.context import Event
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have records of their own
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -86,13 +87,14 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
     from ray import tune
 
     from densenet_dist.cluster.trial import TrialPlan, TrialRunner
-    from densenet_dist.cluster.tune_events import Budget, Names, Placements, Watcher, explain
+    from densenet_dist.cluster.tune_events import Budget, Ending, Names, SweepState, Watcher, explain
 
     settings = sweep.settings
-    placements = ray.remote(num_cpus=0)(Placements).remote()
-    plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt", placements)
+    state = ray.remote(num_cpus=0)(SweepState).remote()
+    plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt", state)
+    watcher, names = Watcher(settings.metric, listener, state), Names(recorded)
     budget = Budget(settings.max_hours, settings.max_gpu_hours, room.gpus_per_trial)
-    watcher, names = Watcher(settings.metric, listener, placements), Names(recorded)
+    ending = Ending(budget, watcher, state)
     points = _points(sweep, recorded)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialRunner, plan=plan), room.per_trial),
@@ -111,7 +113,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=_storage(sweep),
-            stop=budget,
+            stop=ending,
             verbose=0,
             callbacks=[watcher],
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
@@ -119,7 +121,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    with _quiet(), _ended_by_signals() as signals:
+    with _quiet(), _ended_by_signals(ending.signals):
         try:
             tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
@@ -128,11 +130,11 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
                 f"  go on with it when the cluster is back: densenet-dist tune --resume {sweep.folder}"
             ) from error
         finally:
-            ray.kill(placements)  # what Tune has kept of the plan holds on to it
+            ray.kill(state)  # what Tune has kept of the plan holds on to it
     if watcher.fatal is not None:
         raise watcher.fatal
-    if budget.reason is None and (signals or watcher.interrupted):
-        raise KeyboardInterrupt(*signals[:1])
+    if budget.reason is None and (ending.signals or watcher.interrupted):
+        raise KeyboardInterrupt(*ending.signals[:1])
     return budget.reason
 
 
@@ -275,20 +277,22 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[list[int]]:
-    """Tune knows SIGINT only, and how to end all trials then; yields the signals that came."""
-    came: list[int] = []
+def _ended_by_signals(came: list[int]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM is put on a list, and ends the sweep in order; the next one ends it at once."""
 
-    def forward(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
         came.append(number)
-        os.kill(os.getpid(), signal.SIGINT)
+        if len(came) > 1:
+            raise KeyboardInterrupt(number)
 
+    numbers = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = signal.signal(signal.SIGTERM, forward)
+        before = [signal.signal(number, note) for number in numbers]
     except ValueError:  # not the main thread: whoever runs this one has the signals
-        yield came
+        yield
         return
     try:
-        yield came
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

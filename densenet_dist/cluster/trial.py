@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import queue
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
+import ray
 from ray import tune
 
 from densenet_dist.cluster.launch import write_run
@@ -50,6 +52,7 @@ FATAL: Final = "fatal"
 _FATAL: Final = (StorageError, DataError, EnvironmentProblem)
 _POINTER: Final = "pointer.json"
 _STOP_S: Final = 5.0
+_POLL_S: Final = 0.5
 
 Figures: TypeAlias = dict[str, Any]
 
@@ -63,14 +66,14 @@ class TrialPlan:
         cluster: settings of every trial's configuration, by dotted key.
         threads: torch threads of a worker.
         replays: whether a trial first tells again what it did before.
-        placements: an actor that is told what room the workers of trials have.
+        state: the sweep's actor (`SweepState`).
     """
 
     sweep: Sweep
     cluster: Mapping[str, Any]
     threads: int
     replays: bool
-    placements: Any
+    state: Any
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are untyped
@@ -162,6 +165,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             for figures in self._work.results():
                 self._share_loader_choice(run)
                 yield figures
+            yield from itertools.repeat({})  # the sweep ends, and no one listens
         except DenseNetDistError as error:  # another attempt would end the same
             fatal = type(error).__name__ if isinstance(error, _FATAL) else None
             yield {"done": True, OUTCOME: "failed", CAUSE: str(error), FATAL: fatal}
@@ -213,16 +217,22 @@ class _Work:
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._turn = threading.Semaphore(0)
         self._ending = threading.Event()
-        self._pace = Pace(self._heard, plan.placements, run.name)
+        self._pace = Pace(self._heard, plan.state, run.name)
         self._parameters: int | None = None
         self._last_epoch: Figures = {}
         self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
 
     def results(self) -> Iterator[Figures]:
-        """The figures of each epoch, as they come."""
+        """The figures of each epoch, as they come; none any more when the sweep ends."""
         self._thread.start()
         while True:
-            kind, content = self._news.get()
+            try:
+                kind, content = self._news.get(timeout=_POLL_S)
+            except queue.Empty:
+                if self._sweep_ends():
+                    self.stop()
+                    return
+                continue
             if kind == "error":
                 raise content
             if kind == "end":
@@ -242,6 +252,12 @@ class _Work:
         if self._thread.is_alive() and not self._alone:
             self._pace.abort(_STOP_S)
             self._thread.join(_STOP_S)
+
+    def _sweep_ends(self) -> bool:
+        try:
+            return bool(ray.get(self._plan.state.ending.remote()))
+        except ray.exceptions.RayActorError:
+            return True  # its driver is gone
 
     @property
     def _alone(self) -> bool:

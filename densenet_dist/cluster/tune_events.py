@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,11 +41,12 @@ class Names:
         return f"{TRIAL_PREFIX}{self._next - 1:03d}"
 
 
-class Placements:
-    """An actor that knows what room the workers of each trial have, for when the trial itself is lost."""
+class SweepState:
+    """An actor that outlives trials: what room their workers have, for when a trial is lost; whether all is over."""
 
     def __init__(self) -> None:
         self._of: dict[str, list[Any]] = {}
+        self._ending = False
 
     def add(self, trial: str, placement_group: Any) -> None:
         """A trial's workers were placed."""
@@ -55,6 +55,14 @@ class Placements:
     def take(self, trial: str) -> list[Any]:
         """All that a trial ever had."""
         return self._of.pop(trial, [])
+
+    def end(self) -> None:
+        """The sweep ends."""
+        self._ending = True
+
+    def ending(self) -> bool:
+        """Whether it does: asked by trials in the middle of an epoch, whom Tune would only kill, and later."""
+        return self._ending
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
@@ -65,8 +73,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         interrupted: whether trials were running when Tune ended.
     """
 
-    def __init__(self, metric: str, listener: Callable[[Event], None], placements: Any) -> None:
-        self._metric, self._listener, self._placements = metric, listener, placements
+    def __init__(self, metric: str, listener: Callable[[Event], None], state: Any) -> None:
+        self._metric, self._listener, self._state = metric, listener, state
         self.fatal: errors.DenseNetDistError | None = None
         self._running: set[str] = set()
 
@@ -99,7 +107,6 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         self._tell(trial, "interrupted" if fatal else result.get(OUTCOME, "stopped"), result, cause)
         if fatal and self.fatal is None:
             self.fatal = getattr(errors, fatal)(cause)
-            os.kill(os.getpid(), signal.SIGINT)  # Tune's own way to end: what was running can go on later
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial crashed more often than it may."""
@@ -116,7 +123,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
 
     def _give_back(self, trial: Any) -> None:
         with suppress(ray.exceptions.RayError):  # the cluster is lost, and all of it with it
-            for placement_group in ray.get(self._placements.take.remote(str(trial)), timeout=10):
+            for placement_group in ray.get(self._state.take.remote(str(trial)), timeout=10):
                 ray.util.remove_placement_group(placement_group)
 
     def _tell(self, trial: Any, state: str, result: dict[str, Any], cause: str | None = None) -> None:
@@ -124,11 +131,16 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         self._listener(event | {"figures": result, "cause": cause})
 
 
-class Budget(tune.Stopper):  # type: ignore[misc]
-    """Ends a sweep whose hours are spent.
+class Budget:
+    """The hours that a sweep may take.
+
+    Args:
+        hours: by the clock, from now on.
+        gpu_hours: of all trials together.
+        gpus_per_trial: of each.
 
     Attributes:
-        reason: which; None while there are some left.
+        reason: which are spent; None while there are some left.
     """
 
     def __init__(self, hours: float | None, gpu_hours: float | None, gpus_per_trial: float) -> None:
@@ -137,18 +149,54 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         self._seconds: dict[str, float] = {}
         self.reason: str | None = None
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Count a trial's time; it is never stopped alone."""
-        self._seconds[trial_id] = result.get("time_total_s", 0.0)
-        return False
+    def count(self, trial: str, seconds: float) -> None:
+        """Count the time that a trial has taken until now."""
+        self._seconds[trial] = seconds
 
-    def stop_all(self) -> bool:
-        """Whether the sweep ends now."""
+    def spent(self) -> bool:
+        """Whether there is nothing left."""
         if self._hours is not None and time.monotonic() - self._started > self._hours * 3600:
             self.reason = f"max_hours: {self._hours:g} hours are over"
         if self._gpu_hours is not None and sum(self._seconds.values()) * self._gpus > self._gpu_hours * 3600:
             self.reason = f"max_gpu_hours: {self._gpu_hours:g} GPU hours are used"
         return self.reason is not None
+
+
+class Ending(tune.Stopper):  # type: ignore[misc]
+    """Ends a sweep before all its trials have: by its budget, a signal, or an error that all trials would run into.
+
+    What was running is not told of as stopped, so that it can go on later.
+
+    Args:
+        budget: what may be spent.
+        watcher: hears of errors.
+        state: the `SweepState`, for trials in the middle of an epoch.
+
+    Attributes:
+        signals: those that came; filled by whoever hears them.
+    """
+
+    def __init__(self, budget: Budget, watcher: Watcher, state: Any) -> None:
+        self._budget, self._watcher, self._state = budget, watcher, state
+        self._said = False
+        self.signals: list[int] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.stopper.NoopStopper, ()  # Tune writes it down for a later sweep, which has its own
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Count a trial's time; it is never stopped alone."""
+        self._budget.count(trial_id, result.get("time_total_s", 0.0))
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the sweep ends now."""
+        if not (self.signals or self._watcher.fatal or self._budget.spent()):
+            return False
+        if not self._said:
+            self._said = True
+            self._state.end.remote()
+        return True
 
 
 def _last_failure(trial: Any) -> Any:

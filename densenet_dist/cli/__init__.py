@@ -1,0 +1,148 @@
+"""The commands. Each is thin over the Python interface; what is heavy is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from densenet_dist.cli.bench import bench_app
+from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
+from densenet_dist.cli.running import train, tune
+from densenet_dist.config import load_config, to_yaml
+from densenet_dist.errors import ConfigError, DenseNetDistError
+
+app = typer.Typer(
+    help="Train DenseNets from a laptop's CPU to a GPU cluster.",
+    epilog="Exit codes: 0 done, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
+    "6 checkpoint does not fit, 130 or 143 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+app.command()(train)
+app.command()(tune)
+
+
+class Split(StrEnum):
+    """Which images `evaluate` looks at."""
+
+    test = "test"
+    val = "val"
+    train = "train"
+
+
+class Which(StrEnum):
+    """Which checkpoint `evaluate` loads."""
+
+    best = "best"
+    last = "last"
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    checkpoint: Annotated[Which, typer.Option(help="Which checkpoint.")] = Which.best,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a run's checkpoint again."""
+    from densenet_dist.train.evaluation import evaluate as judge
+
+    figures = judge(run, split=split.value, checkpoint=checkpoint.value, overrides=tuple(settings or ()))
+    if as_json:
+        typer.echo(json.dumps({"run": run, "split": split.value, "checkpoint": checkpoint.value, **figures}))
+    else:
+        typer.echo(
+            f"{split.value}: loss {figures['loss']:.4f}, top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} "
+            f"of {figures['images']:,.0f} images"
+        )
+
+
+@data_app.command("prepare")
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100, shapes or folder.")],
+    root: Annotated[Path, typer.Option(help="The folder for data sets.")] = Path("data"),
+    url: Annotated[str | None, typer.Option(help="Download from here instead (a mirror).")] = None,
+    download: Annotated[bool, typer.Option(help="Whether a missing set may be downloaded.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Download, unpack and verify a data set; of a folder of pictures, name all that cannot be used.
+
+    densenet-dist data prepare cifar10
+    densenet-dist data prepare folder --root my_photos
+    """
+    from densenet_dist.data.datasets import DATASET_NAMES, prepare_dataset
+
+    if name not in DATASET_NAMES:
+        raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
+    folder = prepare_dataset(name, root, download=download, url=url, progress=True)
+    typer.echo(f"{name}: verified in {folder}" if name != "shapes" else "shapes: generated when used")
+
+
+@app.command()
+def config(sources: Sources = None, debug: Debug = False) -> None:
+    """Check a configuration, or a sweep file, and print all of it as YAML."""
+    from densenet_dist.cluster.launch import check_model
+
+    if any(map(is_sweep, sources or [])):
+        from densenet_dist.sweep.definition import load_sweep
+
+        typer.echo(load_sweep(*(sources or [])).to_yaml(), nl=False)
+        return
+    resolved = load(sources)
+    check_model(resolved)
+    typer.echo(to_yaml(resolved), nl=False)
+
+
+@app.command()
+def doctor(sources: Sources = None, debug: Debug = False) -> None:
+    """Check whether this machine can do the job: versions, GPUs, DALI, Ray, storage, data.
+
+    With a configuration, the storage and data it names are checked; without one, the defaults.
+    """
+    from densenet_dist.doctor import examine
+
+    if not examine(load_config(*(sources or []))):
+        raise typer.Exit(3)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code; `arguments` defaults to the command line's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a tenth of a millisecond: from one pass to the next, no longer
+    try:
+        code = app(arguments, prog_name="densenet-dist", standalone_mode=False)
+    except DenseNetDistError as error:
+        _fail(str(error), error.exit_code, arguments)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the parser's own usage errors
+            error.show()
+            code = error.exit_code
+        else:
+            _fail(f"{type(error).__name__}: {error}\n  this is a fault of the program: see --debug", 1, arguments)
+    raise SystemExit(code or 0)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> NoReturn:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

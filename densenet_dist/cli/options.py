@@ -1,0 +1,87 @@
+"""What several commands take, and what they make of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from densenet_dist.config import load_config
+from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.schema import Config
+from densenet_dist.yaml_settings import read_yaml
+
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG.yaml [key=value]...",
+        help="YAML files and dotted.key=value settings; later ones win over earlier ones.",
+        show_default=False,
+    ),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder (path or s3:// URI), or its name in runs/.")]
+BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Images a batch, separated by commas.")]
+Seconds = Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def load(sources: list[str] | None) -> Config:
+    """The configuration that a command line names."""
+    if not sources:
+        raise ConfigError("name a configuration, such as configs/quickstart.yaml (or --resume RUN to go on with a run)")
+    sources = list(map(_fetched, sources))
+    for source in filter(is_sweep, sources):
+        raise ConfigError(f"{source} is a sweep file, whose trials are run by: densenet-dist tune {source}")
+    return load_config(*sources)
+
+
+def _fetched(source: str) -> str:
+    """A configuration file that lies on an object store, such as a sweep's best.yaml, as a local file."""
+    if not re.match(r"[a-z0-9]+://", source):
+        return source
+    from densenet_dist.train.run_folder import RunFolder, split_location
+
+    folder, file = split_location(source)
+    return str(RunFolder(*split_location(folder)).fetch(file))
+
+
+def is_sweep(source: str) -> bool:
+    """Whether a file is a sweep."""
+    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file() and "space" in read_yaml(Path(source))
+
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """Sizes of batches, as an option lists them."""
+    for size in text.split(","):
+        if not size.strip().isdecimal() or int(size) == 0:
+            raise ConfigError(f"--batch-sizes: {size!r} is no number of images; write them as 64,128,256")
+    return tuple(int(size) for size in text.split(","))
+
+
+def require_writable(path: Path | None) -> None:
+    """Say so before the work, not after it, where a result could not be written."""
+    if path is None:
+        return
+    try:
+        new = not path.exists()
+        with path.open("a"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_json(found: dict[str, Any], path: Path | None) -> None:
+    """Write what was measured, where that was asked for."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
