@@ -151,10 +151,13 @@ def _storage(config: Config) -> Finding:
 
 def _data(config: Config) -> Finding:
     from densenet_dist.data.datasets import prepare_dataset
+    from densenet_dist.object_store import is_uri
 
     name, root = config.data.name, config.data.root
     if name == "shapes":
         return Finding("data", "ok", "shapes is generated when used")
+    if is_uri(root):
+        return _data_on_store(config)
     try:
         folder = prepare_dataset(name, root, download=False, on_bad_image=config.data.on_bad_image, progress=False)
     except DenseNetDistError as error:
@@ -165,3 +168,23 @@ def _data(config: Config) -> Finding:
             return Finding("data", "note", f"{name} is not in {root}; it will be downloaded", "")
         return Finding("data", "bad", text, f"densenet-dist data prepare {name} --root {root}")
     return Finding("data", "ok", f"{folder} can be used" if name == "folder" else f"{name} is complete in {folder}")
+
+
+def _data_on_store(config: Config) -> Finding:
+    """Whether the data set is there and this node can take it; nothing is taken yet."""
+    from densenet_dist.data import cifar, node_cache, remote_cifar
+    from densenet_dist.data.datasets import publish_dataset
+    from densenet_dist.data.store import DataStore
+
+    name, root = config.data.name, config.data.root
+    try:
+        if config.data.download and name != "folder":
+            store = DataStore(root)
+            if not remote_cifar.find(cifar.SPECS[name], store):
+                text = f"{name} is not in {store.place}; it will be downloaded, once, and put there"
+                return Finding("data", "note", text)
+        found = publish_dataset(name, root, download=False, progress=False)
+        with node_cache.held(root) as entry:
+            return Finding("data", "ok", f"{found}; this node takes it into {entry}")
+    except DenseNetDistError as error:
+        return Finding("data", "bad", str(error).splitlines()[0])

@@ -51,9 +51,11 @@ class DataConfig:
     """shapes is generated; the CIFAR sets are downloaded when they are not in root; folder is pictures of your own in
     root: a folder for each class, or such folders below train and test (and val)."""
     root: str = "data"
-    """Folder that holds the data sets; relative paths are taken from where the command is started."""
+    """Folder that holds the data sets; relative paths are taken from where the command is started. Or an object store,
+    s3://bucket/path (credentials from the environment only): each node takes the set from there once, into its cache
+    ($DENSENET_DIST_CACHE, else densenet_dist under $XDG_CACHE_HOME or ~/.cache)."""
     download: bool = True
-    """Whether a missing set may be downloaded."""
+    """Whether a missing set may be downloaded; for an object store once, onto it, by the process that starts a run."""
     url: str | None = None
     """Where to download from instead of the official address (a mirror); the files are checked all the same."""
     limit: Count | None = None
@@ -194,6 +196,10 @@ class TrainConfig:
     """Decay a step of an exponential moving average of the weights, which is then what is evaluated."""
     sync_bn: bool = False
     """Whether BatchNorm's statistics are those of the global batch."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: workers exchange gradients in half the bytes, rounded to 8 bits; weights and optimizer stay fp32."""
+    bucket_mb: Positive | None = None
+    """MiB of gradients that workers exchange at a time; null: what a dense block has (docs/scaling.md)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How parameters follow gradients."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -282,6 +288,8 @@ def impossible(config: Config) -> Iterator[str]:
         yield "train.cuda_graph: fp16 decides on the CPU whether to skip a step; use train.precision=bf16 (or fp32)"
     if train.cuda_graph and train.grad_accum_steps > 1:
         yield "train.cuda_graph: a captured step has one part; leave train.grad_accum_steps at 1"
+    if train.compile and train.bucket_mb is not None and train.bucket_mb < 1:
+        yield f"train.bucket_mb: train.compile=true takes 1 or more, not {train.bucket_mb:g}"
     if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
         yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
     if isinstance(config.cluster.workers, int):

@@ -5,6 +5,7 @@
 #
 # 2 workers on this machine's CPUs, by the same steps as on a cluster: a Ray head of its own, then `ray job submit` with
 # this folder as the working directory. At the end, or on Ctrl-C, what it started is gone; other Ray clusters are not touched.
+# The dashboard asks for a token: yours, where RAY_AUTH_TOKEN is set.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +19,7 @@ name=local-$(date +%Y%m%d-%H%M%S)-$$
 run=("storage=$PWD/runs" "name=$name")
 
 temp=$(mktemp -d /tmp/densenet-XXXXXX) # short: Unix sockets lie in it
-RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(python -c 'import secrets; print(secrets.token_hex(32))')}
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 export OMP_WAIT_POLICY=passive
 export RAY_JOB_STOP_WAIT_TIME_S=20
@@ -58,6 +59,7 @@ until python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1] 
   sleep 0.5
 done
 
+echo "dashboard $address, metrics http://127.0.0.1:${port[4]}/metrics"
 # In the background: Bash hears signals while it waits. STOPPED would end with 0 as well, so the run itself is asked.
 ray job submit --address "$address" --submission-id "$name" --working-dir . -- \
   python -m densenet_dist train "$config" "${run[@]}" "data.root=$PWD/data" cluster.workers=2 cluster.device=cpu "$@" &

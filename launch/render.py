@@ -32,6 +32,8 @@ FILES: dict[str, tuple[str, dict[str, str]]] = {
     "kuberay/storage-pvc.yaml": ("storage-pvc.yaml", {}),
     "kuberay/secret-s3.example.yaml": ("secret-s3.example.yaml", {}),
     "kuberay/shell.yaml": ("shell.yaml", {}),
+    "kuberay/podmonitor.yaml": ("podmonitor.yaml", {}),
+    "kuberay/tensorboard.yaml": ("tensorboard.yaml", {}),
     "kuberay/raycluster.yaml": ("raycluster.yaml", {}),
     "kuberay/rayjob-train.yaml": ("rayjob.yaml", TRAIN),
     "kuberay/rayjob-tune.yaml": ("rayjob.yaml", TUNE),
@@ -116,6 +118,10 @@ def _storage(values: Mapping[str, Any]) -> dict[str, str]:
     folder = f"sudo install --directory --owner=1000 --group=1000 {mount}"
     if values["storage"].startswith("s3://"):
         return {
+            "tb_logdir": values["storage"].partition("?")[0],
+            # The name that boto3, with which TensorBoard reads, has for it.
+            "tb_env": "env:\n- name: AWS_DEFAULT_REGION\n  valueFrom:\n"
+            f"    secretKeyRef: {{name: {name}-s3, key: AWS_REGION, optional: true}}",
             "volume": "emptyDir: {}",
             "env_from": f"envFrom: [{{secretRef: {{name: {name}-s3}}}}]",
             "profile": f"IamInstanceProfile: {{Name: {profile}}}" if profile else "",
@@ -124,6 +130,8 @@ def _storage(values: Mapping[str, Any]) -> dict[str, str]:
         }
     client = "command -v mount.nfs4 || (sudo apt-get update --quiet && sudo apt-get install --yes --quiet nfs-common)"
     return {
+        "tb_logdir": values["storage"],
+        "tb_env": "",
         "volume": f"persistentVolumeClaim: {{claimName: {name}}}",
         "env_from": "",
         "profile": "",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 
 from densenet_dist.data import cifar
 
@@ -35,21 +36,44 @@ def official_archive(official: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """``s3://bucket%s?...`` of an S3 server with the one bucket ``bucket``; credentials are in the environment."""
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server on this machine; credentials for it are in the environment."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
-    port = server.get_host_and_port()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "id")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        from pyarrow import fs
-
-        address = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
-        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket%s?{address}"
+        yield server.get_host_and_port()[1]
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(s3_port: int) -> str:
+    """``s3://bucket%s?...`` of an S3 server with the one bucket ``bucket``."""
+    from pyarrow import fs
+
+    address = _s3_address(s3_port)
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
+    filesystem.create_dir("bucket")
+    return f"s3://bucket%s?{address}"
+
+
+@pytest.fixture
+def faults(s3_port: int) -> Iterator[FaultProxy]:
+    """What stands between the client and the server of `faulty_s3`."""
+    proxy = FaultProxy(s3_port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def faulty_s3(s3: str, faults: FaultProxy) -> str:
+    """``s3://bucket%s?...`` of the same bucket through `faults`."""
+    return f"s3://bucket%s?{_s3_address(faults.port)}"
+
+
+def _s3_address(port: int) -> str:
+    return f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"

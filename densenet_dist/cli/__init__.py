@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -15,6 +14,7 @@ import typer
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
 from densenet_dist.cli.running import train, tune
+from densenet_dist.cli.submitting import submit
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.errors import ConfigError, DenseNetDistError
 
@@ -31,6 +31,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(train)
 app.command()(tune)
+app.command(context_settings={"allow_interspersed_args": False})(submit)
 
 
 class Split(StrEnum):
@@ -75,7 +76,7 @@ def evaluate(
 @data_app.command("prepare")
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100, shapes or folder.")],
-    root: Annotated[Path, typer.Option(help="The folder for data sets.")] = Path("data"),
+    root: Annotated[str, typer.Option(help="The folder for data sets, or s3://bucket/path.")] = "data",
     url: Annotated[str | None, typer.Option(help="Download from here instead (a mirror).")] = None,
     download: Annotated[bool, typer.Option(help="Whether a missing set may be downloaded.")] = True,
     debug: Debug = False,
@@ -84,11 +85,15 @@ def prepare(
 
     densenet-dist data prepare cifar10
     densenet-dist data prepare folder --root my_photos
+    densenet-dist data prepare cifar10 --root s3://bucket/data    (puts it there, for nodes to take it)
     """
-    from densenet_dist.data.datasets import DATASET_NAMES, prepare_dataset
+    from densenet_dist.data.datasets import DATASET_NAMES, prepare_dataset, publish_dataset
+    from densenet_dist.object_store import is_uri
 
     if name not in DATASET_NAMES:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
+    if is_uri(root) and name != "shapes":
+        typer.echo(f"{name}: {publish_dataset(name, root, download=download, url=url)}")
     folder = prepare_dataset(name, root, download=download, url=url, progress=True)
     typer.echo(f"{name}: verified in {folder}" if name != "shapes" else "shapes: generated when used")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,8 +76,7 @@ def bench_model(
 
     config = load(sources)
     sizes, names = parse_batch_sizes(batch_sizes), tuple(name.strip() for name in arms.split(","))
-    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
-        raise ConfigError(f"--plot: {plot} must end in .png, .pdf or .svg")
+    require_picture(plot)
     for path in (out, plot):
         require_writable(path)
     with Console(stderr=True).status("") as status:  # on a terminal only
@@ -85,3 +85,84 @@ def bench_model(
     write_json(found, out)
     if plot is not None:
         draw(found, plot)
+
+
+@bench_app.command("scaling")
+def bench_scaling(
+    sources: Sources = None,
+    workers: Annotated[str, typer.Option(help="How many, separated by commas; 1 is measured always.")] = "1,2",
+    mode: Annotated[
+        str, typer.Option(help="weak: the batch is that of each worker; strong: that of all together; or both.")
+    ] = "both",
+    seconds: Seconds = 1.0,
+    rounds: Rounds = 3,
+    gpu_images: Annotated[
+        int | None, typer.Option(min=1, help="Images a step of one GPU in predictions; else the configured batch.")
+    ] = None,
+    gpu_step_ms: Annotated[
+        float | None, typer.Option(min=1e-6, help="Its time for them; else as measured on GPUs, or an estimate.")
+    ] = None,
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw efficiency and speed there too.")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.json", help="Earlier outcomes, to draw beside this one.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how training speeds up with Ray Train workers, and predict it for up to 1024 GPUs (docs/scaling.md).
+
+    The step is that of training, on random images that lie ready.
+
+    densenet-dist bench scaling configs/cifar10_notebook.yaml --out scaling.json --plot scaling.png
+    """
+    from rich.console import Console
+
+    from densenet_dist.bench.scaling import MODES
+    from densenet_dist.bench.scaling import bench_scaling as measure
+    from densenet_dist.bench.scaling_report import draw, print_table
+
+    config, counts = load(sources), parse_numbers("--workers", workers)
+    require_picture(plot)
+    for path in (out, plot):
+        require_writable(path)
+    others = [read_outcome(path) for path in beside or []]
+    with Console(stderr=True).status("") as status:  # on a terminal only
+        found = measure(
+            config,
+            workers=counts,
+            modes=MODES if mode == "both" else (mode,),
+            seconds=seconds,
+            rounds=rounds,
+            gpu_images=gpu_images,
+            gpu_step_ms=gpu_step_ms,
+            listener=status.update,
+        )
+    print_table(found)
+    write_json(found, out)
+    if plot is not None:
+        draw([*others, found], plot)
+
+
+def require_picture(path: Path | None) -> None:
+    """Say so before the work where a picture's ending names no format."""
+    if path is not None and path.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot: {path} must end in .png, .pdf or .svg")
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Numbers above zero, as an option lists them."""
+    for number in text.split(","):
+        if not number.strip().isdecimal() or int(number) == 0:
+            raise ConfigError(f"{option}: {number!r} is no number above zero; write them as 1,2,4")
+    return tuple(map(int, text.split(",")))
+
+
+def read_outcome(path: Path) -> dict[str, Any]:
+    """What ``bench scaling --out`` wrote."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--beside: {path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or "predictions" not in found:
+        raise ConfigError(f"--beside: {path} is not what bench scaling --out writes")
+    return found

@@ -31,7 +31,7 @@ def train(
     """
     from densenet_dist.train.logs import Console
 
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     # Under torchrun every rank runs this; one of them speaks.
     with Console(quiet or os.environ.get("RANK", "0") != "0") as console:
         if resume is not None:
@@ -62,16 +62,17 @@ def tune(
     densenet-dist tune configs/sweep_cifar10.yaml trials=32 name=wide
     densenet-dist tune --resume runs/wide
     """
+    from densenet_dist.cluster.resources import lacking_here
     from densenet_dist.cluster.sweep import open_sweep
     from densenet_dist.sweep.console import SweepConsole
     from densenet_dist.sweep.definition import load_sweep
 
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     with SweepConsole(quiet) as console:
         if resume is None:
             if not sources:
                 raise ConfigError("name a sweep file, such as configs/sweep_quickstart.yaml (or --resume SWEEP)")
-            _tune(load_sweep(*sources), console)
+            _tune(load_sweep(*sources, lacking=lacking_here), console)
             return
         if sources:
             raise ConfigError(f"{sources[0]}: a sweep that is resumed has its own sweep.yaml; nothing can follow")
@@ -142,5 +143,6 @@ def _summarise(console: Any, run: str, summary: dict[str, Any]) -> None:
     console.summary(f"{summary['status']}: {run.rpartition('/')[2]}", rows)
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
+def raise_interrupt(number: int, frame: Any) -> NoReturn:
+    """A signal handler."""
     raise KeyboardInterrupt(number)

@@ -12,6 +12,7 @@ from typing import Any
 
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError
+from densenet_dist.object_store import is_uri
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.environment import LOADER_KEY, describe_environment
@@ -122,14 +123,25 @@ def absolute(config: Config) -> Config:
         ConfigError: where the run's folder would lie in the temporary folder of a submitted job.
     """
     local = "://" not in config.storage
-    if local and not Path(config.storage).is_absolute() and "runtime_resources" in Path.cwd().parts:
+    if "runtime_resources" in Path.cwd().parts:
+        require_lasting(config.storage)
+    storage = str(Path(config.storage).expanduser().absolute()) if local else config.storage
+    root = config.data.root
+    root = root if is_uri(root) else str(Path(root).expanduser().absolute())
+    return replace(config, storage=storage, data=replace(config.data, root=root))
+
+
+def require_lasting(storage: str) -> None:
+    """Whether what a submitted job writes stays.
+
+    Raises:
+        ConfigError: where its folder would lie in the job's own.
+    """
+    if "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise ConfigError(
-            f"storage: {config.storage} is relative, but the working directory of a submitted job is a temporary one: "
+            f"storage: {storage} is relative, but the working directory of a submitted job is a temporary one: "
             "the run would be deleted with it\n  give a folder that all nodes share, or s3://bucket/path"
         )
-    storage = str(Path(config.storage).expanduser().absolute()) if local else config.storage
-    root = str(Path(config.data.root).expanduser().absolute())
-    return replace(config, storage=storage, data=replace(config.data, root=root))
 
 
 def check_model(config: Config) -> None:
@@ -178,15 +190,21 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Download and verify here, with a progress bar, what the workers will read; elsewhere each node does it itself."""
-    from densenet_dist.data.datasets import prepare_dataset
+    """Download and verify here, with a progress bar, what the workers will read; elsewhere each node does it itself.
+
+    On an object store the data set is made sure of before any worker starts: workers take it from there only.
+    """
+    from densenet_dist.data.datasets import prepare_dataset, publish_dataset
 
     data = config.data
+    joined = config.cluster.engine == "ray" and (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if joined and is_uri(data.root):
+        publish_dataset(data.name, data.root, download=data.download, url=data.url)
+        return
     try:
         prepare_dataset(data.name, data.root, download=data.download, url=data.url, on_bad_image=data.on_bad_image)
     except (DataError, StorageError):
-        joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        if config.cluster.engine == "local" or not joined:
+        if not joined:
             raise
 
 

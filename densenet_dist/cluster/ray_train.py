@@ -9,12 +9,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
+from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboard
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import ClusterConfig, Config
@@ -142,8 +144,11 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
         if resources.lacking:
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
         mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
-        if isinstance(listener, Pace):
+        show_in_dashboard()
+        if isinstance(listener, Pace):  # its trial hears for itself
             listener.open(mailbox)
+        else:
+            listener = heard_by(listener, Telemetry(config.name))
         with _drained(mailbox, _announcing_restarts(listener, config.cluster.max_failures)):
             pace = listener if isinstance(listener, Pace) else None
             failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace)
@@ -317,12 +322,13 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     own = address in (None, "local")
     try:
         # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
-        ray.init(
-            address="local" if own else address,
-            include_dashboard=False if own else None,
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
+        with _on_loopback() if own else nullcontext():
+            ray.init(
+                address="local" if own else address,
+                include_dashboard=False if own else None,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "start on this machine" if own else f"be reached at {address}"
         raise EnvironmentProblem(
@@ -332,6 +338,22 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         yield own
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster started meanwhile listens on 127.0.0.1 alone: its metrics ask nobody for a token.
+
+    That is what Ray does on macOS. Elsewhere it takes the host's own address, even where told 127.0.0.1.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -381,9 +403,8 @@ def _explain(failure: BaseException) -> DenseNetDistError:
     workers = getattr(failure, "worker_failures", None)
     if workers:
         rank, cause = min(workers.items())
-        text = str(cause).strip().splitlines()
         return TrainingError(
-            f"training failed on rank {rank}: {text[-1] if text else type(cause).__name__}\n"
+            f"training failed on rank {rank}: {explain(cause, 'the worker')}\n"
             "  see the traceback with --debug; go on from the last checkpoint with --resume"
         )
     controller = getattr(failure, "controller_failure", None)

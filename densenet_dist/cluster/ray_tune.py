@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.ray_train import connected
 from densenet_dist.cluster.resources import TrialRoom, plan_trials
 from densenet_dist.config import load_config
@@ -87,10 +88,10 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
     from ray import tune
 
     from densenet_dist.cluster.trial import TrialPlan, TrialRunner
-    from densenet_dist.cluster.tune_events import Budget, Ending, Names, SweepState, Watcher, explain
+    from densenet_dist.cluster.tune_events import Budget, Ending, Names, SweepState, Watcher
 
     settings = sweep.settings
-    state = ray.remote(num_cpus=0)(SweepState).remote()
+    state = ray.remote(num_cpus=0, max_restarts=-1)(SweepState).remote()
     plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt", state)
     watcher, names = Watcher(settings.metric, listener, state), Names(recorded)
     budget = Budget(settings.max_hours, settings.max_gpu_hours, room.gpus_per_trial)
@@ -126,7 +127,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise EnvironmentProblem(
-                f"the cluster failed the sweep: {explain(error)}\n"
+                f"the cluster failed the sweep: {explain(error, 'the sweep')}\n"
                 f"  go on with it when the cluster is back: densenet-dist tune --resume {sweep.folder}"
             ) from error
         finally:

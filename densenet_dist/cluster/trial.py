@@ -27,6 +27,7 @@ from ray import tune
 
 from densenet_dist.cluster.launch import write_run
 from densenet_dist.cluster.ray_train import DRIVER_ENV, WORKER_ENV, Pace, fit_on_ray
+from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProblem, StorageError
 from densenet_dist.schema import Config
@@ -218,6 +219,7 @@ class _Work:
         self._turn = threading.Semaphore(0)
         self._ending = threading.Event()
         self._pace = Pace(self._heard, plan.state, run.name)
+        self._telemetry = Telemetry(plan.sweep.settings.name, run.name)
         self._parameters: int | None = None
         self._last_epoch: Figures = {}
         self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
@@ -257,7 +259,7 @@ class _Work:
         try:
             return bool(ray.get(self._plan.state.ending.remote()))
         except ray.exceptions.RayActorError:
-            return True  # its driver is gone
+            return False  # lost alone: without the driver, this process would be gone too
 
     @property
     def _alone(self) -> bool:
@@ -290,6 +292,7 @@ class _Work:
         """Pass an event on; after an epoch wait for the word to go on. Whether to."""
         if self._ending.is_set():
             return False
+        self._telemetry(event)
         if event["kind"] == "start":
             self._parameters = event["parameters"]
         if event["kind"] == "epoch":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ import ray
 from ray import tune
 
 from densenet_dist import errors
+from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME, decode
 from densenet_dist.sweep.results import TRIAL_PREFIX, Trial
 from densenet_dist.train.context import Event
@@ -112,13 +112,16 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         """A trial crashed more often than it may."""
         self._running.discard(str(trial))
         self._give_back(trial)
-        self._tell(trial, "failed", trial.last_result or {}, explain(_last_failure(trial)))
+        self._tell(trial, "failed", trial.last_result or {}, explain(_last_failure(trial), "the trial"))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial crashed, and is started again."""
         self._give_back(trial)
         self._listener(
-            {"kind": "note", "text": f"{trial} crashed and is started again: {explain(_last_failure(trial))}"}
+            {
+                "kind": "note",
+                "text": f"{trial} crashed and is started again: {explain(_last_failure(trial), 'the trial')}",
+            }
         )
 
     def _give_back(self, trial: Any) -> None:
@@ -205,16 +208,3 @@ def _last_failure(trial: Any) -> Any:
     if path is None or not os.path.exists(path):
         return trial.get_error()
     return Path(path).read_text().rpartition("Failure # ")[2]
-
-
-def explain(error: Any) -> str:
-    """A crash in one line: what was raised at last, not Ray's wrapping."""
-    if error is None:
-        return "the trial's process was lost"
-    text = str(getattr(error, "cause", None) or error).strip()
-    if "OutOfMemory" in type(error).__name__ or "memory monitor" in text:
-        return "out of memory: its process was killed; lower trials at a time (concurrent), or the batch size"
-    if "ActorDied" in type(error).__name__ or "actor died" in text.lower() or "died unexpectedly" in text:
-        return "the trial's process was lost (killed, or its node is gone)"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", lines[-1])[:300] if lines else type(error).__name__

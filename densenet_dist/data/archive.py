@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from densenet_dist.data import cifar
 from densenet_dist.data.cifar import CifarSpec
-from densenet_dist.data.download import fetch
+from densenet_dist.data.download import fetch, spread_over_nodes
 from densenet_dist.errors import DataError, StorageError
 
-_MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
+MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
 _MAX_EXTRACTED_BYTES = 1 << 30  # and hold 184 MB
 _CHUNK = 1 << 20
 
@@ -51,7 +51,9 @@ def obtain(spec: CifarSpec, root: Path, *, download: bool, url: str | None, prog
         with FileLock(lock):
             # Whoever had the lock before us may have made the folder.
             folder = _find(spec, root)
-            return folder if folder is not None else _make(spec, root, url=url or spec.url, progress=progress)
+            if folder is None:
+                folder = make(spec, root, url=url or spec.url, mend=_ways_to_get(spec, root), progress=progress)
+            return folder
 
 
 def _find(spec: CifarSpec, root: Path) -> Path | None:
@@ -96,17 +98,24 @@ def _writing_to(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _make(spec: CifarSpec, root: Path, *, url: str, progress: bool) -> Path:
-    """Extracts the archive in `root`, downloaded first if it is not there. The caller holds the lock."""
+def make(spec: CifarSpec, root: Path, *, url: str, mend: str, progress: bool) -> Path:
+    """Extracts the archive in `root`, downloaded first if it is not there. One process at a time may do it.
+
+    Args:
+        mend: what to do if it cannot be downloaded, for messages.
+
+    Raises:
+        ConfigError, DataError: as `obtain`.
+        OSError: `root` cannot be written.
+    """
     archive = root / spec.archive
     if archive.is_file():
-        return _extract(spec, archive, root, source=str(archive), mend=cifar.remedy(spec, archive))
+        return extract(spec, archive, root, source=str(archive), mend=cifar.remedy(spec, archive))
     partial = root / f".{spec.archive}.partial"
     try:
-        fetch(
-            url, partial, title=spec.title, limit=_MAX_ARCHIVE_BYTES, mend=_ways_to_get(spec, root), progress=progress
-        )
-        folder = _extract(spec, partial, root, source=url, mend=_ways_to_get(spec, root))
+        spread_over_nodes()
+        fetch(url, partial, title=spec.title, limit=MAX_ARCHIVE_BYTES, mend=mend, progress=progress)
+        folder = extract(spec, partial, root, source=url, mend=mend)
         # Only now does it get its name: a damaged download must not be found by the next run.
         partial.replace(archive)
     finally:
@@ -114,27 +123,38 @@ def _make(spec: CifarSpec, root: Path, *, url: str, progress: bool) -> Path:
     return folder
 
 
-def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: str) -> Path:
-    """Extracts an archive into `root/<folder>`, all of it or nothing.
+def extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: str) -> Path:
+    """Extracts an archive into `root/<folder>`, all of it or nothing. One process at a time may do it.
 
     Args:
         source: what to call the archive in messages.
         mend: what to do if it is damaged, for messages.
+
+    Raises:
+        DataError: it is damaged, unsafe or another one.
+        OSError: `root` cannot be written.
     """
-    folder, aside = root / spec.folder, root / f".{spec.folder}.partial"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
-    aside.mkdir()
-    try:
+    with appearing(root / spec.folder) as aside:
         try:
             _unpack(spec, archive, aside, source=source, mend=mend)
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{source} is damaged or truncated ({error}); {mend}") from error
+    return root / spec.folder
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write files to, which becomes `folder` in one rename when all of them are there."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
+    aside.mkdir()
+    try:
+        yield aside
         _sync(aside)
         aside.rename(folder)
-        _sync(root)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return folder
 
 
 def _unpack(spec: CifarSpec, archive: Path, aside: Path, *, source: str, mend: str) -> None:

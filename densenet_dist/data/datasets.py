@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data import archive, cifar, image_folder, shapes
+from densenet_dist.data import archive, cifar, image_folder, remote_cifar, remote_folder, shapes
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.plan import Stream, split_indices
 from densenet_dist.errors import ConfigError
+from densenet_dist.object_store import is_uri
 
 DATASET_NAMES = ("shapes", "cifar10", "cifar100", "folder")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -83,8 +84,10 @@ def load_dataset(
     Args:
         name: one of `DATASET_NAMES`.
         root: the folder that holds the set, extracted or as the official archive, or is the extracted folder itself;
-            where it goes if downloaded. "shapes" is generated and does not look at it.
-        download: whether to download what is not there.
+            where it goes if downloaded. Or an object store's URI, from which it is taken into this node's cache, once,
+            and onto which nothing is put: `publish_dataset` does that. "shapes" is generated and does not look at it.
+        download: whether to download what is not there; not where `root` is a URI: workers of many nodes never go to
+            the origin then.
         url: where the archive comes from instead of the official address: http(s):// or file://.
         limit: keep only the first `limit` images of each split.
         seed: of the generated set; the others ignore it.
@@ -95,8 +98,8 @@ def load_dataset(
 
     Raises:
         ConfigError: there is no such data set, or `limit` or `url` makes no sense.
-        DataError: the files are missing, damaged, of another data set, or cannot be downloaded.
-        StorageError: `root` cannot be written.
+        DataError: the files are missing, damaged, of another data set, or cannot be downloaded or read.
+        StorageError: `root`, or this node's cache, cannot be written.
     """
     _check_name(name)
     if limit is not None and limit < 1:
@@ -104,13 +107,15 @@ def load_dataset(
     if name == "shapes":
         return _shapes(seed, limit)
     if name == "folder":
-        folder = image_folder.read_folder(
-            Path(root), image_size=image_size, on_bad_image=on_bad_image, progress=progress
-        )
+        path = _pictures(root, progress)
+        folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image, progress=progress)
         return _folder(folder, limit, test_fraction)
     spec = cifar.SPECS[name]
-    path = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
-    class_names, train, test = cifar.read_folder(spec, path)
+    if is_uri(str(root)):
+        _, (class_names, train, test) = remote_cifar.read(spec, str(root), progress=progress)
+    else:
+        path = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
+        class_names, train, test = cifar.read_folder(spec, path)
     return Dataset(name, class_names, _split(*train, limit), _split(*test, limit), spec.mean, spec.std)
 
 
@@ -125,8 +130,11 @@ def prepare_dataset(
 ) -> Path:
     """Downloads, extracts and verifies a data set, as far as that is not done already.
 
+    Where `root` is an object store's URI, it is put there too, see `publish_dataset`.
+
     Returns:
-        The folder that holds its files; `root` as it is for "folder", and for "shapes", which has none.
+        The folder that holds its files, in this node's cache for a URI; `root` as it is for "folder", and for "shapes",
+        which has none.
 
     Raises:
         ConfigError, DataError, StorageError: as `load_dataset`.
@@ -135,12 +143,46 @@ def prepare_dataset(
     if name == "shapes":
         return Path(root)
     if name == "folder":
-        image_folder.read_folder(Path(root), image_size=1, on_bad_image=on_bad_image, progress=progress)
-        return Path(root)
+        path = _pictures(root, progress)
+        image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
+        return path
     spec = cifar.SPECS[name]
+    if is_uri(str(root)):
+        remote_cifar.publish(spec, str(root), download=download, url=url, progress=progress)
+        return remote_cifar.read(spec, str(root), progress=progress)[0]
     folder = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
     cifar.read_folder(spec, folder)
     return folder
+
+
+def publish_dataset(
+    name: str, root: str, *, download: bool = True, url: str | None = None, progress: bool = True
+) -> str:
+    """Makes sure that a data set is on an object store, for nodes to take it from there.
+
+    The CIFAR sets are brought there from their origin if need be; pictures of one's own must be there.
+
+    Args:
+        root: the store's URI.
+        download, url, progress: as for `load_dataset`.
+
+    Returns:
+        What is there, or has been put there, for people to read.
+
+    Raises:
+        ConfigError, DataError, StorageError: as `load_dataset`; the store cannot be written.
+    """
+    _check_name(name)
+    if name == "shapes":
+        return "shapes is generated when used"
+    if name == "folder":
+        return remote_folder.require(root)
+    return remote_cifar.publish(cifar.SPECS[name], root, download=download, url=url, progress=progress)
+
+
+def _pictures(root: str | Path, progress: bool) -> Path:
+    """The local folder with a user's own pictures, made the same as what is on an object store first."""
+    return remote_folder.sync(str(root), progress=progress) if is_uri(str(root)) else Path(root)
 
 
 def _check_name(name: str) -> None:

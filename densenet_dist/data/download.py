@@ -1,10 +1,25 @@
-"""One file from an address to disk: bounded in size, whole or an error, with a bar to look at."""
+"""One file from an address to disk: bounded in size, whole or an error, with a bar to look at.
 
+A server that is busy or breaks off is asked again, later each time and for no more than what is still missing. Many
+nodes that want the same file do not ask in the same second.
+"""
+
+import errno
 import os
+import random
+import socket
+import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
+from typing import IO, TypeAlias
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -13,10 +28,48 @@ from densenet_dist.errors import ConfigError, DataError
 _SCHEMES = ("https", "http", "file")
 _TIMEOUT_S = 30.0  # of silence, not of the whole transfer
 _CHUNK = 1 << 18
+_TRIES = 6
+_FIRST_WAIT_S = 1.0  # doubled for every further try
+_LONGEST_WAIT_S = 120.0  # that a server may ask for
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_SPREAD_S_PER_NODE, _LONGEST_SPREAD_S = 0.5, 30.0
+# Not the generator that training seeds: it would give the same on all nodes.
+_lot = random.SystemRandom()
+
+Advance: TypeAlias = Callable[[int, int | None], object]
+"""Called with how many bytes have come since, and the size of the whole if it is known."""
+
+
+class _Again(Exception):
+    """A failure that may pass: why, and for how many seconds the server wants to be left alone, if it says so."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class _Refused(Exception):
+    """A failure that asking again does not mend; says why."""
+
+
+@dataclass
+class _Transfer:
+    """How far a file has come.
+
+    Attributes:
+        received: bytes that lie in the file.
+        validator: what tells this state of the file from another, if the server says so (RFC 9110, section 13.1.5).
+    """
+
+    received: int = 0
+    validator: str | None = None
 
 
 def fetch(url: str, target: Path, *, title: str, limit: int, mend: str, progress: bool) -> None:
     """Downloads `url` to the file `target`, through to the disk.
+
+    Tried six times: after a failure that may pass (of the connection, or status 408, 425, 429, 500, 502, 503, 504) it
+    waits as long as the server asks for, up to 120 s, or else up to 1, 2, 4, 8 and 16 s.
 
     Args:
         title: what is being downloaded, for messages and the bar.
@@ -31,35 +84,118 @@ def fetch(url: str, target: Path, *, title: str, limit: int, mend: str, progress
     """
     if urlsplit(url).scheme not in _SCHEMES:
         raise ConfigError(f"cannot download from {url!r}: data.url must begin with https://, http:// or file://")
-    with open(target, "wb") as file, _bar(title, progress) as advance:
-        for chunk, total in _chunks(url, title=title, limit=limit, mend=mend):
-            file.write(chunk)
-            advance(len(chunk), total)
+    failed, transfer = f"cannot download {title} from {url}", _Transfer()
+    with open(target, "wb") as file, bar(f"downloading {title}", progress) as advance:
+        for number in range(1, _TRIES + 1):
+            try:
+                _transfer(url, file, transfer, limit, advance)
+                break
+            except _Again as error:
+                backoff_s = _lot.uniform(0.5, 1) * _FIRST_WAIT_S * 2 ** (number - 1)
+                wait_s = backoff_s if error.wait_s is None else error.wait_s
+                if wait_s > _LONGEST_WAIT_S:
+                    raise DataError(f"{failed}: {error}; the server is busy for {wait_s:.0f} s more; {mend}") from error
+                if number == _TRIES:
+                    raise DataError(f"{failed}: {error}; tried {_TRIES} times; {mend}") from error
+                time.sleep(wait_s)
+            except _Refused as error:
+                raise DataError(f"{failed}: {error}; {mend}") from error
         file.flush()
         os.fsync(file.fileno())
 
 
-def _chunks(url: str, *, title: str, limit: int, mend: str) -> Iterator[tuple[bytes, int | None]]:
-    """What lies at `url`, piece by piece, each with the size of the whole if the server tells it."""
-    failed = f"cannot download {title} from {url}"
-    received, total = 0, None
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "densenet-dist"}), timeout=_TIMEOUT_S) as response:
-            declared = response.headers.get("Content-Length")
-            total = int(declared) if declared is not None and declared.isdecimal() else None
-            while chunk := response.read(_CHUNK):
-                received += len(chunk)
-                if received > limit:
-                    raise DataError(f"{failed}: it has more than {limit} bytes, so it is something else; {mend}")
-                yield chunk, total
-    except (OSError, HTTPException) as error:
-        raise DataError(f"{failed}: {error}; {mend}") from error
-    if total is not None and received != total:
-        raise DataError(f"{failed}: the transfer broke off after {received} of {total} bytes; run it again, or {mend}")
+def spread_over_nodes() -> None:
+    """Waits for a random time where a run has several nodes, so that its nodes do not ask a server at once.
+
+    Up to half a second a node, 30 s at most. How many there are is in the environment, as torchrun sets it and Ray too.
+    """
+    world_size, local = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = -(-world_size // max(local, 1))
+    if nodes > 1:
+        time.sleep(_lot.uniform(0, min(_SPREAD_S_PER_NODE * nodes, _LONGEST_SPREAD_S)))
+
+
+def _transfer(url: str, file: IO[bytes], transfer: _Transfer, limit: int, advance: Advance) -> None:
+    """One try: asks for what is still missing, and appends it to the file; all of it anew where the server wants so."""
+    headers = {"User-Agent": "densenet-dist"}
+    if transfer.received:
+        headers["Range"] = f"bytes={transfer.received}-"
+        if transfer.validator:
+            headers["If-Range"] = transfer.validator
+    with _asking(transfer):
+        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT_S)
+    with response:
+        rest = response.status == 206
+        if rest and not (response.headers["Content-Range"] or "").startswith(f"bytes {transfer.received}-"):
+            raise _Refused("the server answered with another part than it was asked for")
+        if file.tell() and not rest:
+            advance(-file.tell(), None)
+            file.seek(0)
+            file.truncate()
+            transfer.received = 0
+        transfer.validator = _validator(response.headers)
+        declared = response.headers["Content-Length"]
+        total = transfer.received + int(declared) if declared is not None and declared.isdecimal() else None
+        while True:
+            with _asking(transfer):
+                chunk = response.read(_CHUNK)
+            if not chunk:
+                break
+            if transfer.received + len(chunk) > limit:
+                raise _Refused(f"it has more than {limit} bytes, so it is something else")
+            file.write(chunk)
+            transfer.received += len(chunk)
+            advance(len(chunk), total)
+    if total is not None and transfer.received != total:
+        raise _Again(f"the transfer broke off after {transfer.received} of {total} bytes")
 
 
 @contextmanager
-def _bar(title: str, enabled: bool) -> Iterator[Callable[[int, int | None], object]]:
+def _asking(transfer: _Transfer) -> Iterator[None]:
+    """Tells failures of a server that may pass from those that do not."""
+    try:
+        yield
+    except HTTPError as error:
+        with error:
+            if error.code in _BUSY:
+                raise _Again(str(error), _retry_after(error.headers)) from error
+            if error.code == 416 and transfer.received:  # there is no such part: the file has changed
+                transfer.received, transfer.validator = 0, None
+                raise _Again(str(error)) from error
+        raise _Refused(str(error)) from error
+    except (OSError, HTTPException) as error:
+        raise (_Again if _may_pass(error) else _Refused)(str(error)) from error
+
+
+def _may_pass(error: OSError | HTTPException) -> bool:
+    reason = error.reason if isinstance(error, URLError) else error
+    if isinstance(reason, ssl.SSLCertVerificationError | InvalidURL):
+        return False
+    if isinstance(reason, socket.gaierror):
+        return reason.errno == socket.EAI_AGAIN
+    if isinstance(reason, HTTPException | ConnectionError | TimeoutError | ssl.SSLError):
+        return True
+    return isinstance(reason, OSError) and reason.errno in (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
+
+
+def _validator(headers: Message) -> str | None:
+    tag = headers["ETag"]
+    return tag if tag and not tag.startswith("W/") else headers["Last-Modified"]
+
+
+def _retry_after(headers: Message) -> float | None:
+    """Seconds that a server asks to be left alone for (RFC 9110, section 10.2.3)."""
+    asked = (headers["Retry-After"] or "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    try:
+        return max((parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (TypeError, ValueError):  # not said, or no date; a date without a zone cannot be subtracted
+        return None
+
+
+@contextmanager
+def bar(title: str, enabled: bool) -> Iterator[Advance]:
     """A progress bar on standard error, advanced by (bytes, size of the whole); or nothing at all."""
     if not enabled:
         yield lambda size, total: None
@@ -69,5 +205,5 @@ def _bar(title: str, enabled: bool) -> Iterator[Callable[[int, int | None], obje
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        task = bars.add_task(f"downloading {title}", total=None)
+        task = bars.add_task(title, total=None)
         yield lambda size, total: bars.update(task, advance=size, total=total)

@@ -165,8 +165,13 @@ def _subfolders(folder: Path) -> list[str]:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What people put into `folder`, in byte order of the names."""
     with os.scandir(folder) as entries:
-        kept = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _IGNORED]
+        kept = [entry for entry in entries if not is_ignored(entry.name)]
     return sorted(kept, key=lambda entry: os.fsencode(entry.name))
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of that name was made by a system, and not by the people whose pictures these are."""
+    return name.startswith(".") or name in _IGNORED
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -75,12 +75,14 @@ class Sweep:
         )
 
 
-def load_sweep(*sources: str | Path) -> Sweep:
+def load_sweep(*sources: str | Path, lacking: Callable[[SweepConfig, Config], str] | None = None) -> Sweep:
     """Read a sweep.
 
     Args:
         sources: a sweep file, then ``key=value``: of the sweep's own settings (``trials=8``), of the base configuration
             (``train.epochs=3``), or of the space (``space.train.lr={loguniform: [0.01, 1]}``). Later ones win.
+        lacking: what the machine lacks for a trial, in words, if anything: said with the other problems. Alone, it is
+            left to whoever runs the sweep.
 
     Raises:
         ConfigError: with every problem of settings, base and space, one a line.
@@ -104,9 +106,10 @@ def load_sweep(*sources: str | Path) -> Sweep:
     space = _read_space(said, problems)
     if settings is not None and base is not None:
         sweep = Sweep(settings, _of_base(base), space)
-        problems += _judge(sweep) if not problems else []
+        problems += _judge(sweep)
         if not problems:
             return sweep
+        problems += filter(None, [lacking and lacking(settings, base)])
     raise ConfigError(join_problems(list(dict.fromkeys(problems))))
 
 

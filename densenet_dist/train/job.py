@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import ImageFiles
@@ -21,10 +20,10 @@ from densenet_dist.data.requests import Engine
 from densenet_dist.errors import DataError
 from densenet_dist.model import DenseNet, count_parameters, densenet
 from densenet_dist.model.kernels.choice import unavailable
-from densenet_dist.model.sync_bn import synchronise_batchnorm
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.ddp import wrap
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
@@ -294,12 +293,4 @@ def _choose_kernels(config: Config, context: RunContext) -> None:
 
 
 def _wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
-    forward: nn.Module = model
-    if context.world_size > 1:
-        if config.train.sync_bn:
-            forward = synchronise_batchnorm(model)
-        ids = [context.device.index] if context.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if config.train.compile:
-        return cast(nn.Module, torch.compile(forward))
-    return forward
+    return wrap(model, config, context, autocast(context.device, config.train.precision))

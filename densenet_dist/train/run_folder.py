@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from densenet_dist.errors import StorageError
+from densenet_dist.object_store import open_filesystem
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -27,6 +28,8 @@ SUMMARY_FILE = "summary.json"
 TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
 CHECKPOINTS_FOLDER = "checkpoints"
+_ELSEWHERE = "choose another place with storage=PATH_OR_URI"
+_LATER = "what was saved is there: when that is mended, go on with --resume"
 
 
 class RunFolder:
@@ -48,7 +51,7 @@ class RunFolder:
         if "://" in storage:
             base, _, query = storage.partition("?")
             self.uri = f"{base.rstrip('/')}/{name}"
-            self._remote, self._prefix = _open_filesystem(f"{self.uri}?{query}" if query else self.uri)
+            self._remote, self._prefix = open_filesystem(f"{self.uri}?{query}" if query else self.uri)
             self.path = Path(tempfile.mkdtemp(prefix=f"densenet_dist-{name}-"))
             atexit.register(shutil.rmtree, self.path, ignore_errors=True)
         else:
@@ -67,11 +70,11 @@ class RunFolder:
             StorageError: where it cannot.
         """
         probe = ".write-test"
-        with self._errors("cannot be written"):
+        with self._errors("cannot be written", _ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / probe).write_text("ok")
-            self.publish(probe)
-            self.remove(probe)
+            self._upload(probe)
+            self._delete(probe)
 
     def exists(self, relative: str = CONFIG_FILE) -> bool:
         """Whether the file or folder is there; by default, whether a run has ever started here."""
@@ -121,34 +124,40 @@ class RunFolder:
         Raises:
             StorageError: where they cannot be written.
         """
+        with self._errors("cannot be written"):
+            for item in relative:
+                self._upload(item)
+
+    def remove(self, relative: str) -> None:
+        """Delete a file or folder of the run, here and on the object store; a missing one is no error."""
+        with self._errors("cannot be written"):
+            self._delete(relative)
+
+    def _upload(self, relative: str) -> None:
+        source = self.path / relative
+        if self._remote is None or not source.exists():
+            return
+        from pyarrow import fs
+
+        target = f"{self._prefix}/{relative}"
+        self._remote.create_dir(target if source.is_dir() else target.rpartition("/")[0], recursive=True)
+        fs.copy_files(str(source), target, fs.LocalFileSystem(), self._remote)
+
+    def _delete(self, relative: str) -> None:
+        local = self.path / relative
+        if local.is_dir():
+            shutil.rmtree(local)
+        else:
+            local.unlink(missing_ok=True)
         if self._remote is None:
             return
         from pyarrow import fs
 
-        with self._errors("cannot be written"):
-            for item in relative:
-                source = self.path / item
-                if source.exists():
-                    target = f"{self._prefix}/{item}"
-                    self._remote.create_dir(target if source.is_dir() else target.rpartition("/")[0], recursive=True)
-                    fs.copy_files(str(source), target, fs.LocalFileSystem(), self._remote)
-
-    def remove(self, relative: str) -> None:
-        """Delete a file or folder of the run, here and on the object store; a missing one is no error."""
-        local = self.path / relative
-        with self._errors("cannot be written"):
-            if local.is_dir():
-                shutil.rmtree(local)
-            else:
-                local.unlink(missing_ok=True)
-            if self._remote is not None:
-                from pyarrow import fs
-
-                kind = self._remote.get_file_info(f"{self._prefix}/{relative}").type
-                if kind == fs.FileType.Directory:
-                    self._remote.delete_dir(f"{self._prefix}/{relative}")
-                elif kind == fs.FileType.File:
-                    self._remote.delete_file(f"{self._prefix}/{relative}")
+        kind = self._remote.get_file_info(f"{self._prefix}/{relative}").type
+        if kind == fs.FileType.Directory:
+            self._remote.delete_dir(f"{self._prefix}/{relative}")
+        elif kind == fs.FileType.File:
+            self._remote.delete_file(f"{self._prefix}/{relative}")
 
     def write(self, relative: str, text: str) -> None:
         """Write and publish a text file atomically: readers see the old content or the new, never a part.
@@ -169,14 +178,12 @@ class RunFolder:
         self.publish(relative)
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, what: str, mend: str = _LATER) -> Iterator[None]:
         try:
             yield
         except OSError as error:  # pyarrow's errors of storage are OSErrors too
             reason = error.strerror or str(error)
-            raise StorageError(
-                f"the run folder {self.uri} {what}: {reason}\n  choose another place with storage=PATH_OR_URI"
-            ) from error
+            raise StorageError(f"the run folder {self.uri} {what}: {reason}\n  {mend}") from error
 
 
 def split_location(location: str) -> tuple[str, str]:
@@ -193,14 +200,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    import pyarrow
-    from pyarrow import fs
-
-    try:
-        filesystem, prefix = fs.FileSystem.from_uri(uri)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise StorageError(f"the storage {uri} cannot be opened: {error}") from error
-    return filesystem, prefix.rstrip("/")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import yaml
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -148,53 +145,3 @@ def test_a_run_on_an_object_store(start, s3):
     again = start(f"storage={storage}")
     assert again.wait() == 5
     assert "exists already" in again.text()
-
-
-def test_submitted_as_a_job(tmp_path: Path):
-    """``ray job submit`` on a running cluster: the run joins it and leaves it running."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    port, dashboard = 26379, 28265
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    head = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-            "--ray-client-server-port=27001", "--min-worker-port=27100", "--max-worker-port=27300",
-            f"--temp-dir=/tmp/ray-{os.getpid()}", "--disable-usage-stats"]  # fmt: skip
-    process = subprocess.Popen(head, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    address = f"http://127.0.0.1:{dashboard}"
-    environment["RAY_API_SERVER_ADDRESS"] = address
-    try:
-        _wait_for_cluster(ray, environment)
-        (tmp_path / "job.yaml").write_text(
-            yaml.safe_dump(
-                {
-                    "model": {"variant": "densenet_bc", "growth_rate": 4, "num_layers": [1, 1]},
-                    "data": {"name": "shapes", "limit": 640},
-                    "train": {"epochs": 2, "lr": 0.05},
-                    "storage": str(tmp_path / "runs"),
-                }
-            )
-        )
-        command = [ray, "job", "submit", "--working-dir", str(tmp_path), "--",
-                   sys.executable, "-m", "densenet_dist", "train", "job.yaml"]  # fmt: skip
-        deadline = time.monotonic() + 90
-        while True:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-            # The cluster answers before its node can take a job.
-            if "No available agent" not in done.stderr or time.monotonic() > deadline:
-                break
-            time.sleep(1)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "epoch   2/2" in done.stdout
-        assert json.loads((tmp_path / "runs" / "job" / "summary.json").read_text())["status"] == "finished"
-        listing = subprocess.run([ray, "job", "list"], capture_output=True, text=True, env=environment, timeout=60)
-        assert listing.returncode == 0, "the cluster must still be there"
-    finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
-        process.wait()
-
-
-def _wait_for_cluster(ray: str, environment: dict[str, str]) -> None:
-    deadline = time.monotonic() + 90
-    while subprocess.run([ray, "job", "list"], capture_output=True, env=environment, timeout=60).returncode != 0:
-        assert time.monotonic() < deadline, "the cluster did not come up"
-        time.sleep(1)

@@ -261,6 +261,19 @@ def test_trials_that_fail_and_trials_that_are_killed(start_sweep, tmp_path):
     assert (first / newest).read_bytes() == (run_of(config).path / newest).read_bytes()
 
 
+def test_trials_that_run_out_of_memory(start_sweep, monkeypatch):
+    # The machine's own memory is left alone: its monitor finds a hundredth of it, or more, in use.
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_memory_usage_threshold", "0.01")
+        run = start_sweep("trials=2", "max_failures=0", name="memory")
+        assert run.wait() == 1, run.text()
+    assert statuses(run.folder) == ["failed", "failed"]
+    for trial in results(run.folder).values():
+        assert trial["cause"].startswith("out of memory: the node had none left")
+        assert trial["cause"] in re.sub(r"\s+", " ", run.text())
+    assert "no trial of" in run.text()
+
+
 def test_a_budget(start_sweep):
     # Hours of workers: on a loaded machine a trial needs many seconds to start, and those of the clock would be over.
     run = start_sweep("train.epochs=500", "max_gpu_hours=0.0005", name="budget")
@@ -283,6 +296,10 @@ def test_more_than_the_machine_has(start_sweep):
     assert run.wait() == 3, run.text()
     assert "a trial needs 1 GPUs, the cluster has 0" in run.text()
     assert list(run.folder.glob("trial-*")) == []
+    both = start_sweep("gpus_per_worker=1", "space.train.lr=[-1]", name="room")
+    assert both.wait() == 2, both.text()
+    assert "space.train.lr: must be a number > 0, not -1" in both.text()
+    assert "a trial needs 1 GPUs, the cluster has 0" in both.text()
     again = start_sweep("cpus_per_worker=512", name="room")
     assert again.wait() == 3, "the name is still free: nothing had begun"
     assert "a trial needs 512 CPUs" in again.text()

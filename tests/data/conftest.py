@@ -1,8 +1,11 @@
-"""Fixtures: small sets of the form of the official ones."""
+"""Fixtures: small sets of the form of the official ones; a folder on an object store, and a node's cache for it."""
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from s3_store import Counter, Store
 from toy_cifar import Toy, make_toy
 
 from densenet_dist.data import cifar
@@ -21,3 +24,19 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Toy]:
 def toy(toys: Callable[[str], Toy]) -> Toy:
     """CIFAR-10 made small."""
     return toys("cifar10")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This node's cache."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path / "node"))
+    return tmp_path / "node"
+
+
+@pytest.fixture
+def store(s3: str, s3_port: int, request: pytest.FixtureRequest) -> Iterator[Store]:
+    """A folder of the test's own on an S3 server."""
+    counter = Counter(s3_port)
+    yield Store(s3, counter, f"{zlib.crc32(request.node.nodeid.encode())}/data")
+    counter.close()

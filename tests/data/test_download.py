@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toy_cifar import Toy
 
-from densenet_dist.data import archive
+from densenet_dist.data import archive, download
 from densenet_dist.data.datasets import load_dataset, prepare_dataset
 from densenet_dist.data.download import fetch
 from densenet_dist.errors import ConfigError, DataError
@@ -50,6 +50,12 @@ def server(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         thread.join()
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is tried again without waiting; `test_download_again` is about the waiting."""
+    monkeypatch.setattr(download, "_FIRST_WAIT_S", 0.0)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "root"
@@ -87,7 +93,7 @@ def test_from_a_file(toy: Toy, root: Path, tmp_path: Path) -> None:
 
 
 def test_broken_off(server: str, root: Path) -> None:
-    with pytest.raises(DataError, match=r"/broken-off: the transfer broke off after \d+ of \d+ bytes; run it again"):
+    with pytest.raises(DataError, match=r"/broken-off: the transfer broke off after \d+ of \d+ bytes; tried 6 times;"):
         load_dataset("cifar10", root, url=server + "/broken-off")
     assert visible(root) == []
 
@@ -112,7 +118,7 @@ def test_nobody_listens(root: Path) -> None:
 
 
 def test_too_much(server: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "_MAX_ARCHIVE_BYTES", 1000)
+    monkeypatch.setattr(archive, "MAX_ARCHIVE_BYTES", 1000)
     with pytest.raises(DataError, match="more than 1000 bytes"):
         load_dataset("cifar10", root, url=server + "/whole")
     assert visible(root) == []

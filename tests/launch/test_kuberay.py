@@ -16,6 +16,7 @@ from densenet_dist.sweep.definition import load_sweep
 
 JOBS = ["rayjob-train", "rayjob-tune", "rayjob-train-kueue"]
 CLUSTERS = ["raycluster", *JOBS]
+METRICS_PORT = 8080  # KubeRay starts Ray with it
 SPOT_NODES = {
     "karpenter.sh/capacity-type": "spot",
     "eks.amazonaws.com/capacityType": "SPOT",
@@ -149,11 +150,11 @@ def test_shared_memory_is_sized_from_memory(cluster, name):
         assert DEFAULT_OBJECT_STORE_MEMORY_PROPORTION < share <= 0.5, part
 
 
-@pytest.mark.parametrize("name", [*CLUSTERS, "shell"])
-def test_no_pod_is_root_or_can_become_it(resource, name):
-    spec = resource(name)["spec"]
-    templates = {"shell": resource(name)} if name == "shell" else pods(spec)
-    for pod in templates.values():
+@pytest.mark.parametrize("name", [*CLUSTERS, "shell", "tensorboard"])
+def test_no_pod_is_root_or_can_become_it(documents, name):
+    first = documents(f"kuberay/{name}.yaml")[0]
+    alone = {"shell": lambda: first, "tensorboard": lambda: first["spec"]["template"]}
+    for pod in [alone[name]()] if name in alone else pods(first["spec"]).values():
         security = pod["spec"]["securityContext"]
         assert security["runAsNonRoot"] is True
         assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == 1000
@@ -282,13 +283,18 @@ def test_the_network_policy_is_about_all_pods(resource, name):
         assert "app.kubernetes.io/name" not in pod["metadata"]["labels"]
 
 
-def test_only_the_cluster_itself_and_kuberay_come_in(resource):
+def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(variant, resource):
     spec = resource("networkpolicy")["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
-    own, operator = spec["ingress"]
+    own, operator, prometheus = spec["ingress"]
     assert own == {"from": [{"podSelector": spec["podSelector"]}]}
     assert operator["ports"] == [{"port": 8265, "protocol": "TCP"}]
     assert operator["from"][0]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+    assert prometheus["ports"] == [{"port": METRICS_PORT, "protocol": "TCP"}]
+    (scraper,) = prometheus["from"]  # both must hold: that pod in that namespace
+    assert scraper["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
+    namespace = {"kubernetes.io/metadata.name": variant["prometheus"]["namespace"]}
+    assert scraper["namespaceSelector"] == {"matchLabels": namespace}
     inside, outside = spec["egress"]
     assert inside == {"to": [{"podSelector": spec["podSelector"]}]}
     assert {port["port"] for port in outside["ports"]} == {53, 443}  # a cloud's metadata service is on 80

@@ -13,11 +13,14 @@ from densenet_dist.config import load_config
 
 # What others' tools are asked for; whether they know it cannot be tried here.
 FOREIGN = {
-    "kubectl": {"get", "apply", "create", "wait", "exec", "cp", "port-forward", "logs", "delete"},
+    "kubectl": {"get", "apply", "create", "wait", "exec", "cp", "port-forward", "logs", "delete", "label"},
     "helm": {"repo", "install"},
     "docker": {"build", "push"},
     "aws": {"ssm", "ec2"},
     "gcloud": {"compute"},
+    "ssh": None,
+    "tensorboard": None,
+    "prometheus": None,
     "sbatch": None,
     "squeue": None,
     "scancel": None,

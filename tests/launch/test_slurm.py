@@ -152,7 +152,8 @@ def test_a_first_turn_starts_the_run_on_all_nodes(turn, root, values):
     assert last == "rm -rf /tmp/ray-42"
 
 
-def test_the_token_is_new_for_every_job_and_in_the_environment(turn):
+def test_the_token_is_new_for_every_job_and_in_the_environment(turn, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     tokens = set()
     for _ in range(2):
         turn.start(does=turn.finish(), RAY_ADDRESS="10.9.9.9:6379").communicate(timeout=60)
@@ -161,6 +162,18 @@ def test_the_token_is_new_for_every_job_and_in_the_environment(turn):
         assert "\nRAY_ADDRESS=" not in f"\n{environment}"  # of another cluster
         tokens |= set(re.findall(r"^RAY_AUTH_TOKEN=([0-9a-f]{64})$", environment, re.MULTILINE))
     assert len(tokens) == 2
+    turn.start(does=turn.finish(), RAY_AUTH_TOKEN="a" * 64).communicate(timeout=60)
+    assert f"\nRAY_AUTH_TOKEN={'a' * 64}\n" in (turn.told / "env").read_text()
+
+
+def test_figures_for_prometheus_are_served_on_demand_only(turn):
+    turn.start(does=turn.finish()).communicate(timeout=60)
+    assert "--metrics-export-port" not in turn.ray()[0]
+    assert "\nRAY_enable_metrics_collection=0\n" in f"\n{(turn.told / 'env').read_text()}"
+    turn.start(does=turn.finish(), METRICS_PORT="8090").communicate(timeout=60)
+    for_start = curate_and_validate_ray_start_args(turn.ray()[0][1:])
+    assert start.make_context("start", ["--head", *for_start]).params["metrics_export_port"] == 8090
+    assert "RAY_enable_metrics_collection" not in (turn.told / "env").read_text()
 
 
 def test_another_configuration_and_a_run_of_before(turn):

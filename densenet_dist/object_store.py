@@ -1,0 +1,67 @@
+"""Addresses of object stores, as `storage` and `data.root` take them: opened in one way, explained in one way.
+
+An address is a URI that pyarrow knows: ``s3://bucket/path?endpoint_override=HOST:PORT&scheme=http&region=...``,
+``gs://...``, ``abfs://...``, ``file:///...``. Credentials come from the environment only.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from densenet_dist.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+_HINTS = {
+    "NO_SUCH_BUCKET": "there is no such bucket: make it, or name another",
+    "NETWORK_CONNECTION": "it cannot be reached from here: see whether endpoint_override and scheme in the address "
+    "are right, and that the network lets this machine through",
+    "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN": "the "
+    "credentials do not allow it: they come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "AWS_PROFILE, or the machine's role)",
+}
+
+
+def is_uri(place: str) -> bool:
+    """Whether a place is an address such as ``s3://bucket/path``, and no path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system that an address is on, and the path on it, without a slash at its end.
+
+    Raises:
+        ConfigError: it holds a password, which configurations, logs and error messages would show.
+        StorageError: pyarrow knows no such address, or it cannot be opened.
+    """
+    import pyarrow
+    from pyarrow import fs
+
+    try:
+        held = urlsplit(uri).password is not None
+    except ValueError:
+        held = False  # no address at all, which pyarrow says better
+    if held:
+        shown = f"{uri.partition('://')[0]}://...@{uri.rpartition('@')[2]}"
+        raise ConfigError(
+            f"{shown}: an address must not hold credentials, which run folders and logs would show; "
+            "give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+    try:
+        filesystem, prefix = fs.FileSystem.from_uri(uri)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise StorageError(f"the storage {uri} cannot be opened: {error}") from error
+    return filesystem, prefix.rstrip("/")
+
+
+def explain(error: OSError) -> str:
+    """What an object store's error means, and how to mend it where that is known; in one line."""
+    text = " ".join((error.strerror or str(error)).split())
+    text = re.sub(r" ?\(Request ID: [^)]*\)", "", text)
+    for names, hint in _HINTS.items():
+        if re.search(rf"AWS Error (?:{names})\b", text):
+            return f"{text}; {hint}"
+    return text

@@ -1,0 +1,145 @@
+"""DistributedDataParallel as training uses it: gradients reduced in buckets that fit the dense blocks.
+
+DDP sends gradients in buckets while the backward pass goes on (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Its
+buckets of 25 MiB are larger than most DenseNets: the notebook's 14 MB would go in one, after the last gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, cast
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from densenet_dist.model import DenseNet
+from densenet_dist.model.sync_bn import synchronise_batchnorm
+from densenet_dist.schema import Config, TrainConfig
+from densenet_dist.train.context import RunContext
+
+SMALLEST_BUCKET: Final = 2**20
+"""Bytes below which a block's gradients join the next one's: such a message takes the latency, whatever its size. DDP's
+own first bucket is as large (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
+
+
+def wrap(model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]) -> nn.Module:
+    """What a training step calls: `model`, data-parallel where there are several ranks, compiled if configured.
+
+    A collective call.
+
+    Args:
+        model: on its device, in training mode.
+        config: ``train`` says how.
+        context: of this rank.
+        precision: in which the forward pass will run.
+    """
+    forward = _data_parallel(model, config, context, precision) if context.world_size > 1 else model
+    return cast(nn.Module, torch.compile(forward)) if config.train.compile else forward
+
+
+def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
+    """Bytes at which DDP closes its buckets of gradients, in the order of the backward pass; the last is for the rest.
+
+    Computed, a bucket is what one dense block and the transition after it have: in the fused form they come all at
+    once, so smaller buckets would not leave earlier, and larger ones would wait for the next block. Blocks of less than
+    `SMALLEST_BUCKET` go together.
+    """
+    if train.bucket_mb is not None:
+        return [int(train.bucket_mb * 2**20)]
+    sizes, held = [], 0
+    for stage in _stages(model):
+        held += stage
+        if held >= SMALLEST_BUCKET:
+            sizes.append(held)
+            held = 0
+    return [*sizes, held] if held else sizes
+
+
+def fill_buckets(gradients: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+    """Which gradients share a bucket, by DDP's rule: one is closed as soon as it holds its limit.
+
+    Args:
+        gradients: bytes of each, in the order in which they come.
+        limits: of the buckets in turn; the last one holds for all that follow.
+
+    Returns:
+        The gradients' places in `gradients`, bucket by bucket.
+    """
+    buckets: list[list[int]] = []
+    bounds = itertools.chain(limits, itertools.repeat(limits[-1]))
+    held, limit = 0, next(bounds)
+    opened: list[int] = []
+    for place, size in enumerate(gradients):
+        opened.append(place)
+        held += size
+        if held >= limit:
+            buckets.append(opened)
+            opened, held, limit = [], 0, next(bounds)
+    return [*buckets, opened] if opened else buckets
+
+
+def _stages(model: DenseNet) -> list[int]:
+    """Bytes of the gradients of each dense block with what comes before the next one, the last block first.
+
+    The stem counts to the first block, the last normalisation and the classifier to the last.
+    """
+    stages = [0]
+    for name, module in [*model.features.named_children(), ("classifier", model.classifier)]:
+        if name.startswith("denseblock") and name != "denseblock1":
+            stages.append(0)
+        stages[-1] += sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    return stages[::-1]
+
+
+def _data_parallel(
+    model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]
+) -> DistributedDataParallel:
+    train, device = config.train, context.device
+    module = synchronise_batchnorm(model) if train.sync_bn else model
+    limits = bucket_sizes(model, train)
+    if train.compile:  # it insists on a limit of DDP's first bucket at least; the last one's is for what is left
+        limits[-1] = max(limits[-1], SMALLEST_BUCKET)
+    parallel = DistributedDataParallel(
+        module,
+        [device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        # Gradients live in the buckets: no copies, and no second memory of the parameters' size.
+        gradient_as_bucket_view=True,
+        # Every step uses every parameter once, so DDP need not find that out. It buys little by itself; blocks may be
+        # checkpointed (reentrant backward passes) under it. Not with no_sync, where torch loses count
+        # (pytorch/pytorch#187732), nor under torch.compile, which splits the graph where buckets end (#93672).
+        static_graph=train.grad_accum_steps == 1 and not train.compile,
+        # In MiB, and exact: a power of two is all that it is divided by.
+        bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
+    )
+    if train.gradient_compression == "bf16":
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    _settle_buckets(parallel, config.data.side, device, precision)
+    return parallel
+
+
+def _settle_buckets(
+    parallel: DistributedDataParallel, side: int, device: torch.device, precision: AbstractContextManager[Any]
+) -> None:
+    """Take backward passes whose gradients nobody uses.
+
+    DDP fills its buckets in the order of the parameters at first, and anew once it has seen in which order gradients
+    come: with a static graph after two passes, else after one. From three ranks on a sum over ranks is rounded
+    according to where in a bucket it lies: without this, the first steps after a restart would differ from those of
+    the undisturbed run.
+    """
+    kept = [buffer.clone() for buffer in parallel.module.buffers()]
+    images = torch.zeros(2, 3, side, side, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            with precision:
+                logits = parallel(images)
+            logits.float().sum().backward()
+            parallel.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(parallel.module.buffers(), kept, strict=True):
+            buffer.copy_(value)

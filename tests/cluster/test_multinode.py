@@ -1,0 +1,190 @@
+"""Jobs on clusters of two nodes: nodes side by side, and hosts with addresses of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray_nodes import OUTSIDE, Cluster, two_hosts, two_nodes, until
+
+from densenet_dist.train.run_folder import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.multinode]
+
+REPOSITORY = Path(__file__).parents[2]
+QUICK = ("configs/quickstart.yaml", "cluster.workers=2", "data.limit=640", "train.epochs=2", "model.growth_rate=4",
+         "model.num_layers=[1,1]")  # fmt: skip
+ENDLESS = (*QUICK, "train.epochs=100000")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    with two_nodes() as cluster:
+        yield cluster
+
+
+def submit(cluster: Cluster, *arguments: str, **options: object) -> subprocess.Popen[str]:
+    return cluster.densenet_dist("submit", "--address", cluster.address, *arguments, cwd=REPOSITORY, **options)
+
+
+def finished(process: subprocess.Popen[str], code: int = 0) -> str:
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == code, text
+    return text
+
+
+def summary(folder: RunFolder) -> dict[str, object]:
+    return json.loads(folder.fetch("summary.json").read_text())
+
+
+def ray_jobs(cluster: Cluster, *arguments: str) -> str:
+    command, *rest = arguments
+    line = [str(Path(sys.executable).with_name("ray")), "job", command, "--address", cluster.address, *rest]
+    done = subprocess.run(line, capture_output=True, text=True, env=cluster.environment, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_job_trains_on_both_nodes(nodes, tmp_path):
+    process = submit(nodes, "train", *QUICK, f"storage={tmp_path}", "name=both", "train.epochs=20")
+    raylets = set()
+    until(lambda: len(raylets.update(worker.ppid() for worker in nodes.workers()) or raylets) == 2)
+    text = finished(process)
+    assert not re.search(r"packaging.py|sdk.py", text), "what Ray packs"
+    assert "2 x CPU" in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")][-1] == "20/20"
+    assert re.search(r"job both-\d{8}-\d{6}-\d+ succeeded$", text.strip())
+    assert summary(RunFolder(str(tmp_path), "both"))["status"] == "finished"
+    assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
+
+
+def test_ray_job_submit_does_it_too(nodes, tmp_path):
+    """What the README says, with Ray's own command."""
+    command = ("python", "-m", "densenet_dist", "train", *QUICK, f"storage={tmp_path}", "name=plain")
+    text = ray_jobs(nodes, "submit", "--working-dir", ".", "--", *command)
+    assert "epoch   2/2" in text
+    assert summary(RunFolder(str(tmp_path), "plain"))["status"] == "finished"
+
+
+def test_exit_codes_are_those_of_the_command(nodes, tmp_path):
+    text = finished(submit(nodes, "train", "--resume", str(tmp_path / "nowhere")), 5)
+    assert f"there is no run at {tmp_path}/nowhere" in text
+    assert text.strip().endswith("failed: Job entrypoint command failed with exit code 5")
+
+
+def test_what_cannot_work_is_not_sent(nodes, tmp_path):
+    def refused(*arguments: str) -> str:
+        before = ray_jobs(nodes, "list").count("submission_id")
+        text = finished(submit(nodes, *arguments), 2)
+        assert ray_jobs(nodes, "list").count("submission_id") == before
+        return text
+
+    assert "storage: runs is relative" in refused("train", *QUICK)
+    assert "train.lrr" in refused("train", *QUICK, f"storage={tmp_path}", "train.lrr=1")
+    assert "there is no file nowhere.yaml" in refused("train", "nowhere.yaml")
+    (tmp_path / "mine.yaml").write_text("train: {epochs: 1}")
+    assert "mine.yaml is not in" in refused("train", str(tmp_path / "mine.yaml"), f"storage={tmp_path}")
+    assert "say what the cluster is to run" in refused("dance")
+    text = finished(nodes.densenet_dist("submit", "train", *QUICK, f"storage={tmp_path}", cwd=REPOSITORY), 3)
+    assert "there is no Ray cluster at http://127.0.0.1:8265" in text
+
+
+def read_until(terminal: int, text: str) -> str:
+    seen = ""
+    while text not in seen:
+        seen += os.read(terminal, 4096).decode()
+    return seen
+
+
+def test_interrupting_asks_and_stops(nodes, tmp_path):
+    ours, theirs = pty.openpty()
+    arguments = ("train", *ENDLESS, f"storage={tmp_path}", "name=asked")
+    process = submit(nodes, *arguments, stdin=theirs, stdout=theirs, stderr=theirs)
+    read_until(ours, "epoch   2/")
+    process.send_signal(signal.SIGINT)
+    read_until(ours, "[y/N]")
+    os.write(ours, b"y\n")
+    assert "stopped" in read_until(ours, "stopped")
+    assert process.wait(60) == 130
+    until(lambda: not nodes.workers(), 20)
+    records = (tmp_path / "asked" / "metrics.jsonl").read_text().splitlines()
+    manifest = json.loads((tmp_path / "asked" / "checkpoints" / "manifest.json").read_text())
+    assert manifest["checkpoints"]
+    assert json.loads(records[-1])["epoch"] < 100000
+
+
+def test_a_follower_that_is_gone_leaves_the_job_alone(nodes, tmp_path):
+    process = submit(nodes, "train", *ENDLESS, f"storage={tmp_path}", "name=left")
+    assert next(line for line in process.stdout if line.startswith("epoch"))
+    process.send_signal(signal.SIGINT)
+    text = finished(process, 130)
+    assert "the job goes on" in text
+    assert nodes.workers()
+    ray_jobs(nodes, "stop", *re.search(r"end it: +ray job stop --address \S+ (left-\S+)", text).groups())
+    until(lambda: not nodes.workers(), 20)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
+    """Two hosts, and a folder that each has for itself."""
+    local = tmp_path_factory.mktemp("local")
+    try:
+        with two_hosts(local) as cluster:
+            yield cluster, local
+    except PermissionError as error:
+        pytest.skip(f"hosts with a network of their own cannot be made here: {error}")
+
+
+@pytest.fixture(scope="module")
+def store(hosts) -> Iterator[str]:
+    """``s3://bucket%s?...`` of a server that both hosts reach."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    cluster, _ = hosts
+    server = ThreadedMotoServer(OUTSIDE, port=0, verbose=False)
+    server.start()
+    address = f"scheme=http&endpoint_override={OUTSIDE}:{server.get_host_and_port()[1]}&region=us-east-1"
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(key, cluster.environment[key])
+        fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")[0].create_dir("bucket")
+        yield f"s3://bucket%s?{address}"
+    server.stop()
+
+
+def test_a_folder_that_only_one_host_sees_is_refused(hosts):
+    cluster, local = hosts
+    text = finished(submit(cluster, "train", *QUICK, f"storage={local}", "name=mine"), 5)
+    assert re.search(rf"the run folder {local}/mine is not visible on node host[12]", text), text
+    assert "s3://bucket/path" in text
+    assert not re.search("^epoch", text, re.MULTILINE)
+
+
+def test_hosts_share_an_object_store(hosts, store):
+    cluster, _ = hosts
+    text = finished(submit(cluster, "train", *QUICK, f"storage={store % '/runs'}", "name=objects"))
+    folder = RunFolder(store % "/runs", "objects")
+    assert summary(folder)["status"] == "finished"
+    assert folder.names("") >= {"config.yaml", "metrics.jsonl", "checkpoints", "tb", "curves.png"}
+    judged = cluster.densenet_dist("evaluate", store % "/runs/objects", "--json", cwd=REPOSITORY)
+    assert f"{json.loads(finished(judged))['top1']:.2%}" in text
+
+
+def test_a_sweep_on_hosts(hosts, tmp_path):
+    cluster, _ = hosts
+    tiny = ("trials=2", "train.epochs=1", "data.limit=200", "scheduler={name: fifo}", "workers=2")
+    text = finished(
+        submit(cluster, "tune", "configs/sweep_quickstart.yaml", *tiny, f"storage={tmp_path}", "name=sweep")
+    )
+    assert "best trial" in text
+    statuses = [trial["status"] for trial in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]]
+    assert statuses == ["finished", "finished"]

@@ -1,0 +1,73 @@
+"""Runs and sweeps whose object store fails now and then, or altogether: a real S3 server behind a proxy with faults."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from densenet_dist.train.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+def until_exists(folder: RunFolder, relative: str) -> None:
+    deadline = time.monotonic() + 120
+    while not folder.exists(relative):
+        assert time.monotonic() < deadline, relative
+        time.sleep(0.1)
+
+
+def resume(command: str, uri: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "densenet_dist", command, "--resume", uri]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed, same_settings, read_records):
+    faults.failing = 0.05
+    run = start(*same_settings, f"storage={faulty_s3 % '/flaky'}")
+    assert run.wait() == 0, run.text()
+    assert faults.failed >= 10, f"{faults.failed} of {faults.requests} requests: no test of anything"
+    assert "started again" not in run.text()
+    folder = RunFolder(s3 % "/flaky", "run")
+    assert folder.names("") >= {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "tb", "checkpoints"}
+    for file in ("metrics.jsonl", "checkpoints/manifest.json"):
+        folder.fetch(file)
+    assert read_records(folder.path) == read_records(undisturbed.folder)
+    for entry in json.loads((folder.path / "checkpoints/manifest.json").read_text())["checkpoints"]:
+        here = folder.fetch(f"checkpoints/{entry['name']}") / "model.safetensors"
+        there = undisturbed.folder / "checkpoints" / entry["name"] / "model.safetensors"
+        assert here.read_bytes() == there.read_bytes()
+
+
+def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
+    run = start("train.epochs=12", f"storage={faulty_s3 % '/gone'}")
+    folder = RunFolder(s3 % "/gone", "run")
+    until_exists(folder, "checkpoints/manifest.json")
+    faults.down = True
+    assert run.wait() == 5, run.text()
+    assert re.search(
+        r"error: the run folder s3://bucket/gone/run cannot be (read|written): .*NETWORK_CONNECTION", run.text()
+    )
+    assert "Traceback" not in run.text()
+    assert "go on with --resume" in run.text()
+
+
+def test_a_sweep_whose_store_is_gone_can_go_on_later(start_sweep, s3, faulty_s3, faults):
+    run = start_sweep("train.epochs=12", "trials=3", f"storage={faulty_s3 % '/sweeps'}", name="gone")
+    trial = RunFolder(s3 % "/sweeps/gone", "trial-000")
+    until_exists(trial, "checkpoints/manifest.json")
+    faults.down = True
+    assert run.wait() == 5, run.text()
+    assert re.search(
+        r"error: the run folder s3://bucket/sweeps/gone.* cannot be (read|written): .*NETWORK_CONNECTION", run.text()
+    )
+    assert "Traceback" not in run.text()
+    done = resume("tune", s3 % "/sweeps/gone")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(RunFolder(s3 % "/sweeps", "gone").fetch("sweep.json").read_text())
+    assert [(found["status"], found["epochs"]) for found in results["trials"]] == [("finished", 12)] * 3

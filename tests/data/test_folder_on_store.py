@@ -1,0 +1,200 @@
+"""Pictures on an object store are kept the same on a node, and only what changed is taken again. A real S3 server."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from s3_store import Store
+
+from densenet_dist.data import node_cache, remote_folder
+from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
+from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.errors import DataError, StorageError
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+LOAD = """
+import json, sys
+from densenet_dist.data.datasets import load_dataset
+print("ready", flush=True)
+sys.stdin.readline()
+images = load_dataset("folder", sys.argv[1], image_size=16).train.images
+print(json.dumps(sorted([*images.names])))
+"""
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of pictures that were checked, away from the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture
+def photos(store: Store) -> dict[str, bytes]:
+    """Pictures on the store: two classes of three."""
+    files = {f"{name}/{number}.png": picture(ord(name[0]) + number) for name in ("cat", "dog") for number in range(3)}
+    for name, data in files.items():
+        store.write(name, data)
+    return files
+
+
+def here(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sync(store: Store) -> dict[str, bytes]:
+    """The node's pictures, brought up to date."""
+    return here(remote_folder.sync(store.uri, progress=False))
+
+
+def taken(store: Store) -> list[str]:
+    """Pictures that have been asked for since the last call."""
+    names = [path.removeprefix(f"/{store.prefix}/") for method, path in store.counter.seen if method == "GET"]
+    store.counter.seen.clear()
+    return sorted(name for name in names if name.endswith(".png"))
+
+
+def test_loads_as_from_a_folder(store: Store, photos: dict[str, bytes], tmp_path: Path) -> None:
+    for name, data in photos.items():
+        (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "local" / name).write_bytes(data)
+    remote, local = (load_dataset("folder", root, image_size=16) for root in (store.uri, tmp_path / "local"))
+    assert isinstance(remote.train.images, ImageFiles)
+    assert isinstance(local.train.images, ImageFiles)
+    assert (remote.class_names, remote.train.images.names) == (local.class_names, local.train.images.names)
+    np.testing.assert_array_equal(remote.train.images.checksums, local.train.images.checksums)
+    np.testing.assert_array_equal(remote.test.labels, local.test.labels)
+
+
+class TestSync:
+    def test_only_what_changed_is_taken_again(self, store: Store, photos: dict[str, bytes]) -> None:
+        assert sync(store) == photos
+        assert taken(store) == sorted(photos)
+        assert sync(store) == photos
+        assert taken(store) == []
+        store.write("cat/1.png", changed := picture(100) + b"more")
+        store.write("dog/new.png", new := picture(101))
+        store.delete("cat/2.png")
+        expected = photos | {"cat/1.png": changed, "dog/new.png": new}
+        del expected["cat/2.png"]
+        assert sync(store) == expected
+        assert taken(store) == ["cat/1.png", "dog/new.png"]
+
+    def test_a_change_of_the_same_size_is_seen_by_its_time(self, tmp_path: Path) -> None:
+        origin = tmp_path / "origin" / "cat"
+        origin.mkdir(parents=True)
+        for content, changed in ((b"one", 1_000_000_000_000_000_001), (b"two", 1_000_000_000_000_000_002)):
+            (origin / "a.png").write_bytes(content)
+            os.utime(origin / "a.png", ns=(0, changed))
+            folder = remote_folder.sync(origin.parent.as_uri(), progress=False)
+            assert here(folder) == {"cat/a.png": content}
+            assert (folder / "cat/a.png").stat().st_mtime_ns == changed
+
+    @pytest.mark.parametrize("damage", ["cut", "missing", "rewritten", "added"])
+    def test_a_damaged_copy_is_mended(self, store: Store, photos: dict[str, bytes], damage: str) -> None:
+        folder = remote_folder.sync(store.uri, progress=False)
+        taken(store)
+        copy = folder / ("dog/1.png" if damage != "added" else "dog/other.png")
+        copy.unlink(missing_ok=True)
+        if damage != "missing":
+            copy.write_bytes(bytes(len(photos["dog/1.png"]) if damage == "rewritten" else 5))
+        assert sync(store) == photos
+        assert taken(store) == ([] if damage == "added" else ["dog/1.png"])
+
+    def test_a_class_that_is_gone_is_none(self, store: Store, photos: dict[str, bytes]) -> None:
+        store.write("emu/deep/1.png", picture(9))
+        assert load_dataset("folder", store.uri, test_fraction=0.4).class_names == ("cat", "dog", "emu")
+        store.delete("emu/deep/1.png")
+        assert load_dataset("folder", store.uri, test_fraction=0.4).class_names == ("cat", "dog")
+
+    def test_only_pictures_are_taken(self, store: Store, photos: dict[str, bytes]) -> None:
+        for name in ("labels.csv", "cat/notes.txt", ".git/x.png", "cat/.1.png", "__MACOSX/cat/1.png", "cat/a.tar"):
+            store.write(name, b"1")
+        store.write("cat/raw.NEF", b"refused later, by name")
+        assert set(sync(store)) == {*photos, "cat/raw.NEF"}
+        with pytest.raises(DataError, match=r"cat/raw\.NEF: NEF is not supported"):
+            prepare_dataset("folder", store.uri, progress=False)
+
+    def test_what_a_killed_process_left_is_cleared(self, store: Store, photos: dict[str, bytes]) -> None:
+        entry = node_cache.entry_of(store.uri)
+        (entry / ".partial").mkdir(parents=True)
+        (entry / ".partial" / "0").write_bytes(b"half")
+        assert sync(store) == photos
+        assert {path.name for path in entry.iterdir()} == {".lock", ".compared", "files"}
+
+    @pytest.mark.slow
+    def test_once_a_node(self, store: Store, photos: dict[str, bytes]) -> None:
+        command = [sys.executable, "-c", LOAD, store.uri]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        found = [json.loads(process.communicate()[0]) for process in processes]
+        assert [process.returncode for process in processes] == [0] * 4
+        assert found == [found[0]] * 4
+        assert taken(store) == sorted(photos)
+
+    def test_who_waited_takes_what_was_found(self, store: Store, photos: dict[str, bytes]) -> None:
+        """Their node has just been brought up to date: a million pictures are not listed by every worker."""
+        sync(store)
+        stamp = node_cache.entry_of(store.uri) / ".compared"
+        os.utime(stamp, (2**33, 2**33))  # as if another process had done so between our asking and our turn
+        asked = store.counter.requests
+        assert sync(store) == photos
+        assert store.counter.requests == asked
+
+
+class TestErrors:
+    @pytest.mark.parametrize("function", [load_dataset, prepare_dataset, publish_dataset])
+    def test_no_pictures(self, store: Store, function: Any) -> None:
+        store.write("readme.txt", b"nothing here")
+        with pytest.raises(
+            DataError, match=r"there are no pictures in data\.root=s3://bucket/\d+/data: they are looked"
+        ):
+            function("folder", store.uri)
+
+    def test_publish_takes_nothing(self, store: Store, photos: dict[str, bytes]) -> None:
+        assert publish_dataset("folder", store.uri) == f"2 folders are in s3://{store.prefix}"
+        assert taken(store) == []
+
+    def test_the_cache_cannot_be_written(self, store: Store, photos: dict[str, bytes]) -> None:
+        (entry := node_cache.entry_of(store.uri)).mkdir(parents=True)
+        (entry / "files").write_text("a file where a folder should be")
+        with pytest.raises(StorageError, match=r"cannot keep the data set in .*DENSENET_DIST_CACHE=FOLDER"):
+            sync(store)
+
+    def test_one_class(self, store: Store) -> None:
+        store.write("cat/1.png", picture(1))
+        with pytest.raises(DataError, match="at least 2 are needed"):
+            load_dataset("folder", store.uri)
+
+    def test_the_store_goes_away_in_the_middle(self, store: Store, photos: dict[str, bytes]) -> None:
+        """What came is kept; the next try takes the rest."""
+        store.counter.refuses_names = "dog/2.png"
+        with pytest.raises(DataError, match=r"cannot read dog/2\.png in data\.root=s3://.*ACCESS_DENIED"):
+            sync(store)
+        store.counter.refuses_names = None
+        before = set(here(node_cache.entry_of(store.uri) / "files"))
+        assert "dog/2.png" not in before
+        taken(store)
+        assert sync(store) == photos
+        assert taken(store) == sorted(photos.keys() - before)

@@ -1,0 +1,228 @@
+"""Ray clusters of several nodes on one machine: as processes side by side, or as hosts with network, processes, mounts
+and name of their own, joined by a bridge (Linux, root)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+BIN = Path(sys.executable).parent
+NETWORK = "10.213.77"
+OUTSIDE = f"{NETWORK}.254"
+"""This side of the bridge."""
+
+
+@dataclass
+class Node:
+    """A Ray node: the ``ray start --block`` that holds it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """All of it at once."""
+        if self.process.poll() is None:
+            for process in [self.process, *self.descendants()]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait()
+
+
+@dataclass
+class Cluster:
+    """A head and another node, one CPU each.
+
+    Attributes:
+        address: of the dashboard, for the Jobs API.
+        environment: for commands that are to reach it: its token.
+    """
+
+    address: str
+    environment: dict[str, str]
+    nodes: list[Node] = field(default_factory=list)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        found = []
+        for child in (child for node in self.nodes for child in node.descendants()):
+            with suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def densenet_dist(self, *arguments: str | Path, cwd: Path, **options: object) -> subprocess.Popen[str]:
+        """The command, with this cluster's token and address."""
+        line = [sys.executable, "-m", "densenet_dist", *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(line, cwd=cwd, env=self.environment, **pipes | options)  # type: ignore[call-overload]
+
+
+def settings() -> dict[str, str]:
+    """What nodes and clients of one cluster have in common."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    own = {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
+           "RAY_JOB_STOP_WAIT_TIME_S": "20", "OMP_WAIT_POLICY": "passive"}  # fmt: skip
+    credentials = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+    return kept | token | credentials | own
+
+
+@contextmanager
+def two_nodes() -> Iterator[Cluster]:
+    """Two nodes under this machine's name, with ports of their own."""
+    with tempfile.TemporaryDirectory(prefix="ddn-", dir="/tmp") as folder:  # short: Unix sockets lie in it
+        gcs, dashboard, client, *agents = _free_ports(9)
+        cluster = Cluster(f"http://127.0.0.1:{dashboard}", settings())
+        head = _start("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
+                      f"--ray-client-server-port={client}", f"--temp-dir={folder}")  # fmt: skip
+        second = _start(f"--address=127.0.0.1:{gcs}")
+        try:
+            for number, command in enumerate((head, second)):
+                listen, grpc, metrics = agents[3 * number : 3 * number + 3]
+                ports = (f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
+                         f"--metrics-export-port={metrics}")  # fmt: skip
+                _add_node(cluster, [*command, *ports], Path(folder) / f"node-{number}.log")
+                _wait(cluster, number + 1)
+            yield cluster
+        finally:
+            for node in cluster.nodes:
+                node.kill()
+
+
+@contextmanager
+def two_hosts(local: Path) -> Iterator[Cluster]:
+    """Two hosts, ``host1`` (the head) and ``host2``, with the addresses 10.213.77.1 and .2, and this process at .254.
+
+    Args:
+        local: a folder that each of them has for itself, empty at first; all others are shared.
+
+    Raises:
+        PermissionError: where such hosts cannot be made.
+    """
+    with tempfile.TemporaryDirectory(prefix="ddh-", dir="/tmp") as folder, _bridge():
+        cluster = Cluster(f"http://{NETWORK}.1:8265", settings())
+        head = _start("--head", f"--node-ip-address={NETWORK}.1", "--port=6379", f"--dashboard-host={NETWORK}.1",
+                      f"--temp-dir={folder}/ray")  # fmt: skip
+        second = _start(f"--address={NETWORK}.1:6379", f"--node-ip-address={NETWORK}.2")
+        try:
+            for number, command in enumerate((head, second)):
+                line = _on_host(number + 1, command, Path(folder), local)
+                _add_node(cluster, line, Path(folder) / f"host-{number}.log")
+                _wait(cluster, number + 1)
+            yield cluster
+        finally:
+            for node in cluster.nodes:
+                node.kill()
+
+
+def _start(*options: str) -> list[str]:
+    few = ("--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats")
+    return [str(BIN / "ray"), "start", "--block", *options, *few]
+
+
+def _add_node(cluster: Cluster, command: Sequence[str], log: Path) -> None:
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=cluster.environment)
+    cluster.nodes.append(Node(process, log))
+
+
+def _wait(cluster: Cluster, nodes: int) -> None:
+    """Until so many nodes are there."""
+    request = urllib.request.Request(f"{cluster.address}/api/v0/nodes?filter_keys=state&filter_predicates=%3D&"
+                                     "filter_values=ALIVE")  # fmt: skip
+    request.add_header("Authorization", f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}")
+
+    def alive() -> bool:
+        assert cluster.nodes[-1].process.poll() is None, cluster.nodes[-1].log.read_text()
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().count(b'"ALIVE"') >= nodes
+        return False
+
+    until(alive, 120)
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for something."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {seconds:g} s in vain"
+        time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [found.getsockname()[1] for found in sockets]
+    finally:
+        for found in sockets:
+            found.close()
+
+
+@contextmanager
+def _bridge() -> Iterator[None]:
+    _remove_bridge()  # of a test that was killed
+    try:
+        _ip("link add ddbr0 type bridge")
+        _ip(f"addr add {OUTSIDE}/24 dev ddbr0")
+        _ip("link set ddbr0 up")
+        for number in (1, 2):
+            _ip(f"netns add ddh{number}")
+            _ip(f"link add ddv{number} type veth peer name eth0 netns ddh{number}")
+            _ip(f"link set ddv{number} master ddbr0 up")
+            _ip(f"-n ddh{number} addr add {NETWORK}.{number}/24 dev eth0")
+            _ip(f"-n ddh{number} link set eth0 up")
+            _ip(f"-n ddh{number} link set lo up")
+        yield
+    finally:
+        _remove_bridge()
+
+
+def _remove_bridge() -> None:
+    for command in ("netns del ddh1", "netns del ddh2", "link del ddbr0"):
+        with suppress(PermissionError):
+            _ip(command)
+
+
+def _ip(command: str) -> None:
+    if shutil.which("ip") is None:
+        raise PermissionError("there is no ip command (iproute2)")
+    done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PermissionError(f"ip {command}: {done.stderr.strip()}")
+
+
+def _on_host(number: int, command: Sequence[str], folder: Path, local: Path) -> list[str]:
+    """A command line that runs `command` there; what it starts ends with it."""
+    names = folder / f"hosts-{number}"
+    # As Debian writes it: a host's own name is a loopback address, which others cannot reach.
+    others = "".join(f"{NETWORK}.{other} host{other}\n" for other in (1, 2) if other != number)
+    names.write_text(f"127.0.0.1 localhost\n127.0.1.1 host{number}\n{others}")
+    steps = (
+        f"hostname host{number}",
+        f"mount --bind {names} /etc/hosts",
+        f"mkdir -p {folder}/ray {local}",
+        f"mount -t tmpfs none {folder}/ray",
+        f"mount -t tmpfs none {local}",
+        f"exec {shlex.join(command)}",
+    )
+    space = ["unshare", "--pid", "--fork", "--mount", "--uts", "--ipc", "--mount-proc", "--kill-child"]
+    return ["ip", "netns", "exec", f"ddh{number}", *space, "bash", "-c", " && ".join(steps)]
