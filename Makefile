@@ -45,7 +45,7 @@ contract: $(READY)
 	$(BIN)/lint-imports
 
 pytest: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lock:
 	uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \

@@ -126,7 +126,7 @@ def _ray(config: Config) -> Finding:
                        "pip install 'ray[default,train,tune]', or cluster.engine=local")  # fmt: skip
     if config.cluster.engine == "local":
         return Finding("Ray", "ok", f"{version}, not used (cluster.engine=local)")
-    from densenet_dist.cluster.ray_train import survey
+    from densenet_dist.cluster.connection import survey
 
     resources, where = survey(config)
     shown = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from densenet_dist.cluster.connection import WORKER_ENV, connected
 from densenet_dist.cluster.failures import explain
-from densenet_dist.cluster.ray_train import WORKER_ENV, connected
 from densenet_dist.cluster.resources import plan_resources
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.schema import ClusterConfig

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.cluster.connection import WORKER_ENV, connected
 from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.mailbox import Mailbox, Pace, announcing_restarts, drained
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
 from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboard
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
-from densenet_dist.schema import ClusterConfig, Config
+from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
-
-# Spinning OpenMP threads of two workers on shared cores slow each other down thirtyfold.
-WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
-# report() waits for the controller's next poll, 2 s by default; a dead worker is noticed at the same pace.
-# Ray would nice workers to 15.
-DRIVER_ENV = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_worker_niceness": "0",
-    # Said in our own words when the workers start again.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
-}
 
 
 @dataclass(frozen=True)
@@ -86,40 +74,6 @@ class _Stopped(BaseException):
     """The driver has heard enough."""
 
 
-class Pace:
-    """A driver's hold on a run that waits for it at the end of every epoch.
-
-    Args:
-        heard: called with every event, in a thread of its own; what it returns of an epoch says whether to go on.
-        placements: an actor that is told what room the workers have.
-        owner: whose it is, for that actor.
-    """
-
-    def __init__(self, heard: Callable[[Event], bool], placements: Any, owner: str) -> None:
-        self.heard, self.placements, self.owner = heard, placements, owner
-        self._mailbox: Any = None
-
-    def open(self, mailbox: Any) -> None:
-        """From here on the run listens."""
-        self._mailbox = mailbox
-
-    def __call__(self, event: Event) -> None:
-        """Hear an event, and answer."""
-        go_on = self.heard(event)
-        if event["kind"] == "epoch":
-            self._mailbox.answer.remote(event["global_step"], go_on)
-
-    def abort(self, timeout_s: float) -> None:
-        """End the run wherever it is, and give back its workers."""
-        import ray
-
-        if self._mailbox is not None:
-            with suppress(ray.exceptions.RayError):
-                controller = ray.get(self._mailbox.controller.remote(), timeout=timeout_s)
-                if controller is not None:
-                    ray.get(controller.abort.remote(), timeout=timeout_s)
-
-
 def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace) -> dict[str, Any]:
     """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
 
@@ -143,13 +97,13 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if resources.lacking:
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
-        mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         show_in_dashboard()
         if isinstance(listener, Pace):  # its trial hears for itself
             listener.open(mailbox)
         else:
             listener = heard_by(listener, Telemetry(config.name))
-        with _drained(mailbox, _announcing_restarts(listener, config.cluster.max_failures)):
+        with drained(mailbox, announcing_restarts(listener, config.cluster.max_failures)):
             pace = listener if isinstance(listener, Pace) else None
             failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace)
         outcome = ray.get(mailbox.outcome.remote())
@@ -161,64 +115,6 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
     summary: dict[str, Any] = outcome["summary"]
     return summary
-
-
-class _Mailbox:
-    """An actor that carries events from rank 0 to the driver, and remembers how the run ended.
-
-    Asynchronous, so that the driver can wait in it: on a machine whose every core trains, polling is felt.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._news = asyncio.Event()
-        self._error: DenseNetDistError | None = None
-        self._summary: Event | None = None
-        self._controller: Any = None
-        self._answers: dict[int, asyncio.Future[bool]] = {}
-
-    async def put(self, event: Event) -> None:
-        if event["kind"] == "progress" and self._events and self._events[-1]["kind"] == "progress":
-            self._events.pop()  # nobody has looked at the last one yet: only the newest matters
-        if event["kind"] == "end":
-            self._summary = {key: value for key, value in event.items() if key != "kind"}
-        self._events.append(event)
-        self._news.set()
-
-    async def fail(self, error: DenseNetDistError) -> None:
-        self._error = self._error or error
-
-    async def failed(self) -> bool:
-        return self._error is not None
-
-    async def drain(self) -> list[Event]:
-        await self._news.wait()
-        self._news.clear()
-        events, self._events = self._events, []
-        return events
-
-    async def wake(self) -> None:
-        self._news.set()
-
-    async def answer(self, global_step: int, go_on: bool) -> None:
-        waiting = self._answer_to(global_step)
-        if not waiting.done():
-            waiting.set_result(go_on)
-
-    async def may_go_on(self, global_step: int) -> bool:
-        return await asyncio.shield(self._answer_to(global_step))
-
-    def _answer_to(self, global_step: int) -> asyncio.Future[bool]:
-        return self._answers.setdefault(global_step, asyncio.get_running_loop().create_future())
-
-    async def controlled_by(self, controller: Any) -> None:
-        self._controller = controller
-
-    async def controller(self) -> Any:
-        return self._controller
-
-    async def outcome(self) -> dict[str, Any]:
-        return {"error": self._error, "summary": self._summary}
 
 
 def _train_worker(payload: dict[str, Any]) -> None:
@@ -308,96 +204,6 @@ def _ray_storage(run: RunFolder) -> str:
     return f"{base.rstrip('/')}/{run.name}/ray" + (f"?{query}" if query else "")
 
 
-@contextmanager
-def connected(config: ClusterConfig) -> Iterator[bool]:
-    """Connect to a cluster, or start one for as long as the context lasts; yields whether it is our own."""
-    for key, value in (DRIVER_ENV | WORKER_ENV).items():
-        os.environ.setdefault(key, value)
-    import ray
-
-    if ray.is_initialized():
-        yield False
-        return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    own = address in (None, "local")
-    try:
-        # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
-        with _on_loopback() if own else nullcontext():
-            ray.init(
-                address="local" if own else address,
-                include_dashboard=False if own else None,
-                logging_level="ERROR",
-                log_to_driver=False,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "start on this machine" if own else f"be reached at {address}"
-        raise EnvironmentProblem(
-            f"Ray cannot {where}: {error}\n  try cluster.engine=local to train without Ray, or set cluster.address"
-        ) from error
-    try:
-        yield own
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A cluster started meanwhile listens on 127.0.0.1 alone: its metrics ask nobody for a token.
-
-    That is what Ray does on macOS. Elsewhere it takes the host's own address, even where told 127.0.0.1.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _drained(mailbox: Any, listener: Callable[[Event], None]) -> Iterator[None]:
-    """Pass events on as they come; whatever is still there at the end is passed on before returning."""
-    import ray
-
-    stop = threading.Event()
-
-    def pump() -> None:
-        with suppress(ray.exceptions.RayError):
-            while not stop.is_set():
-                for event in ray.get(mailbox.drain.remote()):
-                    listener(event)
-
-    thread = threading.Thread(target=pump, name="events")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        mailbox.wake.remote()
-        thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
-        with suppress(ray.exceptions.RayError):
-            ray.get(mailbox.wake.remote(), timeout=5)
-            for event in ray.get(mailbox.drain.remote(), timeout=5):  # come since the thread last looked
-                listener(event)
-
-
-def _announcing_restarts(listener: Callable[[Event], None], limit: int) -> Callable[[Event], None]:
-    starts = 0
-
-    def listen(event: Event) -> None:
-        nonlocal starts
-        if event["kind"] == "start":
-            starts += 1
-            if starts > 1:
-                text = f"a worker was lost: all were started again ({starts - 1} of at most {limit} times)"
-                listener({"kind": "note", "text": text})
-        listener(event)
-
-    return listen
-
-
 def _explain(failure: BaseException) -> DenseNetDistError:
     """Ray's failure in one message: the first worker's own error, not the wrapping around it."""
     workers = getattr(failure, "worker_failures", None)
@@ -414,16 +220,3 @@ def _explain(failure: BaseException) -> DenseNetDistError:
             "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"
         )
     return TrainingError(f"training failed: {failure}")
-
-
-def survey(config: Config) -> tuple[dict[str, float], str]:
-    """The resources of the cluster that a run would use, and which cluster that is.
-
-    Raises:
-        EnvironmentProblem: where it cannot be reached or started.
-    """
-    with connected(config.cluster) as own:
-        import ray
-
-        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        return dict(ray.cluster_resources()), "starts on this machine" if own else f"cluster at {address}"

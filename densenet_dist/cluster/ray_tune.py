@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.failures import explain
-from densenet_dist.cluster.ray_train import connected
 from densenet_dist.cluster.resources import TrialRoom, plan_trials
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem

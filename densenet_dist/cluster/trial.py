@@ -25,8 +25,10 @@ from typing import Any, ClassVar, Final, TypeAlias
 import ray
 from ray import tune
 
+from densenet_dist.cluster.connection import DRIVER_ENV, WORKER_ENV
 from densenet_dist.cluster.launch import write_run
-from densenet_dist.cluster.ray_train import DRIVER_ENV, WORKER_ENV, Pace, fit_on_ray
+from densenet_dist.cluster.mailbox import Pace
+from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProblem, StorageError

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.cache_folder import cache_folder
 from densenet_dist.data.image_files import (
     REFUSED_SUFFIXES,
     UNREADABLE,
@@ -25,6 +26,7 @@ from densenet_dist.data.image_files import (
     suffix,
     unreadable,
 )
+from densenet_dist.errors import StorageError
 
 _BAR_FROM = 300
 _CHUNK = 1024  # files that wait for a thread at a time
@@ -89,14 +91,13 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
 
 
 def _cache_file(root: Path) -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     digest = hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()
-    return Path(folder) / "densenet_dist" / "folders" / f"{digest}.json"
+    return cache_folder() / "folders" / f"{digest}.json"
 
 
 def _load_cache(root: Path) -> dict[str, Any]:
     """What earlier starts found: by name [size, mtime_ns, width, height, CRC-32] or [size, mtime_ns, reason]."""
-    with suppress(OSError, ValueError, RuntimeError):  # without a cache, or with a damaged one, all is done again
+    with suppress(OSError, ValueError, StorageError):  # without a cache, or with a damaged one, all is done again
         match json.loads(_cache_file(root).read_bytes()):
             case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
                 return files
@@ -105,7 +106,7 @@ def _load_cache(root: Path) -> dict[str, Any]:
 
 def _save_cache(root: Path, entries: dict[str, list[int | str]]) -> None:
     """Keeps what was found, if that is possible: whole or not at all, whoever else does the same."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, StorageError):
         path = _cache_file(root)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent)

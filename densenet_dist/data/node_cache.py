@@ -1,11 +1,9 @@
 """Where a node keeps what it has taken from object stores: a folder for each address, and a lock for each folder.
 
-``$DENSENET_DIST_CACHE/data``, or ``densenet_dist/data`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. What lies there is
-kept from run to run, and may be deleted whenever nothing runs.
+All of it is in ``data`` in `cache_folder`, and kept from run to run.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from densenet_dist.cache_folder import CACHE_ENV, cache_folder
 from densenet_dist.errors import StorageError
-
-FOLDER_ENV = "DENSENET_DIST_CACHE"
 
 
 def entry_of(uri: str) -> Path:
@@ -24,15 +21,11 @@ def entry_of(uri: str) -> Path:
     Raises:
         StorageError: there is no place for a cache.
     """
-    try:
-        own, base = os.environ.get(FOLDER_ENV), os.environ.get("XDG_CACHE_HOME")
-        folder = Path(own).expanduser() if own else Path(base or Path.home() / ".cache") / "densenet_dist"
-    except RuntimeError as error:
-        raise StorageError(f"there is no folder to keep data in: {error}; name one: {FOLDER_ENV}=FOLDER") from error
+    folder = cache_folder()
     address = uri.partition("?")[0].rstrip("/")
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", address.partition("://")[2]).strip("-.")[-60:]
     digest = hashlib.blake2b(f"{address}?{uri.partition('?')[2]}".encode(), digest_size=8).hexdigest()
-    return folder.absolute() / "data" / f"{readable}-{digest}"
+    return folder / "data" / f"{readable}-{digest}"
 
 
 @contextmanager
@@ -52,5 +45,5 @@ def held(uri: str) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(
             f"cannot keep the data set in {entry}: {error}; make room there, or name a folder on another disk: "
-            f"{FOLDER_ENV}=FOLDER"
+            f"{CACHE_ENV}=FOLDER"
         ) from error

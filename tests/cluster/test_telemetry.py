@@ -230,7 +230,7 @@ def test_the_page_explains_each_figure():
 def test_a_cluster_of_ones_own_listens_on_loopback_alone():
     script = """
 import json, psutil
-from densenet_dist.cluster.ray_train import connected
+from densenet_dist.cluster.connection import connected
 from densenet_dist.schema import ClusterConfig
 with connected(ClusterConfig()):
     family = {each.pid for each in [psutil.Process(), *psutil.Process().children(recursive=True)]}

@@ -30,7 +30,7 @@ from densenet_dist.train.run_folder import RunFolder
 pytestmark = pytest.mark.slow
 
 RAY_NOISE = re.compile(r"raylet|\(pid=|WARNING|INFO|ray::|ray\.tune|dashboard|deprecat|Traceback", re.IGNORECASE)
-OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "_Mailbox")
+OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Mailbox")
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from densenet_dist.cache_folder import cache_folder
+from densenet_dist.errors import StorageError
+
 SOURCE: Final = Path(__file__).with_name("native.cpp")
 FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 COMPILERS: Final = ("c++", "g++", "clang++")
@@ -32,7 +35,7 @@ class BuildError(Exception):
 def native_library() -> ctypes.CDLL:
     """The library for this processor, from the cache or compiled anew.
 
-    It is kept in ``densenet_dist`` under ``XDG_CACHE_HOME`` or ``~/.cache``, named by what it was made of and for. The
+    It is kept in `cache_folder`, named by what it was made of and for. The
     compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path.
 
     Raises:
@@ -60,11 +63,10 @@ def _compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "densenet_dist"
-    except RuntimeError as error:
-        raise BuildError(f"there is no folder for a cache, set XDG_CACHE_HOME: {error}") from error
+        return cache_folder()
+    except StorageError as error:
+        raise BuildError(str(error)) from error
 
 
 def _fingerprint(compiler: list[str]) -> str:
