@@ -65,7 +65,9 @@ def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     if context.rank == 0:
         context.report(describe(job))
         if job.dataset.skipped:
-            _tell(job, f"{len(job.dataset.skipped)} pictures cannot be used and are left out", job.dataset.skipped)
+            count = len(job.dataset.skipped)
+            left_out = "picture cannot be used and is" if count == 1 else "pictures cannot be used and are"
+            _tell(job, f"{count} {left_out} left out", job.dataset.skipped)
     while job.position.epoch < config.train.epochs and not job.course.stopped:
         _run_epoch(job, log)
     return _finish(job, log)

@@ -123,7 +123,7 @@ def test_pictures_of_ones_own_by_dali_on_two_workers(start, tmp_path, monkeypatc
     run = start(*mine, *more, "data.loader=dali", name="dali")
     assert run.wait() == 0, run.text()
     assert "2 x CPU, fp32, batches by dali" in run.text()
-    assert "1 pictures cannot be used and are left out:\n  red/bad.jpg: not a picture" in run.text()
+    assert "1 picture cannot be used and is left out:\n  red/bad.jpg: not a picture" in run.text()
     assert not RAY_NOISE.search(run.text().replace("red/bad.jpg", "")), run.text()
     chosen = start(*mine, *more, "train.epochs=1", "data.loader=auto", name="auto")
     assert chosen.wait() == 0, chosen.text()

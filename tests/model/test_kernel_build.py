@@ -252,11 +252,17 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         load()
 
 
-def test_a_damaged_library_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
-    monkeypatch.setenv("CXX", script("exit 1"))
+def test_a_damaged_library_is_made_anew(cache: Path) -> None:
     cache.mkdir(parents=True)
     kept = cache / f"native-{build._fingerprint(build._compiler())}.so"
     kept.write_bytes(b"\x7fELF, but no more")
+    load()
+    assert kept.stat().st_size > 10_000
+
+
+def test_a_library_that_cannot_be_loaded_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    monkeypatch.setenv("CXX", script('while [ "$1" != -o ]; do shift; done; echo nothing > "$2"'))
+    kept = cache / f"native-{build._fingerprint(build._compiler())}.so"
     with pytest.raises(BuildError, match=f"^{kept} cannot be written or loaded"):
         load()
 

@@ -86,7 +86,7 @@ def test_bad_pictures_that_are_skipped_are_said(photos, tmp_path):
     events: list[dict[str, Any]] = []
     train(tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip")), listener=events.append)
     (note,) = [event["text"] for event in events if event["kind"] == "note"]
-    assert "1 pictures cannot be used and are left out" in note
+    assert "1 picture cannot be used and is left out" in note
     assert "cat/empty.jpg: empty file" in note
 
 

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -35,7 +36,7 @@ class BuildError(Exception):
 def native_library() -> ctypes.CDLL:
     """The library for this processor, from the cache or compiled anew.
 
-    It is kept in `cache_folder`, named by what it was made of and for. The
+    It is kept in `cache_folder`, named by what it was made of and for; one that cannot be loaded is made anew. The
     compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path.
 
     Raises:
@@ -44,8 +45,10 @@ def native_library() -> ctypes.CDLL:
     compiler = _compiler()
     library = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
     try:
-        if not library.exists():
-            _compile(compiler, library)
+        if library.exists():
+            with suppress(OSError):  # damaged, or made for another C library
+                return ctypes.CDLL(str(library))
+        _compile(compiler, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"{library} cannot be written or loaded: {error}") from error
