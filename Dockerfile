@@ -1,12 +1,13 @@
 # syntax=docker/dockerfile:1
 # One image for the head and the workers of a Ray cluster: docker build --tag registry.example.com/densenet-dist:0.1.0 .
 #
-# No CUDA base: torch's and DALI's wheels in requirements.lock bring CUDA 13, cuDNN and NCCL with them, in the versions
+# No CUDA base: torch's and DALI's wheels bring CUDA 13, cuDNN and NCCL with them, in the versions
 # that they were built with, and the driver is the host's (580 or newer; NVIDIA's container toolkit or device plugin
 # puts it in). A CUDA base would add gigabytes of a second copy.
 #
-# No CPU variant: the lock pins the one torch that every figure of this project was measured with, which runs on CPUs
-# as well. Another torch would want another lock.
+# For trying things out on CPUs: --build-arg TORCH_INDEX=ADDRESS, PyTorch's index of CPU wheels. The versions are those of
+# the lock, without CUDA, Triton and DALI; torch and torchvision come without hashes of ours. Without it, this image runs
+# on CPUs as well, and is the one that every figure of this project was measured with.
 #
 # No HEALTHCHECK: Kubernetes ignores it; KubeRay brings its own probes, and `ray up` looks after Ray itself.
 #
@@ -15,9 +16,17 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm@sha256:65a93d69f
 
 FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
-COPY requirements.lock ./
+# requirements.lock without what only developers need.
+COPY requirements-runtime.lock launch/cpu_lock.py ./
+ARG TORCH_INDEX
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --prefix=/install --no-warn-script-location --only-binary :all: --require-hashes -r requirements.lock
+    if [ -n "${TORCH_INDEX}" ]; then python cpu_lock.py requirements-runtime.lock torch.txt; fi \
+    && pip install --prefix=/install --no-warn-script-location --only-binary :all: --require-hashes \
+        -r requirements-runtime.lock \
+    && if [ -n "${TORCH_INDEX}" ]; then \
+        pip install --prefix=/install --no-warn-script-location --only-binary :all: --no-deps \
+            --index-url "${TORCH_INDEX}" -r torch.txt; \
+    fi
 COPY pyproject.toml README.md LICENSE ./
 COPY densenet_dist densenet_dist
 # hatchling is among the packages just installed.
@@ -33,13 +42,15 @@ LABEL org.opencontainers.image.title="densenet-dist" \
 # g++: the fused dense block's kernels are built where they run, for the CPU at hand; and on GPUs Triton builds its
 # launchers with gcc. Python's headers are in the base. rsync and ssh: `ray up` copies files in, and its head starts
 # workers. Debian keeps only the newest version of a package, so there is none to pin; the base's digest pins the rest.
+# The base has packages that the lock brings in other versions: copied over each other they would be a mixture.
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
     rm -f /etc/apt/apt.conf.d/docker-clean \
     && apt-get update \
     && apt-get install --yes --no-install-recommends g++ openssh-client rsync tini \
-    && useradd --create-home --uid 1000 --user-group --shell /bin/bash ray
+    && useradd --create-home --uid 1000 --user-group --shell /bin/bash ray \
+    && pip uninstall --yes --root-user-action=ignore setuptools wheel
 # Not a virtual environment: login shells, which `ray up` uses, find /usr/local/bin.
 COPY --from=build /install /usr/local
 WORKDIR /app

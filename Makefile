@@ -4,7 +4,7 @@
 #   make train            the quickstart: a small DenseNet through Ray Train, no download
 #                         (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
 #   make test             what CI runs: lint, types, import contract, tests
-#   make lock             write requirements.lock anew (needs uv)
+#   make lock             write requirements.lock and requirements-runtime.lock anew (needs uv)
 
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
@@ -47,9 +47,14 @@ contract: $(READY)
 pytest: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet
+
+# The second one is for the image: the same versions without what only developers need, but for hatchling, which builds
+# the package.
 lock:
-	uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \
-	  --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
+	uv pip compile pyproject.toml requirements.in --extra dev $(LOCK) --output-file requirements.lock
+	echo hatchling | uv pip compile pyproject.toml requirements.in - --constraints requirements.lock $(LOCK) \
+	  --output-file requirements-runtime.lock
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -13,6 +13,7 @@ import typer
 
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
+from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
 from densenet_dist.config import load_config, to_yaml
@@ -31,6 +32,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(train)
 app.command()(tune)
+app.command()(report)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
 
 

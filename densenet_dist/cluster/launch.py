@@ -1,4 +1,4 @@
-"""From a configuration to a trained run: `fit` prepares the folder, trains on Ray or here, and draws the plots."""
+"""From a configuration to a trained run: `fit` prepares the folder, trains on Ray or here, and writes the page."""
 
 from __future__ import annotations
 
@@ -88,9 +88,12 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     else:
         summary = _fit_here(config, run, listener)
     if _is_writer():
-        from densenet_dist.report import plot_curves
+        from densenet_dist.report import report_at_end
 
-        plot_curves(run)
+        # The driver of a cluster elsewhere may have neither its GPUs nor its data.
+        problem = report_at_end(run, judges=not _joins(config))
+        if problem is not None:
+            listener({"kind": "note", "text": problem})
     return Result(run.uri, summary)
 
 
@@ -197,7 +200,7 @@ def prepare_data(config: Config) -> None:
     from densenet_dist.data.datasets import prepare_dataset, publish_dataset
 
     data = config.data
-    joined = config.cluster.engine == "ray" and (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    joined = _joins(config)
     if joined and is_uri(data.root):
         publish_dataset(data.name, data.root, download=data.download, url=data.url)
         return
@@ -206,6 +209,11 @@ def prepare_data(config: Config) -> None:
     except (DataError, StorageError):
         if not joined:
             raise
+
+
+def _joins(config: Config) -> bool:
+    """Whether it runs on a cluster that others have started."""
+    return config.cluster.engine == "ray" and bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None]) -> dict[str, Any]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from densenet_dist.config import load_config
+from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.data.loader import Batch, EvalLoader
+from densenet_dist.data.requests import Engine
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model
-from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val
+from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, normalisation, train_and_val
 from densenet_dist.train.job import build_model
 from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder, split_location
 
@@ -62,7 +72,67 @@ def evaluate(
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
-    folder = open_run(run)
+    evaluation = prepare_evaluation(run, split=split, checkpoint=checkpoint, device=device, overrides=overrides)
+    return evaluate_model(
+        evaluation.model, evaluation.loader(), evaluation.context.device, evaluation.config.train.precision
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A checkpoint, and the images it is to be judged by.
+
+    Attributes:
+        model: with the checkpoint's weights, on the device.
+        split: of the data set.
+        indices: the places in `split` of the images, in the order in which they are shown.
+    """
+
+    config: Config
+    context: LocalContext
+    dataset: Dataset
+    model: nn.Module
+    split: Split
+    indices: Indices
+    engine: Engine
+
+    def loader(self, indices: Indices | None = None) -> EvalLoader:
+        """Batches of all images, or of those at some places in the split, unaugmented."""
+        places = self.indices if indices is None else indices
+        return eval_loader(self.config, self.context, self.split, self.engine, places)
+
+    def figures(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss, top-1, top-5 and number of images."""
+        return evaluate_model(self.model, batches, self.context.device, self.config.train.precision)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a checkpoint says of each image that can be read.
+
+    Attributes:
+        logits: (n, classes) float32 on the CPU.
+        labels: (n,) int64, the true classes.
+        indices: (n,) int64, the images' places in the split.
+        figures: ``loss``, ``top1``, ``top5``, ``images``, as `evaluate` gives them.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    indices: Indices
+    figures: dict[str, float]
+
+
+def prepare_evaluation(
+    run: str | Path | RunFolder,
+    *,
+    split: Literal["test", "val", "train"] = "test",
+    checkpoint: Literal["best", "last"] = "best",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    overrides: tuple[str, ...] = (),
+) -> Evaluation:
+    """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
+    folder = run if isinstance(run, RunFolder) else open_run(run)
     config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
     store = CheckpointStore(folder)
     snapshot = store.load_best() if checkpoint == "best" else store.load_latest()
@@ -73,9 +143,84 @@ def evaluate(
     model = build_model(config.model, dataset.num_classes, dataset.image_size)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {folder.uri}")
     train, val = train_and_val(config, dataset)
-    parts = {"test": (dataset.test, None), "val": (dataset.train, val), "train": (dataset.train, train)}
+    parts = {
+        "test": (dataset.test, np.arange(len(dataset.test.labels))),
+        "val": (dataset.train, val),
+        "train": (dataset.train, train),
+    }
     images, indices = parts[split]
     # One pass is not worth a measurement: torch needs none of DALI's imports.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
-    loader = eval_loader(config, context, images, engine, indices)
-    return evaluate_model(model.to(context.device), loader, context.device, config.train.precision)
+    return Evaluation(config, context, dataset, model.to(context.device), images, indices, engine)
+
+
+def predict(evaluation: Evaluation, limit_s: float | None = None) -> Predictions | None:
+    """Judge as `evaluate` does, in one pass too, and keep what is said of every image.
+
+    Args:
+        evaluation: model and images.
+        limit_s: seconds that the pass may take.
+
+    Returns:
+        None where the batches so far tell that the pass would take longer than that.
+    """
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    places: list[Indices] = []
+    loader, started = evaluation.loader(), time.perf_counter()
+
+    def noted() -> Iterator[Batch]:
+        for batch, found in _with_places(evaluation, loader, evaluation.indices):
+            spent = time.perf_counter() - started
+            if labels and limit_s is not None and spent / len(labels) * len(loader) > limit_s:
+                raise _TooSlow
+            labels.append(batch.labels.cpu())
+            places.append(found)
+            yield batch
+
+    hook = evaluation.model.register_forward_hook(lambda _, __, output: logits.append(output.float().cpu()))
+    try:
+        figures = evaluation.figures(noted())
+    except _TooSlow:
+        return None
+    finally:
+        hook.remove()
+    return Predictions(torch.cat(logits), torch.cat(labels), np.concatenate(places), figures)
+
+
+class _TooSlow(Exception):
+    """A pass would take longer than it may."""
+
+
+def pictures_at(evaluation: Evaluation, indices: Indices) -> dict[int, Tensor]:
+    """Images as the model sees them, but not normalised.
+
+    Args:
+        evaluation: whose images.
+        indices: (n,) int64, places in the split.
+
+    Returns:
+        (H, W, 3) uint8 on the CPU, by place; those that can no longer be read are left out.
+    """
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(evaluation.config, evaluation.dataset))
+    found: dict[int, Tensor] = {}
+    for batch, places in _with_places(evaluation, evaluation.loader(indices), indices):
+        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        found |= dict(zip(places.tolist(), pixels.permute(0, 2, 3, 1), strict=True))
+    return found
+
+
+def _with_places(evaluation: Evaluation, loader: EvalLoader, indices: Indices) -> Iterator[tuple[Batch, Indices]]:
+    """Each batch with the places of its images: the loader leaves out those that cannot be read."""
+    files = evaluation.engine.substitutes
+    places = _readable(indices, evaluation.config.train.eval_batch_size, set() if files is None else files.unreadable)
+    return zip(loader, places, strict=True)
+
+
+def _readable(indices: Indices, batch_size: int, unreadable: Collection[int]) -> Iterator[Indices]:
+    # Asked for after each batch, it knows what had been found unreadable by then, as the loader did.
+    for start in range(0, len(indices), batch_size):
+        wanted = indices[start : start + batch_size]
+        kept = wanted[[place not in unreadable for place in wanted.tolist()]]
+        if len(kept):
+            yield kept

@@ -56,6 +56,11 @@ def starter() -> ModuleType:
     return load(ROOT / "launch" / "start.py")
 
 
+@pytest.fixture(scope="session")
+def cpu_lock() -> ModuleType:
+    return load(ROOT / "launch" / "cpu_lock.py")
+
+
 @pytest.fixture
 def values() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "launch" / "values.yaml").read_text())

@@ -54,29 +54,60 @@ def test_hadolint_has_nothing_to_say(root):
 def test_every_stage_has_the_one_pinned_base(steps):
     stages = [step.split()[1] for step in steps if step.startswith("FROM ")]
     assert stages == ["${PYTHON_IMAGE}", "${PYTHON_IMAGE}"]
-    pinned = re.fullmatch(
-        r"PYTHON_IMAGE=[\w./]+/python:(3\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", argument(steps, "ARG")
-    )
+    pinned = re.fullmatch(r"ARG PYTHON_IMAGE=[\w./]+/python:(3\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", steps[0])
     assert pinned
-    # Packages are installed for, and looked for by, that Python.
+    # Packages are installed for that Python, and it looks for them there.
     assert any(f"PYTHONPATH=/install/lib/python{pinned[1]}/site-packages" in step for step in steps)
 
 
 def test_dependencies_are_the_locked_ones(steps):
     installs = [step for step in steps if "pip install" in step]
     locked, package = installs
-    assert {"--require-hashes", "--only-binary", "requirements.lock"} <= set(locked.split())
+    assert {"--require-hashes", "--only-binary", "requirements-runtime.lock"} <= set(locked.split())
     assert {"--no-deps", "--no-build-isolation"} <= set(package.split())
     assert all("--mount=type=cache,target=/root/.cache/pip" in step for step in installs)
     # The lock is copied before the code: a change of the code installs nothing again.
-    assert (
-        steps.index("COPY requirements.lock ./") < steps.index(locked) < steps.index("COPY densenet_dist densenet_dist")
+    copies = ("COPY requirements-runtime.lock launch/cpu_lock.py ./", "COPY densenet_dist densenet_dist")
+    assert steps.index(copies[0]) < steps.index(locked) < steps.index(copies[1])
+
+
+def installed(steps, folder, torch_index):
+    """What the step, run for real, tells pip and cpu_lock.py; both are programs that only repeat it."""
+    (step,) = [step for step in steps if "cpu_lock.py" in step and step.startswith("RUN ")]
+    for name in ("pip", "python"):
+        (folder / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (folder / name).chmod(0o755)
+    command = re.sub(r"^RUN --mount=\S+ +", "", step)
+    done = subprocess.run(
+        ["/bin/sh", "-euc", command],
+        env={"PATH": str(folder), "TORCH_INDEX": torch_index},
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    return done.stdout.splitlines()
 
 
-def test_the_image_itself_installs_nothing_from_python_registries(last_stage):
-    assert [step for step in last_stage if "pip" in step.split()] == []
-    assert "COPY --from=build /install /usr/local" in last_stage
+def test_an_image_for_cpus_is_made_only_when_asked_for(steps, tmp_path):
+    assert "ARG TORCH_INDEX" in steps  # no default
+    (usual,) = installed(steps, tmp_path, "")
+    assert usual.endswith("--require-hashes -r requirements-runtime.lock")
+    lock, hashed, torch = installed(steps, tmp_path, "https://wheels.example.com/cpu")
+    assert lock == "python cpu_lock.py requirements-runtime.lock torch.txt"
+    assert hashed == usual
+    assert torch.endswith("--only-binary :all: --no-deps --index-url https://wheels.example.com/cpu -r torch.txt")
+
+
+def test_the_image_itself_installs_nothing_from_python_registries(last_stage, root):
+    lock = (root / "requirements-runtime.lock").read_text()
+    assert [step for step in last_stage if "pip install" in step] == []
+    copied = last_stage.index("COPY --from=build /install /usr/local")
+    # What the base has of the lock's packages goes first.
+    (removal,) = [step for step in last_stage if "pip uninstall" in step]
+    assert last_stage.index(removal) < copied
+    removed = removal.split("pip uninstall ")[1].split(" && ")[0].split()
+    assert {name for name in removed if name[0] != "-"} == {"setuptools", "wheel"}
+    assert all(re.search(rf"^{name}==", lock, re.MULTILINE) for name in ("setuptools", "wheel"))
 
 
 def test_nobody_is_root(last_stage, values):

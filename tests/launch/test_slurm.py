@@ -86,7 +86,7 @@ def test_bash_can_read_it(files, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", ["slurm/train.sbatch", "local.sh"])
+@pytest.mark.parametrize("script", ["slurm/train.sbatch", "local.sh", "build_without_engine.sh", "try_image.sh"])
 def test_shellcheck_has_nothing_to_say(root, script):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:

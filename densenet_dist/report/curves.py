@@ -1,8 +1,9 @@
-"""Pictures of a run."""
+"""curves.png: the notebook's plots of a run."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,19 @@ def plot_curves(run: RunFolder) -> Path:
     Returns:
         The local path of curves.png, which is published to the run's folder too.
     """
+    path = run.path / CURVES_FILE
+    draw_curves(read_records(run.fetch(METRICS_FILE)), run.name, path)
+    run.publish(CURVES_FILE)
+    return path
+
+
+def draw_curves(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw the same from the lines of a metrics.jsonl to any PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = read_records(run.fetch(METRICS_FILE))
     epochs = [record for record in records if "train/loss" in record]
     tests = [record for record in records if "test/loss" in record]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
@@ -36,12 +44,9 @@ def plot_curves(run: RunFolder) -> Path:
     left.set(title="Accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
     _curves(right, epochs, tests, "loss", 1.0)
     right.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
-    figure.suptitle(run.name)
-    path = run.path / CURVES_FILE
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    run.publish(CURVES_FILE)
-    return path
 
 
 def _curves(axes: Axes, epochs: list[dict[str, Any]], tests: list[dict[str, Any]], name: str, unit: float) -> None:

@@ -1,0 +1,200 @@
+"""The pictures of a run's page, as SVG that takes its colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from densenet_dist.pages.svg import SHADES, colour, drawing, new_figure, to_svg
+from densenet_dist.report.judged import BINS, Calibration, Counts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_CLASSES: Final = 200
+"""Above so many classes a confusion matrix is not drawn: its cells could not be seen."""
+MOST_NAMES: Final = 40
+"""Above so many, classes are numbered there instead."""
+_MOST_NUMBERS: Final = 20
+_SIZE: Final = (3.95, 3.1)
+_PRINTED: Final = ("#ddeaf6", "#bcd6eb", "#92c1de", "#63a8d2", "#4289c4", "#2268ac", "#0a3d7a")
+
+Records = Sequence[dict[str, Any]]
+Points = list[tuple[float, float]]
+
+
+def result_pictures(epochs: Records, test: dict[str, Any] | None) -> tuple[str, ...]:
+    """Top-1, loss and top-5 of training and validation over the epochs, the test result as a star."""
+    with drawing():
+        return (
+            _result("top1", "top-1 accuracy (%)", 100.0, epochs, test),
+            _result("loss", "cross-entropy (nats)", 1.0, epochs, test),
+            _result("top5", "top-5 accuracy (%)", 100.0, epochs, test),
+        )
+
+
+def progress_pictures(epochs: Records) -> tuple[str, ...]:
+    """Learning rate over the epochs; throughput and data wait over the time spent."""
+    ends = list(itertools.accumulate(float(record.get("seconds", 0.0)) for record in epochs))
+    unit, divisor = time_unit(ends[-1])
+    times = [end / divisor for end in ends]
+    with drawing():
+        return (
+            _progress([float(record["epoch"]) for record in epochs], epochs, "lr", 1.0, "epoch", "learning rate"),
+            _progress(times, epochs, "perf/images_per_s", 1.0, f"time ({unit})", "training images/s"),
+            _progress(times, epochs, "perf/data_wait", 100.0, f"time ({unit})", "waiting for data (% of time)"),
+        )
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """In what to say so long a time, and how many seconds that is."""
+    return ("h", 3600.0) if seconds > 3 * 3600 else ("min", 60.0) if seconds > 600 else ("s", 1.0)
+
+
+def points_of(epochs: Records, key: str, unit: float) -> Points:
+    """A figure of the epochs that have it, where it is a number."""
+    return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
+
+
+def _result(name: str, label: str, unit: float, epochs: Records, test: dict[str, Any] | None) -> str:
+    figure = new_figure(*_SIZE)
+    axes = figure.add_subplot()
+    values: list[float] = []
+    for split in ("train", "val"):
+        points = points_of(epochs, f"{split}/{name}", unit)
+        line(axes, points, split)
+        values += [y for _, y in points]
+    key = f"test/{name}"
+    if test is not None and math.isfinite(test.get(key, math.nan)):
+        axes.scatter(test["epoch"], test[key] * unit, s=110, c=colour("test"), marker="*", zorder=4)
+        values.append(test[key] * unit)
+    if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
+        logarithmic(axes)
+    whole_epochs(axes)
+    axes.set(xlabel="epoch", ylabel=label)
+    return to_svg(figure, f"{label} against epoch")
+
+
+def line(axes: Axes, points: Points, role: str, width: float = 1.8) -> None:
+    """A line, with dots where there are few of them."""
+    if points:
+        dots = "o" if len(points) < 40 else ""
+        axes.plot(*zip(*points, strict=True), color=colour(role), linewidth=width, marker=dots, markersize=3)
+
+
+def whole_epochs(axes: Axes) -> None:
+    """Ticks at whole epochs only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic scale with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+
+
+def _progress(places: Sequence[float], epochs: Records, key: str, unit: float, xlabel: str, label: str) -> str:
+    figure = new_figure(*_SIZE)
+    axes = figure.add_subplot()
+    points = [(x, r[key] * unit) for x, r in zip(places, epochs, strict=True) if math.isfinite(r.get(key, math.nan))]
+    line(axes, points, "train")
+    values = [y for _, y in points] or [0.0]
+    if key == "lr" and min(values) > 0 and max(values) > 100 * min(values):
+        logarithmic(axes)
+    else:
+        axes.set_ylim(0, 1.08 * max(values) or 1.0)
+    if xlabel == "epoch":
+        whole_epochs(axes)
+    else:
+        axes.set_xlim(0, 1.03 * places[-1] or 1.0)
+    axes.set(xlabel=xlabel, ylabel=label)
+    return to_svg(figure, f"{label} against {xlabel}")
+
+
+def calibration_pictures(found: Calibration) -> tuple[str, ...]:
+    """The reliability diagram, and how many images there are at each confidence."""
+    with drawing():
+        figure = new_figure(4.3, 3.7)
+        axes = figure.add_subplot()
+        middles = (np.arange(BINS) + 0.5) / BINS * 100
+        some = found.images > 0
+        axes.bar(middles[some], found.accuracy[some] * 100, width=92 / BINS, color=colour("train"))
+        axes.plot([0, 100], [0, 100], color=colour("muted"), linewidth=1.4, linestyle="--")
+        axes.scatter(found.confidence[some] * 100, found.accuracy[some] * 100, s=16, c=colour("test"), zorder=4)
+        axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence (%)", ylabel="accuracy (%)")
+        reliability = to_svg(figure, "accuracy against confidence")
+        figure = new_figure(4.3, 3.7)
+        axes = figure.add_subplot()
+        axes.bar(middles, found.images, width=92 / BINS, color=colour("train"))
+        if max(found.images) > 20 * statistics.median(found.images[some].tolist()):
+            logarithmic(axes)
+            axes.set_ylim(bottom=0.8)  # a single image is to be seen
+        axes.set(xlim=(0, 100), xlabel="confidence (%)", ylabel="test images")
+        return reliability, to_svg(figure, "test images against confidence")
+
+
+def confusion_picture(confusion: Counts, names: Sequence[str]) -> str:
+    """The confusion matrix for the page; cells without images are left out."""
+    with drawing():
+        shades = [colour(f"shade{i}") for i in range(SHADES)]
+        figure = _confusion_figure(confusion, names, shades, [colour("ink")] * SHADES)
+        return to_svg(figure, "confusion matrix")
+
+
+def draw_confusion(confusion: Counts, names: Sequence[str], title: str, path: Path) -> None:
+    """The confusion matrix as a PNG file."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):
+        figure = _confusion_figure(confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=120)
+
+
+def _confusion_figure(confusion: Counts, names: Sequence[str], shades: Sequence[str], inks: Sequence[str]) -> Figure:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    count = len(names)
+    side = 2.2 + min(0.42 * count, 6.3)
+    figure = new_figure(side + 0.6, side)
+    axes = figure.add_subplot()
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    # By the square root, so that rare mistakes are seen too; never two shades for equal shares.
+    places = np.minimum(np.sqrt(shares) * len(shades), len(shades) - 1).astype(int)
+    for shade, filled in enumerate(shades):
+        cells = [
+            Outline([(x - 0.5, y - 0.5), (x + 0.5, y - 0.5), (x + 0.5, y + 0.5), (x - 0.5, y + 0.5), (0, 0)], _CELL)
+            for y, x in np.argwhere((places == shade) & (confusion > 0)).tolist()
+        ]
+        if cells:
+            axes.add_patch(PathPatch(Outline.make_compound_path(*cells), facecolor=filled, linewidth=0))
+    if count <= _MOST_NUMBERS:
+        for y, x in np.argwhere(confusion > 0).tolist():
+            axes.text(x, y, f"{confusion[y, x]}", ha="center", va="center", fontsize=8, color=inks[places[y, x]])
+    axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), xlabel="taken for", ylabel="true class")
+    axes.set_aspect("equal")
+    axes.grid(False)
+    if count <= MOST_NAMES:
+        shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+        axes.set_xticks(range(count), shown, rotation=90)
+        axes.set_yticks(range(count), shown)
+    axes.tick_params(length=0)
+    return figure
+
+
+_CELL: Final = (1, 2, 2, 2, 79)
+"""Path codes of a closed rectangle: MOVETO, three LINETO, CLOSEPOLY."""

@@ -1,0 +1,112 @@
+"""A run as its own folder tells of it: settings, machine, epochs, test result; without a data set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from densenet_dist.config import load_config
+from densenet_dist.errors import DenseNetDistError, StorageError
+from densenet_dist.report.summary import ModelSummary, summarise
+from densenet_dist.schema import Config
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.evaluation import open_run
+from densenet_dist.train.logs import read_records
+from densenet_dist.train.run_folder import CONFIG_FILE, ENV_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """What a run's files say.
+
+    Attributes:
+        settings: config.yaml as text.
+        environment: env.json; empty where it is missing.
+        epochs: the records of whole epochs, at least one, in order.
+        test: the record of the test result; None where the run has not come to it.
+        summary: summary.json; empty until the run has finished.
+        model: its layers; or, as text, why they are not known.
+    """
+
+    folder: RunFolder
+    config: Config
+    settings: str
+    environment: dict[str, Any]
+    epochs: tuple[dict[str, Any], ...]
+    test: dict[str, Any] | None
+    summary: dict[str, Any]
+    model: ModelSummary | str
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is the run's unless the folder was renamed."""
+        return self.folder.name
+
+    @property
+    def location(self) -> str:
+        """The folder as commands take it."""
+        _, question, query = self.folder.storage.partition("?")
+        return f"{self.folder.uri}{question}{query}"
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The record of the epoch that the monitored figure is best in; None without validation."""
+        key = self.config.checkpoint.monitor
+        judged = [record for record in self.epochs if key in record]
+        pick = max if key.endswith("top1") else min
+        return pick(judged, key=lambda record: record[key]) if judged else None
+
+
+def read_run(run: str | Path | RunFolder) -> RunRecord:
+    """Read a run's folder, wherever it lies.
+
+    Args:
+        run: its path or URI, or its name under ``runs/``; or the folder itself.
+
+    Raises:
+        StorageError: there is no run, it has no epochs yet, or it cannot be read.
+        ConfigError: its config.yaml is wrong.
+    """
+    folder = run if isinstance(run, RunFolder) else open_run(run)
+    records = read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
+    epochs = tuple(record for record in records if "train/loss" in record)
+    if not epochs:
+        raise StorageError(
+            f"the run {folder.uri} has no epochs yet, and so nothing to report\n"
+            f"  wait for the end of its first, or go on with it: densenet-dist train --resume {folder.uri}"
+        )
+    path = folder.fetch(CONFIG_FILE)
+    config = load_config(path)
+    return RunRecord(
+        folder=folder,
+        config=config,
+        settings=path.read_text(encoding="utf-8"),
+        environment=_json(folder, ENV_FILE),
+        epochs=epochs,
+        test=next((record for record in reversed(records) if "test/loss" in record), None),
+        summary=_json(folder, SUMMARY_FILE),
+        model=_model(folder, config),
+    )
+
+
+def _json(folder: RunFolder, name: str) -> dict[str, Any]:
+    if not folder.exists(name):
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(folder.fetch(name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StorageError(f"{folder.uri}/{name} is damaged: {error}\n  delete it, or bring back a copy") from error
+    return found
+
+
+def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
+    """The layers, for as many classes as the best checkpoint has logits: the data set need not be here."""
+    try:
+        snapshot = CheckpointStore(folder, monitor=config.checkpoint.monitor).load_best()
+    except DenseNetDistError as error:
+        return str(error)
+    if snapshot is None:
+        return "the run has no checkpoint yet, which tells the number of classes"
+    return summarise(config.model, len(snapshot.model["classifier.bias"]), config.data.side)

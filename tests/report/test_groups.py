@@ -1,0 +1,68 @@
+"""Means and intervals over seeds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from runs import tiny
+
+from densenet_dist.config import to_yaml
+from densenet_dist.errors import ConfigError
+from densenet_dist.report.groups import Member, differences, group, interval
+from densenet_dist.report.record import read_run
+from densenet_dist.train.run_folder import RunFolder
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run's record, of a folder with nothing but settings and one epoch."""
+
+    def make(name, *settings, top1=0.5):
+        folder = RunFolder(str(tmp_path), name)
+        folder.create()
+        folder.write("config.yaml", to_yaml(tiny(tmp_path, *settings)))
+        lines = [
+            {"epoch": 1, "global_step": 5, "lr": 0.05, "train/loss": 2.0, "train/top1": 0.3, "seconds": 1.0},
+            {"epoch": 1, "global_step": 5, "test/loss": 1.5, "test/top1": top1, "test/top5": 0.9},
+        ]
+        folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        return Member(read_run(tmp_path / name))
+
+    return make
+
+
+def test_interval_by_hand():
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    # Student's t with 2 degrees of freedom: 4.3027; the standard deviation is 1.
+    assert found.half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert interval([0.7]) == (0.7, None)
+    assert interval([0.7, 0.7]).half == 0
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(made):
+    members = [
+        made("a", "seed=0", top1=0.50),
+        made("b", "train.lr=0.1", top1=0.9),
+        made("c", "seed=1", "data.root=elsewhere", "cluster.timeout_s=5", top1=0.52),
+    ]
+    groups = group(members)
+    assert [[member.run.name for member in found.members] for found in groups] == [["a", "c"], ["b"]]
+    assert [found.label for found in groups] == ["train.lr=0.05", "train.lr=0.1"]
+    assert differences(groups) == {"train.lr": [0.05, 0.1]}
+    top1 = groups[0].interval(lambda member: member.run.test["test/top1"])
+    assert top1.mean == pytest.approx(0.51)
+    assert top1.half == pytest.approx(12.7062 * 0.01 * 2**0.5 / 2**0.5, rel=1e-4)  # t with one degree of freedom
+    assert groups[0].interval(lambda member: None) is None
+
+
+def test_one_experiment_is_named_by_its_first_run(made):
+    (found,) = group([made("a", "seed=0"), made("b", "seed=1")])
+    assert found.label == "a"
+    assert differences([found]) == {}
+
+
+def test_runs_of_different_data_sets_are_refused(made):
+    with pytest.raises(ConfigError, match=r"cannot be compared:\n  shapes: a, c\n  cifar10: b"):
+        group([made("a"), made("b", "data.name=cifar10"), made("c")])
