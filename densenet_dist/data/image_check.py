@@ -97,7 +97,8 @@ def _cache_file(root: Path) -> Path:
 
 def _load_cache(root: Path) -> dict[str, Any]:
     """What earlier starts found: by name [size, mtime_ns, width, height, CRC-32] or [size, mtime_ns, reason]."""
-    with suppress(OSError, ValueError, RecursionError, StorageError):  # without a cache, or with a damaged one, all is done again
+    # Without a cache, or with a damaged one, all is done again.
+    with suppress(OSError, ValueError, RecursionError, StorageError):
         match json.loads(_cache_file(root).read_bytes()):
             case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
                 return files
