@@ -137,7 +137,7 @@ def _summarise(console: Any, run: str, summary: dict[str, Any]) -> None:
     seconds = summary["train_seconds"]
     rows["trained"] = f"{summary['epochs']} epochs, {summary['global_step']:,} steps in {seconds:,.0f} s"
     rows["run folder"] = run
-    rows["curves"] = f"{run}/curves.png"
+    rows["page"] = f"{run}/report.html"
     rows["TensorBoard"] = f"tensorboard --logdir {run.rpartition('/')[0]}"
     rows["test it again"] = f"densenet-dist evaluate {run}"
     console.summary(f"{summary['status']}: {run.rpartition('/')[2]}", rows)

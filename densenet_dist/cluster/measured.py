@@ -105,15 +105,11 @@ class Workers:
             ),
         )
         try:
-            trainer.fit()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(trainer.stopped_by) from None
-        except Exception as error:
-            return error
+            failure: BaseException | None = trainer.failure()
+            return failure
         finally:
             if "://" not in self.storage:
                 shutil.rmtree(os.path.join(self.storage, name), ignore_errors=True)
-        return None
 
 
 @contextmanager

@@ -23,6 +23,23 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
     stopped_by: int = signal.SIGINT
 
+    def failure(self) -> BaseException | None:
+        """Run to the end.
+
+        Returns:
+            What made it fail, if anything did.
+
+        Raises:
+            KeyboardInterrupt: with the signal, once the workers are stopped.
+        """
+        try:
+            self.fit()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.stopped_by) from None
+        except Exception as error:
+            return error
+        return None
+
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
         # driver leaves is given back when its job ends, and what a lost trial leaves by the sweep (`SweepState`).

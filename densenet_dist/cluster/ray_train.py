@@ -188,13 +188,8 @@ def _run_trainer(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    try:
-        trainer.fit()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(trainer.stopped_by) from None
-    except Exception as error:
-        return error
-    return None
+    failure: BaseException | None = trainer.failure()
+    return failure
 
 
 def _ray_storage(run: RunFolder) -> str:

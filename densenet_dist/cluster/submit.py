@@ -120,9 +120,9 @@ def _prepared(arguments: list[str], folder: Path) -> tuple[list[str], str]:
     if not arguments or arguments[0] not in COMMANDS:
         raise ConfigError(f"say what the cluster is to run: {', '.join(COMMANDS)}, and what follows it")
     command, rest = arguments[0], [_inside(argument, folder) for argument in arguments[1:]]
-    if command not in ("train", "tune") or any(argument.startswith("-") for argument in rest):
+    if command not in ("train", "tune") or any(argument.startswith("--resume") for argument in rest):
         return [command, *rest], f"densenet-{command}"  # of a run that lies there
-    sources = [str(folder / source) if _is_file(source) else source for source in rest]
+    sources = [str(folder / source) if _is_file(source) else source for source in rest if not source.startswith("-")]
     if not sources:
         raise ConfigError(f"name a configuration for {command}, such as configs/quickstart.yaml")
     if command == "train":

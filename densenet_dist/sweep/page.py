@@ -10,7 +10,8 @@ from typing import Final
 from densenet_dist.pages.frame import BEST, cell, code, details, document, escape, facts, section, table
 from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.plots import Metric, draw_plots, has_numbers
+from densenet_dist.sweep.metric import Metric
+from densenet_dist.sweep.plots import draw_plots, has_numbers
 from densenet_dist.sweep.results import (
     BEST_FILE,
     PAGE_FILE,

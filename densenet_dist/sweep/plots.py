@@ -6,49 +6,21 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
+from densenet_dist.pages.svg import SHADES, STATUSES, colour, drawing, new_figure, to_svg
 from densenet_dist.sweep.axes import ROUND, Axis, axis_of, is_number, number_axis, number_ticks
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.importance import Importance, importance
+from densenet_dist.sweep.metric import Metric
 from densenet_dist.sweep.results import Trial, ranked
 from densenet_dist.sweep.space import Choice, Domain
-from densenet_dist.sweep.svg import SHADES, STATUSES, colour, drawing, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_POINTS: Final = 12_000
 _GROWTH: Final = "model.growth_rate"
-
-
-class Metric(NamedTuple):
-    """How a sweep's metric is shown: accuracies in per cent."""
-
-    name: str
-    maximise: bool
-
-    @property
-    def percent(self) -> bool:
-        """Whether it is an accuracy."""
-        return not self.name.endswith("loss")
-
-    @property
-    def label(self) -> str:
-        """Its name and unit."""
-        return f"{self.name} (%)" if self.percent else f"{self.name} (nats)"
-
-    def scaled(self, value: float) -> float:
-        """In its unit."""
-        return value * 100 if self.percent else value
-
-    def text(self, value: float) -> str:
-        """In words."""
-        return f"{value * 100:.2f}\N{NO-BREAK SPACE}%" if self.percent else f"{value:.4f}"
-
-    def log(self, values: Sequence[float]) -> bool:
-        """Whether a logarithmic scale is needed: a diverged trial's loss must not flatten all the others."""
-        return not self.percent and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
 
 
 @dataclass(frozen=True)

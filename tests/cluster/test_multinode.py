@@ -87,7 +87,7 @@ def test_what_cannot_work_is_not_sent(nodes, tmp_path):
         assert ray_jobs(nodes, "list").count("submission_id") == before
         return text
 
-    assert "storage: runs is relative" in refused("train", *QUICK)
+    assert "storage: runs is relative" in refused("train", "--quiet", *QUICK)
     assert "train.lrr" in refused("train", *QUICK, f"storage={tmp_path}", "train.lrr=1")
     assert "there is no file nowhere.yaml" in refused("train", "nowhere.yaml")
     (tmp_path / "mine.yaml").write_text("train: {epochs: 1}")

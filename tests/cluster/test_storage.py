@@ -22,9 +22,10 @@ def until_exists(folder: RunFolder, relative: str) -> None:
         time.sleep(0.1)
 
 
-def resume(command: str, uri: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "densenet_dist", command, "--resume", uri]
-    return subprocess.run(line, capture_output=True, text=True)
+def assert_says_that_it_is_gone(run, folder: str) -> None:
+    assert run.wait() == 5, run.text()
+    assert re.search(rf"error: the run folder {folder} cannot be (read|written): .*NETWORK_CONNECTION", run.text())
+    assert "Traceback" not in run.text()
 
 
 def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed, same_settings, read_records):
@@ -49,11 +50,7 @@ def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
     folder = RunFolder(s3 % "/gone", "run")
     until_exists(folder, "checkpoints/manifest.json")
     faults.down = True
-    assert run.wait() == 5, run.text()
-    assert re.search(
-        r"error: the run folder s3://bucket/gone/run cannot be (read|written): .*NETWORK_CONNECTION", run.text()
-    )
-    assert "Traceback" not in run.text()
+    assert_says_that_it_is_gone(run, "s3://bucket/gone/run")
     assert "go on with --resume" in run.text()
 
 
@@ -62,12 +59,9 @@ def test_a_sweep_whose_store_is_gone_can_go_on_later(start_sweep, s3, faulty_s3,
     trial = RunFolder(s3 % "/sweeps/gone", "trial-000")
     until_exists(trial, "checkpoints/manifest.json")
     faults.down = True
-    assert run.wait() == 5, run.text()
-    assert re.search(
-        r"error: the run folder s3://bucket/sweeps/gone.* cannot be (read|written): .*NETWORK_CONNECTION", run.text()
-    )
-    assert "Traceback" not in run.text()
-    done = resume("tune", s3 % "/sweeps/gone")
+    assert_says_that_it_is_gone(run, "s3://bucket/sweeps/gone.*")
+    line = [sys.executable, "-m", "densenet_dist", "tune", "--resume", s3 % "/sweeps/gone"]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(RunFolder(s3 % "/sweeps", "gone").fetch("sweep.json").read_text())
     assert [(found["status"], found["epochs"]) for found in results["trials"]] == [("finished", 12)] * 3

@@ -1,17 +1,14 @@
 """Pictures on an object store are kept the same on a node, and only what changed is taken again. A real S3 server."""
 
 import io
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from s3_store import Store
+from s3_store import Store, four_at_once
 
 from densenet_dist.data import node_cache, remote_folder
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
@@ -138,19 +135,7 @@ class TestSync:
 
     @pytest.mark.slow
     def test_once_a_node(self, store: Store, photos: dict[str, bytes]) -> None:
-        command = [sys.executable, "-c", LOAD, store.uri]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = [json.loads(process.communicate()[0]) for process in processes]
-        assert [process.returncode for process in processes] == [0] * 4
-        assert found == [found[0]] * 4
+        assert len(set(four_at_once(LOAD, store.uri))) == 1
         assert taken(store) == sorted(photos)
 
     def test_who_waited_takes_what_was_found(self, store: Store, photos: dict[str, bytes]) -> None:

@@ -1,8 +1,6 @@
 """CIFAR on an object store: put there once, taken once a node, kept, verified, mended. A real S3 server."""
 
 import resource
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from s3_store import Store
+from s3_store import Store, four_at_once
 from toy_cifar import Toy
 
 from densenet_dist import doctor
@@ -149,19 +147,7 @@ class TestTake:
     @pytest.mark.slow
     def test_once_a_node(self, toy: Toy, store: Store, packed: bytes) -> None:
         store.write(toy.spec.archive, packed)
-        command = [sys.executable, "-c", LOAD, store.uri, str(SUPPORT)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = {process.communicate()[0] for process in processes}
-        assert [process.returncode for process in processes] == [0] * 4
-        assert len(found) == 1
+        assert len(set(four_at_once(LOAD, store.uri, str(SUPPORT)))) == 1
         assert store.counter.count("GET", toy.spec.archive) == 1
 
     def test_workers_never_go_to_the_origin(self, toy: Toy, store: Store, origin: Origin) -> None:

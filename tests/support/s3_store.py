@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 from fault_proxy import FaultProxy
 from pyarrow import fs
@@ -64,3 +67,19 @@ class Store:
     def names(self) -> set[str]:
         infos = self.direct.get_file_info(fs.FileSelector(self.prefix, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{self.prefix}/") for info in infos if info.type == fs.FileType.File}
+
+
+def four_at_once(code: str, *arguments: str) -> list[str]:
+    """What four processes print that run `code` together: each says ``ready``, and waits for a line."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    return said
