@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
@@ -51,9 +52,10 @@ def examine(config: Config, console: Console | None = None) -> bool:
     table.add_column(overflow="fold")
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
     for finding in findings:
-        table.add_row(marks[finding.state], finding.name, finding.text)
+        # As text: a folder's name may look like Rich's own markup.
+        table.add_row(marks[finding.state], finding.name, Text(finding.text))
         if finding.hint:
-            table.add_row("", "", f"-> {finding.hint}")
+            table.add_row("", "", Text(f"-> {finding.hint}"))
     console.print(table)
     bad = [finding.name for finding in findings if finding.state == "bad"]
     console.print(f"\ncannot do the job: {', '.join(bad)}" if bad else "\nready")

@@ -4,6 +4,7 @@ A message says what is wrong, where, and how to mend it, in words for the person
 prints it alone; the traceback appears only with ``--debug``.
 """
 
+import shlex
 import signal
 
 
@@ -64,7 +65,9 @@ class Interrupted(DenseNetDistError):
 
     def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train") -> None:
         self.run, self.number, self.command = run, number, command
-        super().__init__(f"interrupted; go on from the last checkpoint: densenet-dist {command} --resume {run}")
+        super().__init__(
+            f"interrupted; go on from the last checkpoint: densenet-dist {command} --resume {shlex.quote(run)}"
+        )
         self.exit_code = 128 + number
 
     def __reduce__(self) -> tuple[type[DenseNetDistError], tuple[object, ...]]:

@@ -214,12 +214,23 @@ class CheckpointConfig:
 
     every_epochs: Count = 1
     """Save at the end of every so many epochs, and of the last."""
-    every_steps: Count | None = None
-    """Save within epochs too, every so many steps."""
+    every_steps: Count | Literal["auto"] | None = "auto"
+    """Save within epochs too, every so many steps; auto: as often as costs less than 1 % of the time, at most twice a
+    minute; null: never. Files are written while training goes on."""
     keep: Count = 1
     """How many of the newest checkpoints to keep beside the best."""
     monitor: Literal["val/top1", "val/loss"] = "val/top1"
     """What makes a checkpoint the best: the highest val/top1 or the lowest val/loss."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class WorkerRange:
+    """As many workers as the cluster has room for."""
+
+    min: Count
+    """Below that the run waits."""
+    max: Count
+    """Never more than that."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -228,8 +239,9 @@ class ClusterConfig:
 
     engine: Literal["ray", "local"] = "ray"
     """ray: Ray Train; local: this process alone, or the ranks that torchrun started."""
-    workers: Count | Literal["auto"] = "auto"
-    """DDP workers; auto: one a GPU of the cluster, or two on CPUs."""
+    workers: Count | WorkerRange | Literal["auto"] = "auto"
+    """DDP workers; auto: one a GPU of the cluster, or two on CPUs; {min: 1, max: 4}: as many as there is room for,
+    fewer when nodes are lost and more when they come, the same images in every step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if the cluster has any."""
     cpus_per_worker: Count | Literal["auto"] = "auto"
@@ -240,6 +252,25 @@ class ClusterConfig:
     """How often a run is restarted from its last checkpoint after a lost worker or node."""
     timeout_s: Positive = 600.0
     """How long to wait for resources, and for a collective operation, before giving up."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers, where they are given."""
+        if isinstance(self.workers, WorkerRange):
+            return self.workers.min, self.workers.max
+        assert self.workers != "auto"
+        return self.workers, self.workers
+
+
+@dataclass(frozen=True, config=STRICT)
+class FaultConfig:
+    """What is done when something goes wrong on a cluster."""
+
+    hang_timeout_s: Positive = 60.0
+    """A worker that sends no sign of life, or takes no step, for so long is ended and replaced; where steps are slow,
+    ten times the longest one counts."""
+    grace_s: Positive = 25.0
+    """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills after 30 s."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -262,6 +293,8 @@ class Config:
     """What is kept for resuming."""
     cluster: ClusterConfig = ClusterConfig()
     """Where training runs."""
+    fault: FaultConfig = FaultConfig()
+    """What is done when something goes wrong on a cluster."""
 
 
 def impossible(config: Config) -> Iterator[str]:
@@ -292,8 +325,10 @@ def impossible(config: Config) -> Iterator[str]:
         yield f"train.bucket_mb: train.compile=true takes 1 or more, not {train.bucket_mb:g}"
     if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
         yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
-    if isinstance(config.cluster.workers, int):
-        workers = config.cluster.workers
+    if config.cluster.workers != "auto":
+        least, workers = config.cluster.worker_range
+        if least > workers:
+            yield f"cluster.workers: min={least} is above max={workers}"
         if workers > train.global_batch_size:
             yield f"cluster.workers: {workers} workers cannot share train.global_batch_size={train.global_batch_size}"
         if config.cluster.engine == "local" and workers > 1:

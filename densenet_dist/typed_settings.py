@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +14,8 @@ from densenet_dist.errors import ConfigError
 
 T = TypeVar("T")
 _Path: TypeAlias = tuple[str | int, ...]
+_MOST_SHOWN: Final = 30
+_LONGEST: Final = 200
 
 
 class Settings(Generic[T]):
@@ -43,7 +45,7 @@ class Settings(Generic[T]):
             # JSON's strict mode takes lists for tuples and mappings for groups, and nothing else for something else.
             settings = self._adapter.validate_json(json.dumps(values, default=str))
         except ValidationError as error:
-            raise ConfigError(join_problems(self._problems(error))) from None
+            raise ConfigError(self._problems(error)) from None
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
         problems = list(self._impossible(settings)) if combinations else []
@@ -65,17 +67,24 @@ class Settings(Generic[T]):
             return self._unknown(path)
         return f"{dotted}: is a group of settings: {', '.join(known)}" if isinstance(known, dict) else None
 
-    def _problems(self, error: ValidationError) -> list[str]:
+    def _problems(self, error: ValidationError) -> str:
         """One line for each setting that is wrong."""
-        lines: dict[_Path, str] = {}
-        for item in error.errors():
+        wrong: dict[_Path, Any] = {}
+        for item in error.errors(include_url=False, include_context=False):
             path = self._real_path(item["loc"])
             if item["type"] == "missing":  # a list that is too short: the input is all of it
                 path = path[:-1]
-            unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-            lines[path] = self._unknown(path) if unknown else self._wrong(path, item["input"])
+            wrong[path] = item
         # Of a list that could also be a single number, only the wrong element matters.
-        return [line for path, line in lines.items() if not any(path == other[:-1] for other in lines)]
+        parents = {path[:-1] for path in wrong if path}
+        items = [(path, item) for path, item in wrong.items() if path not in parents]
+        return join_problems([self._line(path, item) for path, item in items[:_MOST_SHOWN]], len(items))
+
+    def _line(self, path: _Path, item: Any) -> str:
+        if item["type"] == "json_invalid":  # nested too deep, or letters that no text has
+            return f"the configuration holds a value that cannot be written down: {item['msg']}"
+        unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+        return self._unknown(path) if unknown else self._wrong(path, item["input"])
 
     def _unknown(self, path: _Path) -> str:
         *group, key = (str(part) for part in path)
@@ -106,17 +115,20 @@ class Settings(Generic[T]):
         return tuple(path)
 
 
-def join_problems(problems: Sequence[str]) -> str:
-    """All problems in one message."""
-    if len(problems) == 1:
+def join_problems(problems: Sequence[str], count: int | None = None) -> str:
+    """All problems in one message; `count` says how many there are where only the first are given."""
+    count = len(problems) if count is None else count
+    if count == 1:
         return problems[0]
-    return f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
+    more = [f"... and {count - len(problems)} more"] if count > len(problems) else []
+    return f"{count} problems in the configuration:\n" + "\n".join(f"  {line}" for line in [*problems, *more])
 
 
 def _expected(schema: Mapping[str, Any]) -> str:
     """What a JSON schema asks for, in words."""
     if "anyOf" in schema:
-        options = sorted(schema["anyOf"], key=lambda option: option["type"] == "array")  # the longest words last
+        last = ("array", "object")  # the longest words
+        options = sorted(schema["anyOf"], key=lambda option: option["type"] in last)
         return " or ".join(_expected(option) for option in options)
     if "const" in schema or "enum" in schema:
         return " or ".join(repr(option) for option in schema.get("enum", [schema.get("const")]))
@@ -124,6 +136,8 @@ def _expected(schema: Mapping[str, Any]) -> str:
         items = schema.get("prefixItems", [schema.get("items")])
         count = f"{len(items)} values" if "prefixItems" in schema else "values"
         return f"a list of {count}, each {_expected(items[0])}"
+    if schema["type"] == "object":
+        return "a mapping with " + " and ".join(f"{key} ({_expected(of)})" for key, of in schema["properties"].items())
     words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
@@ -139,9 +153,13 @@ def _schema_at(schema: dict[str, Any], path: _Path) -> dict[str, Any]:
             level = lists[0]["items"] if "items" in lists[0] else lists[0]["prefixItems"][part]
         else:
             level = level["properties"][part]
-        if "$ref" in level:
-            level = schema["$defs"][level["$ref"].rpartition("/")[2]]
-    return level
+        level = _resolved(level, schema)
+    return level | {"anyOf": [_resolved(option, schema) for option in level["anyOf"]]} if "anyOf" in level else level
+
+
+def _resolved(level: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schema["$defs"][level["$ref"].rpartition("/")[2]] if "$ref" in level else level
+    return found
 
 
 def _at(values: Any, path: Sequence[str | int]) -> Any:
@@ -151,7 +169,9 @@ def _at(values: Any, path: Sequence[str | int]) -> Any:
 
 
 def _dotted(path: _Path) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: _LONGEST + 1])
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _all_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:

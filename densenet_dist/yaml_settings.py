@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from densenet_dist.errors import ConfigError
 
+_MOST_VALUES: Final = 10_000
+_DEEPEST: Final = 40
+
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+    """`yaml.SafeLoader` that refuses duplicate keys, characters that no text has and what aliases blow up, and reads
+    1e-3 as a number, as YAML 1.2 does."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        count, depth = _extent(node, {})
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            what = f"it holds more than {_MOST_VALUES} values" if count > _MOST_VALUES else "it is nested too deep"
+            raise yaml.constructor.ConstructorError(None, None, f"{what}, aliases written out", node.start_mark)
+        return super().construct_document(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        # What no path may hold (NUL), no file (surrogates) and no terminal should get; escapes can write all of it.
+        if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" for letter in str(value)):
+            raise yaml.constructor.ConstructorError(None, None, f"{value!r} holds no text", node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # a list under the tag !!map
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key.start_mark)
             if key.value in seen:
@@ -41,6 +60,30 @@ for _kind in (_Loader, _Dumper):
     )
 
 
+def _parsed(text: str) -> Any:
+    """Plain values of YAML.
+
+    Raises:
+        yaml.YAMLError: it is none, or more than plain values.
+        ValueError, RecursionError: a date or a number that cannot be, or far too many brackets.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # PyYAML's own, such as of !!int ''
+        raise yaml.YAMLError(f"a value is not what its tag (!!...) says: {error}") from error
+
+
+def _extent(node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node has with all aliases written out, and how deep it is; one that holds itself ends there."""
+    if node not in known:
+        known[node] = 0, 0
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        inner = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+        found = [_extent(part, known) for part in inner]
+        known[node] = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
+    return known[node]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file that must hold a mapping.
 
@@ -48,7 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: where the file is missing, is not YAML, repeats a key, or holds something else.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a subclass of SafeLoader
+        values = _parsed(path.read_text(encoding="utf-8"))
         values = nest(values) if isinstance(values, dict) else values
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}{_similar_file(path)}") from None
@@ -75,7 +118,7 @@ def read_override(text: str) -> dict[str, Any]:
     if not key.strip():
         raise ConfigError(f"{text!r} has no key before its =")
     try:
-        return nest({key.strip(): yaml.load(value, Loader=_Loader)})
+        return nest({key.strip(): _parsed(value)})
     except yaml.YAMLError as error:
         raise ConfigError(f"the value in {text!r} is not valid YAML: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -103,6 +146,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = str(key).split(".")
+        if len(parents) > _DEEPEST:
+            raise ConfigError(f"the key {str(key)[:40]}... has {len(parents) + 1} parts; no setting lies so deep")
         layer: dict[str, Any] = {last: nest(value) if isinstance(value, Mapping) else value}
         for parent in reversed(parents):
             layer = {parent: layer}
@@ -116,7 +161,11 @@ def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value)
         else:
-            into[key] = nest(value) if isinstance(value, Mapping) else value
+            into[key] = _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _similar_file(path: Path) -> str:

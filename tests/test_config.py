@@ -12,7 +12,7 @@ import yaml
 
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
-from densenet_dist.schema import Config
+from densenet_dist.schema import Config, WorkerRange
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.yaml_settings import flatten, read_yaml
 
@@ -106,6 +106,7 @@ def test_sources_are_not_changed():
         ("model.num_layers=4", "model.num_layers", 4),
         ("cluster.workers=auto", "cluster.workers", "auto"),
         ("cluster.workers=2", "cluster.workers", 2),
+        ("cluster.workers={min: 1, max: 4}", "cluster.workers", WorkerRange(1, 4)),
         ("data.root=/a=b", "data.root", "/a=b"),
         ("data.root=1e-3x", "data.root", "1e-3x"),
         (f"data.root={'x' * 300}", "data.root", "x" * 300),
@@ -209,9 +210,18 @@ def test_every_field_is_described():
         ("data.root=null", "data.root: must be text, not null"),
         ("data.name=mnist", "data.name: must be 'shapes' or 'cifar10' or 'cifar100' or 'folder', not 'mnist' (str)"),
         ("data.val_fraction=1", "data.val_fraction: must be a number >= 0 and < 1, not 1 (int)"),
-        ("cluster.workers=two", "cluster.workers: must be an integer >= 1 or 'auto', not 'two' (str)"),
-        ("cluster.workers=0", "cluster.workers: must be an integer >= 1 or 'auto', not 0 (int)"),
-        ("cluster.workers=1.5", "cluster.workers: must be an integer >= 1 or 'auto', not 1.5 (float)"),
+        (
+            "cluster.workers=two",
+            "cluster.workers: must be an integer >= 1 or 'auto' or a mapping with min (an integer >= 1) and max",
+        ),
+        (
+            "cluster.workers=0",
+            "cluster.workers: must be an integer >= 1 or 'auto' or a mapping with min (an integer >= 1) and max",
+        ),
+        (
+            "cluster.workers=1.5",
+            "cluster.workers: must be an integer >= 1 or 'auto' or a mapping with min (an integer >= 1) and max",
+        ),
         ("train.ema_decay=1.0", "train.ema_decay: must be a number >= 0 and < 1 or null, not 1.0 (float)"),
         (
             "model.num_layers=x",
@@ -302,6 +312,9 @@ def test_all_problems_are_listed_at_once():
         (["train.cuda_graph=true", "train.grad_accum_steps=2"], "train.cuda_graph: a captured step has one part"),
         (["train.optimizer.momentum=0"], "train.optimizer.nesterov: needs momentum > 0"),
         (["cluster.workers=9", "train.global_batch_size=8"], "cluster.workers: 9 workers cannot share"),
+        (["cluster.workers={min: 3, max: 2}"], "cluster.workers: min=3 is above max=2"),
+        (["cluster.workers={min: 1, max: 9}", "train.global_batch_size=8"], "cluster.workers: 9 workers cannot share"),
+        (["cluster.workers={min: 1, max: 2}", "cluster.engine=local"], "cluster.workers: cluster.engine=local is one"),
         (["cluster.workers=2", "cluster.engine=local"], "cluster.workers: cluster.engine=local is one process"),
         (["train.schedule.name=plateau", "train.schedule.min_lr=1"], "train.schedule.min_lr: 1 is above train.lr=0.1"),
         (["train.schedule.final_lr=1"], "train.schedule.final_lr: 1 is above train.lr=0.1"),

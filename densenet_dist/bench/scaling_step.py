@@ -27,7 +27,6 @@ from densenet_dist.train.ddp import bucket_sizes, fill_buckets, wrap
 from densenet_dist.train.engine import train_step
 from densenet_dist.train.inputs import engine_of, train_loader
 from densenet_dist.train.job import Job, autocast, build_model
-from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.run_folder import RunFolder
 
@@ -234,8 +233,6 @@ def _job(config: Config, context: LocalContext, num_classes: int) -> Job:
         val_loader=None,
         num_images=(images, 0),
         store=CheckpointStore(context.run),
-        metrics=Metrics(device),
-        finite=FiniteWatch(device),
     )
 
 

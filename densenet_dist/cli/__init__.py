@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from densenet_dist.cli.bench import bench_app
+from densenet_dist.cli.chaos import chaos
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
@@ -33,6 +34,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(train)
 app.command()(tune)
 app.command()(report)
+app.command()(chaos)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
 
 

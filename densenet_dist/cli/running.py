@@ -81,12 +81,14 @@ def tune(
 
 def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
     from densenet_dist.cluster.launch import fit
+    from densenet_dist.train.run_folder import join_location
 
+    location = join_location(config.storage, config.name)
     try:
         result = fit(config, resume=resume, listener=console)
     except KeyboardInterrupt as stop:  # caught here: the parser has its own idea of what it means
-        raise Interrupted(f"{config.storage.rstrip('/')}/{config.name}", *stop.args) from None
-    _summarise(console, result.run, dict(result.summary))
+        raise Interrupted(location, *stop.args) from None
+    _summarise(console, result.run, location, dict(result.summary))
 
 
 def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
@@ -113,9 +115,9 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
 
 
 def _resume(run: str, settings: list[str], console: Any) -> None:
-    from densenet_dist.cluster.launch import resume_config
+    from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.train.evaluation import open_run
-    from densenet_dist.train.run_folder import SUMMARY_FILE
+    from densenet_dist.train.run_folder import SUMMARY_FILE, join_location
 
     for text in settings:
         if "=" not in text:
@@ -124,12 +126,17 @@ def _resume(run: str, settings: list[str], console: Any) -> None:
     config = resume_config(folder, settings)
     if folder.exists(SUMMARY_FILE):
         console({"kind": "note", "text": f"the run {folder.uri} is finished already"})
-        _summarise(console, folder.uri, json.loads(folder.fetch(SUMMARY_FILE).read_text()))
+        _summarise(
+            console,
+            folder.uri,
+            join_location(folder.storage, folder.name),
+            json.loads(folder.fetch(SUMMARY_FILE).read_text()),
+        )
         return
     _fit(config, console, resume=True)
 
 
-def _summarise(console: Any, run: str, summary: dict[str, Any]) -> None:
+def _summarise(console: Any, run: str, location: str, summary: dict[str, Any]) -> None:
     best = summary["best"]
     rows = {"test top-1": f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"}
     if "val/top1" in best:
@@ -139,7 +146,7 @@ def _summarise(console: Any, run: str, summary: dict[str, Any]) -> None:
     rows["run folder"] = run
     rows["page"] = f"{run}/report.html"
     rows["TensorBoard"] = f"tensorboard --logdir {run.rpartition('/')[0]}"
-    rows["test it again"] = f"densenet-dist evaluate {run}"
+    rows["test it again"] = f"densenet-dist evaluate {shlex.quote(location)}"
     console.summary(f"{summary['status']}: {run.rpartition('/')[2]}", rows)
 
 

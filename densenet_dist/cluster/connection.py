@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, Config
@@ -33,6 +36,8 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     own = address in (None, "local")
+    if own:
+        _make_private_token()
     try:
         # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
         with _on_loopback() if own else nullcontext():
@@ -51,6 +56,20 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         yield own
     finally:
         ray.shutdown()
+
+
+def _make_private_token() -> None:
+    """Make the token that Ray asks for, where there is none: the file that Ray makes can be read by others."""
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    path = Path.home() / ".ray" / "auth_token"
+    if given or path.exists() or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    with suppress(OSError):  # it has just been made, or cannot be, which Ray then says
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # nobody else may read it
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.link(file.name, path)
 
 
 @contextmanager

@@ -5,17 +5,24 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from densenet_dist.config import load_config, to_dict, to_yaml
-from densenet_dist.errors import ConfigError, DataError, StorageError
+from densenet_dist.cluster.resuming import tell_of_changes
+from densenet_dist.config import to_yaml
+from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.object_store import is_uri
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event
+from densenet_dist.train.context import Event, Stopped
 from densenet_dist.train.environment import LOADER_KEY, describe_environment
+from densenet_dist.train.lease import Lease, NoLease, hold
+from densenet_dist.train.pulse import Pulse, Wish
 from densenet_dist.train.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -23,18 +30,6 @@ from densenet_dist.train.run_folder import (
     SUMMARY_FILE,
     TENSORBOARD_FOLDER,
     RunFolder,
-)
-from densenet_dist.yaml_settings import flatten
-
-_RESUME_MAY_CHANGE = (
-    "cluster.",
-    "checkpoint.",
-    "data.root",
-    "data.url",
-    "data.download",
-    "data.prefetch",
-    "data.loader",
-    "storage",
 )
 
 
@@ -79,14 +74,17 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         if not resume:
             _refuse_used_name(run)
         run.create()
-        prepare_data(config)
-        write_run(run, config, resume)
-    if config.cluster.engine == "ray":
-        from densenet_dist.cluster.ray_train import fit_on_ray
-
-        summary = fit_on_ray(config, run, listener)
-    else:
-        summary = _fit_here(config, run, listener)
+    with _held(run, listener) as lease:
+        if _is_writer():
+            prepare_data(config)
+            if resume:
+                tell_of_changes(run, config, listener)
+            write_run(run, config, resume)
+        try:
+            summary = _fit(config, run, listener, lease)
+        except (KeyboardInterrupt, TrainingError):
+            lease.check()
+            raise
     if _is_writer():
         from densenet_dist.report import report_at_end
 
@@ -97,26 +95,18 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     return Result(run.uri, summary)
 
 
-def resume_config(run: RunFolder, overrides: list[str]) -> Config:
-    """The configuration of an existing run, with the few changes that a resumed run may take.
+def _held(run: RunFolder, listener: Callable[[Event], None]) -> AbstractContextManager[Lease | NoLease]:
+    if not _is_writer():
+        return nullcontext(NoLease())
+    return hold(run, lambda text: listener({"kind": "note", "text": text}))
 
-    Raises:
-        StorageError: where there is no such run.
-        ConfigError: naming the overrides that would make it another run.
-    """
-    if not run.exists():
-        raise StorageError(f"there is no run at {run.uri}: it has no {CONFIG_FILE}")
-    path = run.fetch(CONFIG_FILE)
-    before, after = load_config(path), load_config(path, *overrides)
-    # The folder may have been moved or mounted elsewhere since: it is where it was found.
-    after = replace(after, storage=run.storage, name=run.name)
-    old, new = flatten(to_dict(before)), flatten(to_dict(after))
-    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if new[key] != old[key] and not _may_change(key)]
-    if changed:
-        raise ConfigError(
-            "a resumed run cannot change:\n  " + "\n  ".join(changed) + "\n  start a new run for that, with name=NEW"
-        )
-    return after
+
+def _fit(config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | NoLease) -> dict[str, Any]:
+    if config.cluster.engine == "ray":
+        from densenet_dist.cluster.ray_train import fit_on_ray
+
+        return fit_on_ray(config, run, listener, lease)
+    return _fit_here(config, run, listener, lease)
 
 
 def absolute(config: Config) -> Config:
@@ -160,10 +150,6 @@ def check_model(config: Config) -> None:
     problems = validate_model(**asdict(config.model), num_classes=10, image_size=config.data.side)
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _may_change(key: str) -> bool:
-    return key == "name" or key.startswith(_RESUME_MAY_CHANGE)
 
 
 def _is_writer() -> bool:
@@ -216,7 +202,9 @@ def _joins(config: Config) -> bool:
     return config.cluster.engine == "ray" and bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
-def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None]) -> dict[str, Any]:
+def _fit_here(
+    config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | NoLease
+) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
@@ -226,13 +214,43 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None])
 
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     context = LocalContext.from_environment(run, config.cluster.device, listener, config.cluster.timeout_s)
+    lease.when_lost(lambda: context.pulse.ask(Wish.LEAVE))
     try:
         if context.world_size > 1:
             dist.barrier()  # rank 0 has prepared folder and data
-        return train(config, context)
+        with _stopped_by_signals(context.pulse):
+            return train(config, context)
     finally:
         if dist.is_initialized():
             # DDP's reference cycles keep the group alive until they are collected, and gloo's threads with it: one that
             # drops a tensor while the interpreter ends takes the process down.
             gc.collect()
             dist.destroy_process_group()
+
+
+@contextmanager
+def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
+    """Have the run saved and ended on SIGINT or SIGTERM; a second one ends it at once, as one does before it trains.
+
+    Raises:
+        KeyboardInterrupt: with the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if heard or not pulse.moves:
+            raise KeyboardInterrupt(number)
+        heard.append(number)
+        pulse.ask(Wish.STOP)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped:
+        raise KeyboardInterrupt(*heard or (signal.SIGTERM,)) from None  # another rank of torchrun may have heard it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

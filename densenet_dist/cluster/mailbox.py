@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from densenet_dist.cluster.heartbeat import Beat
+from densenet_dist.cluster.watchdog import Beats, Hung
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.train.context import Event
+from densenet_dist.train.pulse import Wish
 
 
 class Mailbox:
-    """An actor that carries events from rank 0 to the driver, and remembers how the run ended.
+    """An actor that carries events and heartbeats to the driver, wishes to the workers, and remembers how it ended.
 
     Asynchronous, so that the driver can wait in it: on a machine whose every core trains, polling is felt.
     """
@@ -25,6 +28,10 @@ class Mailbox:
         self._summary: Event | None = None
         self._controller: Any = None
         self._answers: dict[int, asyncio.Future[bool]] = {}
+        self._beats = Beats()
+        self._wish = Wish.NOTHING
+        self._saved = 0
+        self._left = asyncio.Event()
 
     async def put(self, event: Event) -> None:
         """Something happened on rank 0."""
@@ -32,16 +39,52 @@ class Mailbox:
             self._events.pop()  # nobody has looked at the last one yet: only the newest matters
         if event["kind"] == "end":
             self._summary = {key: value for key, value in event.items() if key != "kind"}
+            self._left.set()
         self._events.append(event)
         self._news.set()
 
     async def fail(self, error: DenseNetDistError) -> None:
         """A worker ends with an error that a restart cannot mend."""
         self._error = self._error or error
+        self._left.set()
 
     async def failed(self) -> bool:
         """Whether one has."""
         return self._error is not None
+
+    async def beat(self, beat: Beat) -> Wish:
+        """A worker lives; what is asked of it."""
+        self._beats.heard(beat)
+        if beat.rank == 0:
+            self._saved = beat.saved
+            if self._wish is Wish.SAVE:
+                self._wish = Wish.NOTHING  # it is one checkpoint that is wished for
+                return Wish.SAVE
+        return Wish.NOTHING if self._wish is Wish.SAVE else self._wish
+
+    async def hung(self, timeout_s: float) -> list[Hung]:
+        """The workers that do not come forward, each told once."""
+        return self._beats.hung(timeout_s)
+
+    async def ask(self, wish: Wish) -> bool:
+        """Ask something of the workers; whether they have begun to train."""
+        self._wish = max(self._wish, wish)
+        return self._beats.moving
+
+    async def save(self) -> None:
+        """Have a checkpoint written, and wait for it."""
+        before = self._saved
+        if await self.ask(Wish.SAVE):
+            while self._saved == before:
+                await asyncio.sleep(0.1)
+
+    async def leave(self) -> None:
+        """Rank 0 has done what it was asked for, and ends."""
+        self._left.set()
+
+    async def left(self) -> None:
+        """Wait until rank 0 has ended, well or not."""
+        await self._left.wait()
 
     async def drain(self) -> list[Event]:
         """What has come since the last call; waits until something has."""
@@ -143,14 +186,19 @@ def drained(mailbox: Any, listener: Callable[[Event], None]) -> Iterator[None]:
 
 def announcing_restarts(listener: Callable[[Event], None], limit: int) -> Callable[[Event], None]:
     """The same listener, which also hears a note whenever the workers start again."""
-    starts = 0
+    workers = losses = 0
 
     def listen(event: Event) -> None:
-        nonlocal starts
+        nonlocal workers, losses
         if event["kind"] == "start":
-            starts += 1
-            if starts > 1:
-                text = f"a worker was lost: all were started again ({starts - 1} of at most {limit} times)"
+            before, workers = workers, event["world_size"]
+            if workers > before > 0:
+                listener(
+                    {"kind": "note", "text": f"there is room for more workers: all were started again, now {workers}"}
+                )
+            elif before:
+                losses += 1
+                text = f"a worker was lost: all were started again ({losses} of at most {limit} times)"
                 listener({"kind": "note", "text": text})
         listener(event)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+_SAVE_WITHIN_S = 30.0
+
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
     """A TorchTrainer whose `fit` raises KeyboardInterrupt on SIGINT and SIGTERM, the workers stopped.
@@ -22,6 +25,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     """
 
     stopped_by: int = signal.SIGINT
+    save: Callable[[], None] | None = None
+    """Called on the first signal, to have the run saved before the workers are stopped; a second one cuts it short."""
 
     def failure(self) -> BaseException | None:
         """Run to the end.
@@ -49,8 +54,14 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     def _register_sigint_handler(self, controller: Any) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
             self.stopped_by = number  # on its way through ray.get the exception loses its arguments
+            save, self.save = self.save, None
+            if save is not None:
+                for handled in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(handled, signal.default_int_handler)  # a second one cuts the saving short
+                with suppress(KeyboardInterrupt, ray.exceptions.RayError):
+                    save()
             for handled in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(handled, signal.SIG_IGN)  # one is enough: the second would cut the cleaning short
+                signal.signal(handled, signal.SIG_IGN)  # one is enough: another would cut the cleaning short
             with suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=10)
             raise KeyboardInterrupt
@@ -77,6 +88,28 @@ class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs in the controller."""
         ray.get(self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor))
+
+
+class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Has a run saved before its workers are replaced by more or fewer of them, so that no step is taken twice."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._trains = mailbox, False
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """Runs in the controller, as all of these."""
+        self._trains = True
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """Workers are lost: there is nobody left to ask."""
+        self._trains = False
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Also before the first start of workers, and after a loss."""
+        if self._trains:
+            self._trains = False
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._mailbox.save.remote(), timeout=_SAVE_WITHIN_S)
 
 
 class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]

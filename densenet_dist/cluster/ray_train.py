@@ -9,18 +9,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from uuid import uuid4
 
 from densenet_dist.cluster.connection import WORKER_ENV, connected
 from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.heartbeat import beating
 from densenet_dist.cluster.mailbox import Mailbox, Pace, announcing_restarts, drained
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
 from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboard
+from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event
+from densenet_dist.train.context import Event, Stopped
+from densenet_dist.train.lease import Lease, NoLease
+from densenet_dist.train.pulse import Goodput, Pulse, Wish
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
+
+_RESIZE_EVERY_S: Final = 20.0
+"""A resize costs a start of the workers."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,21 @@ class RayContext:
     world_size: int
     device: Any
     run: RunFolder
+    pulse: Pulse
+    goodput: Goodput
     mailbox: Any
     paced: bool = False
+
+    @property
+    def hands_over(self) -> bool:
+        """A sweep takes up the checkpoint that an epoch's event names."""
+        return self.paced
 
     def report(self, event: Event) -> None:
         """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank.
 
         Raises:
-            _Stopped: on every rank, where the driver paces the run and has heard enough.
+            Stopped: on every rank, where the driver paces the run and has heard enough.
         """
         if self.rank == 0:
             import ray
@@ -52,7 +67,7 @@ class RayContext:
                 import ray
 
                 if not ray.get(self.mailbox.may_go_on.remote(event["global_step"])):
-                    raise _Stopped
+                    raise Stopped
 
     def _report_to_ray(self, event: Event) -> None:
         # Ray drops metrics that come without a checkpoint. Ours is already safe in the run's folder (its manifest is
@@ -70,17 +85,16 @@ class RayContext:
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
-class _Stopped(BaseException):
-    """The driver has heard enough."""
-
-
-def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace) -> dict[str, Any]:
+def fit_on_ray(
+    config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace, lease: Lease | NoLease
+) -> dict[str, Any]:
     """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
 
     Args:
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
         listener: called with every event, in a thread of its own; a `Pace` also says when to go on.
+        lease: on the run's folder; where it is lost, the workers end and write nothing more.
 
     Returns:
         The summary of the run.
@@ -97,13 +111,17 @@ def fit_on_ray(config: Config, run: RunFolder, listener: Callable[[Event], None]
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if resources.lacking:
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        # Beside the driver: a node that is lost must not take it along.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
+        lease.when_lost(lambda: mailbox.ask.remote(Wish.LEAVE))
         show_in_dashboard()
         if isinstance(listener, Pace):  # its trial hears for itself
             listener.open(mailbox)
         else:
             listener = heard_by(listener, Telemetry(config.name))
-        with drained(mailbox, announcing_restarts(listener, config.cluster.max_failures)):
+        announce = announcing_restarts(listener, config.cluster.max_failures)
+        with drained(mailbox, announce), watched(mailbox, config.fault.hang_timeout_s, announce):
             pace = listener if isinstance(listener, Pace) else None
             failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace)
         outcome = ray.get(mailbox.outcome.remote())
@@ -132,14 +150,24 @@ def _train_worker(payload: dict[str, Any]) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
-    run = RunFolder(config.storage, config.name)
+    run, pulse = RunFolder(config.storage, config.name), Pulse()
     try:
         _require_shared(run)
-        device = ray.train.torch.get_device()
-        rank, world_size = context.get_world_rank(), context.get_world_size()
-        fit(config, RayContext(rank, world_size, device, run, mailbox, payload["paced"]))
-    except _Stopped:
-        return
+        worker = RayContext(
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            run=run,
+            pulse=pulse,
+            goodput=Goodput(pulse, *payload["launch"]),
+            mailbox=mailbox,
+            paced=payload["paced"],
+        )
+        with beating(worker, mailbox):
+            fit(config, worker)
+    except Stopped:
+        if context.get_world_rank() == 0:
+            ray.get(mailbox.leave.remote())
     except DenseNetDistError as error:
         ray.get(mailbox.fail.remote(error))
         if not isinstance(error, TrainingError):  # one rank's alone: raise, so that Ray stops the others
@@ -162,15 +190,33 @@ def _run_trainer(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
 
-    from densenet_dist.cluster.ray_backend import ControllerNotice, InterruptibleTrainer, NodeAddressTorchConfig
+    from densenet_dist.cluster.ray_backend import (
+        ControllerNotice,
+        InterruptibleTrainer,
+        NodeAddressTorchConfig,
+        SaveBeforeResize,
+    )
     from densenet_dist.config import to_dict
 
-    payload = {"config": to_dict(config), "mailbox": mailbox, "threads": resources.threads, "paced": pace is not None}
+    elastic = resources.fewest < resources.workers
+    callbacks: list[Any] = [SaveBeforeResize(mailbox)] if elastic else []
+    if pace is not None:
+        callbacks.append(ControllerNotice(mailbox, pace.placements, pace.owner))
+    payload = {
+        "config": to_dict(config),
+        "mailbox": mailbox,
+        "threads": resources.threads,
+        "paced": pace is not None,
+        "launch": (uuid4().hex, time.time()),
+    }
     trainer = InterruptibleTrainer(
         _train_worker,
         train_loop_config=payload,
         scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=resources.use_gpu, resources_per_worker=resources.per_worker
+            num_workers=(resources.fewest, resources.workers) if elastic else resources.workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=resources.per_worker,
+            elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
         ),
         torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
         run_config=RunConfig(
@@ -182,14 +228,23 @@ def _run_trainer(
                 controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=None if pace is None else [ControllerNotice(mailbox, pace.placements, pace.owner)],
+            callbacks=callbacks,
             # A cluster of our own has inherited it; there, asking for it would only start further processes.
             worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    trainer.save = lambda: _have_saved(mailbox, config.fault.grace_s)
     failure: BaseException | None = trainer.failure()
     return failure
+
+
+def _have_saved(mailbox: Any, within_s: float) -> None:
+    """Ask the run to save and end, and wait until it has, if it trains at all."""
+    import ray
+
+    if ray.get(mailbox.ask.remote(Wish.STOP), timeout=5):
+        ray.get(mailbox.left.remote(), timeout=within_s)
 
 
 def _ray_storage(run: RunFolder) -> str:

@@ -17,13 +17,15 @@ class Resources:
     """What Ray is asked for.
 
     Attributes:
-        workers: DDP workers.
+        fewest: DDP workers at least.
+        workers: at most; as many, where the number is fixed.
         use_gpu: one GPU each.
         per_worker: Ray resources of one worker.
         threads: torch threads a worker; None for its share of the cores of its node.
         lacking: what the cluster does not have yet, in words; empty where it has everything.
     """
 
+    fewest: int
     workers: int
     use_gpu: bool
     per_worker: dict[str, float]
@@ -45,16 +47,16 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
     cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
     if config.workers != "auto":
-        workers = config.workers
+        fewest, workers = config.worker_range
     else:
-        workers = max(gpus, 1) if use_gpu else min(2, max(cpus, 1))
+        fewest = workers = max(gpus, 1) if use_gpu else min(2, max(cpus, 1))
     share = config.cpus_per_worker
     per_worker: dict[str, float] = {"CPU": 1 if share == "auto" else share}
     if use_gpu:
         per_worker["GPU"] = 1
-    needed = {name: amount * workers for name, amount in per_worker.items()}
+    needed = {name: amount * fewest for name, amount in per_worker.items()}
     lacking = ", ".join(
-        f"{workers} workers need {amount:g} {name}s, the cluster has {available.get(name, 0):g}"
+        f"{fewest} workers need {amount:g} {name}s, the cluster has {available.get(name, 0):g}"
         for name, amount in needed.items()
         if available.get(name, 0) < amount
     )
@@ -63,7 +65,7 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
             f"{lacking}\n  ask for fewer with cluster.workers, train on the CPU with cluster.device=cpu, "
             "or join a larger cluster with cluster.address"
         )
-    return Resources(workers, use_gpu, per_worker, None if share == "auto" else share, lacking)
+    return Resources(fewest, workers, use_gpu, per_worker, None if share == "auto" else share, lacking)
 
 
 @dataclass(frozen=True)

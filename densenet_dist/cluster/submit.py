@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from densenet_dist.cluster.launch import check_model, require_lasting
-from densenet_dist.config import load_config
+from densenet_dist.config import held_credentials, load_config
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import load_sweep
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
-EXCLUDED = ("/data/", "/runs/", ".venv/", ".git/", "__pycache__/", "*.pyc")
+EXCLUDED = (
+    *("/data/", "/runs/", ".venv/", ".git/", "__pycache__/", "*.pyc"),
+    *(".env", ".env.*", ".netrc", ".aws/", ".ssh/", "*.pem", "*.key"),  # whoever reaches the cluster can read the job
+)
 _OUR_CODES = range(1, 7)
 _AGENT_S = 60.0
 _LOST_S = 120.0
@@ -119,6 +122,12 @@ def _prepared(arguments: list[str], folder: Path) -> tuple[list[str], str]:
     """The arguments as they hold in the job's working directory, and a name for the job."""
     if not arguments or arguments[0] not in COMMANDS:
         raise ConfigError(f"say what the cluster is to run: {', '.join(COMMANDS)}, and what follows it")
+    for argument in arguments:
+        key, _, value = (
+            argument.rpartition("=") if "=" in argument.partition("://")[0] else ("an argument", "", argument)
+        )
+        if problem := next(held_credentials(**{key: value}), None):
+            raise ConfigError(f"{problem}\n  a cluster shows the command lines of its jobs")
     command, rest = arguments[0], [_inside(argument, folder) for argument in arguments[1:]]
     if command not in ("train", "tune") or any(argument.startswith("--resume") for argument in rest):
         return [command, *rest], f"densenet-{command}"  # of a run that lies there

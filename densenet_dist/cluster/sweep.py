@@ -24,6 +24,7 @@ from densenet_dist.sweep.results import (
     write_results,
 )
 from densenet_dist.train.context import Event
+from densenet_dist.train.lease import hold
 from densenet_dist.train.run_folder import RunFolder, split_location
 
 _WRITE_EVERY_S = 5.0
@@ -67,13 +68,18 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
 
         with SweepConsole() as console:
             return tune(sweep, resume=resume, listener=console)
-    from densenet_dist.cluster.ray_tune import run_trials
-
     sweep = _absolute(sweep)
     folder = RunFolder(sweep.settings.storage, sweep.settings.name)
     if not resume:
         _refuse_used_name(folder)
     folder.create()
+    with hold(folder, lambda text: listener({"kind": "note", "text": text})):
+        return _tune(sweep, folder, resume, listener)
+
+
+def _tune(sweep: Sweep, folder: RunFolder, resume: bool, listener: Callable[[Event], None]) -> SweepResult:
+    from densenet_dist.cluster.ray_tune import run_trials
+
     prepare_data(sweep.config("data", {}))
     if not resume:
         folder.write(SWEEP_FILE, sweep.to_yaml())

@@ -35,8 +35,9 @@ from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProble
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import read_note, write_note
-from densenet_dist.train.context import Event, LocalContext, choose_device
+from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
 from densenet_dist.train.environment import LOADER_KEY
+from densenet_dist.train.lease import NoLease
 from densenet_dist.train.logs import read_records
 from densenet_dist.train.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -208,10 +209,6 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             run.write(ENV_FILE, json.dumps(environment | {LOADER_KEY: self._loader_choice}, indent=1) + "\n")
 
 
-class _Stopped(BaseException):
-    """The trial is to end here."""
-
-
 class _Work:
     """The training of one trial, in a thread that waits after each epoch until it is asked for more."""
 
@@ -269,9 +266,9 @@ class _Work:
 
     def _train(self) -> None:
         try:
-            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._pace)
+            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._pace, NoLease())
             self._news.put(("end", summary))
-        except _Stopped:
+        except Stopped:
             pass
         except BaseException as error:
             if not self._ending.is_set():
@@ -283,12 +280,12 @@ class _Work:
         from densenet_dist.train.engine import fit
 
         torch.set_num_threads(self._plan.threads)
-        context = LocalContext(self._run, choose_device(self._config.cluster.device), self._told)
+        context = LocalContext(self._run, choose_device(self._config.cluster.device), self._told, hands_over=True)
         return fit(self._config, context)
 
     def _told(self, event: Event) -> None:
         if not self._heard(event):
-            raise _Stopped
+            raise Stopped
 
     def _heard(self, event: Event) -> bool:
         """Pass an event on; after an epoch wait for the word to go on. Whether to."""
@@ -298,7 +295,7 @@ class _Work:
         if event["kind"] == "start":
             self._parameters = event["parameters"]
         if event["kind"] == "epoch":
-            figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
+            figures = {key: value for key, value in event.items() if not key.startswith(_NOT_OF_TRIALS)}
             figures["parameters"] = self._parameters
             if event["epoch"] == event["epochs"]:  # nothing is left that a scheduler could save, but the test
                 self._last_epoch = figures
@@ -330,3 +327,4 @@ def decode(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _JSON: Final = "json:"
+_NOT_OF_TRIALS: Final = ("kind", "checkpoint", "is_best", "goodput/")

@@ -115,7 +115,7 @@ def make(spec: CifarSpec, root: Path, *, url: str, mend: str, progress: bool) ->
     try:
         spread_over_nodes()
         fetch(url, partial, title=spec.title, limit=MAX_ARCHIVE_BYTES, mend=mend, progress=progress)
-        folder = extract(spec, partial, root, source=url, mend=mend)
+        folder = extract(spec, partial, root, source=url.partition("?")[0], mend=mend)
         # Only now does it get its name: a damaged download must not be found by the next run.
         partial.replace(archive)
     finally:

@@ -88,7 +88,8 @@ def load_dataset(
             and onto which nothing is put: `publish_dataset` does that. "shapes" is generated and does not look at it.
         download: whether to download what is not there; not where `root` is a URI: workers of many nodes never go to
             the origin then.
-        url: where the archive comes from instead of the official address: http(s):// or file://.
+        url: where the archive comes from instead of the official address: https:// or file://; http:// from this
+            machine alone.
         limit: keep only the first `limit` images of each split.
         seed: of the generated set; the others ignore it.
         image_size: side of the square images made of pictures in a folder.

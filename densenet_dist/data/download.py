@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, InvalidURL
+from http.client import HTTPException, HTTPMessage, InvalidURL
+from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, TypeAlias
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 from densenet_dist.errors import ConfigError, DataError
 
-_SCHEMES = ("https", "http", "file")
 _TIMEOUT_S = 30.0  # of silence, not of the whole transfer
 _CHUNK = 1 << 18
 _TRIES = 6
@@ -82,13 +82,14 @@ def fetch(url: str, target: Path, *, title: str, limit: int, mend: str, progress
         DataError: the server refused or broke off, or there is more than `limit`. What came is left in `target`.
         OSError: `target` cannot be written.
     """
-    if urlsplit(url).scheme not in _SCHEMES:
-        raise ConfigError(f"cannot download from {url!r}: data.url must begin with https://, http:// or file://")
-    failed, transfer = f"cannot download {title} from {url}", _Transfer()
+    require_safe(url)
+    # What follows a ? may be a signature, which no log should show.
+    failed, transfer = f"cannot download {title} from {url.partition('?')[0]}", _Transfer()
+    opener = build_opener(_Redirects(url))
     with open(target, "wb") as file, bar(f"downloading {title}", progress) as advance:
         for number in range(1, _TRIES + 1):
             try:
-                _transfer(url, file, transfer, limit, advance)
+                _transfer(opener, url, file, transfer, limit, advance)
                 break
             except _Again as error:
                 backoff_s = _lot.uniform(0.5, 1) * _FIRST_WAIT_S * 2 ** (number - 1)
@@ -104,6 +105,69 @@ def fetch(url: str, target: Path, *, title: str, limit: int, mend: str, progress
         os.fsync(file.fileno())
 
 
+def require_safe(url: str) -> None:
+    """Whether an address is one that may be fetched: encrypted, or on this machine.
+
+    Raises:
+        ConfigError: it is not, or holds a password.
+    """
+    try:
+        parts = urlsplit(url)
+        host, user = parts.hostname, parts.username
+    except ValueError as error:
+        raise ConfigError(f"data.url is no address: {error}") from None
+    shown = url.rpartition("@")[2].partition("?")[0]
+    if user is not None:
+        raise ConfigError(f"data.url holds credentials for {shown}, which logs would show; take them out")
+    if parts.scheme not in ("https", "file") and not (parts.scheme == "http" and _is_here(host or "")):
+        raise ConfigError(
+            f"cannot download from {shown!r}: data.url must begin with https:// or file://; "
+            "http:// is for servers on this machine alone"
+        )
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows a server to its own other pages, and over https to public addresses; nowhere else.
+
+    A server outside must not have this machine ask services inside its network, such as a cloud's metadata.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._first = urlsplit(url)
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        parts = urlsplit(newurl)
+        host = parts.hostname or ""
+        refused = None
+        if (parts.scheme, parts.netloc) != (self._first.scheme, self._first.netloc):
+            if parts.scheme != "https":
+                refused = f"it leads on to {parts.scheme}://{host}, which is not https://"
+            elif private := _private_address(host, parts.port or 443):
+                refused = f"it leads on to {host}, which is {private}, an address inside a network"
+        if refused is not None:
+            fp.close()
+            raise _Refused(refused)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _private_address(host: str, port: int) -> str | None:
+    """The first address of a host that is not a public one."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return None  # behind a proxy names need not be known here; else connecting says so
+    return next((one for one in sorted(found) if not ip_address(one.partition("%")[0]).is_global), None)
+
+
 def spread_over_nodes() -> None:
     """Waits for a random time where a run has several nodes, so that its nodes do not ask a server at once.
 
@@ -115,7 +179,9 @@ def spread_over_nodes() -> None:
         time.sleep(_lot.uniform(0, min(_SPREAD_S_PER_NODE * nodes, _LONGEST_SPREAD_S)))
 
 
-def _transfer(url: str, file: IO[bytes], transfer: _Transfer, limit: int, advance: Advance) -> None:
+def _transfer(
+    opener: OpenerDirector, url: str, file: IO[bytes], transfer: _Transfer, limit: int, advance: Advance
+) -> None:
     """One try: asks for what is still missing, and appends it to the file; all of it anew where the server wants so."""
     headers = {"User-Agent": "densenet-dist"}
     if transfer.received:
@@ -123,7 +189,7 @@ def _transfer(url: str, file: IO[bytes], transfer: _Transfer, limit: int, advanc
         if transfer.validator:
             headers["If-Range"] = transfer.validator
     with _asking(transfer):
-        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT_S)
+        response = opener.open(Request(url, headers=headers), timeout=_TIMEOUT_S)
     with response:
         rest = response.status == 206
         if rest and not (response.headers["Content-Range"] or "").startswith(f"bytes {transfer.received}-"):

@@ -6,6 +6,7 @@ the test part, as in ImageNet.
 """
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,5 +181,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _printable(name: str) -> str:
-    """A file's name as text that can be printed, also where it is not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file's name as text that can be printed, also where it is not UTF-8, or would tell a terminal what to do."""
+    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")  # with those that turn the direction of writing
+    return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) in unseen else letter for letter in name)

@@ -41,15 +41,20 @@ def result_pictures(epochs: Records, test: dict[str, Any] | None) -> tuple[str, 
 
 
 def progress_pictures(epochs: Records) -> tuple[str, ...]:
-    """Learning rate over the epochs; throughput and data wait over the time spent."""
+    """Learning rate over the epochs; throughput, data wait and goodput over the time spent."""
     ends = list(itertools.accumulate(float(record.get("seconds", 0.0)) for record in epochs))
     unit, divisor = time_unit(ends[-1])
     times = [end / divisor for end in ends]
+    curves = [
+        ("perf/images_per_s", 1.0, "training images/s"),
+        ("perf/data_wait", 100.0, "waiting for data (% of time)"),
+    ]
+    if any("goodput/ratio" in record for record in epochs):
+        curves.append(("goodput/ratio", 100.0, "goodput (% of time)"))
     with drawing():
         return (
             _progress([float(record["epoch"]) for record in epochs], epochs, "lr", 1.0, "epoch", "learning rate"),
-            _progress(times, epochs, "perf/images_per_s", 1.0, f"time ({unit})", "training images/s"),
-            _progress(times, epochs, "perf/data_wait", 100.0, f"time ({unit})", "waiting for data (% of time)"),
+            *(_progress(times, epochs, key, scale, f"time ({unit})", label) for key, scale, label in curves),
         )
 
 

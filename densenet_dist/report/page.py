@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
@@ -25,6 +26,15 @@ from densenet_dist.report.summary import Layer, ModelSummary
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _MOST_PAIRS = 12
+
+
+_LOSSES: Final = {
+    "start": "starting",
+    "wait": "waiting for data",
+    "validate": "validation",
+    "save": "checkpoints",
+    "recovery": "recovery from losses",
+}
 
 
 def run_page(run: RunRecord, judged: Judged | None) -> str:
@@ -75,6 +85,8 @@ def _facts(run: RunRecord) -> str:
         text = f"top-1 {percent(best['val/top1'])}, loss {best['val/loss']:.4f} at epoch {best['epoch']}"
         rows["Validation"] = escape(f"{text}, the best by {config.checkpoint.monitor}")
     rows["Training"] = escape(_training(run))
+    if "goodput/ratio" in run.epochs[-1]:
+        rows["Goodput"] = escape(_goodput_in_words(run))
     rows["Model"] = escape(_model_in_words(run))
     rows["Data"] = escape(_data_in_words(run))
     rows["Machine"] = escape(_machine_in_words(run))
@@ -92,6 +104,18 @@ def _training(run: RunRecord) -> str:
     text += f"{last['global_step']:,} steps of {run.config.train.global_batch_size} images"
     seconds = run.summary.get("train_seconds")
     return text + (f", {duration(seconds)} of training, evaluation excluded" if seconds is not None else "")
+
+
+def _goodput_in_words(run: RunRecord) -> str:
+    """The share of time in steps that count, and what the rest went to, the most first; before the test."""
+    last = run.epochs[-1]
+    lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOSSES.items()}
+    parts = [
+        f"{percent(share)} {words}" for words, share in sorted(lost.items(), key=lambda item: -item[1]) if share > 0
+    ]
+    return (
+        f"{percent(last['goodput/ratio'])} of the time in steps that count; the rest: {', '.join(parts) or 'nothing'}"
+    )
 
 
 def _model_in_words(run: RunRecord) -> str:
@@ -126,9 +150,10 @@ def _curves(run: RunRecord) -> Iterator[str]:
         legend,
     )
     yield section(
-        "Learning rate, throughput and data wait",
-        "A point an epoch: its first learning rate; images/s of all workers together and the share of rank 0's time "
-        "spent waiting for batches. Time is that spent in training and validation, interruptions left out.",
+        "Learning rate, throughput, data wait and goodput",
+        "A point an epoch: its first learning rate; images/s of all workers together, the share of rank 0's time spent "
+        "waiting for batches, and the share of all time so far that went into steps that count. Time on the axes is "
+        "that of training and validation, interruptions left out.",
         progress_pictures(run.epochs),
     )
 

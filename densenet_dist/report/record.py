@@ -70,7 +70,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
         ConfigError: its config.yaml is wrong.
     """
     folder = run if isinstance(run, RunFolder) else open_run(run)
-    records = read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
+    records = _records(folder)
     epochs = tuple(record for record in records if "train/loss" in record)
     if not epochs:
         raise StorageError(
@@ -91,12 +91,23 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
     )
 
 
+def _records(folder: RunFolder) -> list[dict[str, Any]]:
+    if not folder.exists(METRICS_FILE):
+        return []
+    try:
+        return [record for record in read_records(folder.fetch(METRICS_FILE)) if isinstance(record, dict)]
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{folder.uri}/{METRICS_FILE} is damaged: {error}\n  bring back a copy") from error
+
+
 def _json(folder: RunFolder, name: str) -> dict[str, Any]:
     if not folder.exists(name):
         return {}
     try:
-        found: dict[str, Any] = json.loads(folder.fetch(name).read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(folder.fetch(name).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{folder.uri}/{name} is damaged: {error}\n  delete it, or bring back a copy") from error
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from densenet_dist import config as run_config
-from densenet_dist.config import load_config, name_of_file
+from densenet_dist.config import held_credentials, load_config, name_of_file
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
@@ -20,9 +20,16 @@ from densenet_dist.sweep.space import Domain, Value, read_domain
 from densenet_dist.typed_settings import Settings, join_problems
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
 
-SETTINGS: Final = Settings(SweepConfig, impossible)
+
+def _impossible(settings: SweepConfig) -> Iterator[str]:
+    yield from impossible(settings)
+    yield from held_credentials(storage=settings.storage)
+
+
+SETTINGS: Final = Settings(SweepConfig, _impossible)
 DEFAULT_TRIALS: Final = 16
 _CHECKED_COMBINATIONS: Final = 200
+_LARGEST_GRID: Final = 10_000
 _GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "seed")
 _PBT_MAY_CHANGE: Final = (
     *("train.lr", "train.label_smoothing", "train.clip_grad_norm", "train.optimizer.weight_decay"),
@@ -186,10 +193,12 @@ def _judge(sweep: Sweep) -> list[str]:
     settings = sweep.settings
     if settings.search.name == "grid":
         for key, domain in sweep.space.items():
-            if domain.every() is None:
+            if domain.count is None:
                 problems.append(f"space.{key}: search.name=grid needs a choice, or a step")
         count = spaces.size(sweep.space)
-        if count is not None and settings.trials not in (None, count):
+        if count is not None and count > _LARGEST_GRID:
+            problems.append(f"space: a grid may have {_LARGEST_GRID} combinations at most; set search.name=random")
+        elif count is not None and settings.trials not in (None, count):
             problems.append(f"trials: the grid has {count} combinations; leave trials out")
     if settings.scheduler.name == "pbt":
         fixed = [key for key in sweep.space if key not in _PBT_MAY_CHANGE]

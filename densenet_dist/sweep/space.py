@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,6 +31,11 @@ class Choice:
     def ends(self) -> tuple[Value, ...]:
         """Values which, if they are legal, let all others be expected to be."""
         return self.values
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return len(self.values)
 
     def every(self) -> list[Value] | None:
         """All values, for a grid."""
@@ -81,6 +86,13 @@ class Range:
     def ends(self) -> tuple[Number, ...]:
         """The lowest and the highest."""
         return (self.low, self.high if self.step is None else self._at(self._count - 1))
+
+    @property
+    def count(self) -> int | None:
+        """How many values there are; None where there are too many to name."""
+        if self.step is not None:
+            return self._count
+        return int(self.high) - int(self.low) + 1 if self.integer and not self.log else None
 
     def every(self) -> list[Number] | None:
         """All values, for a grid; None where there are too many to name."""
@@ -146,21 +158,30 @@ def _read_range(kind: str, ends: Any, step: Any) -> Range:
     if not isinstance(ends, list) or len(ends) != 2 or not all(type(end) in allowed for end in ends):
         raise ConfigError(f"{kind} needs [low, high] in {'whole ' * integer}numbers, not {_shown(ends)}")
     low, high = ends
-    if not all(math.isfinite(end) for end in ends) or low >= high:
+    if not _is_finite(lambda: float(high) - float(low)) or low >= high:
         raise ConfigError(f"{kind} needs a low end below its high end, not {_shown(ends)}")
     if log and low <= 0:
         raise ConfigError(f"{kind} needs a low end above 0, not {low:g}")
-    if step is not None and (log or type(step) not in allowed or not 0 < step <= high - low):
+    if step is not None and (
+        log or type(step) not in allowed or not 0 < step <= high - low or not _is_finite(lambda: (high - low) / step)
+    ):
         raise ConfigError(f"a step (uniform, integer) must be above 0 and fit into {_shown(ends)}, not {_shown(step)}")
     if not integer:
         low, high = float(low), float(high)
     return Range(low, high, integer, log, step)
 
 
+def _is_finite(compute: Callable[[], float]) -> bool:
+    try:
+        return math.isfinite(compute())
+    except OverflowError:  # of an integer beyond all floating-point numbers
+        return False
+
+
 def size(space: Space) -> int | None:
     """How many combinations a grid has; None where some key has too many values to name."""
-    every = [domain.every() for domain in space.values()]
-    return math.prod(len(values) for values in every if values is not None) if None not in every else None
+    counts = [domain.count for domain in space.values()]
+    return math.prod(count for count in counts if count is not None) if None not in counts else None
 
 
 def grid(space: Space) -> Iterator[dict[str, Value]]:

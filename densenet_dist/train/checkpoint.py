@@ -17,8 +17,10 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync_f
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
 _WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
+_FILES = (_WEIGHTS, _AVERAGE, _STATE)
 _UNREADABLE = (
     *(OSError, StorageError, SafetensorError),
     *(pickle.UnpicklingError, RuntimeError, EOFError),  # torch.load
@@ -70,6 +73,15 @@ class Entry:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A checkpoint about to be written, and what the manifest says once it is: all complete ones, and the best."""
+
+    entry: Entry
+    entries: tuple[Entry, ...]
+    best: str | None
+
+
 @dataclass
 class Snapshot:
     """What a checkpoint holds.
@@ -80,6 +92,7 @@ class Snapshot:
         state: nested plain values and tensors: optimizer, scaler, course, sums.
         position: where training goes on.
         metrics: validation figures, at an epoch's end.
+        validated: whether that is known; a state from before a validation must not replace the one after it.
     """
 
     model: Mapping[str, Tensor]
@@ -87,6 +100,7 @@ class Snapshot:
     state: dict[str, Any]
     position: Position
     metrics: dict[str, float]
+    validated: bool = True
 
 
 class CheckpointStore:
@@ -97,6 +111,8 @@ class CheckpointStore:
         self.entries: list[Entry] = []
         self.best: str | None = None
         self.damaged: list[str] = []
+        self.rebuilt: str | None = None
+        """Why the list of checkpoints was made anew from those there are, where it was."""
         if run.exists(_MANIFEST):
             self._read_manifest(run.fetch(_MANIFEST))
 
@@ -106,8 +122,25 @@ class CheckpointStore:
         Raises:
             StorageError: where it cannot be written; the checkpoints before it stay whole.
         """
-        entry = Entry(f"step-{snapshot.position.global_step:08d}", snapshot.position, snapshot.metrics)
-        folder = f"{CHECKPOINTS_FOLDER}/{entry.name}"
+        planned = self.plan(snapshot)
+        self.write(snapshot, planned)
+        return planned.entry
+
+    def plan(self, snapshot: Snapshot) -> Planned:
+        """Decide which checkpoints there are once this one is written; `entries` and `best` say so at once."""
+        entry = Entry(_name_of(snapshot), snapshot.position, snapshot.metrics)
+        self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
+        self.best = self._judge()
+        self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
+        return Planned(entry, tuple(self.entries), self.best)
+
+    def write(self, snapshot: Snapshot, planned: Planned) -> None:
+        """Do what was planned.
+
+        Raises:
+            StorageError: where it cannot be written; the checkpoints before it stay whole.
+        """
+        folder = f"{CHECKPOINTS_FOLDER}/{planned.entry.name}"
         try:
             _write_folder(self.run.path / folder, snapshot)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -116,12 +149,8 @@ class CheckpointStore:
                 "  the checkpoints before it are whole: make room, then go on with --resume"
             ) from error
         self.run.publish(folder)
-        self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
-        self.best = self._judge()
-        self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
-        self._write_manifest()
-        self._sweep()
-        return entry
+        self._write_manifest(planned)
+        self._sweep(planned)
 
     def latest(self) -> Entry | None:
         """The newest complete checkpoint."""
@@ -169,7 +198,8 @@ class CheckpointStore:
             if (meta["position"], meta["metrics"]) != (asdict(entry.position), entry.metrics):
                 raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{_META} is damaged")
             for name in {_WEIGHTS, _STATE, *meta["sha256"]}:
-                if _sha256(folder / name) != meta["sha256"][name]:
+                # Of other names one may lead to a device, or a pipe, that is read without end.
+                if name not in _FILES or _sha256(folder / name) != meta["sha256"][name]:
                     raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{name} is damaged")
             average = load_file(folder / _AVERAGE) if _AVERAGE in meta["sha256"] else None
             state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
@@ -192,27 +222,50 @@ class CheckpointStore:
         pick = max if self.monitor.endswith("top1") else min
         return pick(judged, key=lambda entry: entry.metrics[self.monitor]).name if judged else None
 
-    def _sweep(self) -> None:
+    def _sweep(self, planned: Planned) -> None:
         """Delete the checkpoints that are not in the list, those that a killed process left as well."""
-        for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in self.entries}:
+        for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in planned.entries}:
             if name.startswith(("step-", ".step-")):
                 self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
-    def _write_manifest(self) -> None:
-        content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
+    def _write_manifest(self, planned: Planned) -> None:
+        content = {"format": 1, "best": planned.best, "checkpoints": [asdict(entry) for entry in planned.entries]}
         self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def _read_manifest(self, path: Path) -> None:
         try:
             content = json.loads(path.read_text())
             self.best = content["best"]
-            self.entries = [
-                Entry(item["name"], Position(**item["position"]), item["metrics"]) for item in content["checkpoints"]
-            ]
+            self.entries = [_entry(item["name"], item) for item in content["checkpoints"]]
             if self.best not in {None, *(entry.name for entry in self.entries)}:
                 raise ValueError(f"the best, {self.best}, is not among them")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.rebuilt = f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}"
+            self.entries = self._found()
+            self.best = self._judge()
+            if not self.entries:
+                raise CheckpointError(self.rebuilt) from error
+
+    def _found(self) -> list[Entry]:
+        """The checkpoints whose folders say what they are, the oldest first."""
+        found = []
+        for name in self.run.names(CHECKPOINTS_FOLDER):
+            with suppress(*_UNREADABLE):
+                meta = json.loads(self.run.fetch(f"{CHECKPOINTS_FOLDER}/{name}/{_META}").read_text())
+                found.append(_entry(name, meta))
+        return sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
+
+
+def _entry(name: str, said: dict[str, Any]) -> Entry:
+    """What the list, or a checkpoint itself, says of it. Anybody may have written that, and the name becomes a path."""
+    entry = Entry(name, Position(**said["position"]), said["metrics"])
+    if not re.fullmatch(r"step-[0-9a-z-]+", name):
+        raise ValueError(f"{name[:80]!r} is no name of a checkpoint")
+    if not all(type(value) is int for value in asdict(entry.position).values()):
+        raise ValueError(f"the position of {name} is none")
+    if not all(type(value) in (int, float) for value in entry.metrics.values()):
+        raise ValueError(f"the metrics of {name} are no numbers")
+    return entry
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
@@ -233,6 +286,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise CheckpointError(f"{origin} does not fit this model:\n  " + "\n  ".join(shown))
     model.load_state_dict(dict(weights))
+
+
+def _name_of(snapshot: Snapshot) -> str:
+    # Names are used once: a folder is never replaced by another while the manifest lists it.
+    return f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:

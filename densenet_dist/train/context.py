@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, TypeAlias
 
@@ -16,14 +16,19 @@ import torch
 import torch.distributed as dist
 
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.train.pulse import Goodput, Pulse
 from densenet_dist.train.run_folder import RunFolder
 
 Event: TypeAlias = dict[str, Any]
 """Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it."""
 
 
+class Stopped(BaseException):
+    """Raised on every rank when the run is to end here, as it was asked to: all that is to be kept is saved."""
+
+
 class RunContext(Protocol):
-    """The five things the loop is given."""
+    """What the loop is given."""
 
     @property
     def rank(self) -> int:
@@ -41,6 +46,18 @@ class RunContext(Protocol):
     def run(self) -> RunFolder:
         """The run's folder, checkpoints included; every rank can read it, rank 0 writes."""
 
+    @property
+    def pulse(self) -> Pulse:
+        """What this rank is doing, and what is asked of it."""
+
+    @property
+    def goodput(self) -> Goodput:
+        """What the run's time went to; rank 0's counts."""
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the checkpoint that an epoch's event names must lie in the run's folder by then."""
+
     def report(self, event: Event) -> None:
         """Tell whoever watches the run. For ``epoch`` events every rank calls it, for others rank 0 alone."""
 
@@ -54,6 +71,12 @@ class LocalContext:
     listener: Callable[[Event], None] | None = None
     rank: int = 0
     world_size: int = 1
+    hands_over: bool = False
+    pulse: Pulse = field(default_factory=Pulse)
+    goodput: Goodput = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "goodput", Goodput(self.pulse))
 
     def report(self, event: Event) -> None:
         """Hand the event to the listener at once."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import TrainingError
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import Position, load_weights
-from densenet_dist.train.context import RunContext
+from densenet_dist.train.checkpoint import Position, Snapshot, load_weights
+from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, autocast, build_job, describe, digest_of_files, sync_from_rank0
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
+from densenet_dist.train.pulse import Wish
 from densenet_dist.train.run_folder import SUMMARY_FILE
 from densenet_dist.train.step_graph import StepGraph
 
 PROGRESS_EVERY_S = 0.5
-FINITE_CHECK_EVERY = 50
-"""Steps between looks at the losses for NaN: each look is a host sync and a collective call."""
 
 
 def fit(config: Config, context: RunContext) -> dict[str, Any]:
@@ -45,6 +44,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
     Raises:
         TrainingError: when a loss is NaN or infinite, on every rank at the same step.
+        Stopped: when the context's pulse was asked for that, and all is saved.
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     job = build_job(config, context)
@@ -56,6 +56,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if log is not None:
             log.abandon()  # this process may go on to another run
         raise
+    finally:
+        job.saver.close()
 
 
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
@@ -78,29 +80,31 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
 
     Returns:
         ``train/loss``, ``train/top1``, ``train/top5`` over the whole epoch and all ranks; ``perf/images_per_s`` and
-        ``perf/data_wait`` (share of time) over the part that this process trained.
+        ``perf/data_wait`` (share of time) of rank 0.
     """
     job.forward.train()
-    started, waited, seen = time.perf_counter(), 0.0, 0
-    shown = asked = started
+    pulse = job.context.pulse
+    pulse.enter("wait")
+    shown = time.perf_counter()
     for batch in _batches(job):
-        waited += time.perf_counter() - asked
+        pulse.enter("train")
         if log is not None and job.position.global_step == 0:
             first = batch.batch() if isinstance(batch, BatchRecipe) else batch
             log.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         train_step(job, batch)
-        seen += batch.global_size
+        pulse.moved(job.position.global_step)
         _after_step(job)
-        asked = time.perf_counter()
-        if job.context.rank == 0 and asked - shown > PROGRESS_EVERY_S:
-            shown = asked
-            _show_progress(job, seen / (asked - started))
+        now = time.perf_counter()
+        if job.context.rank == 0 and now - shown > PROGRESS_EVERY_S:
+            shown = now
+            _show_progress(job)
+        pulse.enter("wait")
+    pulse.enter("train")
     totals = job.metrics.compute()  # waits for the device, so that the time below is that of the work
-    seconds = time.perf_counter() - started
-    job.seconds += seconds
-    job.metrics = Metrics(job.context.device)
+    pulse.enter("validate")
+    trained, waited = job.count_time()
     figures = {f"train/{name}": totals[name] for name in ("loss", "top1", "top5")}
-    return figures | {"perf/images_per_s": seen / seconds, "perf/data_wait": waited / seconds}
+    return figures | {"perf/images_per_s": job.num_images[0] / trained, "perf/data_wait": waited / trained}
 
 
 def _batches(job: Job) -> Iterator[Batch] | Iterator[BatchRecipe]:
@@ -172,24 +176,19 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
         "lr": job.course.lr(job.position.global_step - job.position.step),
     }
     record |= train_epoch(job, log)
-    _check_finite(job)
-    validation: dict[str, float] = {}
-    if job.val_loader is not None:
-        device, precision = job.context.device, job.config.train.precision
-        totals = evaluate_model(job.eval_model, job.val_loader, device, precision)
-        validation = {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
-        if not math.isfinite(totals["loss"]):
-            raise _diverged(job, "validation loss is", job.position.global_step - 1)
-    job.course.epoch_end(validation.get("val/loss"))
-    job.position = Position(job.position.epoch + 1, 0, job.position.global_step)
-    record |= validation | {"seconds": time.perf_counter() - started}
+    _decide(job)
+    validation = _validate(job)
+    job.end_epoch(validation.get("val/loss"))
+    record |= validation | job.context.goodput.figures() | {"seconds": time.perf_counter() - started}
     if log is not None:
         log.record(record, job.position.global_step)
         log.publish()
     _tell_of_lost_files(job)
     last = job.position.epoch == job.config.train.epochs or job.course.stopped
     if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last:
-        _save(job, validation)
+        _save(job, job.snapshot(validation))
+    if job.context.hands_over or last:
+        job.saver.wait()
     latest = job.store.latest()
     job.context.report(
         {
@@ -204,31 +203,73 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
     )
 
 
+def _validate(job: Job) -> dict[str, float]:
+    if job.val_loader is None:
+        return {}
+    before = job.snapshot(validated=False)  # refers to the state, which validation leaves as it is
+    batches = _watched(job, job.val_loader, lambda: _leave(job, before))
+    totals = evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
+    if not math.isfinite(totals["loss"]):
+        raise _diverged(job, "validation loss is", job.position.global_step - 1)
+    return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
+
+
+def _watched(job: Job, batches: Iterable[Batch], leave: Callable[[], None]) -> Iterator[Batch]:
+    """The batches of an evaluation. Rank 0 leaves between two of them when it is asked to stop."""
+    pulse = job.context.pulse
+    for batch in batches:
+        yield batch
+        pulse.moved()
+        if pulse.wish is Wish.LEAVE:
+            raise Stopped
+        if job.context.rank == 0 and pulse.wish is Wish.STOP:
+            leave()
+
+
 def _after_step(job: Job) -> None:
     step, every = job.position.global_step, job.config.checkpoint.every_steps
-    inside = job.position.step < job.train_loader.steps_per_epoch
-    save = every is not None and step % every == 0 and inside
-    if save or step % FINITE_CHECK_EVERY == 0:
-        _check_finite(job)
-    if save:
-        _save(job, {})
+    if job.position.step == job.train_loader.steps_per_epoch:
+        return  # all is looked at and saved once the epoch is over
+    save = isinstance(every, int) and step % every == 0
+    if save or job.agreement.due():
+        auto = every == "auto" and job.context.rank == 0 and job.saver.due()
+        wish = _decide(job, Wish.SAVE if auto else Wish.NOTHING)
+        if wish is Wish.LEAVE:
+            raise Stopped
+        if save or wish is not Wish.NOTHING:
+            job.count_time()
+            _save(job, job.snapshot())
+        if wish is Wish.STOP:
+            _leave(job)
 
 
-def _save(job: Job, validation: dict[str, float]) -> None:
+def _decide(job: Job, wish: Wish = Wish.NOTHING) -> Wish:
+    """Look together with the other ranks at the losses so far, and at what is asked of the run."""
+    decision = job.agreement.look(wish)
+    if decision.not_finite is not None:
+        raise _diverged(job, "loss is", decision.not_finite)
+    return decision.wish
+
+
+def _leave(job: Job, snapshot: Snapshot | None = None) -> NoReturn:
+    """Save what is given, wait until all is written, and end."""
+    if snapshot is not None:
+        _save(job, snapshot)
+    job.saver.wait()
+    if job.context.rank == 0:
+        job.context.report({"kind": "note", "text": f"stopped; the checkpoint of step {job.saved_step} is saved"})
+    raise Stopped
+
+
+def _save(job: Job, snapshot: Snapshot) -> None:
     # The last step's loss was that of the weights before it.
     norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in job.model.parameters()]))
     if not norms.isfinite().all():
         raise _diverged(job, "norm of the weights is", job.position.global_step - 1)
-    snapshot = job.snapshot(validation)
     if job.context.rank == 0:
-        job.store.save(snapshot)
+        with job.context.pulse.during("save"):
+            job.saver.save(snapshot)
     job.saved_step = job.position.global_step
-
-
-def _check_finite(job: Job) -> None:
-    step = job.finite.first()
-    if step is not None:
-        raise _diverged(job, "loss is", step)
 
 
 def _diverged(job: Job, what: str, step: int) -> TrainingError:
@@ -248,6 +289,8 @@ def _restore(job: Job) -> None:
     if job.context.rank == 0:
         snapshot = job.store.load_latest()
         chosen[0] = snapshot.position if snapshot else None
+        if job.store.rebuilt:
+            job.context.report({"kind": "note", "text": f"{job.store.rebuilt}; it is made anew from those there are"})
         for problem in job.store.damaged:
             job.context.report({"kind": "note", "text": f"{problem}; it is left out"})
     if dist.is_initialized():
@@ -264,6 +307,8 @@ def _restore(job: Job) -> None:
 def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     """Test the best model once, on every rank's share of the test images, and write the summary."""
     config, context = job.config, job.context
+    context.pulse.enter("test")
+    job.saver.wait()
     best: list[Any] = [None]
     if context.rank == 0:
         snapshot = job.store.load_best()
@@ -274,7 +319,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         dist.broadcast_object_list(best, src=0)
     sync_from_rank0(list(job.eval_model.parameters()))
     engine = engine_of(config, context.device, job.dataset, job.dataset.test, job.loader)
-    batches = eval_loader(config, context, job.dataset.test, engine)
+    batches = _watched(job, eval_loader(config, context, job.dataset.test, engine), lambda: _leave(job))
     totals = evaluate_model(job.eval_model, batches, context.device, config.train.precision)
     test = {f"test/{name}": totals[name] for name in ("loss", "top1", "top5")}
     summary = {
@@ -320,8 +365,9 @@ def _gradients_stay_here(forward: nn.Module) -> Any:
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
-def _show_progress(job: Job, rate: float) -> None:
+def _show_progress(job: Job) -> None:
     loss, _, _, images = job.metrics.sums.tolist()
+    trained, _ = job.count_time()
     job.context.report(
         {
             "kind": "progress",
@@ -331,6 +377,7 @@ def _show_progress(job: Job, rate: float) -> None:
             "steps": job.train_loader.steps_per_epoch,
             "global_step": job.position.global_step,
             "loss": loss / max(images, 1.0),
-            "rate": rate,
+            "rate": job.position.step * job.config.train.global_batch_size / trained,
+            "goodput": job.context.goodput.ratio,
         }
     )

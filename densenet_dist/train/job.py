@@ -21,13 +21,16 @@ from densenet_dist.errors import DataError
 from densenet_dist.model import DenseNet, count_parameters, densenet
 from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.schema import Config, ModelConfig
+from densenet_dist.train.agreement import Agreement
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import wrap
+from densenet_dist.train.identity import identity_of, require_same
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
+from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +49,7 @@ class Job:
         position: the next step to take.
         saved_step: the global step of the newest checkpoint, known on every rank.
         seconds: time spent in training epochs so far, over all restarts.
+        epoch_time: of the current epoch so far: seconds of training, seconds of those spent waiting for batches.
         step_graph: what takes the steps where they are captured as a CUDA graph.
     """
 
@@ -64,12 +68,22 @@ class Job:
     val_loader: EvalLoader | None
     num_images: tuple[int, int]
     store: CheckpointStore
-    metrics: Metrics
-    finite: FiniteWatch
+    saver: Saver = field(init=False)
+    metrics: Metrics = field(init=False)
+    finite: FiniteWatch = field(init=False)
+    agreement: Agreement = field(init=False)
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     seconds: float = 0.0
+    epoch_time: tuple[float, float] = (0.0, 0.0)
     step_graph: StepGraph | None = None
+    _counted: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.store, self.context.pulse)
+        self.metrics = Metrics(self.context.device)
+        self.finite = FiniteWatch(self.context.device)
+        self.agreement = Agreement(self.context, self.finite)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -107,18 +121,44 @@ class Job:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
-    def snapshot(self, metrics: dict[str, float] | None = None) -> Snapshot:
+    def count_time(self) -> tuple[float, float]:
+        """Add what the pulse has counted since the last call to `seconds` and `epoch_time`.
+
+        Returns:
+            `epoch_time`.
+        """
+        spent = self.context.pulse.seconds()
+        waited, trained = spent.get("wait", 0.0), spent.get("wait", 0.0) + spent.get("train", 0.0)
+        news = trained - self._counted[0], waited - self._counted[1]
+        self._counted = trained, waited
+        self.seconds += news[0]
+        self.epoch_time = self.epoch_time[0] + news[0], self.epoch_time[1] + news[1]
+        return self.epoch_time
+
+    def end_epoch(self, val_loss: float | None) -> None:
+        """Go over to the next epoch."""
+        self.course.epoch_end(val_loss)
+        self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
+        self.metrics = Metrics(self.context.device)
+        self.epoch_time = (0.0, 0.0)
+
+    def snapshot(self, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
         """The state as it stands. A collective call: every rank's running sums go in."""
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "course": self.course.state_dict(),
             "sums": self.metrics.gather(),
-            "seconds": self.seconds,
+            "clock": {
+                "seconds": self.seconds,
+                "epoch_time": self.epoch_time,
+                "goodput": self.context.goodput.state_dict(),
+            },
             "pictures": digest_of_files(self.dataset),
+            "identity": identity_of(self.config, self.dataset),
         }
         average = self.average.model.state_dict() if self.average else None
-        return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {})
+        return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {}, validated)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take up a checkpoint.
@@ -127,6 +167,7 @@ class Job:
             CheckpointError: where it does not fit this model.
         """
         origin = f"the checkpoint of step {snapshot.position.global_step}"
+        require_same(snapshot, identity_of(self.config, self.dataset), origin)
         load_weights(self.model, snapshot.model, origin)
         if self.average:
             load_weights(self.average.model, snapshot.average or snapshot.model, origin)
@@ -141,7 +182,10 @@ class Job:
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.course.load_state_dict(snapshot.state["course"])
         self.metrics.restore(snapshot.state["sums"], self.context.rank, self.context.world_size)
-        self.position, self.seconds = snapshot.position, snapshot.state["seconds"]
+        self.position = snapshot.position
+        clock = snapshot.state["clock"]
+        self.seconds, self.epoch_time = clock["seconds"], clock["epoch_time"]
+        self.context.goodput.load_state_dict(clock["goodput"])
         self.saved_step = snapshot.position.global_step
 
 
@@ -179,8 +223,6 @@ def build_job(config: Config, context: RunContext) -> Job:
         val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
         num_images=(len(train_indices), len(val_indices)),
         store=store,
-        metrics=Metrics(context.device),
-        finite=FiniteWatch(context.device),
     )
     job.step_graph = _step_graph(job)
     return job

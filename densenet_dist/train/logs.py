@@ -125,7 +125,7 @@ class Console:
         self._console = RichConsole(highlight=False, quiet=quiet, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._started = False
+        self._workers: int | None = None
 
     def __enter__(self) -> Console:
         return self
@@ -158,11 +158,13 @@ class Console:
             self._console.print(f"  [dim]{name:<{width}}[/]  {escape(value)}")
 
     def _start(self, event: Event) -> None:
-        if not self._started:
-            self._started = True
+        workers = event["world_size"]
+        if self._workers is None:
             self._header(event)
+        on = f", on {workers} x {event['device']}" if self._workers not in (None, workers) else ""
+        self._workers = workers
         if event["global_step"]:
-            self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}")
+            self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
 
     def _header(self, event: Event) -> None:
         self._console.print(

@@ -63,19 +63,18 @@ def gather_ranks(tensor: Tensor) -> Tensor:
 
 
 class FiniteWatch:
-    """Remembers the first step whose loss was NaN or infinite, without a host sync a step."""
+    """Remembers the first step whose loss was NaN or infinite, without a host sync a step.
 
-    _NEVER = torch.iinfo(torch.int64).max
+    Attributes:
+        step: () int64 on the device: that step, or `NEVER`.
+    """
+
+    NEVER = torch.iinfo(torch.int64).max
 
     def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((), self._NEVER, dtype=torch.int64, device=device)
+        self.step = torch.full((), self.NEVER, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, loss: Tensor, step: int) -> None:
         """Look at the loss, a () tensor, of global step `step`."""
-        self._first = torch.where(torch.isfinite(loss), self._first, self._first.clamp(max=step))
-
-    def first(self) -> int | None:
-        """The first such step over all ranks, if there was one. A collective call."""
-        step = int(gather_ranks(self._first).min().item())
-        return None if step == self._NEVER else step
+        self.step = torch.where(torch.isfinite(loss), self.step, self.step.clamp(max=step))

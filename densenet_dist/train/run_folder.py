@@ -193,6 +193,12 @@ def split_location(location: str) -> tuple[str, str]:
     return f"{parent}{question}{query}", name
 
 
+def join_location(storage: str, name: str) -> str:
+    """The reverse of `split_location`."""
+    base, question, query = storage.partition("?")
+    return f"{base.rstrip('/')}/{name}{question}{query}"
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from densenet_dist.cluster.resources import TrialRoom, plan_trials
+from densenet_dist.cluster.resources import TrialRoom, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.schema import ClusterConfig
+from densenet_dist.schema import ClusterConfig, WorkerRange
 from densenet_dist.sweep.schema import SchedulerConfig, SweepConfig
 
 
@@ -93,3 +93,26 @@ def test_a_population_of_several_workers_needs_room_for_all():
         plan(6, trials=4, workers=2, scheduler=pbt)
     assert plan(8, trials=4, workers=2, scheduler=pbt).concurrent == 4
     assert plan(2, trials=4, scheduler=pbt).concurrent == 2, "those of one worker take turns"
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "expected"),
+    [
+        (2, 2, (2, 2)),
+        ("auto", 8, (2, 2)),
+        ("auto", 1, (1, 1)),
+        (WorkerRange(1, 4), 2, (1, 4)),
+        (WorkerRange(2, 2), 2, (2, 2)),
+    ],
+)
+def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
+    planned = plan_resources(ClusterConfig(workers=workers, device="cpu"), {"CPU": cpus}, fixed=True)
+    assert (planned.fewest, planned.workers) == expected
+    assert planned.lacking == ""
+
+
+def test_a_range_waits_for_its_least_only():
+    asked = ClusterConfig(workers=WorkerRange(3, 8), device="cpu")
+    with pytest.raises(EnvironmentProblem, match="3 workers need 3 CPUs, the cluster has 2"):
+        plan_resources(asked, {"CPU": 2}, fixed=True)
+    assert plan_resources(asked, {"CPU": 2}, fixed=False).lacking == "3 workers need 3 CPUs, the cluster has 2"

@@ -150,9 +150,9 @@ class TestAgain:
         assert len(waits) == 5
 
     def test_a_name_that_does_not_exist_is_final(self, tmp_path: Path, waits: list[float]) -> None:
-        url = "http://densenet-dist.invalid/x"
+        url = "https://densenet-dist.invalid/x"
         try:
-            socket.getaddrinfo("densenet-dist.invalid", 80)
+            socket.getaddrinfo("densenet-dist.invalid", 443)
         except socket.gaierror as error:
             if error.errno == socket.EAI_AGAIN:
                 pytest.skip("there is no name server to say so")

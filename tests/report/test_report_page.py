@@ -19,7 +19,7 @@ from densenet_dist.report import report_at_end, report_run, report_runs
 from densenet_dist.train.evaluation import open_run
 from densenet_dist.train.run_folder import RunFolder
 
-RECORDS = ["Accuracy and loss", "Learning rate, throughput and data wait", "Test images"]
+RECORDS = ["Accuracy and loss", "Learning rate, throughput, data wait and goodput", "Test images"]
 JUDGED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confidently wrong"]
 SETUP = ["Model", "Configuration", "Environment"]
 

@@ -5,7 +5,9 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
+import shutil
 import stat
 import time
 from contextlib import contextmanager
@@ -245,6 +247,12 @@ def test_a_damaged_list_of_checkpoints_is_named(run, change):
     path = run.path / "checkpoints" / "manifest.json"
     assert change(path.read_text()) != path.read_text()
     path.write_text(change(path.read_text()))
+    again = CheckpointStore(run)
+    assert re.match(r"the list of checkpoints .*manifest\.json is damaged", again.rebuilt)
+    assert [entry.name for entry in again.entries] == ["step-00000001"]
+    assert again.best == "step-00000001"
+    assert again.load_latest().position.global_step == 1
+    shutil.rmtree(run.path / "checkpoints" / "step-00000001")
     with pytest.raises(CheckpointError, match=r"the list of checkpoints .*manifest\.json is damaged"):
         CheckpointStore(run)
 

@@ -309,11 +309,11 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_long_epoch_stops_soon_after_it_diverged(tmp_path, monkeypatch):
-    monkeypatch.setattr("densenet_dist.train.engine.FINITE_CHECK_EVERY", 4)
+    monkeypatch.setattr("densenet_dist.train.agreement.MOST_STEPS", 4)
     job = job_of(tiny(tmp_path, "data.limit=300", "train.lr=1e30", "train.schedule.name=constant"))
     with pytest.raises(TrainingError, match="at step 1 "):
         train_epoch(job)
-    assert job.position.step == 4  # of 17
+    assert job.position.step <= 7  # of 17: after steps 1, 3 and 7 at the latest
 
 
 # Checkpoints and runs that do not fit
@@ -322,7 +322,8 @@ def test_a_long_epoch_stops_soon_after_it_diverged(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train(tiny(tmp_path, "train.epochs=1"))
     with pytest.raises(
-        CheckpointError, match=r"(?s)the checkpoint of step 5 does not fit this model:.*there"
+        CheckpointError,
+        match=r"(?s)the checkpoint of step 5 does not fit this run:.*model.growth_rate: 4 there, 6 here",
     ) as caught:
         train(tiny(tmp_path, "train.epochs=2", "model.growth_rate=6"))
     assert caught.value.exit_code == 6
@@ -380,7 +381,6 @@ def test_compiled_steps_are_those_of_eager_ones(tmp_path):
     assert not any(name.startswith("_orig_mod") for name in state(compiled))
     judged = [evaluate_model(job.eval_model, job.val_loader, job.context.device, "fp32") for job in (eager, compiled)]
     assert judged[1]["loss"] == pytest.approx(judged[0]["loss"], rel=1e-3)
-    assert torch.equal(compiled.metrics.sums, torch.zeros(4, dtype=torch.float64))
 
 
 def test_paths_of_a_run(tmp_path):

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from distributed import run_ranks
 from runs import job_of, records, run_of, tiny, train, weights_of
 
-from densenet_dist.cluster.launch import fit, resume_config
+from densenet_dist.cluster.launch import fit
+from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.data.speed import Speed
 from densenet_dist.train.loader_choice import compare
 from densenet_dist.train.run_folder import ENV_FILE

@@ -20,7 +20,8 @@ from densenet_dist.train.run_folder import RunFolder
 
 TAGS = {
     *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
-    *("test/top5", "lr", "perf/images_per_s", "perf/data_wait"),
+    *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "goodput/ratio"),
+    *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 
 
@@ -50,7 +51,11 @@ def test_a_run_leaves_the_tags_of_the_design_in_one_tensorboard_run(tmp_path):
     for tag in TAGS:
         events = [(event.step, event.value) for event in board.Scalars(tag)]
         wanted = [(line["global_step"], line[tag]) for line in lines if tag in line]
-        assert [step for step, _ in events] == [step for step, _ in wanted] == ([10] if "test" in tag else [5, 10])
+        assert (
+            [step for step, _ in events]
+            == [step for step, _ in wanted]
+            == ([10] if tag.startswith("test") else [5, 10])
+        )
         assert [value for _, value in events] == pytest.approx([value for _, value in wanted], rel=1e-6)
     # All in one folder: another one would be another run on the board.
     assert all(path.is_file() for path in (run_of(config).path / "tb").iterdir())

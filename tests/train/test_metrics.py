@@ -112,7 +112,7 @@ def count_shares() -> dict[str, object]:
         "of three": other.sums.tolist(),
         "gathered": gathered.tolist(),
         "order": gather_ranks(torch.tensor([rank, rank])).tolist(),
-        "first": [watch.first() for watch in watches],
+        "first": [int(gather_ranks(watch.step).min()) for watch in watches],
     }
 
 
@@ -129,7 +129,7 @@ def test_over_ranks():
     assert first["of three"] == pytest.approx(np.sum([*first["gathered"], first["gathered"][0]], axis=0))
     assert second["of three"] == [0.0] * 4
     assert first["order"] == [[0, 0], [1, 1]]
-    assert first["first"] == second["first"] == [None, 5, 9]
+    assert first["first"] == second["first"] == [FiniteWatch.NEVER, 5, 9]
 
 
 def test_one_process_takes_up_the_sums_of_two():
@@ -141,8 +141,8 @@ def test_one_process_takes_up_the_sums_of_two():
 def test_the_first_step_that_is_not_finite_is_remembered():
     watch = FiniteWatch(CPU)
     watch.update(torch.tensor(1.0), 3)
-    assert watch.first() is None
+    assert watch.step == FiniteWatch.NEVER
     watch.update(torch.tensor(-math.inf), 4)
     watch.update(torch.tensor(1.0), 5)
     watch.update(torch.tensor(math.nan), 6)
-    assert watch.first() == 4
+    assert watch.step == 4

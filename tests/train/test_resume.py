@@ -70,7 +70,7 @@ def states_of(config: Config) -> dict[str, Any]:
     found = {}
     for entry in CheckpointStore(run_of(config)).entries:
         state = CheckpointStore(run_of(config)).load(entry).state
-        del state["seconds"]
+        del state["clock"]
         found[entry.name] = (entry.position, entry.metrics, state)
     return found
 

@@ -11,7 +11,7 @@ import torch
 
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.train.run_folder import RunFolder, join_location, split_location
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -222,3 +222,8 @@ def test_damage_on_the_object_store_is_found(s3):
     assert found is not None
     assert found.position.step == 1
     assert "step-00000002/model.safetensors is damaged" in again.damaged[0]
+
+
+@pytest.mark.parametrize("location", ["/runs/a", "runs/a", "s3://bucket/a", "s3://bucket/path/a?scheme=http&region=x"])
+def test_a_location_is_a_storage_and_a_name(location):
+    assert join_location(*split_location(location)) == location

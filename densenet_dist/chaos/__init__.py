@@ -1,0 +1,1 @@
+"""Training under injected faults, each compared with a run that nothing happened to."""

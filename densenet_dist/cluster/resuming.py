@@ -1,0 +1,70 @@
+"""What a resumed run may change, and what would make it another run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from densenet_dist.config import load_config, to_dict
+from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.schema import Config
+from densenet_dist.train.context import Event
+from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder
+from densenet_dist.yaml_settings import flatten
+
+_RESUME_MAY_CHANGE = (
+    "cluster.",
+    "fault.",
+    "checkpoint.",
+    "data.root",
+    "data.url",
+    "data.download",
+    "data.prefetch",
+    "data.loader",
+    "storage",
+)
+
+
+def resume_config(run: RunFolder, overrides: list[str]) -> Config:
+    """The configuration of an existing run, with the few changes that a resumed run may take.
+
+    Raises:
+        StorageError: where there is no such run.
+        ConfigError: naming the overrides that would make it another run.
+    """
+    if not run.exists():
+        raise StorageError(f"there is no run at {run.uri}: it has no {CONFIG_FILE}")
+    path = run.fetch(CONFIG_FILE)
+    before, after = load_config(path), load_config(path, *overrides)
+    # The folder may have been moved or mounted elsewhere since: it is where it was found.
+    after = replace(after, storage=run.storage, name=run.name)
+    allowed, refused = _changes(before, after)
+    if refused:
+        fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
+        raise ConfigError(
+            "a resumed run cannot change:\n  "
+            + "\n  ".join(refused)
+            + f"\n  start a new run for that, with name=NEW{fine}"
+        )
+    return after
+
+
+def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
+    """What is different, a line each: what a resumed run may take, and what would make it another run."""
+    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
+    return [lines[key] for key in keys if _may_change(key)], [lines[key] for key in keys if not _may_change(key)]
+
+
+def tell_of_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
+    """Say in a note what is different from the run's config.yaml."""
+    began = load_config(run.fetch(CONFIG_FILE))
+    allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
+    if allowed or refused:
+        text = "\n  ".join(["other settings than those that the run began with:", *allowed, *refused])
+        listener({"kind": "note", "text": text})
+
+
+def _may_change(key: str) -> bool:
+    return key == "name" or key.startswith(_RESUME_MAY_CHANGE)

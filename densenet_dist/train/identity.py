@@ -1,0 +1,55 @@
+"""Which run a checkpoint belongs to: another model's, another data set's or another batch size's is refused."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from densenet_dist.config import to_dict
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.errors import CheckpointError
+from densenet_dist.schema import Config
+from densenet_dist.train.checkpoint import Snapshot
+
+_CHANGEABLE: Final = ("block", "drop_rate")
+"""Settings of the model that its weights do not depend on."""
+
+
+def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """What must be the same: ``always``, and ``within an epoch``, where the order of the images matters too."""
+    model = {f"model.{key}": value for key, value in to_dict(config)["model"].items() if key not in _CHANGEABLE}
+    images = {"data set": dataset.name, "classes": dataset.num_classes, "image side": dataset.image_size}
+    order = {
+        "seed": config.seed,
+        "data.limit": config.data.limit,
+        "data.val_fraction": config.data.val_fraction,
+        "train.global_batch_size": config.train.global_batch_size,
+    }
+    return {"always": model | images, "within an epoch": order}
+
+
+def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
+    """Whether a checkpoint is of a run like this one.
+
+    Args:
+        snapshot: the checkpoint.
+        here: `identity_of` this run.
+        origin: what to call it in the error.
+
+    Raises:
+        CheckpointError: with every difference.
+    """
+    there = snapshot.state.get("identity")
+    if there is None:
+        return  # written before there was one
+    kinds = ("always", "within an epoch") if snapshot.position.step else ("always",)
+    pairs = [(key, there[kind].get(key), value) for kind in kinds for key, value in here[kind].items()]
+    different = [f"  {key}: {_shown(one)} there, {_shown(other)} here" for key, one, other in pairs if one != other]
+    if different:
+        raise CheckpointError(
+            "\n".join([f"{origin} does not fit this run:", *different])
+            + "\n  give the run back its own config.yaml, or start a new one with name=NEW"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,211 @@
+"""One job to a folder: a file in it that says whose it is, and that its holder renews as long as it lives.
+
+No clock of one machine is compared with that of another: a lease is stale when the one who waits has seen it unchanged
+for `STALE_S` of its own time, or when it can see that the holder's process, on its own machine, is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+from densenet_dist.errors import StorageError
+from densenet_dist.train.run_folder import RunFolder
+
+LEASE_FILE: Final = "lease.json"
+BEAT_S = 5.0
+STALE_S = 15.0
+_SETTLE_S: Final = 0.2
+"""Two that take a stale lease at the same time both see whose it became after this."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder.
+
+    Attributes:
+        key: of this hold alone.
+        host: the name of its machine, and ``machine`` what tells that from every other, and from its own restart.
+        pid: its process, and ``born`` when that began, in the machine's own count: numbers are used again.
+        beat: counts up while it lives.
+    """
+
+    key: str
+    host: str
+    machine: str
+    pid: int
+    born: str
+    beat: int = 0
+
+    @classmethod
+    def here(cls) -> Holder:
+        """This process."""
+        return cls(uuid4().hex, os.uname().nodename, _machine(), os.getpid(), _born(os.getpid()))
+
+    @property
+    def gone(self) -> bool:
+        """Whether it was a process of this machine, and is no more."""
+        return self.machine == _machine() and _born(self.pid) != self.born
+
+    @property
+    def here_and_alive(self) -> bool:
+        """Whether it is a process of this machine that lives."""
+        return self.machine == _machine() and self.born != "" and _born(self.pid) == self.born
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Lease:
+    """A hold on a folder; `hold` gives it.
+
+    Attributes:
+        lost: whether another job took the folder over, while this one stood still for long.
+    """
+
+    def __init__(self, folder: RunFolder, holder: Holder) -> None:
+        self.lost = False
+        self._folder, self._holder = folder, holder
+        self._leave: Callable[[], None] = lambda: None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def when_lost(self, leave: Callable[[], None]) -> None:
+        """What to call, in a thread, once the folder is another's: nothing more may be written to it."""
+        self._leave = leave
+
+    def check(self) -> None:
+        """Nothing where the folder is still held.
+
+        Raises:
+            StorageError: naming who has it now.
+        """
+        if self.lost:
+            raise StorageError(
+                f"{self._folder.uri} was taken over by {_read(self._folder) or 'another job'}, while this one stood "
+                "still for long\n  nothing is lost: that one goes on from the last checkpoint"
+            )
+
+    def start(self) -> None:
+        """Begin to renew it."""
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._end.set()
+        self._thread.join()
+        with suppress(StorageError):
+            if not self.lost and self._mine():
+                self._folder.remove(LEASE_FILE)
+
+    def _mine(self) -> bool:
+        found = _read(self._folder)
+        return found is not None and found.key == self._holder.key
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_S):
+            with suppress(StorageError):  # of the moment, or the checkpoints will say so
+                if not self._mine():
+                    self.lost = True
+                    self._leave()
+                    return
+                self._holder = replace(self._holder, beat=self._holder.beat + 1)
+                _write(self._folder, self._holder)
+
+
+class NoLease:
+    """In place of a `Lease` where another process holds the folder for this one."""
+
+    def when_lost(self, leave: Callable[[], None]) -> None:
+        """Never."""
+
+    def check(self) -> None:
+        """It is not lost."""
+
+
+@contextmanager
+def hold(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[Lease]:
+    """Hold a folder for this process alone.
+
+    Args:
+        folder: it exists.
+        tell: called with a line where it takes a while: where the holder, on another machine, may be dead.
+
+    Raises:
+        StorageError: where a job that lives holds it.
+    """
+    _wait_until_free(folder, tell)
+    holder = Holder.here()
+    _write(folder, holder)
+    time.sleep(_SETTLE_S)
+    found = _read(folder)
+    if found is None or found.key != holder.key:
+        raise _taken(folder, found)
+    lease = Lease(folder, holder)
+    lease.start()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _wait_until_free(folder: RunFolder, tell: Callable[[str], None]) -> None:
+    first = _read(folder)
+    if first is None or first.gone:
+        return
+    if first.here_and_alive:
+        raise _taken(folder, first)
+    tell(f"{folder.uri} was held by {first}: waiting {STALE_S:g} s to see whether it still is")
+    end = time.monotonic() + STALE_S
+    while time.monotonic() < end:
+        time.sleep(min(1.0, STALE_S / 4))
+        now = _read(folder)
+        if now is None:
+            return
+        if now != first:
+            raise _taken(folder, now)
+
+
+def _taken(folder: RunFolder, holder: Holder | None) -> StorageError:
+    return StorageError(
+        f"{folder.uri} is in use by {holder or 'another job'}\n  wait for it, stop it, or choose another name: name=NEW"
+    )
+
+
+def _read(folder: RunFolder) -> Holder | None:
+    """The holder; None where there is none, or where the file says nothing that this version understands."""
+    if not folder.exists(LEASE_FILE):
+        return None
+    try:
+        return Holder(**json.loads(folder.fetch(LEASE_FILE).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _write(folder: RunFolder, holder: Holder) -> None:
+    folder.write(LEASE_FILE, json.dumps(asdict(holder)) + "\n")
+
+
+def _machine() -> str:
+    """This boot of this machine, and the container in it: process numbers mean something within that only."""
+    parts = [os.uname().nodename]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+def _born(pid: int) -> str:
+    """When a process began, in ticks since the boot; empty where there is none, or where that cannot be known."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return ""
+    return "" if state == "Z" else fields[18]

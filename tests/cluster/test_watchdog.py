@@ -1,0 +1,138 @@
+"""Which workers hang, by their beats."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from densenet_dist.cluster.heartbeat import Beat
+from densenet_dist.cluster.watchdog import Beats, kill_process
+
+BEAT = Beat(
+    rank=0,
+    world_size=2,
+    node="n",
+    host="far",
+    pid=1,
+    born=0.0,
+    step=40,
+    saved=0,
+    moves=40,
+    phase="train",
+    still_s=0.1,
+    usual_s=0.5,
+    where="",
+)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def look(beats: Beats, clock: Clock, seconds: float, *sent: Beat) -> list[str]:
+    """What is found while those beats come once a second."""
+    found: list[str] = []
+    for _ in range(int(seconds)):
+        clock.now += 1
+        for beat in sent:
+            beats.heard(beat)
+        found += map(str, beats.hung(10))
+    return found
+
+
+def test_nothing_is_found_where_all_is_well(clock):
+    assert look(Beats(clock), clock, 100, BEAT, replace(BEAT, rank=1)) == []
+
+
+def test_a_silent_worker_is_found_in_time_and_told_once(clock):
+    beats = Beats(clock)
+    look(beats, clock, 5, BEAT, replace(BEAT, rank=1))
+    assert look(beats, clock, 9, BEAT) == []
+    assert look(beats, clock, 3, BEAT) == ["rank 1 on far has not been heard of for 11 s after step 40"]
+    assert look(beats, clock, 30, BEAT) == []
+
+
+def test_of_those_that_stand_still_the_one_that_is_furthest_behind_is_named(clock):
+    """It stands in the input pipeline; the others wait for it in the exchange of gradients, one step ahead."""
+    waits = replace(BEAT, still_s=11.0, moves=41, step=41)
+    hangs = replace(BEAT, rank=1, still_s=11.5, phase="wait", where="loader.py:90")
+    assert look(Beats(clock), clock, 2, waits, hangs) == [
+        "rank 1 on far stands still (wait at loader.py:90) for 12 s after step 40"
+    ]
+
+
+def test_in_an_evaluation_the_one_that_does_not_wait_for_others_is_named(clock):
+    """Ranks have shares of their own there, so that the number of batches says nothing."""
+    waits = replace(BEAT, still_s=11.0, phase="test", moves=38, where="metrics.py:61")
+    hangs = replace(BEAT, rank=1, still_s=11.5, phase="test", moves=45, where="image_folder.py:7")
+    (found,) = look(Beats(clock), clock, 2, waits, hangs)
+    assert found.startswith("rank 1 on far stands still (test at image_folder.py:7)")
+
+
+def test_where_all_wait_in_a_collective_call_all_are_named(clock):
+    ranks = [replace(BEAT, rank=rank, still_s=11.0, where="job.py:97") for rank in range(2)]
+    assert len(look(Beats(clock), clock, 2, *ranks)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"still_s": 9.0}, False),
+        ({"still_s": 11.0}, True),
+        ({"still_s": 19.0, "usual_s": 2.0}, False),
+        ({"still_s": 21.0, "usual_s": 2.0}, True),
+        ({"still_s": 599.0, "usual_s": None}, False),
+        ({"still_s": 601.0, "usual_s": None}, True),
+        ({"still_s": 9999.0, "phase": "start"}, False),
+        ({"still_s": 9999.0, "phase": "save"}, False),
+        ({"still_s": 11.0, "phase": "validate"}, True),
+    ],
+)
+def test_how_long_is_long_depends_on_what_it_does(clock, changes, found):
+    assert bool(look(Beats(clock), clock, 2, replace(BEAT, **changes))) is found
+
+
+def test_ranks_of_a_larger_world_before_are_forgotten(clock):
+    beats = Beats(clock)
+    look(beats, clock, 2, *(replace(BEAT, rank=rank, world_size=4) for rank in range(4)))
+    assert look(beats, clock, 30, BEAT, replace(BEAT, rank=1)) == []
+
+
+def test_it_accuses_nobody_after_it_stood_still_itself(clock):
+    beats = Beats(clock)
+    look(beats, clock, 3, BEAT)
+    clock.now += 1000
+    assert beats.hung(10) == []
+    assert look(beats, clock, 9) == []
+    assert len(look(beats, clock, 3)) == 1
+
+
+def test_it_knows_whether_anybody_trains(clock):
+    beats = Beats(clock)
+    assert not beats.moving
+    beats.heard(replace(BEAT, moves=0))
+    assert not beats.moving
+    beats.heard(BEAT)
+    assert beats.moving
+
+
+def test_only_the_process_that_was_meant_is_killed():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    born = psutil.Process(process.pid).create_time()
+    assert not kill_process(process.pid, born - 100)
+    assert process.poll() is None
+    assert kill_process(process.pid, born)
+    assert process.wait(10) == -9
+    assert not kill_process(process.pid, born)

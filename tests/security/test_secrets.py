@@ -1,0 +1,77 @@
+"""Secrets of the environment stay there: runs, on Ray too, `doctor` and `report` write and say nothing of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MARKER = "MARKER7f3a91c5"
+SECRETS = {
+    name: f"{MARKER}{number:02}"
+    for number, name in enumerate(
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY",
+         "HF_TOKEN", "GITHUB_TOKEN", "DENSENET_SECRET")
+    )
+} | {"DATABASE_URL": f"postgres://u:{MARKER}@host/db", "MLFLOW_TRACKING_URI": f"https://u:{MARKER}@host"}  # fmt: skip
+QUICK = ("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1, 1]", "data.limit=128",
+         "train.epochs=1", "data.loader=torch")  # fmt: skip
+
+
+@pytest.fixture
+def command(tmp_path: Path):
+    """Run a command with secrets around it, in a home of its own; what it printed."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = kept | SECRETS | {"HOME": str(tmp_path / "home"), "OMP_WAIT_POLICY": "passive"}
+    (tmp_path / "home").mkdir()
+
+    def run(*arguments: str) -> str:
+        line = [sys.executable, "-m", "densenet_dist", *arguments]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def holding(folder: Path, *secrets: str) -> list[str]:
+    """Files whose name or content holds a secret."""
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        for secret in secrets
+        if secret in path.name or (path.is_file() and secret.encode() in path.read_bytes())
+    ]
+
+
+def test_a_run_in_this_process(command, tmp_path: Path):
+    said = command("train", *QUICK, "cluster.engine=local", "name=here", "storage=runs")
+    said += command("report", "runs/here")
+    said += command("doctor", "cluster.engine=local")
+    assert MARKER not in said
+    assert len(list((tmp_path / "runs" / "here").rglob("*"))) > 10
+    assert holding(tmp_path / "runs", MARKER) == []
+    assert holding(tmp_path / "home", MARKER) == []
+
+
+@pytest.mark.slow
+def test_a_run_on_a_cluster_of_its_own(command, tmp_path: Path):
+    said = command("train", *QUICK, "cluster.workers=1", "cluster.device=cpu", "name=there", "storage=runs")
+    token = tmp_path / "home" / ".ray" / "auth_token"
+    secret = token.read_text()  # Ray makes one where it asks for one: nobody else can use the cluster
+    assert len(secret) >= 32
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert MARKER not in said
+    assert secret not in said
+    assert (tmp_path / "runs" / "there" / "summary.json").exists()
+    assert holding(tmp_path / "runs", MARKER, secret) == []
+
+
+def test_nothing_of_the_environment_is_sent_with_a_job():
+    from densenet_dist.cluster import connection, submit
+
+    assert not {name for name in connection.WORKER_ENV | connection.DRIVER_ENV if "TOKEN" in name or "KEY" in name}
+    assert {".env", ".netrc", ".aws/", ".ssh/", "*.pem", "*.key", ".git/"} <= set(submit.EXCLUDED)

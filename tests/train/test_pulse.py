@@ -1,0 +1,130 @@
+"""What a rank tells of itself, and where a run's time goes."""
+
+from __future__ import annotations
+
+import pytest
+
+from densenet_dist.train import pulse as module
+from densenet_dist.train.pulse import Goodput, Pulse, Wish
+
+
+class Clock:
+    """Both clocks that the module reads, set by a test."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1_000_000 + self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def spend(pulse: Pulse, clock: Clock, phase: str, seconds: float) -> None:
+    pulse.enter(phase)  # type: ignore[arg-type]
+    clock.now += seconds
+
+
+def test_time_goes_to_the_phase_that_it_was_spent_in(clock):
+    pulse = Pulse()
+    clock.now += 2
+    spend(pulse, clock, "wait", 1)
+    spend(pulse, clock, "train", 5)
+    with pulse.during("save"):
+        clock.now += 0.5
+    clock.now += 1
+    assert pulse.phase == "train"
+    assert pulse.seconds() == {"start": 2.0, "wait": 1.0, "train": 6.0, "save": 0.5}
+
+
+def test_it_remembers_the_longest_pause_between_two_moves_but_the_first(clock):
+    pulse = Pulse()
+    pulse.enter("train")
+    clock.now += 100  # the first step compiles
+    pulse.moved(1)
+    for step, seconds in ((2, 3.0), (3, 7.0), (4, 1.0)):
+        clock.now += seconds
+        pulse.moved(step)
+    assert (pulse.step, pulse.moves, pulse.longest) == (4, 4, 7.0)
+    assert pulse.known == {"train"}
+    clock.now += 2.5
+    assert pulse.still == 2.5
+    pulse.enter("validate")
+    clock.now += 1
+    assert pulse.still == 1.0
+
+
+def test_the_greatest_wish_counts():
+    pulse = Pulse()
+    pulse.ask(Wish.STOP)
+    pulse.ask(Wish.SAVE)
+    assert pulse.wish is Wish.STOP
+
+
+def test_shares_of_goodput_add_up_to_all_time(clock):
+    pulse = Pulse()
+    goodput = Goodput(pulse)
+    for phase, seconds in (("start", 4.0), ("wait", 1.0), ("train", 10.0), ("validate", 3.0), ("save", 2.0)):
+        spend(pulse, clock, phase, seconds)
+    figures = goodput.figures()
+    assert figures["goodput/ratio"] == goodput.ratio == 0.5
+    assert figures["goodput/lost_to_start"] == 0.2
+    assert sum(figures.values()) == pytest.approx(1.0)
+
+
+def test_time_before_the_process_is_start_up(clock):
+    clock.now = 30
+    pulse = Pulse()
+    goodput = Goodput(pulse, "launch", 1_000_010.0)
+    spend(pulse, clock, "train", 20)
+    assert goodput.seconds()["start"] == 20.0
+    assert goodput.ratio == 0.5
+
+
+def test_what_is_lost_with_a_process_is_recovery_as_is_the_time_until_it_is_replaced(clock):
+    first = Pulse()
+    goodput = Goodput(first, "launch", 1_000_000.0)
+    clock.now += 5
+    spend(first, clock, "train", 10)
+    state = goodput.state_dict()  # at 15 s
+    spend(first, clock, "train", 7)  # lost, at 22 s
+    clock.now += 3
+    second = Pulse()  # begins at 25 s
+    again = Goodput(second, "launch", 1_000_000.0)
+    clock.now += 4
+    again.load_state_dict(state)  # at 29 s
+    spend(second, clock, "train", 11)  # until 40 s
+    spent = again.seconds()
+    assert spent["recovery"] == 14.0
+    assert (spent["start"], spent["train"]) == (5.0, 21.0)
+    assert sum(spent.values()) == 40.0
+
+
+def test_the_time_between_a_stop_and_a_resume_counts_for_nothing(clock):
+    first = Pulse()
+    goodput = Goodput(first, "one", 1_000_000.0)
+    spend(first, clock, "train", 10)
+    state = goodput.state_dict()
+    clock.now += 3600
+    second = Pulse()
+    again = Goodput(second, "two", 1_000_000.0 + clock.now - 2)
+    clock.now += 1
+    again.load_state_dict(state)
+    spend(second, clock, "train", 10)
+    spent = again.seconds()
+    assert (spent["recovery"], spent["start"], spent["train"]) == (0.0, 3.0, 20.0)
+
+
+def test_checkpoints_from_before_goodput_are_taken_as_they_are(clock):
+    pulse = Pulse()
+    goodput = Goodput(pulse)
+    goodput.load_state_dict(None)
+    spend(pulse, clock, "train", 10)
+    assert goodput.ratio == 1.0

@@ -1,0 +1,156 @@
+"""A run that is asked to stop, or to save, at any moment loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from runs import context_of, records, run_of, tiny, train, weights_of
+
+from densenet_dist.config import to_yaml
+from densenet_dist.errors import CheckpointError
+from densenet_dist.schema import Config
+from densenet_dist.train.context import LocalContext, Stopped
+from densenet_dist.train.engine import fit
+from densenet_dist.train.pulse import Pulse, Wish
+from densenet_dist.train.run_folder import CONFIG_FILE
+
+# Each epoch: 5 steps and a batch of validation; then 4 batches of the test.
+MOVES = 3 * 6 + 1
+SETTINGS = ("model.drop_rate=0.2", "train.ema_decay=0.9", "train.schedule.name=plateau", "data.mixup=0.2")
+
+
+class Asking(Pulse):
+    """Asks for something itself after so many moves."""
+
+    def __init__(self, at: int, wish: Wish) -> None:
+        super().__init__()
+        self.at, self.asked = at, wish
+
+    def moved(self, step: int | None = None) -> None:
+        super().moved(step)
+        if self.moves == self.at:
+            self.ask(self.asked)
+
+
+def asked(config: Config, at: int, wish: Wish) -> list[dict[str, Any]]:
+    """Train with that asked for; the events."""
+    events: list[dict[str, Any]] = []
+    plain = context_of(config)
+    context = LocalContext(plain.run, plain.device, events.append, plain.rank, plain.world_size, pulse=Asking(at, wish))
+    if context.rank == 0:
+        context.run.write(CONFIG_FILE, to_yaml(config))
+    try:
+        fit(config, context)
+    except Stopped:
+        events.append({"kind": "stopped"})
+    return events
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    torch.set_num_threads(1)  # as every test here: a fixture of the module comes before them
+    config = tiny(tmp_path_factory.mktemp("undisturbed"), *SETTINGS)
+    train(config)
+    return config
+
+
+@pytest.mark.parametrize("at", range(1, MOVES + 1))
+def test_stopped_at_any_move_and_resumed_it_ends_as_if_it_had_not_been(tmp_path, undisturbed, at):
+    config = tiny(tmp_path, *SETTINGS)
+    events = asked(config, at, Wish.STOP)
+    assert events[-1]["kind"] == "stopped"
+    assert events[-2]["kind"] == "note"
+    summary = train(config)
+    assert records(config) == records(undisturbed)
+    assert weights_of(config)[f"step-{summary['global_step']:08d}"] == weights_of(undisturbed)["step-00000015"]
+
+
+def test_what_was_saved_is_said_and_is_all_that_was_done(tmp_path):
+    config = tiny(tmp_path)
+    events = asked(config, 3, Wish.STOP)
+    assert events[-2] == {"kind": "note", "text": "stopped; the checkpoint of step 3 is saved"}
+    assert set(weights_of(config)) == {"step-00000003"}
+
+
+def test_a_stop_within_validation_keeps_the_epoch_that_it_validates(tmp_path):
+    config = tiny(tmp_path)
+    asked(config, 6, Wish.STOP)
+    assert set(weights_of(config)) == {"step-00000005-trained"}
+    train(config)
+    assert "step-00000005-trained" not in weights_of(config)
+
+
+@pytest.mark.parametrize("at", [2, 8])
+def test_asked_to_save_it_saves_once_and_goes_on(tmp_path, at):
+    config = tiny(tmp_path, "checkpoint.keep=20")
+    events = asked(config, at, Wish.SAVE)
+    assert events[-1]["kind"] == "end"
+    steps = {int(name.removeprefix("step-")) for name in weights_of(config)}
+    assert steps - {5, 10, 15} == {at if at < 5 else at - 1}
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_one_that_has_lost_its_folder_writes_nothing_more(tmp_path, at):
+    config = tiny(tmp_path, "train.epochs=1")
+    assert asked(config, at, Wish.LEAVE)[-1]["kind"] == "stopped"
+    assert not weights_of(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "difference"),
+    [
+        ("model.growth_rate=6", "model.growth_rate: 4 there, 6 here"),
+        ("model.num_layers=[1,2]", r"model.num_layers: \[1, 1\] there, \[1, 2\] here"),
+        ("data.val_fraction=0.2", "data.val_fraction: 0.1 there, 0.2 here"),
+        ("data.limit=60", "data.limit: 75 there, 60 here"),
+        ("train.global_batch_size=8", "train.global_batch_size: 16 there, 8 here"),
+        ("seed=1", "seed: 0 there, 1 here"),
+    ],
+)
+def test_a_checkpoint_within_an_epoch_is_of_one_order_of_images(tmp_path, setting, difference):
+    asked(tiny(tmp_path), 3, Wish.STOP)
+    with pytest.raises(CheckpointError, match=f"(?s)step 3 does not fit this run:.*{difference}") as caught:
+        train(tiny(tmp_path, setting))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("setting", ["train.lr=0.1", "model.block=reference", "checkpoint.keep=2", "data.prefetch=2"])
+def test_a_checkpoint_fits_where_only_how_it_is_computed_is_different(tmp_path, setting):
+    asked(tiny(tmp_path), 3, Wish.STOP)
+    assert train(tiny(tmp_path, setting))["global_step"] == 15
+
+
+def stop_on_one_rank(storage: str, rank_asked: int) -> list[str]:
+    config = tiny(storage, "data.limit=300")
+    rank = torch.distributed.get_rank()
+    events = asked(config, 4 if rank == rank_asked else 10**6, Wish.STOP)
+    return [event["kind"] for event in events[-2:]] + sorted(weights_of(config))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_where_one_is_asked(tmp_path, rank):
+    first, second = run_ranks(stop_on_one_rank, 2, str(tmp_path), rank)
+    assert first[:2] == ["note", "stopped"]
+    assert second[0] == "stopped"
+    assert len(first) == 3
+    assert 4 <= int(first[2].removeprefix("step-")) <= 17
+
+
+def test_saving_by_itself_costs_next_to_nothing(tmp_path, monkeypatch):
+    """`auto` saves within an epoch once the last checkpoint is old enough."""
+    config = tiny(tmp_path, "data.limit=600", "checkpoint.keep=50", "train.epochs=1")
+    train(config)
+    assert len(weights_of(config)) == 1
+    monkeypatch.setattr("densenet_dist.train.saver.LEAST_S", 0.0)
+    monkeypatch.setattr("densenet_dist.train.saver.SHARE", 1e9)
+    again = tiny(tmp_path / "again", "data.limit=600", "checkpoint.keep=50", "train.epochs=1")
+    train(again)
+    names = weights_of(again)
+    assert len(names) > 1
+    last = max(names)
+    assert names[last] == weights_of(config)[last]
+    assert Path(run_of(again).path, "summary.json").exists()
