@@ -269,8 +269,8 @@ class FaultConfig:
     hang_timeout_s: Positive = 60.0
     """A worker that sends no sign of life, or takes no step, for so long is ended and replaced; where steps are slow,
     ten times the longest one counts."""
-    grace_s: Positive = 25.0
-    """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills after 30 s."""
+    grace_s: Positive = 15.0
+    """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills pods after 30 s."""
 
 
 @dataclass(frozen=True, config=STRICT)
