@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.errors import TrainingError
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import Position, Snapshot, load_weights
-from densenet_dist.train.context import RunContext, Stopped
+from densenet_dist.train.checkpoint import Position, load_weights
+from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
-from densenet_dist.train.job import Job, autocast, build_job, describe, digest_of_files, sync_from_rank0
+from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
+from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, restore, save, watched
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.pulse import Wish
@@ -48,7 +48,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     job = build_job(config, context)
-    _restore(job)
+    restore(job)
     log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
     try:
         return _fit(job, log)
@@ -93,7 +93,7 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
             log.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         train_step(job, batch)
         pulse.moved(job.position.global_step)
-        _after_step(job)
+        after_step(job)
         now = time.perf_counter()
         if job.context.rank == 0 and now - shown > PROGRESS_EVERY_S:
             shown = now
@@ -176,7 +176,7 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
         "lr": job.course.lr(job.position.global_step - job.position.step),
     }
     record |= train_epoch(job, log)
-    _decide(job)
+    wish = decide(job)
     validation = _validate(job)
     job.end_epoch(validation.get("val/loss"))
     record |= validation | job.context.goodput.figures() | {"seconds": time.perf_counter() - started}
@@ -185,8 +185,8 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
         log.publish()
     _tell_of_lost_files(job)
     last = job.position.epoch == job.config.train.epochs or job.course.stopped
-    if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last:
-        _save(job, job.snapshot(validation))
+    if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last or wish is Wish.SAVE:
+        save(job, job.snapshot(validation))
     if job.context.hands_over or last:
         job.saver.wait()
     latest = job.store.latest()
@@ -207,101 +207,11 @@ def _validate(job: Job) -> dict[str, float]:
     if job.val_loader is None:
         return {}
     before = job.snapshot(validated=False)  # refers to the state, which validation leaves as it is
-    batches = _watched(job, job.val_loader, lambda: _leave(job, before))
+    batches = watched(job, job.val_loader, lambda: leave_run(job, before))
     totals = evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
     if not math.isfinite(totals["loss"]):
-        raise _diverged(job, "validation loss is", job.position.global_step - 1)
+        raise diverged(job, "validation loss is", job.position.global_step - 1)
     return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
-
-
-def _watched(job: Job, batches: Iterable[Batch], leave: Callable[[], None]) -> Iterator[Batch]:
-    """The batches of an evaluation. Rank 0 leaves between two of them when it is asked to stop."""
-    pulse = job.context.pulse
-    for batch in batches:
-        yield batch
-        pulse.moved()
-        if pulse.wish is Wish.LEAVE:
-            raise Stopped
-        if job.context.rank == 0 and pulse.wish is Wish.STOP:
-            leave()
-
-
-def _after_step(job: Job) -> None:
-    step, every = job.position.global_step, job.config.checkpoint.every_steps
-    if job.position.step == job.train_loader.steps_per_epoch:
-        return  # all is looked at and saved once the epoch is over
-    save = isinstance(every, int) and step % every == 0
-    if save or job.agreement.due():
-        auto = every == "auto" and job.context.rank == 0 and job.saver.due()
-        wish = _decide(job, Wish.SAVE if auto else Wish.NOTHING)
-        if wish is Wish.LEAVE:
-            raise Stopped
-        if save or wish is not Wish.NOTHING:
-            job.count_time()
-            _save(job, job.snapshot())
-        if wish is Wish.STOP:
-            _leave(job)
-
-
-def _decide(job: Job, wish: Wish = Wish.NOTHING) -> Wish:
-    """Look together with the other ranks at the losses so far, and at what is asked of the run."""
-    decision = job.agreement.look(wish)
-    if decision.not_finite is not None:
-        raise _diverged(job, "loss is", decision.not_finite)
-    return decision.wish
-
-
-def _leave(job: Job, snapshot: Snapshot | None = None) -> NoReturn:
-    """Save what is given, wait until all is written, and end."""
-    if snapshot is not None:
-        _save(job, snapshot)
-    job.saver.wait()
-    if job.context.rank == 0:
-        job.context.report({"kind": "note", "text": f"stopped; the checkpoint of step {job.saved_step} is saved"})
-    raise Stopped
-
-
-def _save(job: Job, snapshot: Snapshot) -> None:
-    # The last step's loss was that of the weights before it.
-    norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in job.model.parameters()]))
-    if not norms.isfinite().all():
-        raise _diverged(job, "norm of the weights is", job.position.global_step - 1)
-    if job.context.rank == 0:
-        with job.context.pulse.during("save"):
-            job.saver.save(snapshot)
-    job.saved_step = job.position.global_step
-
-
-def _diverged(job: Job, what: str, step: int) -> TrainingError:
-    kept = "no checkpoint was saved yet"
-    if job.saved_step is not None:
-        kept = f"the checkpoint of step {job.saved_step} is kept"
-    return TrainingError(
-        f"the {what} NaN or infinite at step {step} (epoch {step // job.train_loader.steps_per_epoch + 1}); {kept}\n"
-        "  try a lower train.lr, a warm-up (train.schedule.warmup_epochs), train.clip_grad_norm=1 "
-        "or train.precision=fp32"
-    )
-
-
-def _restore(job: Job) -> None:
-    """Take up the latest whole checkpoint; rank 0 chooses it, so that all take the same."""
-    chosen: list[Any] = [None]
-    if job.context.rank == 0:
-        snapshot = job.store.load_latest()
-        chosen[0] = snapshot.position if snapshot else None
-        if job.store.rebuilt:
-            job.context.report({"kind": "note", "text": f"{job.store.rebuilt}; it is made anew from those there are"})
-        for problem in job.store.damaged:
-            job.context.report({"kind": "note", "text": f"{problem}; it is left out"})
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen, src=0)
-    for entry in job.store.entries:
-        if entry.position == chosen[0]:
-            snapshot = job.store.load(entry)
-            job.restore(snapshot)
-            if snapshot.state.get("pictures") != digest_of_files(job.dataset) and job.context.rank == 0:
-                text = "the pictures are not those that the run began with: it goes on with them, but no longer exactly"
-                job.context.report({"kind": "note", "text": text})
 
 
 def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
@@ -319,7 +229,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         dist.broadcast_object_list(best, src=0)
     sync_from_rank0(list(job.eval_model.parameters()))
     engine = engine_of(config, context.device, job.dataset, job.dataset.test, job.loader)
-    batches = _watched(job, eval_loader(config, context, job.dataset.test, engine), lambda: _leave(job))
+    batches = watched(job, eval_loader(config, context, job.dataset.test, engine), lambda: leave_run(job))
     totals = evaluate_model(job.eval_model, batches, context.device, config.train.precision)
     test = {f"test/{name}": totals[name] for name in ("loss", "top1", "top5")}
     summary = {

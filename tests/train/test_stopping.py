@@ -93,6 +93,12 @@ def test_asked_to_save_it_saves_once_and_goes_on(tmp_path, at):
     assert steps - {5, 10, 15} == {at if at < 5 else at - 1}
 
 
+def test_asked_at_an_epochs_last_step_it_saves_though_no_checkpoint_is_due(tmp_path):
+    config = tiny(tmp_path, "checkpoint.keep=20", "checkpoint.every_epochs=3")
+    asked(config, 5, Wish.SAVE)
+    assert set(weights_of(config)) == {"step-00000005", "step-00000015"}
+
+
 @pytest.mark.parametrize("at", [2, 6])
 def test_one_that_has_lost_its_folder_writes_nothing_more(tmp_path, at):
     config = tiny(tmp_path, "train.epochs=1")
