@@ -8,6 +8,12 @@ from typing import Final, TypeAlias
 
 from densenet_dist.chaos.lab import Lab, Observed
 
+GROUPS: Final = (
+    *("Killed", "Nodes that come and go", "Stopped", "Hung", "Checkpoints", "Two jobs on one folder"),
+    *("Another run's checkpoint, other settings", "Hostile input", "Soak"),
+)
+"""In the order of the page."""
+
 Experiment: TypeAlias = Callable[[Lab], Observed]
 
 
@@ -31,7 +37,12 @@ class Case:
 
 
 CASES: Final[dict[str, Case]] = {}
-"""By name, in the order of the page."""
+"""By name; `in_order` for the page's order."""
+
+
+def in_order() -> list[Case]:
+    """All cases, group by group."""
+    return sorted(CASES.values(), key=lambda case: GROUPS.index(case.group))
 
 
 def case(group: str, fault: str, expected: str) -> Callable[[Experiment], Experiment]:

@@ -12,7 +12,7 @@ from densenet_dist.chaos.lab import Lab, Observed, expect, finish, write_picture
 
 _GROUP: Final = "Hung"
 _TIMEOUT_S: Final = 6
-_SETTINGS: Final = ("cluster.workers=2", f"fault.hang_timeout_s={_TIMEOUT_S}", "train.epochs=20")
+_SETTINGS: Final = ("cluster.workers=2", f"fault.hang_timeout_s={_TIMEOUT_S}", "train.epochs=8")
 
 
 @case(

@@ -250,12 +250,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
 
 
-def steps_taken_again(text: str, killed_after: Iterable[int]) -> list[float]:
-    """Steps between each kill and where the run went on, from what it printed."""
-    resumed = [int(found) for found in re.findall(r"resumed after step (\d+)", text)]
-    return [float(max(0, after - back)) for after, back in zip(killed_after, resumed, strict=False)]
-
-
 def interrupt(run: Started, number: int = signal.SIGTERM) -> float:
     """Send a signal, wait for the end, and require the exit code that goes with it; how long it took."""
     began = time.monotonic()

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from densenet_dist.chaos import checkpoints, folders, hanging, hostile, killed, nodes, soak, stopped
-from densenet_dist.chaos.case import CASES, Case
+from densenet_dist.chaos.case import CASES, Case, in_order
 from densenet_dist.chaos.lab import Lab, Observed, Skipped, Unexpected
 from densenet_dist.errors import ConfigError
 from densenet_dist.train.environment import git_commit
 
 MODULES = (killed, nodes, stopped, hanging, checkpoints, folders, hostile, soak)
-"""Imported for the cases they hold, in the order of the page."""
+"""Imported for the cases they hold."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def choose(names: Sequence[str]) -> list[Case]:
         if not found:
             raise ConfigError(f"there is no case {name!r}\n  see them all: densenet-dist chaos --list")
         chosen |= found
-    return list((chosen if names else CASES).values())
+    return list(chosen.values()) if names else in_order()
 
 
 def run_cases(
@@ -101,7 +101,7 @@ def merged(before: Sequence[dict[str, Any]], now: Sequence[Outcome]) -> list[Out
     """Outcomes of now, and of cases that were not run now those of before, in the order of the page."""
     known = {outcome.case.name: outcome for plain in before if (outcome := Outcome.from_dict(plain))}
     known |= {outcome.case.name: outcome for outcome in now}
-    return [known[name] for name in CASES if name in known]
+    return [known[case.name] for case in in_order() if case.name in known]
 
 
 def _run(case: Case, lab: Lab) -> Outcome:
@@ -116,5 +116,5 @@ def _run(case: Case, lab: Lab) -> Outcome:
         status, observed = "unexpected", Observed(f"{type(error).__name__}: {error}", 0)
     finally:
         lab.close()
-    commit = git_commit(Path(__file__).parent) or "unknown"
+    commit = git_commit() or "unknown"
     return Outcome(case, status, observed, round(time.monotonic() - began, 1), commit)

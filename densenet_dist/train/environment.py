@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if gpus else None,
         "packages": {name: package_version(name) for name in _PACKAGES},
-        "git": git_commit(Path(__file__).parent),
+        "git": git_commit(),
     }
 
 
@@ -46,7 +46,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def git_commit(folder: Path) -> str | None:
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
     """The commit of the checkout that `folder` lies in, with ``+dirty`` where files differ from it; else None."""
 
     def git(*arguments: str) -> str | None:

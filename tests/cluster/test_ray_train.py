@@ -52,6 +52,7 @@ def test_evaluate_agrees_with_what_two_workers_found(undisturbed):
     assert json.loads(done.stdout)["loss"] == pytest.approx(summary["test/loss"], rel=1e-5)
 
 
+@pytest.mark.nightly  # as are most faults: tests/faults has some of them in every run
 def test_resume_after_a_power_cut_is_exact(undisturbed, start, same_settings, read_records, read_weights):
     run = start(*same_settings)
     run.wait_for("epoch   2/4")
@@ -75,7 +76,9 @@ def test_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, start, same_
     assert read_records(run.folder) == read_records(undisturbed.folder)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly), (signal.SIGTERM, 143)]
+)
 def test_interruption_leaves_no_process(start, number, code):
     run = start("train.epochs=500")
     run.wait_for("epoch   2/500")

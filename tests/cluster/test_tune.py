@@ -208,7 +208,10 @@ def test_termination_of_trials_of_several_workers(start_sweep):
     assert statuses(run.folder) == ["interrupted"]
 
 
-@pytest.mark.parametrize(("workers", "number", "code"), [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("workers", "number", "code"),
+    [pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.nightly), (2, signal.SIGTERM, 143)],
+)
 def test_interruption_in_the_middle_of_an_epoch(start_sweep, workers, number, code):
     long = ("data.limit=5000", "train.global_batch_size=2", "train.epochs=100", f"workers={workers}", "trials=2")
     run = start_sweep(*long, name=f"long-{workers}")
@@ -324,6 +327,7 @@ def fill(ballast: Path) -> None:
             pass
 
 
+@pytest.mark.nightly
 def test_a_full_disk(start_sweep, small_disk):
     run = start_sweep(f"storage={small_disk}", "train.epochs=20", "trials=3", name="full")
     folder = small_disk / "full"
@@ -489,7 +493,7 @@ def test_a_cluster_without_room(cluster, sweep):
 
 
 @joined
-@pytest.mark.parametrize("scheduler", ["fifo", "pbt"])
+@pytest.mark.parametrize("scheduler", ["fifo", pytest.param("pbt", marks=pytest.mark.nightly)])
 def test_a_sweep_on_an_object_store(cluster, sweep, s3, scheduler):
     place = s3 % "/sweeps"
     asked = sweep(f"storage={place}", f"scheduler={{name: {scheduler}}}", "trials=2", name=scheduler)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from densenet_dist.chaos.case import CASES, Case
-from densenet_dist.chaos.lab import Lab, Observed, Skipped, Unexpected, require_same, steps_taken_again
+from densenet_dist.chaos.case import CASES, Case, in_order
+from densenet_dist.chaos.lab import Lab, Observed, Skipped, Unexpected, require_same
 from densenet_dist.chaos.page import page_of
 from densenet_dist.chaos.running import choose, merged, run_cases
 from densenet_dist.errors import ConfigError
@@ -72,18 +72,13 @@ def test_a_difference_is_named(tmp_path, changes, named):
         require_same(run(tmp_path / "b", **changes), run(tmp_path / "a"))
 
 
-def test_steps_taken_again():
-    text = "resumed after step 4, in epoch 1\n...\nresumed after step 11, in epoch 2\n"
-    assert steps_taken_again(text, [6, 11]) == [2.0, 0.0]
-
-
 def case_of(outcome: Observed | Exception) -> Case:
     def experiment(lab: Lab) -> Observed:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    return Case("some", "Group", "a <fault>", "nothing | much", experiment)
+    return Case("some", "Soak", "a <fault>", "nothing | much", experiment)
 
 
 def test_outcomes_and_the_page_say_what_came_of_it():
@@ -120,4 +115,6 @@ def test_cases_are_chosen_by_their_names_or_what_they_begin_with():
 def test_the_command_lists_them_all():
     command = [sys.executable, "-m", "densenet_dist", "chaos", "--list"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == list(CASES)
+    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
+        case.name for case in in_order()
+    ]
