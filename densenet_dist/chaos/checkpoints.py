@@ -168,7 +168,7 @@ def storage_read_only(lab: Lab) -> Observed:
     return Observed("exit 5 at once")
 
 
-@case(_GROUP, "60 checkpoints are written with checkpoint.keep=3", "the last three are kept, and the best one")
+@case(_GROUP, f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three are kept, and the best one")
 def rotation(lab: Lab) -> Observed:
     """Six of them, at the ends of epochs, are judged."""
     run = lab.begin(*_LOCAL, "checkpoint.keep=3")
@@ -178,7 +178,7 @@ def rotation(lab: Lab) -> Observed:
     there = {path.name for path in (run.folder / CHECKPOINTS_FOLDER).iterdir()} - {"manifest.json"}
     last = {f"step-{step:08d}" for step in range(STEPS - 2, STEPS + 1)}
     expect(names == there == last | {manifest["best"]}, f"there are {sorted(there)}, listed are {sorted(names)}")
-    return Observed("so it is", STEPS)
+    return Observed("so it is")
 
 
 @case(
@@ -202,8 +202,8 @@ def ray_state_torn(lab: Lab) -> Observed:
 
 @case(
     _GROUP,
-    "checkpoint.every_steps=auto, and 1, beside no checkpoints within an epoch",
-    "a pause of a step under 50 ms; auto costs under 1 % of the time",
+    "20 checkpoints of the notebook's net, 3.5 million parameters",
+    "training stands still for less than 50 ms each",
 )
 def cost(lab: Lab) -> Observed:
     """The notebook's net, 3.5 million parameters, on this machine's CPU: what saving costs its steps."""

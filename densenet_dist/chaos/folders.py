@@ -78,8 +78,8 @@ for _name, _hours, _clock in (
 
 @case(
     _LEASES,
-    "a job is frozen (SIGSTOP) until another machine has taken its folder over, then wakes up",
-    "finds out within 10 s, writes nothing more, exits 5",
+    "a job is frozen (SIGSTOP), its lease becomes that of another machine, and it wakes up",
+    "finds out within 10 s, exits 5, leaves the other's lease alone",
 )
 def lease_lost(lab: Lab) -> Observed:
     """As a laptop that sleeps, or a virtual machine that is paused."""

@@ -58,6 +58,7 @@ def input_hangs(lab: Lab) -> Observed:
     for path, content in victims.items():
         path.unlink()
         path.write_bytes(content)
+    expect(seconds < _TIMEOUT_S + 7, f"found after {seconds:.1f} s only")
     (found, *_) = re.findall(r"rank \d on .* after step \d+", run.text)
     expect("stands still" in found and ".py:" in found, found)
     finish(run, like)

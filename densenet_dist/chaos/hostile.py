@@ -144,7 +144,7 @@ def secrets(lab: Lab) -> Observed:
     return Observed(f"in none of {len(files)} files", len(names))
 
 
-@case(_GROUP, "a class and a run whose names are HTML", "the report shows them as text; no script of theirs is in it")
+@case(_GROUP, "a class whose name is HTML", "the report shows it as text; no script of it is in it")
 def html_names(lab: Lab) -> Observed:
     """Names of folders of pictures come from whoever made the data set."""
     pictures = lab.folder / lab.name("pictures")

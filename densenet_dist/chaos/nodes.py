@@ -95,7 +95,7 @@ def elastic(lab: Lab) -> Observed:
 @case(
     _GROUP,
     "a spot notice: Ray is told that a node will be taken away in 20 s",
-    "a checkpoint is written on the notice, though none was due; the run goes on on another node; equal bit for bit",
+    "a checkpoint is written on the notice, though none was due; the run goes on; equal bit for bit",
 )
 def node_preempted(lab: Lab) -> Observed:
     """As cloud providers' notices reach Ray: a drain with a deadline."""

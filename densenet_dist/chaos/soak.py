@@ -60,7 +60,7 @@ def many_epochs(lab: Lab) -> Observed:
 @case(
     _GROUP,
     "20 restarts of the workers under one driver",
-    "no process, file handle, thread or shared memory is left of each; all gone at the end",
+    "no process, file handle, thread or memory of the driver is left of each; no shared memory at the end",
 )
 def many_restarts(lab: Lab) -> Observed:
     """What the driver and its cluster hold after the 5th restart and after the 20th."""

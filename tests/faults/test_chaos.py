@@ -88,7 +88,7 @@ def test_outcomes_and_the_page_say_what_came_of_it():
     )
     assert [outcome.status for outcome in outcomes] == ["expected", "unexpected", "skipped"]
     page = page_of(outcomes, 7)
-    assert "**3 cases, 3 faults: 1 as expected, 1 not, 1 skipped.**" in page
+    assert "**3 cases, 3 times tried: 1 as expected, 1 not, 1 skipped.**" in page
     assert "| a &lt;fault> | nothing \\| much | fine | 3 | as expected |" in page
     assert "| a &lt;fault> | nothing \\| much | lost | 0 | **not as expected** |" in page
     assert "| seconds | 2.0 | 9.0 | 3 |" in page
