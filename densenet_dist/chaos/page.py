@@ -44,7 +44,8 @@ def _summary(outcomes: Sequence[Outcome], seed: int) -> str:
     tried = sum(outcome.observed.count for outcome in outcomes)
     minutes = sum(outcome.seconds for outcome in outcomes) / 60
     return (
-        f"**{len(outcomes)} cases, {tried:,} times tried: {counts[0]} as expected, {counts[1]} not, {counts[2]} skipped.** "
+        f"**{len(outcomes)} cases, {tried:,} times tried: {counts[0]} as expected, {counts[1]} not, "
+        f"{counts[2]} skipped.** "
         f"{minutes:.0f} minutes on {os.cpu_count()} cores ({cpu_name()}), commit {commits}, seed {seed}."
     )
 
