@@ -214,3 +214,18 @@ def cost(lab: Lab) -> Observed:
     expect(worst < 0.05, f"a pause of {worst * 1000:.0f} ms")
     text = f"{sorted(found)[len(found) // 2] * 1000:.0f} ms (median), {worst * 1000:.0f} ms at most"
     return Observed(text, len(found), {"ms that a step pauses for a checkpoint": [pause * 1000 for pause in found]})
+
+
+@case(
+    _GROUP,
+    "three minutes of training the notebook's net with checkpoint.every_steps=auto, the default",
+    "checkpoints cost less than 1 % of the time, pauses and writing together",
+)
+def cost_of_auto(lab: Lab) -> Observed:
+    """A checkpoint every 30 s, unless that were too dear."""
+    from densenet_dist.chaos.pauses import share_of_auto
+
+    share, number = share_of_auto(lab.folder / lab.name("auto"), 180)
+    expect(number >= 3, f"only {number} checkpoints were written")
+    expect(share < 0.01, f"{share:.2%} of the time")
+    return Observed(f"{share:.2%} for {number} checkpoints", number)

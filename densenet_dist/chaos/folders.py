@@ -79,7 +79,7 @@ for _name, _hours, _clock in (
 @case(
     _LEASES,
     "a job is frozen (SIGSTOP), its lease becomes that of another machine, and it wakes up",
-    "finds out within 10 s, exits 5, leaves the other's lease alone",
+    "finds out within 10 s, exits 5; not one checkpoint, record or lease in the folder changes",
 )
 def lease_lost(lab: Lab) -> Observed:
     """As a laptop that sleeps, or a virtual machine that is paused."""
@@ -87,13 +87,50 @@ def lease_lost(lab: Lab) -> Observed:
     run.wait_for_step(20)
     run.send(signal.SIGSTOP)
     _held_elsewhere(run)
+    before = _content(run)
     run.send(signal.SIGCONT)
     began = time.monotonic()
     _refused(run, 5, "was taken over by process")
     seconds = time.monotonic() - began
     expect(seconds < 10, f"it took {seconds:.0f} s")
-    expect((run.folder / "lease.json").exists(), "it took the other's lease away")
-    return Observed(f"exit 5 after {seconds:.1f} s")
+    expect(_content(run) == before, "it has changed what is in the folder")
+    return Observed(f"exit 5 after {seconds:.1f} s; nothing has changed")
+
+
+@case(
+    _LEASES,
+    "the driver of two Ray Train workers is frozen (SIGSTOP), another job takes the folder over, the workers go on",
+    "they find out before their next checkpoint; not one checkpoint, record or lease in the folder changes; woken up, "
+    "the driver exits 5",
+)
+def driver_frozen(lab: Lab) -> Observed:
+    """Workers have no lease of their own."""
+    run = lab.begin("cluster.workers=2", "train.epochs=40", "checkpoint.every_steps=5")
+    run.wait_for_step(12)
+    workers = run.workers()
+    run.send(signal.SIGSTOP)
+    for each in workers:
+        each.suspend()  # so that nothing is half-written when the folder is looked at
+    _held_elsewhere(run)
+    before = _content(run)
+    for each in workers:
+        each.resume()
+    time.sleep(8)
+    expect(_content(run) == before, "the workers have changed what is in the folder")
+    run.send(signal.SIGCONT)
+    began = time.monotonic()
+    _refused(run, 5, "was taken over by process")
+    expect(_content(run) == before, "the driver has changed what is in the folder")
+    return Observed(f"nothing has changed; exit 5 {time.monotonic() - began:.1f} s after it woke up")
+
+
+def _content(run: Started) -> dict[str, tuple[int, int]]:
+    """What is listed, recorded and held there: size and time of each file. What is written beside does not count."""
+    checkpoints = run.folder / "checkpoints"
+    kept = [run.folder / "lease.json", run.folder / "metrics.jsonl", checkpoints / "manifest.json"]
+    for entry in json.loads(kept[-1].read_text())["checkpoints"]:
+        kept += (checkpoints / entry["name"]).iterdir()
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in kept}
 
 
 def _killed(lab: Lab, step: int = 13) -> Started:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from densenet_dist.chaos.case import add, case
-from densenet_dist.chaos.lab import STEPS, Lab, Observed, Started, expect, finish, interrupt, records
+from densenet_dist.chaos.lab import (
+    STEPS,
+    Lab,
+    Observed,
+    Started,
+    expect,
+    finish,
+    goodput,
+    interrupt,
+    records,
+    steps_again,
+)
+from densenet_dist.train.steps_taken import STEPS_FILE
 
 _GROUP: Final = "Killed"
 _SAME: Final = "goes on; final weights, metrics and TensorBoard are those of the undisturbed run, bit for bit"
@@ -60,9 +73,50 @@ def worker_killed(lab: Lab) -> Observed:
     settings = (*_RAY, "train.epochs=20")
     run = lab.begin(*settings)
     figures = kill_a_worker(lab, run, 20, 165)
-    finish(run, lab.undisturbed(*settings))
+    like = lab.undisturbed(*settings)
+    finish(run, like)
+    again = steps_again(run)
+    figures["steps taken again, a checkpoint after each"] = again + [0.0] * (20 - len(again))
     median = sorted(figures["seconds from kill to new step"])[10]
-    return Observed(f"equal after {median:.1f} s of recovery each (median)", 20, figures)
+    found, best = goodput(run.folder), goodput(like)
+    expect(found["lost_to_recovery"] > 0.1, f"20 recoveries are not counted: {found}")
+    expect(found["steps_again"] == sum(again), f"steps again: {again} were told, {found['steps_again']} recorded")
+    text = f"equal after {median:.1f} s of recovery each (median); goodput {found['ratio']:.1%}, "
+    text += f"{found['lost_to_recovery']:.1%} lost to recovery (undisturbed: {best['ratio']:.1%} and 0)"
+    return Observed(text, 20, figures)
+
+
+_EVERY: Final = 20
+
+
+@case(
+    _GROUP,
+    f"SIGKILL of every process at 12 random steps, checkpoint.every_steps={_EVERY}; resumed each time",
+    f"at most {_EVERY} steps are taken again, and those that pass while a checkpoint is written (here up to 5); equal "
+    "bit for bit",
+)
+def steps_lost(lab: Lab) -> Observed:
+    """The run itself counts; one that is killed before its first checkpoint begins anew."""
+    settings = (*_LOCAL, f"checkpoint.every_steps={_EVERY}", "train.epochs=24", "data.limit=1280")
+    run = lab.begin(*settings)
+    again: list[float] = []
+    for step in sorted(lab.random.sample(range(5, 420), 12)):
+        run.wait_until(partial(_has_taken, run, step), f"step {step}")
+        run.kill_all()
+        run = lab.begin(resume=run.folder)
+        run.wait_for("resumed after step" if run.saved else "taken again")
+        again += steps_again(run) or [0.0]
+    finish(run, lab.undisturbed(*settings))
+    expect(max(again) <= _EVERY + 5, f"{max(again):.0f} steps were taken again")
+    expect(goodput(run.folder)["steps_again"] == sum(again), "the run has counted otherwise")
+    text = f"{sorted(again)[6]:.0f} steps (median), {max(again):.0f} at most; equal"
+    return Observed(text, 12, {f"steps taken again, a checkpoint every {_EVERY}": again})
+
+
+def _has_taken(run: Started, step: int) -> bool:
+    with suppress(FileNotFoundError, IndexError):
+        return int((run.folder / STEPS_FILE).read_text().split()[0]) >= step
+    return False
 
 
 @case(_GROUP, "SIGKILL of the driver alone, at a random step; resumed at once", _SAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -244,10 +245,23 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
         EventAccumulator,
     )
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a line for each restart
     board = EventAccumulator(str(folder / TENSORBOARD_FOLDER))
     board.Reload()
     tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith(_CLOCK)]
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+
+
+def goodput(folder: Path) -> dict[str, float]:
+    """What its last epoch says of the run's time so far: shares by name."""
+    lines = map(json.loads, (folder / METRICS_FILE).read_text().splitlines())
+    last = [line for line in lines if "goodput/ratio" in line][-1]
+    return {key.removeprefix("goodput/"): value for key, value in last.items() if key.startswith("goodput/")}
+
+
+def steps_again(run: Started) -> list[float]:
+    """How many steps were taken again after each loss, as the run itself counts them; those without any left out."""
+    return [float(number) for number in re.findall(r"^(\d+) steps? (?:is|are) taken again", run.text, re.MULTILINE)]
 
 
 def interrupt(run: Started, number: int = signal.SIGTERM) -> float:

@@ -95,11 +95,12 @@ def elastic(lab: Lab) -> Observed:
 @case(
     _GROUP,
     "a spot notice: Ray is told that a node will be taken away in 20 s",
-    "a checkpoint is written on the notice, though none was due; the run goes on; equal bit for bit",
+    "a checkpoint is written on the notice, though none was due; then the node is gone: the run goes on from there on "
+    "another one, equal bit for bit",
 )
 def node_preempted(lab: Lab) -> Observed:
     """As cloud providers' notices reach Ray: a drain with a deadline."""
-    settings = ("cluster.workers=1", "checkpoint.every_steps=null", *_LONG, "train.epochs=3", "data.limit=8000")
+    settings = ("cluster.workers=1", "checkpoint.every_steps=null", *_LONG, "train.epochs=6", "data.limit=8000")
     with _cluster() as cluster:
         run = _begin(lab, cluster, *settings)
         run.wait_for_step(1)  # that of the first epoch's end
@@ -107,12 +108,14 @@ def node_preempted(lab: Lab) -> Observed:
         leaving = cluster.worker_nodes.copy().pop()
         _drain(cluster.address, leaving.node_id)
         seconds = run.wait_until(lambda: run.saved > before, "a checkpoint on the notice", 15)
+        saved = run.saved
+        cluster.remove_node(leaving, allow_graceful=False)
         cluster.add_node(num_cpus=1)
         expect(run.wait() == 0, run.text[-2000:])
     finish(run, lab.undisturbed(*settings))
-    return Observed(
-        f"saved {seconds:.1f} s after the notice; equal", 1, {"seconds from notice to checkpoint": [seconds]}
-    )
+    expect(f"resumed after step {saved}" in run.text, f"it did not go on from step {saved}:\n{run.text[-2000:]}")
+    figures = {"seconds from notice to checkpoint": [seconds]}
+    return Observed(f"saved {seconds:.1f} s after the notice, went on from there; equal", 1, figures)
 
 
 def _drain(address: str, node: str) -> None:

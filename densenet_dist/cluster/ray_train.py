@@ -23,7 +23,7 @@ from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, Stopped
-from densenet_dist.train.lease import Lease, NoLease
+from densenet_dist.train.lease import Guard, Lease, NoLease
 from densenet_dist.train.pulse import Goodput, Pulse, Wish
 from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 
@@ -123,7 +123,7 @@ def fit_on_ray(
         announce = announcing_restarts(listener, config.cluster.max_failures)
         with drained(mailbox, announce), watched(mailbox, config.fault.hang_timeout_s, announce):
             pace = listener if isinstance(listener, Pace) else None
-            failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace)
+            failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace, lease)
         outcome = ray.get(mailbox.outcome.remote())
     if outcome["error"] is not None:
         raise outcome["error"]
@@ -151,6 +151,7 @@ def _train_worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
     run, pulse = RunFolder(config.storage, config.name), Pulse()
+    run.guard = Guard(run, payload["lease"])
     try:
         _require_shared(run)
         worker = RayContext(
@@ -185,7 +186,13 @@ def _require_shared(run: RunFolder) -> None:
 
 
 def _run_trainer(
-    config: Config, run: RunFolder, resources: Resources, mailbox: Any, own_cluster: bool, pace: Pace | None
+    config: Config,
+    run: RunFolder,
+    resources: Resources,
+    mailbox: Any,
+    own_cluster: bool,
+    pace: Pace | None,
+    lease: Lease | NoLease,
 ) -> BaseException | None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
@@ -207,6 +214,7 @@ def _run_trainer(
         "mailbox": mailbox,
         "threads": resources.threads,
         "paced": pace is not None,
+        "lease": None if lease.guard is None else lease.guard.key,
         "launch": (uuid4().hex, time.time()),
     }
     trainer = InterruptibleTrainer(

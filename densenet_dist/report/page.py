@@ -113,8 +113,10 @@ def _goodput_in_words(run: RunRecord) -> str:
     parts = [
         f"{percent(share)} {words}" for words, share in sorted(lost.items(), key=lambda item: -item[1]) if share > 0
     ]
+    again = last.get("goodput/steps_again", 0)
     return (
         f"{percent(last['goodput/ratio'])} of the time in steps that count; the rest: {', '.join(parts) or 'nothing'}"
+        + (f"; {again:,} steps taken again" if again else "")
     )
 
 

@@ -138,9 +138,11 @@ class CheckpointStore:
         """Do what was planned.
 
         Raises:
-            StorageError: where it cannot be written; the checkpoints before it stay whole.
+            StorageError: where it cannot be written, or the folder is another job's by now; the checkpoints before it
+                stay whole.
         """
         folder = f"{CHECKPOINTS_FOLDER}/{planned.entry.name}"
+        self.run.guard()
         try:
             _write_folder(self.run.path / folder, snapshot)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -149,6 +151,7 @@ class CheckpointStore:
                 "  the checkpoints before it are whole: make room, then go on with --resume"
             ) from error
         self.run.publish(folder)
+        self.run.guard()  # writing may have taken long
         self._write_manifest(planned)
         self._sweep(planned)
 

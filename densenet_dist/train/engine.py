@@ -48,16 +48,17 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     job = build_job(config, context)
-    restore(job)
-    log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
+    log = None
     try:
+        restore(job)
+        log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
         return _fit(job, log)
     except BaseException:
         if log is not None:
             log.abandon()  # this process may go on to another run
         raise
     finally:
-        job.saver.close()
+        job.close()
 
 
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
@@ -93,6 +94,8 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
             log.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         train_step(job, batch)
         pulse.moved(job.position.global_step)
+        if job.taken is not None:
+            job.taken.reached(job.position.global_step)
         after_step(job)
         now = time.perf_counter()
         if job.context.rank == 0 and now - shown > PROGRESS_EVERY_S:
@@ -180,6 +183,8 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
     validation = _validate(job)
     job.end_epoch(validation.get("val/loss"))
     record |= validation | job.context.goodput.figures() | {"seconds": time.perf_counter() - started}
+    if job.taken is not None:
+        record["goodput/steps_again"] = job.taken.again
     if log is not None:
         log.record(record, job.position.global_step)
         log.publish()

@@ -32,6 +32,7 @@ from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
+from densenet_dist.train.steps_taken import StepsTaken
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,6 +74,7 @@ class Job:
     finite: FiniteWatch = field(init=False)
     agreement: Agreement = field(init=False)
     position: Position = field(default_factory=Position)
+    taken: StepsTaken | None = None
     saved_step: int | None = None
     seconds: float = 0.0
     epoch_time: tuple[float, float] = (0.0, 0.0)
@@ -120,6 +122,12 @@ class Job:
         if self.config.model.drop_rate > 0:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+
+    def close(self) -> None:
+        """Finish what is being written, after an error too."""
+        self.saver.close()
+        if self.taken is not None:
+            self.taken.close()
 
     def count_time(self) -> tuple[float, float]:
         """Add what the pulse has counted since the last call to `seconds` and `epoch_time`.
@@ -223,6 +231,7 @@ def build_job(config: Config, context: RunContext) -> Job:
         val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
         num_images=(len(train_indices), len(val_indices)),
         store=store,
+        taken=StepsTaken(context.run) if context.rank == 0 else None,
     )
     job.step_graph = _step_graph(job)
     return job

@@ -69,12 +69,14 @@ class Lease:
 
     Attributes:
         lost: whether another job took the folder over, while this one stood still for long.
+        guard: for whoever else writes to the folder on behalf of this process.
     """
 
     def __init__(self, folder: RunFolder, holder: Holder) -> None:
         self.lost = False
         self._folder, self._holder = folder, holder
         self._leave: Callable[[], None] = lambda: None
+        folder.guard = self.guard = Guard(folder, holder.key)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -89,10 +91,7 @@ class Lease:
             StorageError: naming who has it now.
         """
         if self.lost:
-            raise StorageError(
-                f"{self._folder.uri} was taken over by {_read(self._folder) or 'another job'}, while this one stood "
-                "still for long\n  nothing is lost: that one goes on from the last checkpoint"
-            )
+            raise _taken_over(self._folder, _read(self._folder))
 
     def start(self) -> None:
         """Begin to renew it."""
@@ -121,8 +120,40 @@ class Lease:
                 _write(self._folder, self._holder)
 
 
+class Guard:
+    """Asked before a checkpoint is listed: whether the folder is still that job's for which this process writes.
+
+    A job that is frozen for longer than `STALE_S` may be in the middle of anything when it wakes up, and a worker does
+    not even notice that its driver is frozen. Without this it would list its own checkpoints once more, and delete
+    those of the job that goes on.
+
+    Args:
+        folder: that is written to.
+        key: of the hold; None for a folder that nobody holds.
+    """
+
+    def __init__(self, folder: RunFolder, key: str | None) -> None:
+        self.key = key
+        self._folder = folder
+
+    def __call__(self) -> None:
+        """Nothing where all is well, or where that cannot be seen now.
+
+        Raises:
+            StorageError: naming who has the folder now.
+        """
+        found = None
+        if self.key is not None:
+            with suppress(StorageError):  # writing will say so
+                found = _read(self._folder)
+        if found is not None and found.key != self.key:
+            raise _taken_over(self._folder, found)
+
+
 class NoLease:
     """In place of a `Lease` where another process holds the folder for this one."""
+
+    guard: Guard | None = None
 
     def when_lost(self, leave: Callable[[], None]) -> None:
         """Never."""
@@ -172,6 +203,13 @@ def _wait_until_free(folder: RunFolder, tell: Callable[[str], None]) -> None:
             return
         if now != first:
             raise _taken(folder, now)
+
+
+def _taken_over(folder: RunFolder, holder: Holder | None) -> StorageError:
+    return StorageError(
+        f"{folder.uri} was taken over by {holder or 'another job'}, while this one stood still for long\n"
+        "  nothing is lost: that one goes on from the last checkpoint"
+    )
 
 
 def _taken(folder: RunFolder, holder: Holder | None) -> StorageError:

@@ -47,6 +47,7 @@ class RunLog:
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
+        self.run.guard()
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         with open(self.run.path / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -10,7 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +43,12 @@ class RunFolder:
     Attributes:
         path: the local folder to write to: the run's folder itself, or this process' stand-in for a remote one.
         uri: the folder for people to read: a path or a URI.
+        guard: asked before checkpoints and records are written; raises where the folder is another job's by now.
     """
 
     def __init__(self, storage: str, name: str) -> None:
         self.storage, self.name = storage, name
+        self.guard: Callable[[], None] = lambda: None
         self._remote: fs.FileSystem | None = None
         if "://" in storage:
             base, _, query = storage.partition("?")

@@ -24,11 +24,12 @@ class Saver:
     Attributes:
         store: where to.
         cost: seconds that the last one took, the pause and the writing.
+        spent: those of all of them.
     """
 
     def __init__(self, store: CheckpointStore, pulse: Pulse) -> None:
         self.store, self._pulse = store, pulse
-        self.cost = 0.0
+        self.cost = self.spent = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
         self._saved = time.perf_counter()
@@ -51,6 +52,7 @@ class Saver:
             self.store.write(copy, planned)
             self._pulse.saved += 1
             self.cost = pause + time.perf_counter() - began
+            self.spent += self.cost
 
         self._last = self._writer.submit(write)
 

@@ -13,10 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from densenet_dist.errors import StorageError
 from densenet_dist.train import lease as module
-from densenet_dist.train.lease import LEASE_FILE, Holder, NoLease, hold
+from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.train.lease import LEASE_FILE, Guard, Holder, NoLease, hold
+from densenet_dist.train.logs import RunLog
 from densenet_dist.train.run_folder import RunFolder
 
 
@@ -134,6 +137,39 @@ def test_one_that_stood_still_until_another_took_over_finds_out_and_leaves(folde
         with pytest.raises(StorageError, match=r"was taken over by process .* on far"):
             lease.check()
     assert json.loads((folder.path / LEASE_FILE).read_text())["key"] == "other"  # not ours to remove
+
+
+def test_nothing_is_listed_or_recorded_in_a_folder_that_another_job_took_over(folder):
+    store = CheckpointStore(folder)
+    snapshot = Snapshot({"w": torch.zeros(3)}, None, {}, Position(0, 1, 1), {})
+    with hold(folder, silence):
+        store.save(snapshot)
+        log = RunLog(folder, 1)
+        log.record({"epoch": 1}, 1)
+        put(folder, elsewhere())
+        before = contents(folder)
+        with pytest.raises(StorageError, match=r"was taken over by process .* on far"):
+            store.save(replace(snapshot, position=Position(0, 2, 2)))
+        with pytest.raises(StorageError, match=r"was taken over by process .* on far"):
+            log.record({"epoch": 2}, 2)
+        assert contents(folder) == before
+        log.abandon()
+
+
+def test_a_worker_asks_for_the_process_that_holds_the_folder(folder):
+    with hold(folder, silence) as lease:
+        guard = Guard(RunFolder(str(folder.path.parent), "run"), lease.guard.key)
+        guard()
+        put(folder, elsewhere())
+        with pytest.raises(StorageError, match="was taken over"):
+            guard()
+        folder.remove(LEASE_FILE)
+        guard()  # given back: nobody else writes
+    Guard(folder, None)()
+
+
+def contents(folder: RunFolder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.usefixtures("hasty")

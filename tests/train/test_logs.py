@@ -21,6 +21,7 @@ from densenet_dist.train.run_folder import RunFolder
 TAGS = {
     *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
     *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "goodput/ratio"),
+    "goodput/steps_again",
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 

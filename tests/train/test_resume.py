@@ -1,6 +1,7 @@
 """A run that dies and goes on ends in the same bits as one that was left alone."""
 
 import json
+import re
 import time
 import uuid
 from dataclasses import replace
@@ -150,8 +151,13 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
         process.kill()
         process.join()
         assert not (run_of(torn).path / "summary.json").exists()
-    train(torn)
+    events = []
+    train(torn, listener=events.append)
     assert_same_run(torn, whole)
+    # The first two deaths came at least one step after a checkpoint was listed; the third is told of now.
+    last = json.loads((run_of(torn).path / "metrics.jsonl").read_text().splitlines()[-2])
+    told = sum(int(event["text"].split()[0]) for event in events if "taken again" in event.get("text", ""))
+    assert told <= last["goodput/steps_again"] <= 3 * 9
 
 
 def _steps_saved(config: Config) -> int:
@@ -170,9 +176,10 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     events = []
     train(torn, listener=events.append)
-    assert [event["kind"] for event in events][:2] == ["note", "start"]
+    assert [event["kind"] for event in events][:3] == ["note", "note", "start"]
     assert f"{newest}/state.pt is damaged; it is left out" in events[0]["text"]
-    assert events[1]["global_step"] == 5
+    assert re.fullmatch(r"(1 step is|[23] steps are) taken again, those after step 5", events[1]["text"])
+    assert events[2]["global_step"] == 5
     assert_same_run(torn, whole)
 
 
