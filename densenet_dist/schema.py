@@ -67,6 +67,9 @@ class DataConfig:
     augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
     of random size and shape, resized, flip."""
+    flip: Literal["random", "alternating"] = "random"
+    """alternating: drawn in the first epoch, and the other way round in every next one, so that two epochs show each
+    image both ways; better in short runs."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """random_resized_crop: the smallest share of the area that is shown."""
     trivial_augment: bool = False
@@ -302,6 +305,8 @@ def impossible(config: Config) -> Iterator[str]:
     train, data, schedule = config.train, config.data, config.train.schedule
     if data.image_size is not None and data.name != "folder":
         yield f"data.image_size: is for data.name=folder; the images of {data.name} have 32 pixels a side"
+    if data.flip == "alternating" and data.augment == "none":
+        yield "data.flip: alternating changes nothing with data.augment=none; choose crop_flip, for example"
     if data.cutout > data.side:
         yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
     if data.val_fraction == 0 and (train.early_stopping.enabled or schedule.name == "plateau"):

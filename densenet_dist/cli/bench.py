@@ -125,7 +125,7 @@ def bench_scaling(
     require_picture(plot)
     for path in (out, plot):
         require_writable(path)
-    others = [read_outcome(path) for path in beside or []]
+    others = [read_outcome("--beside", path, "predictions") for path in beside or []]
     with Console(stderr=True).status("") as status:  # on a terminal only
         found = measure(
             config,
@@ -143,6 +143,52 @@ def bench_scaling(
         draw([*others, found], plot)
 
 
+@bench_app.command("time-to-accuracy")
+def bench_time_to_accuracy(
+    sources: Sources = None,
+    targets: Annotated[str, typer.Option(help="Test top-1 to reach, in percent, separated by commas.")] = "92.66,94",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from the configured one on.")] = 5,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Begin no seed that would not end within so many minutes.")
+    ] = None,
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over seconds there too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the seconds of training to a test accuracy, over several seeds, on one device.
+
+    Written to FILE.json after every seed; the same command again trains those that are missing there.
+
+    densenet-dist bench time-to-accuracy configs/cifar10_fast.yaml --out fast.json --plot fast.png
+    """
+    from rich.console import Console
+
+    from densenet_dist.bench.accuracy_report import draw, print_table
+    from densenet_dist.bench.time_to_accuracy import time_to_accuracy
+
+    config, shares = load(sources), parse_percents("--targets", targets)
+    require_picture(plot)
+    for path in (out, plot):
+        require_writable(path)
+    before = read_outcome("--out", out, "runs") if out is not None and out.exists() else None
+    with Console(stderr=True).status("") as status:  # on a terminal only
+
+        def show(found: dict[str, Any], epoch: dict[str, Any] | None) -> None:
+            if epoch is None:
+                write_json(found, out)
+            else:
+                status.update(f"seed {epoch['seed']}, epoch {epoch['epoch']}: {epoch['test/top1']:.2%}")
+
+        limit_s = None if minutes is None else 60 * minutes
+        found = time_to_accuracy(config, targets=shares, seeds=seeds, before=before, limit_s=limit_s, listener=show)
+    print_table(found)
+    if len(found["runs"]) < seeds:
+        typer.echo(f"{len(found['runs'])} of {seeds} seeds; the same command goes on with the others")
+    write_json(found, out)
+    if plot is not None and found["runs"]:
+        draw(found, plot)
+
+
 def require_picture(path: Path | None) -> None:
     """Say so before the work where a picture's ending names no format."""
     if path is not None and path.suffix not in (".png", ".pdf", ".svg"):
@@ -157,12 +203,23 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def read_outcome(path: Path) -> dict[str, Any]:
-    """What ``bench scaling --out`` wrote."""
+def parse_percents(option: str, text: str) -> tuple[float, ...]:
+    """Shares of 1, as an option lists them in percent, the lowest first."""
+    try:
+        shares = sorted(float(number) / 100 for number in text.split(","))
+    except ValueError:
+        shares = []
+    if not shares or not 0 < shares[0] <= shares[-1] <= 1:
+        raise ConfigError(f"{option}: {text!r} are no percentages; write them as 92.66,94")
+    return tuple(shares)
+
+
+def read_outcome(option: str, path: Path, has: str) -> dict[str, Any]:
+    """What the same command wrote earlier, which has such an entry."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--beside: {path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or "predictions" not in found:
-        raise ConfigError(f"--beside: {path} is not what bench scaling --out writes")
+        raise ConfigError(f"{option}: {path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or has not in found:
+        raise ConfigError(f"{option}: {path} is not what this command writes")
     return found

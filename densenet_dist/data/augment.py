@@ -45,6 +45,8 @@ class Augmentation:
         cutmix: likewise, for the area that a box of another image leaves (Yun et al. 2019). With both, each image gets
             one of them, drawn evenly.
         crop_scale: smallest share of the area that a random resized crop shows.
+        flip: random, or alternating: drawn once, and from then on every other epoch (Jordan 2024, arXiv:2404.00498,
+            section 3.6), so that two epochs show each image both ways.
     """
 
     geometry: str = "none"
@@ -53,6 +55,7 @@ class Augmentation:
     mixup: float = 0.0
     cutmix: float = 0.0
     crop_scale: float = 0.08
+    flip: Literal["random", "alternating"] = "random"
 
     @property
     def mixes(self) -> bool:
@@ -126,22 +129,29 @@ def draw(
         ConfigError: there is no such geometry.
     """
 
-    def uniform(stream: Stream, draws: int) -> _Draws:
+    def uniform(stream: Stream, draws: int, epoch: int = epoch) -> _Draws:
         words = random_words(num_images * draws, seed=seed, stream=stream, epoch=epoch)
         return unit_floats(words).reshape(num_images, draws)
+
+    def geometric() -> _Draws:
+        drawn = uniform(Stream.AUGMENTATION, 6)
+        if augmentation.flip == "alternating":
+            flipped_first = uniform(Stream.AUGMENTATION, 6, epoch=0)[:, 5] < 0.5
+            drawn[:, 5] = np.where(flipped_first == (epoch % 2 == 0), 0.0, 0.5)
+        return drawn
 
     if augmentation.geometry not in GEOMETRIES:
         raise ConfigError(f"augment={augmentation.geometry!r} must be one of {', '.join(GEOMETRIES)}")
     window = None if sizes is None else central_windows(sizes)
     warp: _Warp | None = None
     if augmentation.geometry == "notebook":
-        warp = _notebook(uniform(Stream.AUGMENTATION, 6), image_size)
+        warp = _notebook(geometric(), image_size)
     elif augmentation.geometry == "crop_flip":
-        warp = _crop_flip(uniform(Stream.AUGMENTATION, 6))
+        warp = _crop_flip(geometric())
     elif augmentation.geometry == "random_resized_crop":
         shown = np.full((num_images, 2), image_size) if sizes is None else sizes
         random = random_windows(shown, seed, epoch, augmentation.crop_scale)
-        flip = _flip_sign(uniform(Stream.AUGMENTATION, 6))
+        flip = _flip_sign(geometric())
         if sizes is None:
             warp = _enlarge(random, flip, image_size)
         else:

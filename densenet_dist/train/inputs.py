@@ -75,7 +75,9 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
 def augmentation_of(config: Config) -> Augmentation:
     """The configured augmentation."""
     data = config.data
-    return Augmentation(data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale)
+    return Augmentation(
+        data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
+    )
 
 
 def train_loader(

@@ -15,6 +15,7 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import TrivialAugmentWide
 
+from densenet_dist.config import load_config
 from densenet_dist.data import augment, reference, torch_ops, trivial_augment
 from densenet_dist.data.augment import GEOMETRIES, Augmentation, Parameters, draw
 from densenet_dist.data.datasets import Split
@@ -23,6 +24,7 @@ from densenet_dist.data.plan import Stream, random_words, unit_floats
 from densenet_dist.data.requests import Epoch, Request
 from densenet_dist.data.trivial_augment import OPERATIONS, STRENGTHS, Tone
 from densenet_dist.errors import ConfigError
+from densenet_dist.train.inputs import augmentation_of
 
 P = 1e-3  # what a statistical test must not fall below
 NAMES = ("window", "affine", "tone", "strength", "hole", "blend", "box", "own")
@@ -126,6 +128,29 @@ class TestGolden:
         windows = augment.random_windows(np.full((1000, 2), [500, 375]), 42, 7, 0.08)
         assert windows[0].tolist() == RESIZED_CROP_0
         assert sha(windows) == RESIZED_CROP
+
+
+class TestAlternatingFlip:
+    """Jordan 2024, arXiv:2404.00498, section 3.6."""
+
+    @pytest.mark.parametrize("geometry", ["notebook", "crop_flip", "random_resized_crop"])
+    def test_every_image_is_shown_the_other_way_in_the_next_epoch(self, geometry: str) -> None:
+        kinds = Augmentation(geometry), Augmentation(geometry, flip="alternating")
+        epochs = [[draw(kind, 3, epoch, 2000, 32).affine for epoch in range(4)] for kind in kinds]
+        random, alternating = (np.array([np.linalg.det(affine[:, :, :2]) < 0 for affine in each]) for each in epochs)
+        assert (alternating[0] == random[0]).all()
+        for epoch in range(3):
+            assert (alternating[epoch] != alternating[epoch + 1]).all()
+        assert 0.4 < (random[1] != random[2]).mean() < 0.6
+        assert 0.4 < alternating[0].mean() < 0.6
+        for one, other in zip(*epochs, strict=True):  # all else is as it was
+            np.testing.assert_array_equal(abs(one[:, :, 0]), abs(other[:, :, 0]))
+            np.testing.assert_array_equal(one[:, :, 1:], other[:, :, 1:])
+
+    def test_the_configuration_says_which(self) -> None:
+        assert augmentation_of(load_config({"data": {"flip": "alternating"}})).flip == "alternating"
+        with pytest.raises(ConfigError, match=r"data.flip: alternating changes nothing with data.augment=none"):
+            load_config({"data": {"flip": "alternating", "augment": "none"}})
 
 
 class TestDraw:
