@@ -421,6 +421,22 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
         torch.testing.assert_close(captured[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [("train.precision=fp32",), ("train.precision=bf16", "train.optimizer.name=adam")])
+def test_a_step_never_waits_for_the_device(tmp_path, settings):
+    config = tiny(tmp_path, "model.drop_rate=0.2", "train.ema_decay=0.9", "data.loader=torch", *settings)
+    job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
+    for batch in job.train_loader.epoch(0):  # kernels are chosen, the optimizer makes its state
+        train_step(job, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in job.train_loader.epoch(1):
+            train_step(job, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
     jobs = [job_of(tiny(tmp_path, "data.loader=torch", "data.cutout=8", "data.mixup=0.4")) for _ in range(2)]
     for batch in jobs[0].train_loader.epoch(0):
