@@ -232,6 +232,37 @@ def test_quiet_says_nothing(command, quickstart):
     assert command("train", quickstart, *QUICK, "--quiet") == (0, "", "")
 
 
+def test_events_as_json(command, quickstart):
+    code, out, err = command("train", quickstart, *QUICK, "--json")
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    events = [line["event"] for line in lines if line["event"] not in ("progress", "note")]
+    assert events == ["run", "start", "epoch", "end"]
+    end = lines[-1]
+    summary = json.loads(Path("runs/quickstart/summary.json").read_text())
+    assert {key: end[key] for key in summary} == summary
+    assert end["images_per_s"] > 0
+    assert 0 < end["goodput"] <= 1
+    assert all(Path(path).exists() and Path(path).is_absolute() for path in end["files"].values())
+    epoch = next(line for line in lines if line["event"] == "epoch")
+    record = json.loads(Path("runs/quickstart/metrics.jsonl").read_text().splitlines()[0])
+    assert {key: epoch[key] for key in record if key != "time"} == {key: record[key] for key in record if key != "time"}
+    known = (ROOT / "docs" / "console.md").read_text()
+    assert {key for line in lines for key in line if f"`{key}`" not in known and "goodput/" not in key} == set()
+    code, out, err = command("train", "--resume", "quickstart", "--json")
+    assert json.loads(out.splitlines()[-1])["test/top1"] == end["test/top1"]
+
+
+def test_an_error_is_json_too(command, quickstart):
+    code, out, err = command("train", quickstart, "train.epochs=many", "--json")
+    assert code == 2
+    (line,) = map(json.loads, out.splitlines())
+    assert (line["event"], line["type"], line["exit_code"]) == ("error", "ConfigError", 2)
+    assert err == f"error: {line['message']}\n"
+    code, out, _ = command("tune", "nowhere.yaml", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2)
+
+
 def test_checkpoint_of_another_net(command, quickstart):
     command("train", quickstart, *QUICK, "name=small", "--quiet")
     config = Path("runs/small/config.yaml")

@@ -27,6 +27,10 @@ BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Images a batch, 
 Seconds = Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write one JSON object a line, for programs (docs/console.md); errors too.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
