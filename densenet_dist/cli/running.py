@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from densenet_dist.cli import completion
 from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, load
 from densenet_dist.errors import ConfigError, Interrupted, TrainingError
-from densenet_dist.schema import Config
+
+if TYPE_CHECKING:
+    from densenet_dist.schema import Config
 
 
 def train(
     sources: Sources = None,
     resume: Annotated[
-        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run from its last checkpoint.")
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on with this run from its last checkpoint.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -25,7 +34,7 @@ def train(
 ) -> None:
     """Train a model and test it once.
 
-    densenet-dist train configs/quickstart.yaml
+    densenet-dist train quickstart
     densenet-dist train configs/cifar10_notebook.yaml model.growth_rate=24 name=k24
     densenet-dist train --resume runs/k24
     """
@@ -45,14 +54,21 @@ def tune(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SWEEP.yaml [key=value]...",
-            help="A sweep file, then settings: its own (trials=8), the base configuration's (train.epochs=3) or the "
-            "space's (space.train.lr={loguniform: [0.01, 1]}).",
+            metavar="SWEEP [key=value]...",
+            help="A sweep file, or a name that `densenet-dist config --list` shows, then settings: its own (trials=8), "
+            "the base configuration's (train.epochs=3) or the space's ('space.train.lr={loguniform: [0.01, 1]}').",
             show_default=False,
+            autocompletion=completion.sweep_sources,
         ),
     ] = None,
     resume: Annotated[
-        str | None, typer.Option("--resume", metavar="SWEEP", help="Go on with this sweep: its folder, or its name.")
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="SWEEP",
+            help="Go on with this sweep: its folder, or its name.",
+            autocompletion=completion.sweep_folders,
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -60,7 +76,7 @@ def tune(
 ) -> None:
     """Search settings: many runs of one configuration, the best of them kept.
 
-    densenet-dist tune configs/sweep_quickstart.yaml
+    densenet-dist tune sweep_quickstart
     densenet-dist tune configs/sweep_cifar10.yaml trials=32 name=wide
     densenet-dist tune --resume runs/wide
     """
@@ -74,7 +90,7 @@ def tune(
     with SweepJsonLines() if as_json else SweepConsole(quiet) as console:
         if resume is None:
             if not sources:
-                raise ConfigError("name a sweep file, such as configs/sweep_quickstart.yaml (or --resume SWEEP)")
+                raise ConfigError("name a sweep file, such as sweep_quickstart (or --resume SWEEP)")
             _tune(load_sweep(*sources, lacking=lacking_here), console)
             return
         if sources:
