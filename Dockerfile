@@ -29,6 +29,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     fi
 COPY pyproject.toml README.md LICENSE ./
 COPY densenet_dist densenet_dist
+# They come with the package: densenet_dist/bundled.py.
+COPY configs configs
 # hatchling is among the packages just installed.
 RUN --mount=type=cache,target=/root/.cache/pip \
     PYTHONPATH=/install/lib/python3.11/site-packages \

@@ -1,11 +1,5 @@
 # Every target does its own set-up: a virtual environment in .venv with the hash-locked requirements.lock and this
 # package, made once and again only when the lock or pyproject.toml changes.
-#
-#   make train            the quickstart: a small DenseNet through Ray Train, no download
-#                         (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
-#   make test             what CI runs: lint, types, import contract, tests
-#   make nightly          what takes too long for that: every fault of `densenet-dist chaos`, 19,000 fuzzed inputs
-#   make lock             write requirements.lock and requirements-runtime.lock anew (needs uv)
 
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
@@ -13,13 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test lint types contract pytest nightly setup lock clean
+.PHONY: help train test lint types contract pytest nightly hooks setup lock dist clean
 .DEFAULT_GOAL := help
 
-help:
-	@sed -n 's/^#   //p' Makefile
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY)
+setup: $(READY) ## the environment alone, in .venv: about 6 GB
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -30,35 +24,42 @@ $(READY): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-train: $(READY)
+train: $(READY) ## the quickstart, no download (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
 	@$(BIN)/densenet-dist train $(CONFIG) name=$(notdir $(basename $(CONFIG)))-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: lint types contract pytest
+test: lint types contract pytest ## what CI runs: the four below
 
-lint: $(READY)
+lint: $(READY) ## style and format of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY) ## mypy, strict
 	$(BIN)/mypy
 
-contract: $(READY)
+contract: $(READY) ## who may import whom
 	$(BIN)/lint-imports
 
-pytest: $(READY)
+pytest: $(READY) ## the tests (ARGS='tests/model -k fused' for some)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-nightly: $(READY)
+nightly: $(READY) ## what takes too long for that: every fault of `densenet-dist chaos`, 19,000 fuzzed inputs
 	$(BIN)/python -m pytest -m nightly --timeout 1800 $(ARGS)
+
+hooks: $(READY) ## have git run lint, format and types before each commit
+	$(BIN)/pre-commit install
+
+dist: $(READY) ## the source distribution, and the wheel from it, in dist/; no network
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet
 
-# The second one is for the image: the same versions without what only developers need, but for hatchling, which builds
+# The second lock is for the image: the same versions without what only developers need, but for hatchling, which builds
 # the package.
-lock:
+lock: ## write requirements.lock and requirements-runtime.lock anew (needs uv)
 	uv pip compile pyproject.toml requirements.in --extra dev $(LOCK) --output-file requirements.lock
 	echo hatchling | uv pip compile pyproject.toml requirements.in - --constraints requirements.lock $(LOCK) \
 	  --output-file requirements-runtime.lock
 
-clean:
+clean: ## remove .venv, dist and caches; runs and data stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

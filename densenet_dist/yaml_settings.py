@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from densenet_dist import bundled
 from densenet_dist.errors import ConfigError
 
 _MOST_VALUES: Final = 10_000
@@ -85,11 +86,12 @@ def _extent(node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[i
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file that must hold a mapping.
+    """Read one YAML file that must hold a mapping; one that comes with the package goes by its name (`bundled.find`).
 
     Raises:
         ConfigError: where the file is missing, is not YAML, repeats a key, or holds something else.
     """
+    path = bundled.find(path)
     try:
         values = _parsed(path.read_text(encoding="utf-8"))
         values = nest(values) if isinstance(values, dict) else values
@@ -170,5 +172,8 @@ def _copied(value: Any) -> Any:
 
 def _similar_file(path: Path) -> str:
     names = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=1)]
+    near += difflib.get_close_matches(path.stem, bundled.names(), n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return "" if path.suffix else "; what comes with the package is shown by: densenet-dist config --list"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import densenet_dist
 from densenet_dist.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,61 @@ def test_help_reads_well(command, name):
     assert "Usage: densenet-dist" in out
     assert "None" not in out
     if name == "train":
-        assert "densenet-dist train configs/quickstart.yaml" in out
+        assert "densenet-dist train quickstart" in out
+
+
+@pytest.mark.parametrize("name", ["", "train", "bench", "bench model", "data prepare", "config"])
+def test_help_is_asked_for_in_two_ways(command, name):
+    code, out, _ = command(*name.split(), "-h")
+    assert (code, out) == (0, command(*name.split(), "--help")[1])
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "report", "tune", "config", "doctor", "submit", "chaos"])
+def test_every_command_shows_how_it_is_used(command, name):
+    assert f"densenet-dist {name}" in command(name, "--help")[1].partition("Usage")[2].partition("\n")[2]
+
+
+def test_version(command):
+    import torch
+
+    code, out, _ = command("--version")
+    assert code == 0
+    first, *rest = out.splitlines()
+    assert first == f"densenet-dist {densenet_dist.__version__}"
+    assert [line.split()[0] for line in rest] == ["python", "torch", "ray", "dali"]
+    assert rest[1].split()[1].partition("+")[0] == torch.__version__.partition("+")[0]
+
+
+# Configurations that come with the package
+
+
+def test_configurations_that_come_along(command, tmp_path):
+    code, out, _ = command("config", "--list")
+    assert code == 0
+    listed = [line.split()[0] for line in out.splitlines()]
+    assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert "The first thing to run" in out
+    whole = command("config", str(ROOT / "configs" / "quickstart.yaml"))
+    for name in ("quickstart", "quickstart.yaml", "configs/quickstart.yaml"):  # from a folder without any
+        assert command("config", name) == whole
+    assert command("config", "sweep_quickstart")[:2] == command("config", "configs/sweep_quickstart.yaml")[:2]
+    (tmp_path / "mine.yaml").write_text("{base: quickstart.yaml, space: {train.lr: [0.1, 0.2]}}")
+    assert "num_layers: [2, 4, 4]" in command("config", "mine.yaml")[1]
+
+
+def test_a_file_of_ones_own_comes_first(command, tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("train: {epochs: 77}")
+    assert "epochs: 77" in command("config", "quickstart.yaml")[1]
+    assert "epochs: 77" not in command("config", "quickstart")[1]
+    (tmp_path / "quickstart").mkdir()  # a run's folder, say
+    assert command("config", "quickstart")[0] == 0
+
+
+def test_a_name_that_is_none(command):
+    code, _, err = command("train", "quickstrat")
+    assert (code, err) == (2, "error: there is no config file quickstrat; did you mean quickstart?\n")
+    assert "densenet-dist config --list" in command("train", "nonsense")[2]
+    assert command("train", "elsewhere/quickstart.yaml")[0] == 2
 
 
 def test_help_does_not_import_torch():
@@ -230,6 +285,37 @@ def test_torchrun_trains_together_and_speaks_once(quickstart, tmp_path):
 
 def test_quiet_says_nothing(command, quickstart):
     assert command("train", quickstart, *QUICK, "--quiet") == (0, "", "")
+
+
+def test_events_as_json(command, quickstart):
+    code, out, err = command("train", quickstart, *QUICK, "--json")
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    events = [line["event"] for line in lines if line["event"] not in ("progress", "note")]
+    assert events == ["run", "start", "epoch", "end"]
+    end = lines[-1]
+    summary = json.loads(Path("runs/quickstart/summary.json").read_text())
+    assert {key: end[key] for key in summary} == summary
+    assert end["images_per_s"] > 0
+    assert 0 < end["goodput"] <= 1
+    assert all(Path(path).exists() and Path(path).is_absolute() for path in end["files"].values())
+    epoch = next(line for line in lines if line["event"] == "epoch")
+    record = json.loads(Path("runs/quickstart/metrics.jsonl").read_text().splitlines()[0])
+    assert {key: epoch[key] for key in record if key != "time"} == {key: record[key] for key in record if key != "time"}
+    known = (ROOT / "docs" / "console.md").read_text()
+    assert {key for line in lines for key in line if f"`{key}`" not in known and "goodput/" not in key} == set()
+    code, out, err = command("train", "--resume", "quickstart", "--json")
+    assert json.loads(out.splitlines()[-1])["test/top1"] == end["test/top1"]
+
+
+def test_an_error_is_json_too(command, quickstart):
+    code, out, err = command("train", quickstart, "train.epochs=many", "--json")
+    assert code == 2
+    (line,) = map(json.loads, out.splitlines())
+    assert (line["event"], line["type"], line["exit_code"]) == ("error", "ConfigError", 2)
+    assert err == f"error: {line['message']}\n"
+    code, out, _ = command("tune", "nowhere.yaml", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2)
 
 
 def test_checkpoint_of_another_net(command, quickstart):

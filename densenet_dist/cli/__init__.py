@@ -11,31 +11,43 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from densenet_dist import bundled
+from densenet_dist.cli import completion
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.chaos import chaos
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
-from densenet_dist.config import load_config, to_yaml
+from densenet_dist.cli.version import show_version
 from densenet_dist.errors import ConfigError, DenseNetDistError
 
 app = typer.Typer(
-    help="Train DenseNets from a laptop's CPU to a GPU cluster.",
+    help="""Train DenseNets from a laptop's CPU to a GPU cluster.
+
+    First: densenet-dist train quickstart    (no download, two minutes on two cores)
+    What else there is: densenet-dist config --list
+    Whether this machine can do it: densenet-dist doctor
+    """,
     epilog="Exit codes: 0 done, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
     "6 checkpoint does not fit, 130 or 143 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: download, unpack, verify.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-app.command()(train)
-app.command()(tune)
-app.command()(report)
-app.command()(chaos)
-app.command(context_settings={"allow_interspersed_args": False})(submit)
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and exit."),
+    ] = False,
+) -> None:
+    """Options of the program itself; the help text is the app's."""
 
 
 class Split(StrEnum):
@@ -53,18 +65,28 @@ class Which(StrEnum):
     last = "last"
 
 
-@app.command()
 def evaluate(
     run: Run,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...",
+            help="Changes, such as data.root=DIR.",
+            show_default=False,
+            autocompletion=completion.run_settings,
+        ),
     ] = None,
     split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
     checkpoint: Annotated[Which, typer.Option(help="Which checkpoint.")] = Which.best,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a run's checkpoint again."""
+    """Judge a run's checkpoint again: loss, top-1 and top-5.
+
+    densenet-dist evaluate runs/k24
+    densenet-dist evaluate k24 --split val --checkpoint last --json
+    densenet-dist evaluate s3://bucket/runs/k24 data.root=/data
+    """
     from densenet_dist.train.evaluation import evaluate as judge
 
     figures = judge(run, split=split.value, checkpoint=checkpoint.value, overrides=tuple(settings or ()))
@@ -102,11 +124,25 @@ def prepare(
     typer.echo(f"{name}: verified in {folder}" if name != "shapes" else "shapes: generated when used")
 
 
-@app.command()
-def config(sources: Sources = None, debug: Debug = False) -> None:
-    """Check a configuration, or a sweep file, and print all of it as YAML."""
-    from densenet_dist.cluster.launch import check_model
+def config(
+    sources: Sources = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Show those that come with the package.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a configuration, or a sweep file, and print all of it as YAML.
 
+    densenet-dist config --list
+    densenet-dist config quickstart train.epochs=10 > mine.yaml    (then: densenet-dist train mine.yaml)
+    densenet-dist config sweep_cifar10
+    """
+    from densenet_dist.cluster.launch import check_model
+    from densenet_dist.config import to_yaml
+
+    if list_them:
+        for name in bundled.names():
+            typer.echo(f"{name:22}  {bundled.headline(name)}")
+        typer.echo(f"\nThe files, with all that is known of them: {bundled.folder()}", err=True)
+        return
     if any(map(is_sweep, sources or [])):
         from densenet_dist.sweep.definition import load_sweep
 
@@ -117,21 +153,33 @@ def config(sources: Sources = None, debug: Debug = False) -> None:
     typer.echo(to_yaml(resolved), nl=False)
 
 
-@app.command()
 def doctor(sources: Sources = None, debug: Debug = False) -> None:
     """Check whether this machine can do the job: versions, GPUs, DALI, Ray, storage, data.
 
     With a configuration, the storage and data it names are checked; without one, the defaults.
+
+    densenet-dist doctor
+    densenet-dist doctor cifar10_notebook storage=s3://bucket/runs
     """
+    from densenet_dist.config import load_config
     from densenet_dist.doctor import examine
 
     if not examine(load_config(*(sources or []))):
         raise typer.Exit(3)
 
 
+# In the order in which a newcomer meets them.
+for _command in (train, evaluate, report, tune, config, doctor):
+    app.command()(_command)
+app.command(context_settings={"allow_interspersed_args": False})(submit)
+app.command()(chaos)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; `arguments` defaults to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if os.environ.get(completion.BASH[0]) == completion.BASH[1]:
+        completion.complete_in_bash(lambda: app(arguments, prog_name="densenet-dist"))
     # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a tenth of a millisecond: from one pass to the next, no longer

@@ -22,7 +22,9 @@ from densenet_dist.cli.options import (
 )
 from densenet_dist.errors import ConfigError
 
-bench_app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure this machine: a model, the data loaders, how training scales.", no_args_is_help=True
+)
 
 
 @bench_app.command("data")

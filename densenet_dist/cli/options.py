@@ -5,35 +5,55 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from densenet_dist.config import load_config
+from densenet_dist import bundled
+from densenet_dist.cli import completion
 from densenet_dist.errors import ConfigError, StorageError
-from densenet_dist.schema import Config
-from densenet_dist.yaml_settings import read_yaml
+
+if TYPE_CHECKING:
+    from densenet_dist.schema import Config
 
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG.yaml [key=value]...",
-        help="YAML files and dotted.key=value settings; later ones win over earlier ones.",
+        metavar="CONFIG [key=value]...",
+        help="YAML files, or names that `densenet-dist config --list` shows, and dotted.key=value settings; later ones "
+        "win over earlier ones.",
         show_default=False,
+        autocompletion=completion.sources,
     ),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder (path or s3:// URI), or its name in runs/.")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's folder (path or s3:// URI), or its name in runs/.",
+        autocompletion=completion.runs,
+    ),
+]
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Images a batch, separated by commas.")]
 Seconds = Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write one JSON object a line, for programs (docs/console.md); errors too.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def load(sources: list[str] | None) -> Config:
     """The configuration that a command line names."""
+    from densenet_dist.config import load_config  # a fifth of a second, which --help and completion need not wait for
+
     if not sources:
-        raise ConfigError("name a configuration, such as configs/quickstart.yaml (or --resume RUN to go on with a run)")
+        raise ConfigError(
+            "name a configuration, such as quickstart (or --resume RUN to go on with a run)\n"
+            "  those that come with the package: densenet-dist config --list"
+        )
     sources = list(map(_fetched, sources))
     for source in filter(is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file, whose trials are run by: densenet-dist tune {source}")
@@ -52,7 +72,10 @@ def _fetched(source: str) -> str:
 
 def is_sweep(source: str) -> bool:
     """Whether a file is a sweep."""
-    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file() and "space" in read_yaml(Path(source))
+    from densenet_dist.yaml_settings import read_yaml
+
+    path = bundled.find(source)
+    return path.suffix in (".yaml", ".yml") and path.is_file() and "space" in read_yaml(path)
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:

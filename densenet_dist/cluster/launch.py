@@ -63,7 +63,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         TrainingError: when training itself fails.
     """
     if listener is None:
-        from densenet_dist.train.logs import Console
+        from densenet_dist.train.console import Console
 
         with Console() as console:
             return fit(config, resume=resume, listener=console)
@@ -91,7 +91,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         # The driver of a cluster elsewhere may have neither its GPUs nor its data.
         problem = report_at_end(run, judges=not _joins(config))
         if problem is not None:
-            listener({"kind": "note", "text": problem})
+            listener({"kind": "note", "text": problem, "warning": True})
     return Result(run.uri, summary)
 
 

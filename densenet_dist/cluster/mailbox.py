@@ -199,7 +199,7 @@ def announcing_restarts(listener: Callable[[Event], None], limit: int) -> Callab
             elif before:
                 losses += 1
                 text = f"a worker was lost: all were started again ({losses} of at most {limit} times)"
-                listener({"kind": "note", "text": text})
+                listener({"kind": "note", "text": text, "warning": True})
         listener(event)
 
     return listen

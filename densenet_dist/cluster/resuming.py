@@ -63,7 +63,7 @@ def tell_of_changes(run: RunFolder, config: Config, listener: Callable[[Event], 
     allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
     if allowed or refused:
         text = "\n  ".join(["other settings than those that the run began with:", *allowed, *refused])
-        listener({"kind": "note", "text": text})
+        listener({"kind": "note", "text": text, "warning": bool(refused)})
 
 
 def _may_change(key: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from densenet_dist import bundled
 from densenet_dist.cluster.launch import check_model, require_lasting
 from densenet_dist.config import held_credentials, load_config
 from densenet_dist.errors import ConfigError, EnvironmentProblem
@@ -155,6 +156,8 @@ def _inside(argument: str, folder: Path) -> str:
     if not _is_file(argument):
         return argument
     path = Path(argument).absolute()
+    if not path.is_file() and bundled.find(argument).is_file():
+        return bundled.find(argument).stem  # the cluster has the package, and what comes with it
     if not path.is_file():
         raise ConfigError(f"there is no file {argument}")
     try:

@@ -121,6 +121,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
             {
                 "kind": "note",
                 "text": f"{trial} crashed and is started again: {explain(_last_failure(trial), 'the trial')}",
+                "warning": True,
             }
         )
 

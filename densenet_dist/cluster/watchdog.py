@@ -107,7 +107,8 @@ def watched(mailbox: Any, timeout_s: float, listener: Callable[[Event], None]) -
             while not end.wait(min(2.0, timeout_s / 10)):
                 for hung in ray.get(mailbox.hung.remote(timeout_s)):
                     if _killed(hung.beat):
-                        listener({"kind": "note", "text": f"{hung}: it is ended, and the run goes on without it"})
+                        text = f"{hung}: it is ended, and the run goes on without it"
+                        listener({"kind": "note", "text": text, "warning": True})
 
     thread = threading.Thread(target=watch, name="watchdog")
     thread.start()

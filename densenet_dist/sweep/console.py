@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
 from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.ending import SweepEnding
 from densenet_dist.sweep.results import Trial, ranked
+from densenet_dist.train.console import LastingConsole, print_closing
 from densenet_dist.train.context import Event
 
 
@@ -22,7 +23,8 @@ class SweepConsole:
     def __init__(self, quiet: bool = False) -> None:
         # Piped, a table has no terminal to fit into.
         width = None if sys.stdout.isatty() else 200
-        self._console = Console(highlight=False, quiet=quiet, soft_wrap=True, width=width)
+        self._quiet = quiet
+        self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width)
         self._status: Status | None = None
         self._metric, self._total = "", 0
 
@@ -40,7 +42,7 @@ class SweepConsole:
         if event["kind"] == "sweep":
             self._begin(event["sweep"], event["trials"], event["folder"])
         elif event["kind"] == "note":
-            self._console.print(event["text"], markup=False)
+            self._note(event)
         elif event["kind"] == "trial":
             self._trial(event)
 
@@ -58,11 +60,17 @@ class SweepConsole:
             ended = sum(trial.status != "interrupted" for trial in recorded)
             self._console.print(f"resumed: {ended} trials ended before, {len(recorded) - ended} go on", markup=False)
 
+    def _note(self, event: Event) -> None:
+        warning = bool(event.get("warning"))
+        if self._quiet and warning:
+            print(f"warning: {event['text']}", file=sys.stderr, flush=True)
+        self._console.print(event["text"], markup=False, style="yellow" if warning else None)
+
     def _trial(self, event: Event) -> None:
         trial: Trial = event["trial"]
         if event["state"] not in ("running", "epoch"):
             self._console.print(self._line(trial, event["best"]), markup=False)
-        if self._console.is_terminal:
+        if self._console.animates:
             if self._status is None:
                 self._status = self._console.status("")
                 self._status.start()
@@ -99,12 +107,11 @@ class SweepConsole:
         self._console.print()
         self._console.print(table)
 
-    def summary(self, title: str, rows: Mapping[str, str]) -> None:
-        """Names and values at the end, each on one line however long, so that paths can be copied whole."""
-        width = max(map(len, rows))
-        self._console.print(f"\n{title}", style="bold", markup=False)
-        for name, value in rows.items():
-            self._console.print(f"  {name:<{width}}  {value}", markup=False)
+    def finish(self, ending: SweepEnding) -> None:
+        """All trials, the best of them, where all of it lies, and what can be done with it."""
+        self.table(ending.sweep, ending.trials)
+        title = f"{ending.status}: {ending.sweep.settings.name}"
+        print_closing(self._console, title, ending.figures(), ending.files(), ending.commands())
 
 
 def figure(value: float | None) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from densenet_dist import bundled
 from densenet_dist import config as run_config
 from densenet_dist.config import held_credentials, load_config, name_of_file
 from densenet_dist.errors import ConfigError
@@ -136,11 +137,17 @@ def _read(source: str | Path) -> dict[str, Any]:
         if misplaced:
             raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
-            layer["base"] = str(Path(source).parent / str(layer["base"]))
+            layer["base"] = str(_beside(Path(source), str(layer["base"])))
         return layer
     layer = read_override(str(source))
     groups = {key: layer.pop(key) for key in _GROUPS if key in layer}
     return layer | ({"settings": groups} if groups else {})
+
+
+def _beside(file: Path, base: str) -> Path:
+    """The base that a sweep file names: beside it, or one that comes with the package."""
+    path = bundled.find(file).parent / base
+    return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
 
 
 def _load_base(path: str, settings: Any) -> Config:

@@ -20,7 +20,9 @@ from densenet_dist.train.pulse import Goodput, Pulse
 from densenet_dist.train.run_folder import RunFolder
 
 Event: TypeAlias = dict[str, Any]
-"""Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it."""
+"""Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it.
+
+A note is ``text``, and ``warning`` (true) where something is not as it should be."""
 
 
 class Stopped(BaseException):

@@ -271,7 +271,7 @@ def _tell_of_lost_files(job: Job) -> None:
 
 def _tell(job: Job, what: str, lines: Sequence[str]) -> None:
     more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
-    job.context.report({"kind": "note", "text": "\n  ".join([f"{what}:", *lines[:5], *more])})
+    job.context.report({"kind": "note", "text": "\n  ".join([f"{what}:", *lines[:5], *more]), "warning": True})
 
 
 def _gradients_stay_here(forward: nn.Module) -> Any:
@@ -281,7 +281,7 @@ def _gradients_stay_here(forward: nn.Module) -> Any:
 
 
 def _show_progress(job: Job) -> None:
-    loss, _, _, images = job.metrics.sums.tolist()
+    loss, top1, _, images = job.metrics.sums.tolist()
     trained, _ = job.count_time()
     job.context.report(
         {
@@ -292,6 +292,7 @@ def _show_progress(job: Job) -> None:
             "steps": job.train_loader.steps_per_epoch,
             "global_step": job.position.global_step,
             "loss": loss / max(images, 1.0),
+            "top1": top1 / max(images, 1.0),
             "rate": job.position.step * job.config.train.global_batch_size / trained,
             "goodput": job.context.goodput.ratio,
         }

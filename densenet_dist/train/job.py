@@ -279,6 +279,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def describe(job: Job) -> dict[str, Any]:
     """What is about to be trained, on what: the ``start`` event."""
     device = torch.cuda.get_device_name(job.context.device) if job.context.device.type == "cuda" else "CPU"
+    best = next((entry for entry in job.store.entries if entry.name == job.store.best and entry.metrics), None)
     return {
         "kind": "start",
         "model": job.config.model.variant,
@@ -295,6 +296,7 @@ def describe(job: Job) -> dict[str, Any]:
         "device": device,
         "epoch": job.position.epoch,
         "global_step": job.position.global_step,
+        "best": None if best is None else {"epoch": best.position.epoch, **best.metrics},
     }
 
 

@@ -105,9 +105,10 @@ def restore(job: Job) -> None:
         snapshot = job.store.load_latest()
         chosen[0] = snapshot.position if snapshot else None
         if job.store.rebuilt:
-            job.context.report({"kind": "note", "text": f"{job.store.rebuilt}; it is made anew from those there are"})
+            text = f"{job.store.rebuilt}; it is made anew from those there are"
+            job.context.report({"kind": "note", "text": text, "warning": True})
         for problem in job.store.damaged:
-            job.context.report({"kind": "note", "text": f"{problem}; it is left out"})
+            job.context.report({"kind": "note", "text": f"{problem}; it is left out", "warning": True})
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, src=0)
     for entry in job.store.entries:
@@ -116,7 +117,7 @@ def restore(job: Job) -> None:
             job.restore(snapshot)
             if snapshot.state.get("pictures") != digest_of_files(job.dataset) and job.context.rank == 0:
                 text = "the pictures are not those that the run began with: it goes on with them, but no longer exactly"
-                job.context.report({"kind": "note", "text": text})
+                job.context.report({"kind": "note", "text": text, "warning": True})
     _tell_what_was_lost(job)
 
 

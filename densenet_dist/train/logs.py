@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl (the record), TensorBoard, and lines on the console."""
+"""What a run leaves to read: metrics.jsonl (the record) and TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import json
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console as RichConsole
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from densenet_dist.config import to_dict
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event
 from densenet_dist.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.yaml_settings import flatten
 
@@ -117,101 +112,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
-
-
-class Console:
-    """Shows a run's events to a person: a live line on a terminal, one line an epoch everywhere."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = RichConsole(highlight=False, quiet=quiet, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._workers: int | None = None
-
-    def __enter__(self) -> Console:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._clear()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        kind = event["kind"]
-        if kind == "progress":
-            self._show_progress(event)
-            return
-        self._clear()
-        if kind == "start":
-            self._start(event)
-        elif kind == "epoch":
-            self._console.print(epoch_line(event), markup=False)
-        elif kind == "note":
-            self._console.print(event["text"], markup=False)
-
-    def summary(self, title: str, rows: dict[str, str]) -> None:
-        """Names and values at the end, each on one line however long, so that paths can be copied whole."""
-        self._clear()
-        width = max(map(len, rows))
-        self._console.print(f"\n[bold]{escape(title)}[/]")
-        for name, value in rows.items():
-            self._console.print(f"  [dim]{name:<{width}}[/]  {escape(value)}")
-
-    def _start(self, event: Event) -> None:
-        workers = event["world_size"]
-        if self._workers is None:
-            self._header(event)
-        on = f", on {workers} x {event['device']}" if self._workers not in (None, workers) else ""
-        self._workers = workers
-        if event["global_step"]:
-            self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
-
-    def _header(self, event: Event) -> None:
-        self._console.print(
-            f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
-            f"{event['train_images']:,} training and {event['val_images']:,} validation images"
-        )
-        self._console.print(
-            f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
-            f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}"
-        )
-
-    def _show_progress(self, event: Event) -> None:
-        if not self._console.is_terminal:
-            return
-        if self._progress is None:
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
-                TextColumn("{task.fields[rate]:,.0f} images/s"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._progress.add_task("", total=1, epoch=0, epochs=0, loss=0.0, rate=0.0)
-            self._progress.start()
-        assert self._task is not None
-        fields = {key: event[key] for key in ("epoch", "epochs", "loss", "rate")}
-        self._progress.update(self._task, completed=event["step"], total=event["steps"], **fields)
-
-    def _clear(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def epoch_line(event: Event) -> str:
-    """One epoch in one line."""
-    parts = [f"epoch {event['epoch']:>3}/{event['epochs']}"]
-    for name in ("train", "val"):
-        if f"{name}/loss" in event:
-            loss, top1, top5 = (event[f"{name}/{key}"] for key in ("loss", "top1", "top5"))
-            shown = f"{name} loss {loss:.4f} top-1 {top1:6.2%}"
-            parts.append(f"{shown} top-5 {top5:6.2%}" if event.get("many_classes") else shown)
-    parts.append(f"lr {event['lr']:.2e}")
-    parts.append(f"{event['perf/images_per_s']:,.0f} images/s")
-    parts.append(f"{event['seconds']:.1f} s")
-    return "  ".join(parts) + ("  *" if event.get("is_best") else "")

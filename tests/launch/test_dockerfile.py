@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from densenet_dist import __version__
+
 KEPT_OUT = {".git", ".venv", "data", "runs", "tests", "docs", "benchmarks"}
 
 
@@ -131,7 +133,7 @@ def test_tini_is_first_and_nothing_checks_health(last_stage, text):
 
 def test_labels_tell_the_version(last_stage, project, values):
     labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]+)"', argument(last_stage, "LABEL")))
-    assert labels["version"] == project["version"] == values["image_tag"]
+    assert labels["version"] == __version__ == values["image_tag"]
     assert labels["title"] == project["name"]
     assert labels["licenses"] == project["license"]
 

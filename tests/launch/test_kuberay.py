@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-import tomllib
 
 import pytest
 from jsonschema import Draft7Validator
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
+from densenet_dist import __version__
 from densenet_dist.config import load_config
 from densenet_dist.sweep.definition import load_sweep
 
@@ -90,9 +90,8 @@ def test_valid_by_kuberays_own_schema(resource, schema, name):
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_versions_are_pinned(variant, resource, cluster, locked, root, name):
     assert cluster(name)["rayVersion"] == locked("ray") == variant["ray_version"]
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     digest = variant["image_digest"]
-    expected = f"{variant['image']}:{project['version']}" + (f"@{digest}" if digest else "")
+    expected = f"{variant['image']}:{__version__}" + (f"@{digest}" if digest else "")
     images = {
         container["image"] for pod in pods(resource(name)["spec"]).values() for container in pod["spec"]["containers"]
     }

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from densenet_dist.config import load_config
+from densenet_dist.errors import ConfigError
 from densenet_dist.sweep.console import SweepConsole
 from densenet_dist.sweep.definition import Sweep, load_sweep
+from densenet_dist.sweep.ending import SweepEnding
+from densenet_dist.sweep.json_lines import SweepJsonLines
 from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,
@@ -181,8 +184,7 @@ def test_what_the_console_says(sweep, capsys):
         ):
             console({"kind": "trial", "state": state, "trial": one, "best": best, "all": everyone})
         console({"kind": "note", "text": "a [note]"})
-        console.table(sweep, everyone)
-        console.summary("finished: mine", {"sweep folder": "F" * 200})
+        console.finish(SweepEnding(sweep, "F" * 200, everyone, last, None))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[:8] == [
         "16 trials, random search, asha, highest val/top1; folder F",
@@ -196,12 +198,49 @@ def test_what_the_console_says(sweep, capsys):
     ]
     assert lines[8] == "a [note]"
     assert [line.split()[0] for line in lines[10:14]] == ["trial", "trial-002", "trial-000", "trial-001"]
-    assert lines[-1].endswith("F" * 200)
+    assert "finished: mine" in lines
+    said = [line.split() for line in lines[14:]]
+    assert ["trials", "3,", "1", "stopped,", "1", "failed"] in said
+    assert ["best", "trial", "trial-002", "(val/top1", "0.7500)"] in said
+    assert ["train", "it", "again", "densenet-dist", "train", f"{'F' * 200}/best.yaml"] in said
+    assert said[-1] == ["TensorBoard", "tensorboard", "--logdir", "F" * 200]
 
 
 def test_quiet(sweep, capsys):
     with SweepConsole(quiet=True) as console:
         console({"kind": "sweep", "sweep": sweep, "trials": [], "folder": "F"})
         console({"kind": "trial", "state": "finished", "trial": trial("000", 0.1), "best": None, "all": []})
-        console.table(sweep, [trial("000", 0.1)])
-    assert capsys.readouterr().out == ""
+        console({"kind": "note", "text": "nothing to worry about"})
+        console({"kind": "note", "text": "trial-001 crashed", "warning": True})
+        console.finish(SweepEnding(sweep, "F", [trial("000", 0.1)], None, None))
+    assert capsys.readouterr() == ("", "warning: trial-001 crashed\n")
+
+
+def test_events_for_a_program(sweep, capsys):
+    first, failed = trial("000", 0.25, 0.5, status="stopped"), trial("001", status="failed", lr=math.inf)
+    failed.cause = "loss is NaN"
+    with pytest.raises(ConfigError), SweepJsonLines() as lines:  # noqa: PT012
+        print("what a library says")
+        lines({"kind": "sweep", "sweep": sweep, "trials": [], "folder": "F"})
+        lines({"kind": "trial", "state": "epoch", "trial": first, "best": first, "all": [first]})
+        lines({"kind": "trial", "state": "failed", "trial": failed, "best": first, "all": [first, failed]})
+        lines({"kind": "note", "text": "a note"})
+        lines.finish(SweepEnding(sweep, "F", [first, failed], first, None))
+        raise ConfigError("wrong")
+    out, err = capsys.readouterr()
+    assert err == "what a library says\n"
+    begin, one, two, note, end, error = map(json.loads, out.splitlines())
+    assert (begin["event"], begin["name"], begin["trials"], begin["maximise"]) == ("sweep", "mine", 16, True)
+    assert begin["space"]["train.lr"] == {"loguniform": [0.01, 1]}
+    assert (one["event"], one["name"], one["state"], one["value"], one["is_best"]) == (
+        *("trial", "trial-000", "epoch", 0.5, True),
+    )
+    assert (two["settings"]["train.lr"], two["cause"], two["is_best"], two["ended"]) == (None, "loss is NaN", False, 2)
+    assert (note["event"], note["level"], note["text"]) == ("note", "info", "a note")
+    assert (end["event"], end["status"], end["best"]["name"], end["files"]["sweep_folder"]) == (
+        *("end", "finished", "trial-000", "F"),
+    )
+    assert [one["name"] for one in end["trials"]] == ["trial-000", "trial-001"]
+    assert (error["event"], error["type"], error["exit_code"]) == ("error", "ConfigError", 2)
+    known = (Path(__file__).parents[2] / "docs" / "console.md").read_text()
+    assert all(f"`{key}`" in known for line in (begin, one, note, end, error) for key in line)

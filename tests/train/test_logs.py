@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard and lines on the console."""
+"""What a run leaves to read: metrics.jsonl and TensorBoard."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from densenet_dist.train.environment import cpu_name, describe_environment, git_commit
-from densenet_dist.train.logs import Console, RunLog, epoch_line, read_records
+from densenet_dist.train.logs import RunLog, read_records
 from densenet_dist.train.run_folder import RunFolder
 
 TAGS = {
@@ -181,88 +181,6 @@ def test_the_record_and_the_board_reach_an_object_store(s3):
     assert [line["global_step"] for line in lines] == [5, 10]
     reader.fetch("tb")
     assert [event.step for event in board_of(reader).Scalars("train/loss")] == [5, 10]
-
-
-# The console
-
-START = {
-    **{"kind": "start", "model": "notebook", "parameters": 3532210, "data": "cifar10", "train_images": 45000},
-    **{
-        "val_images": 5000,
-        "epochs": 90,
-        "steps_per_epoch": 704,
-        "global_batch_size": 64,
-        "precision": "fp32",
-        "loader": "torch",
-    },
-    **{"world_size": 2, "device": "CPU", "epoch": 0, "global_step": 0},
-}
-EPOCH = {
-    **{"kind": "epoch", "epoch": 7, "epochs": 90, "lr": 0.001, "train/loss": 1.23456, "train/top1": 0.5},
-    **{"train/top5": 0.9, "val/loss": 2.0, "val/top1": 0.4321, "val/top5": 0.8, "perf/images_per_s": 1234.5},
-    **{"seconds": 36.4, "many_classes": False, "is_best": True},
-}
-
-
-def test_an_epoch_is_one_line():
-    assert epoch_line(EPOCH) == (
-        "epoch   7/90  train loss 1.2346 top-1 50.00%  val loss 2.0000 top-1 43.21%  "
-        "lr 1.00e-03  1,234 images/s  36.4 s  *"
-    )
-    without = {key: value for key, value in EPOCH.items() if not key.startswith("val")} | {"is_best": False}
-    assert "val" not in epoch_line(without)
-    assert not epoch_line(without).endswith("*")
-    assert "top-1 43.21% top-5 80.00%" in epoch_line({**EPOCH, "many_classes": True})
-
-
-def test_the_console_shows_start_epochs_and_notes(capsys):
-    with Console() as console:
-        console(START)
-        console({"kind": "progress", "epoch": 1, "epochs": 90, "step": 3, "steps": 704, "loss": 2.3, "rate": 100.0})
-        console(EPOCH)
-        console({"kind": "note", "text": "something happened"})
-        console({"kind": "end", "test/top1": 0.5})
-        console.summary("finished: run", {"test top-1": "93.10%", "run folder": "/a/b"})
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == "notebook, 3,532,210 parameters; cifar10, 45,000 training and 5,000 validation images"
-    assert out[1] == "90 epochs of 704 steps, 64 images a step; 2 x CPU, fp32, batches by torch"
-    assert out[2] == epoch_line(EPOCH)
-    assert out[3] == "something happened"
-    assert "\x1b" not in "".join(out)
-    assert "loss 2.3" not in "".join(out)  # no live line where nobody looks
-    assert [line.split() for line in out[4:] if line.strip()] == [
-        ["finished:", "run"],
-        ["test", "top-1", "93.10%"],
-        ["run", "folder", "/a/b"],
-    ]
-
-
-def test_the_console_says_where_a_run_goes_on(capsys):
-    Console()({**START, "epoch": 3, "global_step": 2115})
-    assert "resumed after step 2115, in epoch 4" in capsys.readouterr().out
-
-
-def test_a_quiet_console_shows_nothing(capsys):
-    with Console(quiet=True) as console:
-        console(START)
-        console(EPOCH)
-        console.summary("done", {"a": "b"})
-    assert capsys.readouterr().out == ""
-
-
-def test_a_terminal_gets_a_live_line(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    progress = {"kind": "progress", "epoch": 2, "epochs": 90, "step": 3, "steps": 704, "loss": 2.345, "rate": 100.0}
-    with Console() as console:
-        console(progress)
-        console({**progress, "step": 200, "loss": 1.5})
-        console(EPOCH)
-    out = capsys.readouterr().out
-    assert "200/704  loss 1.500" in out
-    assert "epoch 2/90" in out
-    assert epoch_line(EPOCH) in out
 
 
 # The environment

@@ -1,0 +1,73 @@
+"""A sweep's events for a program: one JSON object a line on standard output (docs/console.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.ending import SweepEnding
+from densenet_dist.sweep.results import Trial, ranked
+from densenet_dist.train.context import Event
+from densenet_dist.train.json_lines import JsonLines, by_key
+
+
+class SweepJsonLines(JsonLines):
+    """Takes a sweep's events; see `densenet_dist.cluster.sweep`."""
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        if event["kind"] == "sweep":
+            self._begin(event["sweep"], event["trials"], event["folder"])
+        elif event["kind"] == "trial":
+            best: Trial | None = event["best"]
+            self.emit(
+                "trial",
+                **described(event["trial"]),
+                state=event["state"],
+                is_best=best is event["trial"],
+                ended=sum(trial.status not in ("running", "interrupted") for trial in event["all"]),
+            )
+        elif event["kind"] == "note":
+            self.note(event)
+
+    def finish(self, ending: SweepEnding) -> None:
+        """The last line of a sweep that came to its end."""
+        settings = ending.sweep.settings
+        self.emit(
+            "end",
+            status=ending.status,
+            name=settings.name,
+            metric=settings.metric,
+            best=None if ending.best is None else described(ending.best),
+            trials=[described(trial) for trial in ranked(ending.trials, settings.maximise)],
+            files=by_key(ending.files()),
+        )
+
+    def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:
+        settings = sweep.settings
+        self.emit(
+            "sweep",
+            name=settings.name,
+            folder=folder,
+            trials=max(sweep.trials, len(recorded)),
+            recorded=len(recorded),
+            metric=settings.metric,
+            maximise=settings.maximise,
+            search=settings.search.name,
+            scheduler=settings.scheduler.name,
+            space={key: domain.describe() for key, domain in sweep.space.items()},
+        )
+
+
+def described(trial: Trial) -> dict[str, Any]:
+    """A trial as plain values."""
+    return {
+        "name": trial.name,
+        "status": trial.status,
+        "settings": trial.overrides,
+        "epochs": trial.epochs,
+        "value": trial.metric,
+        "best_epoch": trial.best_epoch,
+        "cause": trial.cause,
+    }

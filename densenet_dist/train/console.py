@@ -1,0 +1,194 @@
+"""Shows a run's events to a person: two bars and the figures of the moment on a terminal, one line an epoch everywhere.
+
+What a program reads instead is in `densenet_dist.train.json_lines`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+from densenet_dist.train.progress_view import ProgressView, clock_time, packed
+
+if TYPE_CHECKING:
+    from densenet_dist.train.context import Event
+    from densenet_dist.train.ending import Ending
+
+
+class Console:
+    """Shows one run's events.
+
+    Args:
+        quiet: show nothing but warnings, on standard error.
+        silent: not even those: a rank that is not to speak.
+    """
+
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
+        self._quiet, self._silent = quiet, silent
+        self._console = LastingConsole(highlight=False, quiet=quiet or silent, soft_wrap=True)
+        self._view = ProgressView()
+        self._live: Live | None = None
+        self._workers: int | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clear()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        kind = event["kind"]
+        if kind == "progress":
+            self._view.moved(event)
+            self._animate()
+        elif kind == "start":
+            self._start(event)
+        elif kind == "epoch":
+            self._view.ended(event)
+            self._epoch(event)
+        elif kind == "note":
+            self._note(event)
+
+    def finish(self, ending: Ending) -> None:
+        """Say how the run ended, where all of it lies, and what can be done with it."""
+        self._clear()
+        print_closing(self._console, ending.title, ending.figures(), ending.files(), ending.commands())
+
+    def _start(self, event: Event) -> None:
+        self._view.begin(event)
+        workers = event["world_size"]
+        if self._workers is None:
+            self._header(event)
+        on = f", on {workers} x {event['device']}" if self._workers not in (None, workers) else ""
+        self._workers = workers
+        if event["global_step"]:
+            self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
+
+    def _header(self, event: Event) -> None:
+        for line in (
+            f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
+            f"{event['train_images']:,} training and {event['val_images']:,} validation images",
+            f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
+            f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}",
+        ):
+            self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
+
+    def _epoch(self, event: Event) -> None:
+        left = self._view.run_left()
+        parts = [*epoch_parts(event), *([f"{clock_time(left)} left"] if left else [])]
+        width = self._console.width if self._console.is_terminal else sys.maxsize
+        lines = packed([*parts, "*"] if event.get("is_best") else parts, width, indent="  ")
+        star = "green" if event.get("is_best") else ""
+        self._console.print(Text("\n").join(_starred(line, star) for line in lines))
+
+    def _note(self, event: Event) -> None:
+        warning = bool(event.get("warning"))
+        if self._quiet and warning and not self._silent:
+            print(f"warning: {event['text']}", file=sys.stderr, flush=True)
+        self._console.print(event["text"], markup=False, style="yellow" if warning else None)
+
+    def _animate(self) -> None:
+        if self._live is None:
+            if not self._console.animates:
+                return
+            self._live = Live(self._view, console=self._console, transient=True)
+            self._live.start(refresh=True)
+
+    def _clear(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+class LastingConsole(RichConsole):
+    """One that outlives its reader: a run that may have cost hours does not end because ``| head`` has seen enough."""
+
+    @property
+    def animates(self) -> bool:
+        """Whether lines can be drawn over each other: FORCE_COLOR colours what is piped, but cannot make it move."""
+        return not self.quiet and self.is_interactive and not self.is_dumb_terminal and self.file.isatty()
+
+    def on_broken_pipe(self) -> None:
+        """Go on without a word."""
+        self.quiet = True
+        forget(self.file)
+
+
+class Linked(NamedTuple):
+    """A file or folder as it is shown, and the address that a terminal opens when it is clicked."""
+
+    text: str
+
+    @property
+    def style(self) -> Style:
+        """A link (OSC 8) for what lies here; addresses of object stores are no browser's."""
+        path = Path(self.text)
+        return Style(link=path.as_uri()) if path.is_absolute() else Style()
+
+
+def print_closing(
+    console: RichConsole,
+    title: str,
+    figures: Mapping[str, str],
+    files: Mapping[str, str],
+    commands: Mapping[str, str],
+) -> None:
+    """The last words: figures, files and what to do next, each value on one line however long, to be copied whole."""
+    width = max(map(len, [*figures, *files, *commands]))
+    console.print(f"\n{title}", style="bold", markup=False)
+    for group in (figures, files, commands):
+        console.print()
+        for name, value in group.items():
+            style = Linked(value).style if group is files else Style()
+            console.print(Text.assemble("  ", (f"{name:<{width}}", "dim"), "  ", (value, style)))
+
+
+def forget(file: Any) -> None:
+    """Have what is still to be written to a pipe that nobody reads go nowhere, so that the process can end well."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
+
+
+def epoch_parts(event: Event) -> Iterator[str]:
+    """One epoch, a part for each thing to be said of it."""
+    yield f"epoch {event['epoch']:>3}/{event['epochs']}"
+    for name in ("train", "val"):
+        if f"{name}/loss" in event:
+            loss, top1, top5 = (event[f"{name}/{key}"] for key in ("loss", "top1", "top5"))
+            shown = f"{name} loss {loss:.4f} top-1 {top1:6.2%}"
+            yield f"{shown} top-5 {top5:6.2%}" if event.get("many_classes") else shown
+    yield f"lr {event['lr']:.2e}"
+    yield f"{event['perf/images_per_s']:,.0f} images/s"
+    yield f"{event['seconds']:.1f} s"
+
+
+def epoch_line(event: Event) -> str:
+    """One epoch in one line; a star marks the best so far."""
+    return joined([*epoch_parts(event), *(["*"] if event.get("is_best") else [])])
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Parts in one line."""
+    return "  ".join(parts)
+
+
+def _starred(line: str, style: str) -> Text:
+    text = Text(line)
+    if style and line.endswith("*"):
+        text.stylize(style, len(line) - 1)
+    return text

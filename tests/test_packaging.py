@@ -1,0 +1,190 @@
+"""What somebody gets who installs the package: the source distribution, the wheel made of it, types and commands."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import parse_sdist_filename, parse_wheel_filename
+
+import densenet_dist
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel built from it, as `make dist` makes them; in a folder of its own."""
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "--directory", str(out), "--target"]
+    subprocess.run([*build, "sdist"], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        tar.extractall(out / "unpacked", filter="data")
+    (source,) = (out / "unpacked").iterdir()
+    subprocess.run([*build, "wheel"], cwd=source, check=True, capture_output=True)
+    (wheel,) = out.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """The Python of an empty environment with the wheel in it, and nothing that it depends on."""
+    folder = tmp_path_factory.mktemp("env")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    install = [*pip, "install", "--quiet", "--no-index", "--no-deps", str(built[1])]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def in_tree(*folders: str) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_source_is_a_whole_checkout(built):
+    version = parse_sdist_filename(built[0].name)[1]
+    with tarfile.open(built[0]) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+        assert {member.uid for member in tar.getmembers()} == {0}  # nobody's account is in it
+    assert str(version) == densenet_dist.__version__
+    assert in_tree("densenet_dist", "configs", "tests", "docs", "launch") <= names
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith(("runs/", "data/", ".git/", ".venv/"))]
+
+
+def test_the_wheel_has_everything_that_is_no_python_too(built):
+    _, version, _, tags = parse_wheel_filename(built[1].name)
+    assert str(version) == densenet_dist.__version__
+    assert [str(tag) for tag in tags] == ["py3-none-any"]
+    with zipfile.ZipFile(built[1]) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert "densenet-dist = densenet_dist.cli:main" in archive.read(entry_points).decode()
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+    assert names == in_tree("densenet_dist") | {f"densenet_dist/{name}" for name in in_tree("configs")}
+    assert "densenet_dist/py.typed" in names
+    assert any(name.endswith("native.cpp") for name in names)
+
+
+def test_its_metadata_is_what_an_index_takes(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        raw = archive.read(name)
+    found = Metadata.from_email(raw, validate=True)  # raises where a field is not valid
+    assert found.name == "densenet-dist"
+    assert str(found.version) == densenet_dist.__version__
+    assert found.license_expression == "Apache-2.0"
+    assert found.description_content_type == "text/markdown"
+    assert email.message_from_bytes(raw).get_payload() == (ROOT / "README.md").read_text()
+    assert set(found.provides_extra or []) == set(PROJECT["optional-dependencies"])
+    needed = {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert {each.name for each in found.requires_dist or [] if "extra" not in str(each.marker)} == needed
+
+
+@pytest.fixture
+def program(installed, tmp_path):
+    """Run the installed command, in an empty folder; gives its output."""
+    # What it depends on comes from here, which saves gigabytes; the package itself does not.
+    env = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "NO_COLOR": "1"}
+
+    def run(*arguments: str) -> str:
+        command = [installed.parent / "densenet-dist", *arguments]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_an_installed_package_has_its_configurations(installed, program):
+    out = program("--version")
+    assert out.splitlines()[0] == f"densenet-dist {densenet_dist.__version__}"
+    code = "from densenet_dist import bundled; print(bundled.folder())"
+    where = subprocess.run([installed, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(where) == Path(sysconfig.get_path("purelib", vars={"base": str(installed.parents[1])})) / (
+        "densenet_dist/configs"
+    )
+    listed = [line.split()[0] for line in program("config", "--list").splitlines()]
+    assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert yaml.safe_load(program("config", "quickstart", "train.epochs=3"))["train"]["epochs"] == 3
+
+
+@pytest.mark.nightly
+def test_an_installed_package_trains_without_a_checkout(program, tmp_path):
+    tiny = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=64", "train.epochs=1", "cluster.engine=local")
+    program("train", "configs/quickstart.yaml", *tiny, "--quiet")
+    assert (tmp_path / "runs" / "quickstart" / "report.html").exists()
+    assert yaml.safe_load(program("config", "configs/sweep_quickstart.yaml"))["trials"] == 8
+
+
+def test_types_reach_those_who_import_it(installed, tmp_path):
+    (tmp_path / "consumer.py").write_text(
+        "from densenet_dist import fit, load_config\n\n"
+        'config = load_config("quickstart", "train.epochs=1")\n'
+        "reveal_type(config)\nreveal_type(config.train.epochs)\nreveal_type(fit(config).run)\nload_config(3)\n"
+    )
+    # torch and Ray are not in that environment, and count as Any: a matter of seconds.
+    mypy = [sys.executable, "-m", "mypy", "--python-executable", str(installed), "--ignore-missing-imports"]
+    done = subprocess.run(
+        [*mypy, "--config-file=", f"--cache-dir={tmp_path}/cache", "consumer.py"],
+        **{"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": ""}},
+    )
+    assert re.findall(r'Revealed type is "(.*?)"', done.stdout) == [
+        *("densenet_dist.schema.Config", "int", "str"),
+    ], done.stdout + done.stderr
+    assert re.findall(r"error: (.*)", done.stdout) == [
+        'Argument 1 to "load_config" has incompatible type "int"; expected "str | Path | Mapping[str, Any]"  [arg-type]'
+    ]
+
+
+def test_there_is_one_version():
+    assert PROJECT["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", densenet_dist.__version__)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == densenet_dist.__version__
+    assert citation["license"] == PROJECT["license"]
+    image = (ROOT / "Dockerfile").read_text()
+    assert f'image.version="{densenet_dist.__version__}"' in image
+    assert f"densenet-dist:{densenet_dist.__version__} ." in image
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_hooks_run_what_the_tests_run():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"  # no network
+    makefile = (ROOT / "Makefile").read_text()
+    programs = [hook["entry"].split()[0] for hook in repo["hooks"] if hook["language"] == "system"]
+    assert {program for program in programs if "shellcheck" not in program} == {
+        f".venv/bin/{name}" for name in re.findall(r"\$\(BIN\)/(ruff|mypy|lint-imports)", makefile)
+    }
+
+
+def test_make_help_shows_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split()[1] for line in done.stdout.splitlines()} == set(phony[1].split())
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
