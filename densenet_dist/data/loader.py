@@ -234,6 +234,9 @@ class EvalLoader:
         engine: of that split.
         batch_size: images a step on this rank.
         geometry: that of training, see `augment.evaluation_parameters`.
+
+    Attributes:
+        places: (n,) int64, the places in the split of the images of the batch given last.
     """
 
     def __init__(
@@ -253,6 +256,7 @@ class EvalLoader:
         self._epochs = _Recent(self._make_epoch)
         self._stream = engine.stream(self._request, batch_size)
         self._passes = 0
+        self.places = indices[:0]
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -265,9 +269,13 @@ class EvalLoader:
         files = self._engine.substitutes
         pixels = _whatever_files_do(self._stream, numbers, files, self._epochs.clear)
         for number, images in zip(numbers, pixels, strict=True):
-            batch = self._batch(number, images)
+            start, stop = self._bounds(number)
+            batch, self.places = (
+                self._batch(number, images),
+                self._indices[start + self._rank : stop : self._world_size],
+            )
             if files is not None and len(files.unreadable):
-                batch = self._readable(number, batch, files)
+                batch = self._readable(batch, files)
             if len(batch.labels):
                 yield batch
 
@@ -292,13 +300,12 @@ class EvalLoader:
         start, stop = self._bounds(number)
         return Batch(images, self._request(number).tensor("labels", self._engine.device), stop - start)
 
-    def _readable(self, number: int, batch: Batch, files: Substitutes) -> Batch:
+    def _readable(self, batch: Batch, files: Substitutes) -> Batch:
         """The batch without what stands in for unreadable pictures: they are not counted, nor is another instead."""
-        start, stop = self._bounds(number)
-        wanted = self._indices[start + self._rank : stop : self._world_size]
-        kept = np.flatnonzero([row not in files.unreadable for row in wanted.tolist()])
-        if len(kept) == len(wanted):
+        kept = np.flatnonzero([place not in files.unreadable for place in self.places.tolist()])
+        if len(kept) == len(self.places):
             return batch
+        self.places = self.places[kept]
         rows = upload(kept, self._engine.device)
         images = batch.images.index_select(0, rows).contiguous(memory_format=torch.channels_last)
         return Batch(images, batch.labels.index_select(0, rows), batch.global_size)

@@ -11,20 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from densenet_dist.pages.confusion import confusion_figure, printed, printed_confusion
 from densenet_dist.pages.svg import SHADES, colour, drawing, new_figure, to_svg
 from densenet_dist.report.judged import BINS, Calibration, Counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-MOST_CLASSES: Final = 200
-"""Above so many classes a confusion matrix is not drawn: its cells could not be seen."""
-MOST_NAMES: Final = 40
-"""Above so many, classes are numbered there instead."""
-_MOST_NUMBERS: Final = 20
 _SIZE: Final = (3.95, 3.1)
-_PRINTED: Final = ("#ddeaf6", "#bcd6eb", "#92c1de", "#63a8d2", "#4289c4", "#2268ac", "#0a3d7a")
 
 Records = Sequence[dict[str, Any]]
 Points = list[tuple[float, float]]
@@ -155,51 +149,13 @@ def confusion_picture(confusion: Counts, names: Sequence[str]) -> str:
     """The confusion matrix for the page; cells without images are left out."""
     with drawing():
         shades = [colour(f"shade{i}") for i in range(SHADES)]
-        figure = _confusion_figure(confusion, names, shades, [colour("ink")] * SHADES)
+        figure = confusion_figure(confusion, names, shades, [colour("ink")] * SHADES)
         return to_svg(figure, "confusion matrix")
 
 
 def draw_confusion(confusion: Counts, names: Sequence[str], title: str, path: Path) -> None:
     """The confusion matrix as a PNG file."""
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):
-        figure = _confusion_figure(confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3)
+    with printed():
+        figure = printed_confusion(confusion, names)
         figure.suptitle(title)
         figure.savefig(path, dpi=120)
-
-
-def _confusion_figure(confusion: Counts, names: Sequence[str], shades: Sequence[str], inks: Sequence[str]) -> Figure:
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path as Outline
-
-    count = len(names)
-    side = 2.2 + min(0.42 * count, 6.3)
-    figure = new_figure(side + 0.6, side)
-    axes = figure.add_subplot()
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    # By the square root, so that rare mistakes are seen too; never two shades for equal shares.
-    places = np.minimum(np.sqrt(shares) * len(shades), len(shades) - 1).astype(int)
-    for shade, filled in enumerate(shades):
-        cells = [
-            Outline([(x - 0.5, y - 0.5), (x + 0.5, y - 0.5), (x + 0.5, y + 0.5), (x - 0.5, y + 0.5), (0, 0)], _CELL)
-            for y, x in np.argwhere((places == shade) & (confusion > 0)).tolist()
-        ]
-        if cells:
-            axes.add_patch(PathPatch(Outline.make_compound_path(*cells), facecolor=filled, linewidth=0))
-    if count <= _MOST_NUMBERS:
-        for y, x in np.argwhere(confusion > 0).tolist():
-            axes.text(x, y, f"{confusion[y, x]}", ha="center", va="center", fontsize=8, color=inks[places[y, x]])
-    axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), xlabel="taken for", ylabel="true class")
-    axes.set_aspect("equal")
-    axes.grid(False)
-    if count <= MOST_NAMES:
-        shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
-        axes.set_xticks(range(count), shown, rotation=90)
-        axes.set_yticks(range(count), shown)
-    axes.tick_params(length=0)
-    return figure
-
-
-_CELL: Final = (1, 2, 2, 2, 79)
-"""Path codes of a closed rectangle: MOVETO, three LINETO, CLOSEPOLY."""

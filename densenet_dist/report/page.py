@@ -9,10 +9,9 @@ from typing import Final
 
 import numpy as np
 
+from densenet_dist.pages.confusion import MOST_CLASSES, MOST_NAMES
 from densenet_dist.pages.frame import NUMBER, cell, code, details, document, escape, facts, section, table
 from densenet_dist.report.figures import (
-    MOST_CLASSES,
-    MOST_NAMES,
     calibration_pictures,
     confusion_picture,
     progress_pictures,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from densenet_dist.errors import StorageError
+from densenet_dist.pages.confusion import MOST_CLASSES
 from densenet_dist.report.comparison import comparison_page
 from densenet_dist.report.curves import CURVES_FILE, draw_curves
-from densenet_dist.report.figures import MOST_CLASSES, draw_confusion
+from densenet_dist.report.figures import draw_confusion
 from densenet_dist.report.groups import Member, group
 from densenet_dist.report.judged import Judged, judge, judge_within
 from densenet_dist.report.page import run_page

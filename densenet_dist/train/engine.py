@@ -8,22 +8,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.schema import Config
+from densenet_dist.train.board import show_test
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
+from densenet_dist.train.judging import Tally
 from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, restore, save, watched
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
@@ -51,7 +53,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     log = None
     try:
         restore(job)
-        log = RunLog(context.run, job.position.global_step) if context.rank == 0 else None
+        if context.rank == 0:
+            log = RunLog(context.run, job.position.global_step, config.checkpoint.monitor)
         return _fit(job, log)
     except BaseException:
         if log is not None:
@@ -64,7 +67,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     config, context = job.config, job.context
     if log is not None and job.position.global_step == 0:
-        log.hparams(config)
+        _beside(job, "TensorBoard's settings and graph", lambda: log.board.introduce(config, job.dataset))
     if context.rank == 0:
         context.report(describe(job))
         if job.dataset.skipped:
@@ -91,7 +94,7 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
         pulse.enter("train")
         if log is not None and job.position.global_step == 0:
             first = batch.batch() if isinstance(batch, BatchRecipe) else batch
-            log.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
+            log.board.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         train_step(job, batch)
         pulse.moved(job.position.global_step)
         if job.taken is not None:
@@ -159,9 +162,16 @@ def _step_as_graph(job: Job, graph: StepGraph, recipe: BatchRecipe) -> None:
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: str
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: str,
+    seen: Callable[[Tensor, Batch], None] | None = None,
 ) -> dict[str, float]:
-    """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches."""
+    """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches.
+
+    `seen` is told of the logits of each of them.
+    """
     model.eval()
     sync_from_rank0(list(model.buffers()))
     metrics = Metrics(device)
@@ -169,6 +179,8 @@ def evaluate_model(
         with autocast(device, precision):
             logits = model(batch.images)
         metrics.update(F.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch.labels)
+        if seen is not None:
+            seen(logits, batch)
     return metrics.compute()
 
 
@@ -234,8 +246,15 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         dist.broadcast_object_list(best, src=0)
     sync_from_rank0(list(job.eval_model.parameters()))
     engine = engine_of(config, context.device, job.dataset, job.dataset.test, job.loader)
-    batches = watched(job, eval_loader(config, context, job.dataset.test, engine), lambda: leave_run(job))
-    totals = evaluate_model(job.eval_model, batches, context.device, config.train.precision)
+    loader, tally = eval_loader(config, context, job.dataset.test, engine), Tally(job.dataset.num_classes)
+    totals = evaluate_model(
+        job.eval_model,
+        watched(job, loader, lambda: leave_run(job)),
+        context.device,
+        config.train.precision,
+        lambda logits, batch: tally.add(logits, batch.labels, loader.places),
+    )
+    tally.reduce(context.device)
     test = {f"test/{name}": totals[name] for name in ("loss", "top1", "top5")}
     summary = {
         "status": "early stop" if job.course.stopped else "finished",
@@ -247,7 +266,8 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     }
     if log is not None:
         log.record({"epoch": best[0]["epoch"], **test}, job.position.global_step)
-        log.finished()
+        _beside(job, "TensorBoard's view of the test", lambda: show_test(job, log.board, tally, engine))
+        log.board.finished()
         log.close()
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     if context.rank == 0:
@@ -267,6 +287,14 @@ def _tell_of_lost_files(job: Job) -> None:
     lines = sorted({line for news in found for line in news})
     if lines and job.context.rank == 0:
         _tell(job, f"{len(lines)} pictures can no longer be read; others of their classes stand in for them", lines)
+
+
+def _beside(job: Job, what: str, show: Callable[[], None]) -> None:
+    """Show something that a run can do without: it is never lost to a picture."""
+    try:
+        show()
+    except Exception as error:
+        job.context.report({"kind": "note", "text": f"{what} could not be made: {type(error).__name__}: {error}"})
 
 
 def _tell(job: Job, what: str, lines: Sequence[str]) -> None:

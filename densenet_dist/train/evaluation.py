@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +21,9 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model
-from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, normalisation, train_and_val
+from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
 from densenet_dist.train.job import build_model
+from densenet_dist.train.judging import pictures_of
 from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder, split_location
 
 
@@ -170,12 +171,12 @@ def predict(evaluation: Evaluation, limit_s: float | None = None) -> Predictions
     loader, started = evaluation.loader(), time.perf_counter()
 
     def noted() -> Iterator[Batch]:
-        for batch, found in _with_places(evaluation, loader, evaluation.indices):
+        for batch in loader:
             spent = time.perf_counter() - started
             if labels and limit_s is not None and spent / len(labels) * len(loader) > limit_s:
                 raise _TooSlow
             labels.append(batch.labels.cpu())
-            places.append(found)
+            places.append(loader.places)
             yield batch
 
     hook = evaluation.model.register_forward_hook(lambda _, __, output: logits.append(output.float().cpu()))
@@ -202,25 +203,4 @@ def pictures_at(evaluation: Evaluation, indices: Indices) -> dict[int, Tensor]:
     Returns:
         (H, W, 3) uint8 on the CPU, by place; those that can no longer be read are left out.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(evaluation.config, evaluation.dataset))
-    found: dict[int, Tensor] = {}
-    for batch, places in _with_places(evaluation, evaluation.loader(indices), indices):
-        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        found |= dict(zip(places.tolist(), pixels.permute(0, 2, 3, 1), strict=True))
-    return found
-
-
-def _with_places(evaluation: Evaluation, loader: EvalLoader, indices: Indices) -> Iterator[tuple[Batch, Indices]]:
-    """Each batch with the places of its images: the loader leaves out those that cannot be read."""
-    files = evaluation.engine.substitutes
-    places = _readable(indices, evaluation.config.train.eval_batch_size, set() if files is None else files.unreadable)
-    return zip(loader, places, strict=True)
-
-
-def _readable(indices: Indices, batch_size: int, unreadable: Collection[int]) -> Iterator[Indices]:
-    # Asked for after each batch, it knows what had been found unreadable by then, as the loader did.
-    for start in range(0, len(indices), batch_size):
-        wanted = indices[start : start + batch_size]
-        kept = wanted[[place not in unreadable for place in wanted.tolist()]]
-        if len(kept):
-            yield kept
+    return pictures_of(evaluation.config, evaluation.dataset, evaluation.loader(indices))

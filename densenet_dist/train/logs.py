@@ -8,15 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from densenet_dist.config import to_dict
-from densenet_dist.schema import Config
+from densenet_dist.train.board import Board, Results
 from densenet_dist.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
-from densenet_dist.yaml_settings import flatten
-
-_HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
-"""What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""
 
 
 class RunLog:
@@ -25,19 +18,21 @@ class RunLog:
     Args:
         run: the run's folder.
         global_step: steps already taken; records of later ones, left by a process that died, are dropped.
+        monitor: what makes an epoch the best, see `densenet_dist.schema.CheckpointConfig`.
+
+    Attributes:
+        board: its TensorBoard.
     """
 
-    def __init__(self, run: RunFolder, global_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import: only rank 0 pays it
-
-        self.run = run
+    def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
+        self.run, self._results = run, Results(monitor)
         if run.is_remote and run.exists(METRICS_FILE):
             run.fetch(METRICS_FILE)
         self._keep_until(global_step)
-        # TensorBoard hides what an earlier process wrote from purge_step on.
-        purge = global_step + 1 if run.exists(TENSORBOARD_FOLDER) else None
-        (run.path / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(run.path / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
+        if global_step == 0:
+            run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
+        again = run.exists(TENSORBOARD_FOLDER)
+        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step + 1 if again else None)
         self.publish()  # from here on the run's name is taken
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
@@ -46,53 +41,22 @@ class RunLog:
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         with open(self.run.path / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for tag, value in values.items():
-            if "/" in tag or tag == "lr":
-                self._writer.add_scalar(tag, value, global_step)
-
-    def images(self, tag: str, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
-        """Show up to 64 normalised images, (n, 3, H, W) float, as one grid."""
-        shown = images[:64].detach().float().cpu()
-        scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
-        self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
-
-    def hparams(self, config: Config) -> None:
-        """Fill TensorBoard's HPARAMS tab, in this same run (`SummaryWriter.add_hparams` would start another).
-
-        Before the first step, so that a run that is stopped or lost is in it too. The settings alone: told what an
-        experiment consists of, the tab would believe it, and not put first what differs between its runs.
-        """
-        from torch.utils.tensorboard.summary import hparams
-
-        settings = {
-            key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in flatten(to_dict(config)).items()
-            if value is not None and key.startswith(_HYPERPARAMETERS)
-        }
-        writer = self._writer._get_file_writer()
-        _, start, _ = hparams(settings, {})
-        writer.add_summary(start)
-
-    def finished(self) -> None:
-        """Tell the HPARAMS tab that the run came to its end."""
-        from torch.utils.tensorboard.summary import hparams
-
-        self._writer._get_file_writer().add_summary(hparams({}, {})[2])
+        self.board.scalars(values | self._results.add(values), global_step)
 
     def publish(self) -> None:
         """Flush, and bring both up to date on an object store."""
-        self._writer.flush()
+        self.board.flush()
         self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
 
     def close(self) -> None:
         """Write out and close everything."""
-        self._writer.close()
+        self.board.close()
         self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
 
     def abandon(self) -> None:
         """Let go of the files after an error; what was recorded by then is in them."""
         with suppress(OSError):
-            self._writer.close()
+            self.board.close()
 
     def _keep_until(self, global_step: int) -> None:
         path = self.run.path / METRICS_FILE
@@ -101,6 +65,8 @@ class RunLog:
                 line for line in read_records(path) if line["global_step"] <= global_step and "test/loss" not in line
             ]
             self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+            for line in kept:
+                self._results.add(line)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ TAGS = {
     "goodput/steps_again",
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
+BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_run_leaves_the_tags_of_the_design_in_one_tensorboard_run(tmp_path):
     config = tiny(tmp_path, "train.epochs=2")
     train(config)
     board = board_of(run_of(config))
-    assert set(board.Tags()["scalars"]) == TAGS
+    assert set(board.Tags()["scalars"]) == TAGS | BEST
     lines = read_records(run_of(config).path / "metrics.jsonl")
     assert len(lines) == 3
     for tag in TAGS:
@@ -159,7 +160,7 @@ def test_a_run_started_anew_in_the_same_folder_starts_an_empty_record(run):
 
 def test_only_the_first_images_are_shown(run):
     log = RunLog(run)
-    log.images("train/augmented", torch.zeros(70, 3, 4, 4), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), 0)
+    log.board.images("train/augmented", torch.zeros(70, 3, 4, 4), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), 0)
     log.close()
     (event,) = board_of(run).Images("train/augmented")
     assert (event.width, event.height) == (8 * 4, 8 * 4)
