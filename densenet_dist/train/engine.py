@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import Position, load_weights
+from densenet_dist.train.classes import note_classes
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
@@ -37,7 +38,8 @@ PROGRESS_EVERY_S = 0.5
 def fit(config: Config, context: RunContext) -> dict[str, Any]:
     """Train as configured, from the run's latest checkpoint if it has one; then test the best model once.
 
-    Every rank calls it. Rank 0 writes metrics.jsonl, TensorBoard, checkpoints and summary.json to the run's folder.
+    Every rank calls it. Rank 0 writes classes.json, metrics.jsonl, TensorBoard, checkpoints and summary.json to
+    the run's folder.
 
     Returns:
         What summary.json holds: final figures, the same on every rank.
@@ -65,6 +67,7 @@ def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     if log is not None and job.position.global_step == 0:
         log.hparams(config)
     if context.rank == 0:
+        note_classes(context.run, config, job.dataset)
         context.report(describe(job))
         if job.dataset.skipped:
             count = len(job.dataset.skipped)
