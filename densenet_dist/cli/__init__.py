@@ -14,7 +14,7 @@ import typer
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.chaos import chaos
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
-from densenet_dist.cli.predicting import export, predict
+from densenet_dist.cli.predicting import demo, export, predict
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
@@ -37,6 +37,7 @@ app.command()(tune)
 app.command()(report)
 app.command()(predict)
 app.command()(export)
+app.command()(demo)
 app.command()(chaos)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
 

@@ -142,6 +142,29 @@ def export(
     typer.echo(_checked(made))
 
 
+def demo(
+    net: Net,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes any that is free.")] = 7860,
+    host: Annotated[str, typer.Option(help="Who may open it: 127.0.0.1 is this machine alone.")] = "127.0.0.1",
+    device: OnDevice = Device.auto,
+    checkpoint: Checkpoint = Which.best,
+    debug: Debug = False,
+) -> None:
+    """Serve a page on which pictures can be tried; Ctrl-C ends it.
+
+    densenet-dist demo runs/k24
+    """
+    from densenet_dist.inference.classifier import load_classifier
+    from densenet_dist.inference.demo import LOOPBACK, serve
+
+    def ready(address: str) -> None:
+        typer.echo(f"open {address}   (Ctrl-C ends it)")
+        if host not in LOOPBACK:
+            typer.echo("everybody who reaches this machine can use it: it asks for no password", err=True)
+
+    serve(load_classifier(net, checkpoint=checkpoint.value, device=device.value), net, host, port, ready)
+
+
 def _checked(made: Exported) -> str:
     check = made.check
     if check is None:

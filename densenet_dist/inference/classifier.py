@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.errors import CheckpointError, ConfigError, DataError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
 from densenet_dist.inference.header import Header
 from densenet_dist.inference.pictures import Picture, Unreadable, prepared
 from densenet_dist.inference.trained import open_trained
-from densenet_dist.object_store import is_uri
+from densenet_dist.object_store import explain, is_uri, open_filesystem
 from densenet_dist.train.context import choose_device
-from densenet_dist.train.run_folder import RunFolder, split_location
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
 """The exported files' endings, and the formats."""
@@ -189,12 +191,26 @@ def exported_file(path: str | Path) -> Path | None:
     if is_uri(text):
         if Path(text.partition("?")[0]).suffix not in SUFFIXES:
             return None
-        folder, name = split_location(text)
-        return RunFolder(*split_location(folder)).fetch(name)
+        return _fetched(text)
     local = Path(text).expanduser()
     if local.is_file() or (local.suffix in SUFFIXES and not local.is_dir()):
         return local
     return None
+
+
+def _fetched(uri: str) -> Path:
+    """A file on an object store as one of this process."""
+    from pyarrow import fs
+
+    filesystem, place = open_filesystem(uri)
+    folder = Path(tempfile.mkdtemp(prefix="densenet_dist-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    local = folder / PurePosixPath(place).name
+    try:
+        fs.copy_files(place, str(local), filesystem, fs.LocalFileSystem())
+    except OSError as error:
+        raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
+    return local
 
 
 def _kind_of(file: Path) -> str:

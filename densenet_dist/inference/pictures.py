@@ -135,7 +135,7 @@ def _decode(picture: Picture) -> Tensor:
     if isinstance(picture, Tensor):
         array = picture
     elif isinstance(picture, np.ndarray):
-        array = torch.from_numpy(np.ascontiguousarray(picture))
+        array = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
         array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
         array = array[:3] if array.shape[0] == 4 else array
         array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
