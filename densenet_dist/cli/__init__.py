@@ -145,6 +145,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error), error.exit_code, arguments)
     except typer.Exit as stop:
         code = stop.exit_code
+    except typer.Abort:  # Ctrl-C, where a command has nothing to say of it
+        code = 130
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # the parser's own usage errors
             error.show()

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
 from densenet_dist.inference.header import Header
 from densenet_dist.inference.pictures import Picture, Unreadable, prepared
-from densenet_dist.inference.trained import open_trained
+from densenet_dist.inference.trained import device_of, open_trained
 from densenet_dist.object_store import explain, is_uri, open_filesystem
-from densenet_dist.train.context import choose_device
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
 """The exported files' endings, and the formats."""
@@ -182,7 +181,7 @@ def open_exported(file: Path, device: Device = "auto", origin: str | None = None
     from densenet_dist.inference import safetensors_format, torch_export_format
 
     header, network = (safetensors_format if kind == "safetensors" else torch_export_format).read(file)
-    return _on(choose_device(device), header, network, origin, nullcontext)
+    return _on(device_of(device), header, network, origin, nullcontext)
 
 
 def exported_file(path: str | Path) -> Path | None:

@@ -158,9 +158,7 @@ def _page(gradio: Any, classifier: Classifier, examples: list[str]) -> Any:
         return {guess.name: guess.probability for guess in found.top}
 
     size, count = header.image_size, len(header.class_names)
-    said = (
-        f"trained on {header.data} · {count:,} classes · sees {size} x {size} pixels · {header.checkpoint}"
-    )
+    said = f"trained on {header.data} · {count:,} classes · sees {size} x {size} pixels · {header.checkpoint}"
     with gradio.Blocks(title=f"{header.run} - densenet_dist", analytics_enabled=False) as page:
         gradio.HTML(f"<h1 style='margin:0'>{escape(header.run)}</h1><p style='margin:0'>{escape(said)}</p>")
         with gradio.Row():

@@ -37,6 +37,10 @@ _PREFIX: Final = "model."  # of the net's weights in a Network
 _DTYPES: Final = {7: torch.float32, 13: torch.bfloat16, 5: torch.int64}  # torch._export.serde.schema.ScalarType
 _MOST_JSON: Final = 64 << 20
 _MOST_MEMBERS: Final = 100_000
+_UNREADABLE: Final = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error),
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError),  # JSON that is not what was written
+)
 
 
 def write(network: Network, header: Header, path: Path) -> None:
@@ -78,7 +82,7 @@ def read(path: Path) -> tuple[Header, Network]:
             header = header_of(None if extra is None else _bytes(archive, extra, _MOST_JSON), str(path))
             model = empty_net(header)
             weights = _weights(archive, members, model, str(path))
-    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} is damaged, or no exported net: {error}") from error
     except (NotImplementedError, RuntimeError) as error:  # zipfile's: encrypted, or packed in a way it does not know
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -43,6 +43,8 @@ def served(folder: Path, net: Path, *options: str) -> Iterator[tuple[str, subpro
         killer.cancel()
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @contextmanager

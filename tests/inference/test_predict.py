@@ -207,6 +207,14 @@ def test_predict_command(original, tmp_path, photo, command):
     assert "error: 1 of 3 pictures could not be used" in err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(original, exported, command):
+    for net in (original, exported("safetensors")):
+        code, _, err = command("predict", net, "x.png", "--device", "cuda")
+        assert code == 3
+        assert "torch sees no GPU" in err
+
+
 def test_tta_is_the_mean_with_the_mirror_image(original, images):
     classifier = load_classifier(original)
     both = [classifier.logits(each) for each in (images, images.flip(3))]
