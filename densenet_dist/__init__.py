@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from densenet_dist.cluster.launch import Result, fit
     from densenet_dist.cluster.sweep import SweepResult, tune
     from densenet_dist.config import load_config
+    from densenet_dist.inference.classifier import Classifier, load_classifier
+    from densenet_dist.inference.exporting import export
     from densenet_dist.model import DenseNet
     from densenet_dist.schema import Config
     from densenet_dist.sweep.definition import load_sweep
@@ -24,25 +26,31 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Classifier",
     "Config",
     "DenseNet",
     "Result",
     "SweepResult",
     "build_model",
     "evaluate",
+    "export",
     "fit",
+    "load_classifier",
     "load_config",
     "load_sweep",
     "tune",
 ]
 _HOMES = {
+    "Classifier": "inference.classifier",
     "Config": "schema",
     "DenseNet": "model",
     "Result": "cluster.launch",
     "SweepResult": "cluster.sweep",
     "build_model": "train.job",
     "evaluate": "train.evaluation",
+    "export": "inference.exporting",
     "fit": "cluster.launch",
+    "load_classifier": "inference.classifier",
     "load_config": "config",
     "load_sweep": "sweep.definition",
     "tune": "cluster.sweep",

@@ -16,6 +16,7 @@ from densenet_dist.cli import completion
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.chaos import chaos
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
+from densenet_dist.cli.predicting import demo, export, predict
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
@@ -169,7 +170,7 @@ def doctor(sources: Sources = None, debug: Debug = False) -> None:
 
 
 # In the order in which a newcomer meets them.
-for _command in (train, evaluate, report, tune, config, doctor):
+for _command in (train, evaluate, report, predict, export, demo, tune, config, doctor):
     app.command()(_command)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
 app.command()(chaos)
@@ -189,6 +190,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error), error.exit_code, arguments)
     except typer.Exit as stop:
         code = stop.exit_code
+    except typer.Abort:  # Ctrl-C, where a command has nothing to say of it
+        code = 130
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # the parser's own usage errors
             error.show()

@@ -6,7 +6,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,45 @@ def decode(path: Path) -> "Tensor":
     return _pixels(_read(path))
 
 
+def decode_any(path: Path) -> "Tensor":
+    """As `decode`, also of the kinds that training refuses, as far as Pillow reads them: BMP, GIF, TIFF, and so on.
+
+    Raises:
+        BadImage: it cannot be read or decoded, or is an animation; with the reason.
+    """
+    from PIL import Image
+
+    data = _read(path)
+    kind = _check_header(data, any_kind=True)
+    if kind in _FORMATS:
+        return _pixels(data)
+    try:
+        with Image.open(io.BytesIO(data.data)) as picture:
+            return pixels_of(picture)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage("cut short or damaged") from error
+
+
+def pixels_of(picture: Any) -> "Tensor":
+    """A picture that Pillow has opened as (3, H, W) uint8 on the CPU, RGB, upright; what is transparent is left out.
+
+    Raises:
+        BadImage: how bright its numbers are meant to be is not known.
+    """
+    import torch
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        levels = torch.from_numpy(np.asarray(picture).astype(np.int32))
+        return ((levels + 128) // 257).to(torch.uint8).expand(3, -1, -1)
+    if picture.mode in ("I", "F"):
+        raise BadImage("grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits")
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
 def suffix(name: str) -> str:
     """The end of a file's name, in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
@@ -124,22 +163,23 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
     return data
 
 
-def _check_header(data: npt.NDArray[np.uint8]) -> None:
-    """Makes sure that a file's bytes are one picture of a kind that is taken, whatever the file's name says."""
+def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str:
+    """Makes sure that a file's bytes are one picture of a kind that is taken, whatever its name says; the kind."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data.data)) as picture:
             kind = picture.format or "this format"
-            frames = getattr(picture, "n_frames", 1) if kind in ("PNG", "WEBP") else 1
+            frames = 1 if kind in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels to be decoded safely: scale it down") from error
     except Exception as error:
         raise BadImage(_damage(data)) from error
-    if kind not in _FORMATS:
+    if kind not in _FORMATS and not any_kind:
         raise BadImage(not_supported(kind))
     if frames > 1:
-        raise BadImage(f"an animation of {frames} frames")
+        raise BadImage(f"a file of {frames} pages" if kind == "TIFF" else f"an animation of {frames} frames")
+    return kind
 
 
 def _pixels(data: npt.NDArray[np.uint8]) -> "Tensor":

@@ -71,7 +71,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
         mend = f"give access to it, or {_NAME_ANOTHER}"
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {mend}") from error
     verdicts = verify(root, [name for part in parts.values() for name in part], progress=progress)
-    bad = tuple(f"{_printable(name)}: {found}" for name, found in verdicts.items() if isinstance(found, str))
+    bad = tuple(f"{printable(name)}: {found}" for name, found in verdicts.items() if isinstance(found, str))
     if bad and on_bad_image == "error":
         more = (f"... and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()
         mend = "delete or convert them, or leave them out: data.on_bad_image=skip"
@@ -83,7 +83,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
         lacking = [name for label, name in enumerate(class_names) if label not in present]
         if lacking and (part == "train" or not present):
             raise DataError(
-                f"{root / folders[part]} has no picture that can be used in {_printable(', '.join(lacking))}: "
+                f"{root / folders[part]} has no picture that can be used in {printable(', '.join(lacking))}: "
                 f"add some ({', '.join(IMAGE_SUFFIXES)}), or take these folders away"
             )
 
@@ -95,7 +95,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
     files, labels_of_files = arrays(parts["train"] | parts.get("val", {}))
     val = np.arange(len(parts["train"]), len(files), dtype=np.int64) if "val" in parts else None
     test_files, test_labels = arrays(parts["test"]) if "test" in parts else (None, None)
-    names = tuple(map(_printable, class_names))
+    names = tuple(map(printable, class_names))
     return Folder(names, files, labels_of_files, val, test_files, test_labels, skipped=bad)
 
 
@@ -134,7 +134,7 @@ def _list_parts(root: Path, folders: dict[str, str]) -> tuple[list[str], dict[st
     for part, folder in folders.items():
         present = _subfolders(root / folder)
         if unknown := [name for name in present if name not in label_of]:
-            lacks = f"{root / folder} has classes that {train} lacks: {_printable(', '.join(unknown))}"
+            lacks = f"{root / folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
             raise DataError(f"{lacks}; rename these folders, or take them away")
         labels = {name: label_of[of] for of in present for name in _walk(root, root / folder / of)}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))
@@ -180,7 +180,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as text that can be printed, also where it is not UTF-8, or would tell a terminal what to do."""
     unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")  # with those that turn the direction of writing
     return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) in unseen else letter for letter in name)

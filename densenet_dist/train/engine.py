@@ -22,6 +22,7 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.schema import Config
 from densenet_dist.train.board import show_test
 from densenet_dist.train.checkpoint import Position, load_weights
+from densenet_dist.train.classes import note_classes
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
@@ -39,7 +40,8 @@ PROGRESS_EVERY_S = 0.5
 def fit(config: Config, context: RunContext) -> dict[str, Any]:
     """Train as configured, from the run's latest checkpoint if it has one; then test the best model once.
 
-    Every rank calls it. Rank 0 writes metrics.jsonl, TensorBoard, checkpoints and summary.json to the run's folder.
+    Every rank calls it. Rank 0 writes classes.json, metrics.jsonl, TensorBoard, checkpoints and summary.json to
+    the run's folder.
 
     Returns:
         What summary.json holds: final figures, the same on every rank.
@@ -69,6 +71,7 @@ def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     if log is not None and job.position.global_step == 0:
         _beside(job, "TensorBoard's settings and graph", lambda: log.board.introduce(config, job.dataset))
     if context.rank == 0:
+        note_classes(context.run, config, job.dataset)
         context.report(describe(job))
         if job.dataset.skipped:
             count = len(job.dataset.skipped)

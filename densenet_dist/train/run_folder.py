@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 ENV_FILE = "env.json"
+CLASSES_FILE = "classes.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 TRIAL_FILE = "trial.json"

@@ -1,0 +1,227 @@
+"""``densenet-dist predict``, ``export`` and ``demo``: what a trained net is for."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from densenet_dist.cli.options import Debug, Run
+from densenet_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from densenet_dist.inference.classifier import Prediction
+    from densenet_dist.inference.exporting import Exported
+    from densenet_dist.inference.pictures import Unreadable
+
+_BAR = 20  # characters
+_WIDE = 4000
+
+Net = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|EXPORT", help="A run's folder (path or s3:// URI), its name in runs/, or an exported file."
+    ),
+]
+
+
+class Device(StrEnum):
+    """Where a net runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Which(StrEnum):
+    """Which checkpoint of a run is taken."""
+
+    best = "best"
+    last = "last"
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    safetensors = "safetensors"
+    torch_export = "torch-export"
+    onnx = "onnx"
+
+
+class Precision(StrEnum):
+    """Of an exported net."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")]
+Checkpoint = Annotated[Which, typer.Option(help="Which checkpoint of a run.")]
+
+
+def predict(
+    net: Net,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders of them, or patterns.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to give for each picture.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a picture, a line each.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the net sees at a time.")] = 64,
+    tta: Annotated[bool, typer.Option("--tta", help="Mean with the mirror image: slower, a little better.")] = False,
+    device: OnDevice = Device.auto,
+    checkpoint: Checkpoint = Which.best,
+    debug: Debug = False,
+) -> None:
+    """Classify pictures of any size: JPEG, PNG, WebP, and what else Pillow reads.
+
+    Pictures that cannot be used are named on standard error, the others are classified, and the exit code is 4.
+
+    densenet-dist predict runs/k24 photo.jpg
+    densenet-dist predict k24.safetensors photos '*.png' --json > found.jsonl
+    """
+    from densenet_dist.inference.classifier import load_classifier
+    from densenet_dist.inference.pictures import find
+
+    classifier = load_classifier(net, checkpoint=checkpoint.value, device=device.value)
+    started = time.perf_counter()
+    found = classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta)
+    bad: list[Unreadable] = []
+    good = _told_of_bad(found, bad)
+    count = _as_json(good) if as_json else _as_table(good)
+    seconds = time.perf_counter() - started
+    if count:
+        pictures = "1 picture" if count == 1 else f"{count:,} pictures"
+        typer.echo(f"{pictures} in {seconds:.2f} s: {count / seconds:,.1f} images/s on {classifier.device}", err=True)
+    if bad:
+        raise DataError(f"{len(bad)} of {len(bad) + count} pictures could not be used; they are named above")
+
+
+def export(
+    run: Run,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.")
+    ] = None,
+    format: Annotated[
+        Format,
+        typer.Option(help="safetensors for this package; torch-export (.pt2) for PyTorch alone; onnx for onnxruntime."),
+    ] = Format.safetensors,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="By default the run's name in this folder.", show_default=False),
+    ] = None,
+    checkpoint: Checkpoint = Which.best,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16: safetensors, torch-export; int8: safetensors (weights), onnx (all).")
+    ] = Precision.fp32,
+    check: Annotated[
+        bool, typer.Option(help="Whether to load the file again and compare it on test images; needs the data set.")
+    ] = True,
+    debug: Debug = False,
+) -> None:
+    """Write a run's net into one file, with class names and preparation of pictures, and make sure that it is the same.
+
+    densenet-dist export runs/k24
+    densenet-dist export runs/k24 --format onnx --precision int8
+    """
+    from densenet_dist.inference.exporting import export as write
+
+    made = write(
+        run,
+        format=format.value,
+        out=out,
+        checkpoint=checkpoint.value,
+        precision=precision.value,
+        check=check,
+        overrides=tuple(settings or ()),
+    )
+    typer.echo(f"{made.path}: {made.bytes:,} bytes, {made.format}, {made.header.precision}")
+    typer.echo(_checked(made))
+
+
+def demo(
+    net: Net,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes any that is free.")] = 7860,
+    host: Annotated[str, typer.Option(help="Who may open it: 127.0.0.1 is this machine alone.")] = "127.0.0.1",
+    device: OnDevice = Device.auto,
+    checkpoint: Checkpoint = Which.best,
+    debug: Debug = False,
+) -> None:
+    """Serve a page on which pictures can be tried; Ctrl-C ends it.
+
+    densenet-dist demo runs/k24
+    """
+    from densenet_dist.inference.classifier import load_classifier
+    from densenet_dist.inference.demo import LOOPBACK, serve
+
+    def ready(address: str) -> None:
+        typer.echo(f"open {address}   (Ctrl-C ends it)")
+        if host not in LOOPBACK:
+            typer.echo("everybody who reaches this machine can use it: it asks for no password", err=True)
+
+    serve(load_classifier(net, checkpoint=checkpoint.value, device=device.value), net, host, port, ready)
+
+
+def _checked(made: Exported) -> str:
+    check = made.check
+    if check is None:
+        return "not checked"
+    same = "top-1 agrees on all" if check.agreeing == 1 else f"top-1 agrees on {check.agreeing:.2%}"
+    lines = [f"checked on {check.images:,} test images: largest difference of a logit {check.largest:.2g}, {same}"]
+    if made.header.precision != "fp32":
+        lines.append(f"test top-1: {check.top1:.2%} in fp32, {check.exported_top1:.2%} in {made.header.precision}")
+    return "\n".join(lines)
+
+
+def _told_of_bad(found: Iterable[Prediction | Unreadable], bad: list[Unreadable]) -> Iterator[Prediction]:
+    """The predictions; of the rest is told, and they go to `bad`."""
+    from densenet_dist.data.image_folder import printable
+    from densenet_dist.inference.pictures import Unreadable
+
+    for item in found:
+        if isinstance(item, Unreadable):
+            bad.append(item)
+            typer.echo(f"{printable(item.source)}: {item.reason}", err=True)
+        else:
+            yield item
+
+
+def _as_json(predictions: Iterable[Prediction]) -> int:
+    count = 0
+    for item in predictions:
+        count += 1
+        top = [{"class": guess.name, "label": guess.label, "probability": guess.probability} for guess in item.top]
+        typer.echo(json.dumps({"image": item.source, "top": top}))
+    return count
+
+
+def _as_table(predictions: Iterable[Prediction]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from densenet_dist.data.image_folder import printable
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("picture", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    count = 0
+    for item in predictions:
+        count += 1
+        for place, guess in enumerate(item.top):
+            name = printable(item.source) if place == 0 else ""
+            style = "bold" if place == 0 else None
+            bar = "█" * round(guess.probability * _BAR)
+            table.add_row(Text(name), Text(guess.name), f"{guess.probability:.2%}", bar, style=style)
+        if len(item.top) > 1:
+            table.add_section()
+    if count:
+        # A file, or a program that reads on, wants whole names: only a terminal has a width.
+        console = Console()
+        console.print(table) if console.is_terminal else Console(width=_WIDE).print(table)
+    return count

@@ -1,0 +1,248 @@
+"""A trained net that classifies pictures, from a run or from any exported file."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
+from densenet_dist.inference.header import Header
+from densenet_dist.inference.pictures import Picture, Unreadable, prepared
+from densenet_dist.inference.trained import device_of, open_trained
+from densenet_dist.object_store import explain, is_uri, open_filesystem
+
+SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
+"""The exported files' endings, and the formats."""
+
+DEFAULT_BATCH = 64
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
+Run: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class, its label, and how probable it is, in [0, 1]."""
+
+    name: str
+    label: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the net says of one picture.
+
+    Attributes:
+        source: the picture's path, or its place among those given.
+        top: the most probable classes, the most probable first.
+    """
+
+    source: str
+    top: tuple[Guess, ...]
+
+
+class Classifier:
+    """Classifies pictures as the evaluation of the run would.
+
+    Args:
+        header: what the net is.
+        run: (n, 3, size, size) float32 grey levels on `device` to (n, classes) logits.
+        origin: where it came from, for people to read.
+        device: where it runs.
+    """
+
+    def __init__(self, header: Header, run: Run, origin: str, device: torch.device) -> None:
+        self.header, self.origin, self.device, self._run = header, origin, device, run
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return self.header.class_names
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor, *, tta: bool = False) -> Tensor:
+        """What the net makes of images.
+
+        Args:
+            pixels: (n, 3, size, size) float32, grey levels.
+            tta: mean of the image's logits and its mirror image's.
+
+        Returns:
+            (n, classes) float32 on the CPU.
+        """
+        pixels = pixels.to(self.device)
+        logits = self._run(pixels).float()
+        if tta:
+            logits = (logits + self._run(pixels.flip(3)).float()) / 2
+        return logits.cpu()
+
+    def predict(
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        top: int = 5,
+        batch_size: int = DEFAULT_BATCH,
+        tta: bool = False,
+    ) -> list[Prediction]:
+        """Classify pictures.
+
+        Args:
+            images: one picture or several: paths, uint8 arrays (H, W, 3) or PIL images.
+            top: how many classes to give for each.
+            batch_size: pictures that the net sees at a time.
+            tta: mean with the mirror image.
+
+        Raises:
+            DataError: naming all pictures that cannot be used.
+        """
+        alone = isinstance(images, str | os.PathLike | Tensor) or hasattr(images, "convert") or hasattr(images, "shape")
+        found = list(self.stream([images] if alone else images, top=top, batch_size=batch_size, tta=tta))
+        bad = [f"{item.source}: {item.reason}" for item in found if isinstance(item, Unreadable)]
+        if bad:
+            raise DataError("\n  ".join(("pictures that cannot be used:", *bad)))
+        return [item for item in found if isinstance(item, Prediction)]
+
+    def stream(
+        self,
+        images: Iterable[Picture | Unreadable],
+        *,
+        top: int = 5,
+        batch_size: int = DEFAULT_BATCH,
+        tta: bool = False,
+    ) -> Iterator[Prediction | Unreadable]:
+        """The same in order while it goes on; pictures that cannot be used are told of in their places.
+
+        Pictures are decoded by threads while the net works on those before them.
+        """
+        if top < 1 or batch_size < 1:
+            raise ConfigError(f"top={top} and batch_size={batch_size} must each be at least 1")
+        threads = len(os.sched_getaffinity(0))
+        items = prepared(images, self.header.image_size, self.header.crop, threads=threads, ahead=2 * batch_size)
+        while batch := list(islice(items, batch_size)):
+            pixels = [found for _, found in batch if isinstance(found, Tensor)]
+            guesses = iter(self._guesses(torch.stack(pixels), top, tta) if pixels else ())
+            for name, found in batch:
+                yield found if isinstance(found, Unreadable) else Prediction(name, next(guesses))
+
+    def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[Guess, ...]]:
+        shares, labels = self.logits(pixels, tta=tta).softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
+        return [
+            tuple(Guess(self.class_names[label], label, share) for share, label in zip(*row, strict=True))
+            for row in zip(shares.tolist(), labels.tolist(), strict=True)
+        ]
+
+
+def load_classifier(
+    path: str | Path,
+    *,
+    checkpoint: Literal["best", "last"] = "best",
+    device: Device = "auto",
+) -> Classifier:
+    """A net that classifies pictures.
+
+    Args:
+        path: a run's folder (path or URI), its name under ``runs/``, or an exported file, of which nothing can run.
+        checkpoint: of a run.
+        device: auto takes a GPU if there is one; ONNX files run on the CPU.
+
+    Raises:
+        StorageError, CheckpointError, EnvironmentProblem: as their names say.
+        DataError: an old run does not tell its classes, and its data set is not there.
+    """
+    file = exported_file(path)
+    if file is None:
+        trained = open_trained(path, checkpoint=checkpoint, device=device)
+        return _on(trained.device, trained.header, trained.network, str(path), lambda: trained.autocast)
+    return open_exported(file, device, str(path))
+
+
+def open_exported(file: Path, device: Device = "auto", origin: str | None = None) -> Classifier:
+    """The net in an exported file; arguments and errors as for `load_classifier`."""
+    origin = origin or str(file)
+    kind = _kind_of(file)
+    if kind == "onnx":
+        from densenet_dist.inference import onnx_format
+
+        if device == "cuda":
+            raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
+        header, session = onnx_format.read(file)
+        return Classifier(header, session, origin, torch.device("cpu"))
+    from densenet_dist.inference import safetensors_format, torch_export_format
+
+    header, network = (safetensors_format if kind == "safetensors" else torch_export_format).read(file)
+    return _on(device_of(device), header, network, origin, nullcontext)
+
+
+def exported_file(path: str | Path) -> Path | None:
+    """The exported file of that name, taken from an object store first; None where it is to be a run."""
+    text = str(path)
+    if is_uri(text):
+        if Path(text.partition("?")[0]).suffix not in SUFFIXES:
+            return None
+        return _fetched(text)
+    local = Path(text).expanduser()
+    if local.is_file() or (local.suffix in SUFFIXES and not local.is_dir()):
+        return local
+    return None
+
+
+def _fetched(uri: str) -> Path:
+    """A file on an object store as one of this process."""
+    from pyarrow import fs
+
+    filesystem, place = open_filesystem(uri)
+    folder = Path(tempfile.mkdtemp(prefix="densenet_dist-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    local = folder / PurePosixPath(place).name
+    try:
+        fs.copy_files(place, str(local), filesystem, fs.LocalFileSystem())
+    except OSError as error:
+        raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
+    return local
+
+
+def _kind_of(file: Path) -> str:
+    """The format of a file, by its first bytes."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if start.startswith(b"PK"):
+        return "torch-export"
+    if start[8:9] == b"{":
+        return "safetensors"
+    if file.suffix == ".onnx":
+        return "onnx"
+    raise CheckpointError(
+        f"{file} is no exported net: name a run's folder, or a file that densenet-dist export wrote "
+        f"({', '.join(SUFFIXES)})"
+    )
+
+
+def _on(
+    device: torch.device,
+    header: Header,
+    network: nn.Module,
+    origin: str,
+    mode: Callable[[], AbstractContextManager[Any]],
+) -> Classifier:
+    network = network.to(device)
+
+    def run(pixels: Tensor) -> Tensor:
+        with mode():
+            logits: Tensor = network(pixels)
+        return logits
+
+    return Classifier(header, run, origin, device)

@@ -1,0 +1,216 @@
+"""From a run to one file that holds all of it, compared with the run's own net before it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.data.engines import make_engine
+from densenet_dist.data.loader import EvalLoader
+from densenet_dist.errors import CheckpointError, ConfigError, StorageError
+from densenet_dist.inference.classifier import SUFFIXES, open_exported
+from densenet_dist.inference.header import Header, Precision
+from densenet_dist.inference.trained import Trained, open_trained
+from densenet_dist.schema import Config
+from densenet_dist.train.inputs import load_dataset_of, train_and_val
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+
+LARGEST_DIFFERENCE: Final = 1e-4
+"""Of logits between a file in float32 and the run's own net in float32."""
+
+_COMPARED = 256  # test images, of which fp32 files are compared; the others are judged on all of them
+_CALIBRATION = 512  # training images, whose maps tell int8 its ranges
+_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a file compares with the run's net in float32 on test images.
+
+    Attributes:
+        images: compared.
+        largest: difference of a logit.
+        agreeing: share of images of the same top-1 class.
+        top1: of the run's net, by the labels.
+        exported_top1: of the file.
+    """
+
+    images: int
+    largest: float
+    agreeing: float
+    top1: float
+    exported_top1: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Attributes:
+        bytes: its size.
+        check: None where none was wanted.
+    """
+
+    path: Path
+    format: Format
+    header: Header
+    bytes: int
+    check: Check | None
+
+
+def export(
+    run: str | Path,
+    *,
+    format: Format = "safetensors",
+    out: str | Path | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    precision: Precision = "fp32",
+    check: bool = True,
+    overrides: tuple[str, ...] = (),
+) -> Exported:
+    """Write a run's net with everything that it takes to use it into one file.
+
+    The weights are those that the run is evaluated with: averaged ones, where it averages.
+
+    Args:
+        run: its folder (path or URI), or its name under ``runs/``.
+        format: safetensors, for this package; torch-export (.pt2), for PyTorch alone; onnx, for onnxruntime.
+        out: the file; by default the run's name in the working directory.
+        checkpoint: best (by ``checkpoint.monitor``) or last.
+        precision: bf16 for safetensors and torch-export; int8 for safetensors (the weights) and onnx (all of it).
+        check: whether to load the file again and compare it on test images; needs the data set.
+        overrides: changes to the run's configuration, such as ``data.root=...``.
+
+    Raises:
+        ConfigError: the format does not go with the precision.
+        CheckpointError: a float32 file differs from the run's net by more than `LARGEST_DIFFERENCE`; it is not kept.
+        StorageError, DataError, EnvironmentProblem: as their names say.
+    """
+    require_possible(format, precision)
+    trained = open_trained(run, checkpoint=checkpoint, device="cpu", block="reference", overrides=overrides)
+    path = _path(out, trained.config.name, format, precision)
+    header = dataclasses.replace(trained.header, precision=precision)
+    dataset = load_dataset_of(trained.config) if check or (format, precision) == ("onnx", "int8") else None
+    beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
+    try:
+        _writer(format, trained, header, dataset)(beside)
+        found = None
+        if check:
+            assert dataset is not None
+            # Opened once more, in its own form: writing changes it.
+            original = open_trained(run, checkpoint=checkpoint, device="cpu", overrides=overrides)
+            found = compare(beside, format, original, dataset)
+            _judge(found, precision, path)
+        os.replace(beside, path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return Exported(path, format, header, path.stat().st_size, found)
+
+
+def require_possible(format: str, precision: str) -> None:
+    """Whether there is such a file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if precision == "bf16" and format == "onnx":
+        raise ConfigError(
+            "onnxruntime has no bf16 convolutions for CPUs: use --precision int8 with onnx, or another format"
+        )
+    if precision == "int8" and format == "torch-export":
+        raise ConfigError("torch-export takes fp32 and bf16; int8 is for onnx and safetensors")
+
+
+def compare(file: Path, format: Format, trained: Trained, dataset: Dataset) -> Check:
+    """Load a file that this process wrote, and compare it with the run's own net in float32 on test images."""
+    exported = open_exported(file)
+    run: Callable[[Tensor], Tensor] = exported.logits
+    if format == "torch-export":
+        from densenet_dist.inference.torch_export_format import run_program
+
+        run = run_program(file)
+    count = len(dataset.test.labels)
+    if exported.header.precision == "fp32":
+        count = min(count, _COMPARED)
+    places = np.arange(count) * len(dataset.test.labels) // count
+    largest, same, right, exported_right, images = 0.0, 0, 0, 0, 0
+    for pixels, labels in grey_levels(trained.config, dataset.test, places):
+        with torch.no_grad():
+            wanted, found = trained.network(pixels), run(pixels)
+        largest = max(largest, float((wanted - found).abs().max()))
+        first, exported_first = wanted.argmax(1), found.argmax(1)
+        same += int((first == exported_first).sum())
+        right += int((first == labels).sum())
+        exported_right += int((exported_first == labels).sum())
+        images += len(labels)
+    return Check(images, largest, same / images, right / images, exported_right / images)
+
+
+def grey_levels(config: Config, split: Split, places: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images of a data set as evaluation shows them, not normalised, and their labels.
+
+    Returns:
+        Batches of (n, 3, H, W) float32, 0 to 255, and (n,) int64.
+    """
+    engine = make_engine(
+        "torch", split, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
+        on_bad_image=config.data.on_bad_image,
+    )  # fmt: skip
+    for batch in EvalLoader(split, places, engine=engine, batch_size=_BATCH, geometry=config.data.augment):
+        yield batch.images, batch.labels
+
+
+def _writer(format: Format, trained: Trained, header: Header, dataset: Dataset | None) -> Callable[[Path], None]:
+    model, network = trained.model, trained.network
+    if format == "safetensors":
+        from densenet_dist.inference import safetensors_format
+
+        return lambda path: safetensors_format.write(model, header, path)
+    if format == "torch-export":
+        from densenet_dist.inference import torch_export_format
+
+        return lambda path: torch_export_format.write(network, header, path)
+    from densenet_dist.inference import onnx_format
+
+    onnx_format.imported("onnxruntime")
+    calibration = None
+    if header.precision == "int8":
+        assert dataset is not None
+        train, _ = train_and_val(trained.config, dataset)
+        some = train[np.arange(min(_CALIBRATION, len(train))) * len(train) // min(_CALIBRATION, len(train))]
+        calibration = torch.cat([pixels for pixels, _ in grey_levels(trained.config, dataset.train, some)]).numpy()
+    return lambda path: onnx_format.write(network, header, path, calibration)
+
+
+def _judge(check: Check, precision: Precision, path: Path) -> None:
+    # A NaN is no small difference either.
+    if precision == "fp32" and not check.largest <= LARGEST_DIFFERENCE:
+        raise CheckpointError(
+            f"{path} is not kept: its logits differ from those of the run by up to {check.largest:.2g}, more than "
+            f"{LARGEST_DIFFERENCE:g}\n  write it all the same with --no-check"
+        )
+
+
+def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:
+    (ending,) = [suffix for suffix, known in SUFFIXES.items() if known == format]
+    if out is None:
+        return Path(name + ("" if precision == "fp32" else f"-{precision}") + ending)
+    path = Path(out).expanduser()
+    if path.suffix != ending:
+        raise ConfigError(f"--out {path}: a file in the format {format} must end in {ending}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise StorageError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "no such folder"))
+    return path

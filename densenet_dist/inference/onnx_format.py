@@ -1,0 +1,184 @@
+"""The format ONNX, which onnxruntime and most other engines run: a graph of a fixed set of operators."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from densenet_dist.errors import CheckpointError, EnvironmentProblem
+from densenet_dist.inference.header import HEADER_KEY, Header, header_of
+from densenet_dist.inference.network import Network
+from densenet_dist.inference.torch_export_format import quiet, traced
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+INPUT, OUTPUT = "pixels", "logits"
+OPSET: Final = 20
+_MOST_BYTES: Final = (1 << 31) - 1  # of any protobuf
+
+
+def write(network: Network, header: Header, path: Path, calibration: npt.NDArray[np.float32] | None = None) -> None:
+    """Write a trained network; in float32, or where the header says int8 with 8-bit convolutions.
+
+    Args:
+        network: in float32; its weights become contiguous.
+        calibration: (n, 3, H, W) grey levels of training images, from which int8 takes the range of every map.
+
+    Raises:
+        EnvironmentProblem: a package is missing.
+    """
+    onnx = imported("onnx")
+    imported("onnxscript")
+    with quiet(), _no_log("torch.onnx"):
+        program = torch.onnx.export(
+            traced(network, header), (), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+            external_data=False, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    graph = program.model_proto
+    _strip(graph)
+    if header.precision == "int8":
+        assert calibration is not None
+        graph = _quantized(graph, calibration)
+    graph.producer_name, graph.producer_version = "densenet-dist", header.version
+    onnx.helper.set_model_props(graph, {HEADER_KEY: header.to_json()})
+    path.write_bytes(graph.SerializeToString())
+
+
+class Session:
+    """A file's program, run by onnxruntime on the CPU: (n, 3, H, W) float32 grey levels to (n, classes) float32."""
+
+    def __init__(self, session: InferenceSession, header: Header) -> None:
+        self._session, self._classes = session, len(header.class_names)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Logits of a batch.
+
+        Raises:
+            CheckpointError: the program does not do what its metadata says.
+        """
+        try:
+            (logits,) = self._session.run([OUTPUT], {INPUT: pixels.numpy()})
+        except Exception as error:  # onnxruntime has a dozen kinds, all of them RuntimeErrors or Exceptions of its own
+            raise CheckpointError(f"the exported program fails: {_first_line(error)}") from error
+        if not isinstance(logits, np.ndarray) or logits.shape != (len(pixels), self._classes):
+            raise CheckpointError("the exported program does not give a logit for each class of its metadata")
+        return torch.from_numpy(logits.astype(np.float32, copy=False))
+
+
+def read(path: Path) -> tuple[Header, Session]:
+    """Read a file that anybody may have written.
+
+    Raises:
+        CheckpointError: it is damaged, or not what `write` makes.
+        EnvironmentProblem: onnxruntime is missing.
+    """
+    runtime = imported("onnxruntime")
+    if path.stat().st_size > _MOST_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than an ONNX file can have")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        # From memory, so that it cannot name other files of this machine as its weights.
+        session = runtime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged, or no ONNX file: {_first_line(error)}") from error
+    header = header_of(session.get_modelmeta().custom_metadata_map.get(HEADER_KEY), str(path))
+    takes = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
+    size = header.image_size
+    if takes != [(INPUT, "tensor(float)", [3, size, size])] or OUTPUT not in {o.name for o in session.get_outputs()}:
+        raise CheckpointError(f"{path} does not take the images that its metadata names")
+    return header, Session(session, header)
+
+
+def imported(name: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"ONNX files need the package {name}, which is not installed ({error})\n"
+            "  install it: pip install 'densenet-dist[onnx]'"
+        ) from error
+
+
+def _strip(graph: Any) -> None:
+    """Take out what the exporter notes of the code it came from: paths of this machine, and many bytes."""
+    inner = graph.graph
+    del graph.metadata_props[:]
+    del inner.metadata_props[:]
+    for item in (*inner.node, *inner.input, *inner.output, *inner.value_info, *inner.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    inner.doc_string = ""
+
+
+def _quantized(graph: Any, calibration: npt.NDArray[np.float32]) -> Any:
+    """The same program with 8-bit weights and maps in convolutions and the linear layer (QDQ, static, per channel)."""
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder, _no_log("root"):
+        plain, fused, small = (os.path.join(folder, name) for name in ("plain.onnx", "fused.onnx", "small.onnx"))
+        onnx.save(graph, plain)
+        quant_pre_process(plain, fused)
+        quantize_static(
+            fused,
+            small,
+            _Images(calibration),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            # 7 bits of weights: without VNNI, sums of products of 8-bit numbers saturate on x86 in pairs.
+            reduce_range=True,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        return onnx.load(small)
+
+
+class _Images:
+    """Calibration images in batches, as onnxruntime asks for them."""
+
+    def __init__(self, pixels: npt.NDArray[np.float32], batch_size: int = 64) -> None:
+        self._batches = iter(np.split(pixels, range(batch_size, len(pixels), batch_size)))
+
+    def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch}
+
+
+@contextmanager
+def _no_log(name: str) -> Iterator[None]:
+    """Without what a library logs of its own workings."""
+    logger = logging.getLogger(None if name == "root" else name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -1,0 +1,160 @@
+"""Pictures of any kind and size for a net: found on disk, decoded, cut and resampled as those of an evaluation."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from densenet_dist.data import torch_ops
+from densenet_dist.data.augment import central_windows
+from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, BadImage, decode_any, suffix
+from densenet_dist.data.image_folder import is_ignored
+from densenet_dist.errors import DataError
+
+Picture: TypeAlias = Any
+"""A path; (H, W, 3), (H, W, 4) or (H, W) uint8 as an array; (3, H, W) uint8 as a tensor; or a PIL image."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that cannot be used.
+
+    Attributes:
+        source: its path, or its place among the pictures given.
+        reason: in plain words.
+    """
+
+    source: str
+    reason: str
+
+
+def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
+    """The files that a command line names: files themselves, what looks like pictures below folders, and patterns."""
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            yield from _below(path)
+        elif path.exists() or not glob.has_magic(argument):
+            yield path
+        elif found := sorted(glob.glob(argument, recursive=True)):
+            for name in found:
+                yield from _below(Path(name)) if os.path.isdir(name) else (Path(name),)
+        else:
+            yield Unreadable(argument, "no file is called like that")
+
+
+def _below(folder: Path) -> Iterator[Path | Unreadable]:
+    problems: list[Unreadable] = []
+    count = 0
+    for place, folders, names in os.walk(
+        folder, onerror=lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror)))
+    ):
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        for name in sorted(names):
+            if suffix(name) in (*IMAGE_SUFFIXES, *REFUSED_SUFFIXES) and not is_ignored(name):
+                count += 1
+                yield Path(place, name)
+    yield from problems
+    if not count and not problems:
+        yield Unreadable(str(folder), "has no pictures in it")
+
+
+def prepare(picture: Picture, size: int, crop: float) -> Tensor:
+    """One picture as a net sees it: its central square, resampled, in grey levels.
+
+    Args:
+        picture: see `Picture`.
+        size: side in pixels.
+        crop: share of the picture's shorter side that is shown.
+
+    Returns:
+        (3, size, size) float32, 0 to 255.
+
+    Raises:
+        BadImage: it cannot be used, with the reason.
+    """
+    pixels = _decode(picture)
+    height, width = pixels.shape[1:]
+    ((left, top, side, _),) = central_windows(np.array([[width, height]]), crop).tolist()
+    return torch_ops.resize(pixels[:, top : top + side, left : left + side], size)
+
+
+def prepared(
+    pictures: Iterable[Picture | Unreadable], size: int, crop: float, *, threads: int, ahead: int
+) -> Iterator[tuple[str, Tensor | Unreadable]]:
+    """Each picture's name and its pixels or what is wrong, in order, made by threads ahead of who asks."""
+
+    def make(place: int, picture: Picture | Unreadable) -> tuple[str, Tensor | Unreadable]:
+        if isinstance(picture, Unreadable):
+            return picture.source, picture
+        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"picture {place + 1}"
+        try:
+            return name, prepare(picture, size, crop)
+        except BadImage as error:
+            return name, Unreadable(name, str(error))
+
+    waiting: deque[Future[tuple[str, Tensor | Unreadable]]] = deque()
+    pool = ThreadPoolExecutor(threads, "densenet-dist-decode")
+    with _no_warnings():  # Pillow's
+        try:
+            for place, picture in enumerate(pictures):
+                waiting.append(pool.submit(make, place, picture))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _decode(picture: Picture) -> Tensor:
+    """(3, H, W) uint8, RGB, upright."""
+    if isinstance(picture, str | os.PathLike):
+        try:
+            # A pipe would be waited for without end.
+            if not stat.S_ISREG(os.stat(picture).st_mode):
+                raise BadImage("not a file")
+        except FileNotFoundError as error:
+            raise BadImage("there is no such file") from error
+        except (OSError, ValueError) as error:
+            raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return decode_any(Path(picture))
+    if isinstance(picture, Tensor):
+        array = picture
+    elif isinstance(picture, np.ndarray):
+        array = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
+        array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+        array = array[:3] if array.shape[0] == 4 else array
+        array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
+    elif hasattr(picture, "convert"):
+        from densenet_dist.data.image_files import pixels_of
+
+        return pixels_of(picture)
+    else:
+        raise DataError(f"a {type(picture).__name__} is no picture: give paths, uint8 arrays (H, W, 3) or PIL images")
+    if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] != 3 or 0 in array.shape:
+        raise DataError(
+            f"a picture of shape {tuple(picture.shape)} and type {picture.dtype}: arrays must be uint8 and (H, W, 3), "
+            "(H, W, 4) or (H, W), tensors uint8 and (3, H, W)"
+        )
+    return array
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

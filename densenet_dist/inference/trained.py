@@ -1,0 +1,112 @@
+"""A run's net as it is evaluated, with averaged weights where there are any, and the header that describes it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from densenet_dist.config import load_config
+from densenet_dist.data.augment import EVAL_CROP
+from densenet_dist.errors import CheckpointError, EnvironmentProblem
+from densenet_dist.inference.header import Header, make_header
+from densenet_dist.inference.network import Network
+from densenet_dist.model import DenseNet
+from densenet_dist.schema import Config
+from densenet_dist.train.checkpoint import CheckpointStore, load_weights
+from densenet_dist.train.classes import classes_of
+from densenet_dist.train.context import choose_device
+from densenet_dist.train.environment import git_commit, package_version
+from densenet_dist.train.evaluation import open_run
+from densenet_dist.train.job import autocast, build_model
+from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A run's checkpoint as a program.
+
+    Attributes:
+        network: with its weights, on `device`, in the form of dense blocks that the run has.
+    """
+
+    run: RunFolder
+    config: Config
+    header: Header
+    network: Network
+    device: torch.device
+
+    @property
+    def model(self) -> DenseNet:
+        """The net itself."""
+        assert isinstance(self.network.model, DenseNet)
+        return self.network.model
+
+    @property
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which the run was trained and is evaluated."""
+        return autocast(self.device, self.config.train.precision)
+
+
+def device_of(wanted: str) -> torch.device:
+    """Where a net runs: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        EnvironmentProblem: where a GPU is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "torch sees no GPU on this machine\n  use the CPU with --device cpu, or see why: densenet-dist doctor"
+        )
+    return choose_device(wanted)
+
+
+def open_trained(
+    run: str | Path,
+    *,
+    checkpoint: Literal["best", "last"] = "best",
+    device: str = "auto",
+    block: Literal["reference"] | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Trained:
+    """Load a run's checkpoint, without its data set where the run tells its classes.
+
+    Args:
+        block: form of the dense blocks, if not the run's own.
+        overrides: changes to the run's configuration, such as ``data.root=...``.
+
+    Raises:
+        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+    """
+    folder = open_run(run)
+    config = load_config(folder.fetch(CONFIG_FILE), *overrides)
+    store = CheckpointStore(folder)
+    snapshot = store.load_best() if checkpoint == "best" else store.load_latest()
+    if snapshot is None:
+        raise CheckpointError(f"the run {folder.uri} has no checkpoint yet")
+    classes = classes_of(folder, config)
+    chosen = device_of(device)
+    settings = config.model if block is None else replace(config.model, block=block)
+    model = build_model(settings, len(classes.names), classes.image_size)
+    load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {folder.uri}")
+    header = make_header(
+        model.architecture,
+        version=package_version("densenet-dist") or "unknown",
+        run=config.name,
+        data=config.data.name,
+        checkpoint=f"{checkpoint}, step {snapshot.position.global_step}",
+        commit=git_commit(),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        class_names=classes.names,
+        mean=classes.mean,
+        std=classes.std,
+        crop=EVAL_CROP if config.data.augment == "random_resized_crop" else 1.0,
+        precision="fp32",
+        metrics=snapshot.metrics,
+    )
+    network = Network(model, classes.mean, classes.std).eval().requires_grad_(False)
+    return Trained(folder, config, header, network.to(chosen), chosen)

@@ -1,0 +1,67 @@
+"""What a run's net tells apart, and how its images are normalised: all that `predict` needs besides weights.
+
+``classes.json`` holds it, so that a run can be used where its data set is not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from densenet_dist.data.datasets import Channels, Dataset
+from densenet_dist.errors import StorageError
+from densenet_dist.schema import Config
+from densenet_dist.train.inputs import load_dataset_of, normalisation
+from densenet_dist.train.run_folder import CLASSES_FILE, RunFolder
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a net was trained on.
+
+    Attributes:
+        names: of the classes, by label.
+        image_size: side of the square images in pixels.
+        mean: of each channel, by which images in [0, 1] are normalised.
+        std: likewise.
+    """
+
+    names: tuple[str, ...]
+    image_size: int
+    mean: Channels
+    std: Channels
+
+
+def classes_in(config: Config, dataset: Dataset) -> Classes:
+    """Those of a data set as configured."""
+    return Classes(dataset.class_names, dataset.image_size, *normalisation(config, dataset))
+
+
+def note_classes(run: RunFolder, config: Config, dataset: Dataset) -> None:
+    """Write them into the run's folder, for `classes_of`."""
+    run.write(CLASSES_FILE, json.dumps(asdict(classes_in(config, dataset)), indent=1) + "\n")
+
+
+def classes_of(run: RunFolder, config: Config) -> Classes:
+    """Those of a run; a run from before there was ``classes.json`` has them from its data set.
+
+    Raises:
+        StorageError: the file is damaged.
+        DataError: there is none, and the data set is not there either.
+    """
+    if not run.exists(CLASSES_FILE):
+        return classes_in(config, load_dataset_of(config))
+    try:
+        said = json.loads(run.fetch(CLASSES_FILE).read_text())
+        names, size = tuple(map(str, said["names"])), int(said["image_size"])
+        mean, std = (_channels(said[key]) for key in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StorageError(
+            f"{run.uri}/{CLASSES_FILE} is damaged: {error}\n  delete it: it is made anew from the run's data set"
+        ) from error
+    return Classes(names, size, mean, std)
+
+
+def _channels(values: list[float]) -> Channels:
+    red, green, blue = map(float, values)
+    return red, green, blue

@@ -1,0 +1,67 @@
+"""A tiny run with averaged weights, exported files of it, and commands run in an empty folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import run_of, tiny, train
+
+from densenet_dist.cli import main
+from densenet_dist.inference.exporting import export
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """The folder of a finished run; not to be changed."""
+    config = tiny(tmp_path_factory.mktemp("original"), "train.epochs=2", "train.ema_decay=0.5")
+    train(config)
+    return run_of(config).path
+
+
+@pytest.fixture
+def run(original, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(original, tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture(scope="session")
+def exported(original, tmp_path_factory):
+    """A file of a format and a precision, checked when it was written; not to be changed."""
+    folder, made = tmp_path_factory.mktemp("exported"), {}
+
+    def file(format: str, precision: str = "fp32") -> Path:
+        if (format, precision) not in made:
+            ending = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}[format]
+            if format == "onnx":
+                pytest.importorskip("onnxscript")
+                pytest.importorskip("onnxruntime")
+            out = folder / f"{precision}{ending}"
+            made[format, precision] = export(original, format=format, precision=precision, out=out)
+        return made[format, precision].path
+
+    return file
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; gives its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """(5, 3, 32, 32) float32 grey levels."""
+    return torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()

@@ -1,0 +1,236 @@
+"""Pictures: found, decoded and shown to the net as an evaluation would; and ``densenet-dist predict``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import run_of, tiny, train
+
+from densenet_dist.data.cifar import CIFAR10, read_folder
+from densenet_dist.errors import DataError, StorageError
+from densenet_dist.inference.classifier import load_classifier
+from densenet_dist.inference.exporting import export
+from densenet_dist.inference.pictures import Unreadable, find, prepare
+from densenet_dist.train.evaluation import prepare_evaluation
+
+
+def save_all(images, folder: Path) -> None:
+    folder.mkdir()
+    for place, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{place:04d}.png")
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """60 x 40 pixels of smooth colours."""
+    across, down = np.meshgrid(np.linspace(0, 255, 60), np.linspace(0, 255, 40))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=2).round().astype(np.uint8))
+
+
+def in_batches(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def assert_files_are_judged_as_evaluation_judges(run, files, *settings):
+    classifier, evaluation = load_classifier(run, device="cpu"), prepare_evaluation(run, overrides=settings)
+    batches = in_batches(files, evaluation.config.train.eval_batch_size)
+    for batch, expected in zip(batches, evaluation.loader(), strict=True):
+        pixels = torch.stack([prepare(file, classifier.header.image_size, classifier.header.crop) for file in batch])
+        with torch.no_grad():
+            assert torch.equal(classifier.logits(pixels), evaluation.model.eval()(expected.images))
+
+
+def test_pictures_of_a_data_set_give_the_bits_of_its_evaluation(original, tmp_path):
+    evaluation = prepare_evaluation(original)
+    save_all(evaluation.dataset.test.images, tmp_path / "test")
+    assert_files_are_judged_as_evaluation_judges(original, sorted((tmp_path / "test").iterdir()))
+
+
+@pytest.mark.slow
+def test_pictures_of_cifar_give_the_bits_of_its_evaluation(official, tmp_path):
+    settings = ("data.name=cifar10", f"data.root={official}", "data.limit=150", "train.epochs=1", "model.block=auto")
+    config = tiny(tmp_path, *settings, "train.global_batch_size=64", "train.eval_batch_size=64")
+    train(config)
+    _, _, (images, _) = read_folder(CIFAR10, official / CIFAR10.folder)
+    save_all(images[:150], tmp_path / "test")
+    files = sorted((tmp_path / "test").iterdir())
+    assert_files_are_judged_as_evaluation_judges(run_of(config).path, files)
+    made = export(run_of(config).path, out=tmp_path / "x.safetensors")
+    assert made.check.images == 150
+    assert load_classifier(made.path).class_names[3] == "cat"
+
+
+@pytest.mark.parametrize("augment", ["none", "random_resized_crop"])
+def test_pictures_in_folders_are_cut_as_in_evaluation(tmp_path, augment):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for place in range(count):
+                height, width = generator.integers(20, 90, 2)
+                pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{place}.jpg")
+    root = f"data.root={tmp_path / 'photos'}"
+    settings = ("data.name=folder", root, "data.image_size=32", f"data.augment={augment}", "data.limit=null")
+    config = tiny(tmp_path, *settings, "train.epochs=1", "train.global_batch_size=4", "data.val_fraction=0.25")
+    train(config)
+    assert_files_are_judged_as_evaluation_judges(
+        run_of(config).path, sorted((tmp_path / "photos" / "test").glob("*/*"))
+    )
+    shutil.rmtree(tmp_path / "photos")
+    assert load_classifier(run_of(config).path).class_names == ("cat", "dog")  # without the data set
+
+
+def test_a_run_from_before_there_was_classes_json(run, exported, images):
+    (run / "classes.json").unlink()
+    found, wanted = load_classifier(run), load_classifier(exported("safetensors"))
+    assert found.header.class_names == wanted.header.class_names
+    assert found.header.mean == wanted.header.mean
+
+
+def test_a_damaged_classes_json_is_named(run, command):
+    (run / "classes.json").write_text('{"names": 3}')
+    code, _, err = command("predict", run, "x.png")
+    assert code == 5
+    assert "classes.json is damaged" in err
+
+
+def test_kinds_of_pictures(tmp_path, photo):
+    """All are the same picture, as far as its file can hold it."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "a.bmp")
+    photo.save(tmp_path / "a.tiff")
+    photo.save(tmp_path / "a.webp", lossless=True)
+    photo.save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    photo.convert("RGBA").save(tmp_path / "alpha.png")
+    photo.quantize(256).save(tmp_path / "a.gif")
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.tiff", exif=turned)
+    wanted = prepare(tmp_path / "a.png", 32, 1.0)
+    assert wanted.shape == (3, 32, 32)
+    tolerance = {"a.jpg": 3, "cmyk.jpg": 8, "a.gif": 16}
+    for file in sorted(tmp_path.iterdir()):
+        found = prepare(file, 32, 1.0)
+        assert (found - wanted).abs().max() <= tolerance.get(file.name, 0), file.name
+    for given in (photo, np.asarray(photo), torch.from_numpy(np.array(photo)).permute(2, 0, 1), photo.convert("RGBA")):
+        assert torch.equal(prepare(given, 32, 1.0), wanted)
+
+
+def test_grey_pictures(tmp_path, photo):
+    grey = np.asarray(photo.convert("L"))
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tiff")
+    wanted = prepare(grey, 32, 1.0)
+    assert torch.equal(wanted[0], wanted[2])
+    for file in tmp_path.iterdir():
+        assert torch.equal(prepare(file, 32, 1.0), wanted), file.name
+
+
+def test_pictures_that_cannot_be_used(tmp_path, photo, original):
+    photo.save(tmp_path / "whole.png")
+    photo.save(tmp_path / "whole.jpg")
+    for name in ("png", "jpg"):
+        data = (tmp_path / f"whole.{name}").read_bytes()
+        (tmp_path / f"cut.{name}").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.png").write_text("hello")
+    photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(20)])
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tiff")
+    os.mkfifo(tmp_path / "pipe.png")
+    names = ["cut.png", "cut.jpg", "empty.jpg", "text.png", "moving.gif", "float.tiff", "pipe.png", "none.png"]
+    found = list(load_classifier(original).stream([tmp_path / "whole.png", *(tmp_path / name for name in names)]))
+    assert [type(item).__name__ for item in found] == ["Prediction"] + ["Unreadable"] * len(names)
+    assert [item.reason for item in found[1:]] == [
+        "cut short or damaged", "cut short or damaged", "empty file", "not a picture", "an animation of 2 frames",
+        "grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits", "not a file",
+        "there is no such file",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: there is no such file"):
+        load_classifier(original).predict([tmp_path / "cut.png", tmp_path / "whole.png", tmp_path / "none.png"])
+    for wrong in (np.zeros((4, 4, 3)), np.zeros((3, 4, 5), np.uint8), 5):
+        with pytest.raises(DataError, match=r"uint8 .*\(H, W, 3\)"):
+            load_classifier(original).predict([wrong])
+
+
+def test_files_folders_and_patterns(tmp_path, photo):
+    for name in ("b.png", "a.jpg", "deep/er/c.webp", "deep/.hidden/d.png", "deep/notes.txt", "e.tiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "bare").mkdir()
+
+    def names(*arguments):
+        return [
+            (item.source, item.reason) if isinstance(item, Unreadable) else str(item.relative_to(tmp_path))
+            for item in find(str(tmp_path / argument) for argument in arguments)
+        ]
+
+    assert names("") == ["a.jpg", "b.png", "e.tiff", "deep/er/c.webp"]
+    assert names("deep/notes.txt", "*.png", "**/*.webp") == ["deep/notes.txt", "b.png", "deep/er/c.webp"]
+    assert names("d*", "x*", "bare") == [
+        "deep/er/c.webp",
+        (str(tmp_path / "x*"), "no file is called like that"),
+        (str(tmp_path / "bare"), "has no pictures in it"),
+    ]
+
+
+def test_predict_command(original, tmp_path, photo, command):
+    photo.save(tmp_path / "b[bold].png")
+    photo.save(tmp_path / "a.png")
+    code, out, err = command("predict", original, tmp_path, "--top", "2", "--device", "cpu")
+    assert code == 0
+    assert out.count("%") == 4
+    assert "b[bold].png" in out
+    assert "2 pictures in " in err
+    assert "images/s on cpu" in err
+    (tmp_path / "c.png").write_text("x")
+    code, out, err = command(
+        "predict", original, "a.png", "c.png", "b[bold].png", "--json", "--tta", "--batch-size", "1"
+    )
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 4
+    assert [line["image"] for line in lines] == ["a.png", "b[bold].png"]
+    assert sum(guess["probability"] for guess in lines[0]["top"]) <= 1
+    assert sorted(lines[0]["top"], key=lambda guess: -guess["probability"]) == lines[0]["top"]
+    assert "c.png: not a picture" in err
+    assert "error: 1 of 3 pictures could not be used" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(original, exported, command):
+    for net in (original, exported("safetensors")):
+        code, _, err = command("predict", net, "x.png", "--device", "cuda")
+        assert code == 3
+        assert "torch sees no GPU" in err
+
+
+def test_tta_is_the_mean_with_the_mirror_image(original, images):
+    classifier = load_classifier(original)
+    both = [classifier.logits(each) for each in (images, images.flip(3))]
+    torch.testing.assert_close(classifier.logits(images, tta=True), (both[0] + both[1]) / 2)
+    assert not torch.equal(*both)
+
+
+def test_a_run_and_a_file_on_an_object_store(run, exported, s3, tmp_path, photo, images):
+    from pyarrow import fs
+
+    base, _, query = s3.partition("%s")
+    store, _ = fs.FileSystem.from_uri(f"{base}{query}")
+    store.create_dir("bucket/predict/tiny")
+    for local, name in ((run, "predict/tiny"), (exported("safetensors"), "tiny.safetensors")):
+        fs.copy_files(str(local), f"bucket/{name}", fs.LocalFileSystem(), store)
+    found = [load_classifier(s3 % name).logits(images) for name in ("/predict/tiny", "/tiny.safetensors")]
+    torch.testing.assert_close(found[0], found[1])
+    with pytest.raises(StorageError, match=r"none\.pt2 cannot be read"):
+        load_classifier(s3 % "/none.pt2")
