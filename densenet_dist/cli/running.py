@@ -88,7 +88,7 @@ def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
         result = fit(config, resume=resume, listener=console)
     except KeyboardInterrupt as stop:  # caught here: the parser has its own idea of what it means
         raise Interrupted(location, *stop.args) from None
-    _summarise(console, result.run, location, dict(result.summary))
+    _summarise(console, result.page.rpartition("/")[0], location, dict(result.summary))
 
 
 def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,8 @@ from densenet_dist.report.judged import BINS, Calibration, Counts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from densenet_dist.report.picture import Picture
 
 MOST_CLASSES: Final = 200
 """Above so many classes a confusion matrix is not drawn: its cells could not be seen."""
@@ -155,27 +158,50 @@ def confusion_picture(confusion: Counts, names: Sequence[str]) -> str:
     """The confusion matrix for the page; cells without images are left out."""
     with drawing():
         shades = [colour(f"shade{i}") for i in range(SHADES)]
-        figure = _confusion_figure(confusion, names, shades, [colour("ink")] * SHADES)
+        figure = new_figure(*_confusion_size(names))
+        _draw_confusion(figure, confusion, names, shades, [colour("ink")] * SHADES)
         return to_svg(figure, "confusion matrix")
 
 
 def draw_confusion(confusion: Counts, names: Sequence[str], title: str, path: Path) -> None:
     """The confusion matrix as a PNG file."""
+    with _plain_text():
+        _titled_confusion(confusion, names, title).savefig(path, dpi=120)
+
+
+def confusion_figure(confusion: Counts, names: Sequence[str], title: str) -> Picture:
+    """The same as a figure."""
+    with _plain_text():
+        return _titled_confusion(confusion, names, title)
+
+
+def _plain_text() -> AbstractContextManager[None]:
     import matplotlib
 
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):
-        figure = _confusion_figure(confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3)
-        figure.suptitle(title)
-        figure.savefig(path, dpi=120)
+    return matplotlib.rc_context({"text.parse_math": False, "font.size": 9})
 
 
-def _confusion_figure(confusion: Counts, names: Sequence[str], shades: Sequence[str], inks: Sequence[str]) -> Figure:
+def _titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Picture:
+    from densenet_dist.report.picture import Picture
+
+    figure = Picture(figsize=_confusion_size(names), layout="constrained")
+    _draw_confusion(figure, confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3)
+    figure.suptitle(title)
+    return figure
+
+
+def _confusion_size(names: Sequence[str]) -> tuple[float, float]:
+    side = 2.2 + min(0.42 * len(names), 6.3)
+    return side + 0.6, side
+
+
+def _draw_confusion(
+    figure: Figure, confusion: Counts, names: Sequence[str], shades: Sequence[str], inks: Sequence[str]
+) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
     count = len(names)
-    side = 2.2 + min(0.42 * count, 6.3)
-    figure = new_figure(side + 0.6, side)
     axes = figure.add_subplot()
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     # By the square root, so that rare mistakes are seen too; never two shades for equal shares.
@@ -198,7 +224,6 @@ def _confusion_figure(confusion: Counts, names: Sequence[str], shades: Sequence[
         axes.set_xticks(range(count), shown, rotation=90)
         axes.set_yticks(range(count), shown)
     axes.tick_params(length=0)
-    return figure
 
 
 _CELL: Final = (1, 2, 2, 2, 79)

@@ -22,7 +22,7 @@ class SweepConsole:
     def __init__(self, quiet: bool = False) -> None:
         # Piped, a table has no terminal to fit into.
         width = None if sys.stdout.isatty() else 200
-        self._console = Console(highlight=False, quiet=quiet, soft_wrap=True, width=width)
+        self._console = Console(highlight=False, quiet=quiet, soft_wrap=True, width=width, force_jupyter=False)
         self._status: Status | None = None
         self._metric, self._total = "", 0
 

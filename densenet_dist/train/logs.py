@@ -122,7 +122,7 @@ class Console:
     """Shows a run's events to a person: a live line on a terminal, one line an epoch everywhere."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = RichConsole(highlight=False, quiet=quiet, soft_wrap=True)
+        self._console = RichConsole(highlight=False, quiet=quiet, soft_wrap=True, force_jupyter=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._workers: int | None = None
@@ -160,21 +160,12 @@ class Console:
     def _start(self, event: Event) -> None:
         workers = event["world_size"]
         if self._workers is None:
-            self._header(event)
+            for line in start_lines(event):
+                self._console.print(line)
         on = f", on {workers} x {event['device']}" if self._workers not in (None, workers) else ""
         self._workers = workers
         if event["global_step"]:
             self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
-
-    def _header(self, event: Event) -> None:
-        self._console.print(
-            f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
-            f"{event['train_images']:,} training and {event['val_images']:,} validation images"
-        )
-        self._console.print(
-            f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
-            f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}"
-        )
 
     def _show_progress(self, event: Event) -> None:
         if not self._console.is_terminal:
@@ -200,6 +191,16 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def start_lines(event: Event) -> list[str]:
+    """What is about to be trained, on what."""
+    return [
+        f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
+        f"{event['train_images']:,} training and {event['val_images']:,} validation images",
+        f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
+        f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}",
+    ]
 
 
 def epoch_line(event: Event) -> str:
