@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,18 +34,21 @@ def test_importing_it_costs_nothing():
     assert len(Path(densenet_dist.__file__).read_text().splitlines()) < 60
 
 
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> Result:
+    config = tiny(tmp_path_factory.mktemp("api") / "runs", "train.epochs=2", "name=quickstart")
+    return fit(config, listener=lambda event: None)
+
+
 @pytest.mark.parametrize("name", ["config", "cluster.launch", "cluster.result", "report.summary"])
-def test_examples_in_docstrings(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    module = __import__(f"densenet_dist.{name}", fromlist=["_"])
+def test_examples_in_docstrings(name, result, monkeypatch):
+    folder = Path(result.run).parents[1]
+    monkeypatch.chdir(folder)
+    shutil.copytree(ROOT / "configs", folder / "configs", dirs_exist_ok=True)
+    module = import_module(f"densenet_dist.{name}")
     found = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
     assert found.attempted > 0
     assert found.failed == 0
-
-
-@pytest.fixture(scope="module")
-def result(tmp_path_factory) -> Result:
-    return fit(tiny(tmp_path_factory.mktemp("api"), "train.epochs=2"), listener=lambda event: None)
 
 
 def test_result(result):
@@ -51,7 +56,7 @@ def test_result(result):
     assert {"train/loss", "val/top1", "lr", "seconds"} <= set(result.history[0])
     assert evaluate(result.run)["top1"] == result.summary["test/top1"]
     assert Path(result.page).exists()
-    assert result.config == tiny(Path(result.run).parent, "train.epochs=2")
+    assert result.config.train.epochs == 2
     assert f"top-1 {result.summary['test/top1']:.2%}" in repr(result)
     assert f"<td>top-1 {result.summary['test/top1']:.2%}" in result._repr_html_()
 
