@@ -13,8 +13,9 @@ import pytest
 from runs import tiny
 
 import densenet_dist
-from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
+from densenet_dist import Result, SweepResult, evaluate, fit, load_config, load_run, summary
 from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.sweep.results import Trial
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,3 +133,14 @@ def test_summary_of_pictures_needs_their_number_of_classes():
     assert summary(config, num_classes=7).layers[-1].shape == (7,)
     with pytest.raises(ConfigError, match="num_classes"):
         summary(config)
+
+
+def test_a_sweep_is_a_table_in_a_notebook():
+    trials = [
+        Trial("trial-000", {"train.lr": 0.1}, "finished", metric=0.5, epochs=2),
+        Trial("trial-001", {"train.lr": 3.0}, "failed", cause="loss <is> NaN"),
+    ]
+    table = SweepResult("runs/sweep", trials, trials[0], None)._repr_html_()
+    assert '<tr style="font-weight:bold"><td>trial-000</td><td>finished</td><td>0.5000</td>' in table
+    assert "<td>train.lr=0.1</td>" in table
+    assert "<td>loss &lt;is&gt; NaN</td>" in table
