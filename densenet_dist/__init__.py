@@ -1,9 +1,11 @@
 """densenet_dist: DenseNets trained on GPU clusters.
 
-    from densenet_dist import DenseNet, build_model, evaluate, fit, load_config
+    from densenet_dist import evaluate, fit, load_config, summary
 
     config = load_config("configs/quickstart.yaml", "train.epochs=3")
+    print(summary(config))
     result = fit(config)
+    result.plot().savefig("curves.png")
     print(evaluate(result.run))
 
 Names are imported when first used, so that ``import densenet_dist`` costs nothing in Ray's many processes.
@@ -13,12 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from densenet_dist.cluster.launch import Result, fit
+    from densenet_dist.cluster.launch import fit
+    from densenet_dist.cluster.result import Result, load_run
     from densenet_dist.cluster.sweep import SweepResult, tune
     from densenet_dist.config import load_config
     from densenet_dist.inference.classifier import Classifier, load_classifier
     from densenet_dist.inference.exporting import export
     from densenet_dist.model import DenseNet
+    from densenet_dist.report.summary import summary
     from densenet_dist.schema import Config
     from densenet_dist.sweep.definition import load_sweep
     from densenet_dist.train.evaluation import evaluate
@@ -37,14 +41,16 @@ __all__ = [
     "fit",
     "load_classifier",
     "load_config",
+    "load_run",
     "load_sweep",
+    "summary",
     "tune",
 ]
 _HOMES = {
     "Classifier": "inference.classifier",
     "Config": "schema",
     "DenseNet": "model",
-    "Result": "cluster.launch",
+    "Result": "cluster.result",
     "SweepResult": "cluster.sweep",
     "build_model": "train.job",
     "evaluate": "train.evaluation",
@@ -52,7 +58,9 @@ _HOMES = {
     "fit": "cluster.launch",
     "load_classifier": "inference.classifier",
     "load_config": "config",
+    "load_run": "cluster.result",
     "load_sweep": "sweep.definition",
+    "summary": "report.summary",
     "tune": "cluster.sweep",
 }
 

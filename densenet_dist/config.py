@@ -51,20 +51,31 @@ def _impossible(config: Config) -> Iterator[str]:
 SETTINGS: Final = Settings(Config, _impossible)
 
 
-def load_config(*sources: str | Path | Mapping[str, Any]) -> Config:
+def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
     """Merge `sources` over the defaults, left to right, and validate the result.
 
     Args:
-        sources: a path of a YAML file; a ``dotted.key=value`` string, its value read as YAML; or a mapping, nested or
-            with dotted keys (a search trial's overrides). Where none gives a ``name``, the last file's stem becomes it.
+        sources: a path of a YAML file; a ``dotted.key=value`` string, its value read as YAML; a mapping, nested or
+            with dotted keys (a search trial's overrides); or a configuration, all of it. Where none gives a ``name``,
+            the last file's stem becomes it.
 
     Raises:
         ConfigError: with every problem found, one a line.
+
+    >>> config = load_config({"name": "small", "model": {"growth_rate": 12}}, "train.epochs=3")
+    >>> longer = load_config(config, "train.epochs=6", "name=longer")
+    >>> longer.name, longer.model.growth_rate, longer.train.epochs
+    ('longer', 12, 6)
+    >>> load_config("train.epoch=3")
+    Traceback (most recent call last):
+    densenet_dist.errors.ConfigError: train.epoch: unknown key; did you mean train.epochs?
     """
     merged: dict[str, Any] = {}
     name: dict[str, str] = {}
     for source in sources:
-        if isinstance(source, Mapping):
+        if isinstance(source, Config):
+            layer = to_dict(source)
+        elif isinstance(source, Mapping):
             layer = nest(source)
         elif isinstance(source, str) and "=" in source and not os.path.exists(source):
             layer = read_override(source)

@@ -17,6 +17,10 @@ class DenseNetDistError(Exception):
         # Errors travel between processes: rebuild from the message alone, whatever a subclass' constructor takes.
         return type(self), self.args
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows, so that notebooks too say it in one message."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class TrainingError(DenseNetDistError):
     """Training cannot go on, for instance after a NaN loss. Every rank raises it at the same step."""

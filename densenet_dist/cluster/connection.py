@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -29,6 +31,9 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     """Connect to a cluster, or start one for as long as the context lasts; yields whether it is our own."""
     for key, value in (DRIVER_ENV | WORKER_ENV).items():
         os.environ.setdefault(key, value)
+    # In notebooks Ray asks for widgets, which nothing here shows.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
     import ray
 
     if ray.is_initialized():

@@ -7,14 +7,15 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from densenet_dist.cluster.resuming import tell_of_changes
+from densenet_dist.cluster.result import Result, location_of, read_summary
+from densenet_dist.cluster.resuming import is_finished, tell_of_changes
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.object_store import is_uri
@@ -33,27 +34,14 @@ from densenet_dist.train.run_folder import (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Attributes:
-        run: its folder, a path or URI, which `densenet_dist.evaluate` takes.
-        summary: ``test/top1``, ``test/top5``, ``test/loss`` (shares and mean), the ``best`` epoch's validation
-            figures, ``epochs``, ``global_step``, ``train_seconds``, ``status``.
-    """
-
-    run: str
-    summary: Mapping[str, Any]
-
-
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
     """Train as configured and test the best model once.
 
     Args:
         config: from `densenet_dist.load_config`.
-        resume: go on with the run of that name instead of refusing to touch it.
-        listener: called with every event; by default they are shown on the console.
+        resume: go on with the run of that name from its last checkpoint, instead of refusing to touch it; one that is
+            finished is left as it is, and where there is none it is begun. So a notebook's cell can be run again.
+        listener: called with every event; by default they are shown on the console, or in the notebook.
 
     Returns:
         Where the run lies and its final figures.
@@ -61,15 +49,37 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError, CheckpointError: before any work is lost.
         TrainingError: when training itself fails.
+        KeyboardInterrupt: on SIGINT (a notebook's stop button) or SIGTERM, once the run is saved.
+
+    >>> from densenet_dist import fit, load_config
+    >>> config = load_config("configs/quickstart.yaml", "train.epochs=3")
+    >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
     if listener is None:
-        from densenet_dist.train.console import Console
+        from densenet_dist.train.notebook import console
 
-        with Console() as console:
-            return fit(config, resume=resume, listener=console)
+        with console() as shown:
+            return fit(config, resume=resume, listener=shown)
     config = absolute(config)
     check_model(config)
     run = RunFolder(config.storage, config.name)
+    resume = resume and run.exists()
+    if resume and is_finished(run, config):
+        listener({"kind": "note", "text": f"the run {config.name} is finished already"})
+        return Result(location_of(run), read_summary(run))
+    with _signals_as_before():
+        summary = _train(config, run, resume, listener)
+    if _is_writer():
+        from densenet_dist.report import report_at_end
+
+        # The driver of a cluster elsewhere may have neither its GPUs nor its data.
+        problem = report_at_end(run, judges=not _joins(config))
+        if problem is not None:
+            listener({"kind": "note", "text": problem, "warning": True})
+    return Result(location_of(run), summary)
+
+
+def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
     if _is_writer():
         if not resume:
             _refuse_used_name(run)
@@ -81,18 +91,10 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
                 tell_of_changes(run, config, listener)
             write_run(run, config, resume)
         try:
-            summary = _fit(config, run, listener, lease)
+            return _fit(config, run, listener, lease)
         except (KeyboardInterrupt, TrainingError):
             lease.check()
             raise
-    if _is_writer():
-        from densenet_dist.report import report_at_end
-
-        # The driver of a cluster elsewhere may have neither its GPUs nor its data.
-        problem = report_at_end(run, judges=not _joins(config))
-        if problem is not None:
-            listener({"kind": "note", "text": problem, "warning": True})
-    return Result(run.uri, summary)
 
 
 def _held(run: RunFolder, listener: Callable[[Event], None]) -> AbstractContextManager[Lease | NoLease]:
@@ -162,7 +164,8 @@ def _refuse_used_name(run: RunFolder) -> None:
     if run.exists(TENSORBOARD_FOLDER) or run.exists(CHECKPOINTS_FOLDER):
         raise StorageError(
             f"the run {run.uri} exists already\n"
-            f"  go on with it: densenet-dist train --resume {run.uri}\n  or choose another name: name=NEW"
+            f"  go on with it: densenet-dist train --resume {run.uri}   (in Python: fit(config, resume=True))\n"
+            "  or choose another name: name=NEW"
         )
 
 
@@ -229,6 +232,20 @@ def _fit_here(
 
 
 @contextmanager
+def _signals_as_before() -> Iterator[None]:
+    """Whatever handles SIGINT and SIGTERM meanwhile, afterwards they are as before: a notebook's process lives on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
     """Have the run saved and ended on SIGINT or SIGTERM; a second one ends it at once, as one does before it trains.
 
@@ -246,11 +263,10 @@ def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
         heard.append(number)
         pulse.ask(Wish.STOP)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except Stopped:
-        raise KeyboardInterrupt(*heard or (signal.SIGTERM,)) from None  # another rank of torchrun may have heard it
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _signals_as_before():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+        try:
+            yield
+        except Stopped:
+            raise KeyboardInterrupt(*heard or (signal.SIGTERM,)) from None  # another rank of torchrun may have heard it

@@ -9,7 +9,7 @@ from densenet_dist.config import load_config, to_dict
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
-from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder
+from densenet_dist.train.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.yaml_settings import flatten
 
 _RESUME_MAY_CHANGE = (
@@ -64,6 +64,14 @@ def tell_of_changes(run: RunFolder, config: Config, listener: Callable[[Event], 
     if allowed or refused:
         text = "\n  ".join(["other settings than those that the run began with:", *allowed, *refused])
         listener({"kind": "note", "text": text, "warning": bool(refused)})
+
+
+def is_finished(run: RunFolder, config: Config) -> bool:
+    """Whether the run has come to its end, with this configuration but for what a resumed run may change."""
+    if not run.exists(SUMMARY_FILE):
+        return False
+    began = load_config(run.fetch(CONFIG_FILE))
+    return not _changes(began, config)[1]
 
 
 def _may_change(key: str) -> bool:

@@ -46,6 +46,20 @@ class SweepResult:
     best: Trial | None
     ended_by: str | None
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the trials, the best one in bold."""
+        from densenet_dist.pages.frame import escape
+        from densenet_dist.sweep.console import figure, shown
+
+        heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))
+        rows = []
+        for trial in self.trials:
+            settings = ", ".join(f"{key}={shown(value)}" for key, value in trial.overrides.items())
+            cells = [trial.name, trial.status, figure(trial.metric), str(trial.epochs), trial.cause or settings]
+            style = ' style="font-weight:bold"' if trial is self.best else ""
+            rows.append(f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
+
 
 def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> SweepResult:
     """Run a sweep's trials, or what is left of them.

@@ -270,6 +270,6 @@ def bar(title: str, enabled: bool) -> Iterator[Advance]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, force_jupyter=False)) as bars:
         task = bars.add_task(title, total=None)
         yield lambda size, total: bars.update(task, advance=size, total=total)

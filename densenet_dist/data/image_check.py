@@ -130,6 +130,6 @@ def _bar(count: int, enabled: bool) -> Iterator[Callable[[], object]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as bars:
         task = bars.add_task("checking pictures", total=count)
         yield lambda: bars.advance(task)

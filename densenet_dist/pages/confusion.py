@@ -13,7 +13,7 @@ import numpy.typing as npt
 from densenet_dist.pages.svg import new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from densenet_dist.pages.picture import Picture
 
 MOST_CLASSES: Final = 200
 """Above so many classes a confusion matrix is not drawn: its cells could not be seen."""
@@ -36,14 +36,14 @@ def printed() -> Iterator[None]:
         yield
 
 
-def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> Figure:
+def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> Picture:
     """The matrix in its own colours, see `confusion_figure`; to be drawn and saved within `printed`."""
     return confusion_figure(confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3)
 
 
 def confusion_figure(
     confusion: npt.NDArray[np.int64], names: Sequence[str], shades: Sequence[str], inks: Sequence[str]
-) -> Figure:
+) -> Picture:
     """Draw a confusion matrix; cells without images are left out.
 
     Args:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from densenet_dist.pages.picture import Picture
+
 SHADES: Final = 7
 """Colours from the worst metric to the best."""
 STATUSES: Final = ("finished", "stopped", "interrupted", "running", "failed")
@@ -56,11 +58,11 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Picture:
     """A figure of so many inches, without pyplot's global list of them."""
-    from matplotlib.figure import Figure
+    from densenet_dist.pages.picture import Picture
 
-    return Figure(figsize=(width, height), layout=layout)
+    return Picture(figsize=(width, height), layout=layout)
 
 
 def to_svg(figure: Figure, label: str) -> str:

@@ -15,6 +15,8 @@ from densenet_dist.train.run_folder import METRICS_FILE, RunFolder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from densenet_dist.pages.picture import Picture
+
 CURVES_FILE = "curves.png"
 
 
@@ -32,21 +34,23 @@ def plot_curves(run: RunFolder) -> Path:
 
 def draw_curves(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draw the same from the lines of a metrics.jsonl to any PNG file."""
-    import matplotlib
+    curves_figure(records, title).savefig(path, dpi=120)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def curves_figure(records: Sequence[dict[str, Any]], title: str) -> Picture:
+    """The same as a figure."""
+    from densenet_dist.pages.picture import Picture
 
     epochs = [record for record in records if "train/loss" in record]
     tests = [record for record in records if "test/loss" in record]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure = Picture(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     _curves(left, epochs, tests, "top1", 100.0)
     left.set(title="Accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
     _curves(right, epochs, tests, "loss", 1.0)
     right.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def _curves(axes: Axes, epochs: list[dict[str, Any]], tests: list[dict[str, Any]], name: str, unit: float) -> None:

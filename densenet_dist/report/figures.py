@@ -18,6 +18,8 @@ from densenet_dist.report.judged import BINS, Calibration, Counts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from densenet_dist.pages.picture import Picture
+
 _SIZE: Final = (3.95, 3.1)
 
 Records = Sequence[dict[str, Any]]
@@ -156,6 +158,12 @@ def confusion_picture(confusion: Counts, names: Sequence[str]) -> str:
 def draw_confusion(confusion: Counts, names: Sequence[str], title: str, path: Path) -> None:
     """The confusion matrix as a PNG file."""
     with printed():
+        titled_confusion(confusion, names, title).savefig(path, dpi=120)
+
+
+def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Picture:
+    """The same as a figure."""
+    with printed():
         figure = printed_confusion(confusion, names)
         figure.suptitle(title)
-        figure.savefig(path, dpi=120)
+        return figure

@@ -24,7 +24,7 @@ class SweepConsole:
         # Piped, a table has no terminal to fit into.
         width = None if sys.stdout.isatty() else 200
         self._quiet = quiet
-        self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width)
+        self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width, force_jupyter=False)
         self._status: Status | None = None
         self._metric, self._total = "", 0
 

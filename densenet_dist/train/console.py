@@ -35,7 +35,7 @@ class Console:
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self._quiet, self._silent = quiet, silent
-        self._console = LastingConsole(highlight=False, quiet=quiet or silent, soft_wrap=True)
+        self._console = LastingConsole(highlight=False, quiet=quiet or silent, soft_wrap=True, force_jupyter=False)
         self._view = ProgressView()
         self._live: Live | None = None
         self._workers: int | None = None
@@ -71,20 +71,12 @@ class Console:
         self._view.begin(event)
         workers = event["world_size"]
         if self._workers is None:
-            self._header(event)
+            for line in start_lines(event):
+                self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
         on = f", on {workers} x {event['device']}" if self._workers not in (None, workers) else ""
         self._workers = workers
         if event["global_step"]:
             self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
-
-    def _header(self, event: Event) -> None:
-        for line in (
-            f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
-            f"{event['train_images']:,} training and {event['val_images']:,} validation images",
-            f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
-            f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}",
-        ):
-            self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
 
     def _epoch(self, event: Event) -> None:
         left = self._view.run_left()
@@ -162,6 +154,16 @@ def forget(file: Any) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, file.fileno())
         os.close(nowhere)
+
+
+def start_lines(event: Event) -> list[str]:
+    """What is about to be trained, on what."""
+    return [
+        f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
+        f"{event['train_images']:,} training and {event['val_images']:,} validation images",
+        f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
+        f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}",
+    ]
 
 
 def epoch_parts(event: Event) -> Iterator[str]:

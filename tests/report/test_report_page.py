@@ -71,6 +71,19 @@ def test_model_summary(finished, page_of):
     assert by_name["classifier"] == ["Linear", "(N, 10)", "110"]
 
 
+def test_the_notebooks_net_has_as_many_parameters_as_keras_counted(tmp_path, page_of):
+    net = {"model": {"variant": "notebook", "growth_rate": 35, "num_layers": [12, 12, 12, 12]}}
+    config = load_config(tiny(tmp_path, "data.limit=8", "train.epochs=1"), net)
+    result = fit(config, listener=lambda event: None)
+    page = page_of(result.page)
+    assert "notebook, 3,532,210 trainable parameters" in page.text
+    assert "<dt>Trainable</dt><dd>3,532,210</dd>" in page.text
+    rows = lines(page, "layer")
+    assert sum(int(row[3].replace(",", "")) for row in rows if row[0].strip("\xa0") in ("features", "classifier")) == (
+        3_532_210 + 25_480
+    )
+
+
 def test_without_judging_the_records_are_enough(run, page_of):
     (run / "confusion.png").unlink()
     shutil.rmtree(run / "checkpoints")

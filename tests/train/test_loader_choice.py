@@ -14,7 +14,7 @@ from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.data.speed import Speed
 from densenet_dist.train.loader_choice import compare
-from densenet_dist.train.run_folder import ENV_FILE
+from densenet_dist.train.run_folder import ENV_FILE, SUMMARY_FILE
 
 MIXED = ["data.mixup=0.4", "data.cutmix=1.0", "data.trivial_augment=true", "data.cutout=8"]
 
@@ -66,6 +66,7 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, kept):
     fit(config, listener=lambda event: None)
     written = environment(config)
     run_of(config).write(ENV_FILE, json.dumps(written | {"loader": written["loader"] | {"name": kept}}))
+    run_of(config).remove(SUMMARY_FILE)  # a finished run would be left as it is
     events: list[dict[str, Any]] = []
     resumed = resume_config(run_of(config), [])
     fit(resumed, resume=True, listener=events.append)

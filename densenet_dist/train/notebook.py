@@ -1,0 +1,104 @@
+"""What a notebook shows of a run: one output that grows by a line an epoch, with a bar below while it trains."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import TracebackType
+from typing import Any, Final
+
+from densenet_dist.pages.frame import escape
+from densenet_dist.train.console import Console, epoch_line, start_lines
+from densenet_dist.train.context import Event
+
+_COLUMNS: Final = ("epoch", "train loss", "train top-1", "val loss", "val top-1", "lr", "images/s", "time", "")
+
+
+def console() -> Console | NotebookConsole:
+    """What shows a run here: in a notebook (Jupyter, Colab, VS Code) its output, else the console."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return Console() if getattr(shell, "kernel", None) is None else NotebookConsole()
+
+
+class NotebookConsole:
+    """Shows a run's events in the cell that started it; the same as `Console` does on a terminal."""
+
+    def __init__(self) -> None:
+        self._head: list[str] = []
+        self._lines: list[Event] = []  # epochs and notes
+        self._progress: Event | None = None
+        self._handle: Any = None
+
+    def __enter__(self) -> NotebookConsole:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            text = "interrupted; fit(config, resume=True) goes on from the last checkpoint"
+            self._lines.append({"kind": "note", "text": text})
+            # What IPython shows instead of the way through all of training.
+            vars(value)["_render_traceback_"] = lambda: ["KeyboardInterrupt: interrupted; see above how to go on"]
+        self._progress = None
+        self._show()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event; called from another thread where Ray trains."""
+        kind = event["kind"]
+        if kind == "start":
+            self._start(event)
+        elif kind in ("epoch", "note"):
+            self._lines.append(event)
+        self._progress = event if kind == "progress" else None
+        self._show()
+
+    def _start(self, event: Event) -> None:
+        self._head = self._head or start_lines(event)
+        if event["global_step"]:
+            text = f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}"
+            self._lines.append({"kind": "note", "text": text})
+
+    def _show(self) -> None:
+        if not (self._head or self._lines):
+            return
+        shown = {"text/html": self._html(), "text/plain": self._text()}
+        if self._handle is None:
+            display = import_module("IPython.display").display  # IPython is no dependency: a notebook brings it
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def _text(self) -> str:
+        lines = [event["text"] if event["kind"] == "note" else epoch_line(event) for event in self._lines]
+        return "\n".join([*self._head, *lines])
+
+    def _html(self) -> str:
+        parts = [f"<div>{'<br>'.join(map(escape, self._head))}</div>"]
+        if self._lines:
+            heads = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+            parts.append(
+                f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(map(_row, self._lines))}</tbody></table>"
+            )
+        if self._progress is not None:
+            parts.append(_bar(self._progress))
+        return "".join(parts)
+
+
+def _row(event: Event) -> str:
+    if event["kind"] == "note":
+        text = escape(event["text"]).replace("\n", "<br>")
+        return f'<tr><td colspan="{len(_COLUMNS)}" style="text-align:left">{text}</td></tr>'
+    cells = [f"{event['epoch']}/{event['epochs']}"]
+    for split in ("train", "val"):
+        known = f"{split}/loss" in event
+        cells += [f"{event[f'{split}/loss']:.4f}", f"{event[f'{split}/top1']:.2%}"] if known else ["", ""]
+    cells += [f"{event['lr']:.2e}", f"{event['perf/images_per_s']:,.0f}", f"{event['seconds']:.1f} s"]
+    cells.append("best" if event.get("is_best") else "")
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _bar(event: Event) -> str:
+    step, steps = event["step"], event["steps"]
+    text = f"epoch {event['epoch']}/{event['epochs']}, step {step}/{steps}, loss {event['loss']:.3f}"
+    return f'<div><progress value="{step}" max="{steps}"></progress> {text}, {event["rate"]:,.0f} images/s</div>'

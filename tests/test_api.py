@@ -1,0 +1,146 @@
+"""What Python gets: names, examples in docstrings, and what a result tells."""
+
+from __future__ import annotations
+
+import doctest
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from runs import tiny
+
+import densenet_dist
+from densenet_dist import Result, SweepResult, evaluate, fit, load_config, load_run, summary
+from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.sweep.results import Trial
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_names():
+    for name in densenet_dist.__all__:
+        assert getattr(densenet_dist, name).__name__ == name
+    assert set(densenet_dist._HOMES) == set(densenet_dist.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = densenet_dist.nothing
+
+
+def test_importing_it_costs_nothing():
+    code = "import sys, densenet_dist; print(*{'torch', 'ray', 'numpy', 'matplotlib', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+    assert len(Path(densenet_dist.__file__).read_text().splitlines()) < 60
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> Result:
+    config = tiny(tmp_path_factory.mktemp("api") / "runs", "train.epochs=2", "name=quickstart")
+    return fit(config, listener=lambda event: None)
+
+
+@pytest.mark.parametrize("name", ["config", "cluster.launch", "cluster.result", "report.summary"])
+def test_examples_in_docstrings(name, result, monkeypatch):
+    folder = Path(result.run).parents[1]
+    monkeypatch.chdir(folder)
+    shutil.copytree(ROOT / "configs", folder / "configs", dirs_exist_ok=True)
+    module = import_module(f"densenet_dist.{name}")
+    found = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_result(result):
+    assert [record["epoch"] for record in result.history] == [1, 2]
+    assert {"train/loss", "val/top1", "lr", "seconds"} <= set(result.history[0])
+    assert evaluate(result.run)["top1"] == result.summary["test/top1"]
+    assert Path(result.page).exists()
+    assert result.config.train.epochs == 2
+    assert f"top-1 {result.summary['test/top1']:.2%}" in repr(result)
+    assert f"<td>top-1 {result.summary['test/top1']:.2%}" in result._repr_html_()
+
+
+def test_pictures(result):
+    import matplotlib
+
+    backend = matplotlib.get_backend()
+    curves, confusion = result.plot(), result.plot_confusion()
+    assert [axes.get_title() for axes in curves.axes] == ["Accuracy", "Loss"]
+    labels = [line.get_label() for line in curves.axes[0].lines]
+    assert labels == ["training", "validation", f"test {result.summary['test/top1'] * 100:.2f} %"]
+    counts = [int(text.get_text()) for text in confusion.axes[0].texts]
+    assert sum(counts) == 75
+    assert matplotlib.get_backend() == backend  # a notebook's own figures are shown as before
+
+
+def test_a_run_from_before(result, tmp_path):
+    again = load_run(result.run)
+    assert again == result
+    with pytest.raises(StorageError, match="there is no run at"):
+        load_run(tmp_path / "none")
+
+
+def test_resume_begins_goes_on_and_leaves_alone(tmp_path):
+    config, events = tiny(tmp_path, "train.epochs=1"), []
+    first = fit(config, resume=True, listener=events.append)
+    assert [event["kind"] for event in events if event["kind"] in ("start", "end")] == ["start", "end"]
+    events.clear()
+    assert fit(config, resume=True, listener=events.append) == first
+    assert [event["text"] for event in events] == ["the run tiny is finished already"]
+    with pytest.raises(StorageError, match=r"exists already\n.*--resume .*fit\(config, resume=True\)"):
+        fit(config, listener=events.append)
+
+
+def test_an_unfinished_run(tmp_path, result):
+    run = tmp_path / "begun"
+    run.mkdir()
+    (run / "config.yaml").write_text((Path(result.run) / "config.yaml").read_text())
+    begun = load_run(run)
+    assert begun.history == []
+    assert "not finished" in repr(begun)
+    with pytest.raises(StorageError, match="no epochs yet"):
+        begun.plot()
+    (run / "summary.json").write_text("{")
+    with pytest.raises(StorageError, match="damaged"):
+        load_run(run)
+
+
+def test_a_configuration_is_a_source():
+    config = load_config({"name": "one", "cluster.workers": {"min": 1, "max": 4}, "train.epochs": 4})
+    assert load_config(config) == config
+    changed = load_config(config, "train.epochs=6", {"model.growth_rate": 24}, "name=two")
+    assert (changed.name, changed.train.epochs, changed.model.growth_rate) == ("two", 6, 24)
+    assert changed.cluster == config.cluster
+    with pytest.raises(ConfigError, match=r"did you mean train\.epochs"):
+        load_config(config, "train.epoch=6")
+
+
+@pytest.mark.parametrize(
+    ("file", "parameters"), [("cifar10_notebook", 3_532_210), ("cifar100_notebook", 5_613_925), ("quickstart", 49_194)]
+)
+def test_summary_counts_what_is_documented(file, parameters):
+    table = summary(load_config(ROOT / "configs" / f"{file}.yaml"))
+    assert table.parameters.trainable == parameters
+    whole = sum(layer.parameters for layer in table.layers if layer.is_whole)
+    assert whole == table.parameters.total
+    assert f"\ntrainable parameters: {parameters:,}\n" in str(table)
+
+
+def test_summary_of_pictures_needs_their_number_of_classes():
+    config = load_config(ROOT / "configs" / "folder.yaml")
+    assert summary(config, num_classes=7).layers[-1].shape == (7,)
+    with pytest.raises(ConfigError, match="num_classes"):
+        summary(config)
+
+
+def test_a_sweep_is_a_table_in_a_notebook():
+    trials = [
+        Trial("trial-000", {"train.lr": 0.1}, "finished", metric=0.5, epochs=2),
+        Trial("trial-001", {"train.lr": 3.0}, "failed", cause="loss <is> NaN"),
+    ]
+    table = SweepResult("runs/sweep", trials, trials[0], None)._repr_html_()
+    assert '<tr style="font-weight:bold"><td>trial-000</td><td>finished</td><td>0.5000</td>' in table
+    assert "<td>train.lr=0.1</td>" in table
+    assert "<td>loss &lt;is&gt; NaN</td>" in table

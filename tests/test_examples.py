@@ -1,0 +1,38 @@
+"""The scripts in examples/, run small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ["data.image_size=16", "train.epochs=1", "train.global_batch_size=8", "model.num_layers=[1,1]"]
+
+
+def _script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_pictures_of_ones_own(tmp_path):
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("apple", "pear")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = random.integers(0, 120, (24, 30, 3))
+            pixels[..., label] += 120
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{number}.png")
+    done = _script("my_dataset.py", "photos", *SMALL, "data.loader=torch", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs/my-dataset/report.html" in done.stdout
+    assert "validation: {'loss'" in done.stdout
+    assert (tmp_path / "runs" / "my-dataset" / "confusion.png").exists()
+    again = _script("my_dataset.py", "photos", *SMALL, "data.loader=torch", cwd=tmp_path)
+    assert "finished already" in again.stdout
+    assert "Trains on pictures of your own" in _script("my_dataset.py", cwd=tmp_path).stderr

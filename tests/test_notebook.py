@@ -1,0 +1,165 @@
+"""examples/notebook.ipynb, run in a kernel as it stands; and what a kernel makes of stop buttons and errors."""
+
+from __future__ import annotations
+
+import ast
+import re
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+from PIL import Image
+from runs import TINY
+
+from densenet_dist.config import load_config
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
+KERAS = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_every_keras_cell_has_its_counterpart_below():
+    cells = NOTEBOOK.cells
+    shown = [
+        (i, code) for i, cell in enumerate(cells) if cell.cell_type == "markdown" for code in KERAS.findall(cell.source)
+    ]
+    assert len(shown) >= 14
+    assert all(cells[i + 1].cell_type == "code" for i, _ in shown)
+    ast.parse("\n".join(code for _, code in shown))
+    for word in ("load_data", "ImageDataGenerator", "Concatenate", "summary()", "Adam", "ModelCheckpoint", "fit("):
+        assert any(word in code for _, code in shown), word
+
+
+def test_what_is_committed_is_small_and_says_nothing_of_a_machine():
+    assert (ROOT / "examples" / "notebook.ipynb").stat().st_size < 150_000
+    outputs = [output for cell in NOTEBOOK.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {"display_data", "execute_result", "stream"}
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    texts = [output.get("text", "") for output in outputs]
+    texts += [text for output in outputs for kind, text in output.get("data", {}).items() if kind.startswith("text/")]
+    assert not re.search(r"(?<!\w)/(home|root|work|tmp|usr|Users)\b", "\n".join(texts))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_its_settings(full):
+    """With FULL they are configs/cifar10_notebook.yaml's."""
+    scope: dict[str, Any] = {}
+    for cell in NOTEBOOK.cells:
+        if cell.cell_type == "code" and "load_dataset" not in cell.source:
+            exec(cell.source.replace("FULL = False", f"FULL = {full}"), scope)
+        if "train" in scope and "config = load_config(" in cell.source:
+            break
+    recipe = load_config(ROOT / "configs" / "cifar10_notebook.yaml", "name=notebook")
+    assert (scope["config"] == recipe) is full
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> dict[str, list[Any]]:
+    """The outputs of each code cell by its last line, after a run from the first cell to the last."""
+    notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
+    where = {"metadata": {"path": str(tmp_path_factory.mktemp("notebook"))}}
+    NotebookClient(notebook, timeout=400, kernel_name="python3", resources=where).execute()
+    return {cell.source.splitlines()[-1]: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def test_no_cell_complains(outputs):
+    found = [output for cell in outputs.values() for output in cell]
+    assert not [output for output in found if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_parameters(outputs):
+    (table,) = outputs["summary(config)"]
+    assert "denseblock4 (DenseBlock)" in table.data["text/plain"]
+    assert "trainable parameters: 16,390" in table.data["text/plain"]
+    printed = [output.text for cell in outputs.values() for output in cell if output.output_type == "stream"]
+    assert {"3,532,210\n", "5,613,925\n", "runs/notebook-small/report.html\n"} <= set(printed)
+
+
+def test_fit_shows_a_line_an_epoch_and_the_result(outputs):
+    progress, table = outputs["result"]
+    rows = re.findall(r"<tr><td>(\d)/4</td>", progress.data["text/html"])
+    assert rows == ["1", "2", "3", "4"]
+    assert "<progress" not in progress.data["text/html"]
+    assert 'href="runs/notebook-small/report.html"' in table.data["text/html"]
+
+
+def test_accuracy_is_far_above_chance(outputs):
+    (figures,) = outputs["evaluate(result.run)"]
+    assert ast.literal_eval(figures.data["text/plain"])["top1"] > 0.5  # chance: 0.1
+
+
+@pytest.mark.parametrize(("line", "shape"), [("result.plot()", (792, 302)), ("result.plot_confusion()", (504, 460))])
+def test_pictures(outputs, line, shape):
+    (picture,) = outputs[line]
+    image = Image.open(BytesIO(b64decode(picture.data["image/png"])))
+    assert image.size == shape
+    assert len(set(image.convert("RGB").getdata())) > 100
+
+
+class Kernel:
+    """A kernel as a notebook has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manager = KernelManager(kernel_name="python3")
+        self.manager.start_kernel(cwd=str(folder))
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=120)
+
+    def run(self, code: str, stop: Callable[[str], bool] = lambda shown: False) -> tuple[str, list[str]]:
+        """Run a cell, and press the stop button once its display is so; its last text, and its error's lines."""
+        request, shown, error, stopped = self.client.execute(code), "", [], False
+        while True:
+            message = self.client.get_iopub_msg(timeout=300)
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind in ("display_data", "update_display_data", "execute_result"):
+                shown = content["data"]["text/plain"]
+                if not stopped and stop(content["data"].get("text/html", "")):
+                    stopped = True
+                    self.manager.interrupt_kernel()
+            elif kind == "error":
+                error = content["traceback"]
+            elif kind == "status" and content["execution_state"] == "idle":
+                return shown, error
+
+
+@pytest.fixture
+def kernel(tmp_path) -> Iterator[Kernel]:
+    kernel = Kernel(tmp_path)
+    yield kernel
+    kernel.client.stop_channels()
+    kernel.manager.shutdown_kernel()
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.nightly)])
+def test_stopped_and_run_again(kernel, engine):
+    _, error = kernel.run(
+        "from densenet_dist import fit, load_config\n"
+        f"config = load_config({TINY!r}, 'data.limit=1500', 'cluster.engine={engine}')"
+    )
+    assert error == []
+    cell = "result = fit(config, resume=True); result"
+    shown, error = kernel.run(cell, stop=lambda html: "<progress" in html and "epoch 2/3" in html)
+    assert error == ["KeyboardInterrupt: interrupted; see above how to go on"]
+    assert re.search(r"the checkpoint of step \d+ is saved\ninterrupted; fit\(config, resume=True\) goes on", shown)
+    handlers = "signal.default_int_handler, signal.SIG_DFL"
+    shown, _ = kernel.run(f"import signal; [signal.getsignal(n) for n in (2, 15)] == [{handlers}]")
+    assert shown == "True"
+    shown, error = kernel.run(cell)
+    assert error == []
+    assert re.search(r"trained +3 epochs, 255 steps", shown)
+    shown, error = kernel.run(cell)  # finished: left as it is
+    assert error == []
+    assert re.search(r"status +finished", shown)
+    _, error = kernel.run("fit(config)")
+    assert error[0].startswith("StorageError: the run ")
+    assert "fit(config, resume=True)" in error[0]
+    assert len(error) == 1
