@@ -5,6 +5,8 @@
 #                         (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
 #   make test             what CI runs: lint, types, import contract, tests
 #   make nightly          what takes too long for that: every fault of `densenet-dist chaos`, 19,000 fuzzed inputs
+#   make docs             the documentation as a site that opens from the disk: build/docs/index.html
+#   make docs-serve       the same on http://127.0.0.1:8000, built anew as you write
 #   make lock             write requirements.lock and requirements-runtime.lock anew (needs uv)
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test lint types contract pytest nightly setup lock clean
+.PHONY: help train test lint types contract pytest nightly docs docs-serve setup lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +52,14 @@ pytest: $(READY)
 
 nightly: $(READY)
 	$(BIN)/python -m pytest -m nightly --timeout 1800 $(ARGS)
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+
+docs: $(READY)
+	$(MKDOCS) build --strict
+
+docs-serve: $(READY)
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8000 --watch densenet_dist --watch README.md --watch launch/README.md
 
 LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet
 
