@@ -89,8 +89,8 @@ def ray_overhead() -> str:
     ratio = found["ratio_images_per_s"]
     return (
         f"A run under Ray makes {ratio['median']:.3f} of the images/s of the same run without it "
-        f"({ratio['min']:.3f} to {ratio['max']:.3f} over {len(found['pairs'])} pairs, one worker of one thread), and takes "
-        f"{found['extra_seconds_a_run']:.0f} s more to start and end." + _source("ray_overhead.json")
+        f"({ratio['min']:.3f} to {ratio['max']:.3f} over {len(found['pairs'])} pairs, one worker of one thread), "
+        f"and takes {found['extra_seconds_a_run']:.0f} s more to start and end." + _source("ray_overhead.json")
     )
 
 
