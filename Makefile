@@ -7,11 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test lint types contract pytest nightly hooks setup lock dist clean
+.PHONY: help train test lint types contract pytest nightly docs docs-serve hooks setup lock dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## the environment alone, in .venv: about 6 GB
 
@@ -51,6 +51,14 @@ hooks: $(READY) ## have git run lint, format and types before each commit
 dist: $(READY) ## the source distribution, and the wheel from it, in dist/; no network
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+
+docs: $(READY) ## the documentation as a site that opens from the disk: build/docs/index.html
+	$(MKDOCS) build --strict
+
+docs-serve: $(READY) ## the same on http://127.0.0.1:8000, built anew as you write
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8000 --watch densenet_dist --watch README.md --watch launch/README.md
 
 LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet
 

@@ -152,12 +152,12 @@ def _storage(config: Config) -> Finding:
 
 
 def _data(config: Config) -> Finding:
-    from densenet_dist.data.datasets import prepare_dataset
+    from densenet_dist.data.datasets import GENERATED, prepare_dataset
     from densenet_dist.object_store import is_uri
 
     name, root = config.data.name, config.data.root
-    if name == "shapes":
-        return Finding("data", "ok", "shapes is generated when used")
+    if name in GENERATED:
+        return Finding("data", "ok", f"{name} is generated when used")
     if is_uri(root):
         return _data_on_store(config)
     try:

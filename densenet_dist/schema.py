@@ -6,10 +6,12 @@ What reads them from YAML and the command line, and what is said of wrong ones, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from densenet_dist.schedules import SCHEDULES
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -18,6 +20,10 @@ Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 Index: TypeAlias = Annotated[int, Field(ge=0)]
+if TYPE_CHECKING:
+    ScheduleName: TypeAlias = str
+else:
+    ScheduleName = Literal[tuple(SCHEDULES)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -125,7 +131,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over the run. Epochs may be fractions, except for plateau."""
 
-    name: Literal["constant", "multistep", "cosine", "one_cycle", "plateau"] = "cosine"
+    name: ScheduleName = "cosine"
     """multistep with milestones [50, 75] and gamma 0.1 is the notebook's step function."""
     warmup_epochs: NonNegative = 0.0
     """Epochs of linear warm-up from warmup_start * lr to lr, before the schedule's own course (not for one_cycle)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,6 +16,24 @@ T = TypeVar("T")
 _Path: TypeAlias = tuple[str | int, ...]
 _MOST_SHOWN: Final = 30
 _LONGEST: Final = 200
+
+
+class Setting(NamedTuple):
+    """What there is to know of one key.
+
+    Attributes:
+        key: dotted.
+        wanted: its type, limits and choices, in the words of the message about a wrong value.
+        default: a plain value; of a group of settings, all of its defaults.
+        meaning: its docstring.
+        is_group: whether settings are below it.
+    """
+
+    key: str
+    wanted: str
+    default: Any
+    meaning: str
+    is_group: bool
 
 
 class Settings(Generic[T]):
@@ -58,6 +76,17 @@ class Settings(Generic[T]):
         values = self._adapter.dump_python(settings, mode="json")
         assert isinstance(values, dict)
         return values
+
+    def described(self) -> Iterator[Setting]:
+        """Every key with its meaning: of each group first its own keys, then the groups in it, each at once whole."""
+        schema = self._adapter.json_schema()
+        defaults = self.to_dict(self._adapter.validate_json("{}"))
+        for key in _keys_in_order(defaults):
+            path: _Path = tuple(key.split("."))
+            level, value = _schema_at(schema, path), _at(defaults, path)
+            is_group = isinstance(value, dict)
+            meaning = " ".join(str(level.get("description", "")).split())
+            yield Setting(key, "" if is_group else _expected(level), value, meaning, is_group)
 
     def unknown_key(self, dotted: str) -> str | None:
         """What is wrong with a dotted key; None where it names one setting."""
@@ -178,3 +207,11 @@ def _all_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     groups = [(key, value) for key, value in values.items() if isinstance(value, Mapping)]
     below = [key for name, value in groups for key in _all_keys(value, f"{prefix}{name}.")]
     return [prefix + key for key in values] + below
+
+
+def _keys_in_order(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    groups = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    yield from (prefix + key for key in values if key not in groups)
+    for key, value in groups.items():
+        yield prefix + key
+        yield from _keys_in_order(value, f"{prefix}{key}.")

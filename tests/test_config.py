@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from densenet_dist.config import load_config, to_dict, to_yaml
+from densenet_dist.config import SETTINGS, load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config, WorkerRange
 from densenet_dist.sweep.definition import load_sweep
@@ -394,6 +394,19 @@ def test_the_configuration_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
     assert {config: 1}[load_config("train.schedule.milestones=[1, 2]")] == 1
+
+
+def test_every_setting_is_described():
+    described = {setting.key: setting for setting in SETTINGS.described()}
+    leaves = {key: setting.default for key, setting in described.items() if not setting.is_group}
+    assert leaves == flatten(to_dict(Config()))
+    assert all(setting.meaning for setting in described.values())
+    assert described["train.epochs"].wanted == "an integer >= 1"
+    assert described["data.name"].wanted == "'shapes' or 'cifar10' or 'cifar100' or 'folder'"
+    assert described["train.schedule"].is_group
+    keys = list(described)
+    # Each group is whole before the next one begins.
+    assert keys.index("train") < keys.index("train.lr") < keys.index("train.schedule.name") < keys.index("checkpoint")
 
 
 def test_importing_the_package_and_its_config_is_light():

@@ -114,15 +114,15 @@ def prepare(
     densenet-dist data prepare folder --root my_photos
     densenet-dist data prepare cifar10 --root s3://bucket/data    (puts it there, for nodes to take it)
     """
-    from densenet_dist.data.datasets import DATASET_NAMES, prepare_dataset, publish_dataset
+    from densenet_dist.data.datasets import DATASET_NAMES, GENERATED, prepare_dataset, publish_dataset
     from densenet_dist.object_store import is_uri
 
     if name not in DATASET_NAMES:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
-    if is_uri(root) and name != "shapes":
+    if is_uri(root) and name not in GENERATED:
         typer.echo(f"{name}: {publish_dataset(name, root, download=download, url=url)}")
     folder = prepare_dataset(name, root, download=download, url=url, progress=True)
-    typer.echo(f"{name}: verified in {folder}" if name != "shapes" else "shapes: generated when used")
+    typer.echo(f"{name}: generated when used" if name in GENERATED else f"{name}: verified in {folder}")
 
 
 def config(

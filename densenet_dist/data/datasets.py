@@ -1,8 +1,9 @@
 """The data sets by name: verified uint8 arrays in memory, or pictures in files."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,6 @@ from densenet_dist.data.plan import Stream, split_indices
 from densenet_dist.errors import ConfigError
 from densenet_dist.object_store import is_uri
 
-DATASET_NAMES = ("shapes", "cifar10", "cifar100", "folder")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Channels = tuple[float, float, float]
@@ -85,7 +85,7 @@ def load_dataset(
         name: one of `DATASET_NAMES`.
         root: the folder that holds the set, extracted or as the official archive, or is the extracted folder itself;
             where it goes if downloaded. Or an object store's URI, from which it is taken into this node's cache, once,
-            and onto which nothing is put: `publish_dataset` does that. "shapes" is generated and does not look at it.
+            and onto which nothing is put: `publish_dataset` does that. Sets that are `GENERATED` do not look at it.
         download: whether to download what is not there; not where `root` is a URI: workers of many nodes never go to
             the origin then.
         url: where the archive comes from instead of the official address: https:// or file://; http:// from this
@@ -105,8 +105,8 @@ def load_dataset(
     _check_name(name)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: the number of images to keep must be at least 1")
-    if name == "shapes":
-        return _shapes(seed, limit)
+    if name in GENERATED:
+        return GENERATED[name](seed, limit)
     if name == "folder":
         path = _pictures(root, progress)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image, progress=progress)
@@ -141,7 +141,7 @@ def prepare_dataset(
         ConfigError, DataError, StorageError: as `load_dataset`.
     """
     _check_name(name)
-    if name == "shapes":
+    if name in GENERATED:
         return Path(root)
     if name == "folder":
         path = _pictures(root, progress)
@@ -174,8 +174,8 @@ def publish_dataset(
         ConfigError, DataError, StorageError: as `load_dataset`; the store cannot be written.
     """
     _check_name(name)
-    if name == "shapes":
-        return "shapes is generated when used"
+    if name in GENERATED:
+        return f"{name} is generated when used"
     if name == "folder":
         return remote_folder.require(root)
     return remote_cifar.publish(cifar.SPECS[name], root, download=download, url=url, progress=progress)
@@ -230,3 +230,9 @@ def _split(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], limit: 
     if limit is None or limit >= len(labels):
         return Split(images, labels)
     return Split(images[:limit].copy(), labels[:limit].copy())  # a view would keep the whole set in memory
+
+
+GENERATED: Final[Mapping[str, Callable[[int, int | None], Dataset]]] = {"shapes": _shapes}
+"""Sets that are made when they are used, from the seed and the number of images to keep of each split (None: all)."""
+
+DATASET_NAMES: Final = (*GENERATED, *cifar.SPECS, "folder")

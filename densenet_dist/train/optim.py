@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
+from densenet_dist.schedules import SCHEDULES, Moment, settings_of
 from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -56,42 +58,12 @@ class Schedule:
         if step < warmup:
             start = self.config.warmup_start
             return self.lr * (start + (1 - start) * (step + 1) / math.ceil(warmup))
-        courses: dict[str, Callable[[int], float]] = {
-            "constant": lambda _: self.lr,
-            "plateau": lambda _: self.lr,
-            "multistep": self._multistep,
-            "cosine": self._cosine,
-            "one_cycle": self._one_cycle,
-        }
-        return courses[self.config.name](step)
+        moment = Moment(step, warmup, self.steps_per_epoch * self.epochs, self.steps_per_epoch, self.lr)
+        return SCHEDULES[self.config.name](moment, **self._settings)
 
-    @property
-    def _steps(self) -> int:
-        return self.steps_per_epoch * self.epochs
-
-    def _multistep(self, step: int) -> float:
-        epoch = step / self.steps_per_epoch
-        return self.lr * self.config.gamma ** sum(epoch >= milestone for milestone in self.config.milestones)
-
-    def _cosine(self, step: int) -> float:
-        """SGDR without restarts (Loshchilov and Hutter 2017, eq. 5), over what the warm-up leaves."""
-        warmup = self.config.warmup_epochs * self.steps_per_epoch
-        progress = (step - warmup) / max(self._steps - warmup, 1)
-        return self.config.final_lr + (self.lr - self.config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-    def _one_cycle(self, step: int) -> float:
-        """Up and down once (Smith and Topin 2018); the same course as `torch.optim.lr_scheduler.OneCycleLR`."""
-        first = self.lr / self.config.div_factor
-        last = first / self.config.final_div_factor
-        top = self.config.pct_start * self._steps - 1
-        if step <= top:
-            return self._anneal(first, self.lr, step / max(top, 1e-12))
-        return self._anneal(self.lr, last, (step - top) / (self._steps - 1 - top))
-
-    def _anneal(self, start: float, end: float, progress: float) -> float:
-        if self.config.anneal == "linear":
-            return start + (end - start) * progress
-        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(SCHEDULES[self.config.name], self.config)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 from densenet_dist.config import load_config
 from densenet_dist.model import DenseNet, densenet
+from densenet_dist.schedules import SCHEDULES, settings_of
 from densenet_dist.schema import OptimizerConfig, ScheduleConfig
 from densenet_dist.train.checkpoint import load_weights
 from densenet_dist.train.optim import Course, Patience, Schedule, WeightAverage, build_optimizer
@@ -137,7 +138,7 @@ def test_warmup_may_be_a_part_of_an_epoch():
     assert rates(1, lr=1.0, steps_per_epoch=4, name="cosine", warmup_epochs=0.75)[2:] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["constant", "multistep", "cosine", "one_cycle", "plateau"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_of_one_step_has_a_rate(name):
     (rate,) = rates(1, steps_per_epoch=1, name=name)
     assert 0 < rate <= 0.5
@@ -415,3 +416,8 @@ def test_the_average_goes_on_after_a_restore():
     walk(other, second, range(5, 10))
     for key, value in second.model.state_dict().items():
         assert torch.equal(value, expected.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_takes_settings_that_there_are(name):
+    assert set(settings_of(SCHEDULES[name], ScheduleConfig())) <= set(vars(ScheduleConfig()))

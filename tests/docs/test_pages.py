@@ -1,0 +1,179 @@
+"""The pages cannot drift: every link, path, command, setting, message and Python line in them is tried."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+import typer
+from pages import PAGES, ROOT, anchors, blocks, command_lines, name_of, prose, spans
+
+import densenet_dist
+from densenet_dist.cli import app
+from densenet_dist.config import SETTINGS, load_config
+from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.yaml_settings import read_override
+
+COMMANDS = typer.main.get_command(app).commands
+GROUPS = "model|data|train|checkpoint|cluster|fault"
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    broken = []
+    for address in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = address.partition("#")
+        if "://" in path:
+            continue
+        target = (page.parent / path) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(address)
+    assert broken == []
+
+
+@each_page
+def test_paths_exist(page):
+    text = page.read_text()
+    named = re.findall(r"(?<![\w/.*-])((?:configs|docs|benchmarks|densenet_dist|tests|launch)/[\w./*-]*\w)", text)
+    # What a command is told to write is not there yet.
+    written = set(re.findall(r"--(?:out|plot|page) (\S+?)[`\s,]", text))
+    assert [path for path in named if path not in written and not [*ROOT.glob(path)]] == []
+
+
+@each_page
+def test_make_targets_exist(page):
+    lines = [line for block in blocks(page, "bash") for line in block.text.splitlines()] + spans(page)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [line.split()[1] for line in lines if re.match(r"make [a-z]", line)]
+    assert set(named) <= set(targets)
+
+
+@each_page
+def test_commands_can_be_given(page):
+    for words in command_lines(page):
+        name, *rest = words
+        if name == "submit":
+            parsed = COMMANDS[name].make_context(name, list(rest)).params
+            name, *rest = parsed["arguments"]
+        command = COMMANDS[name]
+        if hasattr(command, "commands"):
+            command, rest = command.commands[rest[0]], rest[1:]
+        given = command.make_context(name, list(rest)).params  # raises on an option that there is not
+        check_sources(name, given)
+
+
+def check_sources(name, given):
+    """Whether a command line's settings are ones, its files there, and all of it makes a configuration."""
+    sources = list(given.get("sources") or given.get("settings") or [])
+    files = [source for source in sources if "=" not in source]
+    if all((ROOT / file).exists() for file in files):
+        paths = [str(ROOT / source) if source in files else source for source in sources]
+        is_sweep = any("space:" in (ROOT / file).read_text() for file in files)
+        (load_sweep if is_sweep else load_config)(*paths)
+    else:  # what a run has written, or a name that stands for one
+        assert all(file.startswith(("runs/", "/shared", "s3://")) or file.isupper() for file in files), files
+        if name != "tune":
+            load_config(*(source for source in sources if source not in files))
+
+
+@each_page
+def test_commands_in_sentences_exist(page):
+    for span in spans(page):
+        if not span.startswith("densenet-dist ") or span.startswith(("densenet-dist COMMAND", "densenet-dist …")):
+            continue
+        words = span.replace("[", " ").replace("]", " ").split()
+        command = COMMANDS[words[1]]
+        if hasattr(command, "commands"):
+            command = command.commands[words[2]] if len(words) > 2 else command
+        known = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
+        options = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--help"}
+        assert words[1] == "submit" or options <= known, span
+
+
+@each_page
+def test_settings_in_sentences_exist(page):
+    for span in spans(page):
+        for word in [span] if "{" in span else [word.rstrip(",;") for word in span.split()]:
+            found = re.match(rf"((?:{GROUPS})\.[a-z_.]+)(?:=(.+))?$", word)
+            if not found or word.endswith((".py", ".md", ".html", ".json", ".safetensors")):
+                continue
+            problem = SETTINGS.unknown_key(found[1])
+            assert problem is None or "is a group" in problem, span
+            if found[2] and not re.search(r"\.\.\.|…|[A-Z]{3}|/k", found[2]):
+                SETTINGS.validate(read_override(word), combinations=False)
+
+
+def smaller(*sources):
+    """`load_config` of a run that takes a second."""
+    small = [
+        "cluster.engine=local",
+        "cluster.device=cpu",
+        "data.limit=75",
+        "data.loader=torch",
+        "model.num_layers=[1,1]",
+    ]
+    return load_config(*sources, *small, "train.epochs=1")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page one after the other, as a reader would type them, with a net of two layers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(densenet_dist, "load_config", smaller, raising=False)
+    scope: dict[str, object] = {}
+    for number, block in enumerate(blocks(page, "python")):
+        code = compile(block.text, f"{page.name}, block {number}", "exec")
+        if block.tried:
+            exec(code, scope)
+    if page.name == "README.md":
+        assert set(scope["result"].summary) >= {"test/top1", "best"}
+        assert isinstance(scope["model"], densenet_dist.DenseNet)
+
+
+def test_the_readme_says_how_to_start():
+    assert len(list(command_lines(ROOT / "README.md"))) >= 8
+    assert len(blocks(ROOT / "README.md", "python")) == 1
+
+
+@each_page
+def test_sweep_files_are_ones(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        if "space:" in block.text:
+            (tmp_path / "sweep.yaml").write_text(block.text.replace("base: ", f"base: {ROOT}/configs/"))
+            assert load_sweep(tmp_path / "sweep.yaml").space
+
+
+def constants_of(tree: ast.Module) -> dict[str, str]:
+    """The names of texts that a module defines."""
+    pairs = [(node.targets[0], node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    return {
+        target.id: value.value
+        for target, value in pairs
+        if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    }
+
+
+def texts_of(tree: ast.Module, constants: dict[str, str]) -> list[str]:
+    """Every text of a module, with … for what is filled in when it is said."""
+
+    def told(part: ast.expr) -> str:
+        if isinstance(part, ast.FormattedValue):
+            return constants.get(part.value.id, "…") if isinstance(part.value, ast.Name) else "…"
+        return str(part.value) if isinstance(part, ast.Constant) else "…"
+
+    joined = ["".join(map(told, node.values)) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    plain = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return joined + plain
+
+
+def test_messages_are_those_of_the_code():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "densenet_dist").rglob("*.py")]
+    constants = {name: text for tree in trees for name, text in constants_of(tree).items()}
+    texts = [text for tree in trees for text in texts_of(tree, constants)]
+    messages = re.findall(r"^#### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) >= 30
+    patterns = {message: re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL) for message in messages}
+    assert [message for message, pattern in patterns.items() if not any(map(pattern.search, texts))] == []

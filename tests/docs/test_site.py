@@ -1,0 +1,146 @@
+"""The site as it is built: nothing missing, nothing from elsewhere, every setting and command on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import typer
+from pages import ROOT
+
+from densenet_dist.cli import app
+from densenet_dist.config import SETTINGS
+from densenet_dist.sweep.definition import SETTINGS as SWEEP_SETTINGS
+
+pytest.importorskip("material", reason="needs mkdocs-material, of the extra docs")
+LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"}
+
+
+class Page(HTMLParser):
+    """What a page loads, where its links lead, and its anchors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        of = {name: value or "" for name, value in attrs}
+        self.anchors |= {of[name] for name in ("id", "name") if name in of}
+        if tag in LOADED and LOADED[tag] in of:
+            self.loads.append(of[LOADED[tag]])
+        if tag == "link" and of.get("rel") not in ("prev", "next", "canonical"):
+            self.loads.append(of["href"])
+        if tag == "a" and "href" in of:
+            self.links.append(of["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it: any warning ends it."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, Page]:
+    return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
+
+
+def test_every_page_is_there(pages):
+    sources = {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")}
+    assert set(pages) == sources | {"404.html", "launchers.html", "gpu.html"}
+
+
+def test_links_and_anchors_exist(site, pages):
+    broken = []
+    for name, page in pages.items():
+        if name == "404.html":  # its addresses begin at the server's root
+            continue
+        for address in {*page.links, *page.loads}:
+            path, _, anchor = address.partition("#")
+            if "://" in address:
+                continue
+            target = os.path.normpath(path or name)
+            if not (site / target).exists() or (anchor and unquote(anchor) not in pages[target].anchors):
+                broken.append(f"{name}: {address}")
+    assert broken == []
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    assert [(name, address) for name, page in pages.items() for address in page.loads if "//" in address] == []
+    sheets = [path.read_text() for path in site.rglob("*.css")]
+    assert len(sheets) >= 2
+    assert [
+        found for sheet in sheets for found in re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//\S{20}", sheet)
+    ] == []
+    # The theme would fetch it for diagrams.
+    assert not any('class="mermaid"' in path.read_text() for path in site.rglob("*.html"))
+
+
+def test_every_setting_is_on_the_page(pages):
+    anchors = pages["configuration.html"].anchors
+    keys = [setting.key for setting in SETTINGS.described() if not setting.is_group]
+    keys += [f"sweep.{setting.key}" for setting in SWEEP_SETTINGS.described() if not setting.is_group]
+    assert len(keys) > 100
+    assert set(keys) <= anchors
+
+
+def leaves(command: object, name: str) -> Iterator[tuple[str, object]]:
+    below = getattr(command, "commands", {})
+    for key, one in below.items():
+        yield from leaves(one, f"{name} {key}".strip())
+    if not below:
+        yield name, command
+
+
+def test_every_command_and_option_is_on_the_page(site, pages):
+    text = (site / "commands.html").read_text()
+    found = dict(leaves(typer.main.get_command(app), ""))
+    assert len(found) >= 12
+    for name, command in found.items():
+        assert name.replace(" ", "-") in pages["commands.html"].anchors
+        section = text.partition(f'<h2 id="{name.replace(" ", "-")}"')[2].partition("<h2 ")[0]
+        for parameter in command.params:
+            names = [*parameter.opts, *parameter.secondary_opts]
+            assert all(option in section for option in names if option.startswith("-")), (name, names)
+
+
+def test_figures_come_from_the_nets(site):
+    text = (site / "models.html").read_text()
+    for parameters in ("3,532,210", "769,162", "7,978,856", "49,194"):
+        assert parameters in text
+
+
+def test_it_opens_and_searches_from_a_disk(site):
+    sync_playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright").sync_playwright
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"file://{site}/index.html")
+        page.locator("input[name=query]").click()
+        page.get_by_text("Type to start searching").wait_for(timeout=60_000)  # the index is read
+        page.locator("input[name=query]").press_sequentially("label_smoothing")
+        page.locator(".md-search-result__link[href*='configuration.html']").first.wait_for(timeout=60_000)
+        browser.close()
+    assert asked
+    assert [url for url in asked if not url.startswith(("file:", "blob:", "data:"))] == []
