@@ -62,13 +62,14 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
     Raises:
         ConfigError: with every problem found, one a line.
 
-    >>> config = load_config({"name": "small", "model": {"growth_rate": 12}}, "train.epochs=3")
-    >>> longer = load_config(config, "train.epochs=6", "name=longer")
-    >>> longer.name, longer.model.growth_rate, longer.train.epochs
-    ('longer', 12, 6)
-    >>> load_config("train.epoch=3")
-    Traceback (most recent call last):
-    densenet_dist.errors.ConfigError: train.epoch: unknown key; did you mean train.epochs?
+    Examples:
+        >>> config = load_config({"name": "small", "model": {"growth_rate": 12}}, "train.epochs=3")
+        >>> longer = load_config(config, "train.epochs=6", "name=longer")
+        >>> longer.name, longer.model.growth_rate, longer.train.epochs
+        ('longer', 12, 6)
+        >>> load_config("train.epoch=3")
+        Traceback (most recent call last):
+        densenet_dist.errors.ConfigError: train.epoch: unknown key; did you mean train.epochs?
     """
     merged: dict[str, Any] = {}
     name: dict[str, str] = {}

@@ -209,6 +209,9 @@ class TrainConfig:
     """bf16: workers exchange gradients in half the bytes, rounded to 8 bits; weights and optimizer stay fp32."""
     bucket_mb: Positive | None = None
     """MiB of gradients that workers exchange at a time; null: what a dense block has (docs/scaling.md)."""
+    profile: tuple[Index, Index] | None = None
+    """Record what time goes to, from when so many steps are taken until so many are, such as [100, 105]: a trace and
+    a table, in the run's folder profile; null: no steps."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How parameters follow gradients."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -334,6 +337,8 @@ def impossible(config: Config) -> Iterator[str]:
         yield "train.cuda_graph: a captured step has one part; leave train.grad_accum_steps at 1"
     if train.compile and train.bucket_mb is not None and train.bucket_mb < 1:
         yield f"train.bucket_mb: train.compile=true takes 1 or more, not {train.bucket_mb:g}"
+    if train.profile is not None and not 0 < train.profile[1] - train.profile[0] <= 100:
+        yield f"train.profile: must be up to 100 steps, [START, STOP] with START below STOP, not {list(train.profile)}"
     if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
         yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
     if config.cluster.workers != "auto":

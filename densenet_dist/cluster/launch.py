@@ -51,9 +51,10 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         TrainingError: when training itself fails.
         KeyboardInterrupt: on SIGINT (a notebook's stop button) or SIGTERM, once the run is saved.
 
-    >>> from densenet_dist import fit, load_config
-    >>> config = load_config("configs/quickstart.yaml", "train.epochs=3")
-    >>> result = fit(config, resume=True)  # doctest: +SKIP
+    Examples:
+        >>> from densenet_dist import fit, load_config
+        >>> config = load_config("configs/quickstart.yaml", "train.epochs=3")
+        >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
     if listener is None:
         from densenet_dist.train.notebook import console

@@ -28,13 +28,14 @@ class Result:
         summary: ``test/top1``, ``test/top5``, ``test/loss`` (shares and mean), the ``best`` epoch's validation
             figures, ``epochs``, ``global_step``, ``train_seconds``, ``status``; empty until the run has finished.
 
-    >>> result = load_run("runs/quickstart")
-    >>> result.summary["status"]
-    'finished'
-    >>> best = max(result.history, key=lambda record: record["val/top1"])
-    >>> best["epoch"] == result.summary["best"]["epoch"]
-    True
-    >>> result.plot().savefig("curves.png")
+    Examples:
+        >>> result = load_run("runs/quickstart")
+        >>> result.summary["status"]
+        'finished'
+        >>> best = max(result.history, key=lambda record: record["val/top1"])
+        >>> best["epoch"] == result.summary["best"]["epoch"]
+        True
+        >>> result.plot().savefig("curves.png")
     """
 
     run: str
@@ -159,8 +160,9 @@ def load_run(run: str | Path) -> Result:
     Raises:
         StorageError: there is no run, or it cannot be read.
 
-    >>> load_run("quickstart").config.name
-    'quickstart'
+    Examples:
+        >>> load_run("quickstart").config.name
+        'quickstart'
     """
     from densenet_dist.train.evaluation import open_run
 

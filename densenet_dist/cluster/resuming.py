@@ -22,6 +22,7 @@ _RESUME_MAY_CHANGE = (
     "data.prefetch",
     "data.loader",
     "storage",
+    "train.profile",
 )
 
 

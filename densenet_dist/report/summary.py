@@ -72,10 +72,11 @@ def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
     Raises:
         ConfigError: where the model cannot be built, or `num_classes` is missing.
 
-    >>> from densenet_dist import load_config
-    >>> config = load_config({"model.growth_rate": 35, "model.num_layers": 12, "data.name": "cifar10"})
-    >>> summary(config).parameters
-    ParameterCount(trainable=3532210, statistics=25480)
+    Examples:
+        >>> from densenet_dist import load_config
+        >>> config = load_config({"model.growth_rate": 35, "model.num_layers": 12, "data.name": "cifar10"})
+        >>> summary(config).parameters
+        ParameterCount(trainable=3532210, statistics=25480)
     """
     classes = _CLASSES.get(config.data.name, num_classes) if num_classes is None else num_classes
     if classes is None:

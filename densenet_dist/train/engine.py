@@ -63,6 +63,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             log.abandon()  # this process may go on to another run
         raise
     finally:
+        if context.pulse.wish is not Wish.LEAVE:  # the folder is still this run's
+            _profile(job, ends=True)
         job.close()
 
 
@@ -93,16 +95,19 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
     pulse = job.context.pulse
     pulse.enter("wait")
     shown = time.perf_counter()
+    _profile(job)
     for batch in _batches(job):
         pulse.enter("train")
         if log is not None and job.position.global_step == 0:
             first = batch.batch() if isinstance(batch, BatchRecipe) else batch
             log.board.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
-        train_step(job, batch)
+        with nullcontext() if job.profiler is None else job.profiler.step(job.position.global_step):
+            train_step(job, batch)
         pulse.moved(job.position.global_step)
         if job.taken is not None:
             job.taken.reached(job.position.global_step)
         after_step(job)
+        _profile(job, ends=job.position.step == job.train_loader.steps_per_epoch)
         now = time.perf_counter()
         if job.context.rank == 0 and now - shown > PROGRESS_EVERY_S:
             shown = now
@@ -290,6 +295,14 @@ def _tell_of_lost_files(job: Job) -> None:
     lines = sorted({line for news in found for line in news})
     if lines and job.context.rank == 0:
         _tell(job, f"{len(lines)} pictures can no longer be read; others of their classes stand in for them", lines)
+
+
+def _profile(job: Job, *, ends: bool = False) -> None:
+    """Begin or end what is recorded of the steps, between two of them; a part ends with its epoch."""
+    profiler, taken = job.profiler, job.position.global_step
+    if profiler is not None:
+        with job.context.pulse.during("save"):
+            _beside(job, "the profile", lambda: profiler.finish(taken) if ends else profiler.between_steps(taken))
 
 
 def _beside(job: Job, what: str, show: Callable[[], None]) -> None:

@@ -30,6 +30,7 @@ from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, 
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
+from densenet_dist.train.profiling import StepProfiler, require_steps
 from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
 from densenet_dist.train.steps_taken import StepsTaken
@@ -52,6 +53,7 @@ class Job:
         seconds: time spent in training epochs so far, over all restarts.
         epoch_time: of the current epoch so far: seconds of training, seconds of those spent waiting for batches.
         step_graph: what takes the steps where they are captured as a CUDA graph.
+        profiler: what records some of them, on rank 0 where that is asked for.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class Job:
     seconds: float = 0.0
     epoch_time: tuple[float, float] = (0.0, 0.0)
     step_graph: StepGraph | None = None
+    profiler: StepProfiler | None = None
     _counted: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
@@ -234,7 +237,18 @@ def build_job(config: Config, context: RunContext) -> Job:
         taken=StepsTaken(context.run) if context.rank == 0 else None,
     )
     job.step_graph = _step_graph(job)
+    job.profiler = _profiler(job)
     return job
+
+
+def _profiler(job: Job) -> StepProfiler | None:
+    steps, context = job.config.train.profile, job.context
+    if steps is None:
+        return None
+    require_steps(steps, job.config.train.epochs * job.train_loader.steps_per_epoch)
+    if context.rank != 0:
+        return None
+    return StepProfiler(context.run, steps, context.device, lambda text: context.report({"kind": "note", "text": text}))
 
 
 def _step_graph(job: Job) -> StepGraph | None:
