@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeAlias, get_args, get_origin, get_type_hints
@@ -57,7 +58,9 @@ def _config_class() -> type[Any]:
 def _configurations(incomplete: str, *, sweeps: bool) -> list[Offer]:
     named = [name for name in bundled.names() if name.startswith(incomplete) and name.startswith("sweep_") is sweeps]
     files = _paths(incomplete, lambda path: path.suffix in (".yaml", ".yml") and path.is_file())
-    return [(name, bundled.headline(name)) for name in named] + [(path, "") for path in files]
+    # Longer ones are broken into lines on the way to the shell, which takes each for another word.
+    said = [(name, textwrap.shorten(bundled.headline(name), 70, placeholder=" ...")) for name in named]
+    return said + [(path, "") for path in files]
 
 
 def _folders(incomplete: str, file: str, what: str) -> list[Offer]:
