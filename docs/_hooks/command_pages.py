@@ -53,10 +53,10 @@ def _metavar(argument: Any) -> str:
 
 
 def _spelled(option: Any) -> str:
-    names = "`, `".join([*option.opts, *option.secondary_opts])
-    if getattr(option, "is_flag", False):
-        return f"`{names}`"
-    return f"`{names} {option.metavar or _kind(option.type_descriptor.annotation)}`"
+    *others, last = [*option.opts, *option.secondary_opts]
+    if not getattr(option, "is_flag", False):
+        last += f" {option.metavar or _kind(option.type_descriptor.annotation)}"
+    return ", ".join(f"`{name}`{{ .option }}" for name in [*others, last])
 
 
 def _kind(annotation: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import yaml
 
@@ -26,11 +27,11 @@ def sweep_settings() -> str:
 
 def _sections(settings: Settings, prefix: str) -> str:
     """A heading for each group and each key; `prefix` keeps the anchors of two files apart."""
-    return "\n".join(_group(s) if s.is_group else _key(s, prefix) for s in settings.described())
+    return "\n".join(_group(s, prefix) if s.is_group else _key(s, prefix) for s in settings.described())
 
 
-def _group(setting: Setting) -> str:
-    return f"\n### {setting.key}\n\n{_marked(setting.meaning, ())}\n"
+def _group(setting: Setting, prefix: str) -> str:
+    return f"\n### {setting.key} {{ #{prefix}{setting.key} }}\n\n{_marked(setting.meaning, ())}\n"
 
 
 def _key(setting: Setting, prefix: str) -> str:
@@ -47,7 +48,14 @@ def _key(setting: Setting, prefix: str) -> str:
     )
 
 
-def _marked(meaning: str, choices: tuple[str, ...] | list[str]) -> str:
-    """A docstring's text with what is code in it marked as such."""
+def _marked(meaning: str, choices: Sequence[str]) -> str:
+    """A docstring's text with what is code in it marked as such; of a choice the first mention, which explains it."""
     words = [rf"(?<![\w/])(?:{'|'.join(map(re.escape, choices))})(?![\w/])"] if choices else []
-    return re.sub("|".join([*words, _CODE]), lambda found: f"`{found[0]}`", meaning.replace("<", "&lt;"))
+    seen: set[str] = set()
+
+    def mark(found: re.Match[str]) -> str:
+        again = found[0] in choices and found[0] in seen
+        seen.add(found[0])
+        return found[0] if again else f"`{found[0]}`"
+
+    return re.sub("|".join([*words, _CODE]), mark, meaning.replace("<", "&lt;"))

@@ -44,6 +44,7 @@ GENERATED: Final[dict[str, Callable[[], str]]] = {
 }
 _HOME: Final = {"README.md": "index.md"} | OUTSIDE
 _FENCED: Final = re.compile(r"(^ *```.*?^ *```[^\S\n]*$)", re.DOTALL | re.MULTILINE)
+_CODE: Final = re.compile(r"`[^`\n]+`")
 _LINK: Final = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -62,7 +63,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     markdown = re.sub(
         r"<!-- readme: (.+?) -->", lambda found: turn_links(readme_section(found[1]), "", place, files), markdown
     )
-    return re.sub(r"<!-- generated: (.+?) -->", lambda found: generated(found[1]), markdown)
+    markdown = re.sub(r"<!-- generated: (.+?) -->", lambda found: generated(found[1]), markdown)
+    # GitHub wants a | escaped in a table's code, Python-Markdown shows the backslash.
+    return _outside_fences(markdown, lambda part: _CODE.sub(lambda found: found[0].replace(r"\|", "|"), part))
 
 
 def generated(name: str) -> str:
@@ -97,8 +100,11 @@ def turn_links(markdown: str, folder: str, place: str, files: Files) -> str:
             raise PluginError(f"{place}: a link leads to {address}, which does not exist")
         return text if "`" in text or " " in text else f"`{text}`"
 
-    parts = _FENCED.split(markdown)
-    return "".join(part if i % 2 else _LINK.sub(turned, part) for i, part in enumerate(parts))
+    return _outside_fences(markdown, lambda part: _LINK.sub(turned, part))
+
+
+def _outside_fences(markdown: str, change: Callable[[str], str]) -> str:
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(_FENCED.split(markdown)))
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
