@@ -167,6 +167,7 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str
     """Makes sure that a file's bytes are one picture of a kind that is taken, whatever its name says; the kind."""
     from PIL import Image
 
+    Image.init()  # all its formats, so that no thread looks through them while another still loads some
     try:
         with Image.open(io.BytesIO(data.data)) as picture:
             kind = picture.format or "this format"

@@ -106,13 +106,16 @@ def make_header(architecture: Architecture, **fields: Any) -> Header:
     """A header of a net of our own, by the names of its fields; the net is exported in the reference form.
 
     Raises:
-        CheckpointError: a value is beyond the limits.
+        CheckpointError: a value is beyond the limits; a run's folder may come from anybody, too.
     """
-    net = _Net(**asdict(architecture) | {"block": "reference"})
     try:
-        return Header(format=1, architecture=net, **fields)
+        net = _Net(**asdict(architecture) | {"block": "reference"})
+        header = Header(format=1, architecture=net, **fields)
     except ValidationError as error:
-        raise CheckpointError(f"the run cannot be exported: {_problem(error)}") from None
+        raise CheckpointError(f"the run's net cannot be used: {_problem(error)}") from None
+    if problem := _contradiction(header):
+        raise CheckpointError(f"the run's net cannot be used: {problem}")
+    return header
 
 
 def header_of(text: str | bytes | None, origin: str) -> Header:

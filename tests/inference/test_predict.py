@@ -103,6 +103,15 @@ def test_a_damaged_classes_json_is_named(run, command):
     assert "classes.json is damaged" in err
 
 
+def test_classes_that_would_tell_a_terminal_what_to_do(run, command):
+    said = json.loads((run / "classes.json").read_text())
+    said["names"][0] = "\x1b[2J"
+    (run / "classes.json").write_text(json.dumps(said))
+    code, _, err = command("predict", run, "x.png")
+    assert code == 6
+    assert "class name '\\x1b[2J' cannot be printed" in err
+
+
 def test_kinds_of_pictures(tmp_path, photo):
     """All are the same picture, as far as its file can hold it."""
     turned = Image.Exif()

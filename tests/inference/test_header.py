@@ -1,0 +1,71 @@
+"""What an exported file says of itself: written, read again, and refused where it cannot be true."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from densenet_dist.errors import CheckpointError
+from densenet_dist.inference.header import architecture_of, header_of, make_header
+from densenet_dist.inference.network import empty_net
+from densenet_dist.model import VARIANTS, densenet
+
+
+def header_for(variant):
+    with torch.device("meta"):
+        net = densenet(variant, num_classes=2, image_size=64, block="fused")
+    return net, make_header(
+        net.architecture, version="1", run="r", data="folder", checkpoint="best", commit="abc", created="now",
+        class_names=("a", "Käse ☂"), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), crop=0.875, precision="fp32",
+        metrics={"val/top1": 0.5},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_survives(variant):
+    net, header = header_for(variant)
+    assert header_of(header.to_json(), "x") == header
+    assert {**vars(architecture_of(header)), "block": "fused"} == vars(net.architecture)
+    empty = empty_net(header).state_dict()
+    assert {name: each.shape for name, each in empty.items()} == {n: e.shape for n, e in net.state_dict().items()}
+    assert all(each.is_meta for each in empty.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h.update(format=2), "format"),
+        (lambda h: h.update(surprise=1), "surprise"),
+        (lambda h: h.pop("mean"), "mean"),
+        (lambda h: h.update(std=[0, 1, 1]), "std.0"),
+        (lambda h: h.update(mean=[float("nan"), 0, 0]), "mean.0"),
+        (lambda h: h.update(crop=0), "crop"),
+        (lambda h: h.update(class_names=["a"]), "1 class names for 2 classes"),
+        (lambda h: h.update(class_names=["a", "\x1b[31mb"]), "cannot be printed"),
+        (lambda h: h.update(run="\u202etxt"), "cannot be printed"),
+        (lambda h: h["architecture"].update(growth_rate=10**9), "architecture.growth_rate"),
+        (lambda h: h["architecture"].update(growth_rate="12"), "architecture.growth_rate"),
+        (lambda h: h["architecture"].update(num_layers=[2000] * 3), "6000 layers, more than 2000"),
+        (lambda h: h["architecture"].update(image_size=3), "too small"),
+        (lambda h: h["architecture"].update(in_channels=4), "in_channels"),
+        (lambda h: h["architecture"].update(block="padded"), "block"),
+    ],
+)
+def test_what_cannot_be_true(change, said):
+    content = json.loads(header_for("densenet_bc")[1].to_json())
+    change(content)
+    with pytest.raises(CheckpointError, match="x: its metadata is not that of an exported net: ") as caught:
+        header_of(json.dumps(content), "x")
+    assert said in str(caught.value)
+
+
+def test_what_is_no_header():
+    with pytest.raises(CheckpointError, match="it has no densenet_dist in its metadata"):
+        header_of(None, "x")
+    with pytest.raises(CheckpointError, match="has 9,000,000 bytes"):
+        header_of(" " * 9_000_000, "x")
+    for text in ("", "[]", "null", "[" * 100_000, b"\xff"):
+        with pytest.raises(CheckpointError, match="is not that of an exported net"):
+            header_of(text, "x")
