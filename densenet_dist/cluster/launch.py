@@ -31,6 +31,7 @@ from densenet_dist.train.run_folder import (
     TENSORBOARD_FOLDER,
     RunFolder,
 )
+from densenet_dist.train.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
             return fit(config, resume=resume, listener=console)
     config = absolute(config)
     check_model(config)
+    require_trackers(config)
     run = RunFolder(config.storage, config.name)
     if _is_writer():
         if not resume:
