@@ -46,6 +46,9 @@ def held_credentials(**addresses: str | None) -> Iterator[str]:
 def _impossible(config: Config) -> Iterator[str]:
     yield from impossible(config)
     yield from held_credentials(storage=config.storage, data_root=config.data.root, data_url=config.data.url)
+    for line in held_credentials(log_mlflow=config.log.mlflow.tracking_uri):
+        advice = "by the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+        yield line.replace("log.mlflow:", "log.mlflow.tracking_uri:").rpartition("by the environment")[0] + advice
 
 
 SETTINGS: Final = Settings(Config, _impossible)

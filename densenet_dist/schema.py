@@ -286,6 +286,40 @@ class FaultConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class WandbConfig:
+    """Weights & Biases; its key comes from WANDB_API_KEY or 'wandb login'."""
+
+    enabled: bool = False
+    """Whether the run's figures are sent there too; needs the extra wandb."""
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "densenet-dist"
+    """The project there."""
+    entity: str | None = None
+    """The user or team there; null: your default."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class MlflowConfig:
+    """MLflow; user and password come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+
+    enabled: bool = False
+    """Whether the run's figures are sent there too; needs the extra mlflow."""
+    tracking_uri: str | None = None
+    """The tracking server, such as http://mlflow:5000; null: MLFLOW_TRACKING_URI."""
+    experiment: Annotated[str, Field(min_length=1, max_length=200)] = "densenet-dist"
+    """The experiment there."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LogConfig:
+    """Where figures go besides metrics.jsonl and TensorBoard; without an answer from there, training goes on."""
+
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    mlflow: MlflowConfig = MlflowConfig()
+    """MLflow."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """Everything a run depends on."""
 
@@ -307,6 +341,8 @@ class Config:
     """Where training runs."""
     fault: FaultConfig = FaultConfig()
     """What is done when something goes wrong on a cluster."""
+    log: LogConfig = LogConfig()
+    """Where figures go besides metrics.jsonl and TensorBoard."""
 
 
 def impossible(config: Config) -> Iterator[str]:

@@ -32,6 +32,7 @@ from densenet_dist.train.run_folder import (
     TENSORBOARD_FOLDER,
     RunFolder,
 )
+from densenet_dist.train.trackers import require_trackers
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
@@ -63,6 +64,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
             return fit(config, resume=resume, listener=shown)
     config = absolute(config)
     check_model(config)
+    require_trackers(config)
     run = RunFolder(config.storage, config.name)
     resume = resume and run.exists()
     if resume and is_finished(run, config):

@@ -23,6 +23,7 @@ _RESUME_MAY_CHANGE = (
     "data.loader",
     "storage",
     "train.profile",
+    "log.",
 )
 
 

@@ -26,6 +26,7 @@ from densenet_dist.sweep.results import (
 from densenet_dist.train.context import Event
 from densenet_dist.train.lease import hold
 from densenet_dist.train.run_folder import RunFolder, split_location
+from densenet_dist.train.trackers import require_trackers
 
 _WRITE_EVERY_S = 5.0
 
@@ -83,6 +84,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         with SweepConsole() as console:
             return tune(sweep, resume=resume, listener=console)
     sweep = _absolute(sweep)
+    require_trackers(sweep.config("log", {}))
     folder = RunFolder(sweep.settings.storage, sweep.settings.name)
     if not resume:
         _refuse_used_name(folder)

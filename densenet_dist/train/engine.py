@@ -58,9 +58,9 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if context.rank == 0:
             log = RunLog(context.run, job.position.global_step, config.checkpoint.monitor)
         return _fit(job, log)
-    except BaseException:
-        if log is not None:
-            log.abandon()  # this process may go on to another run
+    except BaseException as error:
+        if log is not None:  # this process may go on to another run
+            log.abandon(failed=isinstance(error, Exception), leaves=context.pulse.wish is Wish.LEAVE)
         raise
     finally:
         if context.pulse.wish is not Wish.LEAVE:  # the folder is still this run's
@@ -72,6 +72,8 @@ def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     config, context = job.config, job.context
     if log is not None and job.position.global_step == 0:
         _beside(job, "TensorBoard's settings and graph", lambda: log.board.introduce(config, job.dataset))
+    if log is not None:
+        log.track(config, lambda text: context.report({"kind": "note", "text": text}))
     if context.rank == 0:
         note_classes(context.run, config, job.dataset)
         context.report(describe(job))
@@ -278,6 +280,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         log.board.finished()
         log.close()
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        log.end_tracking(summary)
     if context.rank == 0:
         context.report({"kind": "end", **summary})
     return summary

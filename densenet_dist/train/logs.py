@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.schema import Config
 from densenet_dist.train.board import Board, Results
 from densenet_dist.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
+from densenet_dist.train.trackers import Tracker, open_trackers
 
 
 class RunLog:
@@ -26,14 +29,24 @@ class RunLog:
 
     def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
         self.run, self._results = run, Results(monitor)
+        self._trackers: list[Tracker] = []
+        self._tell: Callable[[str], None] = lambda text: None
         if run.is_remote and run.exists(METRICS_FILE):
             run.fetch(METRICS_FILE)
-        self._keep_until(global_step)
+        self._kept = self._keep_until(global_step)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
         again = run.exists(TENSORBOARD_FOLDER)
         self.board = Board(run.path / TENSORBOARD_FOLDER, global_step + 1 if again else None)
         self.publish()  # from here on the run's name is taken
+
+    def track(self, config: Config, tell: Callable[[str], None]) -> None:
+        """Send the records to the configured services too; `tell` hears of them, in the thread that records.
+
+        Raises:
+            EnvironmentProblem: the package of one is missing here.
+        """
+        self._trackers, self._tell = open_trackers(config, self.run, self._kept), tell
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
@@ -42,31 +55,50 @@ class RunLog:
         with open(self.run.path / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.board.scalars(values | self._results.add(values), global_step)
+        for tracker in self._trackers:
+            tracker.add(line)
 
     def publish(self) -> None:
         """Flush, and bring both up to date on an object store."""
         self.board.flush()
         self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
+        self._tell_news()
 
     def close(self) -> None:
         """Write out and close everything."""
         self.board.close()
         self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
 
-    def abandon(self) -> None:
-        """Let go of the files after an error; what was recorded by then is in them."""
+    def end_tracking(self, summary: dict[str, Any]) -> None:
+        """Tell the services that the run is finished, last of all: they may be slow."""
+        for tracker in self._trackers:
+            tracker.finish("finished", summary)
+        self._tell_news()
+
+    def abandon(self, *, failed: bool = True, leaves: bool = False) -> None:
+        """Let go of the files after an error, or where the run was stopped; what was recorded by then is in them.
+
+        `leaves`: the run goes on elsewhere, so that no service is told of an end.
+        """
         with suppress(OSError):
             self.board.close()
+        for tracker in self._trackers:
+            tracker.leave() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
-    def _keep_until(self, global_step: int) -> None:
+    def _tell_news(self) -> None:
+        for tracker in self._trackers:
+            for text in tracker.news():
+                self._tell(text)
+
+    def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
         path = self.run.path / METRICS_FILE
-        if path.exists():
-            kept = [
-                line for line in read_records(path) if line["global_step"] <= global_step and "test/loss" not in line
-            ]
-            self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
-            for line in kept:
-                self._results.add(line)
+        if not path.exists():
+            return []
+        kept = [line for line in read_records(path) if line["global_step"] <= global_step and "test/loss" not in line]
+        self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        for line in kept:
+            self._results.add(line)
+        return kept
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
