@@ -88,6 +88,15 @@ def test_configurations_that_come_along(command, tmp_path):
     assert "num_layers: [2, 4, 4]" in command("config", "mine.yaml")[1]
 
 
+def test_a_job_takes_them_from_the_package_too(tmp_path):
+    from densenet_dist.cluster.submit import _prepared
+
+    storage = "storage=/shared/runs"
+    assert _prepared(["train", "quickstart", storage], tmp_path) == (["train", "quickstart", storage], "quickstart")
+    sent, name = _prepared(["tune", "configs/sweep_quickstart.yaml", storage], tmp_path)  # nothing of that name is sent
+    assert (sent, name) == (["tune", "sweep_quickstart", storage], "sweep_quickstart")
+
+
 def test_a_file_of_ones_own_comes_first(command, tmp_path):
     (tmp_path / "quickstart.yaml").write_text("train: {epochs: 77}")
     assert "epochs: 77" in command("config", "quickstart.yaml")[1]

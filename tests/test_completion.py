@@ -109,7 +109,8 @@ def test_in_bash(folder):
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m densenet_dist "$@"\n')
     program.chmod(0o755)
     env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    script = 'source <(_DENSENET_DIST_COMPLETE=source_bash densenet-dist)\n[[ $(complete -p densenet-dist) == *"-o default"* ]]\n'
+    script = "source <(_DENSENET_DIST_COMPLETE=source_bash densenet-dist)\n"
+    script += '[[ $(complete -p densenet-dist) == *"-o default"* ]]\n'
     lines = (
         "densenet-dist tra",
         "densenet-dist train quick",

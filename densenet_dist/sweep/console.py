@@ -15,6 +15,7 @@ from densenet_dist.sweep.ending import SweepEnding
 from densenet_dist.sweep.results import Trial, ranked
 from densenet_dist.train.console import LastingConsole, print_closing
 from densenet_dist.train.context import Event
+from densenet_dist.train.progress_view import packed
 
 
 class SweepConsole:
@@ -80,9 +81,10 @@ class SweepConsole:
         epochs = f"{trial.epochs} epoch{'s' * (trial.epochs != 1)}"
         what = {"stopped": f"stopped after {epochs}", "finished": f"finished {epochs}"}
         parts = [f"{trial.name}  {what.get(trial.status, trial.status):<24}", f"{self._metric} {figure(trial.metric)}"]
-        parts.append("  ".join(f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()))
-        line = "  ".join(parts) + ("  *" if best is trial else "")
-        return line if trial.cause is None else f"{line}\n  {trial.cause}"
+        parts += [f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()]
+        width = self._console.width if self._console.is_terminal else sys.maxsize
+        lines = packed([*parts, "*"] if best is trial else parts, width, indent="  ")
+        return "\n".join(lines if trial.cause is None else [*lines, f"  {trial.cause}"])
 
     def _summary(self, trials: Sequence[Trial], best: Trial | None) -> str:
         running = [trial for trial in trials if trial.status == "running"]
@@ -92,26 +94,34 @@ class SweepConsole:
         return text if best is None else f"{text}; best {self._metric} {figure(best.metric)} ({best.name})"
 
     def table(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
-        """All trials, best first."""
+        """All trials, best first; without their settings where there is no room for them: the page has them all."""
         if self._status is not None:
             self._status.stop()
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("trial", "status", sweep.settings.metric, "epoch", *map(short, sweep.space), "cause"):
-            table.add_column(heading, overflow="fold")
-        for trial in ranked(trials, sweep.settings.maximise):
-            values = [shown(trial.overrides.get(key)) for key in sweep.space]
-            best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
-            table.add_row(trial.name, trial.status, figure(trial.metric), best, *values, trial.cause or "")
-        if not any(trial.cause for trial in trials):
-            table.columns.pop()
+        keys = list(sweep.space)
+        unbounded = self._console.options.update(max_width=10_000)
+        wanted = self._console.measure(_table(sweep, trials, keys, causes=False), options=unbounded).maximum
+        if self._console.is_terminal and wanted > self._console.width:
+            keys = []
         self._console.print()
-        self._console.print(table)
+        self._console.print(_table(sweep, trials, keys, causes=any(trial.cause for trial in trials)))
 
     def finish(self, ending: SweepEnding) -> None:
         """All trials, the best of them, where all of it lies, and what can be done with it."""
         self.table(ending.sweep, ending.trials)
         title = f"{ending.status}: {ending.sweep.settings.name}"
         print_closing(self._console, title, ending.figures(), ending.files(), ending.commands())
+
+
+def _table(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], *, causes: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("trial", "status", sweep.settings.metric, "epoch", *map(short, keys), *["cause"] * causes):
+        table.add_column(heading, overflow="fold")
+    for trial in ranked(trials, sweep.settings.maximise):
+        values = [shown(trial.overrides.get(key)) for key in keys]
+        best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
+        cause = [trial.cause or ""] * causes
+        table.add_row(trial.name, trial.status, figure(trial.metric), best, *values, *cause)
+    return table
 
 
 def figure(value: float | None) -> str:

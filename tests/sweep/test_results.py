@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from terminal import Screen, on_terminal
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
@@ -214,6 +217,33 @@ def test_quiet(sweep, capsys):
         console({"kind": "note", "text": "trial-001 crashed", "warning": True})
         console.finish(SweepEnding(sweep, "F", [trial("000", 0.1)], None, None))
     assert capsys.readouterr() == ("", "warning: trial-001 crashed\n")
+
+
+def test_a_narrow_terminal_gets_whole_words(sweep, tmp_path):
+    script = """if True:
+        import sys
+        from densenet_dist.sweep.console import SweepConsole
+        from densenet_dist.sweep.definition import load_sweep
+        from densenet_dist.sweep.ending import SweepEnding
+        from densenet_dist.sweep.results import Trial
+        sweep = load_sweep(sys.argv[1])
+        trial = Trial("trial-000", {"train.lr": 0.1, "model.num_layers": [1, 1]}, "finished", None, 1, 4, 1.0, 0.5, 3)
+        with SweepConsole() as console:
+            console({"kind": "sweep", "sweep": sweep, "trials": [], "folder": "F"})
+            console({"kind": "trial", "state": "finished", "trial": trial, "best": trial, "all": [trial]})
+            console.table(sweep, [trial])
+    """
+    command = [sys.executable, "-c", script, str(tmp_path / "mine.yaml")]
+    code, text = on_terminal(command, 40, env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"})
+    assert code == 0, text
+    lines = [line.rstrip() for line in Screen(40).write(text).lines if line.strip()]
+    assert lines[-5:] == [
+        "trial-000  finished 4 epochs",
+        "  val/top1 0.5000  lr=0.1",
+        "  num_layers=[1, 1]  *",
+        "trial      status    val/top1  epoch",  # no room for the settings
+        "trial-000  finished  0.5000    3 of 4",
+    ]
 
 
 def test_events_for_a_program(sweep, capsys):

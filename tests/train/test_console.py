@@ -305,3 +305,24 @@ def test_nothing_else_gets_through_to_a_program():
     assert json.loads(line)["text"] == "ours"
     assert after == "after"
     assert done.stderr.splitlines() == ["in C", "in Python", "in a shell"]
+
+
+def test_a_run_goes_on_when_no_program_reads_any_more():
+    script = (
+        "import os, sys\nfrom densenet_dist.train.json_lines import RunJsonLines\n"
+        "with RunJsonLines() as lines:\n"
+        "    lines({'kind': 'note', 'text': 'first'}); input()\n"
+        "    for _ in range(3): lines({'kind': 'note', 'text': 'second'})\n"
+        "os.write(2, b'to the end')\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], env=ENV, text=True, **pipes)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["text"] == "first"  # sent at once
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    process.stdin = process.stdout = None
+    assert process.communicate(timeout=60)[1] == "to the end"
+    assert process.returncode == 0
