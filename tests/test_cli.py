@@ -88,8 +88,10 @@ def test_configurations_that_come_along(command, tmp_path):
     assert "num_layers: [2, 4, 4]" in command("config", "mine.yaml")[1]
 
 
-def test_a_job_takes_them_from_the_package_too(tmp_path):
+def test_a_job_takes_them_from_the_package_too(tmp_path, monkeypatch):
     from densenet_dist.cluster.submit import _prepared
+
+    monkeypatch.chdir(tmp_path)
 
     storage = "storage=/shared/runs"
     assert _prepared(["train", "quickstart", storage], tmp_path) == (["train", "quickstart", storage], "quickstart")
