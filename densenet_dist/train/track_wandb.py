@@ -41,7 +41,7 @@ class WandbSession:
             config=settings_of(config),
             settings=wandb.Settings(**_SETTINGS),
         )
-        self.id, self.url = str(self._run.id), self._run.url
+        self.id, self.url = str(self._run.id), None if offline else self._run.url
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
 
