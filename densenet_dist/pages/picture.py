@@ -7,7 +7,7 @@ from typing import Final
 
 from matplotlib.figure import Figure
 
-_SHOWN_DPI: Final = 72
+_SHOWN_DPI: Final = 80
 
 
 class Picture(Figure):
