@@ -251,3 +251,23 @@ def test_python_interface(original, tmp_path, monkeypatch):
         classifier.class_names[label] for label in predict(evaluation).logits[7].topk(3).indices.tolist()
     ]
     assert len(classifier.predict([picture, picture], top=99)[1].top) == 10
+
+
+@pytest.mark.parametrize("place", ["secret.bin", "../{folder}/secret.bin", "{path}/secret.bin"])
+def test_an_onnx_file_cannot_read_others(tmp_path, monkeypatch, place):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    weight = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    where = place.format(folder=tmp_path.name, path=tmp_path)
+    for key, value in (("location", where), ("offset", "0"), ("length", "16")):
+        entry = weight.external_data.add()
+        entry.key, entry.value = key, value
+    shown = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in ("pixels", "logits")]
+    node = onnx.helper.make_node("Add", ["pixels", "w"], ["logits"])
+    graph = onnx.helper.make_graph([node], "g", shown[:1], shown[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"x\.onnx is damaged, or no ONNX file: .*(xternal data|model_path)"):
+        load_classifier("x.onnx")
