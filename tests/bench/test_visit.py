@@ -20,17 +20,14 @@ def visit(folder: Path, official: Path, *arguments: str, timeout: float = 500) -
 
 def test_it_goes_on_where_the_time_was_up(tmp_path, official):
     # A second for the first step: it is ended before anything is saved, then taken again.
-    assert "to be continued" in visit(tmp_path, official, "notebook10", "fast9266", "--minutes", "0.01")
-    assert visit(tmp_path, official, "notebook10", "fast9266").endswith("all done\n")
+    assert "to be continued" in visit(tmp_path, official, "notebook10", "--minutes", "0.01")
+    assert visit(tmp_path, official, "notebook10").endswith("all done\n")
     summary = json.loads((tmp_path / "out" / "notebook10" / "summary.json").read_text())
     assert (summary["status"], summary["epochs"]) == ("finished", 2)
-    seeds = json.loads((tmp_path / "out" / "fast9266.json").read_text())
-    assert len(seeds["runs"]) == 5
     shown = visit(tmp_path, official, "--table").splitlines()
     assert f"| {summary['test/top1']:.2%} |" in next(line for line in shown if line.startswith("| notebook10 "))
-    assert " +- " in next(line for line in shown if line.startswith("| fast9266 "))
     assert "| not measured |" in next(line for line in shown if line.startswith("| best10 "))
-    assert visit(tmp_path, official, "notebook10", "fast9266") == "all done\n"  # nothing is taken twice
+    assert visit(tmp_path, official, "notebook10") == "all done\n"  # nothing is taken twice
 
 
 @pytest.mark.nightly
@@ -40,7 +37,9 @@ def test_every_step_is_taken_on_a_cpu(tmp_path, official):
         shown = visit(tmp_path, official, *(step for step in steps if step != "tests"), "--minutes", "30", timeout=1700)
         if shown.endswith("all done\n"):
             break
-    assert "not measured" not in visit(tmp_path, official, "--table")
+    shown = visit(tmp_path, official, "--table")
+    assert "not measured" not in shown
+    assert " +- " in next(line for line in shown.splitlines() if line.startswith("| fast9266 "))
 
 
 STEPS = """import json, sys
