@@ -91,6 +91,7 @@ def check_row(found: dict, row: dict, size: int) -> None:
     assert row["peak_mib"] > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compiled_net_is_the_same_net_and_batches_too_large_are_not_tried(tmp_path, capsys):
     out = tmp_path / "model.json"

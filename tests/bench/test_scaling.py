@@ -222,6 +222,7 @@ def check_row(found: dict[str, Any], row: dict[str, Any]) -> None:
     assert row["predicted_ms"] >= row["local_ms"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
 def test_gpus_that_are_not_there(tmp_path):

@@ -66,6 +66,7 @@ def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
 
 
+@pytest.mark.nightly
 def test_ray_job_submit_does_it_too(nodes, tmp_path):
     """What the README says, with Ray's own command."""
     command = ("python", "-m", "densenet_dist", "train", *QUICK, f"storage={tmp_path}", "name=plain")
@@ -121,6 +122,7 @@ def test_interrupting_asks_and_stops(nodes, tmp_path):
     assert json.loads(records[-1])["epoch"] < 100000
 
 
+@pytest.mark.nightly
 def test_a_follower_that_is_gone_leaves_the_job_alone(nodes, tmp_path):
     process = submit(nodes, "train", *ENDLESS, f"storage={tmp_path}", "name=left")
     assert next(line for line in process.stdout if line.startswith("epoch"))
@@ -169,6 +171,7 @@ def test_a_folder_that_only_one_host_sees_is_refused(hosts):
     assert not re.search("^epoch", text, re.MULTILINE)
 
 
+@pytest.mark.nightly
 def test_hosts_share_an_object_store(hosts, store):
     cluster, _ = hosts
     text = finished(submit(cluster, "train", *QUICK, f"storage={store % '/runs'}", "name=objects"))
@@ -179,6 +182,7 @@ def test_hosts_share_an_object_store(hosts, store):
     assert f"{json.loads(finished(judged))['top1']:.2%}" in text
 
 
+@pytest.mark.nightly
 def test_a_sweep_on_hosts(hosts, tmp_path):
     cluster, _ = hosts
     tiny = ("trials=2", "train.epochs=1", "data.limit=200", "scheduler={name: fifo}", "workers=2")

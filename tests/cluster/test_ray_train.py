@@ -109,6 +109,7 @@ def test_more_than_the_machine_has(start):
     assert "GPU" in run.text()
 
 
+@pytest.mark.nightly
 def test_pictures_of_ones_own_by_dali_on_two_workers(start, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     random = np.random.default_rng(0)

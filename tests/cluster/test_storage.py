@@ -45,6 +45,7 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
         assert here.read_bytes() == there.read_bytes()
 
 
+@pytest.mark.nightly
 def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
     run = start("train.epochs=12", f"storage={faulty_s3 % '/gone'}")
     folder = RunFolder(s3 % "/gone", "run")
@@ -54,6 +55,7 @@ def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
     assert "go on with --resume" in run.text()
 
 
+@pytest.mark.nightly
 def test_a_sweep_whose_store_is_gone_can_go_on_later(start_sweep, s3, faulty_s3, faults):
     run = start_sweep("train.epochs=12", "trials=3", f"storage={faulty_s3 % '/sweeps'}", name="gone")
     trial = RunFolder(s3 % "/sweeps/gone", "trial-000")

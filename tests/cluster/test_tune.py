@@ -198,6 +198,7 @@ def test_interruption_and_what_was_stopped_stays_stopped(start_sweep):
         assert trial["epochs"] in (rungs if trial["status"] == "stopped" else {24})
 
 
+@pytest.mark.nightly
 def test_termination_of_trials_of_several_workers(start_sweep):
     run = start_sweep("train.epochs=500", "workers=2", "trials=2", name="terminated")
     until(lambda: has_trained(run.folder / "trial-000"))
@@ -265,6 +266,7 @@ def test_trials_that_fail_and_trials_that_are_killed(start_sweep, tmp_path):
     assert (first / newest).read_bytes() == (run_of(config).path / newest).read_bytes()
 
 
+@pytest.mark.nightly
 def test_trials_that_run_out_of_memory(start_sweep, monkeypatch):
     # The machine's own memory is left alone: its monitor finds a hundredth of it, or more, in use.
     with monkeypatch.context() as patch:
@@ -295,6 +297,7 @@ def test_hours_of_the_clock():
     assert not Budget(None, None, 1.0).spent()
 
 
+@pytest.mark.nightly
 def test_more_than_the_machine_has(start_sweep):
     run = start_sweep("gpus_per_worker=1", name="room")
     assert run.wait() == 3, run.text()
@@ -386,7 +389,7 @@ def assert_all_given_back(ray: Any) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("cluster", [False, True], indirect=True)
+@pytest.mark.parametrize("cluster", [pytest.param(False, marks=pytest.mark.nightly), True], indirect=True)
 def test_nothing_leaks(cluster, sweep):
     worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(24)]}"
     stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
@@ -450,6 +453,7 @@ def test_weights_are_handed_over(cluster, sweep):
     assert {trial["name"] for trial in results(folder).values() if trial["origin"]} == {one.name for one in recipients}
 
 
+@pytest.mark.nightly
 @joined
 def test_optuna_learns_what_was_tried(cluster, sweep):
     space = "space={train: {lr: {loguniform: [0.01, 0.1]}}, model: {num_layers: [[1, 1], [2, 1]]}}"
@@ -473,6 +477,7 @@ def test_optuna_learns_what_was_tried(cluster, sweep):
         assert list(config.model.num_layers) == trial.overrides["model.num_layers"]
 
 
+@pytest.mark.nightly
 @joined
 def test_a_grid_is_tried_once(cluster, sweep):
     grid = ("space={train.lr: [0.1, 0.2], model.num_layers: [[1, 1], [2, 1]]}", "search.name=grid", "trials=null")
