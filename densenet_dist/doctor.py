@@ -41,7 +41,10 @@ def examine(config: Config, console: Console | None = None) -> bool:
     """Run every check, print a table, and return whether the job can be done."""
     console = console or Console(highlight=False)
     findings = []
-    for check in (_python, _torch, _gpus, _block, _dali, _ray, _storage, _data):
+    checks = [_python, _torch, _gpus, _block, _dali, _ray, _storage, _data]
+    if config.log.wandb.enabled or config.log.mlflow.enabled:
+        checks.append(_trackers)
+    for check in checks:
         try:
             findings.append(check(config))
         except Exception as error:  # a check that breaks is a finding, not the end of the others
@@ -170,6 +173,30 @@ def _data(config: Config) -> Finding:
             return Finding("data", "note", f"{name} is not in {root}; it will be downloaded", "")
         return Finding("data", "bad", text, f"densenet-dist data prepare {name} --root {root}")
     return Finding("data", "ok", f"{folder} can be used" if name == "folder" else f"{name} is complete in {folder}")
+
+
+def _trackers(config: Config) -> Finding:
+    """Whether W&B and MLflow can be used, as far as that can be seen without asking their servers."""
+    from densenet_dist.train.trackers import require_trackers
+
+    try:
+        require_trackers(config)
+    except EnvironmentProblem as error:
+        what, *ways = str(error).splitlines()
+        return Finding("loggers", "bad", what, " ".join(map(str.strip, ways)))
+    found = []
+    if config.log.mlflow.enabled:
+        found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
+    if config.log.wandb.enabled:
+        from densenet_dist.train.track_wandb import require_key
+
+        found.append(f"W&B {package_version('wandb')}")
+        try:
+            require_key()
+        except PermissionError as error:
+            what, _, way = str(error).partition(": ")
+            return Finding("loggers", "note", f"{', '.join(found)}; W&B has {what}", way)
+    return Finding("loggers", "ok", ", ".join(found))
 
 
 def _data_on_store(config: Config) -> Finding:

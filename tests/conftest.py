@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the official CIFAR files, where they lie beside the repository; a server that speaks S3."""
+"""Fixtures for all tests: the official CIFAR files, where they lie beside the repository; servers of S3 and MLflow."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy
+from mlflow_server import mlflow_server as start_mlflow
 
 from densenet_dist.data import cifar
 
@@ -59,6 +60,13 @@ def s3(s3_port: int) -> str:
     filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
     filesystem.create_dir("bucket")
     return f"s3://bucket%s?{address}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server."""
+    with start_mlflow(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
 
 
 @pytest.fixture

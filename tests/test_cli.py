@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -361,3 +362,20 @@ def test_doctor(command):
     )
     assert code == 3
     assert "cannot do the job: storage, data" in out
+
+
+def test_doctor_looks_for_what_a_logger_needs(command, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "none")
+    code, out, _ = command("doctor", "cluster.engine=local", "log.mlflow.enabled=true")
+    assert code == 3
+    assert "cannot do the job: loggers" in out
+    if importlib.util.find_spec("wandb") is not None:
+        code, out, _ = command("doctor", "cluster.engine=local", "log.wandb.enabled=true")
+        assert code == 0
+        assert "W&B has no key for https://api.wandb.ai" in " ".join(out.split())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, _ = command("doctor", "cluster.engine=local", "log.wandb.enabled=true")
+    assert code == 3
+    assert "pip install wandb" in " ".join(out.split())

@@ -31,7 +31,7 @@ SETTINGS: Final = Settings(SweepConfig, _impossible)
 DEFAULT_TRIALS: Final = 16
 _CHECKED_COMBINATIONS: Final = 200
 _LARGEST_GRID: Final = 10_000
-_GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "seed")
+_GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "fault", "log", "seed")
 _PBT_MAY_CHANGE: Final = (
     *("train.lr", "train.label_smoothing", "train.clip_grad_norm", "train.optimizer.weight_decay"),
     *("train.optimizer.momentum", "train.optimizer.betas", "train.optimizer.eps", "model.drop_rate"),

@@ -65,7 +65,8 @@ class Console:
     def finish(self, ending: Ending) -> None:
         """Say how the run ended, where all of it lies, and what can be done with it."""
         self._clear()
-        print_closing(self._console, ending.title, ending.figures(), ending.files(), ending.commands())
+        places = ending.files() | dict(ending.links)
+        print_closing(self._console, ending.title, ending.figures(), places, ending.commands())
 
     def _start(self, event: Event) -> None:
         self._view.begin(event)
@@ -120,13 +121,15 @@ class LastingConsole(RichConsole):
 
 
 class Linked(NamedTuple):
-    """A file or folder as it is shown, and the address that a terminal opens when it is clicked."""
+    """A file, folder or page as it is shown, and the address that a terminal opens when it is clicked."""
 
     text: str
 
     @property
     def style(self) -> Style:
-        """A link (OSC 8) for what lies here; addresses of object stores are no browser's."""
+        """A link (OSC 8) for what lies here or on the web; addresses of object stores are no browser's."""
+        if self.text.startswith(("http://", "https://")):
+            return Style(link=self.text)
         path = Path(self.text)
         return Style(link=path.as_uri()) if path.is_absolute() else Style()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -22,6 +22,7 @@ class Ending:
         summary: what summary.json holds.
         images_per_s: while training, the median of its epochs; None where none is on record.
         goodput: the share of its time that went into steps that count, in [0, 1]; None where none is on record.
+        links: addresses of the run at W&B and MLflow, by service.
     """
 
     run: str
@@ -29,17 +30,20 @@ class Ending:
     summary: Mapping[str, Any]
     images_per_s: float | None
     goodput: float | None
+    links: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: RunFolder, summary: Mapping[str, Any]) -> Ending:
         """The ending of a run that lies there."""
         from densenet_dist.train.logs import read_records  # imports torch
+        from densenet_dist.train.trackers import links
 
         records = read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
         rates = [line["perf/images_per_s"] for line in records if "perf/images_per_s" in line]
         shares = [line["goodput/ratio"] for line in records if "goodput/ratio" in line]
         location = join_location(folder.storage, folder.name)
-        return cls(folder.uri, location, summary, median(rates) if rates else None, shares[-1] if shares else None)
+        speed, share = median(rates) if rates else None, shares[-1] if shares else None
+        return cls(folder.uri, location, summary, speed, share, links(folder))
 
     @property
     def title(self) -> str:

@@ -107,6 +107,7 @@ class RunJsonLines(JsonLines):
             images_per_s=ending.images_per_s,
             goodput=ending.goodput,
             files=by_key(ending.files()),
+            links=dict(ending.links),
         )
 
 

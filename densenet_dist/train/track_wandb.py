@@ -24,9 +24,8 @@ class WandbSession:
     def __init__(self, config: Config, run: RunFolder, known: str | None) -> None:
         import wandb
 
-        offline = os.environ.get("WANDB_MODE", "online") != "online"
-        if not offline:
-            _require_key()
+        offline = _is_offline()
+        require_key()
         sweep, log = sweep_of(config, run), config.log.wandb
         self._folder, self.is_new = run if run.is_remote else None, known is None
         self._run = wandb.init(
@@ -58,8 +57,14 @@ class WandbSession:
             self._folder.publish("wandb")
 
 
-def _require_key() -> None:
-    """W&B would ask for it on the terminal."""
+def require_key() -> None:
+    """Whether there is a key where one is needed; W&B would ask for it on the terminal.
+
+    Raises:
+        PermissionError: there is none.
+    """
+    if _is_offline():
+        return
     import requests
 
     address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
@@ -67,3 +72,7 @@ def _require_key() -> None:
         raise PermissionError(
             f"no key for {address}: set WANDB_API_KEY or run 'wandb login', or set WANDB_MODE=offline"
         )
+
+
+def _is_offline() -> bool:
+    return os.environ.get("WANDB_MODE", "online") != "online"

@@ -24,6 +24,8 @@ from densenet_dist.train.run_folder import TRIAL_FILE, RunFolder
 from densenet_dist.yaml_settings import flatten
 
 TRACKERS_FOLDER: Final = "trackers"
+_WANDB: Final = "W&B"
+_MLFLOW: Final = "MLflow"
 _LONGEST: Final = 300
 _END_S: Final = 30.0
 _CUT_OFF_S: Final = 5.0
@@ -66,9 +68,9 @@ class Tracker:
 
     def __init__(self, name: str, opener: Opener, run: RunFolder, records: Sequence[Record]) -> None:
         self._name, self._open, self._run = name, opener, run
-        self._file = f"{TRACKERS_FOLDER}/{name.replace('&', '').lower()}.json"
+        self._file = _state_file(name)
         self._records = list(records)
-        self._state = self._read_state()
+        self._state = _read_state(run, self._file)
         self._sent = min(self._state.get("sent", 0), len(records))  # what is done once more is sent once more
         self._session: Session | None = None
         self._end: tuple[End, Record] | None = None
@@ -139,14 +141,25 @@ class Tracker:
             text = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])
             self._news.put(f"{self._name} cannot be reached; training goes on, and it is tried again: {text}")
 
-    def _read_state(self) -> Record:
-        if not self._run.exists(self._file):
-            return {}
-        try:
-            state = json.loads(self._run.fetch(self._file).read_text())
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
+
+def links(run: RunFolder) -> dict[str, str]:
+    """Where people see a run, by service; those that were never reached, or have no address, are left out."""
+    states = {name: _read_state(run, _state_file(name)) for name in (_WANDB, _MLFLOW)}
+    return {name: state["url"] for name, state in states.items() if isinstance(state.get("url"), str)}
+
+
+def _state_file(name: str) -> str:
+    return f"{TRACKERS_FOLDER}/{name.replace('&', '').lower()}.json"
+
+
+def _read_state(run: RunFolder, file: str) -> Record:
+    if not run.exists(file):
+        return {}
+    try:
+        state = json.loads(run.fetch(file).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def without_secrets(text: str) -> str:
@@ -192,11 +205,11 @@ def open_trackers(config: Config, run: RunFolder, records: Sequence[Record]) -> 
     if config.log.wandb.enabled:
         from densenet_dist.train.track_wandb import WandbSession
 
-        trackers.append(Tracker("W&B", partial(WandbSession, config, run), run, records))
+        trackers.append(Tracker(_WANDB, partial(WandbSession, config, run), run, records))
     if config.log.mlflow.enabled:
         from densenet_dist.train.track_mlflow import MlflowSession
 
-        trackers.append(Tracker("MLflow", partial(MlflowSession, config, run), run, records))
+        trackers.append(Tracker(_MLFLOW, partial(MlflowSession, config, run), run, records))
     return trackers
 
 

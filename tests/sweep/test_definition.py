@@ -152,6 +152,7 @@ def test_settings_go_where_they_belong(load):
     assert sweep.base["data"]["limit"] == 500
     assert sweep.space == {"train.lr": Range(0.1, 0.2)}
     assert not {"name", "storage"} & set(sweep.base)
+    assert load(LR, "log.mlflow.enabled=true", "fault.grace_s=9").base["log"]["mlflow"]["enabled"] is True
     assert load(LR, "name=other").settings.name == "other"
 
 

@@ -192,11 +192,12 @@ def test_the_live_lines_are_gone_at_the_end():
 
 def test_paths_are_links_on_a_terminal():
     script = "from densenet_dist.train.ending import Ending\n"
-    script += f"console.finish(Ending('/a b/run', '/a b/run', {SUMMARY!r}, None, None))\n"
+    web = "http://mlflow:5000/#/experiments/1/runs/2"
+    script += f"console.finish(Ending('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
     links = Screen(80).write(shown(script, 80)).links
     assert links["/a b/run/report.html"] == "file:///a%20b/run/report.html"
     script = script.replace("/a b/run", "s3://bucket/runs/k")
-    assert Screen(80).write(shown(script, 80)).links == {}
+    assert Screen(80).write(shown(script, 80)).links == {web: web}
 
 
 @pytest.mark.parametrize(

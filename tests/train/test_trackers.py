@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow_server import free_port
 from runs import run_of, tiny, train
+from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.errors import ConfigError, EnvironmentProblem
+from densenet_dist.train.ending import Ending
 from densenet_dist.train.logs import read_records
 from densenet_dist.train.trackers import without_secrets
 
@@ -40,36 +36,6 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("densenet_dist.train.trackers._CUT_OFF_S", 120.0)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an MLflow server."""
-    folder, address = tmp_path_factory.mktemp("mlflow"), f"http://127.0.0.1:{free_port()}"
-    port = address.rpartition(":")[2]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/m.db", "--artifacts-destination", str(folder / "files")]
-    with open(folder / "log", "w") as log:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()[-2000:]
-                time.sleep(0.2)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
 def told(config, **how) -> list[str]:
     """Train; what was noted."""
     notes: list[str] = []
@@ -77,25 +43,32 @@ def told(config, **how) -> list[str]:
     return notes
 
 
+def cut_after(epoch: int, config, notes: list[str] | None = None) -> None:
+    """Train until an epoch is over, and stop as Ctrl-C does."""
+
+    def listener(event: dict[str, Any]) -> None:
+        if event["kind"] == "note" and notes is not None:
+            notes.append(event["text"])
+        if event["kind"] == "epoch" and event["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=listener)
+
+
 def everything_in(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 @needs_mlflow
-def test_a_resumed_run_goes_on_at_the_server(server, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("//", f"//user:{MARKER}@"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.replace("//", f"//user:{MARKER}@"))
     settings = ("train.epochs=3", "log.mlflow.enabled=true", "log.mlflow.experiment=mine")
     config = tiny(tmp_path, *settings)
-
-    def cut(event):
-        if event["kind"] == "epoch" and event["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=cut)
-    client = MlflowClient(server)
+    cut_after(2, config)
+    client = MlflowClient(mlflow_server)
     experiment = client.get_experiment_by_name("mine")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "KILLED"
@@ -110,29 +83,26 @@ def test_a_resumed_run_goes_on_at_the_server(server, tmp_path, monkeypatch):
         assert {step for step, _ in history} == {line["global_step"] for line in lines if key in line}
         assert history >= {(line["global_step"], line[key]) for line in lines if key in line}
     assert run.data.metrics["test/loss"] == lines[-1]["test/loss"]
-    assert any(f"MLflow: {server}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}" in n for n in notes)
+    url = f"{mlflow_server}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
+    assert f"MLflow: {url}" in notes
+    assert Ending.of(run_of(config), {}).links == {"MLflow": url}
     assert MARKER.encode() not in everything_in(run_of(config).path)
 
 
 @needs_mlflow
-def test_a_run_without_a_server_is_trained_all_the_same_and_sent_later(server, tmp_path):
+def test_a_run_without_a_server_is_trained_all_the_same_and_sent_later(mlflow_server, tmp_path, monkeypatch):
     from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MARKER)
 
     gone = f"http://127.0.0.1:{free_port()}"
     config = tiny(tmp_path, "train.epochs=2", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={gone}")
-    notes: list[str] = []
-
-    def cut(event):
-        if event["kind"] == "note":
-            notes.append(event["text"])
-        if event["kind"] == "epoch" and event["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=cut)
-    later = tiny(tmp_path, "train.epochs=2", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={server}")
+    cut_after(1, config)
+    later = tiny(tmp_path, "train.epochs=2", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={mlflow_server}")
     told(later)
-    client = MlflowClient(server)
+    client = MlflowClient(mlflow_server)
     runs = client.search_runs([client.get_experiment_by_name("densenet-dist").experiment_id])
     (run,) = (run for run in runs if run.data.tags["densenet_dist.folder"] == run_of(config).uri)
     assert [point.step for point in client.get_metric_history(run.info.run_id, "val/loss")] == [5, 10]
@@ -151,39 +121,32 @@ def test_a_server_that_never_answers_costs_a_note(tmp_path, monkeypatch):
 
 @needs_wandb
 def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
+    key = MARKER.replace("-", "").lower().ljust(40, "0")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", MARKER.replace("-", "").lower().ljust(40, "0"))
+    monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", MARKER)
     config = tiny(tmp_path, "train.epochs=2", "log.wandb.enabled=true", "log.wandb.project=mine")
     (run_of(config).path).mkdir(parents=True)
     (run_of(config).path / "trial.json").write_text("{}")  # it is a trial of a sweep
+    cut_after(1, config)
     assert [note for note in told(config) if "W&B" in note] == []
-    (path,) = run_of(config).path.glob("wandb/offline-run-*/*.wandb")
-    store, history, head = DataStore(), [], None
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            head = record.run
-        elif record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-    assert (head.project, head.display_name, head.run_group) == ("mine", "tiny", tmp_path.name)
-    assert {item.key or item.nested_key[0]: item.value_json for item in head.config.update}["train.epochs"] == "2"
+    parts = [wandb_run(path) for path in sorted(run_of(config).path.glob("wandb/offline-run-*/*.wandb"))]
+    (first, _), (second, _) = parts
+    assert (first.project, first.display_name, first.run_group) == ("mine", "tiny", tmp_path.name)
+    assert first.run_id == second.run_id
+    assert {item.key or item.nested_key[0]: item.value_json for item in first.config.update}["train.epochs"] == "2"
+    rows = [row for _, history in parts for row in history]
     lines = read_records(run_of(config).path / "metrics.jsonl")
-    assert [(row["global_step"], row.get("val/loss")) for row in history] == [
+    assert [(row["global_step"], row.get("val/loss")) for row in rows] == [
         (line["global_step"], line.get("val/loss")) for line in lines
     ]
-    assert history[-1]["test/top1"] == lines[-1]["test/top1"]
+    assert rows[-1]["test/top1"] == lines[-1]["test/top1"]
     state = json.loads((run_of(config).path / "trackers" / "wb.json").read_text())
-    assert state == {"id": head.run_id, "url": None, "sent": 3}
+    assert state == {"id": first.run_id, "url": None, "sent": 3}
+    assert Ending.of(run_of(config), {}).links == {}
     found = everything_in(run_of(config).path)
     assert MARKER.encode() not in found
-    assert MARKER.replace("-", "").lower().encode() not in found
+    assert key.encode() not in found
 
 
 @needs_wandb

@@ -1,0 +1,77 @@
+"""W&B and MLflow where rank 0 is a Ray worker, and where the run is a trial of a sweep."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from wandb_files import wandb_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.nightly,  # tests/train/test_trackers.py has all that does not need Ray
+    pytest.mark.skipif(
+        importlib.util.find_spec("mlflow") is None or importlib.util.find_spec("wandb") is None,
+        reason="mlflow or wandb is not installed",
+    ),
+    # Both import packages that use what Python has deprecated.
+    *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")),
+]
+MARKER = "0123marker0123marker0123marker0123marker"  # as long as a key
+SETTINGS = ("train.epochs=2", "log.mlflow.enabled=true", "log.wandb.enabled=true")
+
+
+@pytest.fixture(autouse=True)
+def _services(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MARKER)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", MARKER)
+
+
+def runs_at(server: str, experiment: str) -> list:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server)
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def tells_the_key(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if MARKER.encode() in path.read_bytes()]
+
+
+def test_rank_0_on_a_ray_worker_sends(start, mlflow_server, read_records):
+    run = start(*SETTINGS, "log.mlflow.experiment=ray")
+    assert run.wait(1500) == 0, run.text()
+    lines = read_records(run.folder)
+    (sent,) = runs_at(mlflow_server, "ray")
+    assert sent.info.status == "FINISHED"
+    assert sent.data.params["cluster.engine"] == "ray"
+    assert sent.data.metrics["test/loss"] == lines[-1]["test/loss"]
+    url = f"{mlflow_server}/#/experiments/{sent.info.experiment_id}/runs/{sent.info.run_id}"
+    assert re.search(rf"^  MLflow +{re.escape(url)}$", run.text(), re.MULTILINE), "in the last words"
+    (path,) = run.folder.glob("wandb/offline-run-*/*.wandb")
+    _, rows = wandb_run(path)
+    assert [(row["global_step"], row.get("val/loss")) for row in rows] == [
+        (line["global_step"], line.get("val/loss")) for line in lines
+    ]
+    assert tells_the_key(run.folder) == []
+
+
+def test_trials_are_grouped_under_their_sweep(start_sweep, mlflow_server):
+    sweep = start_sweep(*SETTINGS, "log.mlflow.experiment=sweeps", "trials=2", name="tracked")
+    assert sweep.wait(1500) == 0, sweep.text()
+    sent = runs_at(mlflow_server, "sweeps")
+    assert sorted(run.info.run_name for run in sent) == ["tracked/trial-000", "tracked/trial-001"]
+    assert {(run.info.status, run.data.tags["densenet_dist.sweep"]) for run in sent} == {("FINISHED", "tracked")}
+    heads = [wandb_run(path)[0] for path in sweep.folder.glob("trial-*/wandb/offline-run-*/*.wandb")]
+    assert {(head.run_group, head.display_name) for head in heads} == {
+        ("tracked", "trial-000"),
+        ("tracked", "trial-001"),
+    }
+    assert tells_the_key(sweep.folder) == []
