@@ -36,13 +36,17 @@ def printed() -> Iterator[None]:
         yield
 
 
-def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> Picture:
+def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], cell: float = 0.42) -> Picture:
     """The matrix in its own colours, see `confusion_figure`; to be drawn and saved within `printed`."""
-    return confusion_figure(confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3)
+    return confusion_figure(confusion, names, _PRINTED, ["black"] * 4 + ["white"] * 3, cell)
 
 
 def confusion_figure(
-    confusion: npt.NDArray[np.int64], names: Sequence[str], shades: Sequence[str], inks: Sequence[str]
+    confusion: npt.NDArray[np.int64],
+    names: Sequence[str],
+    shades: Sequence[str],
+    inks: Sequence[str],
+    cell: float = 0.42,
 ) -> Picture:
     """Draw a confusion matrix; cells without images are left out.
 
@@ -51,12 +55,13 @@ def confusion_figure(
         names: of the classes.
         shades: colours from the rarest share of a row to all of it.
         inks: of the numbers on each shade.
+        cell: the side of a class's cell in inches, as long as there are few classes; texts keep their size.
     """
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
     count = len(names)
-    side = 2.2 + min(0.42 * count, 6.3)
+    side = 2.2 + min(cell * count, 15 * cell)
     figure = new_figure(side + 0.6, side)
     axes = figure.add_subplot()
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)

@@ -29,11 +29,14 @@ from densenet_dist.yaml_settings import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import ImageFont
 
 _HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
 """What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""
 _MOST_CURVES: Final = 10
 """Above so many classes there are curves of precision and recall for their averages only."""
+_CELL_INCHES: Final = 0.3
+"""Of the confusion matrix: TensorBoard shows pictures 320 pixels wide, whatever their size, and texts must be large."""
 _LAYOUT: Final = {
     "training and validation": {
         "loss": ["Multiline", ["train/loss", "val/loss"]],
@@ -142,7 +145,7 @@ class Board:
         self._precision_and_recall(tally, names, step)
         if len(names) <= MOST_CLASSES:
             with printed():
-                pixels = _pixels(printed_confusion(tally.confusion.numpy(), names))
+                pixels = _pixels(printed_confusion(tally.confusion.numpy(), names, _CELL_INCHES))
             self._writer.add_image("test/confusion", pixels, step, dataformats="HWC")
         if shown := [found for found in tally.mistakes if found.place in pictures]:
             sheet = _draw_mistakes(shown, names, pictures)
@@ -186,7 +189,7 @@ def _pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.05)
     with Image.open(buffer) as picture:
         return np.asarray(picture.convert("RGB"))
 
@@ -209,8 +212,8 @@ def _draw_mistakes(
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    columns, side, width, height = min(6, len(mistakes)), 128, 150, 176
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 12)
+    columns, side, width, height = min(4, len(mistakes)), 128, 160, 184
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 15)
     sheet = Image.new("RGB", (columns * width, -(-len(mistakes) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, found in enumerate(mistakes):
@@ -218,15 +221,21 @@ def _draw_mistakes(
         picture = Image.fromarray(pictures[found.place].numpy())
         larger = picture.width < side
         picture = picture.resize((side, side), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left + (width - side) // 2, top + 40))
-        taken, true = (_shortened(names[label], 14) for label in (found.predicted, found.label))
-        for line, text in enumerate((f"{taken} {found.confidence:.0%}", f"is {true}")):
-            draw.text((left + width // 2, top + 14 + 16 * line), text, fill="black", font=font, anchor="mm")
+        sheet.paste(picture, (left + (width - side) // 2, top + 46))
+        texts = (names[found.predicted], f" {found.confidence:.0%}"), (f"is {names[found.label]}", "")
+        for line, (text, end) in enumerate(texts):
+            text = _fitting(text, font, width - 8 - font.getlength(end)) + end
+            draw.text((left + width // 2, top + 15 + 19 * line), text, fill="black", font=font, anchor="mm")
     return np.asarray(sheet)
 
 
-def _shortened(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """As much of a name as there is room for, in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def show_test(job: Job, board: Board, tally: Tally, engine: Engine) -> None:

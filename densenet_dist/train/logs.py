@@ -33,11 +33,14 @@ class RunLog:
         self._tell: Callable[[str], None] = lambda text: None
         if run.is_remote and run.exists(METRICS_FILE):
             run.fetch(METRICS_FILE)
-        self._kept = self._keep_until(global_step)
+        self._kept, best = self._keep_until(global_step)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
         again = run.exists(TENSORBOARD_FOLDER)
-        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step + 1 if again else None)
+        # A test that was cut off stands at the last epoch's step: that is hidden too, and its epoch shown again.
+        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step if again else None)
+        if again and self._kept and self._kept[-1]["global_step"] == global_step:
+            self.board.scalars(self._kept[-1] | best, global_step)
         self.publish()  # from here on the run's name is taken
 
     def track(self, config: Config, tell: Callable[[str], None]) -> None:
@@ -90,15 +93,16 @@ class RunLog:
             for text in tracker.news():
                 self._tell(text)
 
-    def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
-        path = self.run.path / METRICS_FILE
+    def _keep_until(self, global_step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The records of steps up to that one, alone on record from here on, and the best figures by then."""
+        path, best = self.run.path / METRICS_FILE, dict[str, float]()
         if not path.exists():
-            return []
+            return [], best
         kept = [line for line in read_records(path) if line["global_step"] <= global_step and "test/loss" not in line]
         self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
         for line in kept:
-            self._results.add(line)
-        return kept
+            best = self._results.add(line)
+        return kept, best
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

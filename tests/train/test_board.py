@@ -1,8 +1,10 @@
-"""TensorBoard's pictures, curves of precision and recall, graph and table; the browser is in test_board_shown.py."""
+"""TensorBoard: pictures, curves of precision and recall, graph and table; in a browser: test_tensorboard_browser.py."""
 
 from __future__ import annotations
 
 import io
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,8 +157,8 @@ def test_a_run_ends_with_pictures_of_its_test(done):
     sheet = np.asarray(Image.open(io.BytesIO(images["test/worst_mistakes"][0].encoded_image_string)))
     # The first picture is the surest mistake of the report, 32 pixels made 128, below its two lines.
     first = np.asarray(Image.open(io.BytesIO(judged.mistakes[0].picture)))
-    np.testing.assert_array_equal(sheet[40:168:4, 11:139:4], first)
-    assert (sheet[:40] == 255).all(2).mean() < 0.99  # something is written there
+    np.testing.assert_array_equal(sheet[46:174:4, 16:144:4], first)
+    assert (sheet[:46] == 255).all(2).mean() < 0.99  # something is written there
     curves = {tag for tag in board.Tags()["tensors"] if tag.startswith("test_pr/")}
     assert curves == {
         f"test_pr/{name}" for name, row in zip(judged.class_names, judged.confusion, strict=True) if row.sum()
@@ -217,6 +219,21 @@ def test_a_run_that_starts_again_shows_everything_once(tmp_path):
     assert [event.step for event in board.Scalars("best/val_top1")] == [5, 10]
     assert len(board.Tensors("config/text_summary")) == 1
     assert isinstance(board.Graph(), GraphDef)
+
+
+def test_a_test_that_was_cut_off_is_shown_once(done, tmp_path):
+    config = replace(done, storage=str(tmp_path))
+    shutil.copytree(run_of(done).path, run_of(config).path)
+    (run_of(config).path / "summary.json").unlink()  # lost with the machine, when all else was written
+    next_second()
+    train(config)
+    assert len(list((run_of(config).path / "tb").iterdir())) == 2
+    once, twice = board_of(done), board_of(config)
+    assert twice.Tags() == once.Tags()
+    for tag in once.Tags()["scalars"]:
+        assert [event.step for event in twice.Scalars(tag)] == [event.step for event in once.Scalars(tag)], tag
+    for tag in once.Tags()["images"]:
+        assert [event.step for event in twice.Images(tag)] == [event.step for event in once.Images(tag)], tag
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
