@@ -36,7 +36,7 @@ class Ending:
     def of(cls, folder: RunFolder, summary: Mapping[str, Any]) -> Ending:
         """The ending of a run that lies there."""
         from densenet_dist.train.logs import read_records  # imports torch
-        from densenet_dist.train.trackers import links
+        from densenet_dist.train.tracker import links
 
         records = read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
         rates = [line["perf/images_per_s"] for line in records if "perf/images_per_s" in line]

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from densenet_dist.schema import Config
 from densenet_dist.train.run_folder import RunFolder
-from densenet_dist.train.trackers import End, Record, settings_of, sweep_of, without_secrets
+from densenet_dist.train.tracker import End, Record, settings_of, sweep_of, without_secrets
 
 _DEFAULTS: Final = {
     # MLflow's own are two minutes and seven tries, each later than the one before.

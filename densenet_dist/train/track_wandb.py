@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from densenet_dist.schema import Config
 from densenet_dist.train.run_folder import RunFolder
-from densenet_dist.train.trackers import End, Record, settings_of, sweep_of
+from densenet_dist.train.tracker import End, Record, settings_of, sweep_of
 
 _SETTINGS: Final[dict[str, Any]] = {
     # Only what is sent on purpose: no console, code, git, packages, command line or machine.

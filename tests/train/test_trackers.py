@@ -16,7 +16,7 @@ from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.train.ending import Ending
 from densenet_dist.train.logs import read_records
-from densenet_dist.train.trackers import without_secrets
+from densenet_dist.train.tracker import without_secrets
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
