@@ -32,8 +32,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends wait for as long as a busy machine needs."""
-    monkeypatch.setattr("densenet_dist.train.trackers._END_S", 120.0)
-    monkeypatch.setattr("densenet_dist.train.trackers._CUT_OFF_S", 120.0)
+    monkeypatch.setattr("densenet_dist.train.tracker._END_S", 120.0)
+    monkeypatch.setattr("densenet_dist.train.tracker._CUT_OFF_S", 120.0)
 
 
 def told(config, **how) -> list[str]:
