@@ -1,4 +1,4 @@
-"""The services that a run's records are sent to: W&B and MLflow. Both packages are imported in the thread that sends."""
+"""The services that records are sent to: W&B and MLflow. Their packages are imported in the thread that sends."""
 
 from __future__ import annotations
 
