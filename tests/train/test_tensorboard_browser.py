@@ -219,7 +219,7 @@ def test_curves_of_precision_and_recall(opened):
 
 def test_trials_are_found_by_their_sweeps_name(opened):
     page = opened("timeseries")
-    page.get_by_placeholder("Filter runs (regex)").fill("^sweep/")
+    page.get_by_role("textbox", name="Filter runs (regex)").fill("^sweep/")
     rows = page.locator("runs-data-table tb-data-table-content-row")
     awaited(lambda: [text.strip() for text in rows.all_inner_texts()], ["sweep/trial-000/tb", "sweep/trial-001/tb"])
 
