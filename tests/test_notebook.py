@@ -19,6 +19,8 @@ from runs import TINY
 
 from densenet_dist.config import load_config
 
+pytestmark = pytest.mark.timeout(1800)  # the whole notebook is run for the first test that asks for it
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
 KERAS = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -111,13 +113,13 @@ class Kernel:
         self.manager.start_kernel(cwd=str(folder))
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=120)
+        self.client.wait_for_ready(timeout=500)
 
     def run(self, code: str, stop: Callable[[str], bool] = lambda shown: False) -> tuple[str, list[str]]:
         """Run a cell, and press the stop button once its display is so; its last text, and its error's lines."""
         request, shown, error, stopped = self.client.execute(code), "", [], False
         while True:
-            message = self.client.get_iopub_msg(timeout=300)
+            message = self.client.get_iopub_msg(timeout=500)
             if message["parent_header"].get("msg_id") != request:
                 continue
             kind, content = message["msg_type"], message["content"]

@@ -150,3 +150,12 @@ def test_a_run_on_an_object_store(start, s3):
     again = start(f"storage={storage}")
     assert again.wait() == 5
     assert "exists already" in again.text()
+
+
+@pytest.mark.nightly  # tests/train/test_profiling.py has the rest
+def test_rank_0_profiles_its_steps(start):
+    run = start("train.epochs=1", "train.profile=[1, 3]")
+    assert run.wait(1500) == 0, run.text()
+    assert {path.name for path in (run.folder / "profile").iterdir()} == {"steps-1-3.trace.json.gz", "steps-1-3.txt"}
+    assert (run.folder / "profile" / "steps-1-3.txt").read_text().startswith("2 steps on cpu")
+    assert run.text().count("2 steps are profiled") == 1, "by one of the two workers"

@@ -20,7 +20,7 @@ from PIL import Image
 from densenet_dist.inference.classifier import load_classifier
 
 pytest.importorskip("gradio", reason="gradio is not installed", exc_type=ImportError)
-SECONDS = 240
+SECONDS = 570  # below pytest's own limit: until then a busy machine may take its time
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def test_a_picture_is_dropped_and_classified(original, tmp_path):
             assert {host for host in asked if host} == {urlsplit(address).netloc}
             (tmp_path / "bad.png").write_text("no picture")
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(SECONDS) == 0
     assert (tmp_path / "errors").read_text() == ""
     assert not list(tmp_path.glob("densenet_dist-demo-*"))  # nor anything that was uploaded
 

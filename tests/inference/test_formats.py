@@ -74,7 +74,12 @@ def test_the_weights_are_those_that_the_run_is_evaluated_with(original, exported
     assert any(not torch.equal(written[name], trained[name]) for name in written)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def some(*often):
+    """All variants, those but `often` nightly: what differs between them is the net's own, and tested there."""
+    return [pytest.param(name, marks=[] if name in often else [pytest.mark.nightly]) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("variant", some("notebook", "densenet_bc"))
 def test_every_variant_in_the_formats_of_torch(tmp_path, variant):
     net = net_of(variant)
     header = header_for(net)
@@ -91,9 +96,7 @@ def test_every_variant_in_the_formats_of_torch(tmp_path, variant):
     torch.testing.assert_close(program(pixels[:1]), wanted[:1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[pytest.mark.nightly] * (name != "notebook")) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", some("notebook"))
 def test_every_variant_as_onnx(tmp_path, variant):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -112,7 +115,12 @@ def test_every_variant_as_onnx(tmp_path, variant):
 
 @pytest.mark.parametrize(
     ("format", "precision"),
-    [("safetensors", "bf16"), ("safetensors", "int8"), ("torch-export", "bf16"), ("onnx", "int8")],
+    [
+        pytest.param("safetensors", "bf16", marks=pytest.mark.nightly),
+        ("safetensors", "int8"),
+        pytest.param("torch-export", "bf16", marks=pytest.mark.nightly),
+        ("onnx", "int8"),
+    ],
 )
 def test_smaller_files_say_what_they_lose(original, exported, images, format, precision, tmp_path):
     whole, small = exported(format), exported(format, precision)

@@ -24,8 +24,11 @@ needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, re
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 # Both import packages that use what Python and pydantic have deprecated.
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning", "UserWarning:pydantic.*")
+    pytest.mark.timeout(1800),  # MLflow's server takes eight seconds of CPU to start, on a busy machine minutes
+    *(
+        pytest.mark.filterwarnings(f"ignore::{kind}")
+        for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning", "UserWarning:pydantic.*")
+    ),
 ]
 
 
