@@ -46,7 +46,7 @@ class Run:
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.text():
             assert self.process.poll() is None, f"the command ended without printing {text!r}:\n{self.text()}"

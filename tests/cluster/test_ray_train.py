@@ -85,10 +85,10 @@ def test_interruption_leaves_no_process(start, number, code):
     family = run.descendants()
     assert any("raylet" in process.name() for process in family)
     run.process.send_signal(number)
-    assert run.wait(30) == code, run.text()
+    assert run.wait(90) == code, run.text()
     assert f"train --resume {run.folder}" in run.text()
     # Ray's own agents notice within seconds that their node is gone, on a busy machine within many.
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=90)
     # A dead child that nobody has reaped yet is no process any more: it holds nothing.
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 

@@ -52,7 +52,7 @@ def epochs_of(trial: Path) -> list[int]:
     return [line["epoch"] for line in lines if "train/loss" in line]
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Wait for something, and give it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -87,7 +87,7 @@ def test_ended_half_way_it_leaves_no_process(project):
         time.sleep(0.2)
     (temp,) = temporary_folders() - before
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(120) == 143
     run = project.run()
     assert project.left_behind(run.name) == []
     assert project.left_behind(temp) == []
