@@ -76,6 +76,8 @@ def command_lines(page: Path) -> Iterator[list[str]]:
             if not line.startswith(begins[block.language]) or "densenet" not in line.partition("#")[0]:
                 continue
             words = shlex.split(line.removeprefix("$ ").removesuffix(" &"), comments=True)
+            for sign in ("|", ">"):
+                words = words[: words.index(sign)] if sign in words else words
             own = [i for i, word in enumerate(words) if word.endswith(("densenet-dist", "densenet_dist"))]
-            if own:
+            if own and words[own[0] + 1 :]:
                 yield words[own[0] + 1 :]
