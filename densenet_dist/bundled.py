@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -28,10 +29,11 @@ def find(source: str | Path) -> Path:
     documentation and help say it) are the configuration of that name that comes with the package.
     """
     path = Path(source)
-    if path.is_file() or str(path.parent) not in (".", "configs") or path.suffix not in ("", ".yaml"):
+    # Unlike Path.is_file, isfile has no error for what can be no name (too long, a zero byte).
+    if os.path.isfile(path) or str(path.parent) not in (".", "configs") or path.suffix not in ("", ".yaml"):
         return path
     bundled = folder() / f"{path.stem}.yaml"
-    return bundled if bundled.is_file() else path
+    return bundled if os.path.isfile(bundled) else path
 
 
 def headline(name: str) -> str:

@@ -378,3 +378,13 @@ def test_doctor_looks_for_what_a_logger_needs(command, monkeypatch):
     code, out, _ = command("doctor", "cluster.engine=local", "log.wandb.enabled=true")
     assert code == 3
     assert "pip install wandb" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "source", ["x" * 400, "x" * 400 + ".yaml", f"name={'[' * 400}", "a\0b", "a\0b.yaml"], ids=range(5)
+)
+def test_what_can_be_no_file_is_a_wrong_configuration(source, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["config", source])
+    assert stop.value.code == 2
+    assert "fault of the program" not in capsys.readouterr().err

@@ -155,7 +155,8 @@ def test_types_reach_those_who_import_it(installed, tmp_path):
         *("densenet_dist.schema.Config", "int", "str"),
     ], done.stdout + done.stderr
     assert re.findall(r"error: (.*)", done.stdout) == [
-        'Argument 1 to "load_config" has incompatible type "int"; expected "str | Path | Mapping[str, Any]"  [arg-type]'
+        'Argument 1 to "load_config" has incompatible type "int"; '
+        'expected "str | Path | Mapping[str, Any] | Config"  [arg-type]'
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,7 +76,7 @@ def is_sweep(source: str) -> bool:
     from densenet_dist.yaml_settings import read_yaml
 
     path = bundled.find(source)
-    return path.suffix in (".yaml", ".yml") and path.is_file() and "space" in read_yaml(path)
+    return path.suffix in (".yaml", ".yml") and os.path.isfile(path) and "space" in read_yaml(path)
 
 
 def parse_batch_sizes(text: str) -> tuple[int, ...]:

@@ -213,7 +213,9 @@ def _draw_mistakes(
     from PIL import Image, ImageDraw, ImageFont
 
     columns, side, width, height = min(4, len(mistakes)), 128, 160, 184
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 15)
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    # The other engine fails on some texts, and a class may have any name.
+    font = ImageFont.truetype(str(file), 15, layout_engine=ImageFont.Layout.BASIC)
     sheet = Image.new("RGB", (columns * width, -(-len(mistakes) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, found in enumerate(mistakes):
