@@ -411,11 +411,11 @@ def test_nothing_leaks(cluster, sweep):
     def sabotage(event: dict[str, Any]) -> None:
         if event["kind"] == "sweep":
             (Path(raising.folder) / "trial-001").mkdir()
-            (Path(raising.folder) / "trial-001" / "tb").write_text("no folder")
+            (Path(raising.folder) / "trial-001" / "metrics.jsonl").mkdir()
 
     result = tune(raising, listener=sabotage)
     assert [trial.status for trial in result.trials] == ["finished", "failed"]
-    assert "trial-001/tb" in (result.trials[1].cause or "")
+    assert "trial-001/metrics.jsonl" in (result.trials[1].cause or "")
     assert_all_given_back(cluster)
 
 
