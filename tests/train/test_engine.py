@@ -387,7 +387,7 @@ def test_paths_of_a_run(tmp_path):
     config = tiny(tmp_path, "train.epochs=1")
     train(config)
     found = {path.name for path in run_of(config).path.iterdir()}
-    assert found == {"config.yaml", "classes.json", "metrics.jsonl", "tb", "checkpoints", "summary.json"}
+    assert found == {"config.yaml", "classes.json", "metrics.jsonl", "tb", "checkpoints", "summary.json", "steps.txt"}
 
 
 @pytest.mark.gpu
