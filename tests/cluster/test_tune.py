@@ -406,6 +406,10 @@ def test_nothing_leaks(cluster, sweep):
         assert epochs_of(Path(result.folder) / trial.name) == [1]
     assert_all_given_back(cluster)
 
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("cluster", [False, True], indirect=True)
+def test_nothing_leaks_of_a_trial_that_raises(cluster, sweep):
     raising = sweep("trials=2", "max_failures=0", name="raising")
 
     def sabotage(event: dict[str, Any]) -> None:
