@@ -407,15 +407,14 @@ def test_nothing_leaks(cluster, sweep):
     assert_all_given_back(cluster)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("cluster", [False, True], indirect=True)
+@pytest.mark.parametrize("cluster", [pytest.param(False, marks=pytest.mark.nightly), True], indirect=True)
 def test_nothing_leaks_of_a_trial_that_raises(cluster, sweep):
     raising = sweep("trials=2", "max_failures=0", name="raising")
 
     def sabotage(event: dict[str, Any]) -> None:
         if event["kind"] == "sweep":
             (Path(raising.folder) / "trial-001").mkdir()
-            (Path(raising.folder) / "trial-001" / "metrics.jsonl").mkdir()
+            (Path(raising.folder) / "trial-001" / "metrics.jsonl").symlink_to("metrics.jsonl")  # cannot be opened
 
     result = tune(raising, listener=sabotage)
     assert [trial.status for trial in result.trials] == ["finished", "failed"]

@@ -20,6 +20,8 @@ def on_terminal(
     command: Sequence[str], columns: int = 80, rows: int = 40, env: Mapping[str, str] | None = None, cwd: object = None
 ) -> tuple[int, str]:
     """Run a command on a terminal of that size; its exit code and all it wrote there, escape sequences included."""
+    # These would win over the terminal's own size, and some tool may have left them in this process.
+    env = {key: value for key, value in (env or os.environ).items() if key not in ("COLUMNS", "LINES")}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen(

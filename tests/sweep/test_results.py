@@ -219,7 +219,6 @@ def test_quiet(sweep, capsys):
     assert capsys.readouterr() == ("", "warning: trial-001 crashed\n")
 
 
-@pytest.mark.nightly
 def test_a_narrow_terminal_gets_whole_words(sweep, tmp_path):
     script = """if True:
         import sys
