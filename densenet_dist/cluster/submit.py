@@ -191,6 +191,7 @@ async def _follow(client: Any, job: Job, write: Callable[[str], object]) -> Any:
         try:
             passed = 0  # every connection begins with the first line
             async for piece in client.tail_job_logs(job.id):
+                _heed_interrupts()
                 write(piece[max(0, shown - passed) :])
                 passed += len(piece)
                 shown, answered = max(shown, passed), time.monotonic()
@@ -204,7 +205,15 @@ async def _follow(client: Any, job: Job, write: Callable[[str], object]) -> Any:
                     f"{job.address} does not answer any more: {_last_line(error)}\n"
                     f"  the job may go on; see what it says with: {job.follow_command}"
                 ) from error
+        _heed_interrupts()
         await asyncio.sleep(0.5)
+
+
+def _heed_interrupts() -> None:
+    """Ctrl-C cancels the task that follows; what runs in it may have taken that for a matter of its own connection."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _last_line(error: Exception) -> str:

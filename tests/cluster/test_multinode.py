@@ -105,7 +105,6 @@ def read_until(terminal: int, text: str) -> str:
     return seen
 
 
-@pytest.mark.nightly
 def test_interrupting_asks_and_stops(nodes, tmp_path):
     ours, theirs = pty.openpty()
     arguments = ("train", *ENDLESS, f"storage={tmp_path}", "name=asked")
