@@ -87,10 +87,11 @@ class Board:
 
     Args:
         folder: for the files of events.
-        hides_from: the step from which on what earlier processes wrote is hidden; None where there are none.
+        hides_from: the step from which on what earlier processes wrote is hidden. Every process has to say one:
+            where TensorBoard runs without its data server, the first that it reads hides nothing.
     """
 
-    def __init__(self, folder: Path, hides_from: int | None = None) -> None:
+    def __init__(self, folder: Path, hides_from: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import: only rank 0 pays it
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +152,11 @@ class Board:
             sheet = _draw_mistakes(shown, names, pictures)
             self._writer.add_image("test/worst_mistakes", sheet, step, dataformats="HWC")
 
-    def finished(self) -> None:
-        """Tell the HPARAMS tab that the run came to its end."""
+    def finished(self, step: int) -> None:
+        """Tell the HPARAMS tab that the run came to its end; `step` is its last."""
         from torch.utils.tensorboard.summary import hparams
 
-        self._writer._get_file_writer().add_summary(hparams({}, {})[2])
+        self._writer._get_file_writer().add_summary(hparams({}, {})[2], step)
 
     def flush(self) -> None:
         """Write out what there is."""

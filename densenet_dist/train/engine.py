@@ -277,7 +277,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     if log is not None:
         log.record({"epoch": best[0]["epoch"], **test}, job.position.global_step)
         _beside(job, "TensorBoard's view of the test", lambda: show_test(job, log.board, tally, engine))
-        log.board.finished()
+        log.board.finished(job.position.global_step)
         log.close()
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         log.end_tracking(summary)

@@ -39,7 +39,7 @@ class RunLog:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
         again = run.exists(TENSORBOARD_FOLDER)
         # A test that was cut off stands at the last epoch's step: that is hidden too, and its epoch shown again.
-        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step if again else None)
+        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step)
         if again and self._kept and self._kept[-1]["global_step"] == global_step:
             self.board.scalars(self._kept[-1] | best, global_step)
         self.publish()  # from here on the run's name is taken

@@ -15,6 +15,7 @@ from PIL import Image
 from runs import next_second, run_of, tiny, train
 from sklearn.metrics import precision_score, recall_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.compat.proto.graph_pb2 import GraphDef
 
 from densenet_dist.report.judged import confusion_matrix, judge
@@ -31,6 +32,13 @@ def board_of(config) -> EventAccumulator:
     board = EventAccumulator(str(run_of(config).path / "tb"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     board.Reload()
     return board
+
+
+def page_of(config) -> PluginEventAccumulator:
+    """As TensorBoard's page reads it where it runs without its data server: on an object store, say."""
+    page = PluginEventAccumulator(str(run_of(config).path / "tb"))
+    page.Reload()
+    return page
 
 
 def curve_of(board: EventAccumulator, tag: str) -> np.ndarray:
@@ -234,6 +242,12 @@ def test_a_test_that_was_cut_off_is_shown_once(done, tmp_path):
         assert [event.step for event in twice.Scalars(tag)] == [event.step for event in once.Scalars(tag)], tag
     for tag in once.Tags()["images"]:
         assert [event.step for event in twice.Images(tag)] == [event.step for event in once.Images(tag)], tag
+    once, twice = page_of(done), page_of(config)
+    tags = once.Tags()["tensors"]  # everything, on that page
+    assert twice.Tags()["tensors"] == tags
+    assert sum(tag.startswith("test_pr/") for tag in tags) == 10
+    for tag in tags:
+        assert [event.step for event in twice.Tensors(tag)] == [event.step for event in once.Tensors(tag)], tag
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
