@@ -139,7 +139,7 @@ def _ray(config: Config) -> Finding:
 
 
 def _storage(config: Config) -> Finding:
-    from densenet_dist.train.run_folder import RunFolder
+    from densenet_dist.run_folder import RunFolder
 
     run = RunFolder(config.storage, f".doctor-{uuid.uuid4().hex[:8]}")
     existed = run.is_remote or Path(config.storage).exists()
@@ -177,7 +177,7 @@ def _data(config: Config) -> Finding:
 
 def _trackers(config: Config) -> Finding:
     """Whether W&B and MLflow can be used, as far as that can be seen without asking their servers."""
-    from densenet_dist.train.trackers import require_trackers
+    from densenet_dist.trackers.opening import require_trackers
 
     try:
         require_trackers(config)
@@ -188,7 +188,7 @@ def _trackers(config: Config) -> Finding:
     if config.log.mlflow.enabled:
         found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
     if config.log.wandb.enabled:
-        from densenet_dist.train.track_wandb import require_key
+        from densenet_dist.trackers.wandb_session import require_key
 
         found.append(f"W&B {package_version('wandb')}")
         try:

@@ -13,8 +13,8 @@ import sys
 
 from densenet_dist.cli import main
 from densenet_dist.errors import DenseNetDistError
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.sweep.results import SWEEP_FILE
-from densenet_dist.train.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 
 
 def arguments(command: str, source: str, *settings: str) -> list[str]:

@@ -29,6 +29,7 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.speed import Speed, endless, measure
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.environment import describe_environment
@@ -40,7 +41,6 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
-from densenet_dist.train.run_folder import RunFolder
 
 LOADERS = ("torch", "dali", "reference")
 BATCH_SIZES = (64, 128, 256, 512, 1024)

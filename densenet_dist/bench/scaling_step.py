@@ -20,6 +20,7 @@ from densenet_dist.config import validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
 from densenet_dist.model.kernels.choice import unavailable
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import LocalContext
@@ -28,7 +29,6 @@ from densenet_dist.train.engine import train_step
 from densenet_dist.train.inputs import engine_of, train_loader
 from densenet_dist.train.job import Job, autocast, build_model
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
-from densenet_dist.train.run_folder import RunFolder
 
 MESSAGES: Final = tuple(4**power for power in range(6, 13))
 """Bytes of the all-reduces that are timed by themselves: 4 KiB to 16 MiB."""

@@ -16,14 +16,14 @@ from typing import Final
 
 from densenet_dist.chaos.case import add, case
 from densenet_dist.chaos.lab import STEPS, Lab, Observed, Started, expect, finish
-from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER
 
 _GROUP: Final = "Checkpoints"
 _LOCAL: Final = ("cluster.engine=local",)
 _WRITER: Final = """
 import sys, torch
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 store = CheckpointStore(RunFolder(sys.argv[1], "run"), keep=2)
 begin = max((entry.position.global_step for entry in store.entries), default=0)
 print("ready", flush=True)
@@ -41,8 +41,8 @@ for step in range(begin + 1, 10**6):
 )
 def killed_while_writing(lab: Lab) -> Observed:
     """One folder throughout, so that what a kill leaves behind meets the next start."""
+    from densenet_dist.run_folder import RunFolder
     from densenet_dist.train.checkpoint import CheckpointStore
-    from densenet_dist.train.run_folder import RunFolder
 
     folder = lab.folder / lab.name("writes")
     folder.mkdir()

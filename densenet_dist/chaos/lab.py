@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import psutil
 
-from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER
 
 TINY: Final = (
     *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),

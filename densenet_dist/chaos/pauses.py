@@ -56,9 +56,9 @@ def share_of_auto(folder: Path, seconds: float) -> tuple[float, int]:
 def _job(folder: Path) -> Job:
     import torch
 
+    from densenet_dist.run_folder import RunFolder
     from densenet_dist.train.context import LocalContext
     from densenet_dist.train.job import build_job
-    from densenet_dist.train.run_folder import RunFolder
 
     overrides = ("train.global_batch_size=16", "data.limit=8000", "data.loader=torch", "data.val_fraction=0")
     config = load_config({"name": "pauses", "model": {"variant": "notebook"}, "data": {"name": "shapes"}}, *overrides)

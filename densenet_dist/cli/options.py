@@ -65,7 +65,7 @@ def _fetched(source: str) -> str:
     """A configuration file that lies on an object store, such as a sweep's best.yaml, as a local file."""
     if not re.match(r"[a-z0-9]+://", source):
         return source
-    from densenet_dist.train.run_folder import RunFolder, split_location
+    from densenet_dist.run_folder import RunFolder, split_location
 
     folder, file = split_location(source)
     return str(RunFolder(*split_location(folder)).fetch(file))

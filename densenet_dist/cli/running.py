@@ -38,8 +38,8 @@ def train(
     densenet-dist train configs/cifar10_notebook.yaml model.growth_rate=24 name=k24
     densenet-dist train --resume runs/k24
     """
-    from densenet_dist.train.console import Console
-    from densenet_dist.train.json_lines import RunJsonLines
+    from densenet_dist.display.console import Console
+    from densenet_dist.display.json_lines import RunJsonLines
 
     signal.signal(signal.SIGTERM, raise_interrupt)
     silent = os.environ.get("RANK", "0") != "0"  # under torchrun every rank runs this; one of them speaks
@@ -100,8 +100,8 @@ def tune(
 
 def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
     from densenet_dist.cluster.launch import fit
-    from densenet_dist.train.ending import Ending
-    from densenet_dist.train.run_folder import RunFolder, join_location
+    from densenet_dist.display.ending import Ending
+    from densenet_dist.run_folder import RunFolder, join_location
 
     location = join_location(config.storage, config.name)
     console({"kind": "run", "name": config.name, "run": location, "resumed": resume})
@@ -128,9 +128,9 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
 
 def _resume(run: str, settings: list[str], console: Any) -> None:
     from densenet_dist.cluster.resuming import resume_config
-    from densenet_dist.train.ending import Ending
+    from densenet_dist.display.ending import Ending
+    from densenet_dist.run_folder import SUMMARY_FILE
     from densenet_dist.train.evaluation import open_run
-    from densenet_dist.train.run_folder import SUMMARY_FILE
 
     for text in settings:
         if "=" not in text:

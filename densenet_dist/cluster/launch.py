@@ -19,12 +19,7 @@ from densenet_dist.cluster.resuming import is_finished, tell_of_changes
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.object_store import is_uri
-from densenet_dist.schema import Config
-from densenet_dist.train.context import Event, Stopped
-from densenet_dist.train.environment import LOADER_KEY, describe_environment
-from densenet_dist.train.lease import Lease, NoLease, hold
-from densenet_dist.train.pulse import Pulse, Wish
-from densenet_dist.train.run_folder import (
+from densenet_dist.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     ENV_FILE,
@@ -32,7 +27,12 @@ from densenet_dist.train.run_folder import (
     TENSORBOARD_FOLDER,
     RunFolder,
 )
-from densenet_dist.train.trackers import require_trackers
+from densenet_dist.schema import Config
+from densenet_dist.trackers.opening import require_trackers
+from densenet_dist.train.context import Event, Stopped
+from densenet_dist.train.environment import LOADER_KEY, describe_environment
+from densenet_dist.train.lease import Lease, NoLease, hold
+from densenet_dist.train.pulse import Pulse, Wish
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
@@ -58,7 +58,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
     if listener is None:
-        from densenet_dist.train.notebook import console
+        from densenet_dist.display.notebook import console
 
         with console() as shown:
             return fit(config, resume=resume, listener=shown)

@@ -21,11 +21,11 @@ from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboa
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, Stopped
 from densenet_dist.train.lease import Guard, Lease, NoLease
 from densenet_dist.train.pulse import Goodput, Pulse, Wish
-from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
 
 _RESIZE_EVERY_S: Final = 20.0
 """A resize costs a start of the workers."""

@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
-from densenet_dist.train.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder, join_location
 
 if TYPE_CHECKING:
     from densenet_dist.pages.picture import Picture

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from densenet_dist.config import load_config, to_dict
 from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
-from densenet_dist.train.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.yaml_settings import flatten
 
 _RESUME_MAY_CHANGE = (

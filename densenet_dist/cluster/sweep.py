@@ -10,6 +10,7 @@ from typing import Any
 
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import RunFolder, split_location
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
@@ -23,10 +24,9 @@ from densenet_dist.sweep.results import (
     write_note,
     write_results,
 )
+from densenet_dist.trackers.opening import require_trackers
 from densenet_dist.train.context import Event
 from densenet_dist.train.lease import hold
-from densenet_dist.train.run_folder import RunFolder, split_location
-from densenet_dist.train.trackers import require_trackers
 
 _WRITE_EVERY_S = 5.0
 

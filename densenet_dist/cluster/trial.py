@@ -32,14 +32,7 @@ from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProblem, StorageError
-from densenet_dist.schema import Config
-from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import read_note, write_note
-from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
-from densenet_dist.train.environment import LOADER_KEY
-from densenet_dist.train.lease import NoLease
-from densenet_dist.train.logs import read_records
-from densenet_dist.train.run_folder import (
+from densenet_dist.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     ENV_FILE,
@@ -47,6 +40,13 @@ from densenet_dist.train.run_folder import (
     SUMMARY_FILE,
     RunFolder,
 )
+from densenet_dist.schema import Config
+from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.results import read_note, write_note
+from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
+from densenet_dist.train.environment import LOADER_KEY
+from densenet_dist.train.lease import NoLease
+from densenet_dist.train.logs import read_records
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""

@@ -26,9 +26,9 @@ from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.errors import ConfigError, DataError, EnvironmentProblem, StorageError
 from densenet_dist.inference.classifier import Classifier, exported_file
 from densenet_dist.inference.pictures import Unreadable
+from densenet_dist.run_folder import CONFIG_FILE
 from densenet_dist.train.evaluation import open_run
 from densenet_dist.train.inputs import load_dataset_of
-from densenet_dist.train.run_folder import CONFIG_FILE
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 MOST_EXAMPLES: Final = 10

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from densenet_dist.run_folder import METRICS_FILE, RunFolder
 from densenet_dist.train.logs import read_records
-from densenet_dist.train.run_folder import METRICS_FILE, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from densenet_dist.errors import DataError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import Evaluation, pictures_at, predict, prepare_evaluation
-from densenet_dist.train.run_folder import RunFolder
 
 BINS: Final = 15
 MOST_MISTAKES: Final = 24

@@ -15,7 +15,7 @@ from densenet_dist.report.groups import Member, group
 from densenet_dist.report.judged import Judged, judge, judge_within
 from densenet_dist.report.page import run_page
 from densenet_dist.report.record import RunRecord, read_run
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 PAGE_FILE: Final = "report.html"
 CONFUSION_FILE: Final = "confusion.png"

@@ -10,12 +10,12 @@ from typing import Any
 from rich.status import Status
 from rich.table import Table
 
+from densenet_dist.display.console import LastingConsole, print_closing
+from densenet_dist.display.progress_view import packed
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.ending import SweepEnding
 from densenet_dist.sweep.results import Trial, ranked
-from densenet_dist.train.console import LastingConsole, print_closing
 from densenet_dist.train.context import Event
-from densenet_dist.train.progress_view import packed
 
 
 class SweepConsole:
@@ -50,22 +50,21 @@ class SweepConsole:
     def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:
         settings = sweep.settings
         self._metric, self._total = settings.metric, max(sweep.trials, len(recorded))
-        self._console.print(
+        self._console.say(
             f"{self._total} trials, {settings.search.name} search, {settings.scheduler.name}, "
-            f"{'highest' if settings.maximise else 'lowest'} {settings.metric}; folder {folder}",
-            markup=False,
+            f"{'highest' if settings.maximise else 'lowest'} {settings.metric}; folder {folder}"
         )
         for key, domain in sweep.space.items():
-            self._console.print(f"  {key}: {shown(domain.describe())}", markup=False)
+            self._console.say(f"  {key}: {shown(domain.describe())}")
         if recorded:
             ended = sum(trial.status != "interrupted" for trial in recorded)
-            self._console.print(f"resumed: {ended} trials ended before, {len(recorded) - ended} go on", markup=False)
+            self._console.say(f"resumed: {ended} trials ended before, {len(recorded) - ended} go on")
 
     def _note(self, event: Event) -> None:
         warning = bool(event.get("warning"))
         if self._quiet and warning:
             print(f"warning: {event['text']}", file=sys.stderr, flush=True)
-        self._console.print(event["text"], markup=False, style="yellow" if warning else None)
+        self._console.say(event["text"], "yellow" if warning else None)
 
     def _trial(self, event: Event) -> None:
         trial: Trial = event["trial"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from densenet_dist.display.json_lines import JsonLines, by_key
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.ending import SweepEnding
 from densenet_dist.sweep.results import Trial, ranked
 from densenet_dist.train.context import Event
-from densenet_dist.train.json_lines import JsonLines, by_key
 
 
 class SweepJsonLines(JsonLines):

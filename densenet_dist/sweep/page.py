@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from densenet_dist.pages.frame import BEST, cell, code, details, document, escape, facts, section, table
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.metric import Metric
@@ -22,7 +23,6 @@ from densenet_dist.sweep.results import (
     best_trial,
     ranked,
 )
-from densenet_dist.train.run_folder import RunFolder
 
 _STATUSES: Final[tuple[Status, ...]] = ("finished", "stopped", "failed", "interrupted", "running")
 _LONGEST_CAUSE: Final = 2000

@@ -13,9 +13,9 @@ from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.train.logs import read_records
-from densenet_dist.train.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.yaml_settings import flatten, read_yaml
 
 SWEEP_FILE: Final = "sweep.yaml"

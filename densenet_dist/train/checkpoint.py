@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from densenet_dist.errors import CheckpointError, StorageError
-from densenet_dist.train.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync_folder
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync_folder
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
 _WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"

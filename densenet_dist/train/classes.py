@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 
 from densenet_dist.data.datasets import Channels, Dataset
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import CLASSES_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.inputs import load_dataset_of, normalisation
-from densenet_dist.train.run_folder import CLASSES_FILE, RunFolder
 
 
 @dataclass(frozen=True)

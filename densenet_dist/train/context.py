@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.pulse import Goodput, Pulse
-from densenet_dist.train.run_folder import RunFolder
 
 Event: TypeAlias = dict[str, Any]
 """Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it.

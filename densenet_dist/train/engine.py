@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.data.loader import Batch, BatchRecipe
+from densenet_dist.run_folder import SUMMARY_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.board import show_test
 from densenet_dist.train.checkpoint import Position, load_weights
@@ -31,7 +32,6 @@ from densenet_dist.train.keeping import after_step, decide, diverged, leave_run,
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.pulse import Wish
-from densenet_dist.train.run_folder import SUMMARY_FILE
 from densenet_dist.train.step_graph import StepGraph
 
 PROGRESS_EVERY_S = 0.5

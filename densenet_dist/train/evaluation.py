@@ -17,6 +17,7 @@ from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch, EvalLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.run_folder import CONFIG_FILE, RunFolder, split_location
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
@@ -24,7 +25,6 @@ from densenet_dist.train.engine import evaluate_model
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
 from densenet_dist.train.job import build_model
 from densenet_dist.train.judging import pictures_of
-from densenet_dist.train.run_folder import CONFIG_FILE, RunFolder, split_location
 
 
 def open_run(run: str | Path) -> RunFolder:

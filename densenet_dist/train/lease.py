@@ -18,7 +18,7 @@ from typing import Final
 from uuid import uuid4
 
 from densenet_dist.errors import StorageError
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 LEASE_FILE: Final = "lease.json"
 BEAT_S = 5.0

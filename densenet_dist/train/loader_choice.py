@@ -11,11 +11,11 @@ from densenet_dist.data.dali_support import dali_installed
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.speed import Speed, endless, measure
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import ENV_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.environment import LOADER_KEY
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
-from densenet_dist.train.run_folder import ENV_FILE
 
 MEASURE_SECONDS = 0.4
 CLEARLY = 1.1

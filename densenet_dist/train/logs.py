@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
+from densenet_dist.trackers.opening import open_trackers
+from densenet_dist.trackers.tracker import Tracker
 from densenet_dist.train.board import Board, Results
-from densenet_dist.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
-from densenet_dist.train.tracker import Tracker
-from densenet_dist.train.trackers import open_trackers
 
 
 class RunLog:

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from densenet_dist.errors import ConfigError
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 PROFILE_FOLDER: Final = "profile"
 _TOP: Final = 40

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import Final
 
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 STEPS_FILE: Final = "steps.txt"
 """One line: the global steps completed, and how many steps of the run were taken again in all."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from ray_nodes import OUTSIDE, Cluster, two_hosts, two_nodes, until
 
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

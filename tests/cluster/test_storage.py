@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

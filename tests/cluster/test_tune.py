@@ -24,8 +24,8 @@ from densenet_dist.cluster.sweep import open_sweep, tune
 from densenet_dist.cluster.tune_events import Budget
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -41,7 +41,7 @@ def test_a_sweep_goes_on_with_its_own_settings(starter, tmp_path):
 
 
 def test_on_an_object_store(starter, s3):
-    from densenet_dist.train.run_folder import RunFolder
+    from densenet_dist.run_folder import RunFolder
 
     place = s3 % "/launch"
     settings = [f"storage={place}", "name=first"]

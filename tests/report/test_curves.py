@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from densenet_dist.report import plot_curves
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 STAR = np.array([214, 39, 40])  # tab:red
 CURVES = {"training": np.array([31, 119, 180]), "validation": np.array([255, 127, 14])}

@@ -11,7 +11,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.report.groups import Member, differences, group, interval
 from densenet_dist.report.record import read_run
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
 from densenet_dist.report import report_at_end, report_run, report_runs
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import open_run
-from densenet_dist.train.run_folder import RunFolder
 
 RECORDS = ["Accuracy and loss", "Learning rate, throughput, data wait and goodput", "Test images"]
 JUDGED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confidently wrong"]

@@ -18,9 +18,9 @@ from densenet_dist.data import cifar
 from densenet_dist.data.datasets import load_dataset
 from densenet_dist.errors import ConfigError, DataError, StorageError
 from densenet_dist.report.record import read_run
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.sweep.results import read_note, trials_on_record
-from densenet_dist.train.run_folder import RunFolder
 
 
 class Canary:

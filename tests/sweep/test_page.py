@@ -11,12 +11,12 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.sweep.importance import importance
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import Trial
 from densenet_dist.sweep.space import sample
-from densenet_dist.train.run_folder import RunFolder
 
 SPACE = {
     "model.growth_rate": "[8, 12, 16]",

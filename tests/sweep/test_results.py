@@ -14,6 +14,7 @@ from terminal import Screen, on_terminal
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import SweepConsole
 from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.sweep.ending import SweepEnding
@@ -31,7 +32,6 @@ from densenet_dist.sweep.results import (
     write_note,
     write_results,
 )
-from densenet_dist.train.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -1,16 +1,5 @@
-"""What the tests of training share: one thread."""
+"""What the tests of training share."""
 
-from collections.abc import Iterator
+from one_thread import one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Nets this small gain nothing from more, and the golden losses were written with one. Before every test, because
-    # the command sets its own number.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]

@@ -19,8 +19,8 @@ from distributed import start_process
 from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
-from densenet_dist.train.run_folder import RunFolder
 
 FILES = ["model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"]
 

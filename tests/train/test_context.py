@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.context import LocalContext, choose_device
-from densenet_dist.train.run_folder import RunFolder
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -44,7 +44,7 @@ def test_the_ranks_of_torchrun_find_each_other(tmp_path):
     code = (
         "import sys, torch, torch.distributed as dist\n"
         "from densenet_dist.train.context import LocalContext\n"
-        "from densenet_dist.train.run_folder import RunFolder\n"
+        "from densenet_dist.run_folder import RunFolder\n"
         "context = LocalContext.from_environment(RunFolder(sys.argv[1], 'run'), 'cpu', print, timeout_s=60)\n"
         "total = torch.tensor([10.0 + context.rank])\n"
         "dist.all_reduce(total)\n"

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train import lease as module
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
 from densenet_dist.train.lease import LEASE_FILE, Guard, Holder, NoLease, hold
 from densenet_dist.train.logs import RunLog
-from densenet_dist.train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def silence(text: str) -> None:
 HOLDER = """
 import sys, time
 from densenet_dist.train.lease import hold
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 with hold(RunFolder(sys.argv[1], "run"), print):
     print("held", flush=True)
     time.sleep(60)

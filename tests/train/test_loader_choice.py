@@ -13,8 +13,8 @@ from runs import job_of, records, run_of, tiny, train, weights_of
 from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.data.speed import Speed
+from densenet_dist.run_folder import ENV_FILE, SUMMARY_FILE
 from densenet_dist.train.loader_choice import compare
-from densenet_dist.train.run_folder import ENV_FILE, SUMMARY_FILE
 
 MIXED = ["data.mixup=0.4", "data.cutmix=1.0", "data.trivial_augment=true", "data.cutout=8"]
 

@@ -14,9 +14,9 @@ from runs import job_of, next_second, run_of, tiny, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.environment import cpu_name, describe_environment, git_commit
 from densenet_dist.train.logs import RunLog, read_records
-from densenet_dist.train.run_folder import RunFolder
 
 TAGS = {
     *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),

@@ -15,10 +15,10 @@ from runs import job_of, next_second, records, run_of, tiny, train, weights_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing import ProcessRaisedException
 
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.evaluation import evaluate
-from densenet_dist.train.run_folder import RunFolder
 
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [

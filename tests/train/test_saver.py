@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore, Planned, Position, Snapshot
 from densenet_dist.train.pulse import Pulse
-from densenet_dist.train.run_folder import RunFolder
 from densenet_dist.train.saver import Saver
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from distributed import start_process
 
-from densenet_dist.train.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.steps_taken import STEPS_FILE, StepsTaken
 
 

@@ -12,11 +12,11 @@ from runs import context_of, records, run_of, tiny, train, weights_of
 
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import CheckpointError
+from densenet_dist.run_folder import CONFIG_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import LocalContext, Stopped
 from densenet_dist.train.engine import fit
 from densenet_dist.train.pulse import Pulse, Wish
-from densenet_dist.train.run_folder import CONFIG_FILE
 
 # Each epoch: 5 steps and a batch of validation; then 4 batches of the test.
 MOVES = 3 * 6 + 1

@@ -13,10 +13,10 @@ from runs import run_of, tiny, train
 from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
+from densenet_dist.display.ending import Ending
 from densenet_dist.errors import ConfigError, EnvironmentProblem
-from densenet_dist.train.ending import Ending
+from densenet_dist.trackers.tracker import without_secrets
 from densenet_dist.train.logs import read_records
-from densenet_dist.train.tracker import without_secrets
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
@@ -35,8 +35,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends wait for as long as a busy machine needs."""
-    monkeypatch.setattr("densenet_dist.train.tracker._END_S", 120.0)
-    monkeypatch.setattr("densenet_dist.train.tracker._CUT_OFF_S", 120.0)
+    monkeypatch.setattr("densenet_dist.trackers.tracker._END_S", 120.0)
+    monkeypatch.setattr("densenet_dist.trackers.tracker._CUT_OFF_S", 120.0)
 
 
 def told(config, **how) -> list[str]:

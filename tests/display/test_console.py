@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from terminal import Screen, on_terminal
 
+from densenet_dist.display.console import Console, epoch_line
+from densenet_dist.display.ending import Ending
+from densenet_dist.display.json_lines import RunJsonLines
+from densenet_dist.display.progress_view import ProgressView, clock_time, packed
 from densenet_dist.errors import Interrupted
-from densenet_dist.train.console import Console, epoch_line
-from densenet_dist.train.ending import Ending
-from densenet_dist.train.json_lines import RunJsonLines
-from densenet_dist.train.progress_view import ProgressView, clock_time, packed
 
 START = {
     **{"kind": "start", "model": "notebook", "parameters": 3532210, "data": "cifar10", "train_images": 45000},
@@ -39,7 +39,7 @@ SUMMARY = {
 ENDING = Ending("/a b/run", "/a b/run", SUMMARY, 1234.5, 0.87)
 SCRIPT = f"""
 import os
-from densenet_dist.train.console import Console
+from densenet_dist.display.console import Console
 start, progress, epoch = {START!r}, {PROGRESS!r}, {EPOCH!r}
 console = Console()
 console(start)
@@ -175,6 +175,14 @@ def test_a_narrow_terminal_gets_whole_words():
     ]
 
 
+def test_a_long_note_is_broken_between_words_and_never_inside_a_path():
+    path = "/a/folder/that/is/longer/than/any/line/of/this/terminal"
+    note = f"the checkpoint in {path} was damaged, so that the one before it is used"
+    lines = Screen(40).write(shown(f"console({{'kind': 'note', 'text': {note!r}}})", 40)).lines
+    first = lines.index("the checkpoint in")
+    assert lines[first + 1 : first + 5] == [path[:40], path[40:], "was damaged, so that the one before it", "is used"]
+
+
 def test_where_there_is_no_room_for_bars_there_are_none():
     screen = Screen(32).write(shown(WATCHED, 32))
     assert screen.lines[-4] == "epoch 8/90  200/704  4:12 left"
@@ -191,7 +199,7 @@ def test_the_live_lines_are_gone_at_the_end():
 
 
 def test_paths_are_links_on_a_terminal():
-    script = "from densenet_dist.train.ending import Ending\n"
+    script = "from densenet_dist.display.ending import Ending\n"
     web = "http://mlflow:5000/#/experiments/1/runs/2"
     script += f"console.finish(Ending('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
     links = Screen(80).write(shown(script, 80)).links
@@ -295,7 +303,7 @@ def test_events_for_a_program(capsys):
 
 def test_nothing_else_gets_through_to_a_program():
     script = (
-        "import os, sys\nfrom densenet_dist.train.json_lines import RunJsonLines\n"
+        "import os, sys\nfrom densenet_dist.display.json_lines import RunJsonLines\n"
         "with RunJsonLines() as lines:\n"
         "    os.write(1, b'in C\\n'); print('in Python', flush=True); os.system('echo in a shell')\n"
         "    lines({'kind': 'note', 'text': 'ours'})\n"
@@ -310,7 +318,7 @@ def test_nothing_else_gets_through_to_a_program():
 
 def test_a_run_goes_on_when_no_program_reads_any_more():
     script = (
-        "import os, sys\nfrom densenet_dist.train.json_lines import RunJsonLines\n"
+        "import os, sys\nfrom densenet_dist.display.json_lines import RunJsonLines\n"
         "with RunJsonLines() as lines:\n"
         "    lines({'kind': 'note', 'text': 'first'}); input()\n"
         "    for _ in range(3): lines({'kind': 'note', 'text': 'second'})\n"

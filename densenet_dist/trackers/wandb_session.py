@@ -6,9 +6,9 @@ import os
 import uuid
 from typing import Any, Final
 
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.run_folder import RunFolder
-from densenet_dist.train.tracker import End, Record, settings_of, sweep_of
+from densenet_dist.trackers.tracker import End, Record, settings_of, sweep_of
 
 _SETTINGS: Final[dict[str, Any]] = {
     # Only what is sent on purpose: no console, code, git, packages, command line or machine.
@@ -19,7 +19,7 @@ _SETTINGS: Final[dict[str, Any]] = {
 
 
 class WandbSession:
-    """See `densenet_dist.train.trackers.Session`."""
+    """See `densenet_dist.trackers.opening.Session`."""
 
     def __init__(self, config: Config, run: RunFolder, known: str | None) -> None:
         import wandb

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.run_folder import RunFolder, join_location, split_location
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
-from densenet_dist.train.run_folder import RunFolder, join_location, split_location
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -161,7 +161,7 @@ def test_a_file_system_that_is_read_only(tmp_path):
         "mount(b'none', b'/', None, 0x44000, None)\n"  # MS_REC | MS_PRIVATE
         f"mount(b'none', {os.fsencode(tmp_path)!r}, b'tmpfs', 1, b'')\n"  # MS_RDONLY
         "from densenet_dist.errors import StorageError\n"
-        "from densenet_dist.train.run_folder import RunFolder\n"
+        "from densenet_dist.run_folder import RunFolder\n"
         "try:\n"
         f"    RunFolder({str(tmp_path)!r}, 'run').create()\n"
         "except StorageError as error:\n"

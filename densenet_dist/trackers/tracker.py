@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from densenet_dist.config import to_dict
+from densenet_dist.run_folder import TRIAL_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.run_folder import TRIAL_FILE, RunFolder
 from densenet_dist.yaml_settings import flatten
 
 TRACKERS_FOLDER: Final = "trackers"

@@ -7,9 +7,9 @@ import os
 import time
 from typing import Any, Final
 
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.run_folder import RunFolder
-from densenet_dist.train.tracker import End, Record, settings_of, sweep_of, without_secrets
+from densenet_dist.trackers.tracker import End, Record, settings_of, sweep_of, without_secrets
 
 _DEFAULTS: Final = {
     # MLflow's own are two minutes and seven tries, each later than the one before.
@@ -23,7 +23,7 @@ _LONGEST: Final = 500
 
 
 class MlflowSession:
-    """See `densenet_dist.train.trackers.Session`; user and password are MLFLOW_TRACKING_USERNAME and ..._PASSWORD."""
+    """See `densenet_dist.trackers.opening.Session`; user and password are MLFLOW_TRACKING_USERNAME and ..._PASSWORD."""
 
     def __init__(self, config: Config, run: RunFolder, known: str | None) -> None:
         for name, value in _DEFAULTS.items():

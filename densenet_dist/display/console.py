@@ -1,12 +1,13 @@
 """Shows a run's events to a person: two bars and the figures of the moment on a terminal, one line an epoch everywhere.
 
-What a program reads instead is in `densenet_dist.train.json_lines`.
+What a program reads instead is in `densenet_dist.display.json_lines`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +19,11 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from densenet_dist.train.progress_view import ProgressView, clock_time, packed
+from densenet_dist.display.progress_view import ProgressView, clock_time, packed
 
 if TYPE_CHECKING:
+    from densenet_dist.display.ending import Ending
     from densenet_dist.train.context import Event
-    from densenet_dist.train.ending import Ending
 
 
 class Console:
@@ -73,11 +74,11 @@ class Console:
         workers = event["world_size"]
         if self._workers is None:
             for line in start_lines(event):
-                self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
+                self._console.say(line)
         on = f", on {workers} x {event['device']}" if self._workers not in (None, workers) else ""
         self._workers = workers
         if event["global_step"]:
-            self._console.print(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
+            self._console.say(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
 
     def _epoch(self, event: Event) -> None:
         left = self._view.run_left()
@@ -91,7 +92,7 @@ class Console:
         warning = bool(event.get("warning"))
         if self._quiet and warning and not self._silent:
             print(f"warning: {event['text']}", file=sys.stderr, flush=True)
-        self._console.print(event["text"], markup=False, style="yellow" if warning else None)
+        self._console.say(event["text"], "yellow" if warning else None)
 
     def _animate(self) -> None:
         if self._live is None:
@@ -113,6 +114,17 @@ class LastingConsole(RichConsole):
     def animates(self) -> bool:
         """Whether lines can be drawn over each other: FORCE_COLOR colours what is piped, but cannot make it move."""
         return not self.quiet and self.is_interactive and not self.is_dumb_terminal and self.file.isatty()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a text as it is, on a terminal broken between words; a path that is too long stays in one piece."""
+        if self.is_terminal:
+            text = "\n".join(
+                textwrap.fill(
+                    line, self.width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+                )
+                for line in text.splitlines()
+            )
+        self.print(text, markup=False, style=style, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
         """Go on without a word."""

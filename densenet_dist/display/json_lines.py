@@ -13,12 +13,12 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
+from densenet_dist.display.console import forget
 from densenet_dist.errors import DenseNetDistError
-from densenet_dist.train.console import forget
 
 if TYPE_CHECKING:
+    from densenet_dist.display.ending import Ending
     from densenet_dist.train.context import Event
-    from densenet_dist.train.ending import Ending
 
 PROGRESS_EVERY_S: Final = 5.0
 

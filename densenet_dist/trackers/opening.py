@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.run_folder import RunFolder
-from densenet_dist.train.track_mlflow import MlflowSession
-from densenet_dist.train.track_wandb import WandbSession
-from densenet_dist.train.tracker import MLFLOW, WANDB, Record, Tracker
+from densenet_dist.trackers.mlflow_session import MlflowSession
+from densenet_dist.trackers.tracker import MLFLOW, WANDB, Record, Tracker
+from densenet_dist.trackers.wandb_session import WandbSession
 
 
 def require_trackers(config: Config) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from densenet_dist.train.progress_view import clock_time
-from densenet_dist.train.run_folder import METRICS_FILE, RunFolder, join_location
+from densenet_dist.display.progress_view import clock_time
+from densenet_dist.run_folder import METRICS_FILE, RunFolder, join_location
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Ending:
     @classmethod
     def of(cls, folder: RunFolder, summary: Mapping[str, Any]) -> Ending:
         """The ending of a run that lies there."""
+        from densenet_dist.trackers.tracker import links
         from densenet_dist.train.logs import read_records  # imports torch
-        from densenet_dist.train.tracker import links
 
         records = read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
         rates = [line["perf/images_per_s"] for line in records if "perf/images_per_s" in line]
