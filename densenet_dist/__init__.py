@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from densenet_dist.schema import Config
     from densenet_dist.sweep.definition import load_sweep
     from densenet_dist.train.evaluation import evaluate
-    from densenet_dist.train.job import build_model
+    from densenet_dist.train.network import build_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,7 +52,7 @@ _HOMES = {
     "DenseNet": "model",
     "Result": "cluster.result",
     "SweepResult": "cluster.sweep",
-    "build_model": "train.job",
+    "build_model": "train.network",
     "evaluate": "train.evaluation",
     "export": "inference.exporting",
     "fit": "cluster.launch",

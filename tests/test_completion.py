@@ -102,13 +102,29 @@ def test_zsh_and_fish_are_told_the_meaning_too(folder):
     assert {line.partition("\t")[0] for line in named} == set(words(completion.sources("")))
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_in_bash(folder):
+@pytest.fixture
+def shell_env(folder) -> dict[str, str]:
+    """What a shell needs to find the command."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "densenet-dist"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m densenet_dist "$@"\n')
     program.chmod(0o755)
-    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return {
+        **os.environ,
+        "HOME": str(folder),
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def in_shell(command: list[str], env: dict[str, str], cwd: Path) -> list[str]:
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_in_bash(folder, shell_env):
     script = "source <(_DENSENET_DIST_COMPLETE=source_bash densenet-dist)\n"
     script += '[[ $(complete -p densenet-dist) == *"-o default"* ]]\n'
     lines = (
@@ -125,9 +141,7 @@ def test_in_bash(folder):
             f"COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _densenet_dist_completion densenet-dist\n"
         )
         script += 'echo "${COMPREPLY[*]}"\n'
-    done = subprocess.run(["bash", "-euc", script], env=env, cwd=folder, capture_output=True, text=True)
-    assert done.stderr == ""
-    assert done.stdout.splitlines() == [
+    assert in_shell(["bash", "-euc", script], shell_env, folder) == [
         "train",
         "quickstart",
         "train.lr= train.lr=0.1",
@@ -136,3 +150,40 @@ def test_in_bash(folder):
         "k24",
         "--json",
     ]
+
+
+TYPED = {
+    "tra": "train ",
+    "train quick": "train quickstart ",
+    "train quickstart train.sync": "train quickstart train.sync_bn=",
+    "train quickstart train.lr=": "train quickstart train.lr=0.1 ",
+    "train quickstart data.loader=d": "train quickstart data.loader=dali ",
+    "train --resume k": "train --resume k24 ",
+    "train --js": "train --json ",
+    "train mi": "train mine/net.yaml ",
+}
+"""What stands after the command before TAB, and after it."""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_in_zsh(folder, shell_env):
+    begin = "PS1=; autoload -Uz compinit; compinit -u -D; source <(_DENSENET_DIST_COMPLETE=source_zsh densenet-dist)"
+    begin += r"; shown() { print -r -- \"<<\$BUFFER>>\"; BUFFER= }; zle -N shown; bindkey '^P' shown"
+    script = f'zmodload zsh/zpty; zpty z zsh -f -i; zpty -w z "{begin}"\n'
+    for typed in TYPED:
+        script += f"zpty -w -n z 'densenet-dist {typed}'$'\\t\\C-p'\n"
+        # the first of all is the echo of what is written above
+        script += 'zpty -r -m z said "*<<densenet*>>*"; print -r -- "${${said##*<<}%%>>*}"\n'
+    lines = in_shell(["zsh", "-fc", script], shell_env, folder)
+    assert lines == [f"densenet-dist {line}" for line in TYPED.values()]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_in_fish(folder, shell_env):
+    script = "_DENSENET_DIST_COMPLETE=source_fish densenet-dist | source\n"
+    script += "\n".join(f"complete -C 'densenet-dist {typed}'; echo" for typed in TYPED)
+    answers = "\n".join(in_shell(["fish", "--no-config", "-c", script], shell_env, folder)).strip().split("\n\n")
+    offers = [{offer.partition("\t")[0] for offer in answer.split("\n")} for answer in answers]
+    words = [line.split()[-1] for line in TYPED.values()]
+    for offer, word in zip(offers, words, strict=True):
+        assert offer == {word} | ({f"{word}true", f"{word}false"} if word.endswith("=") else set())

@@ -28,7 +28,7 @@ from densenet_dist.model import densenet
 from densenet_dist.model.fused.convolutions import CHOICE_VARIABLE
 from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.schema import Config
-from densenet_dist.train.job import autocast
+from densenet_dist.train.network import autocast
 from densenet_dist.train.optim import build_optimizer
 from densenet_dist.train.step_graph import WARM_UP_STEPS, StepGraph
 

@@ -28,7 +28,7 @@ from densenet_dist.errors import ConfigError, DenseNetDistError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import describe_environment
-from densenet_dist.train.job import AUTOCAST, build_model
+from densenet_dist.train.network import AUTOCAST, build_model
 
 BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.model.densenet import DenseNet
-from densenet_dist.train.job import AUTOCAST
+from densenet_dist.train.network import AUTOCAST
 
 
 def count_flops(model: DenseNet) -> float:

@@ -17,7 +17,7 @@ from densenet_dist.bench.ways import configured_for
 from densenet_dist.bench.workers import rounded
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import Config
-from densenet_dist.train.job import AUTOCAST, build_model
+from densenet_dist.train.network import AUTOCAST, build_model
 
 GPUS: Final = tuple(2**power for power in range(11))
 """How many GPUs predictions are made for."""

@@ -27,7 +27,8 @@ from densenet_dist.train.context import LocalContext
 from densenet_dist.train.ddp import bucket_sizes, fill_buckets, wrap
 from densenet_dist.train.engine import train_step
 from densenet_dist.train.inputs import engine_of, train_loader
-from densenet_dist.train.job import Job, autocast, build_model
+from densenet_dist.train.job import Job
+from densenet_dist.train.network import autocast, build_model
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 
 MESSAGES: Final = tuple(4**power for power in range(6, 13))

@@ -22,11 +22,12 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.report.groups import interval
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
+from densenet_dist.train.building import build_job
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model, train_epoch
 from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.inputs import engine_of, eval_loader
-from densenet_dist.train.job import Job, build_job
+from densenet_dist.train.job import Job
 from densenet_dist.train.keeping import decide
 from densenet_dist.yaml_settings import flatten
 

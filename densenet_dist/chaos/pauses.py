@@ -57,8 +57,8 @@ def _job(folder: Path) -> Job:
     import torch
 
     from densenet_dist.run_folder import RunFolder
+    from densenet_dist.train.building import build_job
     from densenet_dist.train.context import LocalContext
-    from densenet_dist.train.job import build_job
 
     overrides = ("train.global_batch_size=16", "data.limit=8000", "data.loader=torch", "data.val_fraction=0")
     config = load_config({"name": "pauses", "model": {"variant": "notebook"}, "data": {"name": "shapes"}}, *overrides)

@@ -23,7 +23,7 @@ from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import git_commit, package_version
 from densenet_dist.train.evaluation import open_run
-from densenet_dist.train.job import autocast, build_model
+from densenet_dist.train.network import autocast, build_model
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from densenet_dist.data.shapes import CLASS_NAMES
 from densenet_dist.errors import ConfigError
 from densenet_dist.model import ParameterCount, count_parameters
 from densenet_dist.schema import Config, ModelConfig
-from densenet_dist.train.job import build_model
+from densenet_dist.train.network import build_model
 
 _CLASSES: Final = {"shapes": len(CLASS_NAMES), **{name: spec.num_classes for name, spec in SPECS.items()}}
 

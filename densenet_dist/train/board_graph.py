@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from densenet_dist.schema import ModelConfig
-from densenet_dist.train.job import build_model
+from densenet_dist.train.network import build_model
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.graph_pb2 import GraphDef

@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -143,3 +144,15 @@ def _settle_buckets(
     with torch.no_grad():
         for buffer, value in zip(parallel.module.buffers(), kept, strict=True):
             buffer.copy_(value)
+
+
+@torch.no_grad()
+def sync_from_rank0(tensors: list[Tensor]) -> None:
+    """Give every rank rank 0's values. A collective call.
+
+    BatchNorm's running statistics differ by rank while training (only rank 0's are kept), so they are shared before
+    an evaluation rather than before every step, as DDP does by default.
+    """
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

@@ -22,15 +22,18 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.run_folder import SUMMARY_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.board import show_test
+from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.classes import note_classes
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
-from densenet_dist.train.job import Job, autocast, build_job, describe, sync_from_rank0
+from densenet_dist.train.job import Job, describe
 from densenet_dist.train.judging import Tally
 from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, restore, save, watched
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
+from densenet_dist.train.network import autocast
 from densenet_dist.train.pulse import Wish
 from densenet_dist.train.step_graph import StepGraph
 

@@ -23,8 +23,8 @@ from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
-from densenet_dist.train.job import build_model
 from densenet_dist.train.judging import pictures_of
+from densenet_dist.train.network import build_model
 
 
 def open_run(run: str | Path) -> RunFolder:

@@ -1,41 +1,33 @@
-"""Everything one rank needs to train: built from a configuration, saved to and restored from a checkpoint."""
+"""Everything one rank needs to train, saved to and restored from a checkpoint; `building` makes it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.requests import Engine
-from densenet_dist.errors import DataError
-from densenet_dist.model import DenseNet, count_parameters, densenet
-from densenet_dist.model.kernels.choice import unavailable
-from densenet_dist.schema import Config, ModelConfig
+from densenet_dist.model import DenseNet, count_parameters
+from densenet_dist.schema import Config
 from densenet_dist.train.agreement import Agreement
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.ddp import wrap
 from densenet_dist.train.identity import identity_of, require_same
-from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
-from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
-from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
-from densenet_dist.train.profiling import StepProfiler, require_steps
+from densenet_dist.train.network import autocast
+from densenet_dist.train.optim import Course, WeightAverage
+from densenet_dist.train.profiling import StepProfiler
+from densenet_dist.train.same_files import digest_of_files
 from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
 from densenet_dist.train.steps_taken import StepsTaken
-
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -200,96 +192,6 @@ class Job:
         self.saved_step = snapshot.position.global_step
 
 
-def build_job(config: Config, context: RunContext) -> Job:
-    """Load the data, build the model and all that trains it.
-
-    Raises:
-        DataError: where the data set is missing or damaged.
-        ConfigError: where model, data and number of workers do not fit together.
-    """
-    _choose_kernels(config, context)
-    dataset = load_dataset_of(config)
-    _require_same_files(dataset, context)
-    train_indices, val_indices = train_and_val(config, dataset)
-    loader = choose_loader(config, context, dataset, train_indices)
-    engine = engine_of(config, context.device, dataset, dataset.train, loader)
-    batches = train_loader(config, context, dataset, engine, train_indices)
-    model = build_model(_usable(config.model, context), dataset.num_classes, dataset.image_size, config.seed)
-    model = model.to(context.device)
-    store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
-    decay = config.train.ema_decay
-    job = Job(
-        config=config,
-        context=context,
-        dataset=dataset,
-        model=model,
-        forward=_wrap(model, config, context),
-        average=WeightAverage(model, decay) if decay is not None else None,
-        optimizer=build_optimizer(model, config.train.optimizer, config.train.lr),
-        scaler=GradScaler(context.device.type, enabled=config.train.precision == "fp16"),
-        course=Course.build(config.train, batches.steps_per_epoch),
-        loader=loader,
-        engine=engine,
-        train_loader=batches,
-        val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
-        num_images=(len(train_indices), len(val_indices)),
-        store=store,
-        taken=StepsTaken(context.run) if context.rank == 0 else None,
-    )
-    job.step_graph = _step_graph(job)
-    job.profiler = _profiler(job)
-    return job
-
-
-def _profiler(job: Job) -> StepProfiler | None:
-    steps, context = job.config.train.profile, job.context
-    if steps is None:
-        return None
-    require_steps(steps, job.config.train.epochs * job.train_loader.steps_per_epoch)
-    if context.rank != 0:
-        return None
-    return StepProfiler(context.run, steps, context.device, lambda text: context.report({"kind": "note", "text": text}))
-
-
-def _step_graph(job: Job) -> StepGraph | None:
-    train, context = job.config.train, job.context
-    if not train.cuda_graph or context.device.type != "cuda" or context.world_size > 1:
-        return None
-
-    def step(images: Tensor, aims: Tensor) -> tuple[Tensor, Tensor]:
-        made = job.forward_backward(images, aims, 1 / len(images))
-        job.update_weights()
-        return made
-
-    return StepGraph(step, job.optimizer, context.device)
-
-
-def _usable(config: ModelConfig, context: RunContext) -> ModelConfig:
-    """The form of the dense block that this device has kernels for; says so where it is another than configured."""
-    reason = None if config.block == "reference" else unavailable(context.device.type)
-    if reason is None:
-        return config
-    context.report({"kind": "note", "text": f"dense blocks are computed in the reference form: {reason}"})
-    return replace(config, block="reference")
-
-
-def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:
-    """The configured DenseNet on the CPU, its weights drawn from `seed` where one is given.
-
-    Raises:
-        ConfigError: naming every setting that cannot work.
-    """
-    if seed is not None:
-        torch.manual_seed(seed)
-    return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision on `device`; a context that does nothing for fp32."""
-    dtype = AUTOCAST[precision]
-    return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
-
-
 def describe(job: Job) -> dict[str, Any]:
     """What is about to be trained, on what: the ``start`` event."""
     device = torch.cuda.get_device_name(job.context.device) if job.context.device.type == "cuda" else "CPU"
@@ -312,52 +214,3 @@ def describe(job: Job) -> dict[str, Any]:
         "global_step": job.position.global_step,
         "best": None if best is None else {"epoch": best.position.epoch, **best.metrics},
     }
-
-
-@torch.no_grad()
-def sync_from_rank0(tensors: list[Tensor]) -> None:
-    """Give every rank rank 0's values. A collective call.
-
-    BatchNorm's running statistics differ by rank while training (only rank 0's are kept), so they are shared before
-    an evaluation rather than before every step, as DDP does by default.
-    """
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
-
-
-def digest_of_files(dataset: Dataset) -> str | None:
-    """What tells the pictures of a set of files from other ones, by their names; None for images in memory."""
-    train, test = dataset.train.images, dataset.test.images
-    if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles)):
-        return None
-    names = "\n".join([*train.names, "", *test.names])
-    return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-
-
-def _require_same_files(dataset: Dataset, context: RunContext) -> None:
-    """Pictures are numbered by their names: ranks that see other files would train on other images than agreed."""
-    digest = digest_of_files(dataset)
-    if digest is None or not dist.is_initialized():
-        return
-    found: list[Any] = [None] * context.world_size
-    dist.all_gather_object(found, (os.uname().nodename, digest))
-    if len({other for _, other in found}) > 1:
-        raise DataError(
-            "the nodes do not see the same pictures in data.root: "
-            + ", ".join(f"rank {rank} on {node}" for rank, (node, _) in enumerate(found))
-            + "\n  give data.root a folder that all nodes share, or copy the same files to each"
-        )
-
-
-def _choose_kernels(config: Config, context: RunContext) -> None:
-    if context.device.type != "cuda":
-        return  # CPU kernels are deterministic at a fixed number of threads
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, later than this
-    torch.backends.cudnn.benchmark = not config.train.deterministic
-    torch.use_deterministic_algorithms(config.train.deterministic)
-
-
-def _wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
-    return wrap(model, config, context, autocast(context.device, config.train.precision))

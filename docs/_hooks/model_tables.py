@@ -11,7 +11,7 @@ from densenet_dist.config import load_config
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.model import VARIANTS, DenseNet, count_parameters
 from densenet_dist.schema import ModelConfig
-from densenet_dist.train.job import build_model
+from densenet_dist.train.network import build_model
 
 ROOT = Path(__file__).parents[2]
 

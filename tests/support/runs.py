@@ -14,9 +14,10 @@ import torch.distributed as dist
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, RunFolder
 from densenet_dist.schema import Config
+from densenet_dist.train.building import build_job
 from densenet_dist.train.context import Event, LocalContext
 from densenet_dist.train.engine import fit
-from densenet_dist.train.job import Job, build_job
+from densenet_dist.train.job import Job
 
 TINY = {
     "name": "tiny",

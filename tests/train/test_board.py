@@ -22,8 +22,8 @@ from densenet_dist.report.judged import confusion_matrix, judge
 from densenet_dist.schema import ModelConfig
 from densenet_dist.train.board import Results
 from densenet_dist.train.board_graph import model_graph
-from densenet_dist.train.job import build_model
 from densenet_dist.train.judging import MOST_MISTAKES, THRESHOLDS, Tally
+from densenet_dist.train.network import build_model
 
 VARIANTS = {"notebook": 32, "densenet": 32, "densenet_bc": 32, "densenet121": 64, "densenet161": 64}
 

@@ -19,7 +19,8 @@ from densenet_dist.schema import TrainConfig
 from densenet_dist.train import ddp
 from densenet_dist.train.ddp import bucket_sizes, fill_buckets
 from densenet_dist.train.engine import train_step
-from densenet_dist.train.job import Job, build_model
+from densenet_dist.train.job import Job
+from densenet_dist.train.network import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MIB = 2**20

@@ -15,11 +15,13 @@ from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError, TrainingError
 from densenet_dist.schema import Config
+from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Position
 from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
 from densenet_dist.train.evaluation import evaluate
-from densenet_dist.train.job import Job, build_job, build_model
+from densenet_dist.train.job import Job
+from densenet_dist.train.network import build_model
 
 TRAIN_IMAGES, VAL_IMAGES, TEST_IMAGES = 67, 8, 75
 
@@ -452,7 +454,7 @@ def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
 
 @pytest.mark.parametrize("block", ["auto", "fused", "reference"])
 def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("densenet_dist.train.job.unavailable", lambda _: "no C++ compiler is found (c++)")
+    monkeypatch.setattr("densenet_dist.train.network.unavailable", lambda _: "no C++ compiler is found (c++)")
     events: list[dict[str, object]] = []
     config = tiny(tmp_path, f"model.block={block}", "train.epochs=1")
     train(config, listener=events.append)

@@ -11,9 +11,9 @@ import torch
 
 from densenet_dist.config import load_config
 from densenet_dist.run_folder import RunFolder
+from densenet_dist.train.building import build_job
 from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import train_step
-from densenet_dist.train.job import build_job
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "notebook_losses.txt"
 STEPS = 20

@@ -1,0 +1,96 @@
+"""A `Job`, built from its configuration."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from densenet_dist.schema import Config
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.context import RunContext
+from densenet_dist.train.ddp import wrap
+from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
+from densenet_dist.train.job import Job
+from densenet_dist.train.loader_choice import choose_loader
+from densenet_dist.train.network import autocast, build_model, usable
+from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
+from densenet_dist.train.profiling import StepProfiler, require_steps
+from densenet_dist.train.same_files import require_same_files
+from densenet_dist.train.step_graph import StepGraph
+from densenet_dist.train.steps_taken import StepsTaken
+
+
+def build_job(config: Config, context: RunContext) -> Job:
+    """Load the data, build the model and all that trains it.
+
+    Raises:
+        DataError: where the data set is missing or damaged.
+        ConfigError: where model, data and number of workers do not fit together.
+    """
+    _choose_kernels(config, context)
+    dataset = load_dataset_of(config)
+    require_same_files(dataset, context)
+    train_indices, val_indices = train_and_val(config, dataset)
+    loader = choose_loader(config, context, dataset, train_indices)
+    engine = engine_of(config, context.device, dataset, dataset.train, loader)
+    batches = train_loader(config, context, dataset, engine, train_indices)
+    model = build_model(usable(config.model, context), dataset.num_classes, dataset.image_size, config.seed)
+    model = model.to(context.device)
+    store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
+    decay = config.train.ema_decay
+    job = Job(
+        config=config,
+        context=context,
+        dataset=dataset,
+        model=model,
+        forward=wrap(model, config, context, autocast(context.device, config.train.precision)),
+        average=WeightAverage(model, decay) if decay is not None else None,
+        optimizer=build_optimizer(model, config.train.optimizer, config.train.lr),
+        scaler=GradScaler(context.device.type, enabled=config.train.precision == "fp16"),
+        course=Course.build(config.train, batches.steps_per_epoch),
+        loader=loader,
+        engine=engine,
+        train_loader=batches,
+        val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
+        num_images=(len(train_indices), len(val_indices)),
+        store=store,
+        taken=StepsTaken(context.run) if context.rank == 0 else None,
+    )
+    job.step_graph = _step_graph(job)
+    job.profiler = _profiler(job)
+    return job
+
+
+def _profiler(job: Job) -> StepProfiler | None:
+    steps, context = job.config.train.profile, job.context
+    if steps is None:
+        return None
+    require_steps(steps, job.config.train.epochs * job.train_loader.steps_per_epoch)
+    if context.rank != 0:
+        return None
+    return StepProfiler(context.run, steps, context.device, lambda text: context.report({"kind": "note", "text": text}))
+
+
+def _step_graph(job: Job) -> StepGraph | None:
+    train, context = job.config.train, job.context
+    if not train.cuda_graph or context.device.type != "cuda" or context.world_size > 1:
+        return None
+
+    def step(images: Tensor, aims: Tensor) -> tuple[Tensor, Tensor]:
+        made = job.forward_backward(images, aims, 1 / len(images))
+        job.update_weights()
+        return made
+
+    return StepGraph(step, job.optimizer, context.device)
+
+
+def _choose_kernels(config: Config, context: RunContext) -> None:
+    if context.device.type != "cuda":
+        return  # CPU kernels are deterministic at a fixed number of threads
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, later than this
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    torch.use_deterministic_algorithms(config.train.deterministic)
