@@ -1,4 +1,4 @@
-"""Two corrections to Ray Train's torch backend; imports Ray, so it is imported only by what launches."""
+"""Corrections to Ray Train and its torch backend; imports Ray, so it is imported only by what launches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 _SAVE_WITHIN_S = 30.0
 
@@ -24,6 +27,9 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     Ray's own handler knows SIGINT only, and leaves by ``sys.exit(0)`` or an actor error, which tells nobody why.
     """
 
+    alone: bool = False
+    """Whether the cluster is this machine and ours: then neither an autoscaler nor who takes nodes away is asked for
+    anything. Each has an actor, a process more to start before the first step."""
     stopped_by: int = signal.SIGINT
     save: Callable[[], None] | None = None
     """Called on the first signal, to have the run saved before the workers are stopped; a second one cuts it short."""
@@ -37,19 +43,30 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         Raises:
             KeyboardInterrupt: with the signal, once the workers are stopped.
         """
+        if self.alone:
+            os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         try:
             self.fit()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.stopped_by) from None
         except Exception as error:
             return error
+        finally:
+            if self.alone:
+                del os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR]
         return None
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
         # driver leaves is given back when its job ends, and what a lost trial leaves by the sweep (`SweepState`).
-        every = super()._create_default_callbacks()
-        return [callback for callback in every if not isinstance(callback, PlacementGroupCleanerCallback)]
+        # Its data sets, of which there are none, would have an actor too, which workers wait for.
+        unwanted = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if self.alone and type(given["scaling_policy"]) is FixedScalingPolicy:
+            given["scaling_policy"] = _OnThisMachine(self.scaling_config)
+        return super()._initialize_and_run_controller(**given)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
@@ -68,6 +85,16 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+
+
+class _OnThisMachine(FixedScalingPolicy):  # type: ignore[misc]
+    """Asks no autoscaler for the workers' room."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Runs in the controller."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Likewise."""
 
 
 class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]

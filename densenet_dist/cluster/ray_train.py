@@ -242,6 +242,7 @@ def _run_trainer(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    trainer.alone = own_cluster
     trainer.save = lambda: _have_saved(mailbox, config.fault.grace_s)
     failure: BaseException | None = trainer.failure()
     return failure

@@ -389,13 +389,17 @@ def assert_all_given_back(ray: Any) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("cluster", [pytest.param(False, marks=pytest.mark.nightly), True], indirect=True)
-def test_nothing_leaks(cluster, sweep):
-    worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(24)]}"
+@pytest.mark.parametrize(
+    ("cluster", "trials"),
+    [(True, 9), *(pytest.param(kind, 24, marks=pytest.mark.nightly) for kind in (False, True))],
+    indirect=["cluster"],
+)
+def test_nothing_leaks(cluster, sweep, trials):
+    worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(trials)]}"
     stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
     result = tune(sweep(worse_and_worse, *stopping, name="direct"), listener=list)
     ended = [trial for trial in result.trials if trial.status == "stopped"]
-    assert len(ended) >= 20
+    assert len(ended) >= trials - 4
     assert all(len(epochs_of(Path(result.folder) / trial.name)) == trial.epochs == 1 for trial in ended)
     assert_all_given_back(cluster)
 

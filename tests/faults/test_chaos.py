@@ -17,7 +17,7 @@ from densenet_dist.chaos.running import choose, merged, run_cases
 from densenet_dist.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-QUICK = ("process-killed-plateau", "weights-flipped", "second-job", "worker-frozen")
+QUICK = ("process-killed-plateau", "weights-flipped", "second-job")
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def temporary_folders() -> set[str]:
     return {str(path) for path in Path("/tmp").glob("densenet-??????")}
 
 
+@pytest.mark.nightly  # what it leaves behind, the next one looks for in every run
 def test_two_workers_train_and_all_is_cleaned_up(project):
     before = temporary_folders()
     process = project.start("train.epochs=1")
