@@ -162,6 +162,7 @@ th[aria-sort=descending] button::after { content: " ↓"; }
 details { margin-top: 1.5rem; }
 td details { margin-top: 0; }
 summary { cursor: pointer; }
+@media print { .table { max-height: none; } }
 @media (max-width: 36rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; } }
 """
 _SCRIPT: Final = """\

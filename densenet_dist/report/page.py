@@ -258,7 +258,7 @@ def _tile(mistake: Mistake, names: tuple[str, ...]) -> str:
     true, taken = escape(names[mistake.label]), escape(names[mistake.predicted])
     if mistake.picture is not None:
         data = base64.b64encode(mistake.picture).decode("ascii")
-        picture = f'<img src="data:image/png;base64,{data}" alt="{true}, taken for {taken}" loading="lazy">'
+        picture = f'<img src="data:image/png;base64,{data}" alt="{true}, taken for {taken}">'
     text = f"<strong>{true}</strong><br>taken for {taken}<br>"
     text += f"<small>{percent(mistake.confidence)}, no. {mistake.place}</small>"
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"

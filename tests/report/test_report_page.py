@@ -57,6 +57,7 @@ def test_a_run_ends_with_its_page(finished, page_of, opened):
     for picture in ("curves.png", "confusion.png"):
         assert imread(finished / picture).shape[2] == 4
     dom = opened(finished / "report.html")
+    assert 'loading="lazy"' not in dom  # what is printed, or photographed as a whole, would miss them
     assert all(f">{title}</h2>" in dom for title in page.titles)
 
 
