@@ -151,6 +151,7 @@ def _train_worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
     run, pulse = RunFolder(config.storage, config.name), Pulse()
+    launch, launched = payload["launch"]
     run.guard = Guard(run, payload["lease"])
     try:
         _require_shared(run)
@@ -160,7 +161,7 @@ def _train_worker(payload: dict[str, Any]) -> None:
             device=ray.train.torch.get_device(),
             run=run,
             pulse=pulse,
-            goodput=Goodput(pulse, *payload["launch"]),
+            goodput=Goodput(pulse, launch, launched, context.get_world_size()),
             mailbox=mailbox,
             paced=payload["paced"],
         )

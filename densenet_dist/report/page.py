@@ -86,6 +86,8 @@ def _facts(run: RunRecord) -> str:
     rows["Training"] = escape(_training(run))
     if "goodput/ratio" in run.epochs[-1]:
         rows["Goodput"] = escape(_goodput_in_words(run))
+    if "perf/device_hours" in run.epochs[-1]:
+        rows["Cost"] = escape(_cost_in_words(run))
     rows["Model"] = escape(_model_in_words(run))
     rows["Data"] = escape(_data_in_words(run))
     rows["Machine"] = escape(_machine_in_words(run))
@@ -117,6 +119,14 @@ def _goodput_in_words(run: RunRecord) -> str:
         f"{percent(last['goodput/ratio'])} of the time in steps that count; the rest: {', '.join(parts) or 'nothing'}"
         + (f"; {again:,} steps taken again" if again else "")
     )
+
+
+def _cost_in_words(run: RunRecord) -> str:
+    hours = run.epochs[-1]["perf/device_hours"]
+    device = run.config.cluster.device
+    gpus = device == "cuda" or (device == "auto" and bool(run.environment.get("gpus")))
+    unit = "GPU-hours" if gpus else "worker-hours"
+    return f"{hours:.3g}{_SPACE}{unit}, of all workers together; start-up and recovery included, the test not"
 
 
 def _model_in_words(run: RunRecord) -> str:

@@ -78,7 +78,7 @@ class LocalContext:
     goodput: Goodput = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "goodput", Goodput(self.pulse))
+        object.__setattr__(self, "goodput", Goodput(self.pulse, workers=self.world_size))
 
     def report(self, event: Event) -> None:
         """Hand the event to the listener at once."""

@@ -208,6 +208,7 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
     validation = _validate(job)
     job.end_epoch(validation.get("val/loss"))
     record |= validation | job.context.goodput.figures() | {"seconds": time.perf_counter() - started}
+    record["perf/device_hours"] = job.context.goodput.device_hours
     if job.taken is not None:
         record["goodput/steps_again"] = job.taken.again
     if log is not None:

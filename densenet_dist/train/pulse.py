@@ -100,10 +100,12 @@ class Goodput:
         pulse: of rank 0.
         launch: what tells one start of the command from another; restarts within one have the same.
         launched: when that was, in seconds since the epoch; None for now.
+        workers: that train together, each on a device of its own: a GPU, or its share of a CPU.
     """
 
-    def __init__(self, pulse: Pulse, launch: str = "", launched: float | None = None) -> None:
-        self._pulse, self._launch = pulse, launch
+    def __init__(self, pulse: Pulse, launch: str = "", launched: float | None = None, workers: int = 1) -> None:
+        self._pulse, self._launch, self._workers = pulse, launch, workers
+        self._device_seconds = self._counted = 0.0
         self._before = {} if launched is None else {"start": max(0.0, time.time() - launched)}
 
     def seconds(self) -> dict[str, float]:
@@ -125,9 +127,16 @@ class Goodput:
             f"goodput/lost_to_{name}": spent[name] / total for name in _LOSSES
         }
 
+    @property
+    def device_hours(self) -> float:
+        """Hours for which devices were held, those of all workers together: GPU-hours, where they have GPUs."""
+        since = sum(self.seconds().values()) - self._counted
+        return (self._device_seconds + since * self._workers) / 3600
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"seconds": self.seconds(), "launch": self._launch, "time": time.time()}
+        seconds, devices = self.seconds(), self.device_hours * 3600
+        return {"seconds": seconds, "device_seconds": devices, "launch": self._launch, "time": time.time()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take up that of a checkpoint; where the same command goes on after a loss, all since then was recovery."""
@@ -140,3 +149,5 @@ class Goodput:
         else:
             before["start"] += self._before.get("start", 0.0)
         self._before = before
+        self._counted = sum(state["seconds"].values())
+        self._device_seconds = state.get("device_seconds", self._counted * self._workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def test_a_run_ends_with_its_page(finished, page_of, opened):
     assert environment["packages"]["torch"] in page.text
     assert (environment["git"] or "not known").partition("+")[0] in page.text
     assert "growth_rate: 4" in page.text
+    hours = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])["perf/device_hours"]
+    assert 0 < hours * 3600 < 600
+    assert re.search(rf"{hours:.3g}\s(worker|GPU)-hours, of all workers", page.text)
     for picture in ("curves.png", "confusion.png"):
         assert imread(finished / picture).shape[2] == 4
     dom = opened(finished / "report.html")

@@ -21,7 +21,7 @@ from densenet_dist.train.logs import RunLog, read_records
 TAGS = {
     *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
     *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "goodput/ratio"),
-    "goodput/steps_again",
+    *("goodput/steps_again", "perf/device_hours"),
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}

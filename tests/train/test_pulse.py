@@ -122,6 +122,26 @@ def test_the_time_between_a_stop_and_a_resume_counts_for_nothing(clock):
     assert (spent["recovery"], spent["start"], spent["train"]) == (0.0, 3.0, 20.0)
 
 
+def test_devices_are_held_for_all_time_by_as_many_workers_as_there_were(clock):
+    first = Pulse()
+    two = Goodput(first, "launch", 1_000_000.0, workers=2)
+    clock.now += 5
+    spend(first, clock, "train", 10)
+    state = two.state_dict()  # at 15 s
+    assert two.device_hours * 3600 == pytest.approx(30)
+    clock.now += 5  # one is lost
+    second = Pulse()
+    one = Goodput(second, "launch", 1_000_000.0, workers=1)
+    one.load_state_dict(state)
+    spend(second, clock, "train", 10)  # until 30 s
+    assert one.device_hours * 3600 == pytest.approx(30 + 15)
+    third = Pulse()
+    resumed = Goodput(third, "another", 1_000_000.0 + clock.now, workers=4)
+    resumed.load_state_dict(one.state_dict())
+    spend(third, clock, "train", 10)
+    assert resumed.device_hours * 3600 == pytest.approx(45 + 40)
+
+
 def test_checkpoints_from_before_goodput_are_taken_as_they_are(clock):
     pulse = Pulse()
     goodput = Goodput(pulse)
