@@ -74,12 +74,9 @@ def node_lost(lab: Lab) -> Observed:
 )
 def elastic(lab: Lab) -> Observed:
     """With SyncBN, and without dropout: all else does not depend on the world's size."""
-    # Few training images, but a validation that takes long: Ray looks for room every 20 s, and the run must not have
-    # ended by then. More steps would do too, but rounding errors grow with them.
-    settings = (*_SYNC, "data.limit=5850", "data.val_fraction=0.8")
     with _cluster() as cluster:
         second = cluster.add_node(num_cpus=1)
-        run = _begin(lab, cluster, "cluster.workers={min: 1, max: 2}", *settings)
+        run = _begin(lab, cluster, "cluster.workers={min: 1, max: 2}", *_SYNC)
         run.wait_for_step(12)
         expect(_world(run) == 2, f"not two workers:\n{run.text}")
         cluster.remove_node(second, allow_graceful=False)
@@ -88,7 +85,7 @@ def elastic(lab: Lab) -> Observed:
         cluster.add_node(num_cpus=1)
         run.wait_until(lambda: _world(run) == 2, "a start with two workers again")
         expect(run.wait() == 0, run.text[-2000:])
-    like = lab.undisturbed(*_LONG, *settings, "cluster.workers=2")
+    like = lab.undisturbed(*_LONG, *_SYNC, "cluster.workers=2")
     pairs = zip(records(run.folder), records(like), strict=True)
     worst = max(abs(one[key] - other[key]) for one, other in pairs for key in one if key.endswith("/loss"))
     expect(worst < 1e-5, f"losses differ by {worst:.1e}")
