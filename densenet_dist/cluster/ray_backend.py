@@ -43,7 +43,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         Raises:
             KeyboardInterrupt: with the signal, once the workers are stopped.
         """
-        if self.alone:
+        unwatched = self.alone and ENABLE_PREEMPTION_WATCHER_ENV_VAR not in os.environ
+        if unwatched:
             os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         try:
             self.fit()
@@ -52,7 +53,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         except Exception as error:
             return error
         finally:
-            if self.alone:
+            if unwatched:  # a notebook's process may join another cluster next
                 del os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR]
         return None
 

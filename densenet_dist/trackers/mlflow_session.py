@@ -23,7 +23,7 @@ _LONGEST: Final = 500
 
 
 class MlflowSession:
-    """See `densenet_dist.trackers.opening.Session`; user and password are MLFLOW_TRACKING_USERNAME and ..._PASSWORD."""
+    """See `densenet_dist.trackers.tracker.Session`; user and password are MLFLOW_TRACKING_USERNAME and ..._PASSWORD."""
 
     def __init__(self, config: Config, run: RunFolder, known: str | None) -> None:
         for name, value in _DEFAULTS.items():

@@ -19,7 +19,7 @@ _SETTINGS: Final[dict[str, Any]] = {
 
 
 class WandbSession:
-    """See `densenet_dist.trackers.opening.Session`."""
+    """See `densenet_dist.trackers.tracker.Session`."""
 
     def __init__(self, config: Config, run: RunFolder, known: str | None) -> None:
         import wandb
