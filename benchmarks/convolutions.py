@@ -1,4 +1,4 @@
-"""How fast cuDNN's and Triton's convolutions are on the notebook's layers, alone and with the passes around them.
+"""How fast PyTorch's convolutions (cuDNN) are on the notebook's layers, alone and with the passes around them.
 
     python benchmarks/convolutions.py --batches 256 --sides 32 --out benchmarks/results/convolutions_gpu.json
     python benchmarks/convolutions.py --out benchmarks/results/convolutions_gpu.json     # the rest; again goes on
@@ -8,12 +8,9 @@ A layer reads C maps, a range of the channels of a block's buffer, and makes K w
 notebook's net has C = 35, 70 .. 420 and K = 35; with padded widths C = 40, 80 .. 480 and K = 40. Of each case are timed
 
     torch    fprop, dgrad, wgrad    PyTorch's convolutions alone, on dense maps as wide as said, not padded further
-    triton   fprop, dgrad, wgrad    `triton_conv`, norm and weight packed before; on a GPU only
-    S3       forward, backward      a layer as `Convolutions` computes it: the passes and PyTorch's convolutions
-    S4       forward, backward      the same by `TritonConvolutions`; on a GPU only
+    layer    forward, backward      a layer as `Convolutions` computes it: the passes and PyTorch's convolutions
 
-Triton's read and write the buffer, normalise what they read, and take statistics and sums: `triton` is to be compared
-with S3, not with torch. The backward pass is dgrad, wgrad and the sum of gradients; without dropout.
+The backward pass is dgrad, wgrad and the sum of gradients; without dropout.
 
 TFLOP/s count the convolution's products alone, and GB/s the maps that must at least be read and written (MAPS), so that
 both are effective figures. Calls follow each other on the same tensors: what fits the GPU's cache is read from there,
@@ -34,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.convolutions import Convolutions, TritonConvolutions
+from densenet_dist.model.fused.convolutions import Convolutions
 from densenet_dist.model.fused.structure import Statistics, Unit
 from densenet_dist.model.kernels.choice import choose_kernels
 from densenet_dist.model.kernels.interface import Norm
@@ -48,13 +45,8 @@ MAPS: dict[str, tuple[int, int]] = {
     "torch fprop": (1, 1),
     "torch dgrad": (1, 1),
     "torch wgrad": (1, 1),
-    "triton fprop": (1, 1),
-    "triton dgrad": (3, 1),
-    "triton wgrad": (1, 1),
-    "S3 forward": (3, 3),
-    "S3 backward": (8, 2),
-    "S4 forward": (1, 1),
-    "S4 backward": (4, 2),
+    "layer forward": (3, 3),
+    "layer backward": (8, 2),
 }
 """How often each reads or writes the C maps and the K maps."""
 SLEEP = 8_000_000
@@ -145,8 +137,8 @@ def alone(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[st
     yield "torch wgrad", partial(back, [False, True, False])
 
 
-def layers(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The layer on a block's buffers, and Triton's three."""
+def layer(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The layer on a block's buffers."""
     device, dtype = like["device"], like["dtype"]
     width = max(455 if case.read % 8 else 520, -(-(case.read + case.made) // 8) * 8)
     buffer, carry, out = (channels_last(width, case, like) for _ in range(3))
@@ -155,21 +147,11 @@ def layers(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[s
     norm = random_norm(case.read, device)
     into, sums = torch.zeros(2, case.made, device=device), torch.zeros(2, case.read, device=device)
     unit = Unit(norm.gamma, norm.beta, weight, norm.eps)
-    kernels = choose_kernels(device, dtype)
-    for stage, kind in {"S3": Convolutions, "S4": TritonConvolutions}.items():
-        if stage == "S4" and device.type != "cuda":
-            return
-        way = kind(kernels, maps, case.read)
-        d_made = channels_last(way.padded(case.made), case, like)
-        d_made[:, case.made :] = 0
-        yield f"{stage} forward", partial(way.write, unit, maps, norm, None, 1.0, slot, Statistics(*into))
-        yield f"{stage} backward", partial(way.accumulate, unit, maps, norm, d_made, True, carry, out, sums)
-    from densenet_dist.model.kernels.triton_conv import conv_dgrad, conv_forward, conv_wgrad, pack_norm, pack_weight
-
-    settled, packed, d_weight = pack_norm(norm), pack_weight(weight, dtype), torch.empty_like(weight)
-    yield "triton fprop", partial(conv_forward, maps, settled, packed, None, 1.0, slot, *into)
-    yield "triton dgrad", partial(conv_dgrad, d_made, packed, maps, settled, carry, out, sums)
-    yield "triton wgrad", partial(conv_wgrad, maps, settled, d_made, d_weight)
+    way = Convolutions(choose_kernels(device, dtype), maps, [unit])
+    d_made = channels_last(way.padded(case.made), case, like)
+    d_made[:, case.made :] = 0
+    yield "layer forward", partial(way.write, unit, maps, norm, None, 1.0, slot, Statistics(*into))
+    yield "layer backward", partial(way.accumulate, unit, maps, norm, d_made, True, carry, out, sums)
 
 
 def measure(case: Case, like: dict[str, Any], timer: Timer) -> dict[str, Any]:
@@ -177,7 +159,7 @@ def measure(case: Case, like: dict[str, Any], timer: Timer) -> dict[str, Any]:
     weight = torch.randn(case.made, case.read, 3, 3, device=like["device"]) / (3 * case.read**0.5)
     weight = weight.contiguous(memory_format=torch.channels_last)
     works, failed = {}, {}
-    for name, work in (*alone(case, like, weight), *layers(case, like, weight)):
+    for name, work in (*alone(case, like, weight), *layer(case, like, weight)):
         try:
             for _ in range(2):  # the first call chooses or compiles a kernel
                 work()
@@ -202,7 +184,7 @@ def figures(case: Case, name: str, milliseconds: float, size: int) -> str:
 
 def show(row: dict[str, Any], size: int) -> None:
     case = Case(row["side"], row["batch"], row["read"], row["made"])
-    for family in ("torch", "triton", "S3", "S4"):
+    for family in ("torch", "layer"):
         parts = [figures(case, name, ms, size) for name, ms in row["ms"].items() if name.split()[0] == family]
         if parts:
             print(f"{case}  {family:6}  " + " | ".join(parts), flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +24,6 @@ from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model import densenet
-from densenet_dist.model.fused.convolutions import CHOICE_VARIABLE
 from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.schema import Config
 from densenet_dist.train.network import autocast
@@ -95,7 +93,6 @@ class _Arm:
 
     def __init__(self, arm: str, config: Config, num_classes: int, device: torch.device) -> None:
         self._way, self._config, self._num_classes, self._device = WAYS[arm], config, num_classes, device
-        os.environ[CHOICE_VARIABLE] = self._way.convolutions
         torch.manual_seed(config.seed)
         settings = {**asdict(config.model), "num_classes": num_classes, "image_size": config.data.side}
         self._model = densenet(**{**settings, "block": self._way.block}).to(device).train()

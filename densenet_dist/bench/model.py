@@ -39,7 +39,6 @@ DEFINITIONS = {
     "graph": "model.block=fused, the whole step in one CUDA graph",
     "padded": "the reference form, widths padded to multiples of 8 inside the blocks",
     "compiled_graph": "compiled, the whole step in one CUDA graph",
-    "triton": "graph, with convolutions by this project's Triton kernels",
     "step_ms": "forward, cross entropy, backward, optimizer, gradients to zero; forward_ms has the cross entropy in it",
     "spreads": "lowest and highest of the rounds",
     "tflop_per_s": "FLOPs of the net's definition (2 a multiplication and addition; forward and backward; the same for "
@@ -122,7 +121,7 @@ def bench_model(
     check_model(configured_for(config, "reference"))
     device = choose_device(config.cluster.device)
     notes, names = [], list(dict.fromkeys(arms))
-    for name in [name for name in names if WAYS[name].gpu_only and device.type != "cuda"]:
+    for name in [name for name in names if WAYS[name].captured and device.type != "cuda"]:
         names.remove(name)
         notes.append(f"{name} is left out: it needs a GPU")
     if config.data.name == "folder":

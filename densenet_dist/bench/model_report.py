@@ -24,7 +24,6 @@ _STYLES: dict[str, dict[str, Any]] = {  # of two that coincide both can be seen
     "graph": {"color": "tab:green", "marker": "D", "linewidth": 1.5, "markersize": 5},
     "padded": {"color": "tab:brown", "marker": "v", "linewidth": 1.5, "markersize": 5},
     "compiled_graph": {"color": "tab:red", "marker": "P", "linewidth": 1.5, "markersize": 6},
-    "triton": {"color": "tab:purple", "marker": "X", "linewidth": 1.5, "markersize": 6},
 }
 
 

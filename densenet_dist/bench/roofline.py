@@ -96,16 +96,6 @@ _FUSED: Final[Mapping[str, Passes]] = {
     "transition": Passes(3, 5.75, 1, 2),
     "head": Passes(3, 2.75, 0, 0),
 }
-# Triton's convolutions normalise what they read and keep nothing between: forward r; backward weight gradient r, and
-# the input gradient is added to the sum at once, maps and sum rrw: 4.
-_TRITON: Final[Mapping[str, Passes]] = {
-    **_FUSED,
-    "layer": Passes(1, 4, 1, 5),
-    "bottleneck": Passes(1, 4, 1, 5),
-    "inner": Passes(1, 4, 1, 5),
-    "inner_drop": Passes(0, 0, 0, 0),
-    "transition": Passes(1, 4, 1, 2),
-}
 PASSES: Final[Mapping[str, Mapping[str, Passes]]] = {
     "reference": _REFERENCE,
     "compiled": _COMPILED,
@@ -113,7 +103,6 @@ PASSES: Final[Mapping[str, Mapping[str, Passes]]] = {
     "graph": _FUSED,
     "padded": _REFERENCE,
     "compiled_graph": _COMPILED,
-    "triton": _TRITON,
 }
 """The passes of each arm of ``bench model`` over the maps of each part of a net."""
 

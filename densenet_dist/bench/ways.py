@@ -16,12 +16,6 @@ class Way(NamedTuple):
     block: str
     compiled: bool = False
     captured: bool = False
-    convolutions: str = ""
-
-    @property
-    def gpu_only(self) -> bool:
-        """Whether it needs a GPU."""
-        return self.captured or bool(self.convolutions)
 
 
 WAYS: Final[Mapping[str, Way]] = MappingProxyType(
@@ -32,7 +26,6 @@ WAYS: Final[Mapping[str, Way]] = MappingProxyType(
         "graph": Way("fused", captured=True),
         "padded": Way("padded"),
         "compiled_graph": Way("reference", compiled=True, captured=True),
-        "triton": Way("fused", captured=True, convolutions="triton"),
     }
 )
 """Every arm."""

@@ -57,7 +57,7 @@ def bench_model(
     batch_sizes: BatchSizes = "64,128,256,512,1024,2048",
     arms: Annotated[
         str,
-        typer.Option(help="Ways to run the net, separated by commas; also padded, compiled_graph and triton."),
+        typer.Option(help="Ways to run the net, separated by commas; also padded and compiled_graph."),
     ] = "reference,compiled,fused,graph",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,

@@ -1,4 +1,4 @@
-"""The whole fused block on Triton's kernels, with PyTorch's convolutions (padded, as on a GPU) and with Triton's own.
+"""The whole fused block on Triton's kernels, with PyTorch's convolutions padded as on a GPU.
 
 The cases run in Triton's interpreter, and on a GPU where there is one: see tests/support/triton_cases.py.
 """
@@ -37,13 +37,13 @@ def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@pytest.fixture(params=[Padded, convolutions.TritonConvolutions], ids=["library", "triton"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from densenet_dist.model.kernels.triton_pointwise import TritonPointwise
 
     monkeypatch.setattr(operator, "choose_kernels", lambda *_: TritonPointwise())
     for module in (forward, backward):
-        monkeypatch.setattr(module, "choose_convolutions", request.param)
+        monkeypatch.setattr(module, "choose_convolutions", Padded)
 
 
 def make(form: str, bn_size: int | None, drop_rate: float, device: str) -> nn.Module:

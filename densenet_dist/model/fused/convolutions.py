@@ -1,8 +1,7 @@
-"""BN-ReLU and the convolution after it, forward and backward: by PyTorch's convolutions, or by Triton's."""
+"""BN-ReLU and the convolution after it, forward and backward."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -10,15 +9,12 @@ import torch
 from torch import Tensor
 
 from densenet_dist.model.fused.structure import Statistics, Unit, new_maps
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm
 from densenet_dist.model.kernels.native import NativeKernels
 
 TENSOR_CORE_CHANNELS = 8
 """Tensor cores want channels in multiples of this (16 bytes of half precision): others cost cuDNN a copy or its slow
 kernels. Padding is zeros, in weights as in maps, so that its products and gradients are exactly 0."""
-
-CHOICE_VARIABLE = "DENSENET_DIST_CONVOLUTIONS"
-"""Environment variable: ``triton`` takes `TritonConvolutions` on GPUs; for measurements."""
 
 PIECE_BYTES = 24 * 2**20
 """Most rectified maps that a CPU works on at a time. What is larger than 32 MiB glibc gives back to the system when it
@@ -254,54 +250,10 @@ def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
     into.var.copy_((share * (variances + (means - mean).square())).sum(0))
 
 
-class TritonConvolutions(Convolutions):
-    """The same by kernels that normalise what they read and take statistics, masks and sums of what they make."""
-
-    def accumulates(self, unit: Unit) -> bool:
-        """Always: it takes no more memory traffic than `backward`."""
-        return True
-
-    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
-        """As in the base class."""
-        if unit.weight is None:
-            return super().apply(unit, maps, norm)
-        return self.write(unit, maps, norm, None, 1.0, None, None)
-
-    def write(
-        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
-        into: Statistics | None,
-    ) -> Tensor:  # fmt: skip
-        """As in the base class, in one kernel."""
-        from densenet_dist.model.kernels.triton_conv import conv_forward
-
-        assert unit.weight is not None
-        slot = new_maps(maps, unit.makes) if slot is None else slot
-        conv_forward(maps, norm, unit.weight, mask, keep, slot, *(into or (None, None)))
-        return slot
-
-    def accumulate(
-        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
-        out: Tensor, sums: Tensor,
-    ) -> Tensor | None:  # fmt: skip
-        """As in the base class, in two kernels."""
-        if unit.weight is None:
-            return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
-        from densenet_dist.model.kernels.triton_conv import conv_dgrad, conv_wgrad, pack_norm
-
-        packed = pack_norm(norm)
-        conv_dgrad(d_made, unit.weight, maps, packed, carry, out, sums)
-        if not need_weight:
-            return None
-        d_weight = torch.empty_like(unit.weight, dtype=accumulation_type(maps.dtype))
-        conv_wgrad(maps, packed, d_made, d_weight)
-        return _like_weight(d_weight, unit.weight)
-
-
 def choose_convolutions(kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> Convolutions:
     """The faster ones for a device, as far as that has been measured; arguments as of `Convolutions`."""
     if like.is_cuda:
-        triton = os.environ.get(CHOICE_VARIABLE) == "triton"
-        return (TritonConvolutions if triton else Convolutions)(kernels, like, units)
+        return Convolutions(kernels, like, units)
     if isinstance(kernels, NativeKernels):
         return NativeConvolutions(kernels, like, units)
     return (PiecewiseConvolutions if like.numel() > 0 else Convolutions)(kernels, like, units)

@@ -19,9 +19,6 @@ from torch import Tensor
 
 from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Norm, accumulation_type
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether Triton's interpreter runs the kernels: it multiplies bfloat16 matrices wrongly (Triton 3.6)."""
-
 _LARGEST_INT = 2**31 - 1
 
 # A tile of the kernels that reduce: few channels, so that there are enough programs, and many partial results at once.
