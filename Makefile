@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test lint types contract pytest nightly docs docs-serve hooks setup lock dist clean
+.PHONY: help train check test lint types contract deps pytest chaos nightly nightly-newest docs docs-serve \
+  hooks setup lock dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,23 +28,46 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY) ## the quickstart, no download (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
 	@$(BIN)/densenet-dist train $(CONFIG) name=$(notdir $(basename $(CONFIG)))-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: lint types contract pytest ## what CI runs: the four below
+check: lint types contract deps $(READY) ## for everyday use, 4 minutes on 2 cores: checks without tests, and the quick tests
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not nightly" $(ARGS)
 
-lint: $(READY) ## style and format of the code
+test: $(READY) ## what CI runs: lint, types, contract, deps and pytest
+	@echo "make test: about 15 minutes on 2 cores (make check: 4)"
+	@$(MAKE) --no-print-directory lint types contract deps pytest
+
+lint: $(READY) ## code style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(READY) ## mypy, strict
 	$(BIN)/mypy
 
-contract: $(READY) ## who may import whom
+contract: $(READY) ## which package may import which
 	$(BIN)/lint-imports
 
-pytest: $(READY) ## the tests (ARGS='tests/model -k fused' for some)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+deps: $(READY) ## every import is declared in pyproject.toml, and every dependency is used
+	$(BIN)/deptry .
 
-nightly: $(READY) ## what takes too long for that: every fault of `densenet-dist chaos`, 19,000 fuzzed inputs
+# Tests of one file run in one process; those that start Ray share a process, so that they never run side by side
+# (tests/conftest.py).
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+pytest: $(READY) ## the tests (ARGS='tests/model -k fused' for some)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+chaos: $(READY) ## inject every fault into real commands, and write docs/reliability.md (ARGS='-k killed' for some)
+	$(BIN)/python -m pytest tests/chaos -m "nightly or not nightly" --timeout 1800 --page docs/reliability.md $(ARGS)
+
+nightly: $(READY) ## what is too slow for make test: all faults, 19,000 fuzzed inputs, long runs, the audit of dependencies
 	$(BIN)/python -m pytest -m nightly --timeout 1800 $(ARGS)
+
+NEWEST := .venv-newest
+
+nightly-newest: ## the tests with the newest versions that pyproject.toml allows, in an environment of its own
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
+	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 hooks: $(READY) ## have git run lint, format and types before each commit
 	$(BIN)/pre-commit install
@@ -66,8 +90,8 @@ LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --cust
 # the package.
 lock: ## write requirements.lock and requirements-runtime.lock anew (needs uv)
 	uv pip compile pyproject.toml requirements.in --extra dev $(LOCK) --output-file requirements.lock
-	echo hatchling | uv pip compile pyproject.toml requirements.in - --constraints requirements.lock $(LOCK) \
+	echo hatchling | uv pip compile pyproject.toml requirements.in - --extra s3 --constraints requirements.lock $(LOCK) \
 	  --output-file requirements-runtime.lock
 
 clean: ## remove .venv, dist and caches; runs and data stay
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

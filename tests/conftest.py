@@ -15,6 +15,16 @@ from densenet_dist.data import cifar
 PACK = Path(__file__).parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for ``--dist loadgroup``: those that start Ray, which go first; the others by file."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            cluster = "cluster" in item.path.parent.parts or item.get_closest_marker("multinode") is not None
+            item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "cluster")
+
+
 @pytest.fixture(scope="session")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the official binary files of both sets, extracted. Not to be written to."""

@@ -79,8 +79,9 @@ def test_the_images_versions_are_those_of_the_full_lock(full, runtime):
 def test_the_image_has_what_the_package_needs_and_no_more(root, runtime):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     named = [line for line in (root / "requirements.in").read_text().splitlines() if line and line[0] != "#"]
-    assert set(here(runtime)) == needed([*project["dependencies"], *named, BUILDER])
-    for_developers = {canonicalize_name(Requirement(each).name) for each in project["optional-dependencies"]["dev"]}
+    extras = project["optional-dependencies"]
+    assert set(here(runtime)) == needed([*project["dependencies"], *extras["s3"], *named, BUILDER])
+    for_developers = {canonicalize_name(Requirement(each).name) for each in extras["dev"]}
     assert {"pytest", "moto"} <= for_developers - set(here(runtime))
 
 
