@@ -16,7 +16,7 @@ from densenet_dist.cli import completion
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.chaos import chaos
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
-from densenet_dist.cli.predicting import demo, export, predict
+from densenet_dist.cli.predicting import export, predict
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
@@ -170,7 +170,7 @@ def doctor(sources: Sources = None, debug: Debug = False) -> None:
 
 
 # In the order in which a newcomer meets them.
-for _command in (train, evaluate, report, predict, export, demo, tune, config, doctor):
+for _command in (train, evaluate, report, predict, export, tune, config, doctor):
     app.command()(_command)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
 app.command()(chaos)

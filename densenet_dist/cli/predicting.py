@@ -1,4 +1,4 @@
-"""``densenet-dist predict``, ``export`` and ``demo``: what a trained net is for."""
+"""``densenet-dist predict`` and ``export``: use a trained net."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
-    int8 = "int8"
 
 
 OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")]
@@ -114,9 +113,7 @@ def export(
         typer.Option(metavar="FILE", help="By default the run's name in this folder.", show_default=False),
     ] = None,
     checkpoint: Checkpoint = Which.best,
-    precision: Annotated[
-        Precision, typer.Option(help="bf16: safetensors, torch-export; int8: safetensors (weights), onnx (all).")
-    ] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="bf16 for safetensors and torch-export.")] = Precision.fp32,
     check: Annotated[
         bool, typer.Option(help="Whether to load the file again and compare it on test images; needs the data set.")
     ] = True,
@@ -125,7 +122,7 @@ def export(
     """Write a run's net into one file, with class names and preparation of pictures, and make sure that it is the same.
 
     densenet-dist export runs/k24
-    densenet-dist export runs/k24 --format onnx --precision int8
+    densenet-dist export runs/k24 --format onnx
     """
     from densenet_dist.inference.exporting import export as write
 
@@ -140,29 +137,6 @@ def export(
     )
     typer.echo(f"{made.path}: {made.bytes:,} bytes, {made.format}, {made.header.precision}")
     typer.echo(_checked(made))
-
-
-def demo(
-    net: Net,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes any that is free.")] = 7860,
-    host: Annotated[str, typer.Option(help="Who may open it: 127.0.0.1 is this machine alone.")] = "127.0.0.1",
-    device: OnDevice = Device.auto,
-    checkpoint: Checkpoint = Which.best,
-    debug: Debug = False,
-) -> None:
-    """Serve a page on which pictures can be tried; Ctrl-C ends it.
-
-    densenet-dist demo runs/k24
-    """
-    from densenet_dist.inference.classifier import load_classifier
-    from densenet_dist.inference.demo import LOOPBACK, serve
-
-    def ready(address: str) -> None:
-        typer.echo(f"open {address}   (Ctrl-C ends it)")
-        if host not in LOOPBACK:
-            typer.echo("everybody who reaches this machine can use it: it asks for no password", err=True)
-
-    serve(load_classifier(net, checkpoint=checkpoint.value, device=device.value), net, host, port, ready)
 
 
 def _checked(made: Exported) -> str:

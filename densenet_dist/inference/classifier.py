@@ -1,4 +1,4 @@
-"""A trained net that classifies pictures, from a run or from any exported file."""
+"""A trained net that classifies pictures, from a run, a safetensors file or an ONNX file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from densenet_dist.inference.trained import device_of, open_trained
 from densenet_dist.object_store import explain, is_uri, open_filesystem
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
-"""The exported files' endings, and the formats."""
+"""The exported files' suffixes, and the formats; a ``.pt2`` is written only."""
 
 DEFAULT_BATCH = 64
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -152,7 +152,8 @@ def load_classifier(
     """A net that classifies pictures.
 
     Args:
-        path: a run's folder (path or URI), its name under ``runs/``, or an exported file, of which nothing can run.
+        path: a run's folder (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX); nothing
+            in it can run.
         checkpoint: of a run.
         device: auto takes a GPU if there is one; ONNX files run on the CPU.
 
@@ -178,9 +179,9 @@ def open_exported(file: Path, device: Device = "auto", origin: str | None = None
             raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
         header, session = onnx_format.read(file)
         return Classifier(header, session, origin, torch.device("cpu"))
-    from densenet_dist.inference import safetensors_format, torch_export_format
+    from densenet_dist.inference import safetensors_format
 
-    header, network = (safetensors_format if kind == "safetensors" else torch_export_format).read(file)
+    header, network = safetensors_format.read(file)
     return _on(device_of(device), header, network, origin, nullcontext)
 
 
@@ -219,15 +220,17 @@ def _kind_of(file: Path) -> str:
             start = opened.read(16)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK"):
-        return "torch-export"
+    if start.startswith(b"PK") or file.suffix == ".pt2":
+        raise CheckpointError(
+            f"{file} is a program for PyTorch alone, which is not read here\n"
+            "  name the run, or export it as safetensors; torch.export.load runs it, if you trust the file"
+        )
     if start[8:9] == b"{":
         return "safetensors"
     if file.suffix == ".onnx":
         return "onnx"
     raise CheckpointError(
-        f"{file} is no exported net: name a run's folder, or a file that densenet-dist export wrote "
-        f"({', '.join(SUFFIXES)})"
+        f"{file} is no exported net: name a run's folder, or a .safetensors or .onnx file of densenet-dist export"
     )
 
 

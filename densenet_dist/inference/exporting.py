@@ -1,4 +1,4 @@
-"""From a run to one file that holds all of it, compared with the run's own net before it is kept."""
+"""Export a run's network to one file, and compare the file with the run before it is kept."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from densenet_dist.inference.classifier import SUFFIXES, open_exported
 from densenet_dist.inference.header import Header, Precision
 from densenet_dist.inference.trained import Trained, open_trained
 from densenet_dist.schema import Config
-from densenet_dist.train.inputs import load_dataset_of, train_and_val
+from densenet_dist.train.inputs import load_dataset_of
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
 LARGEST_DIFFERENCE: Final = 1e-4
 """Of logits between a file in float32 and the run's own net in float32."""
 
-_COMPARED = 256  # test images, of which fp32 files are compared; the others are judged on all of them
-_CALIBRATION = 512  # training images, whose maps tell int8 its ranges
+_COMPARED = 256  # test images for fp32 files; bf16 files are compared on all of them
 _BATCH = 100
 
 
@@ -88,7 +87,7 @@ def export(
         format: safetensors, for this package; torch-export (.pt2), for PyTorch alone; onnx, for onnxruntime.
         out: the file; by default the run's name in the working directory.
         checkpoint: best (by ``checkpoint.monitor``) or last.
-        precision: bf16 for safetensors and torch-export; int8 for safetensors (the weights) and onnx (all of it).
+        precision: fp32, or bf16 for safetensors and torch-export.
         check: whether to load the file again and compare it on test images; needs the data set.
         overrides: changes to the run's configuration, such as ``data.root=...``.
 
@@ -97,21 +96,20 @@ def export(
         CheckpointError: a float32 file differs from the run's net by more than `LARGEST_DIFFERENCE`; it is not kept.
         StorageError, DataError, EnvironmentProblem: as their names say.
     """
-    require_possible(format, precision)
+    _require_possible(format, precision)
     trained = open_trained(run, checkpoint=checkpoint, device="cpu", block="reference", overrides=overrides)
     path = _path(out, trained.config.name, format, precision)
     header = dataclasses.replace(trained.header, precision=precision)
-    dataset = load_dataset_of(trained.config) if check or (format, precision) == ("onnx", "int8") else None
+    dataset = load_dataset_of(trained.config) if check else None
     beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
     try:
-        _writer(format, trained, header, dataset)(beside)
+        _write(format, trained, header, beside)
         found = None
-        if check:
-            assert dataset is not None
+        if dataset is not None:
             # Opened once more, in its own form: writing changes it.
             original = open_trained(run, checkpoint=checkpoint, device="cpu", overrides=overrides)
-            found = compare(beside, format, original, dataset)
-            _judge(found, precision, path)
+            found = compare(beside, header, format, original, dataset)
+            _require_close(found, precision, path)
         os.replace(beside, path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -120,30 +118,27 @@ def export(
     return Exported(path, format, header, path.stat().st_size, found)
 
 
-def require_possible(format: str, precision: str) -> None:
+def _require_possible(format: str, precision: str) -> None:
     """Whether there is such a file.
 
     Raises:
         ConfigError: there is none.
     """
     if precision == "bf16" and format == "onnx":
-        raise ConfigError(
-            "onnxruntime has no bf16 convolutions for CPUs: use --precision int8 with onnx, or another format"
-        )
-    if precision == "int8" and format == "torch-export":
-        raise ConfigError("torch-export takes fp32 and bf16; int8 is for onnx and safetensors")
+        raise ConfigError("onnxruntime has no bf16 convolutions for CPUs: use fp32 with onnx, or another format")
 
 
-def compare(file: Path, format: Format, trained: Trained, dataset: Dataset) -> Check:
+def compare(file: Path, header: Header, format: Format, trained: Trained, dataset: Dataset) -> Check:
     """Load a file that this process wrote, and compare it with the run's own net in float32 on test images."""
-    exported = open_exported(file)
-    run: Callable[[Tensor], Tensor] = exported.logits
+    run: Callable[[Tensor], Tensor]
     if format == "torch-export":
-        from densenet_dist.inference.torch_export_format import run_program
+        from densenet_dist.inference.torch_export_format import load_own
 
-        run = run_program(file)
+        run = load_own(file)
+    else:
+        run = open_exported(file).logits
     count = len(dataset.test.labels)
-    if exported.header.precision == "fp32":
+    if header.precision == "fp32":
         count = min(count, _COMPARED)
     places = np.arange(count) * len(dataset.test.labels) // count
     largest, same, right, exported_right, images = 0.0, 0, 0, 0, 0
@@ -173,29 +168,23 @@ def grey_levels(config: Config, split: Split, places: npt.NDArray[np.int64]) -> 
         yield batch.images, batch.labels
 
 
-def _writer(format: Format, trained: Trained, header: Header, dataset: Dataset | None) -> Callable[[Path], None]:
-    model, network = trained.model, trained.network
+def _write(format: Format, trained: Trained, header: Header, path: Path) -> None:
     if format == "safetensors":
         from densenet_dist.inference import safetensors_format
 
-        return lambda path: safetensors_format.write(model, header, path)
-    if format == "torch-export":
+        safetensors_format.write(trained.model, header, path)
+    elif format == "torch-export":
         from densenet_dist.inference import torch_export_format
 
-        return lambda path: torch_export_format.write(network, header, path)
-    from densenet_dist.inference import onnx_format
+        torch_export_format.write(trained.network, header, path)
+    else:
+        from densenet_dist.inference import onnx_format
 
-    onnx_format.imported("onnxruntime")
-    calibration = None
-    if header.precision == "int8":
-        assert dataset is not None
-        train, _ = train_and_val(trained.config, dataset)
-        some = train[np.arange(min(_CALIBRATION, len(train))) * len(train) // min(_CALIBRATION, len(train))]
-        calibration = torch.cat([pixels for pixels, _ in grey_levels(trained.config, dataset.train, some)]).numpy()
-    return lambda path: onnx_format.write(network, header, path, calibration)
+        onnx_format.imported("onnxruntime")
+        onnx_format.write(trained.network, header, path)
 
 
-def _judge(check: Check, precision: Precision, path: Path) -> None:
+def _require_close(check: Check, precision: Precision, path: Path) -> None:
     # A NaN is no small difference either.
     if precision == "fp32" and not check.largest <= LARGEST_DIFFERENCE:
         raise CheckpointError(

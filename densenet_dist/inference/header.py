@@ -19,7 +19,7 @@ from densenet_dist.model.architecture import Architecture, CompressionOf, Head, 
 HEADER_KEY: Final = "densenet_dist"
 """Under which every format keeps the header."""
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16"]
 
 _MOST_BYTES: Final = 8 << 20  # 21,841 classes of ImageNet with their long names take less than 2 MiB
 _MOST_LAYERS: Final = 2000  # 500 times a second are built; densenet201 has 98
@@ -137,6 +137,11 @@ def header_of(text: str | bytes | None, origin: str) -> Header:
     try:
         header = _ADAPTER.validate_json(text)
     except ValidationError as error:
+        if any(item["loc"] == ("precision",) and item["input"] == "int8" for item in error.errors()):
+            raise CheckpointError(
+                f"{origin} has int8 weights, which are not supported any more\n"
+                "  export the run again with --precision fp32 or bf16"
+            ) from None
         raise CheckpointError(f"{origin}: its metadata is not that of an exported net: {_problem(error)}") from None
     if problem := _contradiction(header):
         raise CheckpointError(f"{origin}: its metadata is not that of an exported net: {problem}")

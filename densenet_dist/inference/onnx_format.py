@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,19 +27,15 @@ OPSET: Final = 20
 _MOST_BYTES: Final = (1 << 31) - 1  # of any protobuf
 
 
-def write(network: Network, header: Header, path: Path, calibration: npt.NDArray[np.float32] | None = None) -> None:
-    """Write a trained network; in float32, or where the header says int8 with 8-bit convolutions.
-
-    Args:
-        network: in float32; its weights become contiguous.
-        calibration: (n, 3, H, W) grey levels of training images, from which int8 takes the range of every map.
+def write(network: Network, header: Header, path: Path) -> None:
+    """Write a trained network in float32. Its weights become contiguous.
 
     Raises:
         EnvironmentProblem: a package is missing.
     """
     onnx = imported("onnx")
     imported("onnxscript")
-    with quiet(), _no_log("torch.onnx"):
+    with quiet(), _no_log():
         program = torch.onnx.export(
             traced(network, header), (), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
             external_data=False, verbose=False,
@@ -50,9 +43,6 @@ def write(network: Network, header: Header, path: Path, calibration: npt.NDArray
     assert program is not None
     graph = program.model_proto
     _strip(graph)
-    if header.precision == "int8":
-        assert calibration is not None
-        graph = _quantized(graph, calibration)
     graph.producer_name, graph.producer_version = "densenet-dist", header.version
     onnx.helper.set_model_props(graph, {HEADER_KEY: header.to_json()})
     path.write_bytes(graph.SerializeToString())
@@ -131,47 +121,10 @@ def _strip(graph: Any) -> None:
     inner.doc_string = ""
 
 
-def _quantized(graph: Any, calibration: npt.NDArray[np.float32]) -> Any:
-    """The same program with 8-bit weights and maps in convolutions and the linear layer (QDQ, static, per channel)."""
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as folder, _no_log("root"):
-        plain, fused, small = (os.path.join(folder, name) for name in ("plain.onnx", "fused.onnx", "small.onnx"))
-        onnx.save(graph, plain)
-        quant_pre_process(plain, fused)
-        quantize_static(
-            fused,
-            small,
-            _Images(calibration),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            # 7 bits of weights: without VNNI, sums of products of 8-bit numbers saturate on x86 in pairs.
-            reduce_range=True,
-            calibrate_method=CalibrationMethod.MinMax,
-        )
-        return onnx.load(small)
-
-
-class _Images:
-    """Calibration images in batches, as onnxruntime asks for them."""
-
-    def __init__(self, pixels: npt.NDArray[np.float32], batch_size: int = 64) -> None:
-        self._batches = iter(np.split(pixels, range(batch_size, len(pixels), batch_size)))
-
-    def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {INPUT: batch}
-
-
 @contextmanager
-def _no_log(name: str) -> Iterator[None]:
-    """Without what a library logs of its own workings."""
-    logger = logging.getLogger(None if name == "root" else name)
+def _no_log() -> Iterator[None]:
+    """Without what the exporter logs of its own workings."""
+    logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,23 +14,20 @@ from torch import Tensor
 from densenet_dist.errors import CheckpointError
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.inference.network import Network, empty_net, to_bfloat16
-from densenet_dist.inference.quantize import SCALE, dequantized, quantized
-from densenet_dist.inference.weights import Kind, filled, kinds, matrices, require_same, without_counters
 from densenet_dist.model import DenseNet
 
-_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}
+_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
+_MOST_SHOWN: Final = 8
+
+_Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
 
 
 def write(model: DenseNet, header: Header, path: Path) -> None:
     """Write a trained net in float32, in the precision that the header says. `model` is changed."""
-    names = matrices(model)
     if header.precision == "bf16":
         to_bfloat16(model)
-    weights: dict[str, Tensor] = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    weights = {name: weights[name] for name in without_counters(weights)}
-    if header.precision == "int8":
-        weights = quantized(weights, names)
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(model).items()}
     save_file(weights, path, metadata={"format": "pt", HEADER_KEY: header.to_json()})
 
 
@@ -43,16 +41,20 @@ def read(path: Path) -> tuple[Header, Network]:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = header_of((file.metadata() or {}).get(HEADER_KEY), str(path))
             model = empty_net(header)
-            require_same(_found(file), _wanted(model, header), str(path))
+            _require_same(_found(file), _weights(model), str(path))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if header.precision == "int8":
-        weights = dequantized(weights, matrices(model))
-    return header, Network(filled(model, weights), header.mean, header.std).eval()
+    return header, Network(_filled(model, weights), header.mean, header.std).eval()
 
 
-def _found(file: Any) -> dict[str, Kind]:
+def _weights(model: DenseNet) -> dict[str, Tensor]:
+    """A net's tensors without the counters of training steps, which no prediction needs."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
+
+
+def _found(file: Any) -> dict[str, _Kind]:
     found = {}
     for name in file.keys():  # noqa: SIM118
         tensor = file.get_slice(name)
@@ -63,11 +65,35 @@ def _found(file: Any) -> dict[str, Kind]:
     return found
 
 
-def _wanted(model: DenseNet, header: Header) -> dict[str, Kind]:
-    weights = model.state_dict()
-    wanted = kinds({name: weights[name] for name in without_counters(weights)})
-    if header.precision == "int8":
-        for name in matrices(model):
-            shape = wanted[name][1]
-            wanted |= {name: (torch.int8, shape), name + SCALE: (torch.float32, shape[:1])}
-    return wanted
+def _require_same(found: Mapping[str, _Kind], weights: Mapping[str, Tensor], path: str) -> None:
+    """Make sure that a file holds the tensors of the net that its header names and no others, before any is read.
+
+    Raises:
+        CheckpointError: naming those that are missing, superfluous or of another kind.
+    """
+    wanted: dict[str, _Kind] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems += [f"not in this net: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
+    problems += [
+        f"{name}: {_said(found[name])} there, {_said(kind)} in this net"
+        for name, kind in wanted.items()
+        if name in found and found[name] != kind
+    ]
+    if problems:
+        more = [f"... and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+        shown = "\n  ".join(problems[:_MOST_SHOWN] + more)
+        raise CheckpointError(f"{path} does not hold the net that its metadata names:\n  {shown}")
+
+
+def _filled(model: DenseNet, weights: Mapping[str, Tensor]) -> DenseNet:
+    """An `empty_net` with these weights, which have been made sure to fit, ready to classify."""
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name not in weights}
+    model.load_state_dict(dict(weights) | counters, assign=True)
+    model.requires_grad_(False)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
+    return model.eval()
+
+
+def _said(kind: _Kind) -> str:
+    dtype, shape = kind
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
