@@ -56,7 +56,7 @@ def test_help_is_asked_for_in_two_ways(command, name):
     assert (code, out) == (0, command(*name.split(), "--help")[1])
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "report", "tune", "config", "doctor", "submit", "chaos"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "report", "tune", "config", "doctor", "submit"])
 def test_every_command_shows_how_it_is_used(command, name):
     assert f"densenet-dist {name}" in command(name, "--help")[1].partition("Usage")[2].partition("\n")[2]
 

@@ -14,7 +14,6 @@ import typer
 from densenet_dist import bundled
 from densenet_dist.cli import completion
 from densenet_dist.cli.bench import bench_app
-from densenet_dist.cli.chaos import chaos
 from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
 from densenet_dist.cli.predicting import export, predict
 from densenet_dist.cli.reporting import report
@@ -173,7 +172,6 @@ def doctor(sources: Sources = None, debug: Debug = False) -> None:
 for _command in (train, evaluate, report, predict, export, tune, config, doctor):
     app.command()(_command)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
-app.command()(chaos)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,0 +1,219 @@
+"""Checkpoints that are torn, damaged or cannot be written, and what they cost."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from chaos_lab import LOCAL, STEPS, Lab, cases, manifest
+
+from densenet_dist.config import load_config
+from densenet_dist.run_folder import RunFolder
+from densenet_dist.train.building import build_job
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.context import LocalContext
+from densenet_dist.train.engine import train_step
+from densenet_dist.train.job import Job
+from densenet_dist.train.keeping import after_step
+
+WRITER = """
+import sys, torch
+from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.run_folder import RunFolder
+store = CheckpointStore(RunFolder(sys.argv[1], "run"), keep=2)
+begin = max((entry.position.global_step for entry in store.entries), default=0)
+print("ready", flush=True)
+for step in range(begin + 1, 10**6):
+    weights = {"w": torch.full((1_000_000,), float(step)), "v": torch.full((7,), float(step))}
+    store.save(Snapshot(weights, None, {"step": step, "more": torch.full((200_000,), float(step))},
+                        Position(0, step, step), {"val/top1": (step % 7) / 7}))
+"""
+
+
+@pytest.mark.fault(
+    "SIGKILL at 50 random moments while checkpoints of 5 MB are written one after the other",
+    "the newest one listed is whole and of one step; nothing half-written is ever used",
+)
+def test_killed_while_writing(lab: Lab) -> None:
+    # One folder throughout, so that what a kill leaves behind meets the next start.
+    reached = 0
+    for _ in range(50):
+        command = [sys.executable, "-c", WRITER, str(lab.folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n", "the writer did not start"
+            time.sleep(lab.random.uniform(0.0, 0.25))
+            process.kill()
+        store = CheckpointStore(RunFolder(str(lab.folder), "run"))
+        snapshot = store.load_latest()
+        assert not store.damaged, f"a damaged checkpoint was listed: {store.damaged}"
+        if snapshot is not None:
+            step = snapshot.position.global_step
+            tensors = (*snapshot.model.values(), snapshot.state["more"])
+            values = {float(value) for tensor in tensors for value in tensor.unique()}
+            assert values == {float(step)}, f"step {step} holds {values}"
+            assert step >= reached, f"step {step} is older than {reached}"
+            reached = step
+    assert reached > 50, f"only {reached} checkpoints were written"
+    lab.observe(f"whole every time; {reached} checkpoints were written", 50)
+
+
+def flip(name: str, checkpoint: Path) -> None:
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) * 2 // 3] ^= 0x10
+    (checkpoint / name).write_bytes(content)
+
+
+def truncate(name: str, checkpoint: Path) -> None:
+    os.truncate(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+
+
+def remove(name: str, checkpoint: Path) -> None:
+    (checkpoint / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    cases(
+        "found by its checksum and said; the checkpoint before it is used; equal bit for bit",
+        ("weights-flipped", "one bit of the newest weights is flipped", partial(flip, "model.safetensors")),
+        ("average-flipped", "one bit of the newest averaged weights is flipped", partial(flip, "ema.safetensors")),
+        ("state-flipped", "one bit of the newest optimizer state is flipped", partial(flip, "state.pt")),
+        ("weights-truncated", "the newest weights are cut in half", partial(truncate, "model.safetensors")),
+        ("state-removed", "the newest optimizer state is gone", partial(remove, "state.pt")),
+        ("folder-removed", "the newest checkpoint is gone altogether", shutil.rmtree),
+    ),
+)
+def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
+    run = lab.begin_and_kill(20, "checkpoint.keep=4")
+    before, newest = (entry["name"] for entry in manifest(run.folder)["checkpoints"][-2:])
+    damage(run.folder / "checkpoints" / newest)
+    again = lab.begin(resume=run.folder)
+    again.finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"))
+    notes = [line for line in again.text.splitlines() if newest in line and "left out" in line]
+    assert notes, f"it did not say that {newest} is damaged:{again.end_of_text}"
+    step = int(before.removeprefix("step-"))
+    assert f"resumed after step {step}" in again.text, f"it did not go on from {before}:{again.end_of_text}"
+    lab.observe("said, the one before is used; equal")
+
+
+@pytest.mark.fault(
+    "the list of checkpoints is cut in half", "said, and made anew from the checkpoints there are; equal bit for bit"
+)
+def test_manifest_torn(lab: Lab) -> None:
+    # It is replaced as a whole, so that only a broken disk or a person can do this.
+    run = lab.begin_and_kill(20, "checkpoint.keep=4")
+    truncate("manifest.json", run.folder / "checkpoints")
+    again = lab.begin(resume=run.folder)
+    again.finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"))
+    assert "it is made anew" in again.text, again.end_of_text
+    lab.observe("said; equal")
+
+
+@pytest.mark.fault(
+    "the disk is full when a checkpoint is written (a limit on file sizes)",
+    "exit 5, the checkpoints before are whole; resumed with room again, equal bit for bit",
+)
+def test_disk_full(lab: Lab) -> None:
+    run = lab.begin(*LOCAL)
+    run.wait_for_step(10)
+    # Set from outside while it trains: the next write fails as on a full disk.
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    run.fail(5)
+    assert "make room" in run.text or "cannot be written" in run.text, run.end_of_text
+    saved = run.saved
+    again = lab.begin(resume=run.folder)
+    again.finish_like(lab.undisturbed(*LOCAL))
+    assert f"resumed after step {saved}" in again.text, again.end_of_text
+    lab.observe(f"exit 5, step {saved} is whole; then equal")
+
+
+@pytest.mark.fault("the run's folder cannot be written", "exit 5 before any data is read or any step is taken")
+def test_storage_read_only(lab: Lab) -> None:
+    run = lab.begin(*LOCAL, storage="/proc/runs")  # in /proc not even root can make a folder
+    run.fail(5, "/proc/runs")
+    assert "images a step" not in run.text, "it began to train"
+    lab.observe("exit 5 at once")
+
+
+@pytest.mark.fault(
+    f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three are kept, and the best one"
+)
+def test_rotation(lab: Lab) -> None:
+    run = lab.begin(*LOCAL, "checkpoint.keep=3")
+    run.succeed()
+    listed = manifest(run.folder)
+    names = {entry["name"] for entry in listed["checkpoints"]}
+    there = {path.name for path in (run.folder / "checkpoints").iterdir()} - {"manifest.json"}
+    last = {f"step-{step:08d}" for step in range(STEPS - 2, STEPS + 1)}
+    assert names == there == last | {listed["best"]}, f"there are {sorted(there)}, listed are {sorted(names)}"
+    lab.observe("so it is")
+
+
+@pytest.mark.fault(
+    "the driver is killed, and every file that Ray itself keeps of the run is emptied",
+    "Ray's files do not matter: resumed, equal bit for bit",
+)
+def test_ray_state_torn(lab: Lab) -> None:
+    # Ray writes its snapshot in place; a torn one would block every later start of the same name.
+    run = lab.begin("cluster.workers=2")
+    run.wait_for_step(20)
+    run.kill_all()
+    files = [path for path in (run.folder / "ray").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".json" for path in files), f"Ray keeps nothing: {files}"
+    for path in files:
+        os.truncate(path, 0)
+    lab.begin(resume=run.folder).finish_like(lab.undisturbed("cluster.workers=2"))
+    lab.observe(f"equal; {len(files)} files emptied", len(files))
+
+
+def notebook_job(lab: Lab) -> Job:
+    """A job with the notebook's model of 3.5 million parameters, on this machine's CPU."""
+    run = RunFolder(str(lab.folder), "cost")
+    run.create()
+    overrides = ("train.global_batch_size=16", "data.limit=8000", "data.loader=torch", "data.val_fraction=0")
+    config = load_config({"name": "cost", "model": {"variant": "notebook"}, "data": {"name": "shapes"}}, *overrides)
+    return build_job(config, LocalContext(run, torch.device("cpu")))
+
+
+@pytest.mark.fault(
+    "20 checkpoints of the notebook's net, 3.5 million parameters", "training stands still for less than 50 ms each"
+)
+def test_cost(lab: Lab) -> None:
+    job = notebook_job(lab)
+    train_step(job, next(iter(job.train_loader.epoch(0))))  # so that there are moments of the gradients too
+    pauses = []
+    for _ in range(20):
+        began = time.perf_counter()
+        job.saver.save(job.snapshot())
+        pauses.append(1000 * (time.perf_counter() - began))
+        job.saver.wait()  # as with every_steps=auto, there is time to write between two of them
+    job.close()
+    assert max(pauses) < 50, f"a pause of {max(pauses):.0f} ms"
+    lab.observe(f"{sorted(pauses)[10]:.0f} ms (median), {max(pauses):.0f} ms at most", 20)
+
+
+@pytest.mark.fault(
+    "three minutes of training the notebook's net with checkpoint.every_steps=auto, the default",
+    "checkpoints cost less than 1 % of the time, pauses and writing together",
+)
+def test_cost_of_auto(lab: Lab) -> None:
+    job = notebook_job(lab)
+    began = time.perf_counter()
+    for batch in job.train_loader.epoch(0):
+        train_step(job, batch)
+        after_step(job)
+        if time.perf_counter() - began > 180:
+            break
+    job.saver.wait()
+    share, saved = job.saver.spent / (time.perf_counter() - began), job.context.pulse.saved
+    job.close()
+    assert saved >= 3, f"only {saved} checkpoints were written"
+    assert share < 0.01, f"{share:.2%} of the time"
+    lab.observe(f"{share:.2%} for {saved} checkpoints", saved)

@@ -1,0 +1,55 @@
+"""Workers that live but make no progress."""
+
+import os
+import re
+import signal
+
+import pytest
+from chaos_lab import Lab, write_pictures
+
+SETTINGS = ("cluster.workers=2", "fault.hang_timeout_s=6", "train.epochs=8")
+
+
+@pytest.mark.fault(
+    "SIGSTOP of one of two workers; fault.hang_timeout_s=6",
+    "found within the timeout and 5 s, its rank and last step named; replaced; equal bit for bit",
+)
+def test_worker_frozen(lab: Lab) -> None:
+    run = lab.begin(*SETTINGS)
+    run.wait_for_step(25)
+    lab.random.choice(run.workers()).send_signal(signal.SIGSTOP)
+    seconds = run.wait_for("it is ended")
+    (rank, problem) = re.search(r"(rank \d) on \S+ (.* after step \d+)", run.text).groups()
+    assert seconds < 11, f"found after {seconds:.1f} s only"
+    run.finish_like(lab.undisturbed(*SETTINGS))
+    lab.observe(f"after {seconds:.1f} s: {rank} {problem}; equal")
+
+
+@pytest.mark.fault(
+    "pictures are read for ever, as on network storage that is gone; all other ranks wait in a collective call",
+    "found within the timeout and 7 s, the place in the code named; once they are back, equal bit for bit",
+)
+def test_input_hangs(lab: Lab) -> None:
+    pictures = lab.folder / "pictures"
+    write_pictures(pictures, "one", "two")
+    settings = (
+        *(*SETTINGS, "data.name=folder", f"data.root={pictures}", "data.image_size=32", "data.limit=null"),
+        *("train.global_batch_size=32", "train.epochs=6"),
+    )
+    reference = lab.undisturbed(*settings)
+    run = lab.begin(*settings)
+    run.wait_for_step(4)
+    contents = {path: path.read_bytes() for path in (pictures / "one").iterdir()}
+    for path in contents:
+        path.unlink()
+        os.mkfifo(path)  # whoever opens a named pipe waits until somebody writes
+    seconds = run.wait_for("it is ended")
+    for path, content in contents.items():
+        path.unlink()
+        path.write_bytes(content)
+    assert seconds < 13, f"found after {seconds:.1f} s only"
+    (rank, problem) = re.search(r"(rank \d) on \S+ (.* after step \d+)", run.text).groups()
+    assert "stands still" in problem, problem
+    assert ".py:" in problem, problem
+    run.finish_like(reference)
+    lab.observe(f"after {seconds:.1f} s: {rank} {problem}; equal")

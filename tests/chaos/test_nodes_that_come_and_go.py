@@ -1,0 +1,115 @@
+"""Ray clusters that lose nodes and get new ones."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos_lab import Lab, Started, largest_difference_of_losses
+
+LONG = ("train.epochs=40", "data.limit=1300", "train.schedule.name=cosine", "model.drop_rate=0")
+SYNC = ("train.sync_bn=true", "train.lr=0.001")
+"""With a high learning rate training itself makes rounding differences grow."""
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """A head without room for workers, and one node with a CPU."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def begin(lab: Lab, cluster: Any, *settings: str) -> Started:
+    return lab.begin(f"cluster.address={cluster.address}", "cluster.max_failures=9", *LONG, *settings)
+
+
+def workers_of(run: Started) -> int:
+    """Workers of the newest start, from what was printed."""
+    said = re.findall(r"images a step; (\d+) x|resumed after .*, on (\d+) x", run.text)
+    return int(said[-1][0] or said[-1][1]) if said else 0
+
+
+@pytest.mark.fault(
+    "one of two nodes is lost (SIGKILL of its raylet and worker); another one comes later",
+    "the run waits, then goes on from the last checkpoint on the new node; equal bit for bit",
+)
+def test_node_lost(lab: Lab) -> None:
+    with two_nodes() as cluster:
+        second = cluster.add_node(num_cpus=1)
+        run = begin(lab, cluster, "cluster.workers=2")
+        run.wait_for_step(12)
+        cluster.remove_node(second, allow_graceful=False)
+        time.sleep(5)
+        cluster.add_node(num_cpus=1)
+        seconds = run.wait_for_step(run.saved + 3)
+        run.succeed()
+    run.finish_like(lab.undisturbed(*LONG, "cluster.workers=2"))
+    lab.observe(f"went on {seconds:.0f} s after the new node came; equal")
+
+
+@pytest.mark.fault(
+    "workers: {min: 1, max: 2}; one of two nodes is lost, later another one comes",
+    "goes on with one worker, then with two; the same global batches: losses within 1e-5",
+)
+def test_elastic(lab: Lab) -> None:
+    # With SyncBN, and without dropout: nothing else depends on the number of workers.
+    with two_nodes() as cluster:
+        second = cluster.add_node(num_cpus=1)
+        run = begin(lab, cluster, "cluster.workers={min: 1, max: 2}", *SYNC)
+        run.wait_for_step(12)
+        assert workers_of(run) == 2, f"not two workers:{run.end_of_text}"
+        cluster.remove_node(second, allow_graceful=False)
+        run.wait_until(lambda: workers_of(run) == 1, "a start with one worker")
+        run.wait_for_step(run.saved + 5)
+        cluster.add_node(num_cpus=1)
+        run.wait_until(lambda: workers_of(run) == 2, "a start with two workers again")
+        run.succeed()
+    worst = largest_difference_of_losses(run.folder, lab.undisturbed(*LONG, *SYNC, "cluster.workers=2"))
+    assert worst < 1e-5, f"losses differ by {worst:.1e}"
+    lab.observe(f"2, 1, then 2 workers; losses differ by {worst:.0e} at most", 2)
+
+
+@pytest.mark.fault(
+    "a spot notice: Ray is told that a node will be taken away in 20 s",
+    "a checkpoint is written on the notice, though none was due; then the node is gone: the run goes on from there on "
+    "another one, equal bit for bit",
+)
+def test_node_preempted(lab: Lab) -> None:
+    settings = ("cluster.workers=1", "checkpoint.every_steps=null", *LONG, "train.epochs=6", "data.limit=8000")
+    with two_nodes() as cluster:
+        run = begin(lab, cluster, *settings)
+        run.wait_for_step(1)  # that of the first epoch's end
+        before = run.saved
+        leaving = cluster.worker_nodes.copy().pop()
+        command = [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address]
+        command += [
+            "--node-id",
+            leaving.node_id,
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+        ]
+        drained = subprocess.run(
+            [*command, "--deadline-remaining-seconds", "20"], capture_output=True, text=True, timeout=60
+        )
+        assert drained.returncode == 0, drained.stderr
+        seconds = run.wait_until(lambda: run.saved > before, "a checkpoint on the notice", 15)
+        saved = run.saved
+        cluster.remove_node(leaving, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        run.succeed()
+    run.finish_like(lab.undisturbed(*settings))
+    assert f"resumed after step {saved}" in run.text, f"it did not go on from step {saved}:{run.end_of_text}"
+    lab.observe(f"saved {seconds:.1f} s after the notice, went on from there; equal")

@@ -1,0 +1,277 @@
+"""For tests/chaos: starts real commands as processes of their own and watches them through their run folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+TINY = (
+    *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),
+    *("data.name=shapes", "data.limit=640", "data.loader=torch", "data.prefetch=1"),
+    *("train.epochs=6", "train.global_batch_size=64", "train.lr=0.05", "train.ema_decay=0.9"),
+    *("checkpoint.every_steps=1", "cluster.device=cpu"),
+)
+"""A model of two layers on generated images: six epochs of nine steps."""
+STEPS = 54
+LOCAL = ("cluster.engine=local",)
+CLOCK = ("time", "seconds", "perf/", "goodput/")
+"""What records of two equal runs may differ in."""
+
+
+@dataclass
+class Started:
+    """A command that was started.
+
+    Attributes:
+        folder: the run's folder.
+        output: the file with everything it prints.
+    """
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    output: Path
+
+    @property
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text()
+
+    @property
+    def end_of_text(self) -> str:
+        """For messages."""
+        return f"\n{self.text[-2000:]}"
+
+    @property
+    def saved(self) -> int:
+        """The step of the newest complete checkpoint; 0 without one."""
+        return newest_step(self.folder)
+
+    def wait(self, seconds: float = 240) -> int:
+        """Wait for its end; the exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the command did not end within {seconds:g} s:{self.end_of_text}") from None
+
+    def succeed(self) -> None:
+        """Wait for its end, which must be a success."""
+        assert self.wait() == 0, self.end_of_text
+
+    def fail(self, code: int, *words: str) -> None:
+        """Wait for its end, which must have this exit code and a message with these words."""
+        found = self.wait()
+        assert found == code, f"exit code {found}, not {code}:{self.end_of_text}"
+        for text in words:
+            assert text in self.text, f"the output does not contain {text!r}:{self.end_of_text}"
+
+    def finish_like(self, reference: Path) -> None:
+        """Wait for its end. Weights, records and TensorBoard must equal those of the undisturbed run."""
+        self.succeed()
+        require_same(self.folder, reference)
+
+    def wait_until(self, reached: Callable[[], bool], what: str, seconds: float = 180) -> float:
+        """Look a hundred times a second; how long it took."""
+        began = time.monotonic()
+        while not reached():
+            if self.process.poll() is not None:
+                if reached():
+                    break
+                raise AssertionError(f"the command ended before {what}:{self.end_of_text}")
+            assert time.monotonic() - began < seconds, f"no {what} within {seconds:g} s:{self.end_of_text}"
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+    def wait_for_step(self, step: int) -> float:
+        """Until a checkpoint of that step, or of a later one, is complete."""
+        return self.wait_until(lambda: self.saved >= step, f"the checkpoint of step {step}")
+
+    def wait_for(self, text: str, seconds: float = 180) -> float:
+        """Until it has printed that."""
+        return self.wait_until(lambda: text in self.text, repr(text), seconds)
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's workers below it, oldest first."""
+        found = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if "RayTrainWorker" in " ".join(each.cmdline()):
+                    found.append((each.create_time(), each.pid, each))
+        return [each for *_, each in sorted(found)]
+
+    def interrupt(self, number: int = signal.SIGTERM) -> float:
+        """Send a signal and wait for the end, with the exit code of that signal; how long it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        code = self.wait(60)
+        assert code == 128 + number, f"exit code {code}, not {128 + number}:{self.end_of_text}"
+        return time.monotonic() - began
+
+    def kill_all(self) -> None:
+        """Kill all its processes at once, as a power cut would."""
+        if self.process.poll() is None:
+            for each in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        self.process.wait()
+
+
+def cases(expected: str, *rows: tuple[Any, ...]) -> list[Any]:
+    """For `pytest.mark.parametrize`: cases with one expectation, each an id, a fault and the values of the test."""
+    return [pytest.param(*values, id=name, marks=pytest.mark.fault(fault, expected)) for name, fault, *values in rows]
+
+
+class Lab:
+    """Starts the commands of one case, and keeps what came of it.
+
+    Args:
+        folder: an empty one.
+        name: of the case. It is the seed of `random`.
+        undisturbed: folders of finished runs by their settings, shared by all cases.
+
+    Attributes:
+        observed: what the case came to, in words.
+        count: how many faults were injected, or inputs tried.
+    """
+
+    def __init__(self, folder: Path, name: str, undisturbed: dict[tuple[str, ...], Path]) -> None:
+        self.folder, self.random, self._undisturbed = folder, Random(name), undisturbed
+        self._started: list[Started] = []
+        self.observe("")
+
+    def observe(self, text: str, count: int = 1) -> None:
+        """Keep what came of the case, for the page."""
+        self.observed, self.count = text, count
+
+    def begin(
+        self,
+        *settings: str,
+        resume: Path | str | None = None,
+        name: str | None = None,
+        storage: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        launcher: Iterable[str] = (),
+    ) -> Started:
+        """Start a run of the tiny configuration with these settings, or resume one."""
+        name = name or (str(resume).rpartition("/")[2] if resume else f"run-{len(self._started)}")
+        if resume:
+            what = ["--resume", str(resume)]
+        else:
+            config = self.folder / f"{name}.yaml"
+            config.write_text("{}\n")
+            what = [str(config), f"name={name}", f"storage={storage or self.folder}", *TINY]
+        command = [*(launcher or [sys.executable]), "-m", "densenet_dist", "train", *what, *settings]
+        return self.run(command, self.folder / name, environment)
+
+    def begin_ranks(self, number: int, *settings: str, resume: Path | None = None) -> Started:
+        """The same with so many ranks of torchrun."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        return self.begin(*settings, resume=resume, launcher=launcher, environment={"OMP_NUM_THREADS": "1"})
+
+    def run(self, command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> Started:
+        """Start any command; the folder is that of its run."""
+        output = self.folder / f"output-{len(self._started)}.txt"
+        environment = {**os.environ, **(environment or {})}
+        with output.open("wb") as sink:
+            process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment, cwd=self.folder)
+        self._started.append(Started(process, folder, output))
+        return self._started[-1]
+
+    def begin_and_kill(self, step: int, *settings: str) -> Started:
+        """A local run that was killed once the checkpoint of that step was complete."""
+        run = self.begin(*LOCAL, *settings)
+        run.wait_for_step(step)
+        run.kill_all()
+        return run
+
+    def undisturbed(self, *settings: str) -> Path:
+        """The folder of a finished run of these settings that nothing happened to; trained once a session."""
+        if settings not in self._undisturbed:
+            run = self.begin(*settings, name="undisturbed")
+            run.succeed()
+            self._undisturbed[settings] = run.folder
+        return self._undisturbed[settings]
+
+    def kill_everything(self) -> None:
+        """End whatever still runs."""
+        for run in self._started:
+            run.kill_all()
+
+
+def write_pictures(folder: Path, *labels: str) -> None:
+    """A data set of 64 pictures of noise in a folder for each label."""
+    random = np.random.default_rng(0)
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for each in range(64):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{each}.png")
+
+
+def require_same(folder: Path, reference: Path) -> None:
+    """Require that two finished runs are equal bit for bit, except for what depends on the clock."""
+    for what, of in (("weights", newest_weights), ("metrics.jsonl", records), ("TensorBoard", scalars)):
+        assert of(folder) == of(reference), f"{what} of {folder.name} differ from those of the undisturbed run"
+
+
+def largest_difference_of_losses(folder: Path, reference: Path) -> float:
+    """Over all epochs of two runs."""
+    pairs = zip(records(folder), records(reference), strict=True)
+    return max(abs(one[key] - other[key]) for one, other in pairs for key in one if key.endswith("/loss"))
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    with suppress(FileNotFoundError):
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+        return max((int(name[5:13]) for name in names if re.match(r"step-\d{8}", name)), default=0)
+    return 0
+
+
+def newest_weights(folder: Path) -> bytes:
+    """As they are on disk."""
+    return (folder / "checkpoints" / f"step-{newest_step(folder):08d}" / "model.safetensors").read_bytes()
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The list of checkpoints."""
+    found: dict[str, Any] = json.loads((folder / "checkpoints" / "manifest.json").read_text())
+    return found
+
+
+def all_records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The same without what depends on the clock."""
+    lines = all_records(folder)
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every curve in TensorBoard that does not depend on the clock."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a line for each restart
+    board = EventAccumulator(str(folder / "tb"))
+    board.Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith(CLOCK)]
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
