@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import traceback
-from enum import StrEnum
-from typing import Annotated, NoReturn
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from densenet_dist import bundled
-from densenet_dist.cli import completion
+from densenet_dist import __version__, bundled
 from densenet_dist.cli.bench import bench_app
-from densenet_dist.cli.options import Debug, Run, Sources, is_sweep, load
+from densenet_dist.cli.options import Checkpoint, Debug, Run, Sources, is_sweep, load
 from densenet_dist.cli.predicting import export, predict
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
-from densenet_dist.cli.version import show_version
 from densenet_dist.errors import ConfigError, DenseNetDistError
 
 app = typer.Typer(
@@ -40,44 +39,36 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
+def show_versions(wanted: bool) -> None:
+    """Print the versions of this package and of what results and speed depend on, and exit; nothing is imported."""
+    if not wanted:
+        return
+    typer.echo(f"densenet-dist {__version__}\n  python {platform.python_version()}")
+    for name, package in (("torch", "torch"), ("ray", "ray"), ("dali", "nvidia-dali-cuda130")):
+        try:
+            typer.echo(f"  {name} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"  {name} not installed")
+    raise typer.Exit
+
+
 @app.callback()
 def program(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and exit."),
+    show: Annotated[
+        bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None:
     """Options of the program itself; the help text is the app's."""
-
-
-class Split(StrEnum):
-    """Which images `evaluate` looks at."""
-
-    test = "test"
-    val = "val"
-    train = "train"
-
-
-class Which(StrEnum):
-    """Which checkpoint `evaluate` loads."""
-
-    best = "best"
-    last = "last"
 
 
 def evaluate(
     run: Run,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[key=value]...",
-            help="Changes, such as data.root=DIR.",
-            show_default=False,
-            autocompletion=completion.run_settings,
-        ),
+        typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.", show_default=False),
     ] = None,
-    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
-    checkpoint: Annotated[Which, typer.Option(help="Which checkpoint.")] = Which.best,
+    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
+    checkpoint: Checkpoint = "best",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -89,12 +80,12 @@ def evaluate(
     """
     from densenet_dist.train.evaluation import evaluate as judge
 
-    figures = judge(run, split=split.value, checkpoint=checkpoint.value, overrides=tuple(settings or ()))
+    figures = judge(run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()))
     if as_json:
-        typer.echo(json.dumps({"run": run, "split": split.value, "checkpoint": checkpoint.value, **figures}))
+        typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **figures}))
     else:
         typer.echo(
-            f"{split.value}: loss {figures['loss']:.4f}, top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} "
+            f"{split}: loss {figures['loss']:.4f}, top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} "
             f"of {figures['images']:,.0f} images"
         )
 
@@ -177,8 +168,6 @@ app.command(context_settings={"allow_interspersed_args": False})(submit)
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; `arguments` defaults to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if os.environ.get(completion.BASH[0]) == completion.BASH[1]:
-        completion.complete_in_bash(lambda: app(arguments, prog_name="densenet-dist"))
     # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a tenth of a millisecond: from one pass to the next, no longer

@@ -6,16 +6,21 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from densenet_dist import bundled
-from densenet_dist.cli import completion
 from densenet_dist.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from densenet_dist.schema import Config
+
+
+def complete_name(incomplete: str) -> list[str]:
+    """The configurations that come with the package, for completion; where none fits, the shell offers files."""
+    return [name for name in bundled.names() if name.startswith(incomplete)]
+
 
 Sources = Annotated[
     list[str] | None,
@@ -24,17 +29,11 @@ Sources = Annotated[
         help="YAML files, or names that `densenet-dist config --list` shows, and dotted.key=value settings; later ones "
         "win over earlier ones.",
         show_default=False,
-        autocompletion=completion.sources,
+        autocompletion=complete_name,
     ),
 ]
-Run = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help="A run's folder (path or s3:// URI), or its name in runs/.",
-        autocompletion=completion.runs,
-    ),
-]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder (path or s3:// URI), or its name in runs/.")]
+Checkpoint = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of a run.")]
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Images a batch, separated by commas.")]
 Seconds = Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")]

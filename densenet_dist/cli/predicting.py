@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from densenet_dist.cli.options import Debug, Run
+from densenet_dist.cli.options import Checkpoint, Debug, Run
 from densenet_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,57 +21,21 @@ if TYPE_CHECKING:
 _BAR = 20  # characters
 _WIDE = 4000
 
-Net = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN|EXPORT", help="A run's folder (path or s3:// URI), its name in runs/, or an exported file."
-    ),
-]
-
-
-class Device(StrEnum):
-    """Where a net runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Which(StrEnum):
-    """Which checkpoint of a run is taken."""
-
-    best = "best"
-    last = "last"
-
-
-class Format(StrEnum):
-    """What `export` writes."""
-
-    safetensors = "safetensors"
-    torch_export = "torch-export"
-    onnx = "onnx"
-
-
-class Precision(StrEnum):
-    """Of an exported net."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-OnDevice = Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")]
-Checkpoint = Annotated[Which, typer.Option(help="Which checkpoint of a run.")]
-
 
 def predict(
-    net: Net,
+    net: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|EXPORT", help="A run's folder (path or s3:// URI), its name in runs/, or an exported file."
+        ),
+    ],
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders of them, or patterns.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to give for each picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a picture, a line each.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the net sees at a time.")] = 64,
     tta: Annotated[bool, typer.Option("--tta", help="Mean with the mirror image: slower, a little better.")] = False,
-    device: OnDevice = Device.auto,
-    checkpoint: Checkpoint = Which.best,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    checkpoint: Checkpoint = "best",
     debug: Debug = False,
 ) -> None:
     """Classify pictures of any size: JPEG, PNG, WebP, and what else Pillow reads.
@@ -85,7 +48,7 @@ def predict(
     from densenet_dist.inference.classifier import load_classifier
     from densenet_dist.inference.pictures import find
 
-    classifier = load_classifier(net, checkpoint=checkpoint.value, device=device.value)
+    classifier = load_classifier(net, checkpoint=checkpoint, device=device)
     started = time.perf_counter()
     found = classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta)
     bad: list[Unreadable] = []
@@ -105,15 +68,15 @@ def export(
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.")
     ] = None,
     format: Annotated[
-        Format,
+        Literal["safetensors", "torch-export", "onnx"],
         typer.Option(help="safetensors for this package; torch-export (.pt2) for PyTorch alone; onnx for onnxruntime."),
-    ] = Format.safetensors,
+    ] = "safetensors",
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="By default the run's name in this folder.", show_default=False),
     ] = None,
-    checkpoint: Checkpoint = Which.best,
-    precision: Annotated[Precision, typer.Option(help="bf16 for safetensors and torch-export.")] = Precision.fp32,
+    checkpoint: Checkpoint = "best",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 for safetensors and torch-export.")] = "fp32",
     check: Annotated[
         bool, typer.Option(help="Whether to load the file again and compare it on test images; needs the data set.")
     ] = True,
@@ -128,10 +91,10 @@ def export(
 
     made = write(
         run,
-        format=format.value,
+        format=format,
         out=out,
-        checkpoint=checkpoint.value,
-        precision=precision.value,
+        checkpoint=checkpoint,
+        precision=precision,
         check=check,
         overrides=tuple(settings or ()),
     )

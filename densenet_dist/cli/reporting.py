@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from densenet_dist.cli import completion
 from densenet_dist.cli.options import Debug, require_writable
 from densenet_dist.errors import ConfigError
 
@@ -15,11 +14,7 @@ from densenet_dist.errors import ConfigError
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN",
-            help="Runs' folders (paths or s3:// URIs), or their names in runs/.",
-            autocompletion=completion.runs,
-        ),
+        typer.Argument(metavar="RUN", help="Runs' folders (paths or s3:// URIs), or their names in runs/."),
     ],
     out: Annotated[
         str | None,

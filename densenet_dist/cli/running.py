@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli import completion
-from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, load
+from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, complete_name, load
 from densenet_dist.errors import ConfigError, Interrupted, TrainingError
 
 if TYPE_CHECKING:
@@ -21,12 +20,7 @@ def train(
     sources: Sources = None,
     resume: Annotated[
         str | None,
-        typer.Option(
-            "--resume",
-            metavar="RUN",
-            help="Go on with this run from its last checkpoint.",
-            autocompletion=completion.runs,
-        ),
+        typer.Option("--resume", metavar="RUN", help="Go on with this run from its last checkpoint."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -58,17 +52,12 @@ def tune(
             help="A sweep file, or a name that `densenet-dist config --list` shows, then settings: its own (trials=8), "
             "the base configuration's (train.epochs=3) or the space's ('space.train.lr={loguniform: [0.01, 1]}').",
             show_default=False,
-            autocompletion=completion.sweep_sources,
+            autocompletion=complete_name,
         ),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(
-            "--resume",
-            metavar="SWEEP",
-            help="Go on with this sweep: its folder, or its name.",
-            autocompletion=completion.sweep_folders,
-        ),
+        typer.Option("--resume", metavar="SWEEP", help="Go on with this sweep: its folder, or its name."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
