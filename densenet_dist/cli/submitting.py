@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import signal
 import sys
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from densenet_dist.cli.options import Debug
-from densenet_dist.cli.running import raise_interrupt
+
+if TYPE_CHECKING:
+    from densenet_dist.cluster.submit import Interrupts, Job
+
+_ANSWER_S = 10.0
 
 
 def submit(
@@ -42,35 +48,68 @@ def submit(
     densenet-dist submit tune configs/sweep_cifar10.yaml storage=/shared/runs name=wide
     densenet-dist submit train --resume /shared/runs/k24
     """
-    from densenet_dist.cluster.submit import submit as send
+    from densenet_dist.cluster.submit import Interrupts, prepare
 
-    signal.signal(signal.SIGTERM, raise_interrupt)
-    job = send(arguments, working_dir, address)
-    typer.echo(f"job {job.id} on {job.address}", err=True)
-    if not wait:
-        typer.echo(f"  follow it: {job.follow_command}\n  end it:    {job.stop_command}", err=True)
-        return
-    raise typer.Exit(_followed(job))
+    job = None
+    with Interrupts() as interrupts:
+        try:
+            job = prepare(arguments, working_dir, address)
+            code = _run(job, wait, interrupts)
+        except KeyboardInterrupt:  # before the job was sent, or a second one
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            if job is not None:
+                _show_commands(job, "\nthe job may go on")
+            code = 128 + interrupts.number
+    raise typer.Exit(code)
 
 
-def _followed(job: Any) -> int:
-    from densenet_dist.cluster.submit import exit_code, follow, stop
+def _run(job: Job, wait: bool, interrupts: Interrupts) -> int:
+    from densenet_dist.cluster.submit import exit_code, follow, in_thread, send
 
+    sending: Future[None] = Future()
     try:
-        details = follow(job, _show)
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        if not _wants_it_ended(number):
-            typer.echo(
-                f"\nthe job goes on\n  follow it: {job.follow_command}\n  end it:    {job.stop_command}", err=True
-            )
-            return 128 + int(number)
-        stop(job)
-        details = follow(job, lambda piece: None)
+        interrupts.wait(in_thread(lambda: send(job), sending))
+        typer.echo(f"job {job.id} on {job.address}", err=True)
+        if not wait:
+            _show_commands(job)
+            return 0
+        details = follow(job, _show, interrupts)
+    except KeyboardInterrupt:
+        details = _interrupted(job, sending, interrupts)
+        if details is None:
+            return 128 + interrupts.number
     code = exit_code(details)
     said = f": {details.message.partition(', last available logs')[0]}" if code and details.message else ""
     typer.echo(f"job {job.id} {details.status.value.lower()}{said}", err=True)
     return code
+
+
+def _interrupted(job: Job, sending: Future[None], interrupts: Interrupts) -> Any:
+    """End the job if the user wants it; what it ended with, or None where it goes on."""
+    from densenet_dist.cluster.submit import follow, in_thread, stop
+
+    interrupts.handled()
+    number = interrupts.number
+    if not sending.done():
+        typer.echo("\nwaiting for the cluster's answer, whether it has taken the job", err=True)
+        concurrent.futures.wait([sending], timeout=_ANSWER_S)
+    if not sending.done():
+        _show_commands(job, "\nit is not known whether the cluster has taken the job")
+        return None
+    sending.result()
+    if not _wants_it_ended(number):
+        interrupts.check()
+        _show_commands(job, "\nthe job goes on")
+        return None
+    interrupts.wait(in_thread(lambda: stop(job)))
+    return follow(job, lambda piece: None, interrupts)
+
+
+def _show_commands(job: Job, title: str | None = None) -> None:
+    if title is not None:
+        typer.echo(title, err=True)
+    typer.echo(f"  follow it: {job.follow_command}\n  end it:    {job.stop_command}", err=True)
 
 
 def _wants_it_ended(number: int) -> bool:
@@ -79,7 +118,7 @@ def _wants_it_ended(number: int) -> bool:
         return False
     try:
         return typer.confirm("\nend the job too? (it can go on later from its last checkpoint)", err=True)
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:  # Ctrl-C again, or Ctrl-D
         return False
 
 

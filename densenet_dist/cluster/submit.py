@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import queue
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 from densenet_dist import bundled
 from densenet_dist.cluster.launch import check_model, require_lasting
@@ -28,19 +32,25 @@ EXCLUDED = (
 _OUR_CODES = range(1, 7)
 _AGENT_S = 60.0
 _LOST_S = 120.0
+_CHECK_S = 0.5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that a cluster has taken.
+    """A job for a Ray cluster.
 
     Attributes:
         id: its submission id.
         address: of the cluster's dashboard.
+        entrypoint: its command line.
+        folder: the folder that it runs in.
     """
 
     id: str
     address: str
+    entrypoint: str = ""
+    folder: str = ""
 
     @property
     def follow_command(self) -> str:
@@ -53,8 +63,67 @@ class Job:
         return f"ray job stop --address {shlex.quote(self.address)} {self.id}"
 
 
-def submit(arguments: Sequence[str], folder: Path, address: str | None = None) -> Job:
-    """Check a command as far as that can be done here, and send it with the folder it is to run in.
+class Interrupts:
+    """SIGINT and SIGTERM for a command whose main thread only waits.
+
+    A signal raises KeyboardInterrupt in the main thread. Python drops an exception that is raised in a destructor or a
+    callback from C, and an import may catch it; then the next `check` raises it again, within half a second.
+
+    Attributes:
+        number: the signal that came last.
+    """
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+        self._pending = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.number, self._pending = number, True
+        raise KeyboardInterrupt(number)
+
+    def handled(self) -> None:
+        """Forget the signal that came: the next one is a new one."""
+        self._pending = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal came that nobody has handled."""
+        if self._pending:
+            raise KeyboardInterrupt(self.number)
+
+    def wait(self, work: Future[T]) -> T:
+        """Wait for the result of a thread."""
+        while not work.done():
+            self.check()
+            wait([work], timeout=_CHECK_S)
+        return work.result()
+
+
+def in_thread(work: Callable[[], T], result: Future[T] | None = None) -> Future[T]:
+    """Call a function in a thread that does not keep the process alive, whatever it waits for."""
+    result = result or Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="submit", daemon=True).start()
+    return result
+
+
+def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) -> Job:
+    """Check a command as far as that can be done here.
 
     Args:
         arguments: of ``densenet-dist``, the subcommand first (one of `COMMANDS`).
@@ -64,45 +133,92 @@ def submit(arguments: Sequence[str], folder: Path, address: str | None = None) -
 
     Raises:
         ConfigError: where the command cannot work, or could lose what it makes.
+    """
+    import ray.job_submission  # noqa: F401  # here, since no thread may be in the middle of it when the process ends
+
+    sent, name = _prepared(list(arguments), folder)
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    return Job(
+        id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+        address=address or "http://127.0.0.1:8265",
+        entrypoint=shlex.join(["python", "-m", "densenet_dist", *sent]),
+        folder=str(folder),
+    )
+
+
+def send(job: Job) -> None:
+    """Have the cluster start a job.
+
+    Raises:
         EnvironmentProblem: where the cluster cannot be reached, or does not take the job.
     """
-    sent, name = _prepared(list(arguments), folder)
-    client, address = _client(address)
-    job = Job(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", address)
-    runtime_env = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
-    entrypoint = shlex.join(["python", "-m", "densenet_dist", *sent])
+    client = _client(job.address)
+    runtime_env = {"working_dir": job.folder, "excludes": list(EXCLUDED)}
     deadline = time.monotonic() + _AGENT_S
     while True:
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=job.id, runtime_env=runtime_env)
-            return job
+            client.submit_job(entrypoint=job.entrypoint, submission_id=job.id, runtime_env=runtime_env)
+            return
         except Exception as error:  # RuntimeError, and what requests and Ray's packing raise
             # A cluster takes no jobs in the first seconds in which it answers.
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise EnvironmentProblem(f"{address} does not take the job: {_last_line(error)}") from error
+                raise EnvironmentProblem(f"{job.address} does not take the job: {_last_line(error)}") from error
         time.sleep(1)
 
 
-def follow(job: Job, write: Callable[[str], object]) -> Any:
+def follow(job: Job, write: Callable[[str], object], interrupts: Interrupts) -> Any:
     """Pass a job's output on until it ends, through lost connections.
 
     Args:
-        job: from `submit`.
+        job: that was sent.
         write: is given pieces of text as they come.
+        interrupts: end the following.
 
     Returns:
         Ray's JobDetails: ``status``, ``message``, ``driver_exit_code``.
 
     Raises:
         EnvironmentProblem: where the cluster has not answered for two minutes.
+        KeyboardInterrupt: a signal came.
     """
-    client, _ = _client(job.address)
-    return asyncio.run(_follow(client, job, write))
+    # The connection is in a thread of its own: as an exception in its midst, a signal could be taken for a fault of it.
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    left = threading.Event()
+    details = in_thread(lambda: asyncio.run(_tail(job, pieces.put, left)))
+    details.add_done_callback(lambda _: pieces.put(None))
+    try:
+        while True:
+            interrupts.check()
+            try:
+                piece = pieces.get(timeout=_CHECK_S)
+            except queue.Empty:
+                continue
+            if piece is None:
+                return details.result()
+            write(piece)
+    finally:
+        left.set()
 
 
 def stop(job: Job) -> None:
-    """Ask a job to end; `follow` shows how it does."""
-    _client(job.address)[0].stop_job(job.id)
+    """Ask a job to end, until the cluster says that it has asked it or that it has ended; `follow` shows how it ends.
+
+    Raises:
+        EnvironmentProblem: where the cluster has not answered for two minutes.
+    """
+    answered = time.monotonic()
+    while True:
+        try:
+            client = _client(job.address)
+            if client.stop_job(job.id) or client.get_job_info(job.id).status.is_terminal():
+                return
+            answered = time.monotonic()  # it has not started yet
+        except Exception as error:
+            if time.monotonic() - answered > _LOST_S:
+                raise EnvironmentProblem(
+                    f"{job.address} does not end the job: {_last_line(error)}\n  try again: {job.stop_command}"
+                ) from error
+        time.sleep(_CHECK_S)
 
 
 def exit_code(details: Any) -> int:
@@ -168,34 +284,34 @@ def _inside(argument: str, folder: Path) -> str:
         ) from None
 
 
-def _client(address: str | None) -> tuple[Any, str]:
+def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    where = where or "http://127.0.0.1:8265"
     try:
-        client = JobSubmissionClient(where)
+        client = JobSubmissionClient(address)
     except Exception as error:  # ConnectionError, AuthenticationError, and what requests raises
         raise EnvironmentProblem(
-            f"there is no Ray cluster at {where}: {_last_line(error)}\n"
+            f"there is no Ray cluster at {address}: {_last_line(error)}\n"
             "  give its dashboard's address with --address or RAY_API_SERVER_ADDRESS, and its token with RAY_AUTH_TOKEN"
         ) from error
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.ERROR)  # else it tells what it packs and leaves out, file by file
-    return client, where
+    return client
 
 
-async def _follow(client: Any, job: Job, write: Callable[[str], object]) -> Any:
+async def _tail(job: Job, write: Callable[[str], object], left: threading.Event) -> Any:
+    client = _client(job.address)
     shown, answered = 0, time.monotonic()
-    while True:
+    while not left.is_set():
         try:
             passed = 0  # every connection begins with the first line
             async for piece in client.tail_job_logs(job.id):
-                _heed_interrupts()
+                if left.is_set():
+                    return None
                 write(piece[max(0, shown - passed) :])
                 passed += len(piece)
                 shown, answered = max(shown, passed), time.monotonic()
-            details = await asyncio.to_thread(client.get_job_info, job.id)
+            details = client.get_job_info(job.id)
             answered = time.monotonic()
             if details.status.is_terminal():
                 return details
@@ -205,15 +321,8 @@ async def _follow(client: Any, job: Job, write: Callable[[str], object]) -> Any:
                     f"{job.address} does not answer any more: {_last_line(error)}\n"
                     f"  the job may go on; see what it says with: {job.follow_command}"
                 ) from error
-        _heed_interrupts()
-        await asyncio.sleep(0.5)
-
-
-def _heed_interrupts() -> None:
-    """Ctrl-C cancels the task that follows; what runs in it may have taken that for a matter of its own connection."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+        await asyncio.sleep(_CHECK_S)
+    return None
 
 
 def _last_line(error: Exception) -> str:

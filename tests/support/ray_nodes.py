@@ -3,6 +3,7 @@ and name of their own, joined by a bridge (Linux, root)."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -52,11 +54,15 @@ class Cluster:
     Attributes:
         address: of the dashboard, for the Jobs API.
         environment: for commands that are to reach it: its token.
+        folder: Ray's own of the head.
+        commands: that were started by `densenet_dist`.
     """
 
     address: str
     environment: dict[str, str]
+    folder: Path
     nodes: list[Node] = field(default_factory=list)
+    commands: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
@@ -71,7 +77,29 @@ class Cluster:
         """The command, with this cluster's token and address."""
         line = [sys.executable, "-m", "densenet_dist", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
-        return subprocess.Popen(line, cwd=cwd, env=self.environment, **pipes | options)  # type: ignore[call-overload]
+        process = subprocess.Popen(line, **{"cwd": cwd, "env": self.environment} | pipes | options)  # type: ignore[call-overload]
+        self.commands.append(process)
+        return process
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        """What the dashboard answers."""
+        request = urllib.request.Request(f"{self.address}{path}", method=method)
+        request.add_header("Authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def stop_everything(self) -> None:
+        """End the commands and jobs that a test has left behind, and wait until nothing of them trains."""
+        for process in self.commands:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.commands.clear()
+        for job in self.ask("/api/jobs/"):
+            if job["status"] in ("PENDING", "RUNNING"):
+                self.ask(f"/api/jobs/{job['submission_id']}/stop", "POST")
+        until(lambda: all(job["status"] not in ("PENDING", "RUNNING") for job in self.ask("/api/jobs/")))
+        until(lambda: not self.workers())
 
 
 def settings() -> dict[str, str]:
@@ -89,7 +117,7 @@ def two_nodes() -> Iterator[Cluster]:
     """Two nodes under this machine's name, with ports of their own."""
     with tempfile.TemporaryDirectory(prefix="ddn-", dir="/tmp") as folder:  # short: Unix sockets lie in it
         gcs, dashboard, client, *agents = _free_ports(9)
-        cluster = Cluster(f"http://127.0.0.1:{dashboard}", settings())
+        cluster = Cluster(f"http://127.0.0.1:{dashboard}", settings(), Path(folder))
         head = _start("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
                       f"--ray-client-server-port={client}", f"--temp-dir={folder}")  # fmt: skip
         second = _start(f"--address=127.0.0.1:{gcs}")
@@ -117,7 +145,7 @@ def two_hosts(local: Path) -> Iterator[Cluster]:
         PermissionError: where such hosts cannot be made.
     """
     with tempfile.TemporaryDirectory(prefix="ddh-", dir="/tmp") as folder, _bridge():
-        cluster = Cluster(f"http://{NETWORK}.1:8265", settings())
+        cluster = Cluster(f"http://{NETWORK}.1:8265", settings(), Path(folder))
         head = _start("--head", f"--node-ip-address={NETWORK}.1", "--port=6379", f"--dashboard-host={NETWORK}.1",
                       f"--temp-dir={folder}/ray")  # fmt: skip
         second = _start(f"--address={NETWORK}.1:6379", f"--node-ip-address={NETWORK}.2")
@@ -145,14 +173,12 @@ def _add_node(cluster: Cluster, command: Sequence[str], log: Path) -> None:
 
 def _wait(cluster: Cluster, nodes: int) -> None:
     """Until so many nodes are there."""
-    request = urllib.request.Request(f"{cluster.address}/api/v0/nodes?filter_keys=state&filter_predicates=%3D&"
-                                     "filter_values=ALIVE")  # fmt: skip
-    request.add_header("Authorization", f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}")
 
     def alive() -> bool:
         assert cluster.nodes[-1].process.poll() is None, cluster.nodes[-1].log.read_text()
-        with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.read().count(b'"ALIVE"') >= nodes
+        with suppress(OSError):
+            found = cluster.ask("/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
+            return len(found["data"]["result"]["result"]) >= nodes
         return False
 
     until(alive, 120)

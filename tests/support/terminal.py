@@ -29,15 +29,16 @@ def on_terminal(
     )
     os.close(theirs)
     written = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # Linux' way to say that nobody holds the other end any more
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(ours)
+    try:
+        while piece := os.read(ours, 65536):
+            written += piece
+    except OSError:
+        pass  # Linux' way to say that nobody holds the other end any more
+    except BaseException:  # the test's time is over
+        process.kill()
+        raise
+    finally:
+        os.close(ours)
     return process.wait(), written.decode()
 
 

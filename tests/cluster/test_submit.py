@@ -1,0 +1,151 @@
+"""`densenet-dist submit` without a cluster: what is not sent, and interrupts, none of which is ever lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from densenet_dist.cli import app
+from densenet_dist.cluster import submit
+from densenet_dist.cluster.submit import Interrupts, Job, prepare, send
+from densenet_dist.errors import ConfigError, EnvironmentProblem
+
+pytestmark = pytest.mark.timeout(60)
+REPOSITORY = Path(__file__).parents[2]
+
+
+class FakeClient:
+    """A cluster with one job at most, as Ray's client sees it."""
+
+    def __init__(self) -> None:
+        self.status: str | None = None
+        self.stops = 0
+        self.block_sending = self.silent = False
+        self.interrupt_at = ""
+        self.forever = threading.Event()
+
+    def submit_job(self, **job: Any) -> None:
+        if self.interrupt_at == "send":
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.block_sending:
+            self.forever.wait()
+        self.status = "RUNNING"
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "epoch 1\n"
+        if self.interrupt_at == "follow":
+            self.interrupt_at = ""
+            os.kill(os.getpid(), signal.SIGINT)
+        silent, self.silent = self.silent, False
+        if silent:
+            self.forever.wait()
+        while self.status == "RUNNING":
+            await asyncio.sleep(0.01)
+
+    def get_job_info(self, job: str) -> Any:
+        status = SimpleNamespace(value=self.status, is_terminal=lambda: self.status != "RUNNING")
+        return SimpleNamespace(status=status, message="", driver_exit_code=None)
+
+    def stop_job(self, job: str) -> bool:
+        self.stops += 1
+        if self.stops == 1:
+            raise RuntimeError("the agent does not answer")
+        if self.stops == 2:
+            return False  # it has not started yet
+        self.status = "STOPPED"
+        return True
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    client = FakeClient()
+    monkeypatch.setattr(submit, "_client", lambda address: client)
+    monkeypatch.setattr("densenet_dist.cli.submitting._ANSWER_S", 1.0)
+    return client
+
+
+def run(monkeypatch: pytest.MonkeyPatch, answer: bool | None) -> tuple[int, str]:
+    """Exit code and output of ``submit doctor``, on a terminal where there is an answer to the question."""
+    monkeypatch.setattr("densenet_dist.cli.submitting._wants_it_ended", lambda number: bool(answer))
+    result = CliRunner().invoke(app, ["submit", "--address", "http://nowhere", "doctor"])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(("moment", "silent"), [("send", False), ("follow", False), ("follow", True)])
+def test_an_interrupted_job_is_ended_where_that_is_wanted(monkeypatch, client, moment, silent):
+    client.interrupt_at, client.silent = moment, silent
+    code, text = run(monkeypatch, answer=True)
+    assert (code, client.status) == (130, "STOPPED"), text
+    assert client.stops == 3, "until the cluster says that it was asked to end"
+
+
+@pytest.mark.parametrize("moment", ["send", "follow"])
+def test_a_job_that_goes_on_is_named(monkeypatch, client, moment):
+    client.interrupt_at = moment
+    code, text = run(monkeypatch, answer=False)
+    assert (code, client.status) == (130, "RUNNING"), text
+    assert "the job goes on" in text
+    assert "ray job stop --address http://nowhere densenet-doctor-" in text
+
+
+def test_a_job_that_may_have_been_taken_is_named(monkeypatch, client):
+    client.interrupt_at, client.block_sending = "send", True
+    code, text = run(monkeypatch, answer=True)
+    assert code == 130
+    assert "it is not known whether the cluster has taken the job" in text
+    assert "ray job stop --address http://nowhere densenet-doctor-" in text
+
+
+def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    def write(piece: str) -> None:
+        Dropping()
+
+    client.status = "RUNNING"
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        submit.follow(Job("job", "http://nowhere"), write, interrupts)
+    assert [type(each.exc_value) for each in dropped] == [KeyboardInterrupt]
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("train --quiet configs/quickstart.yaml", "storage: runs is relative"),
+        ("train configs/quickstart.yaml storage=/shared train.lrr=1", "train.lrr"),
+        ("train nowhere.yaml", "there is no file nowhere.yaml"),
+        ("train {folder}/mine.yaml storage=/shared", "mine.yaml is not in"),
+        ("dance", "say what the cluster is to run"),
+        ("evaluate s3://key:MARKER@bucket/runs/x", "holds credentials"),
+        ("evaluate s3://bucket/runs/x?secret_key=MARKER", "holds credentials"),
+        ("evaluate x data.root=s3://a:MARKER@b/c", "holds credentials"),
+    ],
+)
+def test_what_cannot_work_is_not_sent(tmp_path, monkeypatch, command, problem):
+    monkeypatch.chdir(REPOSITORY)
+    (tmp_path / "mine.yaml").write_text("train: {epochs: 1}")
+    with pytest.raises(ConfigError, match=problem) as caught:
+        prepare(command.format(folder=tmp_path).split(), Path())
+    assert "MARKER" not in str(caught.value)
+
+
+def test_a_cluster_that_is_not_there(tmp_path):
+    with pytest.raises(EnvironmentProblem, match=r"there is no Ray cluster at http://127.0.0.1:9(.|\n)*RAY_AUTH_TOKEN"):
+        send(prepare(["doctor"], tmp_path, "http://127.0.0.1:9"))
