@@ -121,7 +121,7 @@ class Result:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
     def _repr_html_(self) -> str:
-        from densenet_dist.pages.frame import escape
+        from densenet_dist.pages.render import escape
 
         cells = {name: escape(value) for name, value in self._rows().items()}
         if "page" in cells and not Path(_shown(self.page)).is_absolute() and "://" not in self.page:

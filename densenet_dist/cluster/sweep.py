@@ -49,7 +49,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the trials, the best one in bold."""
-        from densenet_dist.pages.frame import escape
+        from densenet_dist.pages.render import escape
         from densenet_dist.sweep.console import figure, shown
 
         heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))

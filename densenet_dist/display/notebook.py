@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from densenet_dist.display.console import Console, epoch_line, start_lines
-from densenet_dist.pages.frame import escape
+from densenet_dist.pages.render import escape
 from densenet_dist.train.context import Event
 
 _COLUMNS: Final = ("epoch", "train loss", "train top-1", "val loss", "val top-1", "lr", "images/s", "time", "")

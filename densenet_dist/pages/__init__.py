@@ -1,1 +1,1 @@
-"""HTML pages that need nothing but themselves: one frame, one style, pictures as SVG; of a run and of a sweep."""
+"""Self-contained HTML pages: templates, style, and figures as inline SVG; for reports of runs and sweeps."""

@@ -51,7 +51,7 @@ def confusion_figure(
     """Draw a confusion matrix; cells without images are left out.
 
     Args:
-        confusion: (classes, classes) int64, images of each true class (row) by what they were taken for (column).
+        confusion: (classes, classes) int64, images of each true class (row) by predicted class (column).
         names: of the classes.
         shades: colours from the rarest share of a row to all of it.
         inks: of the numbers on each shade.
@@ -77,7 +77,7 @@ def confusion_figure(
     if count <= _MOST_NUMBERS:
         for y, x in np.argwhere(confusion > 0).tolist():
             axes.text(x, y, f"{confusion[y, x]}", ha="center", va="center", fontsize=8, color=inks[places[y, x]])
-    axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), xlabel="taken for", ylabel="true class")
+    axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
     axes.set_aspect("equal")
     axes.grid(False)
     if count <= MOST_NAMES:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from densenet_dist.pages.confusion import confusion_figure, printed, printed_confusion
+from densenet_dist.pages.render import time_unit
 from densenet_dist.pages.svg import SHADES, colour, drawing, new_figure, to_svg
 from densenet_dist.report.judged import BINS, Calibration, Counts
 
@@ -52,11 +53,6 @@ def progress_pictures(epochs: Records) -> tuple[str, ...]:
             _progress([float(record["epoch"]) for record in epochs], epochs, "lr", 1.0, "epoch", "learning rate"),
             *(_progress(times, epochs, key, scale, f"time ({unit})", label) for key, scale, label in curves),
         )
-
-
-def time_unit(seconds: float) -> tuple[str, float]:
-    """In what to say so long a time, and how many seconds that is."""
-    return ("h", 3600.0) if seconds > 3 * 3600 else ("min", 60.0) if seconds > 600 else ("s", 1.0)
 
 
 def points_of(epochs: Records, key: str, unit: float) -> Points:

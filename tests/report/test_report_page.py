@@ -21,7 +21,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import open_run
 
 RECORDS = ["Accuracy and loss", "Learning rate, throughput, data wait and goodput", "Test images"]
-JUDGED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confidently wrong"]
+JUDGED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confident mistakes"]
 SETUP = ["Model", "Configuration", "Environment"]
 
 
@@ -48,7 +48,7 @@ def test_a_run_ends_with_its_page(finished, page_of, opened):
         "training images/s against time (s)",
         "waiting for data (% of time) against time (s)",
     ]
-    assert len([picture for picture in page.pictures if "taken for" in picture]) == 24
+    assert len([picture for picture in page.pictures if "predicted" in picture]) == 24
     summary = json.loads((finished / "summary.json").read_text())
     assert f"top-1 {summary['test/top1'] * 100:.2f}\xa0%" in page.text
     environment = json.loads((finished / "env.json").read_text())
@@ -125,7 +125,7 @@ def test_a_run_on_an_object_store_has_its_page_there(run, s3, tmp_path, page_of)
     assert names >= {"report.html", "curves.png", "confusion.png"}
     page = page_of(open_run(uri).fetch("report.html"))
     assert page.titles == [*RECORDS, *JUDGED, *SETUP]
-    assert f"densenet-dist evaluate &#x27;{uri.replace('&', '&amp;')}&#x27;" in page.text  # it can be copied as it is
+    assert f"densenet-dist evaluate &#39;{uri.replace('&', '&amp;')}&#39;" in page.text  # it can be copied as it is
 
 
 def test_several_runs_side_by_side(run, tmp_path, page_of, opened):

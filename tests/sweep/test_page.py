@@ -122,8 +122,8 @@ def test_says_what_came_out(write, tmp_path):
     best = max((trial for trial in trials if trial.status != "failed"), key=lambda trial: trial.metric)
     page = write(sweep, trials)
     assert "6 of 8: 4 finished, 1 stopped, 1 failed" in page.text
-    assert "val/top1 of each trial&#x27;s best epoch; highest is best" in page.text
-    assert "one of 4 goes on" in page.text
+    assert "val/top1 of each trial's best epoch; highest is best" in page.text
+    assert "one of 4 continues" in page.text
     assert f"{best.name}: {best.metric:.2%}".replace("%", "\xa0%") in page.text
     assert f"densenet-dist train {tmp_path}/wide/best.yaml" in page.text
     assert f"densenet-dist tune --resume {tmp_path}/wide" in page.text  # two were never started
