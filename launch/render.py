@@ -1,10 +1,10 @@
-"""Renders every launcher file from values.yaml and templates/.
+"""Renders every launcher file from values.yaml and templates/, which are Jinja2.
 
     python launch/render.py            write them
     python launch/render.py --check    write nothing; end with 1 where one differs
 
-In a template ``@{key}`` stands for a value (``workers.gpus``), ``@{_name}`` for the template ``_name.yaml``. Alone on
-its line, it may be several lines, which are indented like it, or none, which takes the line away.
+A template sees the values under their keys (``workers.gpus``) and what `_derived` adds; a name that is missing is an
+error.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ import argparse
 import re
 import shlex
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 HERE = Path(__file__).parent
 TEMPLATES = HERE / "templates"
-TRAIN = {"command": "train", "source": "@{config}", "told": "@{told_train}", "queue_label": "", "suspend": ""}
-TUNE = TRAIN | {"command": "tune", "source": "@{sweep}", "told": "@{told_tune}"}
-QUEUED = {"queue_label": "kueue.x-k8s.io/queue-name: @{kueue.queue}", "suspend": "suspend: true  # Kueue lets it go"}
-# What is written: its template, and what that says beside the values.
-FILES: dict[str, tuple[str, dict[str, str]]] = {
-    "kuberay/namespace.yaml": ("namespace.yaml", {}),
-    "kuberay/networkpolicy.yaml": ("networkpolicy.yaml", {}),
-    "kuberay/storage-pvc.yaml": ("storage-pvc.yaml", {}),
-    "kuberay/secret-s3.example.yaml": ("secret-s3.example.yaml", {}),
-    "kuberay/shell.yaml": ("shell.yaml", {}),
-    "kuberay/podmonitor.yaml": ("podmonitor.yaml", {}),
-    "kuberay/tensorboard.yaml": ("tensorboard.yaml", {}),
-    "kuberay/raycluster.yaml": ("raycluster.yaml", {}),
-    "kuberay/rayjob-train.yaml": ("rayjob.yaml", TRAIN),
-    "kuberay/rayjob-tune.yaml": ("rayjob.yaml", TUNE),
-    "kuberay/rayjob-train-kueue.yaml": ("rayjob.yaml", TRAIN | QUEUED),
-    "kuberay/kueue-queue.yaml": ("kueue-queue.yaml", {}),
-    "ray_up/aws.yaml": ("ray_up-aws.yaml", {}),
-    "ray_up/gcp.yaml": ("ray_up-gcp.yaml", {}),
-    "ray_up/local.yaml": ("ray_up-local.yaml", {}),
-    "slurm/train.sbatch": ("train.sbatch", {}),
-    "local.sh": ("local.sh", {}),
+# What is written, and its template where that has another name.
+FILES = {
+    "kuberay/namespace.yaml": "namespace.yaml",
+    "kuberay/networkpolicy.yaml": "networkpolicy.yaml",
+    "kuberay/storage-pvc.yaml": "storage-pvc.yaml",
+    "kuberay/secret-s3.example.yaml": "secret-s3.example.yaml",
+    "kuberay/shell.yaml": "shell.yaml",
+    "kuberay/podmonitor.yaml": "podmonitor.yaml",
+    "kuberay/tensorboard.yaml": "tensorboard.yaml",
+    "kuberay/raycluster.yaml": "raycluster.yaml",
+    "kuberay/rayjob-train.yaml": "rayjob.yaml",
+    "kuberay/rayjob-tune.yaml": "rayjob.yaml",
+    "kuberay/rayjob-train-kueue.yaml": "rayjob.yaml",
+    "kuberay/kueue-queue.yaml": "kueue-queue.yaml",
+    "ray_up/aws.yaml": "ray_up-aws.yaml",
+    "ray_up/gcp.yaml": "ray_up-gcp.yaml",
+    "ray_up/local.yaml": "ray_up-local.yaml",
+    "slurm/train.sbatch": "train.sbatch",
+    "local.sh": "local.sh",
 }
+HEADER = (
+    "# Rendered by launch/render.py from launch/values.yaml and launch/templates: change those. "
+    "What to do: launch/README.md."
+)
 
 
 def render(values: Mapping[str, Any]) -> dict[str, str]:
@@ -53,13 +54,20 @@ def render(values: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: where values cannot work together, naming all that is wrong.
     """
-    if problems := list(_impossible(values)):
+    if problems := list(_conflicts(values)):
         raise ValueError("values.yaml: " + "\n  ".join(problems))
-    known = _flat(values) | _commands(values) | _sums(values) | _storage(values)
-    return {path: _fill((TEMPLATES / template).read_text(), known | extra) for path, (template, extra) in FILES.items()}
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {**values, **_derived(values), "header": HEADER}  # macros see globals only
+    return {path: environment.get_template(template).render(path=path) for path, template in FILES.items()}
 
 
-def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
+def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     workers, mount, hosts = values["workers"], values["mount"] + "/", values["on_prem"]["workers"]
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", values["name"]):
         yield f"name: {values['name']!r} is no DNS label of at most 40 characters"
@@ -78,88 +86,25 @@ def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"on_prem.workers: {len(hosts)} hosts, but workers.count is {workers['count']}"
 
 
-def _commands(values: Mapping[str, Any]) -> dict[str, str]:
-    """What `densenet-dist` is told, and the environment in the form of each launcher."""
-    workers, env = values["workers"], values["env"].items()
+def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What several templates say that follows from the values."""
+    workers, others = values["workers"], (values["head"], values["submitter"])
+    digest = f"@{values['image_digest']}" if values["image_digest"] else ""
     cpus_per_rank = (workers["cpus"] - 1) // workers["gpus"]  # Ray's own processes keep one
     place = [f"storage={values['storage']}", f"data.root={values['data_root']}"]
     ranks = [f"cluster.workers={workers['count'] * workers['gpus']}", f"cluster.cpus_per_worker={cpus_per_rank}"]
-    told = {
-        "told_train": [*place, *values["settings"], *ranks, "cluster.device=cuda", "cluster.timeout_s=1800"],
-        "told_tune": [*place, "gpus_per_worker=1", f"cpus_per_worker={cpus_per_rank}"],
-        "told_slurm": [*place, *values["settings"]],
-    }
+    train = [*place, *values["settings"], *ranks, "cluster.device=cuda", "cluster.timeout_s=1800"]
     return {
-        **{key: " ".join(map(shlex.quote, words)) for key, words in told.items()},
-        "image_ref": ":".join([values["image"], values["image_tag"]]) + ("@" + values["image_digest"]).rstrip("@"),
-        "env_list": "\n".join(f'- {{name: {key}, value: "{value}"}}' for key, value in env),
-        "env_docker": "\n".join(f"- --env {key}={value}" for key, value in env),
-        "env_export": "\n".join(f"export {key}={value}" for key, value in env),
+        "image_ref": f"{values['image']}:{values['image_tag']}{digest}",
+        "on_s3": values["storage"].startswith("s3://"),
+        "quota": {
+            key: workers["count"] * workers[key] + sum(other.get(key, 0) for other in others)
+            for key in ("cpus", "memory_gib", "gpus")
+        },
+        "train_settings": shlex.join(train),
+        "tune_settings": shlex.join([*place, "gpus_per_worker=1", f"cpus_per_worker={cpus_per_rank}"]),
+        "slurm_settings": shlex.join([*place, *values["settings"]]),
     }
-
-
-def _sums(values: Mapping[str, Any]) -> dict[str, str]:
-    workers = values["workers"]
-    count, others = workers["count"], (values["head"], values["submitter"])
-    sums = {
-        "shm_gib": max(1, workers["memory_gib"] // 2),
-        "head_shm_gib": max(1, values["head"]["memory_gib"] // 2),
-        "quota_cpus": count * workers["cpus"] + sum(other["cpus"] for other in others),
-        "quota_memory_gib": count * workers["memory_gib"] + sum(other["memory_gib"] for other in others),
-        "quota_gpus": count * workers["gpus"],
-        "deadline_min": values["job"]["deadline_s"] // 60,
-    }
-    return {key: str(value) for key, value in sums.items()}
-
-
-def _storage(values: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between a shared folder and an object store."""
-    name, mount, profile = values["name"], values["mount"], values["aws"]["instance_profile"]
-    folder = f"sudo install --directory --owner=1000 --group=1000 {mount}"
-    if values["storage"].startswith("s3://"):
-        return {
-            "tb_logdir": values["storage"].partition("?")[0],
-            # The name that boto3, with which TensorBoard reads, has for it.
-            "tb_env": "env:\n- name: AWS_DEFAULT_REGION\n  valueFrom:\n"
-            f"    secretKeyRef: {{name: {name}-s3, key: AWS_REGION, optional: true}}",
-            "volume": "emptyDir: {}",
-            "env_from": f"envFrom: [{{secretRef: {{name: {name}-s3}}}}]",
-            "profile": f"IamInstanceProfile: {{Name: {profile}}}" if profile else "",
-            "mount_in_cloud": f"- {folder}",
-            "mount_on_prem": f"- {folder}",
-        }
-    client = "command -v mount.nfs4 || (sudo apt-get update --quiet && sudo apt-get install --yes --quiet nfs-common)"
-    return {
-        "tb_logdir": values["storage"],
-        "tb_env": "",
-        "volume": f"persistentVolumeClaim: {{claimName: {name}}}",
-        "env_from": "",
-        "profile": "",
-        "mount_in_cloud": f"- {client}\n- findmnt {mount} || ({folder} && sudo mount -t nfs4 {values['nfs']} {mount})",
-        "mount_on_prem": f"- findmnt {mount}  # fails where it is not mounted",
-    }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return flat
-
-
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    def value(key: str) -> str:
-        return _fill((TEMPLATES / f"{key}.yaml").read_text().rstrip() if key[0] == "_" else values[key], values)
-
-    def whole_line(match: re.Match[str]) -> str:
-        lines = value(match[2])
-        return textwrap.indent(lines, match[1]) + "\n" if lines else ""
-
-    text = re.sub(r"^( *)@\{([\w.]+)\}\n", whole_line, text, flags=re.MULTILINE)
-    return re.sub(r"@\{([\w.]+)\}", lambda match: value(match[1]), text)
 
 
 def main() -> int:

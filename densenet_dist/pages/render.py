@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import shlex
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from markupsafe import escape as escape_html
 
 _SPACE = "\N{NO-BREAK SPACE}"
 
@@ -20,7 +19,7 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: its file's name.
-        values: what the template names; a missing one is an error. Pictures from `to_svg` are taken as HTML.
+        values: what the template names; a missing one is an error.
     """
     return _environment().get_template(template).render(values)
 
@@ -46,8 +45,8 @@ def _environment() -> Environment:
 
 
 def printable(value: Any) -> Any:
-    """Text with U+FFFD for what cannot be shown, such as control characters; anything else as it is."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+    """Text with U+FFFD for what cannot be shown, such as control characters; HTML and anything else as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__") or value.isprintable():
         return value
     return "".join(
         letter if letter.isprintable() or letter in "\n\t\xa0" else "\N{REPLACEMENT CHARACTER}" for letter in value
@@ -56,7 +55,7 @@ def printable(value: Any) -> Any:
 
 def escape(text: str) -> str:
     """Text for HTML outside of a template, whatever it holds."""
-    return str(escape_html(printable(text)))
+    return html.escape(printable(text))
 
 
 def percent(share: float) -> str:

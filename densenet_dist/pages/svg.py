@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
-
-from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +65,7 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return Picture(figsize=(width, height), layout=layout)
 
 
-def to_svg(figure: Figure, label: str) -> Markup:
+def to_svg(figure: Figure, label: str) -> str:
     """The figure as an element of an HTML page; `label` says what it shows, for those who do not see it."""
     import matplotlib
 
@@ -78,8 +77,8 @@ def to_svg(figure: Figure, label: str) -> Markup:
     body = re.sub(r"<[^>]+>", _slim, text[text.index("<g") :])
     width, height = (72 * side for side in figure.get_size_inches())
     wide = ' class="wide"' if width > 500 else ""  # too much to be shown smaller
-    opening = f'<svg{wide} role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}"'
-    return Markup(f'{opening} style="width:{width * 4 / 3:.0f}px">{body}')
+    opening = f'<svg{wide} role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}"'
+    return f'{opening} style="width:{width * 4 / 3:.0f}px">{body}'
 
 
 def _slim(tag: re.Match[str]) -> str:

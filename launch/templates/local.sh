@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-@{_rendered}
+{{ header }}
 #
 #   bash launch/local.sh [CONFIG.yaml] [key=value]...
 #
-# @{local.workers} workers on this machine's CPUs, by the same steps as on a cluster: a Ray head of its own, then `ray job submit` with
+# {{ local.workers }} workers on this machine's CPUs, by the same steps as on a cluster: a Ray head of its own, then `ray job submit` with
 # this folder as the working directory. At the end, or on Ctrl-C, what it started is gone; other Ray clusters are not touched.
 # The dashboard asks for a token: yours, where RAY_AUTH_TOKEN is set.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-config=@{local.config}
+config={{ local.config }}
 if [[ ${1:-} == *.yaml ]]; then
   config=$1
   shift
@@ -21,7 +21,9 @@ run=("storage=$PWD/runs" "name=$name")
 temp=$(mktemp -d /tmp/densenet-XXXXXX) # short: Unix sockets lie in it
 RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(python -c 'import secrets; print(secrets.token_hex(32))')}
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
-@{env_export}
+{% for key, value in env.items() %}
+export {{ key }}={{ value }}
+{% endfor %}
 unset RAY_ADDRESS
 read -r -a port < <(python -c '
 import socket
@@ -44,7 +46,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-ray start --head --block --node-ip-address=127.0.0.1 --port="${port[0]}" --num-cpus=@{local.workers} --num-gpus=0 \
+ray start --head --block --node-ip-address=127.0.0.1 --port="${port[0]}" --num-cpus={{ local.workers }} --num-gpus=0 \
   --dashboard-host=127.0.0.1 --dashboard-port="${port[1]}" --dashboard-agent-listen-port="${port[2]}" \
   --ray-client-server-port="${port[3]}" --metrics-export-port="${port[4]}" \
   --temp-dir="$temp" --disable-usage-stats >"$temp/head.log" 2>&1 &
@@ -59,7 +61,7 @@ done
 echo "dashboard $address, metrics http://127.0.0.1:${port[4]}/metrics"
 # In the background: Bash hears signals while it waits. STOPPED would end with 0 as well, so the run itself is asked.
 ray job submit --address "$address" --submission-id "$name" --working-dir . -- \
-  python -m densenet_dist train "$config" "${run[@]}" "data.root=$PWD/data" cluster.workers=@{local.workers} cluster.device=cpu "$@" &
+  python -m densenet_dist train "$config" "${run[@]}" "data.root=$PWD/data" cluster.workers={{ local.workers }} cluster.device=cpu "$@" &
 job=$!
 wait "$job"
 python launch/start.py finished "${run[@]}" "$@"

@@ -54,19 +54,6 @@ def test_nothing_lies_in_launch_that_is_not_rendered(root, renderer):
     assert {str(path) for path in files if path.parts[0] not in skipped} == set(renderer.FILES) | FREE
 
 
-def test_every_template_is_used(root, renderer):
-    templates = {path.name: path.read_text() for path in (root / "launch" / "templates").iterdir()}
-    used = {template for template, _ in renderer.FILES.values()}
-    used |= {
-        name for name in templates if any(f"@{{{name.removesuffix('.yaml')}}}" in text for text in templates.values())
-    }
-    assert used == set(templates)
-
-
-def test_nothing_is_left_to_fill_in(files):
-    assert [path for path, text in files.items() if "@{" in text] == []
-
-
 def test_every_value_is_used(renderer, values, on_s3):
     before = [renderer.render(values), renderer.render(on_s3)]
     unused = []
