@@ -39,7 +39,7 @@ class Step:
 
     Attributes:
         name: of the step, its run and its files.
-        kind: once (the whole command, or nothing), train (goes on with --resume) or seeds (bench time-to-accuracy).
+        kind: once (the whole command, or nothing), train (goes on with --resume) or seeds (time_to_accuracy.py).
         arguments: of the command.
         minutes: that it takes at most; of the other kinds, those with which it is worth beginning.
         shows: what it should show.
@@ -90,7 +90,7 @@ STEPS = (
     _bench(
         *("model", "model", "cifar10_notebook", 9, "the fused block beside the reference: speed, memory"),
         *("cluster.device=cuda", "train.precision=bf16", "model.drop_rate=0"),
-        *("--arms", "reference,compiled,fused,graph", "--batch-sizes", "64,256,1024"),
+        *("--variants", "reference,compiled,fused,graph", "--batch-sizes", "64,256,1024"),
     ),
     _train("bc100", "cifar10_bc100", "test error against 4.51 %"),
     _train("bc100-cifar100", "cifar10_bc100", "test error against 22.27 %", "data.name=cifar100"),
@@ -159,7 +159,7 @@ class Visit:
         return self._run(command, seconds, self.runs / f"{step.name}.txt")
 
     def _seeds(self, step: Step, seconds: float) -> int:
-        command = [*COMMAND, "bench", "time-to-accuracy", *self._settings(step)]
+        command = [sys.executable, "benchmarks/time_to_accuracy.py", *self._settings(step)]
         command += ["--minutes", f"{max(0.1, seconds / 60 - 0.3):.2f}", "--out", str(self._outcome(step))]
         return self._run(command, seconds, self.runs / f"{step.name}.txt")
 
@@ -177,7 +177,7 @@ class Visit:
         return [*COMMAND, *step.arguments[:2], *self._settings(rest), *small]
 
     def _run(self, command: list[str], seconds: float, output: Path) -> int:
-        print("  " + " ".join(command[2:]), flush=True)
+        print("  " + " ".join(command[1:]), flush=True)
         with open(output, "a", encoding="utf-8") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT)
             try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,7 +14,6 @@ from densenet_dist.cli.options import (
     Seconds,
     Sources,
     load,
-    parse_batch_sizes,
     require_writable,
     write_json,
 )
@@ -41,52 +38,53 @@ def bench_data(
     densenet-dist bench data configs/cifar10_notebook.yaml --out loaders.json
     """
     from densenet_dist.bench.data import bench_data as measure
-    from densenet_dist.bench.data import print_table
+    from densenet_dist.bench.tables import print_data
 
-    config = load(sources)
-    sizes = parse_batch_sizes(batch_sizes)
+    config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
     require_writable(out)
-    found = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
-    print_table(found)
-    write_json(found, out)
+    outcome = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
+    print_data(outcome)
+    write_json(outcome, out)
 
 
 @bench_app.command("model")
 def bench_model(
     sources: Sources = None,
     batch_sizes: BatchSizes = "64,128,256,512,1024,2048",
-    arms: Annotated[
+    variants: Annotated[
         str,
-        typer.Option(help="Ways to run the net, separated by commas; also padded and compiled_graph."),
+        typer.Option("--variants", "--arms", help="Ways to run the net, separated by commas; also compiled_graph."),
     ] = "reference,compiled,fused,graph",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,
     out: Out = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw speed and memory there too.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how fast a configuration's net trains, and in how much memory, beside what this machine could do at most.
+    """Measure how fast a configuration's net trains, and in how much memory.
 
     Images are random and lie on the device. Compiling takes minutes for each batch size of a deep net.
 
-    densenet-dist bench model configs/cifar10_notebook.yaml --out model.json --plot model.png
+    densenet-dist bench model configs/cifar10_notebook.yaml --out model.json
     """
     from rich.console import Console
 
     from densenet_dist.bench.model import bench_model as measure
-    from densenet_dist.bench.model_report import draw, print_table
+    from densenet_dist.bench.tables import print_model
+    from densenet_dist.bench.training_step import VARIANTS
 
-    config = load(sources)
-    sizes, names = parse_batch_sizes(batch_sizes), tuple(name.strip() for name in arms.split(","))
-    require_picture(plot)
-    for path in (out, plot):
-        require_writable(path)
+    config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
+    names = [name.strip() for name in variants.split(",")]
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError(f"--variants: there is no {name!r}; choose from {', '.join(VARIANTS)}")
+    require_writable(out)
+    chosen = {name: VARIANTS[name] for name in names}
     with Console(stderr=True).status("") as status:  # on a terminal only
-        found = measure(config, batch_sizes=sizes, arms=names, seconds=seconds, rounds=rounds, listener=status.update)
-    print_table(found)
-    write_json(found, out)
-    if plot is not None:
-        draw(found, plot)
+        outcome = measure(
+            config, variants=chosen, batch_sizes=sizes, seconds=seconds, rounds=rounds, on_progress=status.update
+        )
+    print_model(outcome)
+    write_json(outcome, out)
 
 
 @bench_app.command("scaling")
@@ -98,130 +96,36 @@ def bench_scaling(
     ] = "both",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,
-    gpu_images: Annotated[
-        int | None, typer.Option(min=1, help="Images a step of one GPU in predictions; else the configured batch.")
-    ] = None,
-    gpu_step_ms: Annotated[
-        float | None, typer.Option(min=1e-6, help="Its time for them; else as measured on GPUs, or an estimate.")
-    ] = None,
     out: Out = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw efficiency and speed there too.")] = None,
-    beside: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE.json", help="Earlier outcomes, to draw beside this one.")
-    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how training speeds up with Ray Train workers, and predict it for up to 1024 GPUs (docs/scaling.md).
+    """Measure how training speeds up with Ray Train workers (docs/scaling.md).
 
     The step is that of training, on random images that lie ready.
 
-    densenet-dist bench scaling configs/cifar10_notebook.yaml --out scaling.json --plot scaling.png
+    densenet-dist bench scaling configs/cifar10_notebook.yaml --workers 1,2 --out scaling.json
     """
     from rich.console import Console
 
     from densenet_dist.bench.scaling import MODES
     from densenet_dist.bench.scaling import bench_scaling as measure
-    from densenet_dist.bench.scaling_report import draw, print_table
+    from densenet_dist.bench.tables import print_scaling
 
     config, counts = load(sources), parse_numbers("--workers", workers)
-    require_picture(plot)
-    for path in (out, plot):
-        require_writable(path)
-    others = [read_outcome("--beside", path, "predictions") for path in beside or []]
+    modes = MODES if mode == "both" else (mode,)
+    require_writable(out)
     with Console(stderr=True).status("") as status:  # on a terminal only
-        found = measure(
-            config,
-            workers=counts,
-            modes=MODES if mode == "both" else (mode,),
-            seconds=seconds,
-            rounds=rounds,
-            gpu_images=gpu_images,
-            gpu_step_ms=gpu_step_ms,
-            listener=status.update,
+        outcome = measure(
+            config, workers=counts, modes=modes, seconds=seconds, rounds=rounds, on_progress=status.update
         )
-    print_table(found)
-    write_json(found, out)
-    if plot is not None:
-        draw([*others, found], plot)
-
-
-@bench_app.command("time-to-accuracy")
-def bench_time_to_accuracy(
-    sources: Sources = None,
-    targets: Annotated[str, typer.Option(help="Test top-1 to reach, in percent, separated by commas.")] = "92.66,94",
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from the configured one on.")] = 5,
-    minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="Begin no seed that would not end within so many minutes.")
-    ] = None,
-    out: Out = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over seconds there too.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Measure the seconds of training to a test accuracy, over several seeds, on one device.
-
-    Written to FILE.json after every seed; the same command again trains those that are missing there.
-
-    densenet-dist bench time-to-accuracy configs/cifar10_fast.yaml --out fast.json --plot fast.png
-    """
-    from rich.console import Console
-
-    from densenet_dist.bench.accuracy_report import draw, print_table
-    from densenet_dist.bench.time_to_accuracy import time_to_accuracy
-
-    config, shares = load(sources), parse_percents("--targets", targets)
-    require_picture(plot)
-    for path in (out, plot):
-        require_writable(path)
-    before = read_outcome("--out", out, "runs") if out is not None and out.exists() else None
-    with Console(stderr=True).status("") as status:  # on a terminal only
-
-        def show(found: dict[str, Any], epoch: dict[str, Any] | None) -> None:
-            if epoch is None:
-                write_json(found, out)
-            else:
-                status.update(f"seed {epoch['seed']}, epoch {epoch['epoch']}: {epoch['test/top1']:.2%}")
-
-        limit_s = None if minutes is None else 60 * minutes
-        found = time_to_accuracy(config, targets=shares, seeds=seeds, before=before, limit_s=limit_s, listener=show)
-    print_table(found)
-    if len(found["runs"]) < seeds:
-        typer.echo(f"{len(found['runs'])} of {seeds} seeds; the same command goes on with the others")
-    write_json(found, out)
-    if plot is not None and found["runs"]:
-        draw(found, plot)
-
-
-def require_picture(path: Path | None) -> None:
-    """Say so before the work where a picture's ending names no format."""
-    if path is not None and path.suffix not in (".png", ".pdf", ".svg"):
-        raise ConfigError(f"--plot: {path} must end in .png, .pdf or .svg")
+    print_scaling(outcome)
+    write_json(outcome, out)
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     """Numbers above zero, as an option lists them."""
     for number in text.split(","):
         if not number.strip().isdecimal() or int(number) == 0:
-            raise ConfigError(f"{option}: {number!r} is no number above zero; write them as 1,2,4")
+            example = "64,128,256" if option == "--batch-sizes" else "1,2,4"
+            raise ConfigError(f"{option}: {number!r} is no number above zero; write them as {example}")
     return tuple(map(int, text.split(",")))
-
-
-def parse_percents(option: str, text: str) -> tuple[float, ...]:
-    """Shares of 1, as an option lists them in percent, the lowest first."""
-    try:
-        shares = sorted(float(number) / 100 for number in text.split(","))
-    except ValueError:
-        shares = []
-    if not shares or not 0 < shares[0] <= shares[-1] <= 1:
-        raise ConfigError(f"{option}: {text!r} are no percentages; write them as 92.66,94")
-    return tuple(shares)
-
-
-def read_outcome(option: str, path: Path, has: str) -> dict[str, Any]:
-    """What the same command wrote earlier, which has such an entry."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}: {path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or has not in found:
-        raise ConfigError(f"{option}: {path} is not what this command writes")
-    return found

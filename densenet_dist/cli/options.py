@@ -78,14 +78,6 @@ def is_sweep(source: str) -> bool:
     return path.suffix in (".yaml", ".yml") and os.path.isfile(path) and "space" in read_yaml(path)
 
 
-def parse_batch_sizes(text: str) -> tuple[int, ...]:
-    """Sizes of batches, as an option lists them."""
-    for size in text.split(","):
-        if not size.strip().isdecimal() or int(size) == 0:
-            raise ConfigError(f"--batch-sizes: {size!r} is no number of images; write them as 64,128,256")
-    return tuple(int(size) for size in text.split(","))
-
-
 def require_writable(path: Path | None) -> None:
     """Say so before the work, not after it, where a result could not be written."""
     if path is None:

@@ -12,12 +12,11 @@ from typing import Final
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.dense_block import DenseBlock, NormFactory
 from densenet_dist.model.fused_block import FusedDenseBlock
-from densenet_dist.model.padded_block import PaddedDenseBlock
 
 BLOCK_FORMS: Final[Mapping[str, type[DenseBlock]]] = MappingProxyType(
-    {"reference": DenseBlock, "fused": FusedDenseBlock, "padded": PaddedDenseBlock}
+    {"reference": DenseBlock, "fused": FusedDenseBlock}
 )
-"""The forms a block can take; padded is for measurements."""
+"""The forms a block can take."""
 
 FORM_NAMES: Final = ("reference", "fused", "auto")
 """What ``model.block`` may be; auto is the fused form, which computes as the reference where it has no kernels."""
@@ -25,7 +24,7 @@ FORM_NAMES: Final = ("reference", "fused", "auto")
 
 def form_problems(form: str) -> list[str]:
     """Say what is wrong with the name of a form: one line, or nothing."""
-    if form in FORM_NAMES or form in BLOCK_FORMS:
+    if form in FORM_NAMES:
         return []
     return [f"model.block: there is no form {form!r}; choose from {', '.join(FORM_NAMES)}"]
 

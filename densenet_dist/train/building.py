@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from densenet_dist.data.datasets import Dataset
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext
@@ -23,15 +24,15 @@ from densenet_dist.train.step_graph import StepGraph
 from densenet_dist.train.steps_taken import StepsTaken
 
 
-def build_job(config: Config, context: RunContext) -> Job:
-    """Load the data, build the model and all that trains it.
+def build_job(config: Config, context: RunContext, dataset: Dataset | None = None) -> Job:
+    """Load the data, unless they are given, build the model and all that trains it.
 
     Raises:
         DataError: where the data set is missing or damaged.
         ConfigError: where model, data and number of workers do not fit together.
     """
     _choose_kernels(config, context)
-    dataset = load_dataset_of(config)
+    dataset = load_dataset_of(config) if dataset is None else dataset
     require_same_files(dataset, context)
     train_indices, val_indices = train_and_val(config, dataset)
     loader = choose_loader(config, context, dataset, train_indices)

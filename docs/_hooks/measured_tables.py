@@ -77,7 +77,7 @@ def loaders() -> str:
     """The two engines, by batch size."""
     sizes: dict[int, dict[str, float]] = {}
     for row in _read("loaders_cpu.json")["rows"]:
-        if row["batch_size"] is not None:  # the plain definition in NumPy has none
+        if row["batch_size"] is not None:  # an earlier version measured the definition in NumPy, image by image
             sizes.setdefault(row["batch_size"], {})[row["loader"]] = row["images_per_cpu_s"]
     rows = [[str(size), *(f"{of[name]:,.0f}" for name in ("torch", "dali"))] for size, of in sizes.items()]
     return _table(["batch", "torch, images a CPU-second", "DALI"], rows) + _source("loaders_cpu.json")

@@ -1,27 +1,42 @@
-"""What a training step must at least compute and move, and what this machine can at most.
+"""What a training step must at least compute and move, against what this machine can at most.
 
+    densenet-dist bench model configs/cifar10_notebook.yaml --out model.json
+    python benchmarks/roofline.py model.json --plot model.png
+
+prints of each measured row how many of this machine's FLOP/s and bytes/s it reached, on the device it was measured on.
 FLOPs are counted, of the net's definition: 2 a multiplication and addition of convolutions and matrix products. Bytes
 are *modelled*: what a step really moves only hardware counters tell. `traffic` adds up, pass by pass, the feature maps
-that an arm's kernels read and write, each once. Weights, dropout's masks and what a library does besides are left out,
-so it is a lower bound of what the arm moves, as long as maps do not stay in a cache from one pass to the next.
+that a variant's kernels read and write, each once. Weights, dropout's masks and what a library does besides are left
+out, so it is a lower bound of what the variant moves, as long as maps do not stay in a cache between passes: then the
+share of the bandwidth can be above 1.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from densenet_dist.bench.tables import number, print_table
+from densenet_dist.model import DenseNet, densenet
 from densenet_dist.model.architecture import Architecture
-from densenet_dist.model.densenet import DenseNet
 from densenet_dist.train.network import AUTOCAST
+
+
+def net_on_meta(outcome: Mapping[str, Any]) -> DenseNet:
+    """The reference net that ``bench model`` measured, without weights."""
+    with torch.device("meta"):
+        settings = {**outcome["model"], "block": "reference"}
+        return densenet(**settings, num_classes=outcome["classes"], image_size=outcome["image_size"])
 
 
 def count_flops(model: DenseNet) -> float:
@@ -104,7 +119,7 @@ PASSES: Final[Mapping[str, Mapping[str, Passes]]] = {
     "padded": _REFERENCE,
     "compiled_graph": _COMPILED,
 }
-"""The passes of each arm of ``bench model`` over the maps of each part of a net."""
+"""The passes of each variant of ``bench model`` over the maps of each part of a net."""
 
 
 class _Part(NamedTuple):
@@ -115,9 +130,9 @@ class _Part(NamedTuple):
     """Values it makes, an image."""
 
 
-def traffic(architecture: Architecture, arm: str, bytes_per_value: int) -> float:
-    """Bytes that the arm's kernels must at least move an image, forward and backward; see the module."""
-    passes, total = PASSES[arm], 0.0
+def traffic(architecture: Architecture, variant: str, bytes_per_value: int) -> float:
+    """Bytes that the variant's kernels must at least move an image, forward and backward; see the module."""
+    passes, total = PASSES[variant], 0.0
     for part in _parts(architecture):
         of = passes[part.name]
         total += (of.taken_forward + of.taken_backward) * part.taken + (of.made_forward + of.made_backward) * part.made
@@ -163,35 +178,6 @@ def _stem(arch: Architecture) -> Iterator[_Part]:
         yield _Part("stem_pool", made, made / 4)
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """What the device was seen to do at most.
-
-    Attributes:
-        gb_per_s: 1e9 bytes a second of a large copy, read and written.
-        tflop_per_s: 1e12 operations a second of a large matrix product.
-    """
-
-    gb_per_s: float
-    tflop_per_s: float
-
-
-def prepare_roofline(device_name: str, precision: str, threads: int) -> Callable[[float], Roofline]:
-    """What measures the roofline for about so many seconds, of matrices as convolutions see them in this precision."""
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
-        torch.set_float32_matmul_precision("high")  # as convolutions are computed by default
-    return partial(_measure_roofline, device, AUTOCAST[precision])
-
-
-def _measure_roofline(device: torch.device, dtype: torch.dtype, seconds: float) -> Roofline:
-    found = Roofline(_copy_speed(device, seconds / 2), _product_speed(device, dtype, seconds / 2))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the arms want it
-    return found
-
-
 def _copy_speed(device: torch.device, seconds: float) -> float:
     source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -199,11 +185,9 @@ def _copy_speed(device: torch.device, seconds: float) -> float:
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    best, side, most = 0.0, 512, 8192 if device.type == "cuda" else 2048
-    spent = 0.0
-    while side <= most and spent < max(
-        seconds / 8, 0.05
-    ):  # a CPU without float16 products takes seconds for a small one
+    best, side, most, spent = 0.0, 512, 8192 if device.type == "cuda" else 2048, 0.0
+    limit = max(seconds / 8, 0.05)  # a CPU without float16 products takes seconds for a small one
+    while side <= most and spent < limit:
         a, b = torch.randn(2, side, side, device=device).to(dtype)
         spent = _shortest(partial(torch.mm, a, b), device, seconds if side == most else 0)
         best, side = max(best, 2 * side**3 / spent / 1e12), 2 * side
@@ -223,3 +207,96 @@ def _shortest(work: Callable[[], object], device: torch.device, seconds: float) 
         if count > 1 and now - started > seconds:
             break
     return best
+
+
+def peaks(device: torch.device, precision: str, seconds: float) -> tuple[float, float]:
+    """TFLOP/s of a large matrix product, and GB/s of a large copy (read and written), on this machine."""
+    if device.type == "cuda" and precision == "fp32" and torch.backends.cudnn.allow_tf32:
+        torch.set_float32_matmul_precision("high")  # as convolutions are computed by default
+    return _product_speed(device, AUTOCAST[precision], seconds / 2), _copy_speed(device, seconds / 2)
+
+
+def evaluate(outcome: dict[str, Any], tflop_per_s: float, gb_per_s: float) -> dict[str, Any]:
+    """Ceilings in images/s, and the shares of the peaks that each row reached."""
+    net = net_on_meta(outcome)
+    flops, width = count_flops(net), AUTOCAST[outcome["precision"]].itemsize
+    rows = [row for row in outcome["rows"] if row["images_per_s"]]
+    moved = {row["arm"]: traffic(net.architecture, row["arm"], width) for row in rows}
+    return {
+        "flops_per_image": flops,
+        "bytes_per_image": moved,
+        "compute_ceiling": tflop_per_s * 1e12 / flops,
+        "bandwidth_ceilings": {name: gb_per_s * 1e9 / moved_bytes for name, moved_bytes in moved.items()},
+        "rows": [
+            {
+                **row,
+                "tflop_per_s": row["images_per_s"] * flops / 1e12,
+                "share_of_compute": row["images_per_s"] * flops / 1e12 / tflop_per_s,
+                "gb_per_s": row["images_per_s"] * moved[row["arm"]] / 1e9,
+                "share_of_bandwidth": row["images_per_s"] * moved[row["arm"]] / 1e9 / gb_per_s,
+            }
+            for row in rows
+        ],
+    }
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw speed with its ceilings, and memory, against the batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 5.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, variant in enumerate(found["bandwidth_ceilings"]):
+        rows = sorted((row for row in found["rows"] if row["arm"] == variant), key=lambda row: int(row["batch_size"]))
+        sizes, colour = [row["batch_size"] for row in rows], f"C{index}"
+        left.plot(sizes, [row["images_per_s"] for row in rows], marker="o", color=colour, label=variant)
+        left.fill_between(
+            sizes, *zip(*(row["images_per_s_spread"] for row in rows), strict=True), color=colour, alpha=0.2
+        )
+        left.axhline(found["bandwidth_ceilings"][variant], color=colour, linestyle=(5 * index, (5, 5)))
+        right.plot(sizes, [row["peak_mib"] for row in rows], marker="o", color=colour)
+    left.axhline(found["compute_ceiling"], color="black", linestyle=":", label="ceiling by arithmetic")
+    left.plot([], [], color="black", linestyle="--", label="ceiling by bandwidth, in a variant's colour")
+    left.set(title="Speed of a training step", ylabel="images/s")
+    right.set(title="Peak memory of a step", ylabel="MiB")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="images a step")
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("outcome", type=Path, help="what `densenet-dist bench model --out` wrote")
+    parser.add_argument("--seconds", type=float, default=2.0, help="to find this machine's peaks")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(arguments)
+    outcome = json.loads(args.outcome.read_text())
+    torch.set_num_threads(outcome["threads"])
+    device = torch.device("cpu" if outcome["device"] == "CPU" else "cuda")
+    tflop_per_s, gb_per_s = peaks(device, outcome["precision"], args.seconds)
+    found = evaluate(outcome, tflop_per_s, gb_per_s)
+    print_table(
+        f"an image: {found['flops_per_image'] / 1e9:.4g} GFLOP; this machine at most: {number(tflop_per_s)} TFLOP/s "
+        f"(matrix product), {number(gb_per_s)} GB/s (copy)",
+        ["variant", "batch", "images/s", "TFLOP/s,\nof peak", "GB/s,\nof copy", "ceiling by\nbandwidth"],
+        [
+            [
+                row["arm"],
+                str(row["batch_size"]),
+                number(row["images_per_s"]),
+                f"{number(row['tflop_per_s'])} {row['share_of_compute']:3.0%}",
+                f"{number(row['gb_per_s'])} {row['share_of_bandwidth']:3.0%}",
+                number(found["bandwidth_ceilings"][row["arm"]]),
+            ]
+            for row in found["rows"]
+        ],
+        [f"ceiling by arithmetic: {number(found['compute_ceiling'])} images/s; GB/s are modelled"],
+    )
+    if args.plot:
+        draw(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()

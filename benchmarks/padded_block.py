@@ -1,13 +1,29 @@
-"""The reference form with every layer's maps padded to what tensor cores like: a baseline for measurements."""
+"""What widths that tensor cores like would bring to the reference form: every layer's maps padded to multiples of 8.
 
-from __future__ import annotations
+    python benchmarks/padded_block.py configs/cifar10_notebook.yaml cluster.device=cuda train.precision=bf16 \\
+        --batch-sizes 256 --out padded.json
+
+Measured as by ``densenet-dist bench model``, beside the variants named.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from densenet_dist.bench.model import bench_model
+from densenet_dist.bench.tables import print_model
+from densenet_dist.bench.training_step import VARIANTS, Variant
+from densenet_dist.cli.options import write_json
+from densenet_dist.config import load_config
+from densenet_dist.model import DenseNet
 from densenet_dist.model.dense_block import DenseBlock
-from densenet_dist.model.fused.convolutions import TENSOR_CORE_CHANNELS
+
+MULTIPLE = 8
+"""Channels that bf16 and fp16 convolutions on tensor cores want."""
 
 
 class PaddedDenseBlock(DenseBlock):
@@ -61,7 +77,7 @@ def _places(channels: int, device: torch.device) -> tuple[Tensor, int]:
 
 
 def _padded(channels: int) -> int:
-    return -(-channels // TENSOR_CORE_CHANNELS) * TENSOR_CORE_CHANNELS
+    return -(-channels // MULTIPLE) * MULTIPLE
 
 
 def _pad_maps(x: Tensor) -> Tensor:
@@ -72,3 +88,33 @@ def _spread(values: Tensor, dim: int, places: Tensor, size: int) -> Tensor:
     """Zeros of `size` along `dim`, with the values at their places."""
     shape = [*values.shape[:dim], size, *values.shape[dim + 1 :]]
     return values.new_zeros(shape).index_copy(dim, places, values)
+
+
+def pad_blocks(model: DenseNet) -> DenseNet:
+    """The same net with its blocks padded."""
+    for module in model.modules():
+        if type(module) is DenseBlock:
+            module.__class__ = PaddedDenseBlock  # the parameters are the same
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="CONFIG | key=value")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=["reference", "compiled_graph", "graph"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[256])
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_intermixed_args(arguments)
+    variants = {name: VARIANTS[name] for name in args.variants} | {"padded": Variant("reference", convert=pad_blocks)}
+    config = load_config(*args.sources)
+    outcome = bench_model(
+        config, variants=variants, batch_sizes=args.batch_sizes, seconds=args.seconds, rounds=args.rounds
+    )
+    print_model(outcome)
+    write_json(outcome, args.out)
+
+
+if __name__ == "__main__":
+    main()

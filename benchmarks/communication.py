@@ -15,6 +15,8 @@ the tree's 0.9 and the share of a bandwidth that payload gets (0.92) are from.
 DDP reduces a bucket of gradients as soon as the backward pass has filled it, one bucket after the other; what then
 outlasts the backward pass is exposed (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Left out: that communication
 takes cores, or streaming multiprocessors, from computation; that ranks wait for the slowest; congestion.
+
+`predict_scaling.py` applies it to a net.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from scipy.optimize import nnls
 
 PAYLOAD: Final = 0.92
 """Share of a bandwidth that NCCL counts on for data: its LL128 protocol sends 120 bytes in 128."""
@@ -213,5 +214,16 @@ def fit_ring(samples: Sequence[tuple[float, float]], workers: int, name: str) ->
     message, seconds = np.array(samples, dtype=np.float64).T
     hops = 2.0 * (workers - 1)
     terms = np.stack([np.full_like(message, hops), hops / workers * message], axis=1)
-    (latency, per_byte), _ = nnls(terms / seconds[:, None], np.ones_like(seconds))
-    return Fabric(name, Link(name, 1 / per_byte if per_byte > 0 else math.inf, float(latency)))
+    latency, per_byte = _fit_nonnegative(terms / seconds[:, None])
+    return Fabric(name, Link(name, 1 / per_byte if per_byte > 0 else math.inf, latency))
+
+
+def _fit_nonnegative(terms: np.ndarray) -> tuple[float, float]:
+    """Factors of two columns, neither below zero, whose sum is closest to 1 in every row."""
+    ones = np.ones(len(terms))
+    both = np.linalg.lstsq(terms, ones)[0]
+    if both.min() >= 0:
+        return float(both[0]), float(both[1])
+    alone = terms.sum(axis=0) / (terms**2).sum(axis=0)  # of each column without the other one
+    errors = ((alone * terms - 1) ** 2).sum(axis=0)
+    return (float(alone[0]), 0.0) if errors[0] < errors[1] else (0.0, float(alone[1]))

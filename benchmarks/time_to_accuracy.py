@@ -1,23 +1,33 @@
-"""``densenet-dist bench time-to-accuracy``: seconds of training to a test accuracy, over several seeds.
+"""Seconds of training to a test accuracy, over several seeds, on one device.
+
+    python benchmarks/time_to_accuracy.py configs/cifar10_fast.yaml --targets 92.66 94 --seeds 5 --out fast.json \\
+        --plot fast.png
+
+The file is written after every seed; the same command again trains those that are missing there.
 
 The clock is that of CIFAR speed records (Coleman et al. 2017, DAWNBench; Jordan 2024, arXiv:2404.00498): it runs from
 the first batch's request to the end of each epoch's last step on the device, augmentation included. It stands still
-while test images are judged, and before training: loading data into memory, building the net, and a warm-up on a net
+while test images are evaluated, and before training: loading data into memory, building the net, and a warm-up on a net
 that is thrown away, so that kernels are compiled and chosen. Capturing a CUDA graph of the net itself is inside it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from densenet_dist.bench.tables import print_table
+from densenet_dist.cli.options import write_json
 from densenet_dist.cluster.launch import prepare_data
-from densenet_dist.config import to_dict
+from densenet_dist.config import load_config, to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.report.groups import interval
 from densenet_dist.run_folder import RunFolder
@@ -31,9 +41,9 @@ from densenet_dist.train.job import Job
 from densenet_dist.train.keeping import decide
 from densenet_dist.yaml_settings import flatten
 
-_ELSEWHERE: Final = ("name", "storage", "seed", "cluster.", "fault.", "checkpoint.", "data.root", "data.url")
+ELSEWHERE: Final = ("name", "storage", "seed", "cluster.", "fault.", "checkpoint.", "data.root", "data.url")
 """Settings that do not matter here."""
-_WARM_UP_STEPS: Final = 6
+WARM_UP_STEPS: Final = 6
 
 
 def time_to_accuracy(
@@ -45,7 +55,7 @@ def time_to_accuracy(
     limit_s: float | None = None,
     listener: Callable[[dict[str, Any], dict[str, Any] | None], None] = lambda found, epoch: None,
 ) -> dict[str, Any]:
-    """Train with seeds ``config.seed``, ``+ 1``, ... on one device, and judge all test images after every epoch.
+    """Train with seeds ``config.seed``, ``+ 1``, ... on one device, and evaluate the test images after every epoch.
 
     Args:
         config: what is trained; ``train.epochs`` is the whole course.
@@ -53,7 +63,7 @@ def time_to_accuracy(
         seeds: how many.
         before: an earlier outcome of the same configuration: its seeds are not trained again.
         limit_s: begin no seed that would not end within so many seconds from now, by the time that others took.
-        listener: called with the outcome so far and the epoch just judged (None after a seed's last one).
+        listener: called with the outcome so far and the epoch just evaluated (None after a seed's last one).
 
     Returns:
         Plain values: ``runs`` with each seed's epochs (``seconds`` of training so far, ``train/loss``, ``test/loss``,
@@ -99,7 +109,7 @@ def summary(runs: Sequence[dict[str, Any]], targets: Sequence[float]) -> dict[st
     for target in targets:
         first = [next((epoch for epoch in run["epochs"] if epoch["test/top1"] >= target), None) for run in runs]
         hits = [epoch for epoch in first if epoch is not None]
-        figures = {name: _mean([epoch[key] for epoch in hits]) for name, key in _OF_TARGET.items()} if hits else {}
+        figures = {name: _mean([epoch[key] for epoch in hits]) for name, key in OF_TARGET.items()} if hits else {}
         reached.append({"top1": target, "seeds": len(hits), "of": len(runs), **figures})
     last = [run["epochs"][-1] for run in runs]
     return {
@@ -108,7 +118,7 @@ def summary(runs: Sequence[dict[str, Any]], targets: Sequence[float]) -> dict[st
     }
 
 
-_OF_TARGET: Final = {"seconds": "seconds", "epochs": "epoch"}
+OF_TARGET: Final = {"seconds": "seconds", "epochs": "epoch"}
 
 
 def _mean(values: Sequence[float]) -> dict[str, float | None]:
@@ -136,7 +146,7 @@ def _outcome(config: Config, targets: Sequence[float]) -> dict[str, Any]:
 
 
 def _what_matters(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(_ELSEWHERE)}
+    return {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith(ELSEWHERE)}
 
 
 def _taken_up(before: dict[str, Any], config: Config, targets: Sequence[float]) -> dict[str, Any]:
@@ -157,8 +167,8 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _warm_up(config: Config) -> float:
-    """Train and judge a few batches with a net that is thrown away; seconds that took."""
-    few = config.train.global_batch_size * _WARM_UP_STEPS
+    """Train and evaluate a few batches with a net that is thrown away; seconds that took."""
+    few = config.train.global_batch_size * WARM_UP_STEPS
     train = replace(config.train, epochs=1, schedule=replace(config.train.schedule, name="constant", warmup_epochs=0.0))
     limit = few if config.data.limit is None else min(few, config.data.limit)
     started = time.perf_counter()
@@ -179,12 +189,12 @@ def _epochs(config: Config) -> Iterator[dict[str, Any]]:
                 seconds += _now(job) - started
                 decide(job)
                 job.end_epoch(None)
-                judged = _judge(job)
+                tested = evaluate_test(job)
                 yield {
                     "epoch": number,
                     "seconds": round(seconds, 4),
                     "train/loss": trained["train/loss"],
-                    **{f"test/{name}": judged[name] for name in ("loss", "top1", "top5")},
+                    **{f"test/{name}": tested[name] for name in ("loss", "top1", "top5")},
                 }
         finally:
             job.close()
@@ -196,8 +206,94 @@ def _now(job: Job) -> float:
     return time.perf_counter()
 
 
-def _judge(job: Job) -> dict[str, float]:
+def evaluate_test(job: Job) -> dict[str, float]:
     test = job.dataset.test
     engine = engine_of(job.config, job.context.device, job.dataset, test, job.loader)
     batches = eval_loader(job.config, job.context, test, engine)
     return evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
+
+
+def print_outcome(found: dict[str, Any]) -> None:
+    """Print what `time_to_accuracy` found."""
+    runs, environment = found["runs"], found["environment"]
+    where = ", ".join(environment["gpus"]) or environment["cpu"]
+    last = found["summary"]["last"]
+    rows = []
+    for target in found["summary"]["targets"]:
+        figures = [spread(target[key]) if key in target else "-" for key in ("seconds", "epochs")]
+        rows.append([f"{target['top1']:.2%}", f"{target['seeds']} of {target['of']}", *figures])
+    config = found["config"]
+    title = f"{config['model.variant']} on {config['data.name']}, {config['train.epochs']} epochs, {len(runs)} seeds"
+    print_table(
+        f"{title}; {where}",
+        ["test top-1", "reached by", "seconds of training", "epochs"],
+        rows,
+        [
+            f"at the end: {spread(last['test/top1'], 100)} % top-1, {spread(last['test/top5'], 100)} % top-5 after "
+            f"{spread(last['seconds'])} s",
+            "the clock stands still while test images are evaluated; +- is a 95 % confidence interval",
+        ],
+    )
+
+
+def spread(value: dict[str, float | None], scale: float = 1.0) -> str:
+    mean, half = value["mean"], value["half"]
+    assert mean is not None
+    return f"{mean * scale:.2f}" + ("" if half is None else f" +- {half * scale:.2f}")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw each seed's test top-1 over seconds of training, and the targets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for run in found["runs"]:
+        seconds, top1 = zip(*((epoch["seconds"], 100 * epoch["test/top1"]) for epoch in run["epochs"]), strict=True)
+        axes.plot(seconds, top1, marker=".", linewidth=1, label=f"seed {run['seed']}")
+    for target in found["targets"]:
+        axes.axhline(100 * target, color="tab:gray", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{target:.2%}", (1, 100 * target), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8
+        )
+    axes.set(xlabel="seconds of training", ylabel="test top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="CONFIG | key=value")
+    parser.add_argument("--targets", nargs="+", type=float, default=[92.66, 94.0], help="test top-1 in percent")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from the configured one on")
+    parser.add_argument("--minutes", type=float, help="begin no seed that would not end within so many minutes")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_intermixed_args(arguments)
+
+    def show(found: dict[str, Any], epoch: dict[str, Any] | None) -> None:
+        if epoch is None:
+            write_json(found, args.out)
+        else:
+            print(f"seed {epoch['seed']}, epoch {epoch['epoch']}: {epoch['test/top1']:.2%}", flush=True)
+
+    found = time_to_accuracy(
+        load_config(*args.sources),
+        targets=[target / 100 for target in sorted(args.targets)],
+        seeds=args.seeds,
+        before=json.loads(args.out.read_text()) if args.out and args.out.exists() else None,
+        limit_s=None if args.minutes is None else 60 * args.minutes,
+        listener=show,
+    )
+    write_json(found, args.out)
+    if found["runs"]:
+        print_outcome(found)
+        if args.plot:
+            draw(found, args.plot)
+    if len(found["runs"]) < args.seeds:
+        print(f"{len(found['runs'])} of {args.seeds} seeds; the same command goes on with the others")
+
+
+if __name__ == "__main__":
+    main()

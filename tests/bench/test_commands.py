@@ -1,0 +1,156 @@
+"""``densenet-dist bench model`` and ``bench data``: what is asked for is in the table and in the file; mistakes."""
+
+import json
+import math
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from densenet_dist.bench import model as bench_of_model
+from densenet_dist.bench.process import MeasuringProcess
+from densenet_dist.bench.training_step import VARIANTS, Measurement, OutOfMemory, explained
+from densenet_dist.config import load_config
+from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.model import densenet
+
+TINY = ["quickstart", "model.num_layers=[1,1]", "model.growth_rate=4", "cluster.cpus_per_worker=1"]
+ON_CPU = [*TINY, "cluster.device=cpu"]
+FAST = ["--seconds", "0.05", "--rounds", "2"]
+
+
+def rows_of(path):
+    return {(row["arm"], row["batch_size"]): row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_mistakes_are_reported_before_anything_is_measured(tmp_path, bench, capsys):
+    missing = tmp_path / "missing" / "result.json"
+    for command, *arguments, code, reason in (
+        ("data", "quickstart", "--batch-sizes=64,,128", 2, "write them as 64,128,256"),
+        ("data", "cifar10_small", f"data.root={tmp_path}", "data.download=false", 4, "cifar-10-batches-bin"),
+        ("data", "quickstart", "--out", missing, 5, f"{missing} cannot be written: No such file or directory"),
+        ("model", *ON_CPU, "--variants=fast", 2, "there is no 'fast'; choose from reference, compiled, fused, graph"),
+        ("model", *ON_CPU, "model.growth_rate=0", 2, "model.growth_rate"),
+        ("scaling", *ON_CPU, "--workers=0", 2, "--workers: '0' is no number above zero"),
+        ("scaling", *ON_CPU, "--workers=999", 2, "999 workers cannot share train.global_batch_size"),
+        ("scaling", *ON_CPU, "--mode=large", 2, "--mode: there is no 'large'"),
+    ):
+        assert bench(command, *arguments) == code
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_loaders(tmp_path, bench, capsys):
+    out = tmp_path / "loaders.json"
+    options = ["--seconds", "0.05", "--rounds", "2", "--batch-sizes", "64,100", "--out", out]
+    assert bench("data", "quickstart", "data.limit=600", *options) == 0
+    shown, found = capsys.readouterr().out, json.loads(out.read_text())
+    rows = {(row["loader"], row["batch_size"]): row for row in found["rows"]}
+    assert set(rows) == {("torch", 64), ("torch", 100), ("dali", 64), ("dali", 100)}
+    for row in rows.values():
+        assert row["spread"][0] <= row["images_per_s"] <= row["spread"][1]
+        assert row["images_per_cpu_s"] > 0
+        assert 100 < row["peak_mib"] < 4000
+        assert f"{row['images_per_s']:,.0f}" in shown
+    assert found["environment"]["packages"]["torch"]
+
+
+@pytest.mark.slow
+def test_variants_of_a_model_and_the_roofline(tmp_path, bench, script, capsys):
+    out, plot = tmp_path / "model.json", tmp_path / "model.png"
+    options = [*FAST, "--batch-sizes", "16,256", "--variants", "reference,fused,graph", "--out", out]
+    assert bench("model", *ON_CPU, *options) == 0
+    shown, rows = capsys.readouterr().out, rows_of(out)
+    assert set(rows) == {(variant, size) for variant in ("reference", "fused") for size in (16, 256)}
+    assert "graph is left out: it needs a GPU" in shown
+    for (_, size), row in rows.items():
+        reference = rows["reference", size]
+        assert row["note"] == ""
+        assert row["images_per_s"] == pytest.approx(1e3 * size / row["step_ms"], rel=1e-3)
+        low, high = row["time_ratio_spread"]
+        assert low <= row["time_ratio"] <= high
+        assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    assert rows["reference", 256]["peak_mib"] > 4 * rows["reference", 16]["peak_mib"]
+    script("roofline").main([str(out), "--seconds", "0.1", "--plot", str(plot)])
+    assert "ceiling by arithmetic" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.nightly
+def test_a_compiled_net_is_the_same_net(tmp_path, bench):
+    options = [*FAST, "--batch-sizes", "16", "--variants", "reference,compiled", "--out", tmp_path / "out.json"]
+    assert bench("model", *ON_CPU, "model.num_layers=[1]", *options) == 0
+    reference, compiled = rows_of(tmp_path / "out.json").values()
+    assert compiled["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu_with_a_graph(tmp_path, bench):
+    out = tmp_path / "model.json"
+    arguments = ["train.precision=bf16", "train.optimizer.name=adam", "--batch-sizes", "64,512", "--out", out]
+    assert bench("model", *TINY, *FAST, *arguments, "--variants", "reference,fused,graph") == 0
+    rows = rows_of(out)
+    assert len(rows) == 6
+    assert all(row["note"] == "" and row["images_per_s"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+
+
+class FakeProcess:
+    """Stands in for a measuring process: reference takes 4 ms, others 1; at batches of 64 some fail."""
+
+    def __init__(self, prepare, variant, *_):
+        self.name = next(name for name in VARIANTS if VARIANTS[name] is variant)
+
+    def wait(self):
+        pass
+
+    stop = wait
+
+    def measure(self, batch_size, seconds):
+        if batch_size == 64 and self.name != "fused":
+            raise OutOfMemory("out of memory") if self.name == "reference" else EnvironmentProblem("no compiler")
+        return Measurement(4.0 if self.name == "reference" else 1.0, 2, math.nan, 2.3)
+
+
+def test_what_cannot_work_is_a_row_with_its_reason(monkeypatch):
+    monkeypatch.setattr(bench_of_model, "MeasuringProcess", FakeProcess)
+    variants = {name: VARIANTS[name] for name in ("reference", "compiled", "fused")}
+    found = bench_of_model.bench_model(load_config(*ON_CPU), variants=variants, batch_sizes=(16, 64), rounds=3)
+    rows = {(row["arm"], row["batch_size"]): row for row in found["rows"]}
+    notes = {key: row["note"] for key, row in rows.items() if row["note"]}
+    failed = {("compiled", size): "no compiler" for size in (16, 64)}  # it is not measured again after that
+    assert notes == {("reference", 64): "out of memory", **failed}
+    assert [len(rows[name, 16]["rounds"]) for name in variants] == [3, 1, 3]
+    assert rows["fused", 16]["time_ratio"] == 0.25
+    assert rows["fused", 64]["time_ratio"] is None
+    json.loads(json.dumps(found, allow_nan=False))
+
+
+def test_errors_of_a_variant_are_one_line():
+    for message, text in (("DefaultCPUAllocator: can't allocate memory", "out of memory"), ("a\n\nb", "OSError: a b")):
+        with pytest.raises(EnvironmentProblem, match=f"^{text}$"):
+            explained(partial(exec, "raise OSError(message)", {"message": message}))
+
+
+def test_a_measuring_process_answers_or_reports_that_it_died():
+    process = MeasuringProcess(partial, divmod)
+    assert process.measure(7, 2) == (3, 1)
+    process.stop()
+    process = MeasuringProcess(partial, os._exit)
+    with pytest.raises(EnvironmentProblem, match="the measuring process ended: it was killed, perhaps"):
+        process.measure(3)
+    process.stop()
+
+
+@pytest.mark.parametrize("variant", ["notebook", "densenet_bc"])
+def test_a_padded_net_is_the_same_net(variant, script):
+    def gradients(convert):
+        torch.manual_seed(0)
+        net = densenet(variant, num_classes=10, image_size=8, growth_rate=3, num_layers=[2, 2], block="reference")
+        net = convert(net.double()).train()
+        net(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+        return [*(parameter.grad for parameter in net.parameters()), *net.buffers()]
+
+    padded = gradients(script("padded_block").pad_blocks)
+    torch.testing.assert_close(padded, gradients(lambda net: net), rtol=0, atol=1e-10)
