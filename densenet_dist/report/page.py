@@ -54,10 +54,8 @@ def _goodput(last: dict[str, Any]) -> str | None:
         return None
     lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOSSES.items()}
     parts = [f"{percent(share)} {words}" for words, share in sorted(lost.items(), key=lambda item: -item[1]) if share]
-    again = last.get("goodput/steps_again", 0)
     rest = ", ".join(parts) or "nothing"
-    repeated = f"; {again:,} steps taken again" if again else ""
-    return f"{percent(last['goodput/ratio'])} of the time in steps that count; the rest: {rest}{repeated}"
+    return f"{percent(last['goodput/ratio'])} of the time in steps that count; the rest: {rest}"
 
 
 def _machine(environment: dict[str, Any]) -> str:

@@ -21,7 +21,6 @@ from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.profiling import StepProfiler, require_steps
 from densenet_dist.train.same_files import require_same_files
 from densenet_dist.train.step_graph import StepGraph
-from densenet_dist.train.steps_taken import StepsTaken
 
 
 def build_job(config: Config, context: RunContext, dataset: Dataset | None = None) -> Job:
@@ -58,7 +57,6 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
         val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
         num_images=(len(train_indices), len(val_indices)),
         store=store,
-        taken=StepsTaken(context.run) if context.rank == 0 else None,
     )
     job.step_graph = _step_graph(job)
     job.profiler = _profiler(job)

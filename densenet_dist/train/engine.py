@@ -109,8 +109,6 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
         with nullcontext() if job.profiler is None else job.profiler.step(job.position.global_step):
             train_step(job, batch)
         pulse.moved(job.position.global_step)
-        if job.taken is not None:
-            job.taken.reached(job.position.global_step)
         after_step(job)
         _profile(job, ends=job.position.step == job.train_loader.steps_per_epoch)
         now = time.perf_counter()
@@ -209,8 +207,6 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
     job.end_epoch(validation.get("val/loss"))
     record |= validation | job.context.goodput.figures() | {"seconds": time.perf_counter() - started}
     record["perf/device_hours"] = job.context.goodput.device_hours
-    if job.taken is not None:
-        record["goodput/steps_again"] = job.taken.again
     if log is not None:
         log.record(record, job.position.global_step)
         log.publish()

@@ -27,7 +27,6 @@ from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.same_files import digest_of_files
 from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
-from densenet_dist.train.steps_taken import StepsTaken
 
 
 @dataclass
@@ -68,7 +67,6 @@ class Job:
     finite: FiniteWatch = field(init=False)
     agreement: Agreement = field(init=False)
     position: Position = field(default_factory=Position)
-    taken: StepsTaken | None = None
     saved_step: int | None = None
     seconds: float = 0.0
     epoch_time: tuple[float, float] = (0.0, 0.0)
@@ -121,8 +119,6 @@ class Job:
     def close(self) -> None:
         """Finish what is being written, after an error too."""
         self.saver.close()
-        if self.taken is not None:
-            self.taken.close()
 
     def count_time(self) -> tuple[float, float]:
         """Add what the pulse has counted since the last call to `seconds` and `epoch_time`.

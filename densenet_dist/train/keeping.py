@@ -119,12 +119,3 @@ def restore(job: Job) -> None:
             if snapshot.state.get("pictures") != digest_of_files(job.dataset) and job.context.rank == 0:
                 text = "the pictures are not those that the run began with: it goes on with them, but no longer exactly"
                 job.context.report({"kind": "note", "text": text, "warning": True})
-    _tell_what_was_lost(job)
-
-
-def _tell_what_was_lost(job: Job) -> None:
-    lost = 0 if job.taken is None else job.taken.begin_at(job.position.global_step)
-    if lost:
-        steps = "1 step is" if lost == 1 else f"{lost} steps are"
-        text = f"{steps} taken again, those after step {job.position.global_step}"
-        job.context.report({"kind": "note", "text": text})

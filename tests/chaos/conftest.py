@@ -20,7 +20,7 @@ COMMIT = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-page", action="store_true", help="write the results and docs/reliability.md")
+    parser.addoption("--page", type=Path, metavar="FILE", help="write the results of the cases and this page of them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +41,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Add what came of a case to the results and the page, so that nothing is lost when the tests are interrupted."""
     report = yield
     marker = item.get_closest_marker("fault")
-    if marker and call.when == "call" and item.config.getoption("--write-page", False):
+    if marker and call.when == "call" and item.config.getoption("--page", None):
         lab: Lab = item.funcargs["lab"]
         results = load_results()
         results[item.name] = {
@@ -56,7 +56,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
         }
         known = {name: results[name] for name in item.config.stash[CASES] if name in results}
-        write(known, f"{os.cpu_count()} cores ({cpu_name()})")
+        write(item.config.getoption("--page"), known, f"{os.cpu_count()} cores ({cpu_name()})")
     return report
 
 

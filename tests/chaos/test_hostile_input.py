@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_lab import LOCAL, Lab, Started, cases, write_pictures
+from chaos_lab import LOCAL, Lab, cases, write_pictures
 
 CALL = 'name: !!python/object/apply:os.system ["touch CANARY"]\n'
 NINE = ", ".join(["{}"] * 9)
@@ -35,12 +35,6 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-def require_refused(run: Started, code: int, canary: Path, *words: str) -> None:
-    run.fail(code, *words)
-    assert not canary.exists(), "what it held was run"
-    assert "Traceback" not in run.text, f"a traceback:{run.end_of_text}"
-
-
 @pytest.mark.parametrize(
     "with_checksum",
     cases(
@@ -58,7 +52,8 @@ def test_poisoned_checkpoint(lab: Lab, canary: Path, with_checksum: bool) -> Non
             meta = json.loads((folder / "checkpoint.json").read_text())
             meta["sha256"]["state.pt"] = hashlib.sha256(content).hexdigest()
             (folder / "checkpoint.json").write_text(json.dumps(meta))
-    require_refused(lab.begin(resume=run.folder), 6, canary, "no checkpoint of this run is whole")
+    lab.begin(resume=run.folder).fail(6, "no checkpoint of this run is whole")
+    assert not canary.exists(), "it was run"
     lab.observe("exit 6; nothing ran")
 
 
@@ -72,7 +67,8 @@ def test_poisoned_data(lab: Lab, canary: Path) -> None:
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
         (folder / name).write_bytes(pickle.dumps(Writes(canary)))
     settings = ("data.name=cifar10", f"data.root={root}", "data.download=false", "data.limit=null")
-    require_refused(lab.begin(*LOCAL, *settings), 4, canary)
+    lab.begin(*LOCAL, *settings).fail(4)
+    assert not canary.exists(), "it was run"
     lab.observe("exit 4; nothing ran")
 
 
@@ -90,7 +86,8 @@ def test_hostile_configuration(lab: Lab, canary: Path, text: str, words: str) ->
     path = lab.folder / "hostile.yaml"
     path.write_text(text.replace("CANARY", str(canary)))
     command = [sys.executable, "-m", "densenet_dist", "train", str(path), f"storage={lab.folder}"]
-    require_refused(lab.run(command, lab.folder / path.stem), 2, canary, words)
+    lab.run(command, lab.folder / path.stem).fail(2, words)
+    assert not canary.exists(), "it was run"
     lab.observe("exit 2; nothing ran")
 
 
@@ -108,7 +105,8 @@ def test_poisoned_archive(lab: Lab, canary: Path) -> None:
             info.size = 6
             tar.addfile(info, BytesIO(b"it ran"))
     settings = ("data.name=cifar10", f"data.root={root}", f"data.url={archive.as_uri()}", "data.limit=null")
-    require_refused(lab.begin(*LOCAL, *settings), 4, canary)
+    lab.begin(*LOCAL, *settings).fail(4)
+    assert not canary.exists(), "it was unpacked"
     lab.observe("exit 4; nothing was unpacked")
 
 

@@ -1,9 +1,9 @@
-"""``pytest -m nightly`` gives the fuzz tests their large budget, and selects them with it."""
+"""``pytest -m nightly`` selects the fuzz tests with their large number of inputs."""
 
-import fuzz_budget
+import fuzzing
 import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
     asked = str(config.getoption("markexpr"))
-    fuzz_budget.nightly = "nightly" in asked and "not nightly" not in asked
+    fuzzing.nightly = "nightly" in asked and "not nightly" not in asked

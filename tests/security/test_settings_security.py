@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzz_configs import _laughs, _merges
+from fuzzing import alias_bomb, merge_bomb
 
 from densenet_dist.cli import main
 from densenet_dist.config import load_config
@@ -24,7 +24,9 @@ def refusal(*sources: object) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("bomb", [_laughs(9, "[]"), _laughs(40, "[]"), _laughs(9, "{}"), _merges(9), _merges(30)])
+@pytest.mark.parametrize(
+    "bomb", [alias_bomb(9, "[]"), alias_bomb(40, "[]"), alias_bomb(9, "{}"), merge_bomb(9), merge_bomb(30)]
+)
 def test_aliases_do_not_blow_up(tmp_path: Path, bomb: str):
     (tmp_path / "c.yaml").write_text(f"train: {{lr: {bomb}}}")
     assert "holds more than 10000 values" in refusal(tmp_path / "c.yaml")

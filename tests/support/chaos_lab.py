@@ -37,12 +37,7 @@ CLOCK = ("time", "seconds", "perf/", "goodput/")
 
 @dataclass
 class Started:
-    """A command that was started.
-
-    Attributes:
-        folder: the run's folder.
-        output: the file with everything it prints.
-    """
+    """A command that was started, its run's folder, and the file with everything it prints."""
 
     process: subprocess.Popen[bytes]
     folder: Path
@@ -78,13 +73,16 @@ class Started:
         """Wait for its end, which must have this exit code and a message with these words."""
         found = self.wait()
         assert found == code, f"exit code {found}, not {code}:{self.end_of_text}"
+        assert "Traceback" not in self.text, f"a traceback:{self.end_of_text}"
         for text in words:
             assert text in self.text, f"the output does not contain {text!r}:{self.end_of_text}"
 
-    def finish_like(self, reference: Path) -> None:
+    def finish_like(self, reference: Path, resumed_after: int | None = None) -> None:
         """Wait for its end. Weights, records and TensorBoard must equal those of the undisturbed run."""
         self.succeed()
         require_same(self.folder, reference)
+        said = "" if resumed_after is None else f"resumed after step {resumed_after}"
+        assert said in self.text, f"the output does not contain {said!r}:{self.end_of_text}"
 
     def wait_until(self, reached: Callable[[], bool], what: str, seconds: float = 180) -> float:
         """Look a hundred times a second; how long it took."""
@@ -138,16 +136,9 @@ def cases(expected: str, *rows: tuple[Any, ...]) -> list[Any]:
 
 
 class Lab:
-    """Starts the commands of one case, and keeps what came of it.
+    """Starts the commands of one case in an empty folder, and keeps what was observed.
 
-    Args:
-        folder: an empty one.
-        name: of the case. It is the seed of `random`.
-        undisturbed: folders of finished runs by their settings, shared by all cases.
-
-    Attributes:
-        observed: what the case came to, in words.
-        count: how many faults were injected, or inputs tried.
+    Its random numbers are seeded with the name of the case. All cases share the undisturbed runs.
     """
 
     def __init__(self, folder: Path, name: str, undisturbed: dict[tuple[str, ...], Path]) -> None:
@@ -156,7 +147,7 @@ class Lab:
         self.observe("")
 
     def observe(self, text: str, count: int = 1) -> None:
-        """Keep what came of the case, for the page."""
+        """Keep what came of the case, and how many faults were injected or inputs tried, for the page."""
         self.observed, self.count = text, count
 
     def begin(

@@ -36,10 +36,10 @@ def load_results() -> dict[str, dict[str, Any]]:
     return found
 
 
-def write(results: dict[str, dict[str, Any]], machine: str) -> None:
+def write(page: Path, results: dict[str, dict[str, Any]], machine: str) -> None:
     """Write the results and the page."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page_of(list(results.values()), machine))
+    page.write_text(page_of(list(results.values()), machine))
 
 
 def page_of(cases: Sequence[dict[str, Any]], machine: str) -> str:

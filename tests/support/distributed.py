@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
             _rank_main, (world_size, folder, *_address(function), args), world_size, start_method="forkserver"
         )
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
-
-
-def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """Start ``function(*args)`` in a process of its own, with one thread, and return at once."""
-    with _server() as context:
-        process = context.Process(target=_main, args=(*_address(function), args), daemon=True)
-        process.start()
-    return process
 
 
 def _rank_main(rank: int, world_size: int, folder: str, home: str, name: str, args: tuple[Any, ...]) -> None:

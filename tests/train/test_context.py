@@ -9,27 +9,9 @@ import pytest
 import torch
 
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.context import LocalContext, choose_device
+from densenet_dist.train.context import choose_device
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-
-
-def test_a_process_alone_is_rank_0_of_1(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    told = []
-    context = LocalContext.from_environment(RunFolder(str(tmp_path), "run"), "cpu", told.append)
-    assert (context.rank, context.world_size, context.device) == (0, 1, torch.device("cpu"))
-    context.report({"kind": "note", "text": "a"})
-    assert told == [{"kind": "note", "text": "a"}]
-
-
-def test_only_rank_0_tells(tmp_path):
-    told = []
-    LocalContext(RunFolder(str(tmp_path), "run"), torch.device("cpu"), told.append, 1, 2).report({"kind": "note"})
-    LocalContext(RunFolder(str(tmp_path), "run"), torch.device("cpu")).report({"kind": "note"})  # nobody listens
-    assert told == []
 
 
 @without_gpu

@@ -1,8 +1,9 @@
-"""Gradients over ranks: buckets that fit the dense blocks, compression, restarts that are exact on three ranks too."""
+"""Training over ranks: the course of one process, buckets that fit the dense blocks, restarts that are exact."""
 
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from runs import job_of, records, tiny, train, weights_of
+from runs import job_of, records, run_of, tiny, train, weights_of
 
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError
+from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
 from densenet_dist.train import ddp
 from densenet_dist.train.ddp import bucket_sizes, fill_buckets
-from densenet_dist.train.engine import train_step
+from densenet_dist.train.engine import evaluate_model, train_step
+from densenet_dist.train.evaluation import evaluate
 from densenet_dist.train.job import Job
 from densenet_dist.train.network import build_model
 
@@ -46,9 +48,8 @@ def test_a_bucket_is_a_block_with_the_transition_after_it():
     ]
 
 
-@pytest.mark.parametrize("variant", ["densenet121", "densenet161", "densenet169", "densenet201", "densenet_bc"])
-def test_buckets_hold_every_gradient_and_small_blocks_go_together(variant):
-    model = net(f"model.variant={variant}", *(["model.depth=100"] if variant == "densenet_bc" else []))
+def test_buckets_hold_every_gradient_and_small_blocks_go_together():
+    model = net("model.variant=densenet_bc", "model.depth=100")
     sizes = bucket_sizes(model, TrainConfig())
     assert sum(sizes) == bytes_of(model, "")
     assert len(sizes) > 1
@@ -57,19 +58,9 @@ def test_buckets_hold_every_gradient_and_small_blocks_go_together(variant):
     assert bucket_sizes(model, TrainConfig(bucket_mb=0.5)) == [MIB // 2]
 
 
-def test_frozen_parameters_are_in_no_bucket():
-    model = net(CONFIGS / "cifar10_notebook.yaml")
-    model.features.denseblock3.requires_grad_(False)
-    model.features.transition3.requires_grad_(False)
-    sizes = bucket_sizes(model, TrainConfig())
-    assert len(sizes) == 3
-    assert sum(sizes) == sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
 def test_buckets_close_as_ddp_closes_them():
     assert fill_buckets([1, 2, 3, 4, 5], [3, 7]) == [[0, 1], [2, 3], [4]]
     assert fill_buckets([5, 1, 1], [2]) == [[0], [1, 2]]
-    assert fill_buckets([1], [10]) == [[0]]
 
 
 def rank_job(storage: str, *settings: str) -> Job:
@@ -99,7 +90,7 @@ def buckets_of_ranks(storage: str, settings: list[str]) -> dict[str, Any]:
         ddp.SMALLEST_BUCKET = smallest
 
 
-@pytest.mark.parametrize("settings", [[], ["train.grad_accum_steps=2"], ["model.block=reference"]], ids=str)
+@pytest.mark.parametrize("settings", [[], ["train.grad_accum_steps=2"]], ids=str)
 def test_ddp_makes_these_buckets(tmp_path, settings):
     found = run_ranks(buckets_of_ranks, 2, str(tmp_path), settings)[0]
     assert len(found["bytes"]) == 2
@@ -137,7 +128,7 @@ def interrupted(storage: str, settings: list[str]) -> list[bool]:
 # With two ranks a sum has one order; three show whether gradients lie in the same places after a restart.
 @pytest.mark.parametrize(
     "settings",
-    [[], ["train.gradient_compression=bf16"], ["train.grad_accum_steps=2"], ["train.bucket_mb=0.002"]],
+    [["train.gradient_compression=bf16"], ["train.grad_accum_steps=2", "train.bucket_mb=0.002"]],
     ids=str,
 )
 def test_a_restart_on_three_ranks_is_exact(tmp_path, settings):
@@ -163,27 +154,12 @@ def test_bf16_gradients_train_alike_and_ranks_stay_the_same(tmp_path):
         assert float((plain[-1] - bf16[-1]).norm() / (plain[-1] - start).norm()) < 0.05
 
 
-def test_a_whole_run_with_bf16_gradients_resumes(tmp_path):
-    settings = ["train.gradient_compression=bf16", "train.schedule.name=constant", "checkpoint.every_steps=3"]
-    run_ranks(train_run, 2, str(tmp_path / "whole"), [*settings, "train.epochs=2"])
-    run_ranks(train_run, 2, str(tmp_path / "parts"), [*settings, "train.epochs=1"])
-    run_ranks(train_run, 2, str(tmp_path / "parts"), [*settings, "train.epochs=2"])
-    whole, parts = (tiny(tmp_path / name) for name in ("whole", "parts"))
-    last = sorted(weights_of(whole))[-1]
-    assert weights_of(whole)[last] == weights_of(parts)[last]
-    assert records(whole)[-1] == records(parts)[-1]
-
-
-def train_run(storage: str, settings: list[str]) -> None:
-    train(tiny(storage, *settings))
-
-
 def compiled(storage: str) -> list[torch.Tensor]:
     settings = ["model.block=reference", "train.gradient_compression=bf16"]
     return [take_steps(rank_job(storage, *settings, f"train.compile={on}"), end=2)[-1] for on in ("false", "true")]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_a_compiled_net_exchanges_gradients_too(tmp_path):
     (eager, first), (_, second) = run_ranks(compiled, 2, str(tmp_path))
@@ -191,12 +167,111 @@ def test_a_compiled_net_exchanges_gradients_too(tmp_path):
     torch.testing.assert_close(first, eager, rtol=1e-2, atol=2e-4)
 
 
-def test_a_compiled_net_takes_no_small_buckets():
-    with pytest.raises(ConfigError, match=r"train.bucket_mb: train.compile=true takes 1 or more, not 0.5"):
-        load_config("train.compile=true", "train.bucket_mb=0.5")
+@pytest.mark.parametrize(
+    "settings",
+    [["train.gradient_compression=fp8"], ["train.bucket_mb=-1"], ["train.bucket_mb=0.5", "train.compile=true"]],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(settings):
+    with pytest.raises(ConfigError, match=settings[0].partition("=")[0]):
+        load_config(*settings)
 
 
-@pytest.mark.parametrize("setting", ["train.gradient_compression=fp8", "train.bucket_mb=0", "train.bucket_mb=-1"])
-def test_what_cannot_be_is_refused(setting):
-    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
-        load_config(setting)
+# The training loop over ranks: the same course as one process on the same global batches
+
+
+# In eval mode the whole step is a sum over images, so any share of it can be checked; 11 images over 2 or 3 ranks and
+# in up to 3 parts are never equal shares.
+SHARES = ["train.global_batch_size=11", "train.clip_grad_norm=0.5", "train.label_smoothing=0.1"]
+
+
+def step_by_step(storage: str, parts: int) -> dict[str, Any]:
+    """Take an epoch's steps with BatchNorm in eval mode."""
+    job = job_of(tiny(storage, *SHARES, f"train.grad_accum_steps={parts}"))
+    job.forward.eval()
+    sizes = []
+    for batch in job.train_loader.epoch(0):
+        train_step(job, batch)
+        sizes.append((len(batch.labels), batch.global_size))
+    weights = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+    return {"weights": weights, "metrics": job.metrics.compute(), "sizes": sizes, "step": job.position}
+
+
+@pytest.mark.parametrize(("world_size", "parts"), [(2, 3), (3, 1)])
+def test_the_gradient_of_unequal_shares_is_that_of_the_whole_batch(tmp_path, world_size, parts):
+    whole = step_by_step(str(tmp_path), 1)
+    ranks = run_ranks(step_by_step, world_size, str(tmp_path), parts)
+    assert any(size * world_size != total for size, total in ranks[0]["sizes"])
+    for rank in ranks:
+        assert rank["step"] == whole["step"]
+        assert rank["metrics"] == pytest.approx(whole["metrics"], rel=1e-5)
+        for name, tensor in whole["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], tensor, rtol=2e-6, atol=2e-6)
+            assert torch.equal(rank["weights"][name], ranks[0]["weights"][name]), name
+    assert whole["metrics"]["images"] == 67
+
+
+def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
+    config = tiny(storage, *settings)
+    summary = train(config)
+    job = job_of(config)
+    val = evaluate_model(job.model, job.val_loader, job.context.device, "fp32")
+    for batch in job.train_loader.epoch(0):
+        train_step(job, batch)
+    return {
+        "summary": {**summary, "train_seconds": 0},
+        "val images": val["images"],
+        "train images": job.metrics.compute()["images"],
+        "own": float(job.metrics.sums[3]),
+    }
+
+
+def test_ranks_with_synchronised_batchnorm_follow_one_process(tmp_path):
+    settings = ["train.sync_bn=true", "train.ema_decay=0.9", "train.optimizer.weight_decay=0.001"]
+    alone, together = (tiny(tmp_path / name, *settings) for name in ("alone", "together"))
+    expected = fit_and_count(alone.storage, settings)
+    ranks = run_ranks(fit_and_count, 3, together.storage, settings)
+    for found, line in zip(records(together), records(alone), strict=True):
+        assert found == pytest.approx(line, rel=1e-5)
+    for rank in ranks:
+        assert rank["summary"]["test/loss"] == pytest.approx(expected["summary"]["test/loss"], rel=1e-5)
+        assert rank["summary"] == ranks[0]["summary"]
+        assert (rank["val images"], rank["train images"]) == (8, 67)
+    assert sum(rank["own"] for rank in ranks) == 67
+    assert weights_of(together).keys() == weights_of(alone).keys()
+
+
+def test_without_it_each_rank_has_statistics_of_its_own_and_rank_0s_are_judged(tmp_path):
+    alone, together = (tiny(tmp_path / name) for name in ("alone", "together"))
+    train(alone)
+    first, second = run_ranks(fit_and_count, 2, together.storage, [])
+    assert first["summary"] == second["summary"]
+    # Rank 0's statistics are those in the checkpoints, and all ranks judge with them.
+    for split, figure in (("val", records(together)[-2]), ("test", records(together)[-1])):
+        again = evaluate(run_of(together).path, split=split, checkpoint="last" if split == "val" else "best")
+        assert again["loss"] == pytest.approx(figure[f"{split}/loss"], rel=1e-6)
+    losses = [[line["train/loss"] for line in records(config)[:-1]] for config in (together, alone)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def diverge(storage: str) -> list[str]:
+    told = []
+    # In one step for all, then in one rank's share alone.
+    try:
+        train(tiny(storage, "train.lr=1e30", "train.schedule.name=constant"))
+    except TrainingError as error:
+        told.append(str(error))
+    job = job_of(tiny(storage, "train.epochs=1"))
+    for batch in job.train_loader.epoch(0):
+        if dist.get_rank() == 1 and job.position.step == 2:
+            batch.images[0, 0, 0, 0] = math.nan
+        train_step(job, batch)
+    told.append(str(job.agreement.look().not_finite))
+    return told
+
+
+def test_all_ranks_stop_at_the_same_step_with_the_same_words(tmp_path):
+    first, second = run_ranks(diverge, 2, str(tmp_path))
+    assert first == second
+    assert first[0].startswith("the loss is NaN or infinite at step 1 (epoch 1); no checkpoint was saved yet")
+    assert first[1] == "2"

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +10,7 @@ import torch
 from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
 from torch import nn
 
-from densenet_dist.errors import CheckpointError, StorageError, TrainingError
+from densenet_dist.errors import TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Position
@@ -79,12 +76,12 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     assert len(losses) == TRAIN_IMAGES
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4, 16, 100])
+@pytest.mark.parametrize("parts", [3, 100])
 def test_a_step_in_parts_is_the_step_as_a_whole(tmp_path, parts):
     # With BatchNorm in eval mode: in training mode each part has statistics of its own, in any framework.
     jobs = [job_of(tiny(tmp_path, f"train.grad_accum_steps={count}")) for count in (1, parts)]
     batches = list(jobs[0].train_loader.epoch(0))
-    assert batches[-1].global_size == 3  # fewer than the parts, and three parts of 16 are unequal
+    assert batches[-1].global_size == 3  # fewer than the parts; three parts of 16 are unequal
     for job in jobs:
         job.forward.eval()
         for batch in batches:
@@ -151,20 +148,6 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(
     assert not torch.equal(state(job)["classifier.weight"], before["classifier.weight"])
 
 
-def test_the_average_follows_every_step_of_the_run(tmp_path):
-    job = job_of(tiny(tmp_path, "train.ema_decay=0.5"))
-    average = job.model.classifier.weight.detach().double()
-    for epoch in (0, 1):
-        job.position = Position(epoch, 0, job.position.global_step)
-        for batch in job.train_loader.epoch(epoch):
-            train_step(job, batch)
-            step = job.position.global_step - 1
-            decay = min(0.5, (1 + step) / (10 + step))
-            average = decay * average + (1 - decay) * job.model.classifier.weight.detach().double()
-    torch.testing.assert_close(job.average.model.classifier.weight.double(), average, rtol=1e-5, atol=1e-6)
-    assert job.eval_model is job.average.model
-
-
 # What is counted
 
 
@@ -184,18 +167,7 @@ def test_every_image_is_counted_once(tmp_path):
         assert evaluate(config.storage + "/tiny", split=split)["images"] == images
 
 
-def test_the_figures_of_an_epoch_are_those_of_its_images(tmp_path):
-    config = tiny(tmp_path, "train.epochs=1")
-    train(config)
-    (epoch, test) = records(config)
-    for split, record in (("val", epoch), ("test", test)):
-        again = evaluate(run_of(config).path, split=split)
-        for name in ("loss", "top1", "top5"):
-            assert again[name] == pytest.approx(record[f"{split}/{name}"], rel=1e-6)
-            assert math.isfinite(again[name])
-
-
-def test_the_events_of_a_run(tmp_path):
+def test_the_events_and_files_of_a_run(tmp_path):
     events = []
     summary = train(tiny(tmp_path, "train.epochs=2"), listener=events.append)
     told = [event for event in events if event["kind"] != "progress"]
@@ -215,6 +187,11 @@ def test_the_events_of_a_run(tmp_path):
     assert end == {"kind": "end", **summary}
     assert {"status": "finished", "epochs": 2, "global_step": 10}.items() <= summary.items()
     assert json.loads((tmp_path / "tiny" / "summary.json").read_text()) == summary
+    found = {path.name for path in (tmp_path / "tiny").iterdir()}
+    assert found == {"config.yaml", "classes.json", "metrics.jsonl", "tb", "checkpoints", "summary.json"}
+
+
+# How a run ends
 
 
 def test_without_validation_images_the_newest_is_tested(tmp_path):
@@ -225,9 +202,6 @@ def test_without_validation_images_the_newest_is_tested(tmp_path):
     assert summary["test/loss"] == evaluate(run_of(config).path, checkpoint="last")["loss"]
 
 
-# How a run ends
-
-
 def test_early_stopping_ends_the_run(tmp_path):
     # Nothing is an improvement of 100 but the first epoch: it stops after two more.
     settings = ["train.early_stopping.enabled=true", "train.early_stopping.patience=2"]
@@ -235,22 +209,12 @@ def test_early_stopping_ends_the_run(tmp_path):
     summary = train(config)
     assert (summary["status"], summary["epochs"], summary["global_step"]) == ("early stop", 3, 15)
     assert [record["epoch"] for record in records(config)[:-1]] == [1, 2, 3]
-    # Going on with it changes nothing: it is over.
-    assert train(config)["epochs"] == 3
 
 
-def test_plateau_lowers_the_rate_of_the_next_epoch(tmp_path):
-    settings = ["train.schedule.name=plateau", "train.schedule.min_delta=100", "train.schedule.patience=2"]
-    config = tiny(tmp_path, *settings, "train.epochs=6", "train.lr=0.01")
-    train(config)
-    assert [record["lr"] for record in records(config)[:-1]] == pytest.approx([0.01] * 3 + [0.001] * 2 + [0.0001])
-
-
-@pytest.mark.parametrize("settings", [[], ["train.ema_decay=0.5"]])
-def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path, settings):
+def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path):
     # The rate rises without bound: the last epoch is far worse than the best.
     rise = ["train.schedule.name=one_cycle", "train.schedule.pct_start=0.99", "train.schedule.div_factor=1000"]
-    config = tiny(tmp_path, *rise, "train.lr=5", "train.epochs=3", "checkpoint.monitor=val/loss", *settings)
+    config = tiny(tmp_path, *rise, "train.lr=5", "train.epochs=3", "checkpoint.monitor=val/loss")
     summary = train(config)
     lines = records(config)
     losses = [record["val/loss"] for record in lines[:-1]]
@@ -274,10 +238,6 @@ def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path, settings):
             ["checkpoint.every_steps=1"],
             r"the norm of the weights is NaN or infinite at step 5 \(epoch 2\); .* step 5 is",
         ),
-        (
-            ["checkpoint.every_steps=2"],
-            r"the norm of the weights is NaN or infinite at step 5 \(epoch 2\); .* step 5 is",
-        ),
     ],
 )
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, settings, problem):
@@ -293,13 +253,6 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, 
     snapshot = CheckpointStore(run_of(config)).load_latest()
     assert all(tensor.isfinite().all() for tensor in snapshot.model.values())
     assert records(config) == lines[:-1]  # without the test of the first, which was the end of another run
-
-
-def test_a_run_that_diverges_in_its_very_first_steps_says_that_nothing_was_saved(tmp_path):
-    with pytest.raises(
-        TrainingError, match=r"the loss is NaN or infinite at step 1 \(epoch 1\); no checkpoint was saved"
-    ):
-        train(tiny(tmp_path, "train.lr=1e30", "train.schedule.name=constant"))
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -318,60 +271,21 @@ def test_a_long_epoch_stops_soon_after_it_diverged(tmp_path, monkeypatch):
     assert job.position.step <= 7  # of 17: after steps 1, 3 and 7 at the latest
 
 
-# Checkpoints and runs that do not fit
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    train(tiny(tmp_path, "train.epochs=1"))
-    with pytest.raises(
-        CheckpointError,
-        match=r"(?s)the checkpoint of step 5 does not fit this run:.*model.growth_rate: 4 there, 6 here",
-    ) as caught:
-        train(tiny(tmp_path, "train.epochs=2", "model.growth_rate=6"))
-    assert caught.value.exit_code == 6
-
-
-def test_a_run_that_is_not_there_cannot_be_judged(tmp_path):
-    with pytest.raises(StorageError, match=r"there is no run at .*nothing: it has no config\.yaml"):
-        evaluate(tmp_path / "nothing")
-
-
 # What a run leaves
 
 
-def test_the_average_is_what_is_judged_and_saved_beside(tmp_path):
+def test_the_average_of_the_weights_is_what_is_validated_and_saved_beside(tmp_path):
     config = tiny(tmp_path, "train.ema_decay=0.9", "train.epochs=1")
     train(config)
     snapshot = CheckpointStore(run_of(config)).load_latest()
-    assert snapshot.average is not None
-    assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
     job = job_of(config)
     job.model.load_state_dict(snapshot.average)
-    judged = evaluate_model(job.model, job.val_loader, job.context.device, "fp32")
-    assert judged["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
+    found = evaluate_model(job.model, job.val_loader, job.context.device, "fp32")
+    assert found["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
+    assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
 
 
-def test_the_data_are_the_same_whatever_is_around(tmp_path):
-    """Nothing draws from a global generator: what ran before makes no difference."""
-    config, other = (tiny(tmp_path / name, "model.drop_rate=0.2", "train.epochs=1") for name in "ab")
-    train(config)
-    torch.manual_seed(5)
-    torch.rand(7)
-    train(other)
-    assert records(other) == records(config)
-    assert weights_of(other) == weights_of(config)
-
-
-def test_importing_the_loop_brings_neither_ray_nor_dali():
-    code = (
-        "import sys, densenet_dist.train.engine\n"
-        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('ray', 'nvidia', 'tensorboard', 'matplotlib')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # by torch's own compiler
 def test_compiled_steps_are_those_of_eager_ones(tmp_path):
     settings = ["data.limit=18", "train.schedule.name=constant", "model.num_layers=[1]"]  # one step of 16
@@ -385,13 +299,6 @@ def test_compiled_steps_are_those_of_eager_ones(tmp_path):
     assert judged[1]["loss"] == pytest.approx(judged[0]["loss"], rel=1e-3)
 
 
-def test_paths_of_a_run(tmp_path):
-    config = tiny(tmp_path, "train.epochs=1")
-    train(config)
-    found = {path.name for path in run_of(config).path.iterdir()}
-    assert found == {"config.yaml", "classes.json", "metrics.jsonl", "tb", "checkpoints", "summary.json", "steps.txt"}
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -401,26 +308,18 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
 
     Ten steps, the last of an epoch smaller than the others, with dropout and a changing learning rate.
     """
-
-    def weights_after(cuda_graph: bool) -> dict[str, torch.Tensor]:
-        settings = [
-            "model.drop_rate=0.2",
-            "cluster.device=cuda",
-            "data.loader=torch",
-            *data,
-            f"train.optimizer.name={optimizer}",
-        ]
-        config = tiny(tmp_path, *settings, f"train.cuda_graph={str(cuda_graph).lower()}")
+    settings = ["model.drop_rate=0.2", "cluster.device=cuda", "data.loader=torch", f"train.optimizer.name={optimizer}"]
+    weights = []
+    for cuda_graph in ("false", "true"):
+        config = tiny(tmp_path, *settings, *data, f"train.cuda_graph={cuda_graph}")
         job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
-        assert (job.step_graph is not None) == cuda_graph
+        assert (job.step_graph is not None) == (cuda_graph == "true")
         for epoch in range(2):
             job.position = Position(epoch, 0, job.position.global_step)
             train_epoch(job)
-        return {name: value.cpu() for name, value in job.model.state_dict().items()}
-
-    launched, captured = weights_after(False), weights_after(True)
-    for name, value in launched.items():
-        torch.testing.assert_close(captured[name], value, rtol=1e-4, atol=1e-5)
+        weights.append({name: value.cpu() for name, value in job.model.state_dict().items()})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -452,18 +351,14 @@ def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
 # The form of the dense block
 
 
-@pytest.mark.parametrize("block", ["auto", "fused", "reference"])
-def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch, block):
+def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("densenet_dist.train.network.unavailable", lambda _: "no C++ compiler is found (c++)")
     events: list[dict[str, object]] = []
-    config = tiny(tmp_path, f"model.block={block}", "train.epochs=1")
-    train(config, listener=events.append)
+    train(tiny(tmp_path, "model.block=auto", "train.epochs=1"), listener=events.append)
     notes = [event["text"] for event in events if event["kind"] == "note"]
-    expected = ["dense blocks are computed in the reference form: no C++ compiler is found (c++)"]
-    assert [note for note in notes if "dense blocks" in str(note)] == (expected if block != "reference" else [])
+    assert "dense blocks are computed in the reference form: no C++ compiler is found (c++)" in notes
 
 
 def test_the_configured_form_is_the_one_that_trains(tmp_path):
-    forms = {block: type(job_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__
-             for block in ("auto", "fused", "reference")}  # fmt: skip
-    assert forms == {"auto": "FusedDenseBlock", "fused": "FusedDenseBlock", "reference": "DenseBlock"}
+    for block, form in (("auto", "FusedDenseBlock"), ("fused", "FusedDenseBlock"), ("reference", "DenseBlock")):
+        assert type(job_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__ == form

@@ -81,17 +81,9 @@ def test_bad_pictures_are_all_named_before_anything_is_written(photos, tmp_path,
     assert not (tmp_path / "folder" / "metrics.jsonl").exists()
 
 
-def test_bad_pictures_that_are_skipped_are_said(photos, tmp_path):
-    (photos / "cat" / "empty.jpg").touch()
-    events: list[dict[str, Any]] = []
-    train(tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip")), listener=events.append)
-    (note,) = [event["text"] for event in events if event["kind"] == "note"]
-    assert "1 picture cannot be used and is left out" in note
-    assert "cat/empty.jpg: empty file" in note
-
-
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_pictures_that_break_meanwhile_do_not_end_the_run(photos, tmp_path, loader):
+def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(photos, tmp_path, loader):
+    (photos / "cat" / "empty.jpg").touch()
     config = tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip", f"data.loader={loader}"))
     broken = [name for name in job_of(config).dataset.train.images.names if name.endswith(("04.png", "09.jpg"))]
     assert len(broken) >= 4
@@ -107,8 +99,9 @@ def test_pictures_that_break_meanwhile_do_not_end_the_run(photos, tmp_path, load
     assert summary["status"] == "finished"
     assert [record["train/loss"] > 0 for record in records(config) if "train/loss" in record] == [True] * 3
     notes = "\n".join(event["text"] for event in events if event["kind"] == "note")
+    assert "1 picture cannot be used and is left out" in notes
+    assert "cat/empty.jpg: empty file" in notes
     assert f"{len(broken)} pictures can no longer be read; others of their classes stand in for them" in notes
-    assert notes.count("empty file") == min(len(broken), 5)
 
 
 def test_a_broken_picture_ends_a_run_that_was_not_told_to_skip(photos, tmp_path):
@@ -137,28 +130,22 @@ def test_val_and_test_folders_are_used_as_such(photos, tmp_path):
     assert evaluate(run_of(config).path, split="val")["images"] == 14
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path, changed):
-    config = tiny(tmp_path / "runs", *settings(photos))
-    train(config)
-    if changed:
-        shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
-    events: list[dict[str, Any]] = []
-    train(tiny(tmp_path / "runs", *settings(photos, "train.epochs=4")), listener=events.append)
-    notes = [event["text"] for event in events if event["kind"] == "note"]
-    assert ["no longer exactly" in note for note in notes] == [True] * changed
+def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path):
+    train(tiny(tmp_path / "runs", *settings(photos, "train.epochs=1")))
+    for epochs, changed in ((2, False), (3, True)):
+        if changed:
+            shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
+        events: list[dict[str, Any]] = []
+        train(tiny(tmp_path / "runs", *settings(photos, f"train.epochs={epochs}")), listener=events.append)
+        notes = [event["text"] for event in events if event["kind"] == "note"]
+        assert ["no longer exactly" in note for note in notes] == [True] * changed
 
 
-def test_the_test_part_does_not_depend_on_the_seed(photos, tmp_path):
-    jobs = [job_of(tiny(tmp_path / "runs", *settings(photos), f"seed={seed}")) for seed in (0, 1)]
-    parts = [job.dataset.test.images.names for job in jobs]
-    assert parts[0] == parts[1]
-    assert len({name.split("/")[0] for name in parts[0]}) == 3
-
-
-def test_a_limit_takes_from_every_class(photos, tmp_path):
-    dataset = job_of(tiny(tmp_path / "runs", *settings(photos, "data.limit=12"))).dataset
-    assert np.bincount(dataset.train.labels).tolist() == [4, 4, 4]
+def test_a_limit_takes_from_every_class_and_the_test_part_does_not_depend_on_the_seed(photos, tmp_path):
+    first, second = (job_of(tiny(tmp_path, *settings(photos, "data.limit=12"), f"seed={n}")).dataset for n in (0, 1))
+    assert np.bincount(first.train.labels).tolist() == [4, 4, 4]
+    assert first.test.images.names == second.test.images.names
+    assert len({name.split("/")[0] for name in first.test.images.names}) == 3
 
 
 def other_files(storage: str, photos: str) -> None:

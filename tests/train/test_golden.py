@@ -19,14 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "notebook_losses.txt"
 STEPS = 20
 SETTINGS = {
     "model": {"variant": "notebook", "growth_rate": 4, "num_layers": 2, "compression": 0.5, "drop_rate": 0.2},
-    "data": {
-        "name": "shapes",
-        "limit": 400,
-        "augment": "notebook",
-        "normalize": "unit",
-        "prefetch": 1,
-        "loader": "torch",
-    },
+    "data": {"name": "shapes", "limit": 400, "augment": "notebook", "normalize": "unit", "loader": "torch"},
     "train": {
         "global_batch_size": 16,
         "lr": 1e-3,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -19,35 +18,10 @@ from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train import lease as module
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
-from densenet_dist.train.lease import LEASE_FILE, Guard, Holder, NoLease, hold
+from densenet_dist.train.lease import LEASE_FILE, Guard, Holder, hold
 from densenet_dist.train.logs import RunLog
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    run = RunFolder(str(tmp_path), "run")
-    run.create()
-    return run
-
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.1)
-    monkeypatch.setattr(module, "STALE_S", 0.8)
-
-
-def elsewhere(**changes: object) -> Holder:
-    return replace(Holder.here(), key="other", host="far", machine="another", **changes)  # type: ignore[arg-type]
-
-
-def put(folder: RunFolder, holder: Holder) -> None:
-    folder.write(LEASE_FILE, json.dumps(asdict(holder)))
-
-
-def silence(text: str) -> None:
-    raise AssertionError(f"nothing to wait for: {text}")
-
-
+TAKEN_OVER = r"was taken over by process .* on far"
 HOLDER = """
 import sys, time
 from densenet_dist.train.lease import hold
@@ -59,44 +33,68 @@ with hold(RunFolder(sys.argv[1], "run"), print):
 
 
 @pytest.fixture
-def other(folder: RunFolder):
-    """Another process that holds the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, folder.storage], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+def folder(tmp_path: Path) -> RunFolder:
+    run = RunFolder(str(tmp_path), "run")
+    run.create()
+    return run
 
 
-def test_a_second_job_is_refused_at_once_and_told_whose_it_is(folder, other):
-    began = time.monotonic()
-    words = rf"is in use by process {other.pid} on {os.uname().nodename}"
-    with pytest.raises(StorageError, match=words) as caught, hold(folder, silence):
-        pass
-    assert caught.value.exit_code == 5
-    assert time.monotonic() - began < 2
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    monkeypatch.setattr(module, "STALE_S", 0.8)
 
 
-def test_the_lease_of_a_killed_job_is_taken_at_once(folder, other):
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    with hold(folder, silence) as lease:
+def give_to_another_machine(folder: RunFolder, beat: int = 0) -> None:
+    holder = replace(Holder.here(), key="other", host="far", machine="another", beat=beat)
+    folder.write(LEASE_FILE, json.dumps(asdict(holder)))
+
+
+def content(folder: RunFolder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
+def no_wait(text: str) -> None:
+    raise AssertionError(f"nothing to wait for: {text}")
+
+
+def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_once_it_is_killed(folder):
+    command = [sys.executable, "-c", HOLDER, folder.storage]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        words = rf"is in use by process {other.pid} on {os.uname().nodename}"
+        with pytest.raises(StorageError, match=words) as caught, hold(folder, no_wait):
+            pass
+        assert caught.value.exit_code == 5
+        other.kill()
+    with hold(folder, no_wait) as lease:
         lease.check()
         assert json.loads((folder.path / LEASE_FILE).read_text())["pid"] == os.getpid()
 
 
-def test_it_is_given_back(folder):
-    for _ in range(2):
-        with hold(folder, silence):
-            assert folder.exists(LEASE_FILE)
-        assert not folder.exists(LEASE_FILE)
+def test_a_process_number_that_was_used_again_is_another_process():
+    holder = Holder.here()
+    assert holder.here_and_alive
+    assert not holder.gone
+    assert replace(holder, born="1").gone
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_holder_elsewhere_that_does_not_beat_is_gone(folder):
-    put(folder, elsewhere())
+def test_it_is_renewed_while_it_is_held_and_then_given_back(folder):
+    with hold(folder, no_wait):
+        time.sleep(0.5)
+        assert json.loads((folder.path / LEASE_FILE).read_text())["beat"] >= 2
+    assert not folder.exists(LEASE_FILE)
+
+
+def test_a_torn_lease_is_no_lease(folder):
+    for text in ("", "{", "[]", '{"key": 1}', "\x00"):
+        (folder.path / LEASE_FILE).write_text(text)
+        with hold(folder, no_wait):
+            pass
+
+
+def test_a_job_on_another_machine_that_does_not_renew_its_lease_is_gone(folder):
+    give_to_another_machine(folder)
     told: list[str] = []
     began = time.monotonic()
     with hold(folder, told.append):
@@ -104,98 +102,51 @@ def test_a_holder_elsewhere_that_does_not_beat_is_gone(folder):
     assert told == [f"{folder.uri} was held by process {os.getpid()} on far: waiting 0.8 s to see whether it still is"]
 
 
-@pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("hours", [-1, 1])
-def test_clocks_of_machines_do_not_matter(folder, hours):
-    """Neither those that stamp the file nor those of holders: a live one is refused, whatever the time is."""
-    put(folder, elsewhere())
-    beats = 0
+def test_one_that_renews_it_is_alive_whatever_its_clock_says(folder):
+    give_to_another_machine(folder)
 
-    def beat(text: str) -> None:
-        nonlocal beats
-        beats += 1
-        put(folder, elsewhere(beat=beats))
-        os.utime(folder.path / LEASE_FILE, times=(time.time() + hours * 3600,) * 2)
+    def renew() -> None:
+        give_to_another_machine(folder, beat=1)
+        os.utime(folder.path / LEASE_FILE, times=(time.time() + 3600,) * 2)
 
     def tell(text: str) -> None:
-        threading.Timer(0.2, beat, [text]).start()
+        threading.Timer(0.2, renew).start()
 
     with pytest.raises(StorageError, match=r"is in use by process .* on far"), hold(folder, tell):
         pass
 
 
-@pytest.mark.usefixtures("hasty")
-def test_one_that_stood_still_until_another_took_over_finds_out_and_leaves(folder):
-    left: list[bool] = []
-    with hold(folder, silence) as lease:
-        lease.when_lost(lambda: left.append(True))
-        put(folder, elsewhere())
-        deadline = time.monotonic() + 5
-        while not left and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert left == [True]
-        with pytest.raises(StorageError, match=r"was taken over by process .* on far"):
+def test_a_job_that_slept_until_another_took_over_finds_out_and_leaves(folder):
+    left = threading.Event()
+    with hold(folder, no_wait) as lease:
+        lease.when_lost(left.set)
+        give_to_another_machine(folder)
+        assert left.wait(5)
+        with pytest.raises(StorageError, match=TAKEN_OVER):
             lease.check()
     assert json.loads((folder.path / LEASE_FILE).read_text())["key"] == "other"  # not ours to remove
 
 
-def test_nothing_is_listed_or_recorded_in_a_folder_that_another_job_took_over(folder):
+def test_nothing_is_listed_or_recorded_in_a_folder_that_another_job_took_over(folder, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 60.0)  # it finds out by looking, not by renewing
     store = CheckpointStore(folder)
     snapshot = Snapshot({"w": torch.zeros(3)}, None, {}, Position(0, 1, 1), {})
-    with hold(folder, silence):
+    with hold(folder, no_wait) as lease:
+        worker = Guard(RunFolder(folder.storage, "run"), lease.guard.key)  # in another process, without a lease
+        worker()
         store.save(snapshot)
         log = RunLog(folder, 1)
         log.record({"epoch": 1}, 1)
-        put(folder, elsewhere())
-        before = contents(folder)
-        with pytest.raises(StorageError, match=r"was taken over by process .* on far"):
-            store.save(replace(snapshot, position=Position(0, 2, 2)))
-        with pytest.raises(StorageError, match=r"was taken over by process .* on far"):
-            log.record({"epoch": 2}, 2)
-        assert contents(folder) == before
+        give_to_another_machine(folder)
+        before = content(folder)
+        for write in (
+            lambda: store.save(replace(snapshot, position=Position(0, 2, 2))),
+            lambda: log.record({"epoch": 2}, 2),
+            worker,
+        ):
+            with pytest.raises(StorageError, match=TAKEN_OVER):
+                write()
+        assert content(folder) == before
         log.abandon()
-
-
-def test_a_worker_asks_for_the_process_that_holds_the_folder(folder):
-    with hold(folder, silence) as lease:
-        guard = Guard(RunFolder(str(folder.path.parent), "run"), lease.guard.key)
-        guard()
-        put(folder, elsewhere())
-        with pytest.raises(StorageError, match="was taken over"):
-            guard()
         folder.remove(LEASE_FILE)
-        guard()  # given back: nobody else writes
-    Guard(folder, None)()
-
-
-def contents(folder: RunFolder) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
-
-
-@pytest.mark.usefixtures("hasty")
-def test_it_beats(folder):
-    with hold(folder, silence):
-        time.sleep(0.5)
-        assert json.loads((folder.path / LEASE_FILE).read_text())["beat"] >= 2
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "\x00"])
-def test_a_torn_lease_is_no_lease(folder, text):
-    (folder.path / LEASE_FILE).write_text(text)
-    with hold(folder, silence):
-        pass
-
-
-def test_a_number_that_another_process_has_now_is_not_that_process():
-    holder = Holder.here()
-    assert holder.here_and_alive
-    assert not holder.gone
-    reused = replace(holder, born="1")
-    assert reused.gone
-    assert not reused.here_and_alive
-
-
-def test_without_a_lease_nothing_is_lost():
-    lease = NoLease()
-    lease.when_lost(lambda: None)
-    lease.check()
+        worker()  # given back: nobody else writes

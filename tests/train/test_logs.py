@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import uuid
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from densenet_dist.train.logs import RunLog, read_records
 TAGS = {
     *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
     *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "goodput/ratio"),
-    *("goodput/steps_again", "perf/device_hours"),
+    "perf/device_hours",
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
@@ -53,12 +54,8 @@ def test_a_run_leaves_the_tags_of_the_design_in_one_tensorboard_run(tmp_path):
     for tag in TAGS:
         events = [(event.step, event.value) for event in board.Scalars(tag)]
         wanted = [(line["global_step"], line[tag]) for line in lines if tag in line]
-        assert (
-            [step for step, _ in events]
-            == [step for step, _ in wanted]
-            == ([10] if tag.startswith("test") else [5, 10])
-        )
-        assert [value for _, value in events] == pytest.approx([value for _, value in wanted], rel=1e-6)
+        assert [step for step, _ in wanted] == ([10] if tag.startswith("test") else [5, 10])
+        assert events == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
     # All in one folder: another one would be another run on the board.
     assert all(path.is_file() for path in (run_of(config).path / "tb").iterdir())
 
@@ -97,74 +94,7 @@ def test_the_settings_stand_beside_the_results(tmp_path):
     assert parsed["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
 
 
-def test_a_run_that_was_cut_off_has_its_settings_on_the_board_too(tmp_path):
-    config = tiny(tmp_path)
-
-    def cut(event: dict[str, object]) -> None:
-        if event["kind"] == "epoch":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=cut)
-    board = board_of(run_of(config))
-    assert "_hparams_/session_start_info" in board.summary_metadata
-    assert "_hparams_/session_end_info" not in board.summary_metadata
-    assert len(board.Scalars("val/top1")) == 1
-
-
 # The record
-
-
-def test_a_record_is_one_line(run):
-    log = RunLog(run)
-    log.record({"epoch": 1, "train/loss": 0.1 + 0.2, "seconds": 2.5}, 7)
-    log.record({"epoch": 2, "train/loss": 0.25}, 14)
-    log.close()
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [{**line, "time": 0} for line in lines] == [
-        {"time": 0, "global_step": 7, "epoch": 1, "train/loss": 0.1 + 0.2, "seconds": 2.5},
-        {"time": 0, "global_step": 14, "epoch": 2, "train/loss": 0.25},
-    ]
-    assert read_records(run.path / "metrics.jsonl") == lines
-    assert board_of(run).Tags()["scalars"] == ["train/loss"]
-
-
-def test_a_resumed_log_drops_what_will_be_written_again(run):
-    log = RunLog(run)
-    for epoch in (1, 2, 3):
-        log.record({"epoch": epoch, "train/loss": float(epoch)}, 5 * epoch)
-    log.record({"epoch": 2, "test/loss": 9.0}, 15)
-    log.close()
-    with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('{"time": 1, "global_step": 5, "epo')  # torn by a crash
-    next_second()
-    log = RunLog(run, 12)
-    log.record({"epoch": 3, "train/loss": 30.0}, 15)
-    log.close()
-    lines = read_records(run.path / "metrics.jsonl")
-    assert [(line["global_step"], line["train/loss"]) for line in lines] == [(5, 1.0), (10, 2.0), (15, 30.0)]
-    assert [(event.step, event.value) for event in board_of(run).Scalars("train/loss")] == [
-        (5, 1.0),
-        (10, 2.0),
-        (15, 30.0),
-    ]
-
-
-def test_a_run_started_anew_in_the_same_folder_starts_an_empty_record(run):
-    for _ in range(2):
-        log = RunLog(run)
-        log.record({"epoch": 1, "train/loss": 1.0}, 5)
-        log.close()
-    assert len(read_records(run.path / "metrics.jsonl")) == 1
-
-
-def test_only_the_first_images_are_shown(run):
-    log = RunLog(run)
-    log.board.images("train/augmented", torch.zeros(70, 3, 4, 4), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), 0)
-    log.close()
-    (event,) = board_of(run).Images("train/augmented")
-    assert (event.width, event.height) == (8 * 4, 8 * 4)
-    assert np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))[3, 3].tolist() == [127, 127, 127]
 
 
 def test_the_record_and_the_board_reach_an_object_store(s3):
@@ -190,14 +120,12 @@ def test_the_record_and_the_board_reach_an_object_store(s3):
 def test_the_environment_is_plain_and_holds_nothing_secret(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-tell")
     found = describe_environment()
-    text = json.dumps(found)
-    assert "do-not-tell" not in text
-    assert found["packages"]["torch"] == torch.__version__.split("+")[0] or "+" in found["packages"]["torch"]
+    assert "do-not-tell" not in json.dumps(found)
+    assert found["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert found["cpus"] == len(os.sched_getaffinity(0))
     assert cpu_name()
 
 
 def test_the_commit_is_that_of_this_code_only(tmp_path):
-    assert git_commit(tmp_path) is None
-    os.system(f"git init -q {tmp_path}")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
     assert git_commit(tmp_path) is None  # somebody else's checkout, which does not track this package

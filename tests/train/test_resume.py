@@ -1,8 +1,6 @@
 """A run that dies and goes on ends in the same bits as one that was left alone."""
 
 import json
-import re
-import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks, start_process
-from runs import job_of, next_second, records, run_of, tiny, train, weights_of
+from distributed import run_ranks
+from runs import next_second, records, run_of, tiny, train, weights_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing import ProcessRaisedException
 
@@ -22,27 +20,16 @@ from densenet_dist.train.evaluation import evaluate
 
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [
-    "train.epochs=4",
-    "checkpoint.every_steps=2",
-    "model.drop_rate=0.2",
-    "train.ema_decay=0.9",
-    "train.clip_grad_norm=0.5",
-    "train.label_smoothing=0.1",
-    "train.schedule.name=plateau",
-    "train.schedule.patience=1",
-    "train.schedule.min_delta=0.05",
-    "train.early_stopping.enabled=true",
-    "train.early_stopping.patience=3",
-    "train.early_stopping.min_delta=0.05",
+    *("train.epochs=4", "checkpoint.every_steps=2", "model.drop_rate=0.2", "train.ema_decay=0.9"),
+    *("train.clip_grad_norm=0.5", "train.label_smoothing=0.1"),
+    *("train.schedule.name=plateau", "train.schedule.patience=1", "train.schedule.min_delta=0.05"),
+    *("train.early_stopping.enabled=true", "train.early_stopping.patience=3", "train.early_stopping.min_delta=0.05"),
 ]
 CASES = {
-    "fp32 adam": ["train.optimizer.name=adam", "train.lr=0.003"],
     "fp32 sgd, parts": ["train.grad_accum_steps=3"],
-    "bf16 sgd": ["train.precision=bf16"],
     "bf16 adamw": ["train.precision=bf16", "train.optimizer.name=adamw", "train.optimizer.weight_decay=0.1"],
     "fp16 adam": ["train.precision=fp16", "train.optimizer.name=adam", "train.lr=0.003"],
     "fp32 sgd, DALI, mixed": ["data.loader=dali", "data.mixup=1", "data.cutmix=1", "data.trivial_augment=true"],
-    "fp32 one-cycle, no average": ["train.schedule.name=one_cycle", "train.ema_decay=null"],
 }
 
 
@@ -72,28 +59,23 @@ def states_of(config: Config) -> dict[str, Any]:
     for entry in CheckpointStore(run_of(config)).entries:
         state = CheckpointStore(run_of(config)).load(entry).state
         del state["clock"]
-        found[entry.name] = (entry.position, entry.metrics, state)
+        found[entry.name] = (entry.position, entry.metrics, without_tensors(state))
     return found
 
 
-def assert_equal(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0) if isinstance(a, torch.Tensor) else None
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    elif not isinstance(a, torch.Tensor):
-        assert a == b
+def without_tensors(value: Any) -> Any:
+    """The same with tensors as bytes, so that two of them can be compared."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: without_tensors(each) for key, each in value.items()}
+    return [without_tensors(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def assert_same_run(found: Config, expected: Config) -> None:
     assert records(found) == records(expected)
     assert weights_of(found) == weights_of(expected)
-    assert_equal(states_of(found), states_of(expected))
+    assert states_of(found) == states_of(expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,72 +101,13 @@ def test_a_run_that_dies_at_every_checkpoint_equals_one_that_does_not(tmp_path, 
     assert len(rates) > 1  # plateau, or the schedule, was at work
 
 
-def test_the_scale_of_the_loss_is_restored(tmp_path):
-    config = tiny(tmp_path, "train.precision=fp16", "train.epochs=1")
-    train(config)
-    scaler = CheckpointStore(run_of(config)).load_latest().state["scaler"]
-    assert scaler["scale"] > 0
-    assert scaler["_growth_tracker"] == 5 or scaler["scale"] < 2.0**16
-    job = job_of(config)
-    snapshot = CheckpointStore(run_of(config)).load_latest()
-    snapshot.state["scaler"] = {**scaler, "scale": 1024.0, "_growth_tracker": 3}
-    job.restore(snapshot)
-    assert job.scaler.get_scale() == 1024.0
-    assert job.scaler.state_dict()["_growth_tracker"] == 3
-
-
-def fit_again_and_again(storage: str, settings: list[str]) -> None:
-    train(tiny(storage, *settings))
-
-
-def test_a_killed_process_goes_on_where_it_was(tmp_path):
-    settings = ["model.drop_rate=0.2", "train.epochs=20", "checkpoint.every_steps=3"]
-    whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
-    train(whole)
-    for least in (4, 31, 62):
-        process = start_process(fit_again_and_again, torn.storage, settings)
-        deadline = time.monotonic() + 60
-        while _steps_saved(torn) < least:
-            assert process.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert not (run_of(torn).path / "summary.json").exists()
-    events = []
-    train(torn, listener=events.append)
-    assert_same_run(torn, whole)
-    # The first two deaths came at least one step after a checkpoint was listed; the third is told of now.
-    last = json.loads((run_of(torn).path / "metrics.jsonl").read_text().splitlines()[-2])
-    told = sum(int(event["text"].split()[0]) for event in events if "taken again" in event.get("text", ""))
-    assert told <= last["goodput/steps_again"] <= 3 * 9
-
-
 def _steps_saved(config: Config) -> int:
     path: Path = run_of(config).path / MANIFEST
     return json.loads(path.read_text())["checkpoints"][-1]["position"]["global_step"] if path.exists() else 0
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
-    settings = ["checkpoint.every_steps=2", "checkpoint.keep=3", "train.epochs=2"]
-    whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
-    train(whole)
-    with pytest.raises(Died):
-        train(torn, run=DyingFolder(torn, 4, "after"))
-    newest = CheckpointStore(run_of(torn)).latest().name
-    path = run_of(torn).path / "checkpoints" / newest / "state.pt"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    events = []
-    train(torn, listener=events.append)
-    assert [event["kind"] for event in events][:3] == ["note", "note", "start"]
-    assert f"{newest}/state.pt is damaged; it is left out" in events[0]["text"]
-    assert re.fullmatch(r"(1 step is|[23] steps are) taken again, those after step 5", events[1]["text"])
-    assert events[2]["global_step"] == 5
-    assert_same_run(torn, whole)
-
-
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    config = tiny(tmp_path, "train.epochs=2")
+    config = tiny(tmp_path, "train.epochs=1")
     first = train(config)
     lines, weights = records(config), weights_of(config)
     assert train(config) == first
@@ -241,27 +164,20 @@ def test_a_run_on_an_object_store_goes_on_and_can_be_judged(tmp_path, s3):
 # Two ranks
 
 
-RANKS = ["train.epochs=2", "checkpoint.every_steps=2", "train.ema_decay=0.9", "train.precision=bf16"]
-
-
 def fit_ranks(storage: str, settings: list[str], die_after: int) -> dict[str, Any]:
     config = tiny(storage, *settings)
     return train(config, run=DyingFolder(config, die_after, "after") if die_after else None)
 
 
-@pytest.mark.parametrize(
-    ("settings", "deaths"),
-    [(["model.drop_rate=0.2"], [(1, 2), (3, 6)]), (["train.sync_bn=true", "train.grad_accum_steps=2"], [(2, 4)])],
-)
-def test_two_ranks_go_on_bit_for_bit(tmp_path, settings, deaths):
-    settings = [*RANKS, *settings]
+def test_two_ranks_go_on_bit_for_bit(tmp_path):
+    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.ema_decay=0.9", "train.precision=bf16"]
+    settings += ["model.drop_rate=0.2", "train.sync_bn=true", "train.grad_accum_steps=2"]
     whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
     first, second = run_ranks(fit_ranks, 2, whole.storage, settings, 0)
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
-    for checkpoints, step in deaths:
-        with pytest.raises(ProcessRaisedException, match="Died"):
-            run_ranks(fit_ranks, 2, torn.storage, settings, checkpoints)
-        assert _steps_saved(torn) >= step
+    with pytest.raises(ProcessRaisedException, match="Died"):
+        run_ranks(fit_ranks, 2, torn.storage, settings, 2)
+    assert _steps_saved(torn) == 4
     run_ranks(fit_ranks, 2, torn.storage, settings, 0)
     assert_same_run(torn, whole)
 
