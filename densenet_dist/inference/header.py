@@ -65,7 +65,7 @@ class Header:
         commit: of the code that exported it; None outside of a checkout.
         created: when, ISO 8601.
         class_names: by label.
-        architecture: the arguments of `densenet_dist.DenseNet`.
+        architecture: the net's, see `densenet_dist.model.architecture.Architecture`.
         mean, std: by which images in [0, 1] are normalised, red, green, blue. The exported programs do that themselves:
             they take grey levels, 0 to 255.
         crop: a picture is cut to its central square, this share of its shorter side, then resampled to the net's size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ def to_bfloat16(model: DenseNet) -> DenseNet:
 
 def empty_net(header: Header) -> DenseNet:
     """The net of a header, in the reference form, without memory for its weights: a file must bring it."""
-    arguments = vars(architecture_of(header)) | {"block": "reference", "init": "torchvision"}
+    architecture = replace(architecture_of(header), block="reference", init="torchvision")
     with torch.device("meta"):
-        model = DenseNet(**arguments)
+        model = DenseNet(architecture)
     if header.precision == "bf16":
         to_bfloat16(model)
     return model

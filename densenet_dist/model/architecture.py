@@ -6,8 +6,6 @@ from itertools import pairwise
 from math import ceil
 from typing import Literal, get_args
 
-from densenet_dist.model.forms import form_problems
-
 Stem = Literal["cifar", "imagenet"]
 """How the image is read: one 3x3 convolution, or 7x7 with stride 2 - BN - ReLU - 3x3 max pooling with stride 2."""
 
@@ -20,27 +18,50 @@ Head = Literal["global", "pool2"]
 Init = Literal["glorot", "he", "torchvision"]
 """How weights start; see :func:`densenet_dist.model.densenet.initialise`."""
 
+BlockForm = Literal["reference", "fused", "auto"]
+"""How dense blocks are computed, the same function from the same weights every time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The arguments of a :class:`densenet_dist.model.densenet.DenseNet`, as that class describes them."""
+    """Which net a :class:`densenet_dist.model.densenet.DenseNet` is.
+
+    Attributes:
+        growth_rate: maps each layer adds (k).
+        num_layers: layers in each block; its length is the number of blocks.
+        num_classes: logits an image gets.
+        stem_channels: maps that enter the first block.
+        stem: ``cifar``: conv3x3; ``imagenet``: conv7x7 with stride 2, BN, ReLU, 3x3 max pooling with stride 2.
+        bn_size: width of the bottleneck before each 3x3 convolution in units of k (4 in DenseNet-BC); None for none.
+        compression: a transition's width as a share of ``compression_of``, rounded down (theta, sec. 3).
+        compression_of: ``channels``, the maps entering the transition, or ``growth_rate``, as in the notebook.
+        drop_rate: dropout after every convolution but the stem's (sec. 4.2: "except the first one").
+        norm_momentum: weight of the newest batch in the running statistics (PyTorch's sense: Keras' is 1 minus this).
+        norm_eps: added to the variance in batch normalisation.
+        head: ``global`` average pooling, or ``pool2``: 2x2 average pooling, then every position feeds the classifier.
+        init: how weights start, see :func:`densenet_dist.model.densenet.initialise`.
+        image_size: side of the square images in pixels. ``pool2`` takes no other; ``global`` takes larger ones too.
+        in_channels: channels of the images.
+        block: form of the dense blocks; ``auto`` is the fused one, which computes as the reference where it has no
+            kernels.
+    """
 
     growth_rate: int
     num_layers: tuple[int, ...]
     num_classes: int
-    stem: Stem
     stem_channels: int
-    bn_size: int | None
-    compression: float
-    compression_of: CompressionOf
-    drop_rate: float
-    norm_momentum: float
-    norm_eps: float
-    head: Head
-    init: Init
-    image_size: int
-    in_channels: int
-    block: str
+    stem: Stem = "cifar"
+    bn_size: int | None = None
+    compression: float = 1.0
+    compression_of: CompressionOf = "channels"
+    drop_rate: float = 0.0
+    norm_momentum: float = 0.1
+    norm_eps: float = 1e-5
+    head: Head = "global"
+    init: Init = "he"
+    image_size: int = 32
+    in_channels: int = 3
+    block: BlockForm = "reference"
 
     def block_widths(self) -> list[tuple[int, int]]:
         """Count the maps that enter and leave each block."""
@@ -97,11 +118,11 @@ class Architecture:
             yield f"model.norm_eps: {self.norm_eps} is out of range; it must be more than 0"
 
     def _choice_problems(self) -> Iterator[str]:
-        for key, literal in (("stem", Stem), ("compression_of", CompressionOf), ("head", Head), ("init", Init)):
+        kinds = {"stem": Stem, "compression_of": CompressionOf, "head": Head, "init": Init, "block": BlockForm}
+        for key, literal in kinds.items():
             value, choices = getattr(self, key), get_args(literal)
             if value not in choices:
                 yield f"model.{key}: there is no {value!r}; choose from {', '.join(choices)}"
-        yield from form_problems(self.block)
 
     def _width_problems(self) -> Iterator[str]:
         for i, ((_, leaving), (entering, _)) in enumerate(pairwise(self.block_widths()), start=1):

@@ -1,6 +1,5 @@
 """DenseNet: one class for the notebook's net, the paper's (Huang et al. 2017, arXiv:1608.06993) and torchvision's."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple, cast
 
@@ -9,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densenet_dist.errors import ConfigError
-from densenet_dist.model.architecture import Architecture, CompressionOf, Head, Init, Stem
-from densenet_dist.model.dense_block import NormFactory
-from densenet_dist.model.forms import dense_block
+from densenet_dist.model.architecture import Architecture, Init
+from densenet_dist.model.dense_block import DenseBlock, NormFactory
 from densenet_dist.model.fused_block import FusedDenseBlock
 
 
@@ -23,74 +21,20 @@ class DenseNet(nn.Module):
     ``channels_last`` memory, and so are all maps.
 
     Args:
-        growth_rate: maps each layer adds (k).
-        num_layers: layers in each block; its length is the number of blocks.
-        num_classes: logits an image gets.
-        stem_channels: maps that enter the first block.
-        stem: ``cifar``: conv3x3; ``imagenet``: conv7x7 with stride 2, BN, ReLU, 3x3 max pooling with stride 2.
-        bn_size: width of the bottleneck before each 3x3 convolution in units of k (4 in DenseNet-BC); None for none.
-        compression: a transition's width as a share of ``compression_of``, rounded down (theta, sec. 3).
-        compression_of: ``channels``, the maps entering the transition, or ``growth_rate``, as in the notebook.
-        drop_rate: dropout after every convolution but the stem's (sec. 4.2: "except the first one").
-        norm_momentum: weight of the newest batch in the running statistics (PyTorch's sense: Keras' is 1 minus this).
-        norm_eps: added to the variance in batch normalisation.
-        head: ``global`` average pooling, or ``pool2``: 2x2 average pooling, then every position feeds the classifier.
-        init: how weights start, see :func:`initialise`.
-        image_size: side of the square images in pixels. ``pool2`` takes no other; ``global`` takes larger ones too.
-        in_channels: channels of the images.
-        block: form of the dense blocks, see :mod:`densenet_dist.model.forms`.
-
-    Attributes:
-        architecture: the arguments above.
+        architecture: which net.
 
     Raises:
         ConfigError: no such net can be built; one line for each reason.
     """
 
-    def __init__(
-        self,
-        *,
-        growth_rate: int,
-        num_layers: Sequence[int],
-        num_classes: int,
-        stem_channels: int,
-        stem: Stem = "cifar",
-        bn_size: int | None = None,
-        compression: float = 1.0,
-        compression_of: CompressionOf = "channels",
-        drop_rate: float = 0.0,
-        norm_momentum: float = 0.1,
-        norm_eps: float = 1e-5,
-        head: Head = "global",
-        init: Init = "he",
-        image_size: int = 32,
-        in_channels: int = 3,
-        block: str = "reference",
-    ) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.architecture = Architecture(
-            growth_rate=growth_rate,
-            num_layers=tuple(num_layers),
-            num_classes=num_classes,
-            stem=stem,
-            stem_channels=stem_channels,
-            bn_size=bn_size,
-            compression=compression,
-            compression_of=compression_of,
-            drop_rate=drop_rate,
-            norm_momentum=norm_momentum,
-            norm_eps=norm_eps,
-            head=head,
-            init=init,
-            image_size=image_size,
-            in_channels=in_channels,
-            block=block,
-        )
-        if problems := self.architecture.problems():
+        if problems := architecture.problems():
             raise ConfigError("\n".join(problems))
-        self.features = _features(self.architecture)
-        self.classifier = nn.Linear(self.architecture.head_features(), num_classes)
-        initialise(self, init)
+        self.architecture = architecture
+        self.features = _features(architecture)
+        self.classifier = nn.Linear(architecture.head_features(), architecture.num_classes)
+        initialise(self, architecture.init)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,8 +112,7 @@ def _features(arch: Architecture) -> Features:
     features = _stem(arch, norm)
     widths = arch.block_widths()
     for i, (num_layers, (entering, leaving)) in enumerate(zip(arch.num_layers, widths, strict=True), start=1):
-        block = dense_block(
-            arch.block,
+        block = (DenseBlock if arch.block == "reference" else FusedDenseBlock)(
             num_layers=num_layers,
             in_channels=entering,
             growth_rate=arch.growth_rate,

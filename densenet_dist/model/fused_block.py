@@ -62,7 +62,8 @@ class FusedDenseBlock(DenseBlock):
             torch.is_grad_enabled(),
         )
         if any(training):
-            _count_batch(parts)
+            counts = [bn.num_batches_tracked for bn in parts.norms if bn.training]
+            torch._foreach_add_(counts, 1)  # type: ignore[arg-type]
         if any(training) and (values > 0 or synchronised):  # as PyTorch's, it learns nothing from no images
             unbias = count / (count - 1) if synchronised else torch.full_like(mean[:1], values / (values - 1))
             _update_running(parts, (mean.detach(), var.detach()), (inner_mean.detach(), inner_var.detach()), unbias)
@@ -117,10 +118,6 @@ def _synchronised(parts: _Parts) -> bool:
     """Whether statistics are those of all ranks."""
     kinds = (SyncBatchNorm, nn.SyncBatchNorm)
     return isinstance(parts.norms[0], kinds) and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _count_batch(parts: _Parts) -> None:
-    torch._foreach_add_([bn.num_batches_tracked for bn in parts.norms if bn.training], 1)  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
@@ -53,21 +52,5 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    reduced: Tensor = _AllReduce.apply(tensor)  # type: ignore[no-untyped-call]
+    reduced: Tensor = all_reduce(tensor, group=None)
     return reduced
-
-
-class _AllReduce(torch.autograd.Function):
-    """Sum over ranks; the gradient of a sum that every rank uses is the sum of every rank's gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        reduced = tensor.clone()
-        dist.all_reduce(reduced)
-        return reduced
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        reduced = gradients[0].clone()
-        dist.all_reduce(reduced)
-        return reduced

@@ -235,12 +235,10 @@ def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
     """Raise where a trial of these values could not even start."""
     from dataclasses import asdict
 
-    from densenet_dist.model import validate_model
+    from densenet_dist.model import variant_architecture
 
     config = sweep.config("trial", overrides, **{"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"})
-    problems = validate_model(**asdict(config.model), num_classes=10, image_size=config.data.side)
-    if problems:
-        raise ConfigError(join_problems(problems))
+    variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
 
 
 def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:

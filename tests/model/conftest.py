@@ -1,13 +1,16 @@
-"""What the model's tests share: narrow nets and seeded images."""
+"""What the model's tests share: one thread, narrow nets and seeded images."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from one_thread import one_thread
 from torch import Tensor
 
 from densenet_dist.model import DenseNet, densenet
+
+__all__ = ["one_thread"]
 
 
 @pytest.fixture

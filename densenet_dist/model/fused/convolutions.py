@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,13 +21,6 @@ is freed: its pages are faulted in and cleared anew for every layer. Much smalle
 save."""
 
 
-class LayerGradients(NamedTuple):
-    """Of relu(norm(maps)), (N, at least C, H, W), and of the weight, with its shape, type and strides."""
-
-    rectified: Tensor
-    weight: Tensor | None
-
-
 class Convolutions:
     """The convolutions of one block, one after the other, by PyTorch (oneDNN, cuDNN).
 
@@ -38,7 +30,7 @@ class Convolutions:
         units: whose convolutions they are.
     """
 
-    def __init__(self, kernels: Kernels, like: Tensor, units: Iterable[Unit]) -> None:
+    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
         self._kernels, self._like = kernels, like
         self._multiple = TENSOR_CORE_CHANNELS if like.is_cuda else 1
         # One piece of memory for all layers: on a CPU fresh pages cost more than the pass that fills them.
@@ -59,9 +51,9 @@ class Convolutions:
             out = new_maps(maps, unit.reads)
             self._kernels.bn_relu(maps, norm, out)
             return out
-        made = self._convolve(unit.weight, maps, norm)
-        # Not a view: nobody could change it in place.
-        return made if made.shape[1] == unit.makes else made[:, : unit.makes].clone(memory_format=torch.channels_last)
+        # Not a view of padded maps: nobody could change it in place.
+        slot = None if self.padded(unit.makes) == unit.makes else new_maps(maps, unit.makes)
+        return self.write(unit, maps, norm, None, 1.0, slot, None)
 
     def write(
         self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
@@ -74,20 +66,27 @@ class Convolutions:
         """
         assert unit.weight is not None
         made = self._convolve(unit.weight, maps, norm)
-        slot = made[:, : unit.makes] if slot is None else slot
+        if slot is None:
+            slot = made if made.shape[1] == unit.makes else made[:, : unit.makes]
         self._kernels.write(made, mask, keep, slot, *(into or (None, None)))
         return slot
 
-    def backward(self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool) -> LayerGradients:
-        """From the gradient of what the convolution made, (N, `padded` K, H, W), padding zero."""
+    def backward(
+        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of what the convolution made, (N, `padded` K, H, W), padding zero.
+
+        Returns:
+            Gradients of relu(norm(maps)), (N, at least C, H, W), and of the weight, with its shape, type and strides.
+        """
         if unit.weight is None:
-            return LayerGradients(d_made, None)
+            return d_made, None
         weight = self._prepared(unit.weight)
         d_input, d_weight, _ = torch.ops.aten.convolution_backward(
             d_made, self._rectified(maps, norm), weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
             [True, need_weight, False],
         )  # fmt: skip
-        return LayerGradients(_channels_last(d_input), _like_weight(d_weight, unit.weight) if need_weight else None)
+        return _channels_last(d_input), _like_weight(d_weight, unit.weight) if need_weight else None
 
     def accumulate(
         self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
@@ -128,37 +127,38 @@ class Convolutions:
         return out
 
 
-class PiecewiseConvolutions(Convolutions):
-    """The same on a CPU, some images at a time (`PIECE_BYTES`)."""
+class CpuConvolutions(Convolutions):
+    """The same, some images at a time (`PIECE_BYTES`), and 1x1 ones by kernels of our own where there are some.
+
+    Those normalise what they read and sum what they make.
+    """
 
     def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
-        images = max(1, PIECE_BYTES // (like[:1, :1].nbytes * _widest(units)))
-        super().__init__(kernels, like[:images], units)
-        self._images = images
-        self._many = len(like) > images
+        self._native = kernels if isinstance(kernels, NativeKernels) else None
+        self._dtype = like.dtype
+        cut = [unit for unit in units if not self._takes(unit)]
+        self._images = max(1, PIECE_BYTES // max(1, like[:1, :1].nbytes * _widest(cut)))
+        self._many = len(like) > self._images
+        super().__init__(kernels, like[: self._images], cut)
 
     def accumulates(self, unit: Unit) -> bool:
-        """Where there are several pieces; else gradients are small enough for several to wait."""
-        return self._many
-
-    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
-        """As in the base class."""
-        if unit.weight is None:
-            return super().apply(unit, maps, norm)
-        out = new_maps(maps, unit.makes)
-        for few, into in zip(self._cut(maps), self._cut(out), strict=True):
-            into.copy_(self._convolve(unit.weight, few, norm))
-        return out
+        """Where there are several pieces or a kernel of our own; else several gradients are small enough to wait."""
+        return self._many or self._takes(unit) is not None
 
     def write(
         self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
         into: Statistics | None,
     ) -> Tensor:  # fmt: skip
         """As in the base class."""
-        if len(maps) <= self._images:
-            return super().write(unit, maps, norm, mask, keep, slot, into)
         assert unit.weight is not None
+        native = self._takes(unit)
+        if native is None and len(maps) <= self._images:
+            return super().write(unit, maps, norm, mask, keep, slot, into)
         slot = new_maps(maps, unit.makes) if slot is None else slot
+        if native is not None:
+            weight = unit.weight.to(maps.dtype).contiguous()
+            native.conv1x1(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
+            return slot
         pieces = self._cut(maps)
         parts = None if into is None else torch.stack([torch.stack(into)] * len(pieces))
         masks = [None] * len(pieces) if mask is None else self._cut(mask)
@@ -174,8 +174,14 @@ class PiecewiseConvolutions(Convolutions):
         out: Tensor, sums: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """As in the base class."""
-        if unit.weight is None or len(maps) <= self._images:
+        native = self._takes(unit)
+        if unit.weight is None or (native is None and len(maps) <= self._images):
             return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
+        if native is not None:
+            weight = unit.weight.to(maps.dtype).contiguous()
+            d_weight = torch.empty_like(weight) if need_weight else None
+            native.conv1x1_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
+            return None if d_weight is None else _like_weight(d_weight, unit.weight)
         pieces = self._cut(maps)
         carries = [None] * len(pieces) if carry is None else self._cut(carry)
         parts = sums.new_empty(len(pieces), *sums.shape)
@@ -189,56 +195,13 @@ class PiecewiseConvolutions(Convolutions):
         torch.sum(parts, 0, out=sums)
         return None if d_weight is None else _like_weight(d_weight, unit.weight)
 
+    def _takes(self, unit: Unit) -> NativeKernels | None:
+        """What convolves for this unit, if anything but PyTorch does."""
+        return self._native if self._native and self._native.convolves(unit.weight, self._dtype) else None
+
     def _cut(self, maps: Tensor) -> tuple[Tensor, ...]:
         pieces: tuple[Tensor, ...] = maps.split(self._images)
         return pieces
-
-
-class NativeConvolutions(PiecewiseConvolutions):
-    """The same, 1x1 convolutions by kernels of our own that normalise what they read and sum what they make."""
-
-    def __init__(self, kernels: NativeKernels, like: Tensor, units: Sequence[Unit]) -> None:
-        super().__init__(kernels, like, [unit for unit in units if not kernels.convolves(unit.weight, like.dtype)])
-        self._native = kernels
-
-    def accumulates(self, unit: Unit) -> bool:
-        """As in the base class, and wherever a kernel of our own does it at once."""
-        return super().accumulates(unit) or self._takes(unit)
-
-    def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
-        """As in the base class."""
-        if not self._takes(unit):
-            return super().apply(unit, maps, norm)
-        return self.write(unit, maps, norm, None, 1.0, None, None)
-
-    def write(
-        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
-        into: Statistics | None,
-    ) -> Tensor:  # fmt: skip
-        """As in the base class."""
-        if not self._takes(unit):
-            return super().write(unit, maps, norm, mask, keep, slot, into)
-        assert unit.weight is not None
-        slot = new_maps(maps, unit.makes) if slot is None else slot
-        weight = unit.weight.to(maps.dtype).contiguous()
-        self._native.conv1x1(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
-        return slot
-
-    def accumulate(
-        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
-        out: Tensor, sums: Tensor,
-    ) -> Tensor | None:  # fmt: skip
-        """As in the base class."""
-        if not self._takes(unit):
-            return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
-        assert unit.weight is not None
-        weight = unit.weight.to(maps.dtype).contiguous()
-        d_weight = torch.empty_like(weight) if need_weight else None
-        self._native.conv1x1_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
-        return None if d_weight is None else _like_weight(d_weight, unit.weight)
-
-    def _takes(self, unit: Unit) -> bool:
-        return self._native.convolves(unit.weight, self._like.dtype)
 
 
 def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
@@ -251,15 +214,11 @@ def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
 
 
 def choose_convolutions(kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> Convolutions:
-    """The faster ones for a device, as far as that has been measured; arguments as of `Convolutions`."""
-    if like.is_cuda:
-        return Convolutions(kernels, like, units)
-    if isinstance(kernels, NativeKernels):
-        return NativeConvolutions(kernels, like, units)
-    return (PiecewiseConvolutions if like.numel() > 0 else Convolutions)(kernels, like, units)
+    """Those for the device of `like`; arguments as of `Convolutions`."""
+    return (CpuConvolutions if like.device.type == "cpu" else Convolutions)(kernels, like, units)
 
 
-def _widest(units: Iterable[Unit]) -> int:
+def _widest(units: Sequence[Unit]) -> int:
     """The most channels that a unit reads."""
     return max((unit.reads for unit in units), default=1)
 

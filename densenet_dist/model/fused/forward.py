@@ -31,46 +31,34 @@ def run_forward(kernels: Kernels, block: Structure, x: Tensor, masks: Sequence[T
         masks: what dropout keeps after each convolution of the layers, in order; none without dropout.
         keep_inner: whether a backward pass may follow.
     """
-    return _Pass(kernels, block, x, masks).run(x, keep_inner)
+    widths, between, wide = block.widths, block.inner_width, accumulation_type(x.dtype)
+    convolutions, remaining = choose_convolutions(kernels, x, block.units), iter(masks)
 
+    def merge(own: Statistics, made: Tensor) -> None:
+        if block.in_training:
+            block.reduction.merge(own.mean, own.var, made.numel() // made.shape[1])
 
-class _Pass:
-    def __init__(self, kernels: Kernels, block: Structure, x: Tensor, masks: Sequence[Tensor]) -> None:
-        self._kernels, self._block = kernels, block
-        self._masks = iter(masks)
-        self._convolutions = choose_convolutions(kernels, x, block.units)
-        self._wide = accumulation_type(x.dtype)
-
-    def run(self, x: Tensor, keep_inner: bool) -> Forward:
-        block, widths, between = self._block, self._block.widths, self._block.inner_width
-        maps, inner = new_maps(x, widths[-1]), []
-        stats = Statistics.empty(widths[-1] if block.in_training else 0, x)
-        inner_stats = Statistics.empty(between * len(block.layers) if block.in_training else 0, x)
-        into = self._settled(stats.narrow(0, widths[0]))
-        self._kernels.write(x, None, 1.0, maps[:, : widths[0]], *(into or (None, None)))
-        self._merge(into, x)
-        for number, (layer, (start, stop)) in enumerate(zip(block.layers, pairwise(widths), strict=True)):
-            read, read_stats = maps[:, :start], stats
-            if between:
-                read_stats = inner_stats.narrow(number * between, (number + 1) * between)
-                read = self._write(layer[0], maps[:, :start], stats, None, read_stats)
-                inner += [read] if keep_inner else []
-            self._write(layer[-1], read, read_stats, maps[:, start:stop], stats.narrow(start, stop))
-        out = None
-        if block.tail is not None:
-            out = self._convolutions.apply(block.tail, maps, block.tail.norm(stats, self._wide))
-        return Forward(maps, out, stats, inner, inner_stats)
-
-    def _write(self, unit: Unit, maps: Tensor, stats: Statistics, slot: Tensor | None, own: Statistics) -> Tensor:
-        """What a unit makes of maps, after dropout, goes into a slot, and its statistics into `own`."""
-        norm, mask, into = unit.norm(stats, self._wide), next(self._masks, None), self._settled(own)
-        made = self._convolutions.write(unit, maps, norm, mask, self._block.keep, slot, into)
-        self._merge(into, made)
+    def write(unit: Unit, read: Tensor, stats: Statistics, slot: Tensor | None, own: Statistics) -> Tensor:
+        """Put what a unit makes of maps, after dropout, into a slot, and its statistics into `own`."""
+        into = own if block.in_training else None
+        mask = next(remaining, None)
+        made = convolutions.write(unit, read, unit.norm(stats, wide), mask, block.keep, slot, into)
+        merge(own, made)
         return made
 
-    def _settled(self, stats: Statistics) -> Statistics | None:
-        return stats if self._block.in_training else None
-
-    def _merge(self, stats: Statistics | None, made: Tensor) -> None:
-        if stats is not None:
-            self._block.reduction.merge(stats.mean, stats.var, made.numel() // made.shape[1])
+    maps, inner = new_maps(x, widths[-1]), []
+    stats = Statistics.empty(widths[-1] if block.in_training else 0, x)
+    inner_stats = Statistics.empty(between * len(block.layers) if block.in_training else 0, x)
+    entering = stats.narrow(0, widths[0])
+    kernels.write(x, None, 1.0, maps[:, : widths[0]], *(entering if block.in_training else (None, None)))
+    merge(entering, x)
+    for number, (layer, (start, stop)) in enumerate(zip(block.layers, pairwise(widths), strict=True)):
+        read, read_stats = maps[:, :start], stats
+        if between:
+            read_stats = inner_stats.narrow(number * between, (number + 1) * between)
+            read = write(layer[0], maps[:, :start], stats, None, read_stats)
+            if keep_inner:
+                inner.append(read)
+        write(layer[-1], read, read_stats, maps[:, start:stop], stats.narrow(start, stop))
+    out = None if block.tail is None else convolutions.apply(block.tail, maps, block.tail.norm(stats, wide))
+    return Forward(maps, out, stats, inner, inner_stats)

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 import torch
 
 from densenet_dist.model.kernels.build import BuildError
-from densenet_dist.model.kernels.eager import EagerKernels
 from densenet_dist.model.kernels.interface import Kernels
 from densenet_dist.model.kernels.native import NativeKernels
 
@@ -19,12 +18,14 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, values: int = 1) ->
     Without any values (a rank may be without images) there is nothing to launch.
     """
     if values == 0:
-        return EagerKernels()
+        return Kernels()
     if device.type == "cuda" and unavailable("cuda") is None:
-        return _triton()
+        from densenet_dist.model.kernels.triton_kernels import TritonKernels  # Triton is not everywhere
+
+        return TritonKernels()
     if device.type == "cpu" and NativeKernels.takes(dtype) and unavailable("cpu") is None:
         return _native()
-    return EagerKernels()
+    return Kernels()
 
 
 @cache
@@ -44,10 +45,3 @@ def unavailable(device_type: str) -> str | None:
 @cache
 def _native() -> NativeKernels:
     return NativeKernels()
-
-
-@cache
-def _triton() -> Kernels:
-    from densenet_dist.model.kernels.triton_pointwise import TritonPointwise  # Triton is not everywhere
-
-    return TritonPointwise()

@@ -9,7 +9,7 @@ alone, so that the same input gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Consumer(NamedTuple):
     Attributes:
         gradient: of the loss with respect to relu(norm(x)); (N, C, H, W).
         norm: over the same channels.
-        sums: (2, C), accumulation type, written by `Kernels.gather`: the sums over (N, H, W) of g and of
+        sums: (2, C), contiguous, accumulation type, written by `Kernels.gather`: the sums over (N, H, W) of g and of
             g (x - norm.mean), where g = gradient where norm(x) > 0, else 0.
     """
 
@@ -57,14 +57,18 @@ class Consumer(NamedTuple):
     sums: Tensor
 
 
-class Kernels(Protocol):
-    """The four passes. Channels of an output beyond those of its input are padding and become 0.
+class Kernels:
+    """The four passes, here in PyTorch's own operators: for every device and type, and slow; subclasses are faster.
 
-    NaN in maps stays NaN in every output that it reaches, as it does in PyTorch's own operators.
+    Channels of an output beyond those of its input are padding and become 0. NaN in maps stays NaN in every output that
+    it reaches.
     """
 
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """``out = relu(norm(maps))``: maps (N, C, H, W), out (N, at least C, H, W)."""
+        channels = maps.shape[1]
+        out[:, :channels] = torch.relu(_normalised(maps, norm))
+        out[:, channels:] = 0
 
     def write(
         self, made: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
@@ -80,6 +84,16 @@ class Kernels(Protocol):
                 not wanted.
             var: (C,) likewise, the variance (divided by N H W).
         """
+        slot.copy_(_dropped(made[:, : slot.shape[1]], mask, keep))
+        if mean is None or var is None:
+            return
+        if slot.numel() == 0:
+            mean.zero_()
+            var.zero_()
+            return
+        stored = slot.to(mean.dtype)
+        torch.mean(stored, (0, 2, 3), out=mean)
+        torch.mean((stored - _channels(mean)).square(), (0, 2, 3), out=var)
 
     def gather(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
         """``out = carry + sum over consumers of s g`` (see `Consumer`), and each consumer's sums.
@@ -90,6 +104,14 @@ class Kernels(Protocol):
             carry: (N, C, H, W), of the maps' type; may be `out` itself; None: zero.
             out: (N, C, H, W), of the maps' or the accumulation type.
         """
+        x = maps.to(accumulation_type(maps.dtype))
+        total = torch.zeros_like(x) if carry is None else carry.to(x.dtype)
+        for gradient, norm, sums in consumers:
+            g = torch.where(_normalised(maps, norm) <= 0, 0, gradient.to(x.dtype))
+            total = total + _channels(norm.scale()) * g
+            sums[0] = g.sum((0, 2, 3))
+            sums[1] = (g * (x - _channels(norm.mean))).sum((0, 2, 3))
+        out.copy_(total)
 
     def finish(
         self, gradient: Tensor, maps: Tensor, correction: tuple[Tensor, Tensor, Tensor] | None, mask: Tensor | None,
@@ -105,7 +127,30 @@ class Kernels(Protocol):
             keep: as for `write`.
             out: (N, at least C, H, W).
         """
+        channels, wide = maps.shape[1], accumulation_type(maps.dtype)
+        total = gradient.to(wide)
+        if correction is not None:
+            mean, offset, slope = (_channels(vector) for vector in correction)
+            total = total - offset - slope * (maps.to(wide) - mean)
+        out[:, :channels] = _dropped(total, mask, keep)
+        out[:, channels:] = 0
 
 
 MOST_CONSUMERS = 4
 """How many consumers `Kernels.gather` takes at once."""
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def _normalised(maps: Tensor, norm: Norm) -> Tensor:
+    scale = norm.scale()
+    return maps.to(scale.dtype) * _channels(scale) + _channels(norm.beta - norm.mean * scale)
+
+
+def _dropped(values: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    if mask is None:
+        return values
+    wide = values.to(accumulation_type(values.dtype))
+    return wide * mask / keep if keep > 0 else torch.zeros_like(wide)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.model.kernels.build import native_library
-from densenet_dist.model.kernels.interface import Consumer, Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, accumulation_type
 
 _TYPES: Final = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
@@ -32,8 +32,8 @@ class _Consumer(ctypes.Structure):
     )  # fmt: skip
 
 
-class NativeKernels:
-    """See `densenet_dist.model.kernels.interface.Kernels`; for maps in float32, float64 and bfloat16 on a CPU.
+class NativeKernels(Kernels):
+    """The passes for maps in float32, float64 and bfloat16 on a CPU.
 
     Raises:
         BuildError: when made where the library cannot be built.

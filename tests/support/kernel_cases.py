@@ -1,34 +1,55 @@
-"""What the tests of the Triton kernels share: seeded maps in wider buffers, tolerances, and how to run without a GPU.
+"""What the tests of the kernels share: seeded maps in wider buffers, tolerances, and how to run Triton without a GPU.
 
 Triton decides when it is imported whether its interpreter runs the kernels, and the interpreter changes
-`triton.language` for the whole process. So a test file with kernels runs twice: `run_interpreted` starts pytest on it
-once more with TRITON_INTERPRET=1, where `DEVICES` is the CPU; elsewhere `DEVICES` is a GPU, or a skip.
+`triton.language` for the whole process. So a test file with Triton kernels runs twice: `run_interpreted` starts pytest
+on it once more with TRITON_INTERPRET=1, where they run on the CPU; elsewhere they need a GPU.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from densenet_dist.model.kernels.interface import Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Kernels, Norm, accumulation_type
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON: Any = pytest.param(
+    "triton",
+    marks=[] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+)
+NAMES = [TRITON] if INTERPRETED else ["native", TRITON]
+"""Kernels that can be tested in this process, `TRITON` only in the interpreter or on a GPU."""
 
-_needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES: list[Any] = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=[pytest.mark.gpu, _needs_gpu])]
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-# One rounding of the result; the interpreter's of bfloat16 cuts off. For wide types, the summing before it.
+# Relative to the largest value: one rounding (the interpreter's of bfloat16 cuts off) or the summing before it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-14}
+
+
+def make_kernels(name: str) -> Kernels:
+    if name == "native":
+        from densenet_dist.model.kernels.native import NativeKernels
+
+        return NativeKernels()
+    pytest.importorskip("triton")
+    if INTERPRETED:
+        _mend_interpreter()
+    from densenet_dist.model.kernels.triton_kernels import TritonKernels
+
+    return TritonKernels()
+
+
+def device_of(name: str) -> str:
+    return "cuda" if name == "triton" and not INTERPRETED else "cpu"
 
 
 def run_interpreted(path: str) -> None:
     """Run a test file's cases in Triton's interpreter, in a process of its own."""
+    pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", "-W", "error"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -36,11 +57,13 @@ def run_interpreted(path: str) -> None:
     assert " passed" in ran.stdout
 
 
-def mend_interpreter() -> None:
+def _mend_interpreter() -> None:
     """Let loops run to a bound that is known at run time only; Triton 3.6 does not know how to with NumPy 2.4."""
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
+    if original.__name__ == "patched":
+        return
 
     def patched(tensor: Any, scope: Any) -> None:
         original(tensor, scope)
@@ -49,14 +72,20 @@ def mend_interpreter() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-if INTERPRETED:
-    mend_interpreter()
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Draw:
     """Draws seeded tensors on a device."""
 
-    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype, self.wide = device, dtype, accumulation_type(dtype)
         self.generator = torch.Generator().manual_seed(0)
 
@@ -72,7 +101,7 @@ class Draw:
         buffer[..., before + c :] = torch.nan
         return buffer.permute(0, 3, 1, 2)[:, before : before + c]
 
-    def mask(self, n: int, c: int, h: int, w: int, keep: float) -> Tensor:
+    def mask(self, n: int, c: int, h: int, w: int, keep: float = 0.7) -> Tensor:
         kept = torch.rand(n, h, w, c, generator=self.generator) < keep
         return kept.to(self.device).permute(0, 3, 1, 2)
 
@@ -87,11 +116,21 @@ def double(norm: Norm) -> Norm:
     return Norm(*(vector.double() for vector in norm[:4]), norm.eps)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+def keep_away_from_zero(maps: Tensor, norms: list[Norm]) -> None:
+    """Change maps that a norm takes so close to 0 that float32 and float64 might disagree on the sign."""
+    for norm in norms:
+        y = (maps.double() - norm.mean[:, None, None]) * norm.scale()[:, None, None] + norm.beta[:, None, None]
+        maps[y.abs() < 0.01] = 8
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float | None = None, label: object = "") -> None:
     """Compare with a float64 result, relative to its largest element."""
     bound = TOLERANCE[found.dtype] if tolerance is None else tolerance
-    atol = bound * max(expected.nan_to_num().abs().max().item(), 1e-30)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=atol, equal_nan=True)
+    largest = expected.nan_to_num().abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=0, atol=bound * max(largest, 1e-30), equal_nan=True,
+        msg=lambda message: f"{label}: {message}",
+    )  # fmt: skip
 
 
 def check_statistics(slot: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -102,21 +141,16 @@ def check_statistics(slot: Tensor, mean: Tensor, var: Tensor) -> None:
     close(var, stored.var((0, 2, 3), unbiased=False), 1e-13 if wide else 5e-6)
 
 
-def surroundings(maps: Tensor) -> Tensor:
-    """The buffer whose channels maps are a range of: (N, all channels, H, W)."""
-    n, _, h, w = maps.shape
-    storage = torch.empty(0, dtype=maps.dtype, device=maps.device).set_(maps.untyped_storage())
-    return storage.view(n, h, w, -1).permute(0, 3, 1, 2)
-
-
 class Untouched:
     """Sees that in a buffer only the channels of `maps` changed; the others are NaN."""
 
     def __init__(self, maps: Tensor) -> None:
-        self.buffer = surroundings(maps)
+        n, channels, h, w = maps.shape
+        storage = torch.empty(0, dtype=maps.dtype, device=maps.device).set_(maps.untyped_storage())
+        self.buffer = storage.view(n, h, w, -1)
         self.start = maps.storage_offset()
-        self.stop = self.start + maps.shape[1]
+        self.stop = self.start + channels
 
     def check(self) -> None:
-        assert self.buffer[:, : self.start].isnan().all()
-        assert self.buffer[:, self.stop :].isnan().all()
+        assert self.buffer[..., : self.start].isnan().all()
+        assert self.buffer[..., self.stop :].isnan().all()
