@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import unicodedata
@@ -21,6 +22,14 @@ _DEEPEST: Final = 40
 class _Loader(yaml.SafeLoader):
     """`yaml.SafeLoader` that refuses duplicate keys, characters that no text has and what aliases blow up, and reads
     1e-3 as a number, as YAML 1.2 does."""
+
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.composed += 1
+        if self.composed > _MOST_VALUES:  # before all of a large file is read, which takes a minute
+            raise yaml.composer.ComposerError(None, None, f"it holds more than {_MOST_VALUES} values", None)
+        return super().compose_node(parent, index)
 
     def construct_document(self, node: yaml.Node) -> Any:
         count, depth = _extent(node, {})
@@ -163,11 +172,7 @@ def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value)
         else:
-            into[key] = _copied(value)
-
-
-def _copied(value: Any) -> Any:
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+            into[key] = copy.deepcopy(value)
 
 
 def _similar_file(path: Path) -> str:

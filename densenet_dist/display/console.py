@@ -15,11 +15,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console as RichConsole
-from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from densenet_dist.display.progress_view import ProgressView, clock_time, packed
+from densenet_dist.display.progress_view import RunProgress, clock_time, packed
 
 if TYPE_CHECKING:
     from densenet_dist.display.ending import Ending
@@ -37,8 +36,7 @@ class Console:
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
         self._quiet, self._silent = quiet, silent
         self._console = LastingConsole(highlight=False, quiet=quiet or silent, soft_wrap=True, force_jupyter=False)
-        self._view = ProgressView()
-        self._live: Live | None = None
+        self._progress = RunProgress(self._console)
         self._workers: int | None = None
 
     def __enter__(self) -> Console:
@@ -53,12 +51,13 @@ class Console:
         """Show one event."""
         kind = event["kind"]
         if kind == "progress":
-            self._view.moved(event)
-            self._animate()
+            self._progress.moved(event)
+            if self._console.animates:
+                self._progress.start()
         elif kind == "start":
             self._start(event)
         elif kind == "epoch":
-            self._view.ended(event)
+            self._progress.ended(event)
             self._epoch(event)
         elif kind == "note":
             self._note(event)
@@ -70,7 +69,7 @@ class Console:
         print_closing(self._console, ending.title, ending.figures(), places, ending.commands())
 
     def _start(self, event: Event) -> None:
-        self._view.begin(event)
+        self._progress.begin(event)
         workers = event["world_size"]
         if self._workers is None:
             for line in start_lines(event):
@@ -81,7 +80,7 @@ class Console:
             self._console.say(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
 
     def _epoch(self, event: Event) -> None:
-        left = self._view.run_left()
+        left = self._progress.run_left()
         parts = [*epoch_parts(event), *([f"{clock_time(left)} left"] if left else [])]
         width = self._console.width if self._console.is_terminal else sys.maxsize
         lines = packed([*parts, "*"] if event.get("is_best") else parts, width, indent="  ")
@@ -94,17 +93,9 @@ class Console:
             print(f"warning: {event['text']}", file=sys.stderr, flush=True)
         self._console.say(event["text"], "yellow" if warning else None)
 
-    def _animate(self) -> None:
-        if self._live is None:
-            if not self._console.animates:
-                return
-            self._live = Live(self._view, console=self._console, transient=True)
-            self._live.start(refresh=True)
-
     def _clear(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._progress.live.is_started:
+            self._progress.stop()
 
 
 class LastingConsole(RichConsole):

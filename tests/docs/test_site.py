@@ -18,7 +18,10 @@ from pages import ROOT
 
 from densenet_dist.cli import app
 from densenet_dist.config import SETTINGS
+from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import SETTINGS as SWEEP_SETTINGS
+from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.yaml_settings import flatten
 
 pytest.importorskip("material", reason="needs mkdocs-material, of the extra docs")
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"}
@@ -94,8 +97,8 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
 
 def test_every_setting_is_on_the_page(pages):
     anchors = pages["configuration.html"].anchors
-    keys = [setting.key for setting in SETTINGS.described()]
-    keys += [f"sweep.{setting.key}" for setting in SWEEP_SETTINGS.described()]
+    keys = [*flatten(SETTINGS.to_dict(Config())), "train.schedule"]
+    keys += [f"sweep.{key}" for key in flatten(SWEEP_SETTINGS.to_dict(SweepConfig()))]
     assert len(keys) > 100
     assert set(keys) <= anchors
 

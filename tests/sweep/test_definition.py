@@ -62,9 +62,9 @@ space:
     found = problems(text)
     forms = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, integer or loginteger"
     expected = [
-        "trials: must be an integer >= 1 or null, not 0 (int)",
+        "trials: Input should be greater than or equal to 1; got 0 (int)",
         "wrokers: unknown key; did you mean workers?",
-        "train.lr: must be a number > 0, not 'fast' (str)",
+        "train.lr: Input should be a valid number; got 'fast' (str)",
         "space.train.lrr: unknown key; did you mean train.lr?",
         "space.name: is the same for all trials; see the sweep's own settings",
         "space.cluster.workers: is the same for all trials; see the sweep's own settings",
@@ -91,8 +91,8 @@ space:
         ("trials: 3", "space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}"),
         ("space: 3", "space: must hold a domain for each key, not 3"),
         (LR + "settings: 3", "settings: must hold settings of the base configuration, not 3"),
-        ("space: {train.lr: [-1, 0.1]}", "space.train.lr: must be a number > 0, not -1 (int)"),
-        ("space: {train.lr: {uniform: [0, 1]}}", "space.train.lr: must be a number > 0, not 0.0 (float)"),
+        ("space: {train.lr: [-1, 0.1]}", "space.train.lr: Input should be greater than 0; got -1 (int)"),
+        ("space: {train.lr: {uniform: [0, 1]}}", "space.train.lr: Input should be greater than 0; got 0.0 (float)"),
         (LR + "search.name: grid", "space.train.lr: search.name=grid needs a choice, or a step"),
         (
             "space: {train.lr: [0.1, 0.2], seed: [1, 2]}\nsearch.name: grid\ntrials: 3",
