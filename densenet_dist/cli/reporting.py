@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +25,13 @@ def report(
             show_default=False,
         ),
     ] = None,
-    judge: Annotated[
-        bool, typer.Option(help="Whether to show each best checkpoint the test images; needs the data set.")
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            "--judge/--no-judge",
+            help="Whether to evaluate the test set of a run without stored test results; needs the data set.",
+        ),
     ] = True,
     root: Annotated[
         str | None,
@@ -45,11 +51,12 @@ def report(
         raise ConfigError(f"--out {out}: is a file of this machine; a run on an object store has its page there anyway")
     overrides = () if root is None else (f"data.root={root}",)
     path = None if out is None else Path(out)
+    notify = partial(typer.echo, err=True)
     if len(runs) == 1:
         require_writable(path)
-        written = report_run(runs[0], judges=judge, out=path, overrides=overrides)
+        written = report_run(runs[0], evaluate=evaluate, out=path, overrides=overrides, notify=notify)
     else:
         path = path or Path(PAGE_FILE)
         require_writable(path)
-        written = report_runs(runs, path, judges=judge, overrides=overrides)
+        written = report_runs(runs, path, evaluate=evaluate, overrides=overrides, notify=notify)
     typer.echo(f"page: {written}")

@@ -25,6 +25,7 @@ from densenet_dist.run_folder import (
     ENV_FILE,
     SUMMARY_FILE,
     TENSORBOARD_FOLDER,
+    TEST_RESULTS_FILE,
     RunFolder,
 )
 from densenet_dist.schema import Config
@@ -75,8 +76,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     if _is_writer():
         from densenet_dist.report import report_at_end
 
-        # The driver of a cluster elsewhere may have neither its GPUs nor its data.
-        problem = report_at_end(run, judges=not _joins(config))
+        problem = report_at_end(run)
         if problem is not None:
             listener({"kind": "note", "text": problem, "warning": True})
     return Result(location_of(run), summary)
@@ -180,6 +180,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
         environment |= {key: before[key] for key in (LOADER_KEY,) if key in before}
     run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
     run.remove(SUMMARY_FILE)
+    run.remove(TEST_RESULTS_FILE)
 
 
 def prepare_data(config: Config) -> None:

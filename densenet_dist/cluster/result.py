@@ -87,10 +87,12 @@ class Result:
         return curves_figure(records, self._folder().name)
 
     def plot_confusion(self, *overrides: str) -> Picture:
-        """What the best checkpoint takes the test images of each class for; shows it all of them.
+        """The confusion matrix of the best checkpoint on the test set.
+
+        A run without stored test results (not finished, or of an older version) is evaluated for that.
 
         Args:
-            overrides: changes to the run's configuration, such as ``data.root=...``.
+            overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
 
         Returns:
             A matplotlib figure, as `plot` does.
@@ -99,10 +101,10 @@ class Result:
             StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
         """
         from densenet_dist.report.figures import titled_confusion
-        from densenet_dist.report.judged import judge
+        from densenet_dist.train.evaluation import load_test_results
 
-        judged = judge(self.run, overrides)
-        return titled_confusion(judged.confusion, judged.class_names, self._folder().name)
+        results = load_test_results(self._folder(), overrides)
+        return titled_confusion(results.confusion, results.class_names, self._folder().name)
 
     def _folder(self) -> RunFolder:
         from densenet_dist.train.evaluation import open_run

@@ -81,11 +81,16 @@ def confusion_figure(
     axes.set_aspect("equal")
     axes.grid(False)
     if count <= MOST_NAMES:
-        shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+        shown = list(map(shortened, names))
         axes.set_xticks(range(count), shown, rotation=90)
         axes.set_yticks(range(count), shown)
     axes.tick_params(length=0)
     return figure
+
+
+def shortened(name: str) -> str:
+    """A class name that fits beside a picture."""
+    return name if len(name) <= 18 else f"{name[:17]}…"
 
 
 _CELL: Final = (1, 2, 2, 2, 79)

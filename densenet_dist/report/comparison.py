@@ -25,7 +25,7 @@ def _test(name: str) -> Callable[[Member], float | None]:
 
 
 def _ece(member: Member) -> float | None:
-    return None if member.judged is None else member.judged.calibration.ece
+    return None if member.results is None else member.results.calibration.ece
 
 
 def _parameters(member: Member) -> float | None:
@@ -85,7 +85,7 @@ def comparison_page(members: Sequence[Member]) -> str:
             for number, found in enumerate(groups)
             for member in found.members
         ],
-        classes=_classes(groups) if all(member.judged is not None for member in members) else [],
+        classes=_classes(groups) if all(member.results is not None for member in members) else [],
     )
 
 
@@ -106,11 +106,11 @@ def _row(member: Member, colour: str, columns: Sequence[_Column]) -> dict[str, A
 
 def _classes(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The accuracy of each class, by group."""
-    first = groups[0].members[0].judged
+    first = groups[0].members[0].results
     names = first.class_names if first is not None else ()
 
     def accuracy(label: int) -> Callable[[Member], float | None]:
-        return lambda member: None if member.judged is None else float(member.judged.class_accuracy[label])
+        return lambda member: None if member.results is None else float(member.results.class_accuracy[label])
 
     return [
         {"name": name, "means": [found.interval(accuracy(label)) for found in groups]}

@@ -14,7 +14,7 @@ import numpy as np
 from densenet_dist.pages.confusion import confusion_figure, printed, printed_confusion
 from densenet_dist.pages.render import time_unit
 from densenet_dist.pages.svg import SHADES, colour, drawing, new_figure, to_svg
-from densenet_dist.report.judged import BINS, Calibration, Counts
+from densenet_dist.train.results import BINS, Calibration, Counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

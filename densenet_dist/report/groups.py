@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
-from densenet_dist.report.judged import Judged
 from densenet_dist.report.record import RunRecord
+from densenet_dist.train.results import TestResults
 from densenet_dist.yaml_settings import flatten
 
 _NO_MATTER: Final = (
@@ -36,10 +36,10 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A run, and what its best checkpoint says of the test images, where it was asked."""
+    """A run and its test results, if it has any."""
 
     run: RunRecord
-    judged: Judged | None = None
+    results: TestResults | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def _require_same_data(members: Sequence[Member]) -> None:
     sets: dict[str, list[str]] = {}
     for member in members:
         sets.setdefault(member.run.config.data.name, []).append(member.run.name)
-    names = {member.judged.class_names for member in members if member.judged is not None}
+    names = {member.results.class_names for member in members if member.results is not None}
     if len(sets) > 1:
         raise ConfigError(
             "runs of different data sets cannot be compared:\n  "

@@ -10,7 +10,7 @@ import numpy as np
 from densenet_dist.pages.confusion import MOST_CLASSES, MOST_NAMES
 from densenet_dist.pages.render import percent, render
 from densenet_dist.report.figures import calibration_pictures, confusion_picture, progress_pictures, result_pictures
-from densenet_dist.report.judged import BINS, Judged
+from densenet_dist.train.results import BINS, TestResults
 from densenet_dist.report.record import RunRecord
 
 _MOST_PAIRS: Final = 12
@@ -23,12 +23,12 @@ _LOSSES: Final = {
 }
 
 
-def run_page(run: RunRecord, judged: Judged | None) -> str:
+def run_page(run: RunRecord, results: TestResults | None) -> str:
     """The page's HTML, from the template ``run.html``.
 
     Args:
         run: what its folder says.
-        judged: the results of its best checkpoint on the test images; None leaves those sections out.
+        results: those of its best checkpoint on the test set; None leaves those sections out.
     """
     device = run.config.cluster.device
     return render(
@@ -43,8 +43,8 @@ def run_page(run: RunRecord, judged: Judged | None) -> str:
         legend=_legend(run),
         result_figures=result_pictures(run.epochs, run.test),
         progress_figures=progress_pictures(run.epochs),
-        judged=judged,
-        **(_test_section(judged) if judged is not None else {}),
+        results=results,
+        **(_test_section(results) if results is not None else {}),
     )
 
 
@@ -87,9 +87,9 @@ def _legend(run: RunRecord) -> list[tuple[str, str, str]]:
     return legend
 
 
-def _test_section(judged: Judged) -> dict[str, Any]:
+def _test_section(results: TestResults) -> dict[str, Any]:
     """What the sections about test images show."""
-    confusion, names, calibration = judged.confusion, judged.class_names, judged.calibration
+    confusion, names, calibration = results.confusion, results.class_names, results.calibration
     images, right, predicted = confusion.sum(1).tolist(), np.diag(confusion).tolist(), confusion.sum(0).tolist()
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)

@@ -17,19 +17,15 @@ from torch import Tensor
 
 from densenet_dist.config import to_dict, to_yaml
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.requests import Engine
-from densenet_dist.pages.confusion import MOST_CLASSES, printed, printed_confusion
+from densenet_dist.pages.confusion import MOST_CLASSES, printed, printed_confusion, shortened
+from densenet_dist.pages.svg import new_figure
 from densenet_dist.schema import Config
 from densenet_dist.train.board_graph import model_graph
-from densenet_dist.train.context import LocalContext
-from densenet_dist.train.inputs import eval_loader
-from densenet_dist.train.job import Job
-from densenet_dist.train.judging import Mistake, Tally, pictures_of
+from densenet_dist.train.results import Mistake, TestResults
 from densenet_dist.yaml_settings import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL import ImageFont
 
 _HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
 """What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""
@@ -134,23 +130,15 @@ class Board:
         _, start, _ = hparams(settings, {})
         writer.add_summary(start)
 
-    def judged(self, tally: Tally, names: Sequence[str], pictures: dict[int, Tensor], step: int) -> None:
-        """How the test went: the confusion matrix, the worst mistakes, precision against recall.
-
-        Args:
-            tally: of the test images.
-            names: of the classes.
-            pictures: (H, W, 3) uint8 on the CPU, by place; of the tally's mistakes.
-            step: the run's last.
-        """
-        self._precision_and_recall(tally, names, step)
-        if len(names) <= MOST_CLASSES:
-            with printed():
-                pixels = _pixels(printed_confusion(tally.confusion.numpy(), names, _CELL_INCHES))
-            self._writer.add_image("test/confusion", pixels, step, dataformats="HWC")
-        if shown := [found for found in tally.mistakes if found.place in pictures]:
-            sheet = _draw_mistakes(shown, names, pictures)
-            self._writer.add_image("test/worst_mistakes", sheet, step, dataformats="HWC")
+    def test_results(self, results: TestResults, step: int) -> None:
+        """The confusion matrix, the worst mistakes, precision against recall; `step` is the run's last."""
+        self._precision_and_recall(results, step)
+        names = results.class_names
+        with printed():
+            if len(names) <= MOST_CLASSES:
+                self._figure("test/confusion", printed_confusion(results.confusion, names, _CELL_INCHES), step)
+            if shown := [mistake for mistake in results.mistakes if mistake.png is not None]:
+                self._figure("test/worst_mistakes", _mistakes_figure(shown, names), step)
 
     def finished(self, step: int) -> None:
         """Tell the HPARAMS tab that the run came to its end; `step` is its last."""
@@ -172,11 +160,16 @@ class Board:
         graph = model_graph(config.model, dataset.num_classes, dataset.image_size)
         self._writer._get_file_writer().add_event(Event(graph_def=graph.SerializeToString()))
 
-    def _precision_and_recall(self, tally: Tally, names: Sequence[str], step: int) -> None:
-        curves = tally.curves()
+    def _figure(self, tag: str, figure: Figure, step: int) -> None:
+        figure.set_dpi(150)
+        self._writer.add_figure(tag, figure, step)
+
+    def _precision_and_recall(self, results: TestResults, step: int) -> None:
+        names, curves = results.class_names, results.curves
+        assert curves is not None  # computed by this process
         if len(names) <= _MOST_CURVES:
-            some = tally.confusion.sum(1).tolist()
-            shown = {f"test_pr/{name}": curves[label] for label, name in enumerate(names) if some[label]}
+            images = results.confusion.sum(1)
+            shown = {f"test_pr/{name}": curves[label] for label, name in enumerate(names) if images[label]}
         else:
             shown = {"test_pr/micro_average": curves.sum(0), "test_pr/macro_average": curves}
         for tag, counts in shown.items():
@@ -186,67 +179,30 @@ class Board:
             self._writer.add_pr_curve_raw(tag, right, false, rejected, missed, precision, recall, step)
 
 
-def _pixels(figure: Figure) -> npt.NDArray[np.uint8]:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.05)
-    with Image.open(buffer) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
 def _mean_curve(counts: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Precision and recall by threshold, averaged over the curves whose class has images; `Tally.curves` has counts."""
+    """Precision and recall by threshold, averaged over the classes that have images.
+
+    Args:
+        counts: (classes, 4, thresholds), as in `TestResults.curves`.
+    """
     hits, false_alarms, _, missed = np.moveaxis(counts[(counts[:, 0, 0] + counts[:, 3, 0]) > 0], 1, 0)
     found = hits + false_alarms
     precision = np.where(found > 0, hits / np.maximum(found, 1), 1.0)  # who claims nothing is never wrong
     return precision.mean(0), (hits / (hits + missed)).mean(0)
 
 
-def _draw_mistakes(
-    mistakes: Sequence[Mistake], names: Sequence[str], pictures: dict[int, Tensor]
-) -> npt.NDArray[np.uint8]:
-    """Images in rows, each with what it was taken for, how surely, and what it is; (H, W, 3).
+def _mistakes_figure(mistakes: Sequence[Mistake], names: Sequence[str]) -> Figure:
+    """The images in rows, each with the predicted class, its probability, and the true class."""
+    from PIL import Image
 
-    By Pillow: Matplotlib takes seconds for so many small pictures.
-    """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    columns, side, width, height = min(4, len(mistakes)), 128, 160, 184
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    # The other engine fails on some texts, and a class may have any name.
-    font = ImageFont.truetype(str(file), 15, layout_engine=ImageFont.Layout.BASIC)
-    sheet = Image.new("RGB", (columns * width, -(-len(mistakes) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, found in enumerate(mistakes):
-        left, top = number % columns * width, number // columns * height
-        picture = Image.fromarray(pictures[found.place].numpy())
-        larger = picture.width < side
-        picture = picture.resize((side, side), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left + (width - side) // 2, top + 46))
-        texts = (names[found.predicted], f" {found.confidence:.0%}"), (f"is {names[found.label]}", "")
-        for line, (text, end) in enumerate(texts):
-            text = _fitting(text, font, width - 8 - font.getlength(end)) + end
-            draw.text((left + width // 2, top + 15 + 19 * line), text, fill="black", font=font, anchor="mm")
-    return np.asarray(sheet)
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """As much of a name as there is room for, in pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def show_test(job: Job, board: Board, tally: Tally, engine: Engine) -> None:
-    """Show how the test went; `tally` and `engine` are those of the test images. Rank 0's alone."""
-    alone = LocalContext(job.context.run, job.context.device)
-    places = np.array([found.place for found in tally.mistakes], dtype=np.int64)
-    pictures: dict[int, Tensor] = {}
-    if len(places):
-        loader = eval_loader(job.config, alone, job.dataset.test, engine, places)
-        pictures = pictures_of(job.config, job.dataset, loader)
-    board.judged(tally, job.dataset.class_names, pictures, job.position.global_step)
+    columns = min(4, len(mistakes))
+    rows = -(-len(mistakes) // columns)
+    figure = new_figure(1.6 * columns, 1.9 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for tile in axes:
+        tile.set_axis_off()
+    for tile, mistake in zip(axes, mistakes, strict=False):
+        tile.imshow(Image.open(io.BytesIO(mistake.png or b"")))
+        predicted, label = (shortened(names[found]) for found in (mistake.predicted, mistake.label))
+        tile.set_title(f"{predicted} {mistake.confidence:.0%}\nis {label}", fontsize=8)
+    return figure

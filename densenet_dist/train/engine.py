@@ -1,6 +1,7 @@
 """The training loop: plain PyTorch, the same for one process, torchrun and Ray.
 
-`fit` trains and tests one run, `train_epoch` walks one epoch, `train_step` takes one step, `evaluate_model` judges.
+`fit` trains and tests one run, `train_epoch` walks one epoch, `train_step` takes one step, `evaluate_model`
+and `evaluate_test_set` evaluate a model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
+from densenet_dist.data.requests import Engine
 from densenet_dist.run_folder import SUMMARY_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.board import show_test
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.classes import note_classes
@@ -29,12 +32,12 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, describe
-from densenet_dist.train.judging import Tally
 from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, restore, save, watched
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast
 from densenet_dist.train.pulse import Wish
+from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, write_test_results
 from densenet_dist.train.step_graph import StepGraph
 
 PROGRESS_EVERY_S = 0.5
@@ -177,11 +180,11 @@ def evaluate_model(
     batches: Iterable[Batch],
     device: torch.device,
     precision: str,
-    seen: Callable[[Tensor, Batch], None] | None = None,
+    on_batch: Callable[[Tensor, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches.
 
-    `seen` is told of the logits of each of them.
+    `on_batch` is called with the logits and the batch.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
@@ -190,9 +193,43 @@ def evaluate_model(
         with autocast(device, precision):
             logits = model(batch.images)
         metrics.update(F.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch.labels)
-        if seen is not None:
-            seen(logits, batch)
+        if on_batch is not None:
+            on_batch(logits, batch)
     return metrics.compute()
+
+
+def evaluate_test_set(
+    model: nn.Module,
+    config: Config,
+    context: RunContext,
+    dataset: Dataset,
+    engine: Engine,
+    watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+) -> TestResults:
+    """Evaluate a model on the test set, which is shared among the ranks; every rank calls it.
+
+    Args:
+        engine: of the test split.
+        watch: wraps the batches, to do something between two of them.
+
+    Returns:
+        The same on every rank, but rank 0 alone has the images of the mistakes.
+    """
+    loader = eval_loader(config, context, dataset.test, engine)
+    accumulator = ResultsAccumulator(dataset.num_classes)
+
+    def add(logits: Tensor, batch: Batch) -> None:
+        accumulator.update(logits, batch.labels, loader.places)
+
+    metrics = evaluate_model(model, watch(loader), context.device, config.train.precision, add)
+    accumulator.reduce(context.device)
+    results = accumulator.compute(metrics, dataset.class_names, context.device)
+    if context.rank == 0:
+        try:
+            results = add_images(results, config, dataset, engine)
+        except Exception as error:  # the results are worth more than images
+            context.report({"kind": "note", "text": f"the images of the worst mistakes could not be read: {error}"})
+    return results
 
 
 def _run_epoch(job: Job, log: RunLog | None) -> None:
@@ -256,16 +293,9 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         dist.broadcast_object_list(best, src=0)
     sync_from_rank0(list(job.eval_model.parameters()))
     engine = engine_of(config, context.device, job.dataset, job.dataset.test, job.loader)
-    loader, tally = eval_loader(config, context, job.dataset.test, engine), Tally(job.dataset.num_classes)
-    totals = evaluate_model(
-        job.eval_model,
-        watched(job, loader, lambda: leave_run(job)),
-        context.device,
-        config.train.precision,
-        lambda logits, batch: tally.add(logits, batch.labels, loader.places),
-    )
-    tally.reduce(context.device)
-    test = {f"test/{name}": totals[name] for name in ("loss", "top1", "top5")}
+    watch = partial(watched, job, leave=lambda: leave_run(job))
+    results = evaluate_test_set(job.eval_model, config, context, job.dataset, engine, watch)
+    test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
     summary = {
         "status": "early stop" if job.course.stopped else "finished",
         "epochs": job.position.epoch,
@@ -276,9 +306,11 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     }
     if log is not None:
         log.record({"epoch": best[0]["epoch"], **test}, job.position.global_step)
-        _beside(job, "TensorBoard's view of the test", lambda: show_test(job, log.board, tally, engine))
-        log.board.finished(job.position.global_step)
+        step = job.position.global_step
+        _beside(job, "TensorBoard's view of the test", lambda: log.board.test_results(results, step))
+        log.board.finished(step)
         log.close()
+        write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         log.end_tracking(summary)
     if context.rank == 0:

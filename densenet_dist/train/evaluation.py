@@ -1,30 +1,28 @@
-"""Judge a finished run again: its best or last checkpoint on any split."""
+"""Evaluate a run again: its best or last checkpoint on any split."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset, Split
-from densenet_dist.data.loader import Batch, EvalLoader
+from densenet_dist.data.loader import EvalLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, split_location
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
-from densenet_dist.train.engine import evaluate_model
+from densenet_dist.train.engine import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
-from densenet_dist.train.judging import pictures_of
 from densenet_dist.train.network import build_model
+from densenet_dist.train.results import TestResults, read_test_results
 
 
 def open_run(run: str | Path) -> RunFolder:
@@ -81,12 +79,12 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A checkpoint, and the images it is to be judged by.
+    """A checkpoint, and the images to evaluate it on.
 
     Attributes:
         model: with the checkpoint's weights, on the device.
         split: of the data set.
-        indices: the places in `split` of the images, in the order in which they are shown.
+        indices: those of the images in `split`, in the order of evaluation.
     """
 
     config: Config
@@ -97,31 +95,29 @@ class Evaluation:
     indices: Indices
     engine: Engine
 
-    def loader(self, indices: Indices | None = None) -> EvalLoader:
-        """Batches of all images, or of those at some places in the split, unaugmented."""
-        places = self.indices if indices is None else indices
-        return eval_loader(self.config, self.context, self.split, self.engine, places)
-
-    def figures(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss, top-1, top-5 and number of images."""
-        return evaluate_model(self.model, batches, self.context.device, self.config.train.precision)
+    def loader(self) -> EvalLoader:
+        """Batches of the images, unaugmented."""
+        return eval_loader(self.config, self.context, self.split, self.engine, self.indices)
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What a checkpoint says of each image that can be read.
+def load_test_results(
+    run: RunFolder, overrides: Sequence[str] = (), notify: Callable[[str], None] = lambda text: None
+) -> TestResults:
+    """The stored test results of a run; without any, those of its best checkpoint, which are not stored.
 
-    Attributes:
-        logits: (n, classes) float32 on the CPU.
-        labels: (n,) int64, the true classes.
-        indices: (n,) int64, the images' places in the split.
-        figures: ``loss``, ``top1``, ``top5``, ``images``, as `evaluate` gives them.
+    Args:
+        overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
+        notify: called with a message before the test set is evaluated.
+
+    Raises:
+        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
-
-    logits: Tensor
-    labels: Tensor
-    indices: Indices
-    figures: dict[str, float]
+    stored = read_test_results(run)
+    if stored is not None:
+        return stored
+    notify("No stored test results; evaluating the test set once")
+    found = prepare_evaluation(run, overrides=tuple(overrides))
+    return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
 
 
 def prepare_evaluation(
@@ -153,54 +149,3 @@ def prepare_evaluation(
     # One pass is not worth a measurement: torch needs none of DALI's imports.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
     return Evaluation(config, context, dataset, model.to(context.device), images, indices, engine)
-
-
-def predict(evaluation: Evaluation, limit_s: float | None = None) -> Predictions | None:
-    """Judge as `evaluate` does, in one pass too, and keep what is said of every image.
-
-    Args:
-        evaluation: model and images.
-        limit_s: seconds that the pass may take.
-
-    Returns:
-        None where the batches so far tell that the pass would take longer than that.
-    """
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    places: list[Indices] = []
-    loader, started = evaluation.loader(), time.perf_counter()
-
-    def noted() -> Iterator[Batch]:
-        for batch in loader:
-            spent = time.perf_counter() - started
-            if labels and limit_s is not None and spent / len(labels) * len(loader) > limit_s:
-                raise _TooSlow
-            labels.append(batch.labels.cpu())
-            places.append(loader.places)
-            yield batch
-
-    hook = evaluation.model.register_forward_hook(lambda _, __, output: logits.append(output.float().cpu()))
-    try:
-        figures = evaluation.figures(noted())
-    except _TooSlow:
-        return None
-    finally:
-        hook.remove()
-    return Predictions(torch.cat(logits), torch.cat(labels), np.concatenate(places), figures)
-
-
-class _TooSlow(Exception):
-    """A pass would take longer than it may."""
-
-
-def pictures_at(evaluation: Evaluation, indices: Indices) -> dict[int, Tensor]:
-    """Images as the model sees them, but not normalised.
-
-    Args:
-        evaluation: whose images.
-        indices: (n,) int64, places in the split.
-
-    Returns:
-        (H, W, 3) uint8 on the CPU, by place; those that can no longer be read are left out.
-    """
-    return pictures_of(evaluation.config, evaluation.dataset, evaluation.loader(indices))

@@ -20,7 +20,7 @@ from densenet_dist.inference.header import make_header
 from densenet_dist.inference.network import Network
 from densenet_dist.inference.trained import open_trained
 from densenet_dist.model import densenet
-from densenet_dist.train.evaluation import evaluate, predict, prepare_evaluation
+from densenet_dist.train.evaluation import evaluate, prepare_evaluation
 
 VARIANTS = {
     "notebook": {"growth_rate": 5, "num_layers": (2, 1)},
@@ -176,9 +176,10 @@ def test_python_interface(original, tmp_path, monkeypatch):
     evaluation = prepare_evaluation(original)
     picture = evaluation.dataset.test.images[7]
     (prediction,) = classifier.predict(picture, top=3)
-    assert [guess.name for guess in prediction.top] == [
-        classifier.class_names[label] for label in predict(evaluation).logits[7].topk(3).indices.tolist()
-    ]
+    with torch.no_grad():
+        logits = evaluation.model.eval()(next(iter(evaluation.loader())).images)
+    expected = logits[7].topk(3).indices.tolist()
+    assert [guess.name for guess in prediction.top] == [classifier.class_names[label] for label in expected]
     assert len(classifier.predict([picture, picture], top=99)[1].top) == 10
 
 

@@ -55,12 +55,8 @@ def test_runs_that_differ_in_their_seed_are_one_group(made):
     assert top1.mean == pytest.approx(0.51)
     assert top1.half == pytest.approx(12.7062 * 0.01 * 2**0.5 / 2**0.5, rel=1e-4)  # t with one degree of freedom
     assert groups[0].interval(lambda member: None) is None
-
-
-def test_one_experiment_is_named_by_its_first_run(made):
-    (found,) = group([made("a", "seed=0"), made("b", "seed=1")])
-    assert found.label == "a"
-    assert differences([found]) == {}
+    (alone,) = group([members[0], members[2]])
+    assert (alone.label, differences([alone])) == ("a", {})
 
 
 def test_runs_of_different_data_sets_are_refused(made):

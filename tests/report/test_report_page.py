@@ -15,13 +15,13 @@ from runs import tiny
 from densenet_dist.cli import main
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config
-from densenet_dist.errors import StorageError
+from densenet_dist.errors import DataError, StorageError
 from densenet_dist.report import report_at_end, report_run, report_runs
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import open_run
 
 RECORDS = ["Accuracy and loss", "Learning rate, throughput, data wait and goodput", "Test images"]
-JUDGED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confident mistakes"]
+TESTED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confident mistakes"]
 SETUP = ["Model", "Configuration", "Environment"]
 
 
@@ -36,9 +36,33 @@ def lines(page, first):
     return found
 
 
-def test_a_run_ends_with_its_page(finished, page_of, opened):
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs ``densenet-dist report`` in the folder above runs/; gives exit code, output and error output."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", *map(str, arguments)])
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """Evaluating anything fails."""
+
+    def fail(*arguments, **settings):
+        raise AssertionError("the test set is evaluated")
+
+    monkeypatch.setattr("densenet_dist.train.engine.evaluate_model", fail)
+    monkeypatch.setattr("densenet_dist.train.evaluation.prepare_evaluation", fail)
+
+
+def test_a_run_ends_with_its_page(finished, page_of):
     page = page_of(finished / "report.html")
-    assert page.titles == [*RECORDS, *JUDGED, *SETUP]
+    assert page.titles == [*RECORDS, *TESTED, *SETUP]
     assert page.needs_nothing_else()
     assert page.pictures[:6] == [
         "top-1 accuracy (%) against epoch",
@@ -50,19 +74,31 @@ def test_a_run_ends_with_its_page(finished, page_of, opened):
     ]
     assert len([picture for picture in page.pictures if "predicted" in picture]) == 24
     summary = json.loads((finished / "summary.json").read_text())
-    assert f"top-1 {summary['test/top1'] * 100:.2f}\xa0%" in page.text
+    results = json.loads((finished / "test_results.json").read_text())
+    for name in ("loss", "top1", "top5"):
+        assert results[name] == summary[f"test/{name}"]
+    assert page.text.count(f"top-1 {summary['test/top1'] * 100:.2f}\xa0%, top-5") == 1
+    assert f"<dd>{results['top1'] * 100:.2f}\xa0%, {results['top5'] * 100:.2f}\xa0%</dd>" in page.text
     environment = json.loads((finished / "env.json").read_text())
     assert environment["packages"]["torch"] in page.text
     assert (environment["git"] or "not known").partition("+")[0] in page.text
     assert "growth_rate: 4" in page.text
     hours = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])["perf/device_hours"]
     assert 0 < hours * 3600 < 600
-    assert re.search(rf"{hours:.3g}\s(worker|GPU)-hours, of all workers", page.text)
+    assert re.search(rf"{hours:.3g}&nbsp;(worker|GPU)-hours of all workers", page.text)
     for picture in ("curves.png", "confusion.png"):
         assert imread(finished / picture).shape[2] == 4
-    dom = opened(finished / "report.html")
-    assert 'loading="lazy"' not in dom  # what is printed, or photographed as a whole, would miss them
-    assert all(f">{title}</h2>" in dom for title in page.titles)
+
+
+def test_pages_open_in_a_browser(finished, run, tmp_path, opened):
+    report_runs([finished, run], tmp_path / "compared.html")
+    for page, titles in (
+        (finished / "report.html", [*RECORDS, *TESTED, *SETUP]),
+        (tmp_path / "compared.html", ["Results", "Runs"]),
+    ):
+        dom = opened(page)
+        assert 'loading="lazy"' not in dom  # what is printed, or photographed as a whole, would miss them
+        assert all(f">{title}</h2>" in dom for title in titles)
 
 
 def test_model_summary(finished, page_of):
@@ -72,63 +108,74 @@ def test_model_summary(finished, page_of):
     assert by_name["conv0"] == ["Conv2d", "(N, 8, 32, 32)", f"{3 * 8 * 9:,}"]
     assert by_name["denseblock1"] == ["DenseBlock", "(N, 12, 32, 32)", f"{4 * 8 + 8 * 16 + 4 * 16 + 16 * 4 * 9:,}"]
     assert by_name["transition1"][1] == "(N, 6, 16, 16)"
-    assert by_name["norm5"] == ["BatchNorm2d", "(N, 10, 16, 16)", "40"]
     assert by_name["classifier"] == ["Linear", "(N, 10)", "110"]
 
 
-def test_the_notebooks_net_has_as_many_parameters_as_keras_counted(tmp_path, page_of):
-    net = {"model": {"variant": "notebook", "growth_rate": 35, "num_layers": [12, 12, 12, 12]}}
-    config = load_config(tiny(tmp_path, "data.limit=8", "train.epochs=1"), net)
-    result = fit(config, listener=lambda event: None)
-    page = page_of(result.page)
-    assert "notebook, 3,532,210 trainable parameters" in page.text
-    assert "<dt>Trainable</dt><dd>3,532,210</dd>" in page.text
-    rows = lines(page, "layer")
-    assert sum(int(row[3].replace(",", "")) for row in rows if row[0].strip("\xa0") in ("features", "classifier")) == (
-        3_532_210 + 25_480
-    )
-
-
-def test_without_judging_the_records_are_enough(run, page_of):
-    (run / "confusion.png").unlink()
+def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, command, no_evaluation, page_of):
+    before = (run / "report.html").read_bytes()
     shutil.rmtree(run / "checkpoints")
     (run / "env.json").unlink()
-    assert report_run(run, judges=False) == str(run / "report.html")
+    assert command("tiny", "--root", "/nowhere") == (0, f"page: {run / 'report.html'}\n", "")
+    page = page_of(run / "report.html")
+    assert page.titles == [*RECORDS, *TESTED, *SETUP]
+    assert "no checkpoint yet" in page.text
+    assert (run / "report.html").read_bytes() != before
+    assert command("tiny", "--out", "x.html") == (0, "page: x.html\n", "")
+    assert command("tiny", run) == (0, "page: report.html\n", "")
+    names = {path.name for path in run.parent.parent.glob("*.*")}
+    assert names == {"x.html", "curves.png", "confusion.png", "report.html"}
+    code, _, err = command("nowhere")
+    assert code == 5
+    assert "there is no run at" in err
+    assert command("tiny", "--out", "no/such/folder.html")[0] == 5
+    assert command("tiny", "--out", "s3://bucket/page.html")[0] == 2
+
+
+def test_a_run_without_stored_test_results_is_evaluated_once(run, command, page_of):
+    stored = page_of(run / "report.html")
+    for name in ("test_results.json", "confusion.png"):
+        (run / name).unlink()
+    assert (
+        command("tiny", "--no-evaluate") == command("tiny", "--no-judge") == (0, f"page: {run / 'report.html'}\n", "")
+    )
     page = page_of(run / "report.html")
     assert page.titles == [*RECORDS, *SETUP]
-    assert "no checkpoint yet" in page.text
     assert f"densenet-dist report {run}" in page.text
     assert not (run / "confusion.png").exists()
+    code, _, err = command("tiny")
+    assert (code, err) == (0, "No stored test results; evaluating the test set once\n")
+    page = page_of(run / "report.html")
+    assert page.titles == stored.titles
+    assert page.rows == stored.rows
+    assert (run / "confusion.png").exists()
+    assert not (run / "test_results.json").exists()
+    changes = ("data.name=cifar10", "data.root=nowhere", "data.download=false")
+    with pytest.raises(DataError, match="--no-evaluate"):
+        report_run(run, overrides=changes)
 
 
 def test_names_are_escaped(run, page_of):
     text = (run / "env.json").read_text()
     (run / "env.json").write_text(text.replace('"host": "', '"host": "<script>alert(1)</script>'))
-    report_run(run, judges=False)
+    report_run(run)
     page = page_of(run / "report.html")
     assert "<script>alert" not in page.text
     assert "&lt;script&gt;alert(1)" in page.text
 
 
-def test_a_run_on_an_object_store_has_its_page_there(run, s3, tmp_path, page_of):
-    uri = s3 % "/reports/tiny"
-    (run / "report.html").unlink()
-    there = RunFolder(s3 % "/reports", "tiny")
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "summary.json", "checkpoints"):
-        source = run / name
-        target = there.path / name
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-        there.publish(name)
-    assert report_run(uri) == "s3://bucket/reports/tiny/report.html"
+def test_a_run_on_an_object_store_has_its_page_there(s3, tmp_path, page_of):
+    result = fit(tiny(s3 % "/reports", "train.epochs=1"), listener=lambda event: None)
     filesystem, _ = fs.FileSystem.from_uri(s3 % "")
     names = {info.base_name for info in filesystem.get_file_info(fs.FileSelector("bucket/reports/tiny"))}
-    assert names >= {"report.html", "curves.png", "confusion.png"}
-    page = page_of(open_run(uri).fetch("report.html"))
-    assert page.titles == [*RECORDS, *JUDGED, *SETUP]
-    assert f"densenet-dist evaluate &#39;{uri.replace('&', '&amp;')}&#39;" in page.text  # it can be copied as it is
+    assert names >= {"test_results.json", "report.html", "curves.png", "confusion.png"}
+    filesystem.delete_file("bucket/reports/tiny/report.html")
+    assert report_run(result.run) == result.page == "s3://bucket/reports/tiny/report.html"
+    page = page_of(open_run(result.run).fetch("report.html"))
+    assert page.titles == [*RECORDS, *TESTED, *SETUP]
+    assert f"densenet-dist evaluate &#39;{result.run.replace('&', '&amp;')}&#39;" in page.text  # as it is typed
 
 
-def test_several_runs_side_by_side(run, tmp_path, page_of, opened):
+def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     folders = [run]
     for seed, gain in ((1, 0.02), (2, 0.04)):
         folders.append(shutil.copytree(run, tmp_path / "runs" / f"seed{seed}"))
@@ -146,7 +193,6 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, opened):
     assert second[:3] == ["train.lr=0.01", "1", f"{top1:.2f}"]
     assert [row[0] for row in lines(page, "run")] == ["tiny", "seed1", "seed2", "other"]
     assert len(lines(page, "class")) == 10
-    assert ">Results</h2>" in opened(out)
 
 
 def _change(folder: Path, seed: str, gain: float, lr: str = "0.05") -> None:
@@ -167,38 +213,15 @@ def test_a_run_without_epochs_is_refused(run):
 def test_at_the_end_nothing_is_raised(run):
     (run / "report.html").unlink()
     (run / "report.html").mkdir()
-    assert "could not be written" in report_at_end(open_run(run), judges=False)
-    (run / "report.html").rmdir()
-    weights = next((run / "checkpoints").glob("step-*/model.safetensors"))
-    weights.write_bytes(b"damaged")
-    assert "lacks the test images" in report_at_end(open_run(run), judges=True)
-    assert "Accuracy and loss" in (run / "report.html").read_text()
+    assert "could not be written" in report_at_end(RunFolder(str(run.parent), run.name))
 
 
-def test_command(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main(["report", *arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    assert command("tiny", "--no-judge") == (0, f"page: {run / 'report.html'}\n", "")
-    assert command("tiny", "--no-judge", "--out", "x.html") == (0, "page: x.html\n", "")
-    assert {"x.html", "curves.png"} <= {path.name for path in tmp_path.iterdir()}
-    assert command("tiny", str(run), "--no-judge") == (0, "page: report.html\n", "")
-    assert (tmp_path / "report.html").exists()
-    code, _, err = command("nowhere")
-    assert code == 5
-    assert "there is no run at" in err
-    assert command("tiny", "--out", "no/such/folder.html")[0] == 5
-    assert command("tiny", "--out", "s3://bucket/page.html")[0] == 2
-
-
-def test_trained_again_the_page_is_new(run):
-    before = (run / "report.html").read_bytes()
+def test_trained_again_page_and_test_results_are_new(run):
     (run / "summary.json").unlink()
-    config = tiny(run.parent, *(f"{key}" for key in ("train.epochs=2",)))
+    (run / "test_results.json").write_text("old")
+    (run / "report.html").write_text("old")
+    config = tiny(run.parent, "train.epochs=2")
     assert load_config(run / "config.yaml").train == config.train
-    fit(config, resume=True, listener=lambda event: None)
-    assert (run / "report.html").read_bytes() != before  # the machine's time is on it
+    result = fit(config, resume=True, listener=lambda event: None)
+    assert json.loads((run / "test_results.json").read_text())["top1"] == result.summary["test/top1"]
+    assert "Confusion matrix" in (run / "report.html").read_text()

@@ -83,15 +83,15 @@ def test_names_of_runs_and_what_their_files_say(run: Path, tmp_path: Path):
     copies = [tmp_path / f"{NASTY}{number}" for number in range(2)]
     for copy in copies:
         shutil.copytree(run, copy)
-        for name in ("env.json", "summary.json", "config.yaml", "metrics.jsonl"):
+        for name in ("env.json", "summary.json", "config.yaml", "metrics.jsonl", "test_results.json"):
             path = copy / name
             if path.exists():
                 text = path.read_text().replace("finished", NASTY).replace("Linux", NASTY)
                 path.write_text(re.sub(r'("(?:host|cpu|command|python|git)": )"[^"]*"', rf'\1"{NASTY}"', text))
-    page = Page(Path(report_run(copies[0], judges=False)).read_text())
+    page = Page(Path(report_run(copies[0], evaluate=False)).read_text())
     assert page.is_harmless()
     assert NASTY in page.text
-    report_runs(copies, tmp_path / "all.html", judges=True)
+    report_runs(copies, tmp_path / "all.html")
     page = Page((tmp_path / "all.html").read_text())
     assert page.is_harmless()
     assert NASTY in page.text
@@ -101,6 +101,6 @@ def test_values_of_settings(run: Path, tmp_path: Path):
     config = runs.load_config(run / "config.yaml")
     shutil.copytree(run, tmp_path / "tiny")
     (tmp_path / "tiny" / "config.yaml").write_text(to_yaml(config).replace(config.data.root, f"'/{NASTY}'"))
-    page = Page(Path(report_run(tmp_path / "tiny", judges=False)).read_text())
+    page = Page(Path(report_run(tmp_path / "tiny", evaluate=False)).read_text())
     assert page.is_harmless()
     assert NASTY in page.text

@@ -38,23 +38,17 @@ def expected(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return {"loss": loss, "top1": top1, "top5": top5, "images": float(len(classes))}
 
 
-@pytest.mark.parametrize("classes", [2, 3, 5, 10, 100])
-def test_batches_of_any_size_add_up_to_numpys_means(classes):
+@pytest.mark.parametrize("classes", [2, 5, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_any_size_add_up_to_numpys_means(classes, dtype):
     logits, labels = batch(101, classes)
     metrics = Metrics(CPU)
     for start, stop in ((0, 1), (1, 40), (40, 101)):
-        count(metrics, logits[start:stop], labels[start:stop])
+        count(metrics, logits[start:stop].to(dtype), labels[start:stop])
     found = metrics.compute()
-    assert found == pytest.approx(expected(logits, labels), rel=1e-6)
+    assert found == pytest.approx(expected(logits.to(dtype).float(), labels), rel=1e-6)
     assert 0 < found["top1"] < found["top5"]
     assert (found["top5"] == 1.0) == (classes <= 5)
-
-
-def test_half_precision_logits_are_ranked_as_they_are():
-    logits, labels = batch(64, 10)
-    metrics = Metrics(CPU)
-    count(metrics, logits.bfloat16(), labels)
-    assert metrics.compute() == pytest.approx(expected(logits.bfloat16().float(), labels), rel=1e-6)
 
 
 def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
@@ -68,23 +62,14 @@ def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
     assert metrics.compute() == pytest.approx(blended, rel=1e-5)
 
 
-def test_nothing_counted_is_zero_and_not_an_error():
-    assert Metrics(CPU).compute() == {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0.0}
-
-
-def test_no_gradient_is_held():
-    logits, labels = batch(4, 10)
+def test_nothing_counted_is_zero_and_many_images_stay_exact():
     metrics = Metrics(CPU)
-    count(metrics, logits.requires_grad_(), labels)
-    assert not metrics.sums.requires_grad
-
-
-def test_sums_stay_exact_over_many_images():
-    metrics = Metrics(CPU)
+    assert metrics.compute() == {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0.0}
     metrics.sums += torch.tensor([0.0, 0.0, 0.0, 2.0**30], dtype=torch.float64)
     logits, labels = batch(1, 10)
-    count(metrics, logits, labels)
+    count(metrics, logits.requires_grad_(), labels)
     assert metrics.compute()["images"] == 2**30 + 1  # float32 would have lost the one
+    assert not metrics.sums.requires_grad
 
 
 SHARES = [slice(0, 7), slice(7, 30)]

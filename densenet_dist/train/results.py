@@ -1,0 +1,264 @@
+"""Results on the test set: counted over all ranks in one pass, stored in the run's folder as test_results.json.
+
+Nothing here grows with the number of images times the number of classes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from pydantic import Base64Bytes, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from torch import Tensor
+
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.loader import EvalLoader
+from densenet_dist.data.requests import Engine
+from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
+from densenet_dist.schema import Config
+from densenet_dist.train.inputs import normalisation
+
+THRESHOLDS: Final = 127
+"""Of precision-recall curves: TensorBoard does not show more."""
+BINS: Final = 15
+"""Of confidence, for calibration."""
+MAX_MISTAKES: Final = 24
+_IMAGE_SIDE: Final = 128
+
+_AS_LISTS = PlainSerializer(np.ndarray.tolist)
+Counts = Annotated[npt.NDArray[np.int64], PlainValidator(partial(np.asarray, dtype=np.int64)), _AS_LISTS]
+Numbers = Annotated[npt.NDArray[np.float64], PlainValidator(partial(np.asarray, dtype=np.float64)), _AS_LISTS]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A misclassified image.
+
+    Attributes:
+        index: its index in the test split.
+        label: its true class.
+        predicted: the predicted class.
+        confidence: the probability of the predicted class.
+        label_probability: the probability of the true class.
+        png: the image as the model sees it, at most 128 pixels wide; None if the file can no longer be read.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    confidence: float
+    label_probability: float
+    png: Base64Bytes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Confidence compared with accuracy (Guo et al. 2017, "On Calibration of Modern Neural Networks", sec. 2).
+
+    Attributes:
+        images: (bins,) int64, images whose confidence is in the bin ((m - 1) / bins, m / bins].
+        confidence: (bins,) float64, their mean confidence; 0 for an empty bin.
+        accuracy: (bins,) float64, their accuracy; 0 for an empty bin.
+    """
+
+    images: Counts
+    confidence: Numbers
+    accuracy: Numbers
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the gap between accuracy and confidence, averaged over images."""
+        return float((self.images * np.abs(self.accuracy - self.confidence)).sum() / self.images.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class TestResults:
+    """Results of one checkpoint on the test set.
+
+    Attributes:
+        class_names: by label.
+        loss, top1, top5: mean cross-entropy and accuracies in [0, 1] over `images` images.
+        confusion: (classes, classes) int64, images by true class (row) and predicted class (column).
+        calibration: in `BINS` bins.
+        mistakes: the `MAX_MISTAKES` with the highest confidence, highest first.
+        device: the type of device that computed them.
+        curves: (classes, 4, `THRESHOLDS`), see `ResultsAccumulator.curves`; not stored, so None after reading.
+    """
+
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
+
+    class_names: tuple[str, ...]
+    loss: float
+    top1: float
+    top5: float
+    images: float
+    confusion: Counts
+    calibration: Calibration
+    mistakes: tuple[Mistake, ...]
+    device: str
+    curves: Annotated[Numbers | None, Field(exclude=True)] = None
+
+    def __post_init__(self) -> None:
+        classes, bins = len(self.class_names), self.calibration
+        shapes = [values.shape for values in (self.confusion, bins.images, bins.confidence, bins.accuracy)]
+        labels = [label for mistake in self.mistakes for label in (mistake.label, mistake.predicted)]
+        if shapes != [(classes, classes), (BINS,), (BINS,), (BINS,)] or not set(labels) <= set(range(classes)):
+            raise ValueError("the numbers of classes and bins do not agree")
+
+    @property
+    def class_accuracy(self) -> Numbers:
+        """(classes,) float64: share of each class's images that are recognised; NaN for a class without images."""
+        with np.errstate(invalid="ignore"):
+            accuracy: Numbers = np.diag(self.confusion) / self.confusion.sum(1)
+        return accuracy
+
+
+class ResultsAccumulator:
+    """Accumulates `TestResults` over the batches of one rank, then over all ranks.
+
+    Attributes:
+        confusion: (classes, classes) int64 on the CPU.
+        scores: (2, classes, `THRESHOLDS`) int64 on the CPU: images by their probability of each class, in bins
+            [i, i + 1) / (THRESHOLDS - 1); first images of other classes, then images of that class.
+        calibration: (3, `BINS`) float64 on the CPU: images, summed confidence and correct predictions by confidence.
+        mistakes: as in `TestResults`, without images.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.scores = torch.zeros(2, num_classes, THRESHOLDS, dtype=torch.int64)
+        self.calibration = torch.zeros(3, BINS, dtype=torch.float64)
+        self.mistakes: list[Mistake] = []
+
+    def update(self, logits: Tensor, labels: Tensor, indices: Counts) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (n, classes), any float dtype.
+            labels: (n,) int64.
+            indices: (n,) int64, the images' indices in the split.
+        """
+        classes = len(self.confusion)
+        predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # equal logits: the same one as in top-1
+        probabilities, labels = logits.float().cpu().double().softmax(1).nan_to_num(), labels.cpu()
+        confidence, label_probability = (
+            probabilities.gather(1, chosen[:, None])[:, 0] for chosen in (predicted, labels)
+        )
+        self.confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+        self._add_scores(probabilities, labels)
+        bins = torch.bucketize(confidence, torch.arange(1, BINS, dtype=torch.float64) / BINS)
+        correct = (predicted == labels).double()
+        self.calibration.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct]))
+        values = torch.from_numpy(indices), labels, predicted, confidence, label_probability
+        wrong = predicted != labels
+        self._keep_worst(Mistake(*found) for found in zip(*(value[wrong].tolist() for value in values), strict=True))
+
+    def reduce(self, device: torch.device) -> None:
+        """Add up the counts of all ranks, on each of them. A collective call on `device`."""
+        if not dist.is_initialized():
+            return
+        for counts in (self.confusion, self.scores, self.calibration):
+            on_device = counts.to(device)
+            dist.all_reduce(on_device)
+            counts.copy_(on_device)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self.mistakes)
+        self.mistakes = []
+        self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
+
+    def curves(self) -> Numbers:
+        """(classes, 4, `THRESHOLDS`): true positives, false positives, true negatives, false negatives of each class.
+
+        An image counts as positive if its probability reaches the threshold i / (THRESHOLDS - 1).
+        """
+        reached = self.scores.double().flip(2).cumsum(2).flip(2).numpy()
+        false_positives, true_positives = reached
+        true_negatives, false_negatives = (hits[:, :1] - hits for hits in (false_positives, true_positives))
+        return np.stack([true_positives, false_positives, true_negatives, false_negatives], axis=1)
+
+    def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
+        """The results; `metrics` are those of the same images."""
+        images, confidence, correct = self.calibration.numpy()
+        filled = np.maximum(images, 1)
+        return TestResults(
+            class_names=class_names,
+            **metrics,
+            confusion=self.confusion.numpy(),
+            calibration=Calibration(images.astype(np.int64), confidence / filled, correct / filled),
+            mistakes=tuple(self.mistakes),
+            device=device.type,
+            curves=self.curves(),
+        )
+
+    def _add_scores(self, probabilities: Tensor, labels: Tensor) -> None:
+        classes = len(self.confusion)
+        bins = (probabilities * (THRESHOLDS - 1)).long() + torch.arange(classes) * THRESHOLDS
+        own = bins.gather(1, labels[:, None])
+        total, positive = (torch.bincount(found.flatten(), minlength=classes * THRESHOLDS) for found in (bins, own))
+        self.scores += torch.stack([total - positive, positive]).view_as(self.scores)
+
+    def _keep_worst(self, mistakes: Iterable[Mistake]) -> None:
+        self.mistakes = sorted([*self.mistakes, *mistakes], key=lambda found: (-found.confidence, found.index))
+        del self.mistakes[MAX_MISTAKES:]
+
+
+def add_images(results: TestResults, config: Config, dataset: Dataset, engine: Engine) -> TestResults:
+    """Read the images of the mistakes again, with the engine of the test split; one rank calls it.
+
+    Raises:
+        DataError: an image can no longer be read, and ``data.on_bad_image`` is error.
+    """
+    indices = np.array([mistake.index for mistake in results.mistakes], dtype=np.int64)
+    size, geometry = config.train.eval_batch_size, config.data.augment
+    loader = EvalLoader(dataset.test, indices, engine=engine, batch_size=size, geometry=geometry)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(config, dataset))
+    images: dict[int, bytes] = {}
+    for batch in loader if len(indices) else ():
+        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        pngs = [_png(image.numpy()) for image in pixels.permute(0, 2, 3, 1)]
+        images |= dict(zip(loader.places.tolist(), pngs, strict=True))
+    mistakes = tuple(replace(mistake, png=images.get(mistake.index)) for mistake in results.mistakes)
+    return replace(results, mistakes=mistakes)
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_test_results(run: RunFolder, results: TestResults) -> None:
+    """Write test_results.json into the run's folder."""
+    run.write(TEST_RESULTS_FILE, TypeAdapter(TestResults).dump_json(results).decode() + "\n")
+
+
+def read_test_results(run: RunFolder) -> TestResults | None:
+    """Read test_results.json of a run.
+
+    Returns:
+        None if the run has none: it is not finished, or was made by an older version.
+
+    Raises:
+        StorageError: the file is damaged or cannot be read.
+    """
+    if not run.exists(TEST_RESULTS_FILE):
+        return None
+    try:
+        return TypeAdapter(TestResults).validate_json(run.fetch(TEST_RESULTS_FILE).read_bytes())
+    except (ValueError, TypeError, OverflowError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise StorageError(
+            f"{run.uri}/{TEST_RESULTS_FILE} is damaged: {problem}\n  delete it: the test set is then evaluated again"
+        ) from error

@@ -1,0 +1,161 @@
+"""Results on the test set: against NumPy, over ranks, of bounded size, and read back from the run's folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from PIL import Image
+from runs import context_of, run_of, tiny, train
+
+from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import RunFolder
+from densenet_dist.train import results as module
+from densenet_dist.train.engine import evaluate_test_set
+from densenet_dist.train.evaluation import prepare_evaluation
+from densenet_dist.train.results import BINS, THRESHOLDS, ResultsAccumulator, read_test_results, write_test_results
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    config = tiny(tmp_path_factory.mktemp("results"), "train.epochs=1")
+    train(config)
+    return run_of(config).path
+
+
+def evaluated(run: Path) -> module.TestResults:
+    found = prepare_evaluation(run)
+    return evaluate_test_set(found.model, found.config, context_of(found.config), found.dataset, found.engine)
+
+
+def test_results_are_those_that_numpy_computes(run):
+    found = prepare_evaluation(run)
+    labels = found.dataset.test.labels
+    with torch.no_grad():
+        logits = torch.cat([found.model.eval()(batch.images) for batch in found.loader()]).double().numpy()
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(1, keepdims=True)
+    predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+    correct = predicted == labels
+
+    results = evaluated(run)
+    assert results.images == len(labels) == 75
+    assert results.top1 == correct.mean()
+    assert results.top5 == (np.argsort(-logits, 1)[:, :5] == labels[:, None]).any(1).mean()
+    assert results.loss == pytest.approx(-np.log(probabilities[np.arange(75), labels]).mean(), rel=1e-6)
+    confusion = np.zeros((10, 10), dtype=int)
+    np.add.at(confusion, (labels, predicted), 1)
+    np.testing.assert_array_equal(results.confusion, confusion)
+    np.testing.assert_allclose(
+        results.class_accuracy, [correct[labels == label].mean() for label in range(10)], rtol=1e-12
+    )
+    bins = np.ceil(confidence * BINS).astype(int) - 1
+    gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).sum() for b in set(bins)]
+    assert results.calibration.images.tolist() == np.bincount(bins, minlength=BINS).tolist()
+    assert results.calibration.ece == pytest.approx(sum(gaps) / 75, rel=1e-6)
+
+    wrong = [index for index in np.argsort(-confidence, kind="stable") if not correct[index]][:24]
+    assert [mistake.index for mistake in results.mistakes] == wrong
+    for mistake in results.mistakes:
+        index = mistake.index
+        assert (mistake.label, mistake.predicted) == (labels[index], predicted[index])
+        assert mistake.confidence == pytest.approx(confidence[index])
+        assert mistake.label_probability == pytest.approx(probabilities[index, labels[index]])
+        pixels = np.asarray(Image.open(io.BytesIO(mistake.png)))
+        np.testing.assert_array_equal(pixels, found.dataset.test.images[index])
+
+    thresholds = np.arange(THRESHOLDS) / (THRESHOLDS - 1)
+    claimed = probabilities[:, :, None] >= thresholds
+    true = (labels[:, None] == np.arange(10))[:, :, None]
+    counts = [claimed & true, claimed & ~true, ~claimed & ~true, ~claimed & true]
+    np.testing.assert_array_equal(results.curves, np.stack([count.sum(0) for count in counts], axis=1))
+
+
+def test_a_confidence_on_an_edge_is_in_the_bin_below():
+    accumulator = ResultsAccumulator(2)
+    accumulator.update(torch.tensor([[0.0, 0.0], [800.0, 0.0]]).double(), torch.tensor([0, 0]), np.arange(2))
+    images, confidence, correct = accumulator.calibration.tolist()
+    assert [b for b, count in enumerate(images) if count] == [7, 14]  # 0.5 in (7/15, 8/15], 1 in (14/15, 1]
+    assert (sum(confidence), sum(correct)) == (1.5, 2)
+
+
+def test_two_ranks_together_have_the_results_of_one(run):
+    whole, (first, second) = evaluated(run), run_ranks(evaluated, 2, run)
+    for part in (first, second):
+        assert (part.top1, part.top5, part.images) == (whole.top1, whole.top5, whole.images)
+        assert part.loss == pytest.approx(whole.loss, rel=1e-6)
+        np.testing.assert_array_equal(part.confusion, whole.confusion)
+        np.testing.assert_array_equal(part.calibration.images, whole.calibration.images)
+        assert part.calibration.ece == pytest.approx(whole.calibration.ece, rel=1e-5)
+        assert [m.index for m in part.mistakes] == [m.index for m in whole.mistakes]
+    assert [m.png for m in first.mistakes] == [m.png for m in whole.mistakes]
+    assert first.loss == second.loss
+
+
+def test_with_1000_classes_the_size_does_not_depend_on_the_number_of_images(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    sizes = []
+    for count in (50, 2000):
+        accumulator, draw = ResultsAccumulator(1000), torch.Generator().manual_seed(0)
+        for start in range(0, count, 50):
+            logits = torch.randn(50, 1000, generator=draw)
+            accumulator.update(logits, torch.randint(1000, (50,), generator=draw), np.arange(start, start + 50))
+        held = sum(value.numel() for value in vars(accumulator).values() if isinstance(value, torch.Tensor))
+        assert held <= 1000**2 + 2 * 1000 * THRESHOLDS + 3 * BINS
+        metrics = {"loss": 7.0, "top1": 0.5, "top5": 0.5, "images": float(count)}
+        names = tuple(f"class {label}" for label in range(1000))
+        folder.create()
+        write_test_results(folder, accumulator.compute(metrics, names, torch.device("cpu")))
+        sizes.append((folder.path / "test_results.json").stat().st_size)
+    assert sizes[1] < sizes[0] + 1000
+    assert read_test_results(folder).images == 2000
+
+
+def test_what_is_stored_is_what_was_computed(run):
+    results, stored = evaluated(run), read_test_results(RunFolder(str(run.parent), run.name))
+    summary = json.loads((run / "summary.json").read_text())
+    assert (stored.loss, stored.top1, stored.top5) == tuple(summary[f"test/{key}"] for key in ("loss", "top1", "top5"))
+    assert stored.mistakes == results.mistakes
+    np.testing.assert_array_equal(stored.confusion, results.confusion)
+    np.testing.assert_array_equal(stored.calibration.confidence, results.calibration.confidence)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"confusion": [[1]]}, {"class_names": 3}, {"top1": "?"}, {"mistakes": [{"index": 0, "label": 99}]}, None],
+)
+def test_a_damaged_file_is_named(run, tmp_path, change):
+    stored = json.loads((run / "test_results.json").read_text())
+    text = json.dumps(stored | change) if change else "{"
+    RunFolder(str(tmp_path), "run").write("test_results.json", text)
+    with pytest.raises(StorageError, match=r"test_results.json is damaged: .*\n  delete it"):
+        read_test_results(RunFolder(str(tmp_path), "run"))
+
+
+def test_images_that_can_no_longer_be_read_are_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, kind, count in (("train", "a", 4), ("train", "b", 4), ("test", "a", 5), ("test", "b", 5)):
+        folder = tmp_path / "set" / part / kind
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    settings = ("data.name=folder", f"data.root={tmp_path / 'set'}", "data.image_size=16", "data.limit=null")
+    more = ("data.on_bad_image=skip", "train.global_batch_size=4", "train.eval_batch_size=2", "train.epochs=1")
+    config = tiny(tmp_path, *settings, *more, "data.val_fraction=0.25", "data.augment=none")
+    train(config)
+    found = prepare_evaluation(run_of(config))
+    files = found.split.images
+    for index in (0, 1, 4):  # a whole batch, and one of two
+        files.path(index).write_bytes(b"")
+    results = evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
+    assert results.images == 7
+    assert results.confusion.sum(1).tolist() == [2, 5]
+    assert {mistake.index for mistake in results.mistakes} <= {2, 3, 5, 6, 7, 8, 9}
+    for mistake in results.mistakes:
+        shown, file = Image.open(io.BytesIO(mistake.png)), Image.open(files.path(mistake.index))
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(file))
