@@ -10,8 +10,8 @@ import numpy as np
 from densenet_dist.pages.confusion import MOST_CLASSES, MOST_NAMES
 from densenet_dist.pages.render import percent, render
 from densenet_dist.report.figures import calibration_pictures, confusion_picture, progress_pictures, result_pictures
-from densenet_dist.train.results import BINS, TestResults
 from densenet_dist.report.record import RunRecord
+from densenet_dist.train.results import BINS, TestResults
 
 _MOST_PAIRS: Final = 12
 _LOSSES: Final = {
