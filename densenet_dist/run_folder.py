@@ -7,6 +7,7 @@ process and published file by file; readers fetch what they need.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -180,6 +181,24 @@ class RunFolder:
             os.replace(beside, target)
             sync_folder(target.parent)
         self.publish(relative)
+
+    def read_json(self, relative: str) -> dict[str, Any]:
+        """The object in a JSON file; empty where there is no file.
+
+        Raises:
+            StorageError: the file is damaged, or cannot be read.
+        """
+        if not self.exists(relative):
+            return {}
+        try:
+            found = json.loads(self.fetch(relative).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise StorageError(
+                f"{self.uri}/{relative} is damaged: {error}\n  delete it, or bring back a copy"
+            ) from error
+        return found
 
     @contextmanager
     def _errors(self, what: str, mend: str = _LATER) -> Iterator[None]:

@@ -45,18 +45,15 @@ def report(
     densenet-dist report s3://bucket/runs/k24    (the page goes there)
     densenet-dist report runs/seed0 runs/seed1 runs/k24 --out compared.html
     """
-    from densenet_dist.report.writing import PAGE_FILE, report_run, report_runs
+    from densenet_dist.report.writing import PAGE_FILE, write_report
 
     if out is not None and "://" in out:
         raise ConfigError(f"--out {out}: is a file of this machine; a run on an object store has its page there anyway")
     overrides = () if root is None else (f"data.root={root}",)
     path = None if out is None else Path(out)
     notify = partial(typer.echo, err=True)
-    if len(runs) == 1:
-        require_writable(path)
-        written = report_run(runs[0], evaluate=evaluate, out=path, overrides=overrides, notify=notify)
-    else:
+    if len(runs) > 1:
         path = path or Path(PAGE_FILE)
-        require_writable(path)
-        written = report_runs(runs, path, evaluate=evaluate, overrides=overrides, notify=notify)
+    require_writable(path)
+    written = write_report(runs, path, evaluate=evaluate, overrides=overrides, notify=notify)
     typer.echo(f"page: {written}")

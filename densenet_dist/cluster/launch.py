@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from densenet_dist.cluster.result import Result, location_of, read_summary
+from densenet_dist.cluster.result import Result, location_of
 from densenet_dist.cluster.resuming import is_finished, tell_of_changes
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
@@ -70,7 +70,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     resume = resume and run.exists()
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
-        return Result(location_of(run), read_summary(run))
+        return Result(location_of(run), run.read_json(SUMMARY_FILE))
     with _signals_as_before():
         summary = _train(config, run, resume, listener)
     if _is_writer():

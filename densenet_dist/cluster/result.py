@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,22 +168,7 @@ def load_run(run: str | Path) -> Result:
     from densenet_dist.train.evaluation import open_run
 
     folder = open_run(run)
-    return Result(location_of(folder), read_summary(folder))
-
-
-def read_summary(folder: RunFolder) -> dict[str, Any]:
-    """summary.json of a run; empty until it has finished.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    if not folder.exists(SUMMARY_FILE):
-        return {}
-    try:
-        found = json.loads(folder.fetch(SUMMARY_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(f"{folder.uri}/{SUMMARY_FILE} is damaged: {error}\n  bring back a copy") from error
-    return dict(found)
+    return Result(location_of(folder), folder.read_json(SUMMARY_FILE))
 
 
 def location_of(folder: RunFolder) -> str:

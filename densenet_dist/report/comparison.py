@@ -8,7 +8,8 @@ from typing import Any, Final, NamedTuple
 from densenet_dist.pages.render import render
 from densenet_dist.pages.svg import RUNS, colour, drawing, new_figure, to_svg
 from densenet_dist.report.figures import line, logarithmic, points_of, whole_epochs
-from densenet_dist.report.groups import Group, Interval, Member, differences, group, interval
+from densenet_dist.report.groups import Group, Interval, differences, group, interval
+from densenet_dist.report.record import RunRecord
 
 
 class _Column(NamedTuple):
@@ -17,19 +18,19 @@ class _Column(NamedTuple):
     name: str
     unit: float
     format: str
-    value: Callable[[Member], float | None]
+    value: Callable[[RunRecord], float | None]
 
 
-def _test(name: str) -> Callable[[Member], float | None]:
-    return lambda member: None if member.run.test is None else member.run.test.get(f"test/{name}")
+def _test(name: str) -> Callable[[RunRecord], float | None]:
+    return lambda member: None if member.test is None else member.test.get(f"test/{name}")
 
 
-def _ece(member: Member) -> float | None:
+def _ece(member: RunRecord) -> float | None:
     return None if member.results is None else member.results.calibration.ece
 
 
-def _parameters(member: Member) -> float | None:
-    return None if isinstance(member.run.model, str) else member.run.model.parameters.trainable
+def _parameters(member: RunRecord) -> float | None:
+    return None if isinstance(member.model, str) else member.model.parameters.trainable
 
 
 _COLUMNS: Final = (
@@ -37,20 +38,20 @@ _COLUMNS: Final = (
     _Column("test top-5 (%)", 100.0, ",.2f", _test("top5")),
     _Column("test loss", 1.0, ",.4f", _test("loss")),
     _Column("ECE (%)", 100.0, ",.2f", _ece),
-    _Column("best val top-1 (%)", 100.0, ",.2f", lambda member: (member.run.best or {}).get("val/top1")),
-    _Column("training (s)", 1.0, ",.1f", lambda member: member.run.summary.get("train_seconds")),
+    _Column("best val top-1 (%)", 100.0, ",.2f", lambda member: (member.best or {}).get("val/top1")),
+    _Column("training (s)", 1.0, ",.1f", lambda member: member.summary.get("train_seconds")),
     _Column("parameters", 1.0, ",.0f", _parameters),
 )
 
 
-def comparison_page(members: Sequence[Member]) -> str:
+def comparison_page(members: Sequence[RunRecord]) -> str:
     """The page's HTML, from the template ``comparison.html``.
 
     Raises:
         ConfigError: the runs are of different data sets.
     """
     groups = group(members)
-    data = [found.members[0].run.config.data for found in groups]
+    data = [found.members[0].config.data for found in groups]
     columns = [column for column in _COLUMNS if any(column.value(member) is not None for member in members)]
     run_columns = [column for column in columns if column.value is not _parameters]
     colours = [f"run{number % RUNS}" for number in range(len(groups))]
@@ -77,7 +78,7 @@ def comparison_page(members: Sequence[Member]) -> str:
         curves=_curves(groups, colours),
         legend=[(role, "●", label) for role, label in zip(colours, labels, strict=True)],
         repeat_after=RUNS,
-        total_seconds=sum(member.run.summary.get("train_seconds", 0.0) for member in members),
+        total_seconds=sum(member.summary.get("train_seconds", 0.0) for member in members),
         run_columns=[column[:3] for column in run_columns],
         run_headings=[(column.name, True) for column in run_columns],
         runs=[
@@ -89,8 +90,7 @@ def comparison_page(members: Sequence[Member]) -> str:
     )
 
 
-def _row(member: Member, colour: str, columns: Sequence[_Column]) -> dict[str, Any]:
-    run = member.run
+def _row(run: RunRecord, colour: str, columns: Sequence[_Column]) -> dict[str, Any]:
     revision, dirty, _ = str(run.environment.get("git") or "").partition("+")
     return {
         "name": run.name,
@@ -99,7 +99,7 @@ def _row(member: Member, colour: str, columns: Sequence[_Column]) -> dict[str, A
         "seed": run.config.seed,
         "status": run.summary.get("status", "not finished"),
         "epochs": run.epochs[-1]["epoch"],
-        "figures": {column.name: column.value(member) for column in columns},
+        "figures": {column.name: column.value(run) for column in columns},
         "commit": revision[:9] + dirty,
     }
 
@@ -109,7 +109,7 @@ def _classes(groups: Sequence[Group]) -> list[dict[str, Any]]:
     first = groups[0].members[0].results
     names = first.class_names if first is not None else ()
 
-    def accuracy(label: int) -> Callable[[Member], float | None]:
+    def accuracy(label: int) -> Callable[[RunRecord], float | None]:
         return lambda member: None if member.results is None else float(member.results.class_accuracy[label])
 
     return [
@@ -127,7 +127,7 @@ def _curves(groups: Sequence[Group], roles: Sequence[str]) -> list[str]:
                 ("val/loss", 1.0, "validation loss (nats)"),
                 ("train/loss", 1.0, "training loss (nats)"),
             )
-            if any(key in record for found in groups for member in found.members for record in member.run.epochs)
+            if any(key in record for found in groups for member in found.members for record in member.epochs)
         ]
 
 
@@ -153,6 +153,6 @@ def _curve(groups: Sequence[Group], roles: Sequence[str], key: str, unit: float,
 def _means(found: Group, key: str, unit: float) -> list[tuple[float, Interval]]:
     by_epoch: dict[float, list[float]] = {}
     for member in found.members:
-        for epoch, value in points_of(member.run.epochs, key, unit):
+        for epoch, value in points_of(member.epochs, key, unit):
             by_epoch.setdefault(epoch, []).append(value)
     return [(epoch, interval(values)) for epoch, values in sorted(by_epoch.items())]

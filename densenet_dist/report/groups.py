@@ -11,7 +11,6 @@ from typing import Any, Final, NamedTuple
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.report.record import RunRecord
-from densenet_dist.train.results import TestResults
 from densenet_dist.yaml_settings import flatten
 
 _NO_MATTER: Final = (
@@ -35,14 +34,6 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
-    """A run and its test results, if it has any."""
-
-    run: RunRecord
-    results: TestResults | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Group:
     """Runs of one experiment.
 
@@ -51,9 +42,9 @@ class Group:
     """
 
     label: str
-    members: tuple[Member, ...]
+    members: tuple[RunRecord, ...]
 
-    def interval(self, figure: Callable[[Member], float | None]) -> Interval | None:
+    def interval(self, figure: Callable[[RunRecord], float | None]) -> Interval | None:
         """A figure's mean over the members that have it; None where none has."""
         values = [value for member in self.members if (value := figure(member)) is not None and math.isfinite(value)]
         return interval(values) if values else None
@@ -70,28 +61,28 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, half)
 
 
-def group(members: Sequence[Member]) -> list[Group]:
+def group(members: Sequence[RunRecord]) -> list[Group]:
     """Put runs together that differ in nothing but seed, name and place, in the order in which they are given.
 
     Raises:
         ConfigError: they are of different data sets, whose figures say nothing about each other.
     """
     _require_same_data(members)
-    settings = [_settings(member.run) for member in members]
+    settings = [_settings(member) for member in members]
     together: dict[str, list[int]] = {}
     for number, found in enumerate(settings):
         together.setdefault(repr(sorted(found.items())), []).append(number)
     firsts = [settings[numbers[0]] for numbers in together.values()]
     keys = list(_different(firsts))
     return [
-        Group(_label(first, keys, members[numbers[0]].run), tuple(members[number] for number in numbers))
+        Group(_label(first, keys, members[numbers[0]]), tuple(members[number] for number in numbers))
         for first, numbers in zip(firsts, together.values(), strict=True)
     ]
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """The settings that differ between groups: their values, a group each, by key."""
-    settings = [_settings(found.members[0].run) for found in groups]
+    settings = [_settings(found.members[0]) for found in groups]
     return {key: [found.get(key) for found in settings] for key in _different(settings)}
 
 
@@ -110,10 +101,10 @@ def _label(settings: dict[str, Any], keys: Sequence[str], run: RunRecord) -> str
     return text if 0 < len(text) <= _LONGEST_LABEL else run.name
 
 
-def _require_same_data(members: Sequence[Member]) -> None:
+def _require_same_data(members: Sequence[RunRecord]) -> None:
     sets: dict[str, list[str]] = {}
     for member in members:
-        sets.setdefault(member.run.config.data.name, []).append(member.run.name)
+        sets.setdefault(member.config.data.name, []).append(member.name)
     names = {member.results.class_names for member in members if member.results is not None}
     if len(sets) > 1:
         raise ConfigError(

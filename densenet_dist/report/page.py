@@ -23,13 +23,8 @@ _LOSSES: Final = {
 }
 
 
-def run_page(run: RunRecord, results: TestResults | None) -> str:
-    """The page's HTML, from the template ``run.html``.
-
-    Args:
-        run: what its folder says.
-        results: those of its best checkpoint on the test set; None leaves those sections out.
-    """
+def run_page(run: RunRecord) -> str:
+    """The page's HTML, from the template ``run.html``; without test results it lacks the sections about them."""
     device = run.config.cluster.device
     return render(
         "run.html",
@@ -43,8 +38,8 @@ def run_page(run: RunRecord, results: TestResults | None) -> str:
         legend=_legend(run),
         result_figures=result_pictures(run.epochs, run.test),
         progress_figures=progress_pictures(run.epochs),
-        results=results,
-        **(_test_section(results) if results is not None else {}),
+        results=run.results,
+        **({} if run.results is None else _test_section(run.results)),
     )
 
 

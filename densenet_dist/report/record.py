@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.evaluation import open_run
 from densenet_dist.train.logs import read_records
+from densenet_dist.train.results import TestResults, read_test_results
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class RunRecord:
         epochs: the records of whole epochs, at least one, in order.
         test: the record of the test result; None where the run has not come to it.
         summary: summary.json; empty until the run has finished.
+        results: test_results.json; None until the run has finished, or if it was made by an older version.
         model: its layers; or, as text, why they are not known.
     """
 
@@ -37,6 +38,7 @@ class RunRecord:
     epochs: tuple[dict[str, Any], ...]
     test: dict[str, Any] | None
     summary: dict[str, Any]
+    results: TestResults | None
     model: ModelSummary | str
 
     @property
@@ -83,10 +85,11 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
         folder=folder,
         config=config,
         settings=path.read_text(encoding="utf-8"),
-        environment=_json(folder, ENV_FILE),
+        environment=folder.read_json(ENV_FILE),
         epochs=epochs,
         test=next((record for record in reversed(records) if "test/loss" in record), None),
-        summary=_json(folder, SUMMARY_FILE),
+        summary=folder.read_json(SUMMARY_FILE),
+        results=read_test_results(folder),
         model=_model(folder, config),
     )
 
@@ -98,18 +101,6 @@ def _records(folder: RunFolder) -> list[dict[str, Any]]:
         return [record for record in read_records(folder.fetch(METRICS_FILE)) if isinstance(record, dict)]
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{folder.uri}/{METRICS_FILE} is damaged: {error}\n  bring back a copy") from error
-
-
-def _json(folder: RunFolder, name: str) -> dict[str, Any]:
-    if not folder.exists(name):
-        return {}
-    try:
-        found = json.loads(folder.fetch(name).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{folder.uri}/{name} is damaged: {error}\n  delete it, or bring back a copy") from error
-    return found
 
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:

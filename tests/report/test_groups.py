@@ -9,7 +9,7 @@ from runs import tiny
 
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError
-from densenet_dist.report.groups import Member, differences, group, interval
+from densenet_dist.report.groups import differences, group, interval
 from densenet_dist.report.record import read_run
 from densenet_dist.run_folder import RunFolder
 
@@ -27,7 +27,7 @@ def made(tmp_path):
             {"epoch": 1, "global_step": 5, "test/loss": 1.5, "test/top1": top1, "test/top5": 0.9},
         ]
         folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        return Member(read_run(tmp_path / name))
+        return read_run(tmp_path / name)
 
     return make
 
@@ -48,10 +48,10 @@ def test_runs_that_differ_in_their_seed_are_one_group(made):
         made("c", "seed=1", "data.root=elsewhere", "cluster.timeout_s=5", top1=0.52),
     ]
     groups = group(members)
-    assert [[member.run.name for member in found.members] for found in groups] == [["a", "c"], ["b"]]
+    assert [[member.name for member in found.members] for found in groups] == [["a", "c"], ["b"]]
     assert [found.label for found in groups] == ["train.lr=0.05", "train.lr=0.1"]
     assert differences(groups) == {"train.lr": [0.05, 0.1]}
-    top1 = groups[0].interval(lambda member: member.run.test["test/top1"])
+    top1 = groups[0].interval(lambda member: member.test["test/top1"])
     assert top1.mean == pytest.approx(0.51)
     assert top1.half == pytest.approx(12.7062 * 0.01 * 2**0.5 / 2**0.5, rel=1e-4)  # t with one degree of freedom
     assert groups[0].interval(lambda member: None) is None

@@ -16,7 +16,7 @@ from densenet_dist.cli import main
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config
 from densenet_dist.errors import DataError, StorageError
-from densenet_dist.report import report_at_end, report_run, report_runs
+from densenet_dist.report import report_at_end, write_report
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import open_run
 
@@ -91,7 +91,7 @@ def test_a_run_ends_with_its_page(finished, page_of):
 
 
 def test_pages_open_in_a_browser(finished, run, tmp_path, opened):
-    report_runs([finished, run], tmp_path / "compared.html")
+    write_report([finished, run], tmp_path / "compared.html")
     for page, titles in (
         (finished / "report.html", [*RECORDS, *TESTED, *SETUP]),
         (tmp_path / "compared.html", ["Results", "Runs"]),
@@ -151,13 +151,13 @@ def test_a_run_without_stored_test_results_is_evaluated_once(run, command, page_
     assert not (run / "test_results.json").exists()
     changes = ("data.name=cifar10", "data.root=nowhere", "data.download=false")
     with pytest.raises(DataError, match="--no-evaluate"):
-        report_run(run, overrides=changes)
+        write_report([run], overrides=changes)
 
 
 def test_names_are_escaped(run, page_of):
     text = (run / "env.json").read_text()
     (run / "env.json").write_text(text.replace('"host": "', '"host": "<script>alert(1)</script>'))
-    report_run(run)
+    write_report([run])
     page = page_of(run / "report.html")
     assert "<script>alert" not in page.text
     assert "&lt;script&gt;alert(1)" in page.text
@@ -169,7 +169,7 @@ def test_a_run_on_an_object_store_has_its_page_there(s3, tmp_path, page_of):
     names = {info.base_name for info in filesystem.get_file_info(fs.FileSelector("bucket/reports/tiny"))}
     assert names >= {"test_results.json", "report.html", "curves.png", "confusion.png"}
     filesystem.delete_file("bucket/reports/tiny/report.html")
-    assert report_run(result.run) == result.page == "s3://bucket/reports/tiny/report.html"
+    assert write_report([result.run]) == result.page == "s3://bucket/reports/tiny/report.html"
     page = page_of(open_run(result.run).fetch("report.html"))
     assert page.titles == [*RECORDS, *TESTED, *SETUP]
     assert f"densenet-dist evaluate &#39;{result.run.replace('&', '&amp;')}&#39;" in page.text  # as it is typed
@@ -183,7 +183,7 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     other = shutil.copytree(run, tmp_path / "runs" / "other")
     _change(other, "seed: 0", 0.0, lr="0.01")
     out = tmp_path / "compared.html"
-    assert report_runs([*folders, other], out) == str(out)
+    assert write_report([*folders, other], out) == str(out)
     page = page_of(out)
     assert page.titles == ["Results", "Validation and training", "Runs", "Accuracy of each class"]
     assert page.needs_nothing_else()
@@ -207,7 +207,7 @@ def _change(folder: Path, seed: str, gain: float, lr: str = "0.05") -> None:
 def test_a_run_without_epochs_is_refused(run):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(StorageError, match=r"has no epochs yet(.|\n)*--resume"):
-        report_run(run)
+        write_report([run])
 
 
 def test_at_the_end_nothing_is_raised(run):

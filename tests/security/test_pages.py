@@ -16,7 +16,7 @@ import runs
 from PIL import Image
 
 from densenet_dist.config import to_yaml
-from densenet_dist.report.writing import report_run, report_runs
+from densenet_dist.report.writing import write_report
 
 NASTY = "<img src=x onerror=alert(1)>"
 QUOTES = "\"' onload='alert(1)"
@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_class_names(run: Path):
-    page = Page(Path(report_run(run)).read_text())
+    page = Page(Path(write_report([run])).read_text())
     assert page.is_harmless()
     assert page.tags.count("img") == len(re.findall(r'<img[^>]*src="data:image/png', (run / "report.html").read_text()))
     for name in (NASTY, QUOTES, "<b>bold", "&amp;"):
@@ -88,10 +88,10 @@ def test_names_of_runs_and_what_their_files_say(run: Path, tmp_path: Path):
             if path.exists():
                 text = path.read_text().replace("finished", NASTY).replace("Linux", NASTY)
                 path.write_text(re.sub(r'("(?:host|cpu|command|python|git)": )"[^"]*"', rf'\1"{NASTY}"', text))
-    page = Page(Path(report_run(copies[0], evaluate=False)).read_text())
+    page = Page(Path(write_report([copies[0]], evaluate=False)).read_text())
     assert page.is_harmless()
     assert NASTY in page.text
-    report_runs(copies, tmp_path / "all.html")
+    write_report(copies, tmp_path / "all.html")
     page = Page((tmp_path / "all.html").read_text())
     assert page.is_harmless()
     assert NASTY in page.text
@@ -101,6 +101,6 @@ def test_values_of_settings(run: Path, tmp_path: Path):
     config = runs.load_config(run / "config.yaml")
     shutil.copytree(run, tmp_path / "tiny")
     (tmp_path / "tiny" / "config.yaml").write_text(to_yaml(config).replace(config.data.root, f"'/{NASTY}'"))
-    page = Page(Path(report_run(tmp_path / "tiny", evaluate=False)).read_text())
+    page = Page(Path(write_report([tmp_path / "tiny"], evaluate=False)).read_text())
     assert page.is_harmless()
     assert NASTY in page.text

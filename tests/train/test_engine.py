@@ -188,7 +188,8 @@ def test_the_events_and_files_of_a_run(tmp_path):
     assert {"status": "finished", "epochs": 2, "global_step": 10}.items() <= summary.items()
     assert json.loads((tmp_path / "tiny" / "summary.json").read_text()) == summary
     found = {path.name for path in (tmp_path / "tiny").iterdir()}
-    assert found == {"config.yaml", "classes.json", "metrics.jsonl", "tb", "checkpoints", "summary.json"}
+    files = {"config.yaml", "classes.json", "metrics.jsonl", "test_results.json", "summary.json"}
+    assert found == files | {"tb", "checkpoints"}
 
 
 # How a run ends
