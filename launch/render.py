@@ -42,6 +42,13 @@ FILES = {
     "slurm/train.sbatch": "train.sbatch",
     "local.sh": "local.sh",
 }
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 HEADER = (
     "# Rendered by launch/render.py from launch/values.yaml and launch/templates: change those. "
     "What to do: launch/README.md."
@@ -56,15 +63,8 @@ def render(values: Mapping[str, Any]) -> dict[str, str]:
     """
     if problems := list(_conflicts(values)):
         raise ValueError("values.yaml: " + "\n  ".join(problems))
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals |= {**values, **_derived(values), "header": HEADER}  # macros see globals only
-    return {path: environment.get_template(template).render(path=path) for path, template in FILES.items()}
+    known = {**values, **_derived(values), "header": HEADER}
+    return {path: ENVIRONMENT.get_template(template).render(known, path=path) for path, template in FILES.items()}
 
 
 def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:

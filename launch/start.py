@@ -1,34 +1,35 @@
-"""Starts a run or a sweep, or goes on with it where it exists: for launchers that may start the same thing twice.
+"""Starts a run or a sweep, or resumes it where it exists: for launchers that may start the same thing twice.
 
     python launch/start.py train CONFIG.yaml storage=PLACE name=NAME [key=value]...
     python launch/start.py tune SWEEP.yaml storage=PLACE name=NAME [key=value]...
     python launch/start.py finished storage=PLACE name=NAME
 
-The last one ends with 0 where the run has come to its end, else with 1.
+The last one exits with 0 if the run has finished, else with 1.
 """
 
 from __future__ import annotations
 
 import sys
 
-from densenet_dist.cli import main
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
-from densenet_dist.sweep.results import SWEEP_FILE
 
 
 def arguments(command: str, source: str, *settings: str) -> list[str]:
-    """What `densenet-dist` is to be told."""
+    """The arguments for `densenet-dist`."""
     folder, place = _folder(settings)
     if command == "train" and folder.exists(CONFIG_FILE):
         return ["train", "--resume", place, *settings]  # which refuses what would make it another run
-    if command == "tune" and folder.exists(SWEEP_FILE):
-        return ["tune", "--resume", place]
+    if command == "tune":
+        from densenet_dist.sweep.results import SWEEP_FILE  # takes seconds, which `finished` need not wait
+
+        if folder.exists(SWEEP_FILE):
+            return ["tune", "--resume", place]
     return [command, source, *settings]
 
 
 def finished(*settings: str) -> bool:
-    """Whether the run has come to its end."""
+    """Whether the run has finished."""
     return _folder(settings)[0].exists(SUMMARY_FILE)
 
 
@@ -46,7 +47,9 @@ if __name__ == "__main__":
     try:
         if sys.argv[1] == "finished":
             sys.exit(not finished(*sys.argv[2:]))
-        told = arguments(*sys.argv[1:])
+        command = arguments(*sys.argv[1:])
     except DenseNetDistError as error:
         sys.exit(f"error: {error}")
-    main(told)
+    from densenet_dist.cli import main
+
+    main(command)

@@ -1,82 +1,125 @@
-"""What is started twice goes on: launch/start.py."""
+"""launch/start.py resumes what was started before; launch/local.sh runs a whole cluster and leaves nothing behind."""
 
 from __future__ import annotations
 
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-TINY = """
-model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1]}
-data: {name: shapes, limit: 75, loader: torch}
-train: {epochs: 1, global_batch_size: 16, lr: 0.05}
-cluster: {engine: local, device: cpu, cpus_per_worker: 1}
-"""
+from densenet_dist.run_folder import RunFolder
 
 
-def given(folder):
-    return [f"storage={folder}", "name=first", "train.epochs=3"]
-
-
-@pytest.mark.parametrize("command", ["train", "tune"])
-def test_what_is_not_there_is_started(starter, tmp_path, command):
-    told = starter.arguments(command, "some.yaml", *given(tmp_path))
-    assert told == [command, "some.yaml", *given(tmp_path)]
-
-
-def test_a_run_goes_on_with_the_same_settings(starter, tmp_path):
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "config.yaml").touch()
-    told = starter.arguments("train", "some.yaml", *given(tmp_path))
-    assert told == ["train", "--resume", f"{tmp_path}/first", *given(tmp_path)]
-    assert starter.arguments("tune", "some.yaml", *given(tmp_path))[:2] == ["tune", "some.yaml"]
-
-
-def test_a_sweep_goes_on_with_its_own_settings(starter, tmp_path):
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "sweep.yaml").touch()
-    assert starter.arguments("tune", "some.yaml", *given(tmp_path)) == ["tune", "--resume", f"{tmp_path}/first"]
-    assert starter.arguments("train", "some.yaml", *given(tmp_path))[:2] == ["train", "some.yaml"]
-
-
-def test_on_an_object_store(starter, s3):
-    from densenet_dist.run_folder import RunFolder
-
-    place = s3 % "/launch"
-    settings = [f"storage={place}", "name=first"]
-    assert starter.arguments("train", "some.yaml", *settings) == ["train", "some.yaml", *settings]
-    RunFolder(place, "first").write("config.yaml", "")
-    base, _, query = place.partition("?")
-    assert starter.arguments("train", "some.yaml", *settings)[:3] == ["train", "--resume", f"{base}/first?{query}"]
-    assert not starter.finished(*settings)
-    RunFolder(place, "first").write("summary.json", "{}")
-    assert starter.finished(*settings)
-
-
-@pytest.mark.parametrize("missing", [["storage=/tmp"], ["name=first"]])
-def test_place_and_name_must_be_given(starter, missing):
+def test_what_exists_is_resumed_and_all_else_is_started(starter, s3, tmp_path):
+    for place in (str(tmp_path), s3 % "/launch"):
+        given = [f"storage={place}", "name=first", "train.epochs=3"]
+        base, question, query = place.partition("?")
+        folder = RunFolder(place, "first")
+        folder.create()
+        for command in ("train", "tune"):
+            assert starter.arguments(command, "some.yaml", *given) == [command, "some.yaml", *given]
+        folder.write("config.yaml", "")
+        there = f"{base}/first{question}{query}"
+        assert starter.arguments("train", "some.yaml", *given) == ["train", "--resume", there, *given]
+        assert starter.arguments("tune", "some.yaml", *given) == ["tune", "some.yaml", *given]
+        folder.write("sweep.yaml", "")
+        assert starter.arguments("tune", "some.yaml", *given) == ["tune", "--resume", there]  # with its own settings
+        assert not starter.finished(*given)
+        folder.write("summary.json", "{}")
+        assert starter.finished(*given)
     with pytest.raises(SystemExit, match="must be given"):
-        starter.arguments("train", "some.yaml", *missing)
+        starter.arguments("train", "some.yaml", "name=first")
 
 
-@pytest.mark.slow
-def test_a_run_started_twice(root, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    settings = [f"storage={tmp_path}", "name=first"]
-
+def test_the_script_passes_exit_codes_on(root, tmp_path):
     def run(*arguments):
         command = [sys.executable, root / "launch" / "start.py", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
-    assert run("finished", *settings).returncode == 1
-    first = run("train", "tiny.yaml", *settings)
-    assert first.returncode == 0, first.stderr
-    assert run("finished", *settings).returncode == 0
-    again = run("train", "tiny.yaml", *settings)
-    assert again.returncode == 0, again.stderr
-    assert "finished already" in again.stdout
-    other = run("train", "tiny.yaml", *settings, "train.lr=0.1")
-    assert other.returncode == 2
-    assert "a resumed run cannot change" in other.stderr
     assert run("evaluate").returncode == 1
+    assert run("finished", f"storage={tmp_path}", "name=first").returncode == 1
+    refused = run("train", "quickstart", f"storage={tmp_path}", "name=first", "train.epochs=0")
+    assert refused.returncode == 2
+    assert "train.epochs" in refused.stderr
+
+
+class LocalCluster:
+    """launch/local.sh in a copy of what it needs, so that runs/ and data/ are not the repository's."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder, self.output = folder, folder.parent / "output.txt"
+        for name in ("configs", "densenet_dist", "launch"):
+            shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / ".venv").symlink_to(sys.prefix)
+        (folder / ".gitignore").write_text(".venv\n")
+        self.process: subprocess.Popen[str] | None = None
+        self.folders_before = set(Path("/tmp").glob("densenet-??????"))
+
+    def start(self, *settings: str) -> subprocess.Popen[str]:
+        small = ["data.limit=320", "data.loader=torch", "model.num_layers=[1,1]", "model.growth_rate=4"]
+        command = ["bash", self.folder / "launch" / "local.sh", *small, *settings]
+        with open(self.output, "w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
+        return self.process
+
+    def left_behind(self) -> list[str]:
+        """Processes and temporary folders that are still there after a moment."""
+        deadline = time.monotonic() + 15
+        while True:
+            folders = set(Path("/tmp").glob("densenet-??????")) - self.folders_before
+            lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+            found = [line for line in lines if str(self.folder) in line] + list(map(str, folders))
+            if not found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.5)
+
+
+@pytest.fixture
+def local(root, tmp_path):
+    cluster = LocalCluster(root, tmp_path / "project")
+    yield cluster
+    if cluster.process is not None and cluster.process.poll() is None:  # the test failed
+        cluster.process.terminate()
+        cluster.process.wait(120)
+
+
+@pytest.mark.multinode
+def test_locally_a_job_that_cannot_work_fails_and_leaves_nothing_behind(local):
+    process = local.start("train.epochs=0")
+    assert process.wait(240) == 1, local.output.read_text()
+    assert "train.epochs" in local.output.read_text()
+    assert local.left_behind() == []
+
+
+@pytest.mark.nightly
+@pytest.mark.multinode
+def test_locally_two_workers_train(local):
+    process = local.start("train.epochs=1")
+    assert process.wait(300) == 0, local.output.read_text()
+    text = local.output.read_text()
+    assert "2 x CPU" in text
+    assert "succeeded" in text
+    (run,) = (local.folder / "runs").iterdir()
+    assert (run / "summary.json").is_file()
+    assert local.left_behind() == []
+
+
+@pytest.mark.nightly
+@pytest.mark.multinode
+def test_locally_an_interrupted_job_leaves_nothing_behind(local):
+    process = local.start("train.epochs=500")
+    deadline = time.monotonic() + 240
+    while "epoch   1/500" not in local.output.read_text():
+        assert process.poll() is None, local.output.read_text()
+        assert time.monotonic() < deadline, local.output.read_text()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert local.left_behind() == []
+    (run,) = (local.folder / "runs").iterdir()
+    assert not (run / "summary.json").exists()
