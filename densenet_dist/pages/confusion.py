@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.pages.svg import new_figure
+from densenet_dist.pages.svg import new_figure, styled
 
 if TYPE_CHECKING:
     from densenet_dist.pages.picture import Picture
@@ -23,17 +22,9 @@ _MOST_NUMBERS: Final = 20
 _PRINTED: Final = ("#ddeaf6", "#bcd6eb", "#92c1de", "#63a8d2", "#4289c4", "#2268ac", "#0a3d7a")
 
 
-@contextmanager
-def printed() -> Iterator[None]:
-    """Matplotlib for pictures in black on white, names shown as they are; all is as before afterwards."""
-    import matplotlib
-
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        matplotlib.rcdefaults()
-        style: Any = {"text.parse_math": False, "font.size": 9}
-        matplotlib.rcParams.update(style)
-        yield
+def printed() -> AbstractContextManager[None]:
+    """Matplotlib for pictures in black on white, with names shown as they are."""
+    return styled({"text.parse_math": False, "font.size": 9})
 
 
 def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], cell: float = 0.42) -> Picture:

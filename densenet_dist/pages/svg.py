@@ -6,8 +6,8 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
@@ -42,19 +42,22 @@ def colour(role: str) -> str:
     return f"#0100{_ROLES.index(role):02x}"
 
 
+def drawing() -> AbstractContextManager[None]:
+    """Matplotlib in the page's style."""
+    texts = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink"))
+    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted"))
+    return styled(_STYLE | texts | lines | {"grid.color": colour("grid")})
+
+
 @contextmanager
-def drawing() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the process has set, but for the page's style; all is as before afterwards."""
+def styled(style: Mapping[str, Any]) -> Iterator[None]:
+    """Matplotlib's defaults and a style, whatever the process has set; all is as before afterwards."""
     import matplotlib
 
     with warnings.catch_warnings(), matplotlib.rc_context():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser has other fonts
         matplotlib.rcdefaults()
-        texts = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
-        lines = ("axes.edgecolor", "xtick.color", "ytick.color")
-        colours = dict.fromkeys(texts, colour("ink")) | dict.fromkeys(lines, colour("muted"))
-        style: Any = _STYLE | colours | {"grid.color": colour("grid")}
-        matplotlib.rcParams.update(style)
+        matplotlib.rcParams.update(style)  # type: ignore[arg-type]
         yield
 
 

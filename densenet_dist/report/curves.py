@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from densenet_dist.run_folder import METRICS_FILE, RunFolder
-from densenet_dist.train.logs import read_records
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -20,25 +17,18 @@ if TYPE_CHECKING:
 CURVES_FILE = "curves.png"
 
 
-def plot_curves(run: RunFolder) -> Path:
-    """Draw accuracy and loss of training and validation over the epochs, the test result as a star.
-
-    Returns:
-        The local path of curves.png, which is published to the run's folder too.
-    """
-    path = run.path / CURVES_FILE
-    draw_curves(read_records(run.fetch(METRICS_FILE)), run.name, path)
-    run.publish(CURVES_FILE)
-    return path
-
-
 def draw_curves(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the same from the lines of a metrics.jsonl to any PNG file."""
+    """Draw the curves as a PNG file."""
     curves_figure(records, title).savefig(path, dpi=120)
 
 
 def curves_figure(records: Sequence[dict[str, Any]], title: str) -> Picture:
-    """The same as a figure."""
+    """Accuracy and loss of training and validation over the epochs, the test result as a star.
+
+    Args:
+        records: the lines of metrics.jsonl.
+        title: of the figure.
+    """
     from densenet_dist.pages.picture import Picture
 
     epochs = [record for record in records if "train/loss" in record]

@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from densenet_dist.pages.render import time_unit
 from densenet_dist.pages.svg import SHADES, STATUSES, colour, drawing, new_figure, to_svg
 from densenet_dist.sweep.axes import ROUND, Axis, axis_of, is_number, number_axis, number_ticks
 from densenet_dist.sweep.definition import Sweep
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_POINTS: Final = 12_000
 _GROWTH: Final = "model.growth_rate"
+
+Points: TypeAlias = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,22 @@ def _curves(metric: Metric, trials: Sequence[Trial], best: Trial | None) -> Plot
     title = "Metric against epoch and time"
     shown = [trial for trial in trials if trial.history]
     if not shown:
-        return Plot(title, "Not shown: no trial came to the end of its first epoch.")
+        return Plot(title, "Not shown: no trial finished its first epoch.")
     every = math.ceil(sum(len(trial.history) for trial in shown) / _MOST_POINTS)
     timed = [trial for trial in shown if trial.seconds > 0 and trial.epochs > 0]
     top = _top(metric, shown)
-    longest = max((trial.seconds for trial in timed), default=0.0)
-    unit, divisor = ("h", 3600.0) if longest > 3 * 3600 else ("min", 60.0) if longest > 600 else ("s", 1.0)
-    pictures = [_curve(metric, shown, best, top, every, "epoch", {})]
-    if timed:
-        per_epoch = {trial.name: trial.seconds / trial.epochs / divisor for trial in timed}
-        pictures.append(_curve(metric, timed, best, top, every, f"training time ({unit})", per_epoch))
+    unit, divisor = time_unit(max((trial.seconds for trial in timed), default=0.0))
+    by_epoch = [(trial, _points(metric, trial, every)) for trial in shown]
+    by_time = [(trial, _points(metric, trial, every, trial.seconds / trial.epochs / divisor)) for trial in timed]
+    pictures = [_curve(metric, by_epoch, best, top, "epoch")]
+    pictures += [_curve(metric, by_time, best, top, f"training time ({unit})")] if timed else []
     caption = (
-        f"A line a trial: {metric.name} after each epoch, its last epoch marked. Training time leaves evaluation out "
-        "and counts all epochs of a trial as equally long."
+        f"One line per trial: {metric.name} after each epoch, the last epoch marked. Training time is without "
+        "evaluation and counts all epochs of a trial as equally long."
     )
     caption += f" One epoch in {every} is drawn." if every > 1 else ""
     caption += f" Losses above {top:.3g} are beyond the upper edge." if top is not None else ""
-    caption += _left_out(len(trials) - len(shown), "that never came to the end of an epoch")
+    caption += _left_out(len(trials) - len(shown), "that finished no epoch")
     legend = [
         (status, "✕" if status == "failed" else "●", f"{status} ({count})")
         for status in STATUSES
@@ -98,46 +100,35 @@ def _top(metric: Metric, trials: Sequence[Trial]) -> float | None:
 
 
 def _curve(
-    metric: Metric,
-    trials: Sequence[Trial],
-    best: Trial | None,
-    top: float | None,
-    every: int,
-    label: str,
-    unit: dict[str, float],
+    metric: Metric, curves: Sequence[tuple[Trial, Points]], best: Trial | None, top: float | None, x: str
 ) -> str:
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(5.9, 3.8)
     axes = figure.add_subplot()
-    crowded = len(trials) > 60
+    crowded = len(curves) > 60
     for status in STATUSES:
-        lines = [
-            _points(metric, trial, every, unit) for trial in trials if trial.status == status and trial is not best
-        ]
-        axes.add_collection(
-            LineCollection(lines, colors=colour(status), linewidths=0.8 if crowded else 1.4, alpha=0.5), autolim=True
-        )
-        ends = [line[-1] for line in lines]
+        lines = [points for trial, points in curves if trial.status == status and trial is not best]
+        width = 0.8 if crowded else 1.4
+        axes.add_collection(LineCollection(lines, colors=colour(status), linewidths=width, alpha=0.5), autolim=True)
         size = 18 if status == "failed" else 8 if crowded else 16
-        _dots(axes, ends, status, size, "x" if status == "failed" else "o")
-    if best is not None and best in trials:
-        line = _points(metric, best, every, unit)
-        axes.plot(*zip(*line, strict=True), color=colour("best"), linewidth=2.2, zorder=3.5)
-        _dots(axes, line[-1:], "best", 90, "*")
+        _dots(axes, [line[-1] for line in lines], status, size, "x" if status == "failed" else "o")
+    for points in [points for trial, points in curves if trial is best]:
+        axes.plot(*zip(*points, strict=True), color=colour("best"), linewidth=2.2, zorder=3.5)
+        _dots(axes, points[-1:], "best", 90, "*")
     axes.autoscale_view()
-    axes.set_xlim(0, 1.05 * max(max(trial.history) * unit.get(trial.name, 1.0) for trial in trials))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=ROUND, integer=not unit, min_n_ticks=1))
-    axes.set(xlabel=label, ylabel=metric.label)
-    _metric_axis(axes, metric, [value for trial in trials for value in trial.history.values()], top)
-    return to_svg(figure, f"{metric.name} against {label}")
+    axes.set_xlim(0, 1.05 * max(points[-1][0] for _, points in curves))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=ROUND, integer=x == "epoch", min_n_ticks=1))
+    axes.set(xlabel=x, ylabel=metric.label)
+    _metric_axis(axes, metric, [value for trial, _ in curves for value in trial.history.values()], top)
+    return to_svg(figure, f"{metric.name} against {x}")
 
 
-def _points(metric: Metric, trial: Trial, every: int, unit: dict[str, float]) -> list[tuple[float, float]]:
+def _points(metric: Metric, trial: Trial, every: int, scale: float = 1.0) -> Points:
+    """The metric after every so many epochs and the last one; an epoch is `scale` long on the axis."""
     epochs = sorted(trial.history)
     kept = [epoch for i, epoch in enumerate(epochs) if i % every == 0 or i == len(epochs) - 1]
-    scale = unit.get(trial.name, 1.0)
     return [(epoch * scale, metric.scaled(trial.history[epoch])) for epoch in kept]
 
 
@@ -163,7 +154,7 @@ def _metric_axis(axes: Axes, metric: Metric, values: Sequence[float], top: float
 def _parallel(sweep: Sweep, metric: Metric, judged: Sequence[Trial], left_out: int, best: Trial | None) -> Plot:
     title = "Settings and metric"
     if not judged:
-        return Plot(title, "Not shown: no trial that did not fail has a figure.")
+        return Plot(title, "Not shown: no trial that did not fail has a value of the metric.")
     values = [metric.scaled(trial.metric) for trial in judged if trial.metric is not None]
     scale = number_axis(min(values), max(values), metric.log(values))
     rows = [
@@ -174,12 +165,12 @@ def _parallel(sweep: Sweep, metric: Metric, judged: Sequence[Trial], left_out: i
     names = [f"{group}{dot}\n{last}" for group, dot, last in groups]
     names.append(f"{metric.label}\n{'highest' if metric.maximise else 'lowest'} is best")
     caption = (
-        f"A line a trial, through its value of each key to its {metric.name} on the right; the stronger the colour, "
-        "the better its rank. Ranges that were searched in the logarithm have logarithmic axes."
+        f"One line per trial, through its value of each key to its {metric.name} on the right; the stronger the "
+        "colour, the better its rank. Ranges that were searched on a logarithmic scale have logarithmic axes."
     )
     if sweep.settings.scheduler.name == "pbt":
-        caption += " Settings changed on the way: these are the last ones."
-    caption += _left_out(left_out, "that failed or never had a figure")
+        caption += " Settings changed during training: these are the last ones."
+    caption += _left_out(left_out, "that failed or has no value of the metric")
     legend = (("best", "━", f"best: {best.name}"),) if best is not None else ()
     return Plot(title, caption, (_parallel_picture(metric, judged, rows, axes, names, best),), legend)
 
@@ -264,7 +255,9 @@ def _against_key(sweep: Sweep, metric: Metric, judged: Sequence[Trial], shares: 
     key = _GROWTH if _GROWTH in keys else keys[0] if keys else None
     title = "Accuracy and cost against growth rate" if _GROWTH in sweep.space else "Metric against a key"
     if key is None:
-        return Plot(title, f"Not shown: {'no trial has a figure' if numbers else 'no searched key is a number'}.")
+        return Plot(
+            title, f"Not shown: {'no trial has a value of the metric' if numbers else 'no searched key is a number'}."
+        )
     shown = [trial for trial in judged if is_number(trial.overrides.get(key))]
     domain = sweep.space[key]
     log = (
@@ -272,13 +265,13 @@ def _against_key(sweep: Sweep, metric: Metric, judged: Sequence[Trial], shares: 
     )
     scores = [(trial, metric.scaled(trial.metric or 0.0)) for trial in shown]
     pictures = [_scatter(key, log, scores, metric.label, best, metric)]
-    caption = "A dot a trial; a line, where trials share their values, joins the medians at each. "
+    caption = "One dot per trial; where trials share values, a line joins the medians. "
     if key == _GROWTH:
         sizes = [(trial, float(trial.parameters)) for trial in shown if trial.parameters]
         times = [(trial, trial.seconds / trial.epochs) for trial in shown if trial.epochs and trial.seconds > 0]
         for cost, label in ((sizes, "trainable parameters"), (times, "training time of an epoch (s)")):
             pictures += [_scatter(key, log, cost, label, best)] if cost else []
-        caption += "All other keys vary too, and trials that shared their processors with others took longer."
+        caption += "All other keys vary too, and trials that shared processors with others took longer."
     else:
         title = f"Metric against {key}"
         why = "the most important key that is a number" if shares.shares else "the first key that is a number"

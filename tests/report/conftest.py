@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import Page
 from runs import tiny
 
 from densenet_dist.cluster.launch import fit
-
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-class Page(HTMLParser):
-    """A page whose tags are closed in the order in which they were opened."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text, self.open = text, []
-        self.links, self.titles, self.rows, self.pictures = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        found = dict(attrs)
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
-        if tag == "h2":
-            self.titles.append("")
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-        elif tag in ("img", "svg"):
-            self.pictures.append(found.get("alt") or found.get("aria-label"))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-        elif "h2" in self.open:
-            self.titles[-1] += data
-
-    def needs_nothing_else(self) -> bool:
-        """Whether nothing is loaded from anywhere, and every colour is in the style sheet."""
-        inside = all(link.startswith(("#", "data:image/png;base64,")) for link in self.links)
-        variables = set(re.findall(r"var\((--\w+)\)", self.text))
-        outside = re.search(r"https?:|//[a-z]|@import", re.sub(r"base64,[^\"]*", "", self.text))
-        return inside and not outside and variables <= set(re.findall(r"(--\w+):", self.text))
 
 
 @pytest.fixture(scope="session")
