@@ -46,6 +46,7 @@ class FusedDenseBlock(DenseBlock):
         values, synchronised = x.numel() // x.shape[1], any(training) and _synchronised(parts)
         if any(training) and values == 1 and not synchronised:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        drop_rate = parts.drops[0].p if parts.drops and parts.drops[0].training else 0.0
         maps, out, mean, var, _, inner_mean, inner_var, count = dense_block(
             x,
             [bn.weight for bn in parts.norms],
@@ -57,7 +58,7 @@ class FusedDenseBlock(DenseBlock):
             [bn.eps for bn in parts.norms],
             parts.bottleneck,
             norm is not None,
-            1 - _drop_rate(parts),
+            1 - drop_rate,
             synchronised,
             torch.is_grad_enabled(),
         )
@@ -107,11 +108,6 @@ def _usual(parts: _Parts) -> bool:
     rates = {drop.p if drop.training else 0.0 for drop in parts.drops}
     group = getattr(first, "process_group", None)
     return alike and plain and first.momentum is not None and len(rates) <= 1 and group in (None, dist.group.WORLD)
-
-
-def _drop_rate(parts: _Parts) -> float:
-    """Probability that a value is dropped."""
-    return parts.drops[0].p if parts.drops and parts.drops[0].training else 0.0
 
 
 def _synchronised(parts: _Parts) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_reduce  # its gradient is the sum of the ranks' gradients
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
@@ -33,9 +33,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
         dist.all_reduce(count)
         total = float(count)
-        mean = _sum_over_ranks(x.sum((0, 2, 3))) / total
+        mean: Tensor = all_reduce(x.sum((0, 2, 3)), group=None) / total
         centred = x - mean[:, None, None]
-        variance = _sum_over_ranks(centred.square().sum((0, 2, 3))) / total
+        variance: Tensor = all_reduce(centred.square().sum((0, 2, 3)), group=None) / total
         self._update_running(mean.detach(), variance.detach() * (total / max(total - 1, 1)))
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(input.dtype)
@@ -49,8 +49,3 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(unbiased_variance, self.momentum)
         self.num_batches_tracked.add_(1)
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    reduced: Tensor = all_reduce(tensor, group=None)
-    return reduced

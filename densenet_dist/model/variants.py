@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, NamedTuple, Required, TypedDict, Unpack
+from typing import Final, NamedTuple, TypedDict
 
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.architecture import Architecture, BlockForm, CompressionOf, Head, Init, Stem
@@ -70,30 +70,19 @@ VARIANTS: Final = tuple(_VARIANTS)
 """The names :func:`densenet` knows."""
 
 
-class VariantOptions(TypedDict, total=False):
-    """What may be asked of a variant; what is left out or None is the variant's own."""
-
-    num_classes: Required[int]
-    """Logits an image gets."""
-    image_size: int
-    """Side of the square images in pixels; 32 unless given."""
-    growth_rate: int | None
-    """Maps each layer adds (k)."""
-    num_layers: int | Sequence[int] | None
-    """Layers in every block of the variant's own number of blocks, or in each of any number of blocks."""
-    depth: int | None
-    """Instead of ``num_layers``, for the paper's CIFAR nets: all layers with weights, L = 3 n + 4 for n layers a block,
-    or 6 n + 4 with bottlenecks (paper, sec. 4)."""
-    compression: float | None
-    """A transition's width as a share of the maps it reads, or, in ``notebook``, of the growth rate."""
-    drop_rate: float | None
-    """Dropout after every convolution but the first; 0 unless given."""
-    block: BlockForm
-    """Form of the dense blocks; ``reference`` unless given."""
-
-
-def densenet(variant: str, **options: Unpack[VariantOptions]) -> DenseNet:
-    """Build a named DenseNet.
+def densenet(
+    variant: str,
+    *,
+    num_classes: int,
+    image_size: int = 32,
+    growth_rate: int | None = None,
+    num_layers: int | Sequence[int] | None = None,
+    depth: int | None = None,
+    compression: float | None = None,
+    drop_rate: float | None = None,
+    block: BlockForm = "reference",
+) -> DenseNet:
+    """Build a named DenseNet; what is None is the variant's own.
 
     ===================  =====================================================  ===========================
     variant              source                                                 growth rate, layers
@@ -106,16 +95,46 @@ def densenet(variant: str, **options: Unpack[VariantOptions]) -> DenseNet:
 
     Args:
         variant: one of :data:`VARIANTS`.
-        **options: see :class:`VariantOptions`.
+        num_classes: logits an image gets.
+        image_size: side of the square images in pixels.
+        growth_rate: maps each layer adds (k).
+        num_layers: layers in every block of the variant's own number of blocks, or in each of any number of blocks.
+        depth: instead of ``num_layers``, for the paper's CIFAR nets: all layers with weights, L = 3 n + 4 for n layers
+            a block, or 6 n + 4 with bottlenecks (paper, sec. 4).
+        compression: a transition's width as a share of the maps it reads, or, in ``notebook``, of the growth rate.
+        drop_rate: dropout after every convolution but the first; 0 unless given.
+        block: form of the dense blocks.
 
     Raises:
         ConfigError: no such net can be built; one line for each reason.
     """
-    return DenseNet(variant_architecture(variant, **options))
+    architecture = variant_architecture(
+        variant,
+        num_classes=num_classes,
+        image_size=image_size,
+        growth_rate=growth_rate,
+        num_layers=num_layers,
+        depth=depth,
+        compression=compression,
+        drop_rate=drop_rate,
+        block=block,
+    )
+    return DenseNet(architecture)
 
 
-def variant_architecture(variant: str, **options: Unpack[VariantOptions]) -> Architecture:
-    """Settle the net that :func:`densenet` builds from the same arguments, without building anything.
+def variant_architecture(
+    variant: str,
+    *,
+    num_classes: int,
+    image_size: int = 32,
+    growth_rate: int | None = None,
+    num_layers: int | Sequence[int] | None = None,
+    depth: int | None = None,
+    compression: float | None = None,
+    drop_rate: float | None = None,
+    block: BlockForm = "reference",
+) -> Architecture:
+    """Settle the net that :func:`densenet` makes of the same arguments, without building anything.
 
     Raises:
         ConfigError: it cannot be built; one line a problem, each of the form
@@ -124,21 +143,19 @@ def variant_architecture(variant: str, **options: Unpack[VariantOptions]) -> Arc
     if variant not in _VARIANTS:
         raise ConfigError(f"model.variant: there is no {variant!r}; choose from {', '.join(VARIANTS)}")
     preset = _VARIANTS[variant]
+    k = preset.growth_rate if growth_rate is None else growth_rate
     family = preset.family.copy()
-    if (compression := options.get("compression")) is not None:
+    if compression is not None:
         family["compression"] = compression
-    k = options.get("growth_rate")
-    k = preset.growth_rate if k is None else k
-    num_layers, depth = options.get("num_layers"), options.get("depth")
     arch = Architecture(
         growth_rate=k,
         num_layers=_layers(preset, num_layers, depth),
-        num_classes=options["num_classes"],
+        num_classes=num_classes,
         # At least 1, or a growth rate of 0 would be reported under the name of a number nobody gave.
         stem_channels=preset.stem_channels(max(k, 1)),
-        drop_rate=options.get("drop_rate") or 0.0,
-        image_size=options.get("image_size", 32),
-        block=options.get("block", "reference"),
+        drop_rate=drop_rate or 0.0,
+        image_size=image_size,
+        block=block,
         **family,
     )
     if problems := _depth_problems(variant, num_layers, depth) + arch.problems():

@@ -70,7 +70,7 @@ class _Pass:
         self._sums = maps.new_zeros((len(self._norms), 2, maps.shape[1]), dtype=self._wide)
         self._shares = _shares_of(block.readers, self._norms, self._sums)
         self._inner_gradients: list[Tensor] = []  # last layer first, as are these:
-        self._weights: list[Tensor] = []
+        self._weights: list[Tensor | None] = []
         self._waiting: list[_Waiting] = []
         self._limit = WAITING.get(maps.device.type, 1)
         self._carry: Tensor | None = None  # G without what waits; at first the gradient of the maps themselves
@@ -90,7 +90,12 @@ class _Pass:
                 d_made = self._through_inner(number, layer[1], d_made)
             self._through_reader(number, layer[0], d_made)
         d_x = self._d_slot(0, widths[0], None, widths[0])
-        return Gradients(d_x if need_x else None, self._d_readers(), self._d_inner(), self._weights[::-1])
+        for sums, norm in zip(self._sums, self._norms, strict=True):
+            sums[:, : len(norm.gamma)] *= _betas_and_gammas(norm)
+        inner = self._inner_gradients[::-1]
+        d_inner = torch.stack(inner) if inner else self._sums.new_empty(0, 2, 0)
+        weights = [weight for weight in reversed(self._weights) if weight is not None]
+        return Gradients(d_x if need_x else None, self._sums, d_inner, weights)
 
     def _through_reader(self, number: int, unit: Unit, d_made: Tensor) -> None:
         """Back through a unit that reads the block's maps: what comes out is added to G, at once or with others."""
@@ -99,12 +104,12 @@ class _Pass:
         if self._convolutions.accumulates(unit) and not self._waiting:
             sums = self._sums.new_empty(2, unit.reads)
             carry, out = self._carried(0, unit.reads), self._room(unit.reads)
-            self._keep(self._convolutions.accumulate(unit, maps, norm, d_made, needed, carry, out, sums))
+            self._weights.append(self._convolutions.accumulate(unit, maps, norm, d_made, needed, carry, out, sums))
             self._sums[number, :, : unit.reads] = sums
             self._carry = out
             return
         came, d_weight = self._convolutions.backward(unit, maps, norm, d_made, needed)
-        self._keep(d_weight)
+        self._weights.append(d_weight)
         self._waiting.insert(0, _Waiting(number, came, norm))
         if len(self._waiting) == self._limit and number > 0:
             out = self._room(unit.reads)
@@ -118,16 +123,13 @@ class _Pass:
         norm = unit.norm(self._made.inner_statistics.narrow(number * width, (number + 1) * width), self._wide)
         sums, total = self._sums.new_empty(2, width), new_maps(maps, width, self._wide)
         needed = self._needs.pop()
-        self._keep(self._convolutions.accumulate(unit, maps, norm, d_made, needed, None, total, sums))
+        self._weights.append(self._convolutions.accumulate(unit, maps, norm, d_made, needed, None, total, sums))
         self._inner_gradients.append(sums * _betas_and_gammas(norm))
         shares = _shares(unit, norm)
         correction = None if shares is None else self._correction(norm.mean, shares * sums)
         out = new_maps(maps, self._convolutions.padded(width))
         self._kernels.finish(total, maps, correction, self._next_mask(), self._block.keep, out)
         return out
-
-    def _keep(self, d_weight: Tensor | None) -> None:
-        self._weights += [] if d_weight is None else [d_weight]
 
     def _room(self, channels: int) -> Tensor:
         """The first channels of the buffer of G."""
@@ -181,16 +183,6 @@ class _Pass:
         out = new_maps(gradient, channels)
         self._kernels.finish(gradient, gradient, None, None, 1.0, out)
         return out
-
-    def _d_readers(self) -> Tensor:
-        for sums, norm in zip(self._sums, self._norms, strict=True):
-            sums[:, : len(norm.gamma)] *= _betas_and_gammas(norm)
-        return self._sums
-
-    def _d_inner(self) -> Tensor:
-        if not self._inner_gradients:
-            return self._sums.new_empty(0, 2, 0)
-        return torch.stack(self._inner_gradients[::-1])
 
 
 def _betas_and_gammas(norm: Norm) -> Tensor:
