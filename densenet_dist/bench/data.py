@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -31,15 +31,12 @@ from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.inputs import engine_of, load_dataset_of, train_and_val, train_loader
 
 LOADERS = ("torch", "dali")
-BATCH_SIZES = (64, 128, 256, 512, 1024)
 
 Measurement: TypeAlias = tuple[Speed, float, float | None]
 """A speed, the process' peak memory in MiB, and torch's on the GPU."""
 
 
-def bench_data(
-    config: Config, *, batch_sizes: tuple[int, ...] = BATCH_SIZES, seconds: float = 1.0, rounds: int = 3
-) -> dict[str, Any]:
+def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1.0, rounds: int = 3) -> dict[str, Any]:
     """Measure every loader at every batch size.
 
     Args:

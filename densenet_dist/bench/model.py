@@ -28,8 +28,6 @@ from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import describe_environment
 
-BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
-
 DEFINITIONS = {
     "arm": "how the net is run",
     "reference": "model.block=reference, as PyTorch runs it",
@@ -53,7 +51,7 @@ def bench_model(
     config: Config,
     *,
     variants: Mapping[str, Variant],
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int],
     seconds: float = 1.0,
     rounds: int = 3,
     on_progress: Callable[[str], None] = lambda text: None,

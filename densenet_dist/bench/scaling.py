@@ -98,9 +98,6 @@ def bench_scaling(
 
 
 def _check(config: Config, counts: Sequence[int], modes: Sequence[str]) -> None:
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(f"--mode: there is no {mode!r}; choose weak, strong or both")
     if "strong" in modes and counts[-1] > config.train.global_batch_size:
         raise ConfigError(
             f"--workers: {counts[-1]} workers cannot share train.global_batch_size={config.train.global_batch_size}\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -92,7 +92,8 @@ def bench_scaling(
     sources: Sources = None,
     workers: Annotated[str, typer.Option(help="How many, separated by commas; 1 is measured always.")] = "1,2",
     mode: Annotated[
-        str, typer.Option(help="weak: the batch is that of each worker; strong: that of all together; or both.")
+        Literal["weak", "strong", "both"],
+        typer.Option(help="weak: the batch is that of each worker; strong: that of all together."),
     ] = "both",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,

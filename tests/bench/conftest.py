@@ -7,8 +7,6 @@ import pytest
 
 from densenet_dist.cli import main
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def bench():
@@ -25,5 +23,5 @@ def bench():
 @pytest.fixture
 def script(monkeypatch):
     """Import a script by its name, in its folder, so that it finds the others."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return importlib.import_module

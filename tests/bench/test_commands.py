@@ -10,7 +10,7 @@ import torch
 
 from densenet_dist.bench import model as bench_of_model
 from densenet_dist.bench.process import MeasuringProcess
-from densenet_dist.bench.training_step import VARIANTS, Measurement, OutOfMemory, explained
+from densenet_dist.bench.training_step import VARIANTS, Measurement, OutOfMemory
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import densenet
@@ -34,7 +34,7 @@ def test_mistakes_are_reported_before_anything_is_measured(tmp_path, bench, caps
         ("model", *ON_CPU, "model.growth_rate=0", 2, "model.growth_rate"),
         ("scaling", *ON_CPU, "--workers=0", 2, "--workers: '0' is no number above zero"),
         ("scaling", *ON_CPU, "--workers=999", 2, "999 workers cannot share train.global_batch_size"),
-        ("scaling", *ON_CPU, "--mode=large", 2, "--mode: there is no 'large'"),
+        ("scaling", *ON_CPU, "--mode=large", 2, "'large' is not one of 'weak', 'strong', 'both'"),
     ):
         assert bench(command, *arguments) == code
         assert reason in capsys.readouterr().err
@@ -45,15 +45,14 @@ def test_loaders(tmp_path, bench, capsys):
     out = tmp_path / "loaders.json"
     options = ["--seconds", "0.05", "--rounds", "2", "--batch-sizes", "64,100", "--out", out]
     assert bench("data", "quickstart", "data.limit=600", *options) == 0
-    shown, found = capsys.readouterr().out, json.loads(out.read_text())
-    rows = {(row["loader"], row["batch_size"]): row for row in found["rows"]}
+    shown, found = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    rows = {(row["loader"], row["batch_size"]): row for row in found}
     assert set(rows) == {("torch", 64), ("torch", 100), ("dali", 64), ("dali", 100)}
     for row in rows.values():
         assert row["spread"][0] <= row["images_per_s"] <= row["spread"][1]
         assert row["images_per_cpu_s"] > 0
         assert 100 < row["peak_mib"] < 4000
         assert f"{row['images_per_s']:,.0f}" in shown
-    assert found["environment"]["packages"]["torch"]
 
 
 @pytest.mark.slow
@@ -75,14 +74,6 @@ def test_variants_of_a_model_and_the_roofline(tmp_path, bench, script, capsys):
     script("roofline").main([str(out), "--seconds", "0.1", "--plot", str(plot)])
     assert "ceiling by arithmetic" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.nightly
-def test_a_compiled_net_is_the_same_net(tmp_path, bench):
-    options = [*FAST, "--batch-sizes", "16", "--variants", "reference,compiled", "--out", tmp_path / "out.json"]
-    assert bench("model", *ON_CPU, "model.num_layers=[1]", *options) == 0
-    reference, compiled = rows_of(tmp_path / "out.json").values()
-    assert compiled["loss"] == pytest.approx(reference["loss"], rel=1e-5)
 
 
 @pytest.mark.gpu
@@ -125,12 +116,6 @@ def test_what_cannot_work_is_a_row_with_its_reason(monkeypatch):
     assert rows["fused", 16]["time_ratio"] == 0.25
     assert rows["fused", 64]["time_ratio"] is None
     json.loads(json.dumps(found, allow_nan=False))
-
-
-def test_errors_of_a_variant_are_one_line():
-    for message, text in (("DefaultCPUAllocator: can't allocate memory", "out of memory"), ("a\n\nb", "OSError: a b")):
-        with pytest.raises(EnvironmentProblem, match=f"^{text}$"):
-            explained(partial(exec, "raise OSError(message)", {"message": message}))
 
 
 def test_a_measuring_process_answers_or_reports_that_it_died():

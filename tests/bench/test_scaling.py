@@ -23,18 +23,13 @@ TINY = [
 ]
 
 
-SETTINGS = (
-    *("train.gradient_compression=bf16", "train.bucket_mb=0.004", "train.grad_accum_steps=2"),
-    *("train.sync_bn=true", "data.mixup=1"),
-)
-
-
 def measured():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from predict_scaling import probe_exchange
 
-    plain, probe = to_dict(load_config(*TINY, *SETTINGS)), partial(probe_exchange, rounds=2)
-    return measure_rank(torch.device("cpu"), plain, 10, [12, 5], 0.0, 2, probe)
+    train = ("gradient_compression=bf16", "bucket_mb=0.004", "grad_accum_steps=2", "sync_bn=true")
+    plain = to_dict(load_config(*TINY, *(f"train.{setting}" for setting in train), "data.mixup=1"))
+    return measure_rank(torch.device("cpu"), plain, 10, [12, 5], 0.0, 2, partial(probe_exchange, rounds=2))
 
 
 def test_ranks_measure_the_step_of_training():
@@ -64,7 +59,6 @@ def test_efficiency_follows_from_the_times():
     assert (weak["images"], strong["images"], weak["oversubscribed"]) == (12, 6, True)
     # The slower rank counts in each round, and the median of two rounds is 1.1 times the first.
     assert (weak["step_ms"], weak["local_ms"], weak["exposed_ms"]) == pytest.approx((137.5, 110, 27.5))
-    assert weak["step_ms_spread"] == pytest.approx((125, 150))
     assert weak["images_per_s"] == pytest.approx(12 / 0.1375, rel=1e-4)
     assert (weak["efficiency"], weak["compute_efficiency"]) == pytest.approx((0.8, 1))
     assert strong["efficiency"] == pytest.approx(0.11 / (2 * 0.077), rel=1e-3)
@@ -85,7 +79,7 @@ def test_the_command_on_ray_train(tmp_path, bench):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_predictions_are_those_on_record(tmp_path, script, capsys):
+def test_predictions_are_those_on_record(tmp_path, script):
     record, out, plot = (
         ROOT / "benchmarks/results/scaling_notebook100.json",
         tmp_path / "out.json",
@@ -100,7 +94,6 @@ def test_predictions_are_those_on_record(tmp_path, script, capsys):
         assert one["efficiency"] == pytest.approx(other["efficiency"], abs=2e-4)
     for one, other in zip(before["rows"], after["rows"], strict=True):  # the record's was fitted to every round
         assert one["predicted_error"] == pytest.approx(other["predicted_error"], abs=0.002)
-    assert "1024 GPUs" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -111,9 +104,6 @@ def test_the_communication_model(script):
     for n in (1, 2, 9, 1024):
         assert model.all_reduce_s(1e12, n, ring) == pytest.approx(2 * (n - 1) / n * 1e12 / 1e9, rel=1e-4)
         assert model.all_reduce_s(1.0, n, ring) == pytest.approx(2 * (n - 1) * 1e-6, rel=0.01)
-    for fabric in model.FABRICS:  # trees win where latency counts
-        assert model.tree_s(4e3, 1024, fabric) < model.ring_s(4e3, 1024, fabric) / 5
-        assert model.ring_s(4e9, 16, fabric) < model.tree_s(4e9, 16, fabric)
     # 0.4-0.6, 0.6-0.9 (it waits for the network), 0.9-1.0, and 0.3 that block; the backward pass ends at 0.8.
     step = model.Step(1.0, (model.Bucket(1.0, 0.4), model.Bucket(2.0, 0.5), model.Bucket(3.0, 0.8)), (2.0,))
     assert model.predict(step, {1.0: 0.2, 2.0: 0.3, 3.0: 0.1}.__getitem__).step_s == pytest.approx(1.2 + 0.3)
