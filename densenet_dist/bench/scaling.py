@@ -120,7 +120,8 @@ def rows(
         alone = statistics.median(_slowest(results[1], _images(config, mode, 1)))
         for count, ranks in results.items():
             images = _images(config, mode, count)
-            step_ms, spread = median_and_spread([1e3 * seconds for seconds in _slowest(ranks, images)])
+            step = [1e3 * seconds for seconds in _slowest(ranks, images)]
+            step_ms, spread = median_and_spread(step)
             local_ms = 1e3 * statistics.median(_slowest(ranks, images, exchange=count == 1))
             ideal = 1e3 * alone / (1 if mode == "weak" else count)
             made.append(
@@ -132,7 +133,7 @@ def rows(
                     "step_ms": step_ms,
                     "step_ms_spread": spread,
                     "local_ms": rounded(local_ms),
-                    "exposed_ms": rounded(step_ms - local_ms),
+                    "exposed_ms": rounded(statistics.median(step) - local_ms),
                     "images_per_s": rounded(1e3 * images / step_ms),
                     "images_per_s_spread": tuple(rounded(1e3 * images / ms) for ms in reversed(spread)),
                     "efficiency": rounded(ideal / step_ms, 4),
