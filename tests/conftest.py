@@ -1,11 +1,15 @@
 """Fixtures for all tests: the official CIFAR files, where they lie beside the repository; servers of S3 and MLflow."""
 
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from fault_proxy import FaultProxy
 from mlflow_server import mlflow_server as start_mlflow
@@ -23,6 +27,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             cluster = "cluster" in item.path.parent.parts or item.get_closest_marker("multinode") is not None
             item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "cluster")
+
+
+_started: list[subprocess.Popen[Any]] = []
+
+
+class _RecordedPopen(subprocess.Popen[Any]):
+    """Every process that tests, fixtures and Ray start, for `_nothing_left_running`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        _started.append(self)
+
+
+subprocess.Popen = _RecordedPopen  # type: ignore[misc]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    """End the commands and Ray nodes that a test has started and left running, for instance when its time was over."""
+    del _started[:]  # of fixtures with a wider scope, which end their own
+    yield
+    for started in _started:
+        if started.poll() is None and re.search("densenet_dist|raylet|gcs_server", str(started.args)):
+            with suppress(psutil.Error):
+                for process in [*psutil.Process(started.pid).children(recursive=True), started]:
+                    process.kill()
+            started.wait()
 
 
 @pytest.fixture(scope="session")

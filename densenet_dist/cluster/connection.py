@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -45,7 +47,7 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         _make_private_token()
     try:
         # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
-        with _on_loopback() if own else nullcontext():
+        with _on_loopback() if own else nullcontext(), _own_sigterm():
             ray.init(
                 address="local" if own else address,
                 include_dashboard=False if own else None,
@@ -91,6 +93,23 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's ends the process with ``sys.exit(15)``, and stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:
+            raise KeyboardInterrupt(signal.SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def survey(config: Config) -> tuple[dict[str, float], str]:

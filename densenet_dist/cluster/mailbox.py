@@ -25,7 +25,6 @@ class Mailbox:
         self._events: list[Event] = []
         self._news = asyncio.Event()
         self._error: DenseNetDistError | None = None
-        self._summary: Event | None = None
         self._controller: Any = None
         self._answers: dict[int, asyncio.Future[bool]] = {}
         self._beats = Beats()
@@ -38,7 +37,6 @@ class Mailbox:
         if event["kind"] == "progress" and self._events and self._events[-1]["kind"] == "progress":
             self._events.pop()  # nobody has looked at the last one yet: only the newest matters
         if event["kind"] == "end":
-            self._summary = {key: value for key, value in event.items() if key != "kind"}
             self._left.set()
         self._events.append(event)
         self._news.set()
@@ -48,9 +46,9 @@ class Mailbox:
         self._error = self._error or error
         self._left.set()
 
-    async def failed(self) -> bool:
-        """Whether one has."""
-        return self._error is not None
+    async def error(self) -> DenseNetDistError | None:
+        """That error; None where there was none."""
+        return self._error
 
     async def beat(self, beat: Beat) -> Wish:
         """A worker lives; what is asked of it."""
@@ -117,10 +115,6 @@ class Mailbox:
     async def controller(self) -> Any:
         """That actor; None before it has started."""
         return self._controller
-
-    async def outcome(self) -> dict[str, Any]:
-        """How the run ended: its ``error`` and its ``summary``, None where there is none."""
-        return {"error": self._error, "summary": self._summary}
 
 
 class Pace:

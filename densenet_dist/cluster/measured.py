@@ -62,24 +62,22 @@ class Workers:
             EnvironmentProblem: there are fewer GPUs than workers, or a worker was lost.
             DenseNetDistError: what a worker raised on purpose.
         """
-        import ray
-
         if self.on_gpus and workers > self.room:
             raise EnvironmentProblem(
                 f"{workers} workers need {workers} GPUs, the cluster has {self.room}\n"
                 "  ask for fewer, or join a larger cluster with cluster.address"
             )
-        box = ray.remote(num_cpus=0)(_Box).remote()
-        failure = self._fit(workers, {"work": work, "arguments": arguments, "box": box, "threads": self._cores})
-        error, results = ray.get(box.contents.remote())
-        if error is not None:
-            raise error
-        if failure is not None or len(results) < workers:
-            problem = f"the measurement on {workers} workers did not finish: {_reason(failure)}"
-            raise EnvironmentProblem(problem) from failure
-        return [results[rank] for rank in range(workers)]
+        failure, results = self._fit(workers, {"work": work, "arguments": arguments, "threads": self._cores})
+        if failure is None:
+            return list(results)
+        causes = [error for _, error in sorted(getattr(failure, "worker_failures", {}).items())]
+        for cause in causes:
+            if isinstance(raised := getattr(cause, "_base_exc", cause), DenseNetDistError):
+                raise raised
+        reason = explain(causes[0] if causes else failure, "a worker")
+        raise EnvironmentProblem(f"the measurement on {workers} workers did not finish: {reason}") from failure
 
-    def _fit(self, workers: int, payload: dict[str, Any]) -> BaseException | None:
+    def _fit(self, workers: int, payload: dict[str, Any]) -> tuple[BaseException | None, Any]:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.v2.api.config import LoggingConfig
 
@@ -105,8 +103,7 @@ class Workers:
             ),
         )
         try:
-            failure: BaseException | None = trainer.failure()
-            return failure
+            return trainer.run()
         finally:
             if "://" not in self.storage:
                 shutil.rmtree(os.path.join(self.storage, name), ignore_errors=True)
@@ -129,37 +126,13 @@ def measuring_workers(cluster: ClusterConfig, storage: str) -> Iterator[Workers]
         yield Workers(cluster, storage, dict(ray.cluster_resources()), own)
 
 
-class _Box:
-    """An actor that holds what ranks returned."""
-
-    def __init__(self) -> None:
-        self._results: dict[int, Any] = {}
-        self._error: DenseNetDistError | None = None
-
-    def put(self, rank: int, result: Any) -> None:
-        self._results[rank] = result
-
-    def fail(self, error: DenseNetDistError) -> None:
-        self._error = self._error or error
-
-    def contents(self) -> tuple[DenseNetDistError | None, dict[int, Any]]:
-        return self._error, self._results
-
-
-def _work_on_rank(payload: dict[str, Any]) -> None:
-    import ray
+def _work_on_rank(payload: dict[str, Any]) -> list[Any]:
     import ray.train.torch
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(payload["threads"])
-    try:
-        result = payload["work"](ray.train.torch.get_device(), *payload["arguments"])
-    except DenseNetDistError as error:
-        ray.get(payload["box"].fail.remote(error))
-        raise
-    ray.get(payload["box"].put.remote(ray.train.get_context().get_world_rank(), result))
-
-
-def _reason(failure: BaseException | None) -> str:
-    workers = getattr(failure, "worker_failures", None)
-    return explain(min(workers.items())[1] if workers else failure, "a worker")
+    result = payload["work"](ray.train.torch.get_device(), *payload["arguments"])
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    return results

@@ -30,15 +30,15 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     alone: bool = False
     """Whether the cluster is this machine and ours: then neither an autoscaler nor who takes nodes away is asked for
     anything. Each has an actor, a process more to start before the first step."""
-    stopped_by: int = signal.SIGINT
+    stopped_by: int | None = None
     save: Callable[[], None] | None = None
     """Called on the first signal, to have the run saved before the workers are stopped; a second one cuts it short."""
 
-    def failure(self) -> BaseException | None:
+    def run(self) -> tuple[BaseException | None, Any]:
         """Run to the end.
 
         Returns:
-            What made it fail, if anything did.
+            What made it fail, if anything did, and what the training function returned on rank 0.
 
         Raises:
             KeyboardInterrupt: with the signal, once the workers are stopped.
@@ -46,16 +46,19 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         unwatched = self.alone and ENABLE_PREEMPTION_WATCHER_ENV_VAR not in os.environ
         if unwatched:
             os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
+        failure, returned = None, None
         try:
-            self.fit()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self.stopped_by) from None
-        except Exception as error:
-            return error
+            returned = self.fit().return_value
+        except (KeyboardInterrupt, Exception) as error:
+            failure = error
         finally:
             if unwatched:  # a notebook's process may join another cluster next
                 del os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR]
-        return None
+        if self.stopped_by is not None:  # whatever became of the exception on its way through Ray
+            raise KeyboardInterrupt(self.stopped_by)
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure
+        return failure, returned
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
@@ -71,7 +74,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
     def _register_sigint_handler(self, controller: Any) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
-            self.stopped_by = number  # on its way through ray.get the exception loses its arguments
+            self.stopped_by = number
             save, self.save = self.save, None
             if save is not None:
                 for handled in (signal.SIGINT, signal.SIGTERM):

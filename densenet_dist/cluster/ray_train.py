@@ -123,26 +123,25 @@ def fit_on_ray(
         announce = announcing_restarts(listener, config.cluster.max_failures)
         with drained(mailbox, announce), watched(mailbox, config.fault.hang_timeout_s, announce):
             pace = listener if isinstance(listener, Pace) else None
-            failure = _run_trainer(config, run, resources, mailbox, own_cluster, pace, lease)
-        outcome = ray.get(mailbox.outcome.remote())
-    if outcome["error"] is not None:
-        raise outcome["error"]
+            failure, summary = _run_trainer(config, run, resources, mailbox, own_cluster, pace, lease)
+        error = ray.get(mailbox.error.remote())
+    if error is not None:
+        raise error
     if failure is not None:
         raise _explain(failure) from failure
-    if outcome["summary"] is None:
+    if summary is None:
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
-    summary: dict[str, Any] = outcome["summary"]
-    return summary
+    return dict(summary)
 
 
-def _train_worker(payload: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
+    """What each Ray Train worker runs; returns the summary of a run that came to its end."""
     import ray
     import ray.train.torch
 
     mailbox = payload["mailbox"]
-    if ray.get(mailbox.failed.remote()):
-        return  # restarted after an error that a restart cannot mend
+    if ray.get(mailbox.error.remote()) is not None:
+        return None  # restarted after an error that a restart cannot mend
     import torch
 
     from densenet_dist.train.engine import fit
@@ -166,7 +165,7 @@ def _train_worker(payload: dict[str, Any]) -> None:
             paced=payload["paced"],
         )
         with beating(worker, mailbox):
-            fit(config, worker)
+            return fit(config, worker)
     except Stopped:
         if context.get_world_rank() == 0:
             ray.get(mailbox.leave.remote())
@@ -174,6 +173,7 @@ def _train_worker(payload: dict[str, Any]) -> None:
         ray.get(mailbox.fail.remote(error))
         if not isinstance(error, TrainingError):  # one rank's alone: raise, so that Ray stops the others
             raise
+    return None
 
 
 def _require_shared(run: RunFolder) -> None:
@@ -194,7 +194,7 @@ def _run_trainer(
     own_cluster: bool,
     pace: Pace | None,
     lease: Lease | NoLease,
-) -> BaseException | None:
+) -> tuple[BaseException | None, dict[str, Any] | None]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
 
@@ -245,8 +245,7 @@ def _run_trainer(
     )
     trainer.alone = own_cluster
     trainer.save = lambda: _have_saved(mailbox, config.fault.grace_s)
-    failure: BaseException | None = trainer.failure()
-    return failure
+    return trainer.run()
 
 
 def _have_saved(mailbox: Any, within_s: float) -> None:

@@ -150,8 +150,7 @@ def _points(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:
     elif settings.search.name == "grid":
         drawn = list(spaces.grid(sweep.space))
     else:
-        rng = random.Random(settings.search.seed)
-        drawn = [spaces.sample(sweep.space, rng) for _ in range(sweep.trials)]
+        drawn = spaces.samples(sweep.space, random.Random(settings.search.seed), sweep.trials)
     new = [point for point in drawn if point not in before]
     return before + new[: max(0, sweep.trials - len(before))]
 
@@ -160,16 +159,12 @@ def _first_values(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # Every trial's values come from the points; Tune wants to see the keys.
     from ray import tune
 
-    from densenet_dist.cluster.trial import encode
-
     keys = {key for point in points for key in point}
-    return {key: tune.choice([encode({key: point[key]})[key] for point in points]) for key in sorted(keys)}
+    return {key: tune.choice([spaces.encode_value(point[key]) for point in points]) for key in sorted(keys)}
 
 
 def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]], concurrent: int) -> Any:
-    from densenet_dist.cluster.trial import encode
-
-    encoded = [encode(point) for point in points]
+    encoded = [spaces.encode(point) for point in points]
     search = sweep.settings.search
     if search.name != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -183,25 +178,12 @@ def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]], concurrent: int
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=search.seed)
     return OptunaSearch(
-        space={key: _distribution(domain) for key, domain in sweep.space.items()},
+        space={key: domain.distribution() for key, domain in sweep.space.items()},
         metric=sweep.settings.metric,
         mode="max" if sweep.settings.maximise else "min",
         points_to_evaluate=encoded or None,
         sampler=sampler,
     )
-
-
-def _distribution(domain: Domain) -> Any:
-    from optuna import distributions
-
-    from densenet_dist.cluster.trial import encode
-
-    if isinstance(domain, Choice):
-        return distributions.CategoricalDistribution([encode({"": value})[""] for value in domain.values])
-    if domain.integer:
-        step = 1 if domain.step is None else int(domain.step)
-        return distributions.IntDistribution(int(domain.low), int(domain.ends[1]), log=domain.log, step=step)
-    return distributions.FloatDistribution(domain.low, domain.ends[1], log=domain.log, step=domain.step)
 
 
 def _scheduler(sweep: Sweep) -> Any:
@@ -239,11 +221,9 @@ def _most_epochs(sweep: Sweep) -> int:
 
 
 def _mutations(sweep: Sweep) -> dict[str, Any]:
-    from densenet_dist.cluster.trial import encode
-
     rng = random.Random(sweep.settings.search.seed)
     return {
-        key: [encode({key: value})[key] for value in domain.values]
+        key: [spaces.encode_value(value) for value in domain.values]
         if isinstance(domain, Choice)
         else partial(domain.sample, rng)
         for key, domain in sweep.space.items()

@@ -43,6 +43,7 @@ from densenet_dist.run_folder import (
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import read_note, write_note
+from densenet_dist.sweep.space import decode
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
 from densenet_dist.train.environment import LOADER_KEY
 from densenet_dist.train.lease import NoLease
@@ -309,22 +310,4 @@ def _tested(summary: Mapping[str, Any]) -> Figures:
     return {key: value for key, value in summary.items() if key.startswith("test/")}
 
 
-def encode(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides as Tune and Optuna take them: what is no scalar as its JSON."""
-    return {key: _encoded(value) for key, value in overrides.items()}
-
-
-def _encoded(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str)) else _JSON + json.dumps(value)
-
-
-def decode(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `encode`."""
-    return {
-        key: json.loads(value.removeprefix(_JSON)) if isinstance(value, str) and value.startswith(_JSON) else value
-        for key, value in config.items()
-    }
-
-
-_JSON: Final = "json:"
 _NOT_OF_TRIALS: Final = ("kind", "checkpoint", "is_best", "goodput/")

@@ -14,8 +14,9 @@ from ray import tune
 
 from densenet_dist import errors
 from densenet_dist.cluster.failures import explain
-from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME, decode
+from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME
 from densenet_dist.sweep.results import TRIAL_PREFIX, Trial
+from densenet_dist.sweep.space import decode
 from densenet_dist.train.context import Event
 
 

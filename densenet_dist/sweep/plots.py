@@ -47,13 +47,12 @@ def draw_plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> lis
     """All plots, in the order in which they are to be read."""
     metric = Metric(sweep.settings.metric, sweep.settings.maximise)
     judged = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
-    log = metric.log([trial.metric for trial in judged if trial.metric is not None])
-    shares = importance(sweep, judged, log=log)
+    shares = importance(sweep, judged)
     with drawing():
         return [
             _curves(metric, trials, best),
             _parallel(sweep, metric, judged, len(trials) - len(judged), best),
-            _importance(metric, shares, log),
+            _importance(metric, shares),
             _against_key(sweep, metric, judged, shares, best),
         ]
 
@@ -221,7 +220,7 @@ def _parallel_picture(
     return to_svg(figure, f"Searched settings and {metric.name} of each trial")
 
 
-def _importance(metric: Metric, found: Importance, log: bool) -> Plot:
+def _importance(metric: Metric, found: Importance) -> Plot:
     title = "Importance of each key"
     if found.reason is not None:
         return Plot(title, f"Not shown. {found.reason}")
@@ -235,15 +234,12 @@ def _importance(metric: Metric, found: Importance, log: bool) -> Plot:
     axes.set_yticks(range(len(keys)), keys)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    axes.set(xlim=(0, max(*shares, 1.0) * 1.14), xlabel=f"share of the variance of {metric.name} (%)")
-    together = max(0.0, 100 - sum(shares))
+    axes.set(xlim=(0, max(*shares, 1.0) * 1.14), xlabel=f"relative importance for {metric.name} (%)")
     caption = (
-        f"What each key explains alone, by functional ANOVA (Hutter et al. 2014) with a random forest on "
-        f"{found.trials} trials; the remaining {together:.0f} % are keys acting together, and chance. "
-        "A trial that was stopped early counts with the metric it had by then, which makes keys that decide the "
-        "first epochs look more important than they are; failed trials are left out."
+        f"How much the settings of the best of {found.trials} trials differ from those of all, key by key (PED-ANOVA, "
+        "Watanabe et al. 2023). A trial that was stopped early counts with the metric it had by then, which makes keys "
+        "that decide the first epochs look more important than they are; failed trials are left out."
     )
-    caption += f" It is the logarithm of {metric.name} that is explained." if log else ""
     caption += " With so few trials this is a hint at most." if found.trials < 10 * len(keys) else ""
     return Plot(title, caption, (to_svg(figure, f"Importance of each key for {metric.name}"),))
 

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from densenet_dist.errors import ConfigError
 
@@ -40,6 +40,16 @@ class Choice:
     def every(self) -> list[Value] | None:
         """All values, for a grid."""
         return list(self.values)
+
+    def has(self, value: Value) -> bool:
+        """Whether it is one of the values."""
+        return value in self.values
+
+    def distribution(self) -> Any:
+        """As Optuna takes it."""
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution([encode_value(value) for value in self.values])
 
     def describe(self) -> dict[str, Any]:
         """As a sweep file says it."""
@@ -82,6 +92,19 @@ class Range:
             return self._at(min(round((value - self.low) / self.step), self._count - 1))
         return round(value) if self.integer else value
 
+    def has(self, value: Value) -> bool:
+        """Whether it is one of the values."""
+        return type(value) in (int, float) and math.isclose(self.clip(value), value)
+
+    def distribution(self) -> Any:
+        """As Optuna takes it."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        low, high = self.ends
+        if self.integer:
+            return IntDistribution(int(low), int(high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(low, high, log=self.log, step=self.step)
+
     @property
     def ends(self) -> tuple[Number, ...]:
         """The lowest and the highest."""
@@ -119,6 +142,7 @@ class Range:
 
 Domain: TypeAlias = Choice | Range
 Space: TypeAlias = Mapping[str, Domain]
+_JSON: Final = "json:"
 FORMS = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, integer or loginteger"
 
 
@@ -194,6 +218,35 @@ def grid(space: Space) -> Iterator[dict[str, Value]]:
 def sample(space: Space, rng: random.Random) -> dict[str, Value]:
     """One combination, each key drawn alone."""
     return {key: domain.sample(rng) for key, domain in space.items()}
+
+
+def samples(space: Space, rng: random.Random, count: int) -> list[dict[str, Value]]:
+    """So many combinations; of a finite number of them, none twice as long as there are others."""
+    combinations = size(space)
+    found: list[dict[str, Value]] = []
+    while len(found) < count:
+        point = sample(space, rng)
+        if combinations is None or len(found) >= combinations or point not in found:
+            found.append(point)
+    return found
+
+
+def encode_value(value: Value) -> Value:
+    """A value as Tune and Optuna take it: what is no scalar as its JSON."""
+    return value if isinstance(value, (bool, int, float, str)) else _JSON + json.dumps(value)
+
+
+def encode(overrides: Mapping[str, Value]) -> dict[str, Value]:
+    """The same for each key."""
+    return {key: encode_value(value) for key, value in overrides.items()}
+
+
+def decode(encoded: Mapping[str, Value]) -> dict[str, Value]:
+    """The reverse of `encode`."""
+    return {
+        key: json.loads(value.removeprefix(_JSON)) if isinstance(value, str) and value.startswith(_JSON) else value
+        for key, value in encoded.items()
+    }
 
 
 def _shown(value: Any) -> str:

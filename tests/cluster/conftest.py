@@ -85,7 +85,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """A finished run that nothing happened to, for others to be compared with."""
     with _starter(tmp_path_factory.mktemp("undisturbed")) as begin:
@@ -99,6 +99,12 @@ def start_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start ``densenet-dist tune`` on a tiny sweep, for all tests of a module side by side under names of their own."""
     with _starter(tmp_path_factory.mktemp("sweeps"), "tune", SWEEP) as begin:
         yield begin
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """The tiny configuration, as a file says it."""
+    return TINY
 
 
 @pytest.fixture
@@ -125,9 +131,10 @@ def _starter(tmp_path: Path, subcommand: str = "train", text: str = TINY) -> Ite
         started.append(Run(process, folder, output, subcommand))
         return started[-1]
 
-    yield begin
-    for run in started:
-        if run.process.poll() is None:
+    try:
+        yield begin
+    finally:
+        for run in started:
             run.kill_all()
 
 
@@ -154,7 +161,7 @@ def read_weights() -> Callable[[Path], bytes]:
     return weights
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def same_settings() -> tuple[str, ...]:
     """The settings of the undisturbed run."""
     return UNDISTURBED

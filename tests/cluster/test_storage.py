@@ -10,7 +10,11 @@ import time
 
 import pytest
 
+from densenet_dist.cluster.launch import fit
+from densenet_dist.config import load_config
+from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
+from densenet_dist.train.evaluation import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +38,8 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
     assert run.wait() == 0, run.text()
     assert faults.failed >= 10, f"{faults.failed} of {faults.requests} requests: no test of anything"
     assert "started again" not in run.text()
+    assert "s3://bucket/flaky/run" in run.text()
+    assert not run.folder.exists(), "nothing of it lies on the disk"
     folder = RunFolder(s3 % "/flaky", "run")
     assert folder.names("") >= {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "tb", "checkpoints"}
     for file in ("metrics.jsonl", "checkpoints/manifest.json"):
@@ -43,6 +49,10 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
         here = folder.fetch(f"checkpoints/{entry['name']}") / "model.safetensors"
         there = undisturbed.folder / "checkpoints" / entry["name"] / "model.safetensors"
         assert here.read_bytes() == there.read_bytes()
+    faults.failing = 0.0
+    assert f"{evaluate(s3 % '/flaky/run')['top1']:.2%}" in run.text()
+    with pytest.raises(StorageError, match="exists already"):
+        fit(load_config(folder.fetch("config.yaml"), f"storage={s3 % '/flaky'}"), listener=list)
 
 
 @pytest.mark.nightly

@@ -276,3 +276,14 @@ def test_choices():
     assert domain.every() == list(domain.ends) == [[1, 1], None, "x"]
     rng = random.Random(0)
     assert {str(domain.sample(rng)) for _ in range(50)} == {"[1, 1]", "None", "x"}
+
+
+def test_random_search_repeats_nothing_while_there_is_something_new():
+    space = {"a": Choice((1, [2], "x")), "b": Range(1, 4, integer=True)}
+    drawn = spaces.samples(space, random.Random(0), 14)
+    every = list(spaces.grid(space))
+    assert sorted(map(str, drawn[:12])) == sorted(map(str, every))
+    assert all(point in every for point in drawn[12:])
+    assert drawn == spaces.samples(space, random.Random(0), 14)
+    assert [spaces.decode(spaces.encode(point)) for point in drawn] == drawn
+    assert len(spaces.samples({"a": Range(1, 4, integer=True, log=True)}, random.Random(0), 9)) == 9

@@ -1,0 +1,440 @@
+"""Runs and sweeps on a cluster that this process has started and that outlives them, looked at from inside: what is
+given back, what survives a lost process, what Prometheus, Grafana and Ray's dashboard are shown."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from runs import run_of, train
+
+from densenet_dist.cluster.launch import fit
+from densenet_dist.cluster.sweep import open_sweep, tune
+from densenet_dist.cluster.telemetry import GAUGES
+from densenet_dist.config import load_config
+from densenet_dist.errors import EnvironmentProblem, TrainingError
+from densenet_dist.run_folder import RunFolder
+from densenet_dist.sweep.definition import Sweep, load_sweep
+from densenet_dist.train.context import Event
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's controller is given settings of Ray Data, which deprecates defaults of its own.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data.*"),
+]
+
+OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Mailbox")
+DASHBOARD = Path(__file__).parents[2] / "launch" / "monitoring" / "grafana-dashboard.json"
+RECORDED = {
+    "densenet_images_per_second": "perf/images_per_s",
+    "densenet_train_loss": "train/loss",
+    "densenet_train_top1_ratio": "train/top1",
+    "densenet_val_loss": "val/loss",
+    "densenet_val_top1_ratio": "val/top1",
+    "densenet_learning_rate": "lr",
+    "densenet_epochs": "epoch",
+    "densenet_steps": "global_step",
+    "densenet_data_wait_ratio": "perf/data_wait",
+    "densenet_goodput_ratio": "goodput/ratio",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster of two CPUs in this process, with a dashboard."""
+
+    metrics: str
+    dashboard: str
+
+    def samples(self) -> list[Any]:
+        """All that Prometheus would find."""
+        with urllib.request.urlopen(self.metrics, timeout=10) as answer:
+            text = answer.read().decode()
+        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def figures_at(self, epoch: int, run: str, trial: str = "") -> dict[str, float]:
+        """Ours of a run, without ``ray_``, once they are those of an epoch's end: Ray passes them on once a second."""
+        deadline = time.monotonic() + 120
+        while True:
+            found = {
+                sample.name.removeprefix("ray_"): sample.value
+                for sample in self.samples()
+                if sample.name.startswith("ray_densenet_")
+                and (sample.labels["run"], sample.labels["trial"]) == (run, trial)
+            }
+            if found.get("densenet_epochs") == epoch and "densenet_val_loss" in found:
+                return found
+            assert time.monotonic() < deadline, found
+            time.sleep(0.2)
+
+    def ask(self, path: str) -> Any:
+        """What the dashboard says."""
+        from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+        request = urllib.request.Request(self.dashboard + path, headers=get_auth_headers_if_auth_enabled({}))
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def processes(self, *names: str) -> list[psutil.Process]:
+        """Those of runs and trials."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                title = " ".join(process.cmdline()).strip()
+                if title.startswith("ray::") and any(name in title for name in names or OF_TRIALS):
+                    found.append(process)
+        return found
+
+    def assert_all_given_back(self) -> None:
+        import ray
+
+        def held() -> list[str]:
+            groups = ray.util.placement_group_table().values()
+            found = [f"placement group {group['name']}" for group in groups if group["state"] != "REMOVED"]
+            if ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+                found.append(f"CPUs: {ray.available_resources().get('CPU')}")
+            return found + list(map(str, self.processes()))
+
+        deadline = time.monotonic() + 60
+        while (found := held()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert found == []
+
+
+@pytest.fixture(scope="module")
+def started(s3: str) -> Iterator[Cluster]:
+    import ray
+
+    environment = dict(os.environ)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    dashboard, metrics = (each.getsockname()[1] for each in sockets)
+    for each in sockets:
+        each.close()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_port=dashboard,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _metrics_export_port=metrics,
+        _system_config={"metrics_report_interval_ms": 1000},
+    )
+    yield Cluster(f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{dashboard}")
+    ray.shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def cluster(started: Cluster) -> Iterator[Cluster]:
+    """The cluster; what a test that was cut short leaves training is ended."""
+    yield started
+    for process in started.processes():
+        process.kill()
+
+
+@pytest.fixture
+def sweep(sweep_text: str, tmp_path: Path) -> Callable[..., Sweep]:
+    """A tiny sweep with changes."""
+    (tmp_path / "sweep.yaml").write_text(sweep_text)
+
+    def load(*settings: str, name: str = "sweep") -> Sweep:
+        return load_sweep(tmp_path / "sweep.yaml", f"name={name}", f"storage={tmp_path / 'runs'}", *settings)
+
+    return load
+
+
+def bytes_of(trial: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(trial)): path.read_bytes() for path in trial.rglob("*") if path.is_file()}
+
+
+def epochs_of(trial: Path) -> list[int]:
+    lines = map(json.loads, (trial / "metrics.jsonl").read_text().splitlines())
+    return [line["epoch"] for line in lines if "train/loss" in line]
+
+
+def process_of(trial: Path) -> psutil.Process:
+    """The process that trains a trial: TensorBoard's files have its number in their names."""
+    newest = max((trial / "tb").glob("events.*"), key=lambda path: path.stat().st_mtime)
+    return psutil.Process(int(newest.name.split(".")[-2]))
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run one of whose workers was killed after the second epoch, and what was scraped at its end."""
+
+    folder: Path
+    events: list[Event]
+    figures: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def killed(started: Cluster, tiny_text: str, same_settings: tuple[str, ...], tmp_path_factory: Any) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "tiny.yaml").write_text(tiny_text)
+    events: list[Event] = []
+    lost: list[psutil.Process] = []
+
+    def kill_a_worker(event: Event) -> None:
+        events.append(event)
+        if event["kind"] == "epoch" and event["epoch"] == 2 and not lost:  # the first one is saved by then
+            lost.append(started.processes("RayTrainWorker")[-1])
+            lost[0].send_signal(signal.SIGKILL)
+
+    config = load_config(str(folder / "tiny.yaml"), *same_settings, f"storage={folder}", "name=killed")
+    fit(config, listener=kill_a_worker)
+    return Killed(folder / "killed", events, started.figures_at(4, "killed"))
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, killed, read_records, read_weights):
+    notes = [event["text"] for event in killed.events if event["kind"] == "note"]
+    assert "a worker was lost: all were started again (1 of at most 3 times)" in notes
+    assert read_weights(killed.folder) == read_weights(undisturbed.folder)
+    assert read_records(killed.folder) == read_records(undisturbed.folder)
+
+
+def test_every_figure_is_that_of_the_record(killed):
+    lines = map(json.loads, (killed.folder / "metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if "train/loss" in line][-1]
+    assert set(killed.figures) == set(GAUGES)
+    assert {name: killed.figures[name] for name in RECORDED} == {
+        name: pytest.approx(last[key]) for name, key in RECORDED.items()
+    }
+    assert killed.figures["densenet_restarts"] == 1
+    assert 0 < last["goodput/lost_to_recovery"] < 1 - last["goodput/ratio"]
+
+
+def test_the_dashboards_train_view_shows_the_run(cluster, killed):
+    (run,) = [run for run in cluster.ask("/api/train/v2/runs/v1")["train_runs"] if run["name"].startswith("killed-")]
+    assert run["status"] == "FINISHED"
+    assert len(run["attempts"]) == 2  # the second one after the loss
+
+
+def test_grafana_asks_for_what_there_is(cluster, killed):
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    dashboard = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    queries += [each["definition"] for each in dashboard["templating"]["list"] if "definition" in each]
+    asked = {name for text in queries for name in re.findall(r"\bray_\w+", text)}
+    assert {name for name in asked if name.startswith("ray_densenet_")} == {f"ray_{name}" for name in GAUGES}
+    lacking = asked - {sample.name for sample in cluster.samples()}
+    assert lacking <= {"ray_node_gpus_utilization", "ray_node_gram_used"}  # of GPUs
+    assert {name.removeprefix("ray_") for name in lacking} <= set(METRICS_GAUGES)
+
+
+def test_nan_stops_at_once(cluster, tiny_text, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
+    events: list[Event] = []
+    with pytest.raises(TrainingError, match=r"is NaN or infinite at step \d+ \(epoch 1\)"):
+        fit(load_config(str(tmp_path / "tiny.yaml"), "train.lr=1e30", f"storage={tmp_path}"), listener=events.append)
+    assert not [event for event in events if "was lost" in event.get("text", "")], "a restart cannot mend it"
+
+
+def test_trials_are_told_apart(cluster, sweep, tmp_path):
+    seen: dict[str, dict[str, float]] = {}
+
+    def scrape(event: Event) -> None:
+        # The trial waits at its epoch's end for as long as this takes.
+        if event["kind"] == "trial" and event["state"] == "epoch" and event["trial"].name not in seen:
+            seen[event["trial"].name] = cluster.figures_at(1, "search", event["trial"].name)
+
+    found = tune(sweep("trials=2", "train.epochs=2", name="search"), listener=scrape)
+    assert set(seen) == {"trial-000", "trial-001"}
+    for name, figures in seen.items():
+        record = json.loads((Path(found.folder) / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert set(figures) == set(GAUGES)
+        assert {metric: figures[metric] for metric in RECORDED} == {
+            metric: pytest.approx(record[key]) for metric, key in RECORDED.items()
+        }
+        assert 0 < figures["densenet_goodput_ratio"] < 1
+
+
+def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
+    hurt = sweep("space.train.lr=[0.05, 0.02, 1e30]", "search.name=grid", "trials=null", "train.epochs=8", name="hurt")
+    notes: list[str] = []
+    kills = {"trial-000": [3], "trial-001": [3, 5]}  # the epochs after which each is killed
+
+    def kill(event: Event) -> None:
+        if event["kind"] == "note":
+            notes.append(event["text"])
+        if event["kind"] == "trial" and event["state"] == "epoch":
+            trial = event["trial"]
+            if trial.epochs in kills.get(trial.name, []):
+                kills[trial.name].remove(trial.epochs)
+                process_of(Path(hurt.folder) / trial.name).kill()
+
+    result = tune(hurt, listener=kill)
+    first, second, third = result.trials
+    assert [trial.status for trial in result.trials] == ["finished", "failed", "failed"]
+    assert [sum(note.startswith(f"{trial.name} crashed and is started again") for note in notes)
+            for trial in result.trials] == [1, 1, 0], "another attempt of the third would end the same"  # fmt: skip
+    assert "process was lost" in second.cause
+    assert "is NaN or infinite at step" in third.cause
+    assert len(list((Path(result.folder) / third.name / "tb").iterdir())) == 1
+    with open(Path(result.folder) / "sweep.csv", newline="") as file:
+        assert {row["trial"]: row["cause"] or None for row in csv.DictReader(file)} == {
+            trial.name: trial.cause for trial in result.trials
+        }
+
+    folder = Path(result.folder) / first.name
+    config = load_config(folder / "config.yaml", {"storage": str(tmp_path), "cluster": {"engine": "local"}})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(config)
+    finally:
+        torch.set_num_threads(threads)
+    undisturbed = run_of(config).path
+    assert (folder / "checkpoints/manifest.json").read_text() == (undisturbed / "checkpoints/manifest.json").read_text()
+    newest = max(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert (folder / "checkpoints" / newest / "model.safetensors").read_bytes() == (
+        undisturbed / "checkpoints" / newest / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_budget(cluster, sweep):
+    # Hours of workers: on a loaded machine a trial needs many seconds to start, and those of the clock would be over.
+    result = tune(sweep("train.epochs=500", "max_gpu_hours=0.0005"), listener=list)
+    assert result.ended_by == "max_gpu_hours: 0.0005 GPU hours are used"
+    assert {trial.status for trial in result.trials} == {"stopped"}
+    assert (Path(result.folder) / "best.yaml").exists()
+
+
+def test_a_cluster_without_room(cluster, sweep):
+    events: list[Any] = []
+    with pytest.raises(EnvironmentProblem, match="no room for a trial after 3 s: a trial needs 3 CPUs") as caught:
+        tune(sweep("workers=3", "cluster.timeout_s=3"), listener=events.append)
+    assert caught.value.exit_code == 3
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert notes == ["waiting up to 3 s for the cluster: a trial needs 3 CPUs, the cluster has 2"]
+    cluster.assert_all_given_back()
+
+
+@pytest.mark.parametrize("scheduler", ["fifo", pytest.param("pbt", marks=pytest.mark.nightly)])
+def test_a_sweep_on_an_object_store(cluster, sweep, s3, scheduler):
+    place = s3 % "/sweeps"
+    asked = sweep(f"storage={place}", f"scheduler={{name: {scheduler}}}", "trials=2", name=scheduler)
+    result = tune(asked, listener=list)
+    assert result.folder == f"s3://bucket/sweeps/{scheduler}"
+    folder = RunFolder(place, scheduler)
+    assert folder.names("") >= {"sweep.yaml", "sweep.json", "sweep.csv", "best.yaml", "trial-000", "trial-001"}
+    assert "ray" not in folder.names("")
+    assert load_config(folder.fetch("best.yaml")).name == f"{scheduler}-best"
+    assert [trial.status for trial in result.trials] == ["finished", "finished"]
+    before = folder.fetch("trial-000/metrics.jsonl").read_bytes()
+    again = tune(open_sweep(s3 % f"/sweeps/{scheduler}"), resume=True, listener=list)
+    assert again.trials == result.trials
+    assert RunFolder(place, scheduler).fetch("trial-000/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("trials", [6, pytest.param(24, marks=pytest.mark.nightly)])
+def test_nothing_leaks(cluster, sweep, trials):
+    worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(trials)]}"
+    stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
+    result = tune(sweep(worse_and_worse, *stopping, name="direct"), listener=list)
+    ended = [trial for trial in result.trials if trial.status == "stopped"]
+    assert len(ended) >= trials - 4
+    assert all(len(epochs_of(Path(result.folder) / trial.name)) == trial.epochs == 1 for trial in ended)
+    cluster.assert_all_given_back()
+
+    nested = ("space.train.lr=[0.05, 5]", "workers=2", "train.epochs=2")
+    result = tune(sweep(*stopping, *nested, name="nested"), listener=list)
+    assert [trial.status for trial in result.trials] == ["finished", "stopped"]
+    assert epochs_of(Path(result.folder) / result.trials[1].name) == [1]
+    cluster.assert_all_given_back()
+
+
+def test_nothing_leaks_of_a_trial_that_raises(cluster, sweep):
+    raising = sweep("trials=2", "max_failures=0", "train.epochs=1", name="raising")
+
+    def sabotage(event: Event) -> None:
+        if event["kind"] == "sweep":
+            (Path(raising.folder) / "trial-001").mkdir()
+            (Path(raising.folder) / "trial-001" / "metrics.jsonl").symlink_to("metrics.jsonl")  # cannot be opened
+
+    result = tune(raising, listener=sabotage)
+    assert [trial.status for trial in result.trials] == ["finished", "failed"]
+    assert "trial-001/metrics.jsonl" in (result.trials[1].cause or "")
+    cluster.assert_all_given_back()
+
+
+def test_weights_are_handed_over(cluster, sweep):
+    searched = "space.train.optimizer={weight_decay: {loguniform: [1e-5, 0.01]}, momentum: {uniform: [0, 0.99]}}"
+    found = tune(
+        sweep(searched, "scheduler={name: pbt, perturb_epochs: 2}", "train.epochs=6", "checkpoint.keep=100"),
+        listener=list,
+    )
+    folder = Path(found.folder)
+    assert [trial.status for trial in found.trials] == ["finished"] * 4
+    recipients = [trial for trial in found.trials if trial.origin is not None]
+    assert recipients
+    compared = 0
+    for trial in recipients:
+        own = folder / trial.name
+        donor, step, overrides = json.loads((own / "trial.json").read_text())["taken"]
+        assert donor == trial.origin != trial.name
+        assert overrides == trial.overrides
+        newest = max(path.name for path in (own / "checkpoints").glob("step-*"))
+        assert newest > step, "it went on from there"
+        weights = own / "checkpoints" / step / "model.safetensors"
+        if (folder / donor / "checkpoints" / step).exists():  # the donor may have been handed another's since
+            compared += 1
+            assert weights.read_bytes() == (folder / donor / "checkpoints" / step / "model.safetensors").read_bytes()
+        config = load_config(own / "config.yaml")
+        assert config.train.lr == overrides["train.lr"]
+        state = torch.load(own / "checkpoints" / newest / "state.pt", weights_only=True)
+        groups = state["optimizer"]["param_groups"]
+        assert {group["momentum"] for group in groups} == {overrides["train.optimizer.momentum"]}
+        assert max(group["weight_decay"] for group in groups) == overrides["train.optimizer.weight_decay"]
+        assert epochs_of(own)[-1] == 6
+    assert compared
+    recorded = json.loads((folder / "sweep.json").read_text())["trials"]
+    assert {trial["name"] for trial in recorded if trial["origin"]} == {one.name for one in recipients}
+
+
+@pytest.mark.nightly
+def test_optuna_learns_what_was_tried(cluster, sweep):
+    space = "space={train: {lr: {loguniform: [0.01, 0.1]}}, model: {num_layers: [[1, 1], [2, 1]]}}"
+    more = "space.train.global_batch_size={integer: [8, 16], step: 4}"
+    asked = sweep(space, more, "search={name: optuna, startup_trials: 2}", "trials=3", "train.epochs=1")
+    first = tune(asked, listener=list)
+    before = {trial.name: bytes_of(Path(first.folder) / trial.name) for trial in first.trials}
+    said = Path(first.folder) / "sweep.yaml"
+    said.write_text(said.read_text().replace("trials: 3", "trials: 5"))
+    second = tune(open_sweep(first.folder), resume=True, listener=list)
+    assert [trial.name for trial in second.trials] == [f"trial-{number:03d}" for number in range(5)]
+    assert second.trials[:3] == first.trials
+    for name, content in before.items():
+        assert bytes_of(Path(first.folder) / name).items() >= content.items()
+    for trial in second.trials:
+        assert trial.status == "finished"
+        assert 0.01 <= trial.overrides["train.lr"] <= 0.1
+        assert trial.overrides["model.num_layers"] in ([1, 1], [2, 1])
+        assert trial.overrides["train.global_batch_size"] in (8, 12, 16)
+        config = load_config(Path(first.folder) / trial.name / "config.yaml")
+        assert list(config.model.num_layers) == trial.overrides["model.num_layers"]
+
+
+@pytest.mark.nightly
+def test_a_grid_is_tried_once(cluster, sweep):
+    grid = ("space={train.lr: [0.1, 0.2], model.num_layers: [[1, 1], [2, 1]]}", "search.name=grid", "trials=null")
+    result = tune(sweep(*grid, "train.epochs=1"), listener=list)
+    tried = [(trial.overrides["train.lr"], trial.overrides["model.num_layers"]) for trial in result.trials]
+    assert tried == [(0.1, [1, 1]), (0.1, [2, 1]), (0.2, [1, 1]), (0.2, [2, 1])]
