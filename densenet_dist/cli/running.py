@@ -69,7 +69,6 @@ def tune(
     densenet-dist tune configs/sweep_cifar10.yaml trials=32 name=wide
     densenet-dist tune --resume runs/wide
     """
-    from densenet_dist.cluster.resources import lacking_here
     from densenet_dist.cluster.sweep import open_sweep
     from densenet_dist.sweep.console import SweepConsole
     from densenet_dist.sweep.definition import load_sweep
@@ -80,7 +79,7 @@ def tune(
         if resume is None:
             if not sources:
                 raise ConfigError("name a sweep file, such as sweep_quickstart (or --resume SWEEP)")
-            _tune(load_sweep(*sources, lacking=lacking_here), console)
+            _tune(load_sweep(*sources), console)
             return
         if sources:
             raise ConfigError(f"{sources[0]}: a sweep that is resumed has its own sweep.yaml; nothing can follow")

@@ -48,15 +48,16 @@ def submit(
     densenet-dist submit tune configs/sweep_cifar10.yaml storage=/shared/runs name=wide
     densenet-dist submit train --resume /shared/runs/k24
     """
+    from densenet_dist.cluster.signals import NUMBERS, handled_by
     from densenet_dist.cluster.submit import Interrupts, prepare
 
-    job = None
-    with Interrupts() as interrupts:
+    job, interrupts = None, Interrupts()
+    with handled_by(interrupts.hear):
         try:
             job = prepare(arguments, working_dir, address)
             code = _run(job, wait, interrupts)
         except KeyboardInterrupt:  # before the job was sent, or a second one
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in NUMBERS:
                 signal.signal(number, signal.SIG_IGN)
             if job is not None:
                 _show_commands(job, "\nthe job may go on")

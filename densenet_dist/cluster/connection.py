@@ -7,12 +7,12 @@ import os
 import secrets
 import signal
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from densenet_dist.cluster.signals import handled_by
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, Config
 
@@ -47,13 +47,15 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         _make_private_token()
     try:
         # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
-        with _on_loopback() if own else nullcontext(), _own_sigterm():
+        with _on_loopback() if own else nullcontext(), handled_by():
             ray.init(
                 address="local" if own else address,
                 include_dashboard=False if own else None,
                 logging_level="ERROR",
                 log_to_driver=False,
             )
+    except SystemExit as stop:  # by Ray's own handler of SIGTERM
+        raise KeyboardInterrupt(signal.SIGTERM) if stop.code == signal.SIGTERM else stop from None
     except Exception as error:  # a node that is not there after 30 s on a busy machine is a plain Exception of Ray's
         where = "start on this machine" if own else f"be reached at {address}"
         raise EnvironmentProblem(
@@ -93,23 +95,6 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Ray's ends the process with ``sys.exit(15)``, and stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as stop:
-        if stop.code == signal.SIGTERM:
-            raise KeyboardInterrupt(signal.SIGTERM) from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def survey(config: Config) -> tuple[dict[str, float], str]:

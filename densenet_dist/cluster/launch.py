@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from densenet_dist.cluster.result import Result, location_of
 from densenet_dist.cluster.resuming import is_finished, tell_of_changes
+from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.object_store import is_uri
@@ -71,7 +71,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
         return Result(location_of(run), run.read_json(SUMMARY_FILE))
-    with _signals_as_before():
+    with handled_by():  # a notebook's process lives on
         summary = _train(config, run, resume, listener)
     if _is_writer():
         from densenet_dist.report import report_at_end
@@ -234,29 +234,12 @@ def _fit_here(
 
 
 @contextmanager
-def _signals_as_before() -> Iterator[None]:
-    """Whatever handles SIGINT and SIGTERM meanwhile, afterwards they are as before: a notebook's process lives on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
     """Have the run saved and ended on SIGINT or SIGTERM; a second one ends it at once, as one does before it trains.
 
     Raises:
         KeyboardInterrupt: with the signal.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     heard: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -265,9 +248,7 @@ def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
         heard.append(number)
         pulse.ask(Wish.STOP)
 
-    with _signals_as_before():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
+    with handled_by(ask):
         try:
             yield
         except Stopped:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.resources import TrialRoom, plan_trials
+from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig
@@ -122,7 +122,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    with _quiet(), _ended_by_signals(ending.signals):
+    with _quiet(), handled_by(ending.hear):
         try:
             tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
@@ -255,25 +255,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _ended_by_signals(came: list[int]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM is put on a list, and ends the sweep in order; the next one ends it at once."""
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        if len(came) > 1:
-            raise KeyboardInterrupt(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, note) for number in numbers]
-    except ValueError:  # not the main thread: whoever runs this one has the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

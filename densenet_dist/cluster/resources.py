@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.schema import ClusterConfig, Config
+from densenet_dist.schema import ClusterConfig
 from densenet_dist.sweep.schema import SweepConfig
 
 
@@ -154,22 +154,6 @@ def plan_trials(
         lacking=lacking,
         said=said,
     )
-
-
-def lacking_here(sweep: SweepConfig, base: Config) -> str:
-    """What this machine lacks for one trial, before Ray is asked; empty where another cluster is to be joined."""
-    if (base.cluster.address or os.environ.get("RAY_ADDRESS") or "local") != "local":
-        return ""
-    available = {"CPU": float(os.cpu_count() or 1)}
-    if sweep.gpus_per_worker != 0 and base.cluster.device != "cpu":
-        import torch
-
-        available["GPU"] = float(torch.cuda.device_count())
-    try:
-        plan_trials(sweep, base.cluster, sweep.trials or 1, available, fixed=True)
-    except EnvironmentProblem as problem:
-        return str(problem)
-    return ""
 
 
 def share_of_cores(workers: int) -> int:

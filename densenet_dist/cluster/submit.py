@@ -76,18 +76,9 @@ class Interrupts:
     def __init__(self) -> None:
         self.number = int(signal.SIGINT)
         self._pending = False
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._hear)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> NoReturn:
+    def hear(self, number: int, frame: FrameType | None) -> NoReturn:
+        """The handler of both."""
         self.number, self._pending = number, True
         raise KeyboardInterrupt(number)
 

@@ -178,7 +178,7 @@ class Ending(tune.Stopper):  # type: ignore[misc]
         state: the `SweepState`, for trials in the middle of an epoch.
 
     Attributes:
-        signals: those that came; filled by whoever hears them.
+        signals: those that came.
     """
 
     def __init__(self, budget: Budget, watcher: Watcher, state: Any) -> None:
@@ -188,6 +188,12 @@ class Ending(tune.Stopper):  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.stopper.NoopStopper, ()  # Tune writes it down for a later sweep, which has its own
+
+    def hear(self, number: int, frame: object) -> None:
+        """A signal: the first one ends the sweep in order, the next one at once."""
+        self.signals.append(number)
+        if len(self.signals) > 1:
+            raise KeyboardInterrupt(number)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Count a trial's time; it is never stopped alone."""

@@ -83,14 +83,12 @@ class Sweep:
         )
 
 
-def load_sweep(*sources: str | Path, lacking: Callable[[SweepConfig, Config], str] | None = None) -> Sweep:
+def load_sweep(*sources: str | Path) -> Sweep:
     """Read a sweep.
 
     Args:
         sources: a sweep file, then ``key=value``: of the sweep's own settings (``trials=8``), of the base configuration
             (``train.epochs=3``), or of the space (``space.train.lr={loguniform: [0.01, 1]}``). Later ones win.
-        lacking: what the machine lacks for a trial, in words, if anything: said with the other problems. Alone, it is
-            left to whoever runs the sweep.
 
     Raises:
         ConfigError: with every problem of settings, base and space, one a line.
@@ -117,7 +115,6 @@ def load_sweep(*sources: str | Path, lacking: Callable[[SweepConfig, Config], st
         problems += _judge(sweep)
         if not problems:
             return sweep
-        problems += filter(None, [lacking and lacking(settings, base)])
     raise ConfigError(join_problems(list(dict.fromkeys(problems))))
 
 

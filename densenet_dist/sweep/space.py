@@ -74,10 +74,8 @@ class Range:
 
     def sample(self, rng: random.Random) -> Number:
         """A value, uniformly (in its logarithm where `log`)."""
-        if self.step is not None:
-            return self._at(rng.randrange(self._count))
-        if self.integer and not self.log:
-            return rng.randint(int(self.low), int(self.high))
+        if self.count is not None:
+            return self._at(rng.randrange(self.count))
         if self.integer:
             drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))
             return min(int(drawn), int(self.high))
@@ -88,8 +86,8 @@ class Range:
     def clip(self, value: Number) -> Number:
         """The nearest value of the range."""
         value = min(max(value, self.low), self.high)
-        if self.step is not None:
-            return self._at(min(round((value - self.low) / self.step), self._count - 1))
+        if self.count is not None:
+            return self._at(min(round((value - self.low) / (self.step or 1)), self.count - 1))
         return round(value) if self.integer else value
 
     def has(self, value: Value) -> bool:
@@ -108,30 +106,22 @@ class Range:
     @property
     def ends(self) -> tuple[Number, ...]:
         """The lowest and the highest."""
-        return (self.low, self.high if self.step is None else self._at(self._count - 1))
+        return (self.low, self.high if self.count is None else self._at(self.count - 1))
 
     @property
     def count(self) -> int | None:
         """How many values there are; None where there are too many to name."""
         if self.step is not None:
-            return self._count
+            return math.floor((self.high - self.low) / self.step + 1e-9) + 1
         return int(self.high) - int(self.low) + 1 if self.integer and not self.log else None
 
     def every(self) -> list[Number] | None:
         """All values, for a grid; None where there are too many to name."""
-        if self.step is not None:
-            return [self._at(i) for i in range(self._count)]
-        return list(range(int(self.low), int(self.high) + 1)) if self.integer and not self.log else None
-
-    @property
-    def _count(self) -> int:
-        assert self.step is not None
-        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return None if self.count is None else [self._at(i) for i in range(self.count)]
 
     def _at(self, i: int) -> Number:
-        assert self.step is not None
-        value = self.low + i * self.step
-        return round(value) if self.integer else float(f"{value:.12g}")
+        value = self.low + i * (self.step or 1)
+        return value if self.integer else float(f"{value:.12g}")
 
     def describe(self) -> dict[str, Any]:
         """As a sweep file says it."""

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from densenet_dist.cli import app
 from densenet_dist.cluster import submit
+from densenet_dist.cluster.signals import handled_by
 from densenet_dist.cluster.submit import Interrupts, Job, prepare, send
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 
@@ -120,7 +121,8 @@ def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
         Dropping()
 
     client.status = "RUNNING"
-    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+    interrupts = Interrupts()
+    with handled_by(interrupts.hear), pytest.raises(KeyboardInterrupt):
         submit.follow(Job("job", "http://nowhere"), write, interrupts)
     assert [type(each.exc_value) for each in dropped] == [KeyboardInterrupt]
 

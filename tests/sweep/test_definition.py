@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,19 +43,12 @@ wrokers: 2
 settings: {train: {lr: fast}}
 space:
   train.lrr: [1]
-  train.schedule: [1]
   name: [a]
-  cluster.workers: [1]
   train.ema_decay: {uniform: [0.5]}
-  train.label_smoothing: {uniform: [0.3, 0.1]}
   train.epochs: {integer: [1, 5], step: 7}
-  train.clip_grad_norm: {loguniform: [1, 2], step: 1}
-  train.optimizer.momentum: {choice: [0.1], step: 1}
   train.optimizer.name: sgd
   model.growth_rate: {loginteger: [0, 3]}
-  model.drop_rate: {choice: []}
   data.mixup: {integer: [0, 0.5]}
-  data.cutmix: {uniform: [0, .inf]}
   seed: [1, 1]
 """
     found = problems(text)
@@ -67,22 +59,14 @@ space:
         "train.lr: Input should be a valid number; got 'fast' (str)",
         "space.train.lrr: unknown key; did you mean train.lr?",
         "space.name: is the same for all trials; see the sweep's own settings",
-        "space.cluster.workers: is the same for all trials; see the sweep's own settings",
         "space.train.ema_decay: uniform needs [low, high] in numbers, not [0.5]",
-        "space.train.label_smoothing: uniform needs a low end below its high end, not [0.3, 0.1]",
         "space.train.epochs: a step (uniform, integer) must be above 0 and fit into [1, 5], not 7",
-        "space.train.clip_grad_norm: a step (uniform, integer) must be above 0 and fit into [1, 2], not 1",
-        "space.train.optimizer.momentum: a choice has no step",
         f"space.train.optimizer.name: must be {forms}; uniform and integer with a step: if wanted; not 'sgd'",
         "space.model.growth_rate: loginteger needs a low end above 0, not 0",
-        "space.model.drop_rate: choice needs a list of at least one value, not []",
         "space.data.mixup: integer needs [low, high] in whole numbers, not [0, 0.5]",
-        "space.data.cutmix: uniform needs a low end below its high end, not [0, inf]",
         "space.seed: the choice 1 stands there twice",
     ]
-    group = [line for line in found if line.startswith("space.train.schedule: is a group of settings: name, ")]
-    assert len(group) == 1
-    assert sorted(set(found) - set(group)) == sorted(expected)
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +74,8 @@ space:
     [
         ("trials: 3", "space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}"),
         ("space: 3", "space: must hold a domain for each key, not 3"),
-        (LR + "settings: 3", "settings: must hold settings of the base configuration, not 3"),
         ("space: {train.lr: [-1, 0.1]}", "space.train.lr: Input should be greater than 0; got -1 (int)"),
+        ("space: {train.schedule: [1]}", "space.train.schedule: is a group of settings: name, "),
         ("space: {train.lr: {uniform: [0, 1]}}", "space.train.lr: Input should be greater than 0; got 0.0 (float)"),
         (LR + "search.name: grid", "space.train.lr: search.name=grid needs a choice, or a step"),
         (
@@ -111,7 +95,6 @@ space:
             LR + "gpus_per_worker: 0.5\nworkers: 2",
             "gpus_per_worker: 0.5; a worker uses 0 or 1, and only trials of one worker can share a GPU",
         ),
-        (LR + "gpus_per_worker: 2", "gpus_per_worker: 2; a worker uses 0 or 1, and only trials of one worker can"),
         (LR + "base: nowhere.yaml", "there is no config file "),
     ],
 )
@@ -157,21 +140,9 @@ def test_settings_go_where_they_belong(load):
 
 
 def test_a_domain_is_replaced_as_a_whole(load):
-    text = "space: {train.lr: {uniform: [0.1, 0.5], step: 0.1}}"
+    text = "space: {train: {lr: {uniform: [0.1, 0.5], step: 0.1}}}"
     assert load(text, "space.train.lr={loguniform: [0.01, 1]}").space == {"train.lr": Range(0.01, 1.0, log=True)}
     assert load(text, "space.train.lr=[0.1]").space == {"train.lr": Choice((0.1,))}
-
-
-def test_nested_and_dotted_spellings_are_the_same(load):
-    dotted = load(
-        "space: {train.lr: [0.1], train.optimizer.momentum: {uniform: [0.8, 0.9]}, model.num_layers: [[1, 2]]}"
-    )
-    nested = load(
-        "space: {train: {lr: {choice: [0.1]}, optimizer: {momentum: {uniform: [0.8, 0.9]}}},"
-        " model: {num_layers: {choice: [[1, 2]]}}}"
-    )
-    assert dotted == nested
-    assert list(nested.space) == ["train.lr", "train.optimizer.momentum", "model.num_layers"]
 
 
 def test_the_base_is_relative_to_the_sweep_file(load, tmp_path, monkeypatch):
@@ -219,12 +190,10 @@ def test_trials_of_a_grid(load):
     assert spaces.size(load(LR).space) is None
 
 
-@pytest.mark.parametrize(
-    ("metric", "mode", "maximise"),
-    [("val/top1", "auto", True), ("val/loss", "auto", False), ("val/top1", "min", False), ("val/loss", "max", True)],
-)
-def test_what_is_best(load, metric, mode, maximise):
-    assert load(LR, f"metric={metric}", f"mode={mode}").settings.maximise is maximise
+def test_what_is_best(load):
+    assert load(LR, "metric=val/top1").settings.maximise
+    assert not load(LR, "metric=val/loss").settings.maximise
+    assert not load(LR, "metric=val/top1", "mode=min").settings.maximise
 
 
 @pytest.mark.parametrize(
@@ -264,22 +233,8 @@ def test_logarithmic_ranges_draw_evenly_in_the_logarithm():
     assert sum(value < 10 for value in drawn) == pytest.approx(667, abs=80)
 
 
-def test_a_wide_range_costs_nothing():
-    domain = read_domain({"integer": [0, 2**62]})
-    assert domain.ends == (0, 2**62)
-    assert 0 <= domain.sample(random.Random(0)) <= 2**62
-
-
-def test_choices():
-    domain: Any = read_domain([[1, 1], None, "x"])
-    assert domain == read_domain({"choice": [[1, 1], None, "x"]})
-    assert domain.every() == list(domain.ends) == [[1, 1], None, "x"]
-    rng = random.Random(0)
-    assert {str(domain.sample(rng)) for _ in range(50)} == {"[1, 1]", "None", "x"}
-
-
 def test_random_search_repeats_nothing_while_there_is_something_new():
-    space = {"a": Choice((1, [2], "x")), "b": Range(1, 4, integer=True)}
+    space = {"a": read_domain([1, [2], "x"]), "b": read_domain({"integer": [1, 4]})}
     drawn = spaces.samples(space, random.Random(0), 14)
     every = list(spaces.grid(space))
     assert sorted(map(str, drawn[:12])) == sorted(map(str, every))

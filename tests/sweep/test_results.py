@@ -65,14 +65,8 @@ def test_the_best_epoch_counts():
     for epoch, value in enumerate((0.5, 0.2, 0.4), 1):
         add_epoch(low, {"epoch": epoch, "val/loss": value}, "val/loss", maximise=False)
     assert (low.metric, low.best_epoch) == (0.2, 2)
-
-
-def test_nan_is_no_figure():
     found = trial("000", math.nan, 0.1, math.inf)
     assert (found.metric, found.best_epoch, found.epochs, found.history) == (0.1, 2, 3, {2: 0.1})
-    assert trial("001", math.nan).metric is None
-    add_epoch(found, {"epoch": 4, "train/loss": 0.1}, "val/top1", maximise=True)
-    assert (found.epochs, found.metric) == (4, 0.1)
 
 
 def test_ranks():
@@ -85,6 +79,9 @@ def test_ranks():
 
 
 def test_files(sweep, folder):
+    write_results(folder, sweep, [trial("000"), trial("001", 0.5, status="failed")])
+    assert json.loads((folder.path / RESULTS_FILE).read_text())["best"] is None
+    assert not (folder.path / BEST_FILE).exists()
     failed = trial("001", status="failed", lr=0.7)
     failed.cause = "the loss, or what not, is NaN"
     trials = [trial("000", 0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)]
@@ -118,12 +115,6 @@ def test_best_yaml_is_a_configuration(sweep, folder):
     best.origin = "trial-000"
     write_results(folder, sweep, [best])
     assert "its weights came from trial-000" in (folder.path / BEST_FILE).read_text()
-
-
-def test_without_a_figure_there_is_no_best(sweep, folder):
-    write_results(folder, sweep, [trial("000"), trial("001", 0.5, status="failed")])
-    assert json.loads((folder.path / RESULTS_FILE).read_text())["best"] is None
-    assert not (folder.path / BEST_FILE).exists()
 
 
 def test_notes_are_added_to(sweep):
@@ -209,16 +200,7 @@ def test_what_the_console_says(sweep, capsys):
     assert said[-1] == ["TensorBoard", "tensorboard", "--logdir", "F" * 200]
 
 
-def test_quiet(sweep, capsys):
-    with SweepConsole(quiet=True) as console:
-        console({"kind": "sweep", "sweep": sweep, "trials": [], "folder": "F"})
-        console({"kind": "trial", "state": "finished", "trial": trial("000", 0.1), "best": None, "all": []})
-        console({"kind": "note", "text": "nothing to worry about"})
-        console({"kind": "note", "text": "trial-001 crashed", "warning": True})
-        console.finish(SweepEnding(sweep, "F", [trial("000", 0.1)], None, None))
-    assert capsys.readouterr() == ("", "warning: trial-001 crashed\n")
-
-
+@pytest.mark.nightly  # tests/display has the same for a run
 def test_a_narrow_terminal_gets_whole_words(sweep, tmp_path):
     script = """if True:
         import sys

@@ -1,0 +1,35 @@
+"""SIGINT and SIGTERM, which ask a command to end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final
+
+NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], Any] | None = None) -> Iterator[None]:
+    """Have a handler called on SIGINT and SIGTERM meanwhile; afterwards they are handled as before.
+
+    Outside the main thread, which alone can handle signals, nothing changes.
+
+    Args:
+        handler: None where others set one meanwhile, as Ray does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    try:
+        if handler is not None:
+            for number in NUMBERS:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
