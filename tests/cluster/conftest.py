@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +46,14 @@ class Run:
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_for(self, text: str, seconds: float = 240) -> None:
+    def wait_for(self, text: str, seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.text():
             assert self.process.poll() is None, f"the command ended without printing {text!r}:\n{self.text()}"
             assert time.monotonic() < deadline, f"{text!r} was not printed in {seconds} s:\n{self.text()}"
             time.sleep(0.05)
 
-    def wait(self, seconds: float = 180) -> int:
+    def wait(self, seconds: float = 400) -> int:
         return self.process.wait(seconds)
 
     def again(self) -> subprocess.CompletedProcess[str]:
@@ -67,8 +67,9 @@ class Run:
     def kill_all(self) -> None:
         """End every process of the run at once, as a power cut would."""
         if self.process.poll() is None:
-            for process in [self.process, *self.descendants()]:
-                process.send_signal(signal.SIGKILL)
+            for process in [*self.descendants(), self.process]:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
             self.process.wait()
 
     def workers(self) -> list[psutil.Process]:

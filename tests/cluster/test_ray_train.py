@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import psutil
@@ -52,19 +50,6 @@ def test_evaluate_agrees_with_what_two_workers_found(undisturbed):
     found = evaluate(undisturbed.folder)
     assert found["top1"] == pytest.approx(summary["test/top1"])
     assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-5)
-
-
-@pytest.mark.nightly  # as are most faults: tests/faults has some of them in every run
-def test_resume_after_a_power_cut_is_exact(undisturbed, start, same_settings, read_records, read_weights):
-    run = start(*same_settings)
-    run.wait_for("epoch   2/4")
-    time.sleep(random.uniform(0.1, 0.5))
-    run.kill_all()
-    resumed = start(resume=True)
-    assert resumed.wait() == 0, resumed.text()
-    assert "resumed after step" in resumed.text()
-    assert read_weights(run.folder) == read_weights(undisturbed.folder)
-    assert read_records(run.folder) == read_records(undisturbed.folder)
 
 
 @pytest.mark.parametrize(

