@@ -330,7 +330,7 @@ def test_a_cluster_without_room(cluster, sweep):
 @pytest.mark.parametrize("scheduler", ["fifo", pytest.param("pbt", marks=pytest.mark.nightly)])
 def test_a_sweep_on_an_object_store(cluster, sweep, s3, scheduler):
     place = s3 % "/sweeps"
-    asked = sweep(f"storage={place}", f"scheduler={{name: {scheduler}}}", "trials=2", name=scheduler)
+    asked = sweep(f"storage={place}", f"scheduler={{name: {scheduler}}}", "trials=2", "train.epochs=2", name=scheduler)
     result = tune(asked, listener=list)
     assert result.folder == f"s3://bucket/sweeps/{scheduler}"
     folder = RunFolder(place, scheduler)
@@ -348,16 +348,20 @@ def test_a_sweep_on_an_object_store(cluster, sweep, s3, scheduler):
 def test_nothing_leaks(cluster, sweep, trials):
     worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(trials)]}"
     stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
-    result = tune(sweep(worse_and_worse, *stopping, name="direct"), listener=list)
+    result = tune(sweep(worse_and_worse, *stopping), listener=list)
     ended = [trial for trial in result.trials if trial.status == "stopped"]
     assert len(ended) >= trials - 4
     assert all(len(epochs_of(Path(result.folder) / trial.name)) == trial.epochs == 1 for trial in ended)
     cluster.assert_all_given_back()
 
-    nested = ("space.train.lr=[0.05, 5]", "workers=2", "train.epochs=2")
-    result = tune(sweep(*stopping, *nested, name="nested"), listener=list)
-    assert [trial.status for trial in result.trials] == ["finished", "stopped"]
-    assert epochs_of(Path(result.folder) / result.trials[1].name) == [1]
+
+@pytest.mark.nightly
+def test_nothing_leaks_of_trials_of_several_workers(cluster, sweep):
+    stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
+    result = tune(sweep(*stopping, "space.train.lr=[0.05, 5, 50]", "workers=2", "train.epochs=2"), listener=list)
+    assert [trial.status for trial in result.trials] == ["finished", "stopped", "stopped"]
+    for trial in result.trials[1:]:
+        assert epochs_of(Path(result.folder) / trial.name) == [1]
     cluster.assert_all_given_back()
 
 
@@ -378,7 +382,7 @@ def test_nothing_leaks_of_a_trial_that_raises(cluster, sweep):
 def test_weights_are_handed_over(cluster, sweep):
     searched = "space.train.optimizer={weight_decay: {loguniform: [1e-5, 0.01]}, momentum: {uniform: [0, 0.99]}}"
     found = tune(
-        sweep(searched, "scheduler={name: pbt, perturb_epochs: 2}", "train.epochs=6", "checkpoint.keep=100"),
+        sweep(searched, "scheduler={name: pbt, perturb_epochs: 2}", "train.epochs=4", "checkpoint.keep=100"),
         listener=list,
     )
     folder = Path(found.folder)
@@ -403,7 +407,7 @@ def test_weights_are_handed_over(cluster, sweep):
         groups = state["optimizer"]["param_groups"]
         assert {group["momentum"] for group in groups} == {overrides["train.optimizer.momentum"]}
         assert max(group["weight_decay"] for group in groups) == overrides["train.optimizer.weight_decay"]
-        assert epochs_of(own)[-1] == 6
+        assert epochs_of(own)[-1] == 4
     assert compared
     recorded = json.loads((folder / "sweep.json").read_text())["trials"]
     assert {trial["name"] for trial in recorded if trial["origin"]} == {one.name for one in recipients}
