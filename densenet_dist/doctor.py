@@ -201,9 +201,9 @@ def _trackers(config: Config) -> Finding:
 
 def _data_on_store(config: Config) -> Finding:
     """Whether the data set is there and this node can take it; nothing is taken yet."""
-    from densenet_dist.data import cifar, node_cache, remote_cifar
+    from densenet_dist.data import cifar, remote_cifar
     from densenet_dist.data.datasets import publish_dataset
-    from densenet_dist.data.store import DataStore
+    from densenet_dist.data.store import DataStore, locked_cache
 
     name, root = config.data.name, config.data.root
     try:
@@ -213,7 +213,7 @@ def _data_on_store(config: Config) -> Finding:
                 text = f"{name} is not in {store.place}; it will be downloaded, once, and put there"
                 return Finding("data", "note", text)
         found = publish_dataset(name, root, download=False, progress=False)
-        with node_cache.held(root) as entry:
+        with locked_cache(root) as entry:
             return Finding("data", "ok", f"{found}; this node takes it into {entry}")
     except DenseNetDistError as error:
         return Finding("data", "bad", str(error).splitlines()[0])

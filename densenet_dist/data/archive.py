@@ -6,26 +6,23 @@ and right. A lock lets one process do it while others wait; those who find the f
 """
 
 import gzip
-import hashlib
 import os
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
 
 from filelock import FileLock
 
 from densenet_dist.data import cifar
 from densenet_dist.data.cifar import CifarSpec
-from densenet_dist.data.download import fetch, spread_over_nodes
+from densenet_dist.data.download import fetch
 from densenet_dist.errors import DataError, StorageError
 
 MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
 _MAX_EXTRACTED_BYTES = 1 << 30  # and hold 184 MB
-_CHUNK = 1 << 20
 
 
 def obtain(spec: CifarSpec, root: Path, *, download: bool, url: str | None, progress: bool) -> Path:
@@ -44,16 +41,18 @@ def obtain(spec: CifarSpec, root: Path, *, download: bool, url: str | None, prog
         return folder
     if not download and not (root / spec.archive).is_file():
         raise DataError(_not_found(spec, root))
-    with _writing_to(root):
+    try:
         root.mkdir(parents=True, exist_ok=True)
         lock = root / f".{spec.name}.lock"
         lock.touch()  # where no file can be made FileLock may wait for ever: fail here
         with FileLock(lock):
             # Whoever had the lock before us may have made the folder.
             folder = _find(spec, root)
-            if folder is None:
-                folder = make(spec, root, url=url or spec.url, mend=_ways_to_get(spec, root), progress=progress)
-            return folder
+            return folder or make(spec, root, url=url, mend=_ways_to_get(spec, root), progress=progress)
+    except OSError as error:
+        raise StorageError(
+            f"cannot store the data set in {root}: {error}; name a folder that can be written: data.root=..."
+        ) from error
 
 
 def _find(spec: CifarSpec, root: Path) -> Path | None:
@@ -87,19 +86,8 @@ def _ways_to_get(spec: CifarSpec, root: Path) -> str:
     )
 
 
-@contextmanager
-def _writing_to(root: Path) -> Iterator[None]:
-    """Turns an OSError of the block into a StorageError that names `root`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot store the data set in {root}: {error}; name a folder that can be written: data.root=..."
-        ) from error
-
-
-def make(spec: CifarSpec, root: Path, *, url: str, mend: str, progress: bool) -> Path:
-    """Extracts the archive in `root`, downloaded first if it is not there. One process at a time may do it.
+def make(spec: CifarSpec, root: Path, *, url: str | None, mend: str, progress: bool) -> Path:
+    """Extract the archive in `root`, downloaded first if it is not there. One process at a time may do it.
 
     Args:
         mend: what to do if it cannot be downloaded, for messages.
@@ -113,7 +101,7 @@ def make(spec: CifarSpec, root: Path, *, url: str, mend: str, progress: bool) ->
         return extract(spec, archive, root, source=str(archive), mend=cifar.remedy(spec, archive))
     partial = root / f".{spec.archive}.partial"
     try:
-        spread_over_nodes()
+        url = url or spec.url
         fetch(url, partial, title=spec.title, limit=MAX_ARCHIVE_BYTES, mend=mend, progress=progress)
         folder = extract(spec, partial, root, source=url.partition("?")[0], mend=mend)
         # Only now does it get its name: a damaged download must not be found by the next run.
@@ -124,7 +112,9 @@ def make(spec: CifarSpec, root: Path, *, url: str, mend: str, progress: bool) ->
 
 
 def extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: str) -> Path:
-    """Extracts an archive into `root/<folder>`, all of it or nothing. One process at a time may do it.
+    """Extract the official files of an archive into `root/<folder>`, all of them or nothing.
+
+    One process at a time may do it.
 
     Args:
         source: what to call the archive in messages.
@@ -134,11 +124,36 @@ def extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: st
         DataError: it is damaged, unsafe or another one.
         OSError: `root` cannot be written.
     """
+    seen = set()
+
+    def official(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None:
+        """The member as it is to be written: by the name of an official file; None for all others."""
+        member = tarfile.data_filter(member, destination)  # refuses devices, and what leads out of the folder
+        folder, _, name = member.name.partition("/")
+        seen.add(member.name)
+        if folder != spec.folder or name not in spec.members or not member.isreg():
+            return None
+        return member.replace(name=name, mtime=None, mode=None, deep=False)
+
     with appearing(root / spec.folder) as aside:
         try:
-            _unpack(spec, archive, aside, source=source, mend=mend)
-        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+                tar.extractall(aside, filter=official)
+        except tarfile.FilterError as error:
+            raise DataError(
+                f"{source} is not safe to extract: {error}; nothing was extracted. "
+                "Delete the archive and get it from a source you trust"
+            ) from error
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"{source} is damaged or truncated ({error}); {mend}") from error
+        rival = cifar.other(spec)
+        if f"{rival.folder}/{rival.test}" in seen:
+            raise DataError(f"{source} looks like {rival.title}, not {spec.title}; set data.name={rival.name}")
+        missing = [name for name in spec.members if not (aside / name).exists()]
+        if missing:
+            raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(missing)}; {mend}")
+        for name in spec.members:
+            cifar.read_member(spec, aside / name, source=f"{name} in {source}", mend=mend)
     return root / spec.folder
 
 
@@ -150,70 +165,17 @@ def appearing(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        _sync(aside)
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
         aside.rename(folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _unpack(spec: CifarSpec, archive: Path, aside: Path, *, source: str, mend: str) -> None:
-    """Writes the official files in an archive to the folder `aside`, each checked."""
-    missing = set(spec.members)
-    with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-        for member in tar:
-            name = _official_name(spec, member, source=source)
-            content = tar.extractfile(member) if name is not None else None
-            if name is None or content is None:
-                continue
-            if name not in missing:
-                raise DataError(f"{source} holds {member.name} twice; {mend}")
-            missing.remove(name)
-            where = f"{member.name} in {source}"
-            cifar.check_size(spec, name, member.size, source=where, mend=mend)
-            cifar.check_digest(spec, name, _copy(content, aside / name), source=where, mend=mend)
-    if missing:
-        raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(sorted(missing))}; {mend}")
-
-
-def _official_name(spec: CifarSpec, member: tarfile.TarInfo, *, source: str) -> str | None:
-    """Which official file an archive's member is; None for a harmless one that is not needed.
-
-    Raises:
-        DataError: the member leads outside of the folder, is a link or a device, or is of the other data set.
-    """
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
-        raise DataError(
-            f"{source} is not safe to extract: its member {member.name!r} leads outside, or is no regular file; "
-            "nothing was extracted. Delete the archive and get it from a source you trust"
-        )
-    if not member.isfile() or len(path.parts) != 2:
-        return None
-    folder, name = path.parts
-    rival = cifar.other(spec)
-    if folder == rival.folder and name in rival.members:
-        raise DataError(
-            f"{source} looks like {rival.title}, not {spec.title}: it holds {path}; set data.name={rival.name}"
-        )
-    return name if folder == spec.folder and name in spec.members else None
-
-
-def _copy(content: IO[bytes], path: Path) -> str:
-    """Writes a stream to a new file, through to the disk; returns its SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        while chunk := content.read(_CHUNK):
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -155,8 +155,8 @@ def read_folder(spec: CifarSpec, folder: Path) -> tuple[tuple[str, ...], Arrays,
     if missing:
         refuse_other(spec, folder)
         raise DataError(f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {remedy(spec, folder)}")
-    class_names = tuple(_read_member(spec, folder, spec.names).decode("ascii").split())
-    return class_names, _read_records(spec, folder, spec.train), _read_records(spec, folder, (spec.test,))
+    class_names = _read(spec, folder / spec.names).decode("ascii").split()
+    return tuple(class_names), _read_records(spec, folder, spec.train), _read_records(spec, folder, (spec.test,))
 
 
 def _read_records(spec: CifarSpec, folder: Path, files: tuple[str, ...]) -> Arrays:
@@ -166,74 +166,45 @@ def _read_records(spec: CifarSpec, folder: Path, files: tuple[str, ...]) -> Arra
     labels = np.empty(count, dtype=np.int64)
     start = 0
     for name in files:
-        part_images, part_labels = parse_records(spec, _read_member(spec, folder, name), source=folder / name)
+        part_images, part_labels = parse_records(spec, _read(spec, folder / name))
         stop = start + len(part_labels)
         images[start:stop], labels[start:stop] = part_images, part_labels
         start = stop
     return images, labels
 
 
-def _read_member(spec: CifarSpec, folder: Path, name: str) -> bytes:
-    """The bytes of one official file of an extracted data set, checked."""
-    path = folder / name
+def _read(spec: CifarSpec, path: Path) -> bytes:
+    return read_member(spec, path, source=path, mend=remedy(spec, path.parent))
+
+
+def read_member(spec: CifarSpec, path: Path, *, source: str | Path, mend: str) -> bytes:
+    """The bytes of the official file of that name.
+
+    Args:
+        source: what to call the file in messages.
+        mend: what to do if it is another one, for messages.
+
+    Raises:
+        DataError: it cannot be read, or is not the official one.
+    """
+    expected = spec.members[path.name]
     try:
-        check_size(spec, name, path.stat().st_size, source=path, mend=remedy(spec, folder))
+        size = path.stat().st_size
+        if size != expected.size:
+            state = "truncated" if size < expected.size else "too long"
+            raise DataError(f"{source} is {state}: {size} bytes instead of {expected.size}; {mend}")
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    check_digest(spec, name, hashlib.sha256(data).hexdigest(), source=path, mend=remedy(spec, folder))
+        raise DataError(f"cannot read {source}: {error.strerror}") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != expected.sha256:
+        raise DataError(f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {expected.sha256[:16]}...; {mend}")
     return data
 
 
-def check_size(spec: CifarSpec, name: str, size: int, *, source: str | Path, mend: str) -> None:
-    """Makes sure that the file `name`, found at `source`, has its official size in bytes.
-
-    Raises:
-        DataError: it has not; the message says so if the file looks like one of the other data set.
-    """
-    expected = spec.members[name].size
-    if size == expected:
-        return
-    records = name != spec.names
-    if records and size > 0 and size % other(spec).record_bytes == 0:
-        rival = other(spec)
-        raise DataError(
-            f"{source} looks like {rival.title}, not {spec.title}: {size} bytes are {size // rival.record_bytes} "
-            f"records of {rival.record_bytes}; set data.name={rival.name}, or {mend}"
-        )
-    state = "truncated" if size < expected else "too long"
-    raise DataError(f"{source} is {state}: {size} bytes instead of {expected}; {mend}")
-
-
-def check_digest(spec: CifarSpec, name: str, sha256: str, *, source: str | Path, mend: str) -> None:
-    """Makes sure that the file `name`, found at `source`, has the official SHA-256.
-
-    Raises:
-        DataError: it has not.
-    """
-    expected = spec.members[name].sha256
-    if sha256 != expected:
-        raise DataError(f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {expected[:16]}...; {mend}")
-
-
-def parse_records(spec: CifarSpec, data: bytes, *, source: str | Path) -> Arrays:
-    """Records as images (n, 32, 32, 3) uint8, a view of `data`, and labels (n,) int64; for CIFAR-100 the fine ones.
-
-    Args:
-        source: where `data` came from, for messages.
-
-    Raises:
-        DataError: `data` is not whole records, or a label is out of range.
-    """
-    if len(data) % spec.record_bytes:
-        raise DataError(f"{source}: {len(data)} bytes are not whole {spec.title} records of {spec.record_bytes}")
+def parse_records(spec: CifarSpec, data: bytes) -> Arrays:
+    """Records as images (n, 32, 32, 3) uint8, a view of `data`, and labels (n,) int64; for CIFAR-100 the fine ones."""
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.record_bytes)
     labels = records[:, spec.label_bytes - 1].astype(np.int64)
-    wrong = np.flatnonzero(labels >= spec.num_classes)
-    if len(wrong):
-        raise DataError(
-            f"{source}: record {wrong[0]} has label {labels[wrong[0]]}, "
-            f"but {spec.title} has {spec.num_classes} classes, 0 to {spec.num_classes - 1}"
-        )
     planes = records[:, spec.label_bytes :].reshape(-1, 3, _SIDE, _SIDE)
     return planes.transpose(0, 2, 3, 1), labels

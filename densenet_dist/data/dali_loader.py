@@ -10,7 +10,7 @@ half of all the time there, so the images are brought to HWC once, at load (docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from densenet_dist.data.dali_support import explain, require_dali
 from densenet_dist.data.image_files import BadImage, ImageFiles
-from densenet_dist.data.requests import Request, upload
-from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
+from densenet_dist.data.requests import Batches, Engine, Request, upload
+from densenet_dist.data.substitutes import UnreadableFiles
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 
@@ -30,52 +30,26 @@ _READERS = 8
 """Threads that read files: most of their time they wait for a disk or a network."""
 
 
-class DaliEngine:
-    """Makes pixels of the images of one split with DALI.
-
-    Args:
-        images: (n, H, W, 3) uint8, H = W, or pictures in files.
-        mean: of each channel, for images in [0, 1].
-        std: likewise.
-        device: where batches are made.
-        prefetch: batches that DALI makes ahead.
-        threads: DALI's own on the CPU.
-        substitutes: for pictures in files.
+class DaliEngine(Engine):
+    """Makes pixels with DALI, whose pipeline runs on its own.
 
     Raises:
         EnvironmentProblem: DALI is not installed, or cannot work on the device.
     """
 
-    def __init__(
-        self,
-        images: npt.NDArray[np.uint8] | ImageFiles,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str = "cpu",
-        *,
-        prefetch: int = 2,
-        threads: int = 1,
-        substitutes: Substitutes | None = None,
-    ) -> None:
-        self.device = torch.device(device)
-        require_dali(self.device, decoding=isinstance(images, ImageFiles))
-        self.substitutes = substitutes
-        self.prefetch, self.threads = max(1, prefetch), threads
-        self.mean, self.std = ([255.0 * value for value in values] for values in (mean, std))
-        self.files = images if isinstance(images, ImageFiles) else None
-        self.image_size = images.image_size if isinstance(images, ImageFiles) else int(images.shape[1])
+    def __post_init__(self) -> None:
+        self.files = self.images if isinstance(self.images, ImageFiles) else None
+        require_dali(self.device, decoding=self.files is not None)
+        self.prefetch = max(1, self.prefetch)
         self._readers = ThreadPoolExecutor(_READERS, "densenet-dist-read")
-        self._images: Any = images
-        if not isinstance(images, ImageFiles):
-            dense = np.ascontiguousarray(images)
-            self._images = upload(dense, self.device) if self.device.type == "cuda" else dense
+        self._resident: Any = None
+        if not isinstance(self.images, ImageFiles):
+            dense = np.ascontiguousarray(self.images)
+            self._resident = upload(dense, self.device) if self.device.type == "cuda" else dense
 
-    def recipe(self, request: Request) -> None:
-        """None: DALI's pipeline runs on its own."""
-
-    def stream(self, request: Callable[[int], Request], largest: int) -> DaliStream:
-        """A stream of its own for one loader: one pipeline, built when first used."""
-        return DaliStream(self, request, largest)
+    def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
+        """As `requests.Engine.batches`: one pipeline for each loader, built when first used."""
+        return _Pipeline(self, request, largest).batches
 
     def sources(self, request: Request) -> list[Any]:
         """The images of a request: from memory (a GPU's or the host's), or bytes and windows of pictures."""
@@ -84,8 +58,8 @@ class DaliEngine:
             windows = [np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
             return [self._encoded(self.files, request.array("rows").tolist()), *windows]
         if self.device.type == "cuda":
-            return [self._images.index_select(0, request.tensor("rows", self.device))]
-        return [self._images[request.array("rows")]]
+            return [self._resident.index_select(0, request.tensor("rows", self.device))]
+        return [self._resident[request.array("rows")]]
 
     def _encoded(self, files: ImageFiles, rows: list[int]) -> list[npt.NDArray[np.uint8]]:
         """The bytes of each file: read here and not by DALI, which a broken one can crash."""
@@ -119,7 +93,7 @@ class DaliEngine:
         return {name: np.ascontiguousarray(array) for name, array in fed.items()}  # a rank's share is strided
 
 
-class DaliStream:
+class _Pipeline:
     """The requests of one loader, made into pixels by one DALI pipeline that works ahead without end."""
 
     def __init__(self, engine: DaliEngine, request: Callable[[int], Request], largest: int) -> None:
@@ -128,7 +102,7 @@ class DaliStream:
         self._next = 0
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """As `requests.Stream.batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
+        """As `requests.Batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
         for number in range(first, last):
             if self._pipeline is None or self._next != number:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)
@@ -230,9 +204,8 @@ def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, la
             # Without a fill value DALI repeats the border. In whole numbers it would round to half a level.
             outside: Any = {"fill_value": 0} if padding == "zeros" else {}
             pixels = fn.warp_affine(pixels, matrix=todo["matrix"], dtype=types.FLOAT, **outside)
-        pixels = fn.crop_mirror_normalize(
-            pixels, dtype=types.FLOAT, output_layout="HWC", mean=engine.mean, std=engine.std
-        )
+        mean, std = ([255.0 * value for value in values] for values in (engine.mean, engine.std))
+        pixels = fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std)
         if "hole_start" in todo:
             hole: Any = {"anchor": todo["hole_start"], "shape": todo["hole_shape"]}
             pixels = fn.erase(pixels, **hole, axes=[0, 1], fill_value=0.0)

@@ -41,11 +41,12 @@ def make_engine(
     Raises:
         EnvironmentProblem: DALI is named, but is not installed or cannot work on the device.
     """
-    substitutes = None
-    if isinstance(split.images, ImageFiles):
-        substitutes = Substitutes(split.images, split.labels, on_bad_image)
+    make: type[Engine] = TorchEngine
     if name == "dali":
         from densenet_dist.data.dali_loader import DaliEngine
 
-        return DaliEngine(split.images, mean, std, device, prefetch=prefetch, threads=threads, substitutes=substitutes)
-    return TorchEngine(split.images, mean, std, device, prefetch=prefetch, threads=threads, substitutes=substitutes)
+        make = DaliEngine
+    substitutes = None
+    if isinstance(split.images, ImageFiles):
+        substitutes = Substitutes(split.images, split.labels, on_bad_image)
+    return make(split.images, mean, std, torch.device(device), prefetch, threads, substitutes)

@@ -10,9 +10,8 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from densenet_dist.data.image_files import (
     suffix,
     unreadable,
 )
+from densenet_dist.data.progress import progress_bar
 from densenet_dist.errors import StorageError
 
 _BAR_FROM = 300
@@ -79,7 +79,7 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
         return
     with (
         warnings.catch_warnings(),
-        _bar(len(names), progress and len(names) >= _BAR_FROM) as advance,
+        progress_bar("checking pictures", progress and len(names) >= _BAR_FROM, unit="files") as advance,
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         warnings.simplefilter("ignore")  # Pillow's; out here because filters are those of all threads
@@ -87,7 +87,7 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
             some = names[start : start + _CHUNK]
             for name, verdict in zip(some, pool.map(examine, [root / name for name in some]), strict=True):
                 verdicts[name] = verdict
-                advance()
+                advance(1, len(names))
 
 
 def _cache_file(root: Path) -> Path:
@@ -118,18 +118,3 @@ def _save_cache(root: Path, entries: dict[str, list[int | str]]) -> None:
         except BaseException:
             os.unlink(partial)
             raise
-
-
-@contextmanager
-def _bar(count: int, enabled: bool) -> Iterator[Callable[[], object]]:
-    """A progress bar on standard error, advanced picture by picture; or nothing at all."""
-    if not enabled:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as bars:
-        task = bars.add_task("checking pictures", total=count)
-        yield lambda: bars.advance(task)

@@ -89,17 +89,8 @@ class ImageFiles:
         return _pixels(self.read(row))
 
 
-def decode(path: Path) -> "Tensor":
-    """One picture as (3, H, W) uint8 on the CPU, RGB, upright.
-
-    Raises:
-        BadImage: it cannot be read or decoded, with the reason.
-    """
-    return _pixels(_read(path))
-
-
 def decode_any(path: Path) -> "Tensor":
-    """As `decode`, also of the kinds that training refuses, as far as Pillow reads them: BMP, GIF, TIFF, and so on.
+    """One picture as `ImageFiles.decode`, also of kinds that training refuses, as far as Pillow reads them.
 
     Raises:
         BadImage: it cannot be read or decoded, or is an animation; with the reason.
@@ -184,7 +175,7 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str
 
 
 def _pixels(data: npt.NDArray[np.uint8]) -> "Tensor":
-    """The picture in a file's bytes, as `decode` gives it."""
+    """The picture in a file's bytes, as `ImageFiles.decode` gives it."""
     import torch
     from torchvision.io import ImageReadMode, decode_image
 

@@ -6,8 +6,8 @@ pixels. So no engine has a state worth saving, and a run goes on from any step.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.plan import BatchPlan, epoch_order
-from densenet_dist.data.requests import Engine, Epoch, Request, Stream, upload
+from densenet_dist.data.requests import Batches, Engine, Epoch, Request, upload
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 from densenet_dist.errors import ConfigError
 
@@ -107,9 +107,9 @@ class TrainLoader:
         self._split, self._indices, self._engine = split, indices, engine
         self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
         self._rank, self._world_size = rank, world_size
-        self._epochs = _Recent(self._make_epoch)
+        self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead, into the next epoch
         share = -(-(global_batch_size + -(-global_batch_size // 8)) // world_size)
-        self._stream = engine.stream(self._request, share * (2 if augmentation.mixes else 1))
+        self._pixels = engine.batches(self._request, share * (2 if augmentation.mixes else 1))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,7 +124,7 @@ class TrainLoader:
             DataError: a picture in a file has become unreadable, and is not to be skipped.
         """
         numbers = self._numbers(epoch, start_step)
-        pixels = _whatever_files_do(self._stream, numbers, self._engine.substitutes, self._epochs.clear)
+        pixels = _whatever_files_do(self._pixels, numbers, self._engine.substitutes, self._epochs.cache_clear)
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
@@ -253,8 +253,8 @@ class EvalLoader:
         self._split, self._indices, self._engine, self._geometry = split, indices, engine, geometry
         self._stride = batch_size * world_size
         self._rank, self._world_size = rank, world_size
-        self._epochs = _Recent(self._make_epoch)
-        self._stream = engine.stream(self._request, batch_size)
+        self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead, into the next epoch
+        self._pixels = engine.batches(self._request, batch_size)
         self._passes = 0
         self.places = indices[:0]
 
@@ -267,13 +267,11 @@ class EvalLoader:
         self._passes += 1
         numbers = range(first, first + len(self))
         files = self._engine.substitutes
-        pixels = _whatever_files_do(self._stream, numbers, files, self._epochs.clear)
+        pixels = _whatever_files_do(self._pixels, numbers, files, self._epochs.cache_clear)
         for number, images in zip(numbers, pixels, strict=True):
             start, stop = self._bounds(number)
-            batch, self.places = (
-                self._batch(number, images),
-                self._indices[start + self._rank : stop : self._world_size],
-            )
+            batch = self._batch(number, images)
+            self.places = self._indices[start + self._rank : stop : self._world_size]
             if files is not None and len(files.unreadable):
                 batch = self._readable(batch, files)
             if len(batch.labels):
@@ -311,35 +309,14 @@ class EvalLoader:
         return Batch(images, batch.labels.index_select(0, rows), batch.global_size)
 
 
-class _Recent:
-    """The last two epochs made, by number: an engine may work ahead of the consumer, into the next one."""
-
-    def __init__(self, make: Callable[[int], Epoch]) -> None:
-        self._make = make
-        self._made: dict[int, Epoch] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, number: int) -> Epoch:
-        with self._lock:
-            if number not in self._made:
-                self._made[number] = self._make(number)
-                for old in sorted(self._made, key=lambda made: abs(made - number))[2:]:
-                    del self._made[old]
-            return self._made[number]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._made.clear()
-
-
 def _whatever_files_do(
-    stream: Stream, numbers: range, files: Substitutes | None, replan: Callable[[], None]
+    make: Batches, numbers: range, files: Substitutes | None, replan: Callable[[], None]
 ) -> Iterator[Tensor]:
     """The pixels of requests `numbers`; where files turn out to be unreadable, others stand in for them, if allowed."""
     done = numbers.start
     while done < numbers.stop:
         try:
-            for images in stream.batches(done, numbers.stop):
+            for images in make(done, numbers.stop):
                 done += 1
                 yield images
         except UnreadableFiles as error:

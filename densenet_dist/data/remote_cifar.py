@@ -4,16 +4,15 @@ What is on the store is the official archive or the extracted folder, as in a lo
 folder in its cache; every file is checked against the SHA-256 of the official one, there as everywhere.
 """
 
-import hashlib
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
-from densenet_dist.data import archive, cifar, node_cache
+from densenet_dist.data import archive, cifar
 from densenet_dist.data.cifar import Arrays, CifarSpec
-from densenet_dist.data.download import bar
-from densenet_dist.data.store import DataStore
+from densenet_dist.data.progress import progress_bar
+from densenet_dist.data.store import DataStore, cache_of, locked_cache
 from densenet_dist.errors import DataError
 
 Contents: TypeAlias = tuple[tuple[str, ...], Arrays, Arrays]
@@ -29,10 +28,10 @@ def read(spec: CifarSpec, uri: str, *, progress: bool) -> tuple[Path, Contents]:
         DataError: it is not on the store, is damaged there, or the store cannot be read.
         StorageError: the cache cannot be written, or the address cannot be used.
     """
-    folder = node_cache.entry_of(uri) / spec.folder
+    folder = cache_of(uri) / spec.folder
     found = _sound(spec, folder)
     if found is None:
-        with node_cache.held(uri):
+        with locked_cache(uri):
             found = _sound(spec, folder)  # by whoever had it before us
             if found is None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -57,15 +56,15 @@ def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None, progr
         return f"{_told(names)} is in {store.place}"
     if not download:
         raise DataError(_not_there(spec, store))
-    with node_cache.held(uri) as entry:
+    with locked_cache(uri) as entry:
         folder, packed = entry / spec.folder, entry / spec.archive
         if _sound(spec, folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
             mend = f"put {spec.archive} from {spec.url} into {store.place}"
-            archive.make(spec, entry, url=url or spec.url, mend=mend, progress=progress)
+            archive.make(spec, entry, url=url, mend=mend, progress=progress)
         members = {f"{spec.folder}/{name}": folder / name for name in spec.members}
         files = {spec.archive: packed} if packed.is_file() else members
-        with bar(f"uploading {spec.title}", progress) as advance:
+        with progress_bar(f"uploading {spec.title}", progress) as advance:
             total = sum(path.stat().st_size for path in files.values())
             for name, path in files.items():
                 store.put(path, name)
@@ -103,13 +102,13 @@ def _take(spec: CifarSpec, store: DataStore, folder: Path, progress: bool) -> No
     total = sum(names.values())
     if total > archive.MAX_ARCHIVE_BYTES:
         raise DataError(f"{_told(names)} in {store.place} has {total} bytes, so it is something else; {mend}")
-    with bar(f"downloading {spec.title}", progress) as advance:
+    with progress_bar(f"downloading {spec.title}", progress) as advance:
         if spec.archive not in names:
             with archive.appearing(folder) as aside:
                 for name in names:
                     target = aside / name.rpartition("/")[2]
                     store.copy(name, target, lambda size: advance(size, total))
-                    _check(spec, target, source=f"{name} in {store.place}", mend=mend)
+                    cifar.read_member(spec, target, source=f"{name} in {store.place}", mend=mend)
             return
         partial = folder.with_name(f".{spec.archive}.partial")
         try:
@@ -118,13 +117,6 @@ def _take(spec: CifarSpec, store: DataStore, folder: Path, progress: bool) -> No
             archive.extract(spec, partial, folder.parent, source=source, mend=mend)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _check(spec: CifarSpec, path: Path, *, source: str, mend: str) -> None:
-    cifar.check_size(spec, path.name, path.stat().st_size, source=source, mend=mend)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    cifar.check_digest(spec, path.name, digest, source=source, mend=mend)
 
 
 def _sound(spec: CifarSpec, folder: Path) -> Contents | None:

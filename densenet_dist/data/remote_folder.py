@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from densenet_dist.data import node_cache
-from densenet_dist.data.download import bar
 from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, suffix
 from densenet_dist.data.image_folder import is_ignored
-from densenet_dist.data.store import DataStore, Stamp
+from densenet_dist.data.progress import progress_bar
+from densenet_dist.data.store import DataStore, Stamp, locked_cache
 from densenet_dist.errors import DataError
 
 _THREADS = 8
@@ -33,7 +32,7 @@ def sync(uri: str, *, progress: bool) -> Path:
     """
     asked = time.time()
     store = DataStore(uri)
-    with node_cache.held(uri) as entry:
+    with locked_cache(uri) as entry:
         folder, stamp = entry / "files", entry / ".compared"
         if not (stamp.is_file() and stamp.stat().st_mtime > asked):  # else somebody compared while we waited
             wanted = _pictures(store)
@@ -104,7 +103,7 @@ def _take(store: DataStore, wanted: dict[str, Stamp], folder: Path, aside: Path,
 
     total = sum(wanted[name][0] for name in missing)
     title = f"downloading {len(missing)} pictures"
-    with bar(title, progress and bool(missing)) as advance, ThreadPoolExecutor(_THREADS) as pool:
+    with progress_bar(title, progress and bool(missing)) as advance, ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(missing), _AT_A_TIME):
             some = missing[start : start + _AT_A_TIME]
             for size in pool.map(take, range(start, start + len(some)), some):

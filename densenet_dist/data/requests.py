@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from densenet_dist.data import augment
 from densenet_dist.data.augment import Parameters
+from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.substitutes import Substitutes
 
 
@@ -113,37 +115,50 @@ class Recipe(NamedTuple):
     make: Callable[..., Tensor]
 
 
-class Stream(Protocol):
-    """What makes the pixels of one loader's requests."""
+Batches: TypeAlias = Callable[[int, int], Iterator[Tensor]]
+"""The pixels of requests `first` up to `last`, not included: (m, 3, H, W) float32 in channels_last memory for each.
 
-    def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """(m, 3, H, W) float32 in channels_last memory for each request from `first` up to `last`, not included.
-
-        Raises:
-            UnreadableFiles: pictures in files that have become unreadable; nothing after the last batch given is lost.
-        """
+Raises `UnreadableFiles` for pictures in files that have become unreadable; no batch before them is lost.
+"""
 
 
-class Engine(Protocol):
-    """What makes pixels of the images of one split; several loaders may share it."""
+@dataclass(eq=False)
+class Engine:
+    """What makes pixels of the images of one split; several loaders may share it.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the pixels are made."""
+    Attributes:
+        images: (n, H, W, 3) uint8, H = W, or pictures in files.
+        mean: of each channel, for images in [0, 1].
+        std: likewise.
+        device: where the pixels are made.
+        prefetch: batches made ahead.
+        threads: that decode files, or all of DALI's on the CPU.
+        substitutes: for pictures in files that become unreadable; None for images in memory.
+    """
+
+    images: npt.NDArray[np.uint8] | ImageFiles
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device
+    prefetch: int = 2
+    threads: int = 1
+    substitutes: Substitutes | None = None
+
+    def __post_init__(self) -> None:
+        """Bring the images to the device, or whatever else is done once."""
 
     @property
     def image_size(self) -> int:
         """Side of the square images in pixels."""
-
-    @property
-    def substitutes(self) -> Substitutes | None:
-        """For pictures in files that become unreadable; None for images in memory."""
+        return self.images.image_size if isinstance(self.images, ImageFiles) else int(self.images.shape[1])
 
     def recipe(self, request: Request) -> Recipe | None:
         """The request's pixels, to be made later; None where the host has a part in it."""
+        return None
 
-    def stream(self, request: Callable[[int], Request], largest: int) -> Stream:
-        """A stream that asks `request(number)` what to make; at most `largest` images each."""
+    def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
+        """What makes the pixels of one loader, which asks `request(number)` what to make; at most `largest` images."""
+        raise NotImplementedError
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:

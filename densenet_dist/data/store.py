@@ -1,13 +1,21 @@
-"""Data sets on an object store: what is there, its bytes, and what is put there."""
+"""Data sets on an object store: what is there, its bytes, and what is put there; and where a node keeps its copies.
+
+A node has a folder for each address in ``data`` in `cache_folder`, with a lock in it, and keeps it from run to run.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from filelock import FileLock
+
+from densenet_dist.cache_folder import CACHE_ENV, cache_folder
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.object_store import explain, open_filesystem
 
@@ -119,3 +127,37 @@ class DataStore:
             yield
         except OSError as error:
             raise DataError(f"cannot read {what}data.root={self.place}: {explain(error)}") from error
+
+
+def cache_of(uri: str) -> Path:
+    """The folder on this node for what lies at an address; it need not exist.
+
+    Raises:
+        StorageError: there is no place for a cache.
+    """
+    folder = cache_folder()
+    address = uri.partition("?")[0].rstrip("/")
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", address.partition("://")[2]).strip("-.")[-60:]
+    digest = hashlib.blake2b(f"{address}?{uri.partition('?')[2]}".encode(), digest_size=8).hexdigest()
+    return folder / "data" / f"{readable}-{digest}"
+
+
+@contextmanager
+def locked_cache(uri: str) -> Iterator[Path]:
+    """The folder for what lies at an address, made if need be, held by one process of the node at a time.
+
+    Raises:
+        StorageError: it, or something in it, cannot be written.
+    """
+    entry = cache_of(uri)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        lock = entry / ".lock"
+        lock.touch()  # where no file can be made FileLock may wait for ever: fail here
+        with FileLock(lock):
+            yield entry
+    except OSError as error:
+        raise StorageError(
+            f"cannot keep the data set in {entry}: {error}; make room there, or name a folder on another disk: "
+            f"{CACHE_ENV}=FOLDER"
+        ) from error

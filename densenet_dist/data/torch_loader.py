@@ -9,9 +9,8 @@ start. On a CPU, or where files are read, one background thread works ahead of t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,54 +20,36 @@ from torch import Tensor
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
 from densenet_dist.data.image_files import BadImage, ImageFiles
-from densenet_dist.data.requests import Recipe, Request, upload
-from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
+from densenet_dist.data.requests import Batches, Engine, Recipe, Request, upload
+from densenet_dist.data.substitutes import UnreadableFiles
 
 _CPU_PIECE = 64
 """Images that a CPU works on at a time: few enough for its cache, whatever the batch's size (docs/log.md)."""
 
 
-class TorchEngine:
-    """Makes pixels of the images of one split with torch ops.
+class TorchEngine(Engine):
+    """Makes pixels with torch ops. Images that lie on a GPU need no thread that works ahead."""
 
-    Args:
-        images: (n, H, W, 3) uint8, H = W, or pictures in files.
-        mean: of each channel, for images in [0, 1].
-        std: likewise.
-        device: where the images lie and batches are made.
-        prefetch: batches made ahead by a thread; 0 for none. Images that lie on a GPU need none.
-        threads: that decode files.
-        substitutes: for pictures in files.
-    """
-
-    def __init__(
-        self,
-        images: npt.NDArray[np.uint8] | ImageFiles,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str = "cpu",
-        *,
-        prefetch: int = 2,
-        threads: int = 1,
-        substitutes: Substitutes | None = None,
-    ) -> None:
-        self.device = torch.device(device)
-        self.substitutes = substitutes
-        self._source: _Source
-        if isinstance(images, ImageFiles):
-            self._source, self.image_size = _Files(images, self.device, threads), images.image_size
+    def __post_init__(self) -> None:
+        if isinstance(self.images, ImageFiles):
+            self._source: _Files | _Resident = _Files(self.images, self.device, self.threads)
         else:
-            self._source, self.image_size = _Resident(images, self.device), int(images.shape[1])
-        self._prefetch = 0 if self.device.type == "cuda" and isinstance(self._source, _Resident) else prefetch
-        levels = 255.0 * np.asarray(std, dtype=np.float64)
+            self._source = _Resident(self.images, self.device)
+            if self.device.type == "cuda":
+                self.prefetch = 0
+        levels = 255.0 * np.asarray(self.std, dtype=np.float64)
         self._scale = self._row(1.0 / levels)
-        self._shift = self._row(-255.0 * np.asarray(mean, dtype=np.float64) / levels)
+        self._shift = self._row(-255.0 * np.asarray(self.mean, dtype=np.float64) / levels)
         size = self.image_size
         self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
 
-    def stream(self, request: Callable[[int], Request], largest: int) -> TorchStream:
-        """A stream of its own for one loader; it has no state."""
-        return TorchStream(lambda number: self._pixels(request(number)), self._prefetch)
+    def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
+        """As `requests.Engine.batches`, without any state."""
+
+        def make(number: int) -> Tensor:
+            return self._pixels(request(number))
+
+        return lambda first, last: _made_ahead(make, range(first, last), self.prefetch)
 
     def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
         """(3,) values repeated for every pixel of a row, (W * 3,) float32 on the device."""
@@ -124,22 +105,6 @@ class TorchEngine:
         return images
 
 
-class TorchStream:
-    """The requests of one loader, made into pixels by torch ops."""
-
-    def __init__(self, make: Callable[[int], Tensor], prefetch: int) -> None:
-        self._make, self._prefetch = make, prefetch
-
-    def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """As `requests.Stream.batches`."""
-        return _made_ahead(self._make, range(first, last), self._prefetch)
-
-
-class _Source(Protocol):
-    def read(self, request: Request) -> Tensor:
-        """(m, 3, H, W) float32 in grey levels on the device, in memory of its own."""
-
-
 class _Resident:
     """Images that lie on the device as a whole, (n, H, W, 3) uint8; on a CPU the memory is shared, not copied."""
 
@@ -148,6 +113,7 @@ class _Resident:
         self._images = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device)
 
     def read(self, request: Request) -> Tensor:
+        """(m, 3, H, W) float32 in grey levels on the device, in memory of its own."""
         return self.pick(request.tensor("rows", self._device))
 
     def pick(self, rows: Tensor) -> Tensor:
@@ -163,6 +129,7 @@ class _Files:
         self._files, self._device, self._threads = files, device, threads
 
     def read(self, request: Request) -> Tensor:
+        """As `_Resident.read`."""
         rows, windows = request.array("rows").tolist(), request.array("window").tolist()
         size = self._files.image_size
         pinned = self._device.type == "cuda"

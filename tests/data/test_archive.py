@@ -1,10 +1,9 @@
-"""What may come out of an archive, what may not, and what happens when several processes open it at once."""
+"""What comes out of an archive, what is said of a damaged one, and what happens when several processes open it."""
 
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from toy_cifar import Toy
 
-from densenet_dist.data import archive
 from densenet_dist.data.cifar import CIFAR10
 from densenet_dist.data.datasets import load_dataset
 from densenet_dist.errors import DataError, StorageError
@@ -37,14 +35,8 @@ def visible(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
 
 
-def member(name: str, *, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, size, link
-    return info
-
-
 class TestExtract:
-    def test_gives_the_files(self, toy: Toy, tmp_path: Path) -> None:
+    def test_gives_the_official_files(self, toy: Toy, tmp_path: Path) -> None:
         toy.write_archive(tmp_path / toy.spec.archive)
         load(tmp_path)
         assert visible(tmp_path) == [toy.spec.folder, toy.spec.archive]
@@ -52,49 +44,15 @@ class TestExtract:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == toy.files
         assert folder.stat().st_mode & 0o777 == 0o777 & ~current_umask()
 
-    def test_harmless_members_stay_inside(self, toy: Toy, tmp_path: Path) -> None:
-        extra = [
-            member("cifar-10-batches-bin", kind=tarfile.DIRTYPE),
-            member("cifar-10-batches-bin/readme.html", size=88),
-            member("cifar-10-batches-bin/below/data_batch_1.bin", size=10),
-            member("data_batch_1.bin", size=10),
-        ]
-        toy.write_archive(tmp_path / toy.spec.archive, extra=extra)
-        load(tmp_path)
-        assert {path.name for path in (tmp_path / toy.spec.folder).iterdir()} == set(toy.files)
-
-    @pytest.mark.parametrize(
-        "unsafe",
-        [
-            member("../evil.txt", size=4),
-            member("cifar-10-batches-bin/../../evil.txt", size=4),
-            member("../evil", kind=tarfile.DIRTYPE),
-            member("/tmp/evil.txt", size=4),
-            member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd"),
-            member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.LNKTYPE, link="elsewhere"),
-            member("cifar-10-batches-bin/device", kind=tarfile.CHRTYPE),
-            member("cifar-10-batches-bin/pipe", kind=tarfile.FIFOTYPE),
-        ],
-        ids=["dots", "inner dots", "folder", "absolute", "symlink", "hard link", "device", "pipe"],
-    )
-    def test_unsafe_members(self, toy: Toy, tmp_path: Path, unsafe: tarfile.TarInfo) -> None:
-        root = tmp_path / "root"
-        toy.write_archive(root / toy.spec.archive, extra=[unsafe])
-        with pytest.raises(DataError, match=rf"not safe to extract: its member '{unsafe.name}'.*nothing was extracted"):
-            load(root)
-        assert visible(root) == [toy.spec.archive]
-        assert visible(tmp_path) == ["root"]
-
-    @pytest.mark.parametrize("keep", [0, 5, 500, 0.5, -10], ids=str)
+    @pytest.mark.parametrize("keep", [0, 0.5, 0.99])
     def test_truncated(self, toy: Toy, tmp_path: Path, keep: float) -> None:
         path = toy.write_archive(tmp_path / toy.spec.archive)
-        data = path.read_bytes()
-        path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+        os.truncate(path, int(keep * path.stat().st_size))
         with pytest.raises(DataError, match=rf"{toy.spec.archive}.*(truncated|lacks).*delete .*data prepare cifar10"):
             load(tmp_path)
         assert visible(tmp_path) == [toy.spec.archive]
 
-    @pytest.mark.parametrize("place", [0, 0.3, 0.6, 0.9])
+    @pytest.mark.parametrize("place", [0, 0.5])
     def test_flipped_byte(self, toy: Toy, tmp_path: Path, place: float) -> None:
         path = toy.write_archive(tmp_path / toy.spec.archive)
         data = bytearray(path.read_bytes())
@@ -104,24 +62,15 @@ class TestExtract:
             load(tmp_path)
         assert visible(tmp_path) == [toy.spec.archive]
 
-    def test_not_an_archive(self, toy: Toy, tmp_path: Path) -> None:
-        (tmp_path / toy.spec.archive).write_text("<html>Sign in to the network</html>")
-        with pytest.raises(DataError, match="damaged or truncated"):
-            load(tmp_path)
-
-    def test_flipped_byte_inside(self, toy: Toy, tmp_path: Path) -> None:
-        """A sound archive of an unsound file: found by the file's own checksum."""
-        data = bytearray(toy.files["data_batch_4.bin"])
+    def test_a_sound_archive_of_an_unsound_file(self, toy: Toy, tmp_path: Path) -> None:
+        name = "data_batch_4.bin"
+        data = bytearray(toy.files[name])
         data[777] ^= 1
-        toy.write_archive(tmp_path / toy.spec.archive, files={**toy.files, "data_batch_4.bin": bytes(data)})
-        with pytest.raises(DataError, match=r"data_batch_4\.bin in .* is damaged: its SHA-256"):
-            load(tmp_path)
-        assert visible(tmp_path) == [toy.spec.archive]
-
-    def test_short_member(self, toy: Toy, tmp_path: Path) -> None:
-        toy.write_archive(tmp_path / toy.spec.archive, files={**toy.files, "data_batch_4.bin": b"short"})
-        with pytest.raises(DataError, match=r"data_batch_4\.bin in .* is truncated: 5 bytes"):
-            load(tmp_path)
+        for content, said in ((bytes(data), "is damaged: its SHA-256"), (b"short", "is truncated: 5 bytes")):
+            toy.write_archive(tmp_path / toy.spec.archive, files={**toy.files, name: content})
+            with pytest.raises(DataError, match=rf"{name} in .*{toy.spec.archive} {said}"):
+                load(tmp_path)
+            assert visible(tmp_path) == [toy.spec.archive]
 
     def test_missing_members(self, toy: Toy, tmp_path: Path) -> None:
         files = {name: data for name, data in toy.files.items() if not name.startswith("test")}
@@ -129,33 +78,11 @@ class TestExtract:
         with pytest.raises(DataError, match=r"not the CIFAR-10 archive: it lacks test_batch\.bin"):
             load(tmp_path)
 
-    def test_member_twice(self, toy: Toy, tmp_path: Path) -> None:
-        size = len(toy.files["test_batch.bin"])
-        twice = member("cifar-10-batches-bin/test_batch.bin", size=size)
-        path = toy.write_archive(tmp_path / toy.spec.archive)
-        with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-            for _ in range(2):
-                toy_file = tmp_path / "test_batch.bin.copy"
-                toy_file.write_bytes(toy.files["test_batch.bin"])
-                with toy_file.open("rb") as content:
-                    tar.addfile(twice, content)
-                toy_file.unlink()
-        with pytest.raises(DataError, match=r"holds cifar-10-batches-bin/test_batch\.bin twice"):
-            load(tmp_path)
-
     def test_archive_of_the_other_set(self, toys: Callable[[str], Toy], tmp_path: Path) -> None:
         for name, rival in (("cifar10", "cifar100"), ("cifar100", "cifar10")):
             toys(rival).write_archive(tmp_path / toys(name).spec.archive)
             with pytest.raises(DataError, match=rf"looks like {toys(rival).spec.title}, not .*data\.name={rival}"):
                 load(tmp_path, name)
-
-    def test_bomb(self, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(archive._BoundedGzip, "_left", 1 << 20)
-        bomb = member("cifar-10-batches-bin/zeros", size=2 << 20)
-        path = toy.write_archive(tmp_path / toy.spec.archive, extra=[bomb])
-        assert path.stat().st_size < 1 << 20
-        with pytest.raises(DataError, match="unpacks to more than"):
-            load(tmp_path)
 
 
 def current_umask() -> int:
@@ -165,17 +92,14 @@ def current_umask() -> int:
 
 
 class TestNotThere:
-    def test_no_root(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"nowhere does not exist; run `densenet-dist data prepare cifar10`"):
-            load(tmp_path / "nowhere")
-        assert not (tmp_path / "nowhere").exists()
-
     def test_names_where_it_looked(self, tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             load(tmp_path)
         for place in ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "test_batch.bin", "data.root="):
             assert place in str(caught.value)
         assert list(tmp_path.iterdir()) == []
+        with pytest.raises(DataError, match=r"nowhere does not exist; run `densenet-dist data prepare cifar10`"):
+            load(tmp_path / "nowhere")
 
     def test_names_what_is_there_instead(self, tmp_path: Path) -> None:
         (tmp_path / "cifar-10-batches-py").mkdir()
@@ -185,15 +109,11 @@ class TestNotThere:
         with pytest.raises(DataError, match=r"there is CIFAR-100 \(data\.name=cifar100\)"):
             load(tmp_path)
 
-    def test_root_cannot_be_made(self, tmp_path: Path) -> None:
+    def test_root_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/densenet")):
+        for root in (tmp_path / "file" / "below", Path("/proc")):
             with pytest.raises(StorageError, match=r"cannot store the data set in .*data\.root="):
                 load_dataset("cifar10", root, download=True)
-
-    def test_root_cannot_be_written(self) -> None:
-        with pytest.raises(StorageError, match="cannot store the data set in /proc"):
-            load_dataset("cifar10", "/proc", download=True)
 
 
 class TestSeveralProcesses:

@@ -18,8 +18,8 @@ def load(root: Path, name: str = "cifar10") -> None:
 
 
 class TestOfficialFiles:
-    @pytest.mark.parametrize("name", cifar.SPECS)
-    def test_arrays_are_the_raw_bytes(self, official: Path, name: str) -> None:
+    @pytest.mark.parametrize(("name", "a_class"), [("cifar10", 5000), ("cifar100", 500)])
+    def test_arrays_are_the_raw_bytes(self, official: Path, name: str, a_class: int) -> None:
         spec, dataset = cifar.SPECS[name], load_dataset(name, official, download=False)
         for split, files in ((dataset.train, spec.train), (dataset.test, (spec.test,))):
             raw = np.concatenate([np.fromfile(official / spec.folder / file, dtype=np.uint8) for file in files])
@@ -32,22 +32,13 @@ class TestOfficialFiles:
                     plane = raw[index, spec.label_bytes + 1024 * channel :][:1024].reshape(32, 32)
                     assert np.array_equal(split.images[index, :, :, channel], plane)
             assert split.images.sum(dtype=np.int64) == raw[:, spec.label_bytes :].sum(dtype=np.int64)
-
-    @pytest.mark.parametrize(("name", "a_class"), [("cifar10", 5000), ("cifar100", 500)])
-    def test_facts(self, official: Path, name: str, a_class: int) -> None:
-        dataset = load_dataset(name, official, download=False)
         assert np.bincount(dataset.train.labels).tolist() == [a_class] * dataset.num_classes
         assert np.bincount(dataset.test.labels).tolist() == [a_class // 5] * dataset.num_classes
-        assert dataset.image_size == 32
+        names = {"cifar10": ["airplane", "truck"], "cifar100": ["apple", "worm"]}[name]
+        assert [dataset.class_names[0], dataset.class_names[-1]] == names
         mean, std = statistics(dataset.train.images)
         np.testing.assert_allclose(dataset.mean, mean, rtol=0, atol=5e-5)
         np.testing.assert_allclose(dataset.std, std, rtol=0, atol=6e-5)
-
-    def test_class_names(self, official: Path) -> None:
-        names = load_dataset("cifar10", official, download=False, limit=1).class_names
-        assert names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-        names = load_dataset("cifar100", official, download=False, limit=1).class_names
-        assert (len(names), names[0], names[52], names[99]) == (100, "apple", "oak_tree", "worm")
 
     def test_one_flipped_bit_is_found(self, official: Path, tmp_path: Path) -> None:
         folder = tmp_path / cifar.CIFAR10.folder
@@ -60,10 +51,6 @@ class TestOfficialFiles:
         (folder / "data_batch_3.bin").write_bytes(data)
         with pytest.raises(DataError, match=r"data_batch_3\.bin is damaged: its SHA-256 .* delete .* data prepare"):
             load(tmp_path)
-
-    def test_prepare_names_the_folder(self, official: Path) -> None:
-        folder = prepare_dataset("cifar100", official, download=False, progress=False)
-        assert folder == official / "cifar-100-binary"
 
 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -83,11 +70,6 @@ class TestFolder:
         assert found[0].train.images.shape == (100, 32, 32, 3)
         assert found[0].test.images.shape == (20, 32, 32, 3)
 
-    def test_leaves_a_ready_folder_alone(self, toy: Toy, tmp_path: Path) -> None:
-        toy.write_folder(tmp_path / toy.spec.folder)
-        load(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == [toy.spec.folder]
-
     def test_limit_keeps_the_first(self, toy: Toy, tmp_path: Path) -> None:
         toy.write_folder(tmp_path / toy.spec.folder)
         whole, some = (load_dataset("cifar10", tmp_path, download=False, limit=limit) for limit in (None, 30))
@@ -95,20 +77,14 @@ class TestFolder:
         assert np.array_equal(some.train.images, whole.train.images[:30])
         assert some.mean == whole.mean
 
-    @pytest.mark.parametrize("limit", [0, -1])
-    def test_limit_of_nothing(self, tmp_path: Path, limit: int) -> None:
-        with pytest.raises(ConfigError, match=f"limit={limit}"):
-            load_dataset("cifar10", tmp_path, limit=limit)
+        with pytest.raises(ConfigError, match="limit=0"):
+            load_dataset("cifar10", tmp_path, limit=0)
 
     def test_unknown_name(self, tmp_path: Path) -> None:
         for function in (load_dataset, prepare_dataset):
             with pytest.raises(ConfigError, match=r"'mnist'.*shapes, cifar10, cifar100"):
                 function("mnist", tmp_path)
         assert set(DATASET_NAMES) == {"shapes", "folder", *cifar.SPECS}
-
-    def test_shapes_needs_no_folder(self, tmp_path: Path) -> None:
-        assert prepare_dataset("shapes", tmp_path / "nowhere") == tmp_path / "nowhere"
-        assert list(tmp_path.iterdir()) == []
 
 
 class TestDamagedFolder:
@@ -133,62 +109,15 @@ class TestDamagedFolder:
         ):
             load(tmp_path)
 
-    def test_empty_file(self, toy: Toy, tmp_path: Path) -> None:
-        self.damage(toy, tmp_path, "test_batch.bin", b"")
-        with pytest.raises(DataError, match=r"test_batch\.bin is truncated: 0 bytes"):
-            load(tmp_path)
-
-    def test_other_class_names(self, toy: Toy, tmp_path: Path) -> None:
-        self.damage(toy, tmp_path, toy.spec.names, toy.files[toy.spec.names].replace(b"class3", b"klass3"))
-        with pytest.raises(DataError, match=r"batches\.meta\.txt is damaged"):
-            load(tmp_path)
-
-    def test_unreadable_file(self, toy: Toy, tmp_path: Path) -> None:
-        self.damage(toy, tmp_path, "test_batch.bin", None)
-        (tmp_path / toy.spec.folder / "test_batch.bin").mkdir()
-        with pytest.raises(DataError, match=r"lacks test_batch\.bin"):
-            load(tmp_path)
-
 
 class TestMistakenSet:
-    def test_records_of_the_other_set(self, toys: Callable[[str], Toy], tmp_path: Path) -> None:
-        """CIFAR-100's records under CIFAR-10's file names, and the other way round."""
-        for name, rival in (("cifar10", "cifar100"), ("cifar100", "cifar10")):
-            toy, other = toys(name), toys(rival)
-            folder = toy.write_folder(tmp_path / toy.spec.folder)
-            (folder / toy.spec.test).write_bytes(other.files[other.spec.test])
-            with pytest.raises(DataError, match=rf"{toy.spec.test} looks like {other.spec.title}, not .*{rival}"):
-                load(tmp_path, name)
-
     def test_folder_of_the_other_set(self, toys: Callable[[str], Toy], tmp_path: Path) -> None:
         for name, rival in (("cifar10", "cifar100"), ("cifar100", "cifar10")):
             folder = toys(rival).write_folder(tmp_path / rival)
             with pytest.raises(DataError, match=rf"holds {toys(rival).spec.title}, not .*data\.name={rival}"):
                 load_dataset(name, folder, download=True)
 
-    def test_files_of_the_other_set_under_the_wrong_folder_name(
-        self, toys: Callable[[str], Toy], tmp_path: Path
-    ) -> None:
-        toys("cifar100").write_folder(tmp_path / "cifar-10-batches-bin")
-        with pytest.raises(DataError, match=r"holds CIFAR-100, not CIFAR-10; set data\.name=cifar100"):
-            load(tmp_path)
 
-
-class TestParseRecords:
-    def test_label_out_of_range(self) -> None:
-        data = bytearray(3 * 3073)
-        data[3073] = 10
-        with pytest.raises(DataError, match=r"here: record 1 has label 10, but CIFAR-10 has 10 classes, 0 to 9"):
-            cifar.parse_records(cifar.CIFAR10, bytes(data), source="here")
-        data = bytearray(2 * 3074)
-        data[1] = 100
-        with pytest.raises(DataError, match=r"record 0 has label 100, but CIFAR-100 has 100 classes"):
-            cifar.parse_records(cifar.CIFAR100, bytes(data), source="here")
-
-    def test_coarse_label_is_not_the_label(self) -> None:
-        data = bytes([200, 99]) + bytes(3072)
-        assert cifar.parse_records(cifar.CIFAR100, data, source="here")[1].tolist() == [99]
-
-    def test_part_of_a_record(self) -> None:
-        with pytest.raises(DataError, match="3072 bytes are not whole CIFAR-10 records of 3073"):
-            cifar.parse_records(cifar.CIFAR10, bytes(3072), source="here")
+def test_the_coarse_label_of_cifar100_is_not_the_label() -> None:
+    data = bytes([200, 99]) + bytes(3072)
+    assert cifar.parse_records(cifar.CIFAR100, data)[1].tolist() == [99]

@@ -1,9 +1,11 @@
-"""Downloads from a real server on this machine: whole, or an error that says what to do."""
+"""Downloads from a real server on this machine: whole, tried again where that helps, or an error with a remedy."""
 
-import threading
-from collections.abc import Iterator
+import socket
+import struct
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from toy_cifar import Toy
@@ -13,47 +15,72 @@ from densenet_dist.data.datasets import load_dataset, prepare_dataset
 from densenet_dist.data.download import fetch
 from densenet_dist.errors import ConfigError, DataError
 
+Answer = Callable[["Handler"], None]
+
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the bytes of `/whole`, and misbehaves at other addresses."""
+    """Answers the first requests as the test has planned them, all others with the whole file."""
 
-    content = b""
-    requests: list[str]
+    server: "Server"
 
     def do_GET(self) -> None:
-        self.requests.append(self.path)
-        if self.path == "/missing":
-            self.send_error(404)
-            return
-        data = self.content[: len(self.content) // 2] if self.path == "/broken-off" else self.content
-        self.send_response(200)
-        if self.path != "/no-length":
-            self.send_header("Content-Length", str(len(self.content)))
-        self.end_headers()
-        self.wfile.write(data[:-100] if self.path == "/cut" else data)
+        self.server.asked += 1
+        (self.server.plan.pop(0) if self.server.plan else whole())(self)
 
     def log_message(self, *_: object) -> None:
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.asked = content, 0
+        self.plan: list[Answer] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/file"
+
+
+def whole(*, cut: int = 0, length: bool = True) -> Answer:
+    """The file, but for its last `cut` bytes, which its length does not tell."""
+
+    def answer(handler: Handler) -> None:
+        content = handler.server.content
+        handler.send_response(200)
+        if length:
+            handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[: len(content) - cut])
+
+    return answer
+
+
+def status(code: int) -> Answer:
+    return lambda handler: handler.send_error(code)
+
+
+def reset(handler: Handler) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.wfile = handler.rfile = open("/dev/null", "w+b")  # noqa: SIM115  # what the handler closes at its end
+
+
 @pytest.fixture
-def server(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server that has the archive of the small set."""
+def server(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that has the archive of the small set."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    Handler.content = toy.write_archive(tmp_path / "served.tar.gz").read_bytes()
-    Handler.requests = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+    with Server(toy.write_archive(tmp_path / "served.tar.gz").read_bytes()) as listening:
+        thread = Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{listening.server_address[1]}"
+        yield listening
         listening.shutdown()
         thread.join()
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed is tried again without waiting; `test_download_again` is about the waiting."""
-    monkeypatch.setattr(download, "_FIRST_WAIT_S", 0.0)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds between tries, which no test waits for."""
+    made: list[float] = []
+    monkeypatch.setattr(download.time, "sleep", made.append)
+    return made
 
 
 @pytest.fixture
@@ -65,80 +92,90 @@ def visible(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
 
 
-@pytest.mark.parametrize("path", ["/whole", "/no-length"])
-def test_whole(toy: Toy, server: str, root: Path, path: str) -> None:
-    dataset = load_dataset("cifar10", root, url=server + path)
-    assert len(dataset.train.labels) == 100
-    assert visible(root) == [toy.spec.folder, toy.spec.archive]
-    assert (root / toy.spec.archive).read_bytes() == Handler.content
-
-
-def test_only_once(server: str, root: Path) -> None:
+@pytest.mark.parametrize("length", [True, False])
+def test_downloads_extracts_and_keeps_the_archive(toy: Toy, server: Server, root: Path, length: bool) -> None:
+    server.plan = [whole(length=length)]
     for _ in range(2):
-        load_dataset("cifar10", root, url=server + "/whole")
-    assert Handler.requests == ["/whole"]
+        assert len(load_dataset("cifar10", root, url=server.url).train.labels) == 100
+    assert visible(root) == [toy.spec.folder, toy.spec.archive]
+    assert (root / toy.spec.archive).read_bytes() == server.content
+    assert server.asked == 1
 
 
-def test_archive_in_the_root_is_not_downloaded(toy: Toy, server: str, root: Path) -> None:
+def test_an_archive_in_the_root_is_not_downloaded(toy: Toy, server: Server, root: Path) -> None:
     toy.write_archive(root / toy.spec.archive)
-    load_dataset("cifar10", root, url=server + "/whole")
-    assert Handler.requests == []
+    load_dataset("cifar10", root, url=server.url)
+    assert server.asked == 0
 
 
-def test_from_a_file(toy: Toy, root: Path, tmp_path: Path) -> None:
+def test_a_mirror_may_be_a_file(toy: Toy, root: Path, tmp_path: Path) -> None:
     mirror = toy.write_archive(tmp_path / "mirror.tar.gz")
     load_dataset("cifar10", root, url=mirror.as_uri())
     with pytest.raises(DataError, match=r"cannot download CIFAR-10 from file://.*No such file"):
         load_dataset("cifar10", tmp_path / "other", url=(tmp_path / "missing.tar.gz").as_uri())
 
 
-def test_broken_off(server: str, root: Path) -> None:
-    with pytest.raises(DataError, match=r"/broken-off: the transfer broke off after \d+ of \d+ bytes; tried 6 times;"):
-        load_dataset("cifar10", root, url=server + "/broken-off")
-    assert visible(root) == []
+@pytest.mark.parametrize("fault", [status(503), status(429), reset, whole(cut=1000)])
+def test_tries_again_where_that_may_help(server: Server, root: Path, waits: list[float], fault: Answer) -> None:
+    server.plan = [fault, fault]
+    assert len(load_dataset("cifar10", root, url=server.url).train.labels) == 100
+    assert server.asked == 3
+    assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
 
 
-def test_cut_without_a_length(toy: Toy, server: str, root: Path) -> None:
-    """The server does not say how much there is: the archive itself tells."""
-    Handler.content = Handler.content[:-1000]
-    with pytest.raises(DataError, match=r"/no-length is damaged or truncated.*put cifar-10-binary\.tar\.gz"):
-        load_dataset("cifar10", root, url=server + "/no-length")
-    assert visible(root) == []
+@pytest.mark.parametrize("code", [403, 404])
+def test_a_refusal_is_final(server: Server, root: Path, waits: list[float], code: int) -> None:
+    server.plan = [status(code)]
+    expected = rf"cannot download CIFAR-10 from http://127.*/file: HTTP Error {code}.*into .*root, or name a folder"
+    with pytest.raises(DataError, match=expected):
+        load_dataset("cifar10", root, url=server.url)
+    assert (server.asked, waits, visible(root)) == (1, [], [])
 
 
-def test_not_found(server: str, root: Path) -> None:
-    with pytest.raises(DataError, match=r"from http://127.*/missing: HTTP Error 404.*into .*root, or name a folder"):
-        load_dataset("cifar10", root, url=server + "/missing")
-    assert visible(root) == []
+def test_gives_up_after_six_tries(server: Server, root: Path, waits: list[float]) -> None:
+    server.plan = [whole(cut=1000)] * 6
+    with pytest.raises(DataError, match=r"the transfer broke off after \d+ of \d+ bytes; tried 6 times; .*data\.root="):
+        load_dataset("cifar10", root, url=server.url)
+    assert (server.asked, len(waits), visible(root)) == (6, 5, [])
 
 
-def test_nobody_listens(root: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot download CIFAR-10 from http://127\.0\.0\.1:9/x.*refused"):
+def test_without_a_network(root: Path, waits: list[float]) -> None:
+    with pytest.raises(
+        DataError, match=r"cannot download CIFAR-10 from http://127\.0\.0\.1:9/x.*refused.*put cifar-10"
+    ):
         load_dataset("cifar10", root, url="http://127.0.0.1:9/x")
+    assert len(waits) == 5
 
 
-def test_too_much(server: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_by_a_server_that_does_not_say_how_much_there_is(server: Server, root: Path) -> None:
+    server.plan = [whole(cut=1000, length=False)]
+    with pytest.raises(DataError, match=r"/file is damaged or truncated.*put cifar-10-binary\.tar\.gz"):
+        load_dataset("cifar10", root, url=server.url)
+    assert visible(root) == []
+
+
+def test_too_large(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "MAX_ARCHIVE_BYTES", 1000)
     with pytest.raises(DataError, match="more than 1000 bytes"):
-        load_dataset("cifar10", root, url=server + "/whole")
-    assert visible(root) == []
+        load_dataset("cifar10", root, url=server.url)
+    assert (server.asked, visible(root)) == (1, [])
 
 
-def test_disk_is_full(tmp_path: Path) -> None:
-    """An error of writing is not taken for one of the server."""
+def test_a_full_disk_is_no_failure_of_the_server(tmp_path: Path, waits: list[float]) -> None:
     (tmp_path / "mirror").write_bytes(bytes(1000))
     with pytest.raises(OSError, match="No space left"):
         fetch((tmp_path / "mirror").as_uri(), Path("/dev/full"), title="x", limit=2000, mend="", progress=False)
+    assert waits == []
 
 
 @pytest.mark.parametrize("url", ["ftp://example.org/x", "cifar.tar.gz", "/data/x.tar.gz"])
-def test_address_of_another_kind(root: Path, url: str) -> None:
+def test_an_address_of_another_kind(root: Path, url: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.url must begin with https://"):
         load_dataset("cifar10", root, url=url)
 
 
-def test_progress_goes_to_standard_error(server: str, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    prepare_dataset("cifar10", root, url=server + "/whole")
+def test_progress_goes_to_standard_error(server: Server, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prepare_dataset("cifar10", root, url=server.url)
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "downloading CIFAR-10" in captured.err

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from densenet_dist.data import image_check, image_folder
-from densenet_dist.data.image_files import BadImage, Verdict, decode
+from densenet_dist.data.image_files import Verdict
 from densenet_dist.data.image_folder import Folder, read_folder
-from densenet_dist.errors import ConfigError, DataError
+from densenet_dist.errors import DataError
 
 WIDTH, HEIGHT = 24, 16
 
@@ -95,39 +95,23 @@ class TestLayouts:
         assert folder.skipped == ()
 
     @pytest.mark.parametrize("val", ["val", "valid", "validation"])
-    def test_three_parts(self, tmp_path: Path, val: str) -> None:
-        put(
-            tmp_path, "train/b/1.png", "train/a/1.png", f"{val}/b/1.png", "test/a/1.png", "test/b/1.png", "more/c/1.png"
-        )
+    def test_parts(self, tmp_path: Path, val: str) -> None:
+        """A validation folder without a test folder is the test part."""
+        put(tmp_path, "train/b/1.png", "train/a/1.png", f"{val}/b/1.png", "more/c/1.png")
+        folder = read(tmp_path)
+        assert folder.val is None
+        assert folder.test_files is not None
+        assert folder.test_files.names == (f"{val}/b/1.png",)
+        put(tmp_path, "test/a/1.png", "test/b/1.png")
         folder = read(tmp_path)
         assert folder.files.names == ("train/a/1.png", "train/b/1.png", f"{val}/b/1.png")
         assert folder.labels.tolist() == [0, 1, 1]
         assert folder.val is not None
         assert folder.val.tolist() == [2]
-        assert folder.val.dtype == np.int64
         assert folder.test_files is not None
         assert folder.test_files.names == ("test/a/1.png", "test/b/1.png")
         assert folder.test_labels is not None
         assert folder.test_labels.tolist() == [0, 1]
-
-    @pytest.mark.parametrize("val", ["val", "valid", "validation"])
-    def test_val_alone_is_the_test_part(self, tmp_path: Path, val: str) -> None:
-        put(tmp_path, "train/a/1.png", "train/b/1.png", f"{val}/b/1.png")
-        folder = read(tmp_path)
-        assert folder.val is None
-        assert folder.test_files is not None
-        assert folder.test_files.names == (f"{val}/b/1.png",)
-
-    def test_train_and_test(self, tmp_path: Path) -> None:
-        put(tmp_path, "train/a/1.png", "train/b/1.png", "test/b/1.png")
-        folder = read(tmp_path)
-        assert folder.val is None
-        assert folder.test_labels is not None
-        assert folder.test_labels.tolist() == [1]
-
-    def test_train_alone(self, tmp_path: Path) -> None:
-        put(tmp_path, "train/a/1.png", "train/b/1.png", "test/unlabelled.png")
-        assert read(tmp_path).test_files is None
 
     def test_parts_in_capitals(self, tmp_path: Path) -> None:
         put(tmp_path, "Train/a/1.png", "Train/b/1.png", "Test/b/1.png")
@@ -151,14 +135,6 @@ class TestLayouts:
         assert folder.files.names == ("a/1.png", "b/1.png")
         assert folder.skipped == ()
 
-    def test_names_of_all_kinds(self, tmp_path: Path) -> None:
-        names = ["a b/c d.png", "a b/#1 [x].png", "ä/ö.png", "日本/猫.png", "a/1.png"]
-        put(tmp_path, *names)
-        folder = read(tmp_path)
-        assert folder.class_names == ("a", "a b", "ä", "日本")
-        assert list(folder.files.names) == sorted(names, key=str.encode)
-        assert decode(folder.files.path(len(names) - 1)).shape == (3, HEIGHT, WIDTH)
-
     def test_names_that_are_not_utf8(self, tmp_path: Path) -> None:
         put(tmp_path, os.fsdecode(b"caf\xe9/1.png"), "b/1.png")
         put(tmp_path, os.fsdecode(b"b/\xe9.png"), data=b"")
@@ -166,12 +142,6 @@ class TestLayouts:
         assert folder.class_names == ("b", "caf\\udce9")
         assert folder.skipped == ("b/\\udce9.png: empty file",)
         assert read(tmp_path, on_bad_image="skip").files.path(1).is_file()
-
-    def test_order_is_not_that_of_the_file_system(self, tmp_path: Path) -> None:
-        names = [f"{of}/{number}.png" for of in "ba" for number in (3, 1, 20, 2)]
-        for root, order in ((tmp_path / "x", names), (tmp_path / "y", names[::-1])):
-            put(root, *order)
-        assert read(tmp_path / "x").files.names == read(tmp_path / "y").files.names == tuple(sorted(names))
 
     def test_links_are_followed_but_never_in_a_loop(self, tmp_path: Path) -> None:
         put(tmp_path, "set/a/1.png", "set/b/1.png", "elsewhere/2.png", "elsewhere/deep/3.png")
@@ -192,19 +162,6 @@ class TestLayouts:
             "c/deep/3.png",
         )
 
-    def test_subset(self, tmp_path: Path) -> None:
-        put(tmp_path, "a/1.png", "b/1.png")
-        put(tmp_path, "b/2.png", data=encode(picture().resize((5, 9)), "PNG"))
-        some = read(tmp_path).files.subset(np.array([2, 0]))
-        assert some.names == ("b/2.png", "a/1.png")
-        assert some.sizes.tolist() == [[5, 9], [WIDTH, HEIGHT]]
-        assert (some.root, some.image_size) == (tmp_path, 32)
-
-    def test_relative_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        put(tmp_path, "set/a/1.png", "set/b/1.png")
-        monkeypatch.chdir(tmp_path)
-        assert read(Path("set")).files.root == tmp_path / "set"
-
 
 class TestWrongFolders:
     def test_missing(self, tmp_path: Path) -> None:
@@ -215,14 +172,6 @@ class TestWrongFolders:
         with pytest.raises(DataError, match=r"set\.zip is not a folder \(an archive must be unpacked\); .*data\.root="):
             read(put(tmp_path, "set.zip"))
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-    def test_unreadable_folder(self, tmp_path: Path) -> None:
-        put(tmp_path, "a/1.png", "b/1.png")
-        (tmp_path / "b").chmod(0)
-        with pytest.raises(DataError, match=r"cannot read .*/b: Permission denied; give access"):
-            read(tmp_path)
-        (tmp_path / "b").chmod(0o700)
-
     def test_folder_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(folder: Path) -> None:
             raise PermissionError(13, "Permission denied", str(folder))
@@ -231,36 +180,21 @@ class TestWrongFolders:
         with pytest.raises(DataError, match=r"cannot read /.*: Permission denied; give access"):
             read(tmp_path)
 
-    @pytest.mark.parametrize("names", [["a/1.png"], ["1.png", "2.png"], ["train/a/1.png", "test/a/1.png"]])
+    @pytest.mark.parametrize("names", [["1.png", "2.png"], ["train/a/1.png", "test/a/1.png"]])
     def test_fewer_than_two_classes(self, tmp_path: Path, names: list[str]) -> None:
         put(tmp_path, *names)
         with pytest.raises(DataError, match=r"has [01] class folders, but at least 2 are needed: .*<class>"):
             read(tmp_path)
 
-    @pytest.mark.parametrize("part", ["val", "test"])
-    def test_class_that_train_lacks(self, tmp_path: Path, part: str) -> None:
-        put(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "test/a/1.png", f"{part}/zebra/1.png")
-        with pytest.raises(DataError, match=rf"/{part} has classes that .*/train lacks: zebra; rename"):
+    def test_class_that_train_lacks(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "test/a/1.png", "val/zebra/1.png")
+        with pytest.raises(DataError, match=r"/val has classes that .*/train lacks: zebra; rename"):
             read(tmp_path)
 
     def test_class_without_pictures(self, tmp_path: Path) -> None:
         put(tmp_path, "a/1.png", "b/1.png", "c/notes.txt", "d/e/notes.txt")
         with pytest.raises(DataError, match=r"has no picture that can be used in c, d: add some \(\.jpg"):
             read(tmp_path)
-
-    def test_class_with_bad_images_only(self, tmp_path: Path) -> None:
-        put(tmp_path, "a/1.png", "b/1.gif")
-        with pytest.raises(DataError, match=r"has no picture that can be used in b:"):
-            read(tmp_path, on_bad_image="skip")
-
-    def test_part_without_pictures(self, tmp_path: Path) -> None:
-        put(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/notes.txt")
-        with pytest.raises(DataError, match=r"/test has no picture that can be used"):
-            read(tmp_path)
-
-    def test_unknown_policy(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"on_bad_image='ignore' must be error or skip"):
-            read(tmp_path, on_bad_image="ignore")
 
 
 def by_pillow(data: bytes) -> npt.NDArray[np.uint8]:
@@ -296,7 +230,7 @@ class TestPictures:
         assert len(files) == len(KINDS) + 1
         for row, name in enumerate(files.names[:-1]):
             expected = by_pillow(KINDS[name[2:]])
-            pixels = decode(files.path(row))
+            pixels = files.decode(row)
             assert str(pixels.dtype) == "torch.uint8", name
             assert np.array_equal(pixels.numpy(), expected), name
             assert files.sizes[row].tolist() == [expected.shape[2], expected.shape[1]], name
@@ -305,17 +239,13 @@ class TestPictures:
     def test_16_bits_are_rounded(self, tmp_path: Path, channels: int) -> None:
         values = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, channels), dtype=np.uint16)
         values[0, :4, 0] = 0, 65535, 128, 129
-        pixels = decode(put(tmp_path, "16.png", data=png16(values))).numpy()
+        put(tmp_path, "a/1.png", "b/1.png", data=png16(values))
+        files = read(tmp_path).files
+        assert files.sizes.tolist() == [[WIDTH, HEIGHT]] * 2
+        pixels = files.decode(0).numpy()
         expected = np.round(values / 257).astype(np.uint8).transpose(2, 0, 1)
         assert pixels.dtype == np.uint8
         assert np.array_equal(pixels, np.broadcast_to(expected, (3, HEIGHT, WIDTH)))
-        put(tmp_path, "set/a/1.png", "set/b/1.png", data=png16(values))
-        assert read(tmp_path / "set").files.sizes.tolist() == [[WIDTH, HEIGHT]] * 2
-
-    def test_pillow_warns_nobody(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)  # it warns from here to twice as many
-        put(tmp_path, "a/1.png", "b/1.png")
-        assert len(read(tmp_path).files) == 2
 
     def test_importing_the_module_brings_no_library(self) -> None:
         code = "import sys, densenet_dist.data.image_folder; print([m for m in ('torch', 'PIL') if m in sys.modules])"
@@ -432,19 +362,6 @@ class TestBadImages:
         assert folder.val.tolist() == [2, 3]
         assert folder.labels.tolist() == [0, 1, 0, 1]
 
-    def test_decode_says_why(self, tmp_path: Path) -> None:
-        for name in ("empty.jpg", "text.jpg", "half.jpg", "half.png", "half.webp", "corrupt.png"):
-            data, reason = BAD[name]
-            with pytest.raises(BadImage) as error:
-                decode(put(tmp_path, name, data=data))
-            assert error.value.args[0] == reason, name
-        with pytest.raises(BadImage, match="an animation of 3 frames"):
-            decode(put(tmp_path, "x.gif", data=animation("GIF")))
-        with pytest.raises(BadImage, match="cannot be read: it is not there"):
-            decode(tmp_path / "nowhere.png")
-        with pytest.raises(BadImage, match="cannot be read: Is a directory"):
-            decode(tmp_path)
-
 
 class TestCache:
     @pytest.fixture
@@ -480,12 +397,6 @@ class TestCache:
         assert folder.files.sizes[0].tolist() == [3, 5]
         assert folder.skipped == ()
 
-    def test_errors_are_remembered_too(self, root: Path, opened: list[str]) -> None:
-        for _ in range(2):
-            with pytest.raises(DataError, match="1 of 4 pictures"):
-                read(root)
-        assert len(opened) == 4
-
     def test_what_could_not_be_read_is_tried_again(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(path: Path, **options: Any) -> None:
             raise OSError(5, "Input/output error")
@@ -500,12 +411,8 @@ class TestCache:
         "damage",
         [
             lambda text: text[: len(text) // 2],
-            lambda text: "",
-            lambda text: "\x00\xff",
-            lambda text: "[]",
             lambda text: "[" * 100_000,
             lambda text: json.dumps({**json.loads(text), "version": 0}),
-            lambda text: json.dumps({**json.loads(text), "files": ["a/1.png"]}),
             lambda text: json.dumps({**json.loads(text), "files": {"a/1.png": 1, "a/2.png": [1, 2], "b/3.png": None}}),
         ],
     )
@@ -526,20 +433,6 @@ class TestCache:
             assert len(self.skip(root).files) == 3
         assert len(opened) == 8
 
-    def test_full_disk_leaves_nothing_behind(self, root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*files: str) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "replace", fail)
-        assert len(self.skip(root).files) == 3
-        assert list(cache.iterdir()) == []
-
-    def test_default_place(self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        self.skip(root)
-        assert len(list((tmp_path / "home" / ".cache" / "densenet_dist" / "folders").glob("*.json"))) == 1
-
     def test_an_interrupt_keeps_what_was_found(self, root: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         check = image_check.examine
 
@@ -553,24 +446,3 @@ class TestCache:
             self.skip(root)
         (file,) = cache.iterdir()
         assert set(json.loads(file.read_text())["files"]) == {"a/1.png", "a/2.png"}
-
-
-class TestProgress:
-    @pytest.mark.parametrize(("progress", "least", "shown"), [(True, 2, True), (True, 3, False), (False, 1, False)])
-    def test_bar(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        progress: bool,
-        least: int,
-        shown: bool,
-    ) -> None:
-        monkeypatch.setattr(image_check, "_BAR_FROM", least)
-        put(tmp_path, "a/1.png", "b/1.png")
-        read(tmp_path, progress=progress)
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert ("checking pictures" in err) == shown
-        read(tmp_path, progress=progress)
-        assert capsys.readouterr().err == ""

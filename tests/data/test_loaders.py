@@ -1,39 +1,36 @@
 """Both engines make every batch as the plan says: for any world size, from any step on, in any order."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from image_loaders import (
+    MEAN,
+    NOTEBOOK,
+    SPLIT,
+    STD,
+    assert_same,
+    engine_of,
+    eval_loader,
+    numbered,
+    train_loader,
+    write_pictures,
+)
 
 from densenet_dist.data import augment, dali_loader
-from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
+from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.engines import ENGINES, make_engine
-from densenet_dist.data.image_folder import read_folder
-from densenet_dist.data.loader import Batch, BatchRecipe, EvalLoader, TrainLoader
-from densenet_dist.data.requests import Engine
+from densenet_dist.data.engines import ENGINES
+from densenet_dist.data.loader import Batch
 from densenet_dist.errors import ConfigError
 
-MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-SEED = 3
-NOTEBOOK = Augmentation("notebook")
 MIXED = Augmentation("notebook", mixup=0.4, cutmix=1.0)
 EVERYTHING = Augmentation("notebook", trivial_augment=True, cutout=8, mixup=0.4, cutmix=1.0)
-
-
-def numbered(count: int) -> Split:
-    """Random images whose label is their number."""
-    images = np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return Split(images, np.arange(count))
-
-
-SPLIT = numbered(203)
 
 
 @pytest.fixture(params=ENGINES)
@@ -46,75 +43,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
     """46 pictures of several sizes in files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rng = np.random.default_rng(2)
-    for number in range(46):
-        width, height = rng.integers(20, 90, 2)
-        folder = tmp_path / "pictures" / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        coarse.resize((width, height)).save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
-    folder = read_folder(tmp_path / "pictures", image_size=32)
-    return Split(folder.files, folder.labels)
-
-
-def engine_of(kind: str, split: Split = SPLIT, **options: Any) -> Engine:
-    return make_engine(kind, split, mean=MEAN, std=STD, **options)
-
-
-def train_loader(
-    engine: str | Engine,
-    split: Split = SPLIT,
-    indices: npt.NDArray[np.int64] | None = None,
-    *,
-    batch: int = 32,
-    augmentation: Augmentation = NOTEBOOK,
-    seed: int = SEED,
-    rank: int = 0,
-    world_size: int = 1,
-    **options: Any,
-) -> TrainLoader:
-    return TrainLoader(
-        split,
-        np.arange(len(split.labels)) if indices is None else indices,
-        engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
-        global_batch_size=batch,
-        augmentation=augmentation,
-        seed=seed,
-        num_classes=int(split.labels.max()) + 1,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def eval_loader(
-    engine: str | Engine,
-    split: Split = SPLIT,
-    indices: npt.NDArray[np.int64] | None = None,
-    *,
-    batch: int = 32,
-    rank: int = 0,
-    world_size: int = 1,
-    **options: Any,
-) -> EvalLoader:
-    return EvalLoader(
-        split,
-        np.arange(len(split.labels)) if indices is None else indices,
-        engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
-        batch_size=batch,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
-    """Equal to the bit."""
-    for one, other in zip(found, expected, strict=True):
-        assert one.global_size == other.global_size
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.images, other.images)
-        assert (one.targets is None) == (other.targets is None)
-        if one.targets is not None and other.targets is not None:
-            assert torch.equal(one.targets, other.targets)
+    return write_pictures(tmp_path / "pictures", 2, 23, 32)
 
 
 def joined(ranks: list[list[Batch]]) -> Iterator[Batch]:
@@ -138,33 +67,20 @@ def joined(ranks: list[list[Batch]]) -> Iterator[Batch]:
 
 
 class TestBatch:
-    @pytest.mark.parametrize("augmentation", [*map(Augmentation, GEOMETRIES), EVERYTHING], ids=str)
+    @pytest.mark.parametrize("augmentation", [NOTEBOOK, EVERYTHING], ids=str)
     def test_form(self, kind: str, augmentation: Augmentation) -> None:
-        loader = train_loader(kind, augmentation=augmentation)
-        for batch in loader.epoch(0):
+        for batch in train_loader(kind, augmentation=augmentation).epoch(0):
             rows = batch.global_size
             assert batch.images.shape == (rows, 3, 32, 32)
             assert batch.images.dtype == torch.float32
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
             assert batch.images.device == batch.labels.device == torch.device("cpu")
-            assert not batch.images.requires_grad
             assert (batch.labels.shape, batch.labels.dtype) == ((rows,), torch.int64)
             if augmentation.mixes:
                 assert batch.targets is not None
                 assert (batch.targets.shape, batch.targets.dtype) == ((rows, 203), torch.float32)
             else:
                 assert batch.targets is None
-
-    def test_form_of_pictures_in_files(self, kind: str, pictures: Split) -> None:
-        for batch in eval_loader(kind, pictures, batch=20):
-            assert batch.images.shape == (batch.global_size, 3, 32, 32)
-            assert batch.images.dtype == torch.float32
-            assert batch.images.is_contiguous(memory_format=torch.channels_last)
-
-    def test_is_normalised(self, kind: str) -> None:
-        batch = next(iter(eval_loader(kind)))
-        expected = (SPLIT.images[:32] / 255.0 - MEAN) / STD
-        np.testing.assert_allclose(batch.images.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6)
 
     def test_black_padding_is_normalised_too(self, kind: str) -> None:
         """What a crop shows of the padding is black, not the mean."""
@@ -176,18 +92,11 @@ class TestBatch:
             assert ((values - black).abs().minimum((values - bright).abs()) < 1e-6).all()
             assert ((values - black).abs() < 1e-6).any()
 
-    def test_holes_are_the_mean(self, kind: str) -> None:
-        cut = next(train_loader(kind, augmentation=Augmentation("none", cutout=8)).epoch(0)).images
-        whole = next(train_loader(kind, augmentation=NO_AUGMENTATION).epoch(0)).images
-        changed = (cut != whole).any(dim=1)
-        assert (cut.permute(0, 2, 3, 1)[changed] == 0.0).all()
-        assert torch.equal(changed.any(dim=2).any(dim=1), torch.ones(32, dtype=torch.bool))
-        assert changed.sum(dim=(1, 2)).max() == 64
-
     def test_does_not_touch_the_data(self, kind: str) -> None:
         split = numbered(64)
         before = split.images.copy()
-        for augmentation in (*map(Augmentation, GEOMETRIES), EVERYTHING):
+        split.images.flags.writeable = False
+        for augmentation in (NO_AUGMENTATION, EVERYTHING):
             for batch in train_loader(kind, split, augmentation=augmentation).epoch(0):
                 batch.images.zero_()
         for batch in eval_loader(kind, split):
@@ -195,38 +104,22 @@ class TestBatch:
             batch.labels.zero_()
         assert np.array_equal(split.images, before)
 
-    def test_takes_memory_that_cannot_be_written(self, kind: str) -> None:
-        split = numbered(64)
-        expected = [batch.images.clone() for batch in train_loader(kind, split).epoch(0)]
-        indices = np.arange(64)[::-1]
-        for array in (split.images, split.labels, indices):
-            array.flags.writeable = False
-        assert next(iter(eval_loader(kind, split, indices, batch=4))).labels.tolist() == [63, 62, 61, 60]
-        found = list(train_loader(kind, split).epoch(0))
-        assert all(torch.equal(batch.images, images) for batch, images in zip(found, expected, strict=True))
-
-    def test_an_array_of_another_layout(self, kind: str) -> None:
-        """A view of channels-first records, as CIFAR's files have them."""
-        records = np.ascontiguousarray(SPLIT.images.transpose(0, 3, 1, 2))
-        view = Split(records.transpose(0, 2, 3, 1), SPLIT.labels)
-        assert_same(train_loader(kind, view).epoch(0), train_loader(kind).epoch(0))
-
     @pytest.mark.parametrize("in_files", [False, True])
     def test_threads_leave_bits_alone(self, kind: str, in_files: bool, pictures: Split) -> None:
         split = pictures if in_files else SPLIT
         expected = list(train_loader(kind, split, augmentation=EVERYTHING).epoch(0))
-        for threads in (2, 4):
-            assert_same(train_loader(kind, split, augmentation=EVERYTHING, threads=threads).epoch(0), expected)
+        assert_same(train_loader(kind, split, augmentation=EVERYTHING, threads=4).epoch(0), expected)
 
-    @pytest.mark.parametrize("prefetch", [0, 1, 3, 4])
-    def test_prefetch_leaves_bits_alone(self, kind: str, prefetch: int) -> None:
-        expected = list(train_loader(kind).epoch(0))
-        assert_same(train_loader(kind, prefetch=prefetch).epoch(0), expected)
+    def test_prefetch_and_autocast_leave_bits_alone(self, kind: str) -> None:
+        expected = list(train_loader(kind, augmentation=EVERYTHING).epoch(0))
+        for prefetch in (0, 1, 4):
+            assert_same(train_loader(kind, augmentation=EVERYTHING, prefetch=prefetch).epoch(0), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_same(train_loader(kind, augmentation=EVERYTHING, prefetch=0).epoch(0), expected)
 
-    @pytest.mark.parametrize(("augmentation", "prefetch"), [(NO_AUGMENTATION, 1), (NOTEBOOK, 2), (MIXED, 4)], ids=str)
-    def test_kept_batches_stay_as_they_are(self, kind: str, augmentation: Augmentation, prefetch: int) -> None:
+    def test_kept_batches_stay_as_they_are(self, kind: str) -> None:
         """DALI hands out views of its own memory."""
-        loader = train_loader(kind, augmentation=augmentation, prefetch=prefetch)
+        loader = train_loader(kind, augmentation=MIXED)
         kept: list[Batch] = []
         copies: list[Batch] = []
         for batch in (batch for epoch in range(3) for batch in loader.epoch(epoch)):
@@ -238,43 +131,19 @@ class TestBatch:
         assert_same(kept, copies)
         assert len({batch.images.data_ptr() for batch in kept}) == len(kept)
 
-    def test_kept_evaluation_batches_stay_as_they_are(self, kind: str) -> None:
-        loader = eval_loader(kind, batch=16)
-        pairs = [(batch, batch.images.clone()) for _ in range(3) for batch in loader]
-        assert all(torch.equal(batch.images, copy) for batch, copy in pairs)
-
 
 class TestTrainLoader:
-    @pytest.mark.parametrize(
-        ("count", "batch"), [(203, 32), (200, 32), (195, 32), (20, 32), (64, 64), (33, 1), (1, 1), (35, 31)]
-    )
+    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (195, 32), (20, 32), (3, 1)])
     def test_every_image_once_an_epoch(self, kind: str, count: int, batch: int) -> None:
         loader = train_loader(kind, numbered(count), batch=batch)
         for epoch in range(2):
             batches = list(loader.epoch(epoch))
             assert len(batches) == loader.steps_per_epoch
             assert sorted(torch.cat([found.labels for found in batches]).tolist()) == list(range(count))
-            assert [len(found.labels) for found in batches] == [found.global_size for found in batches]
             assert [len(found.images) for found in batches] == [found.global_size for found in batches]
 
-    def test_images_and_labels_belong_together(self, kind: str) -> None:
-        grey = np.broadcast_to(np.arange(203, dtype=np.uint8)[:, None, None, None], (203, 32, 32, 3))
-        loader = train_loader(kind, Split(grey, np.arange(203)))
-        for batch in (batch for epoch in range(2) for batch in loader.epoch(epoch)):
-            levels = (batch.images[:, 0] * STD[0] + MEAN[0]) * 255
-            assert (levels - batch.labels[:, None, None]).abs().max() < 0.02
-
-    def test_only_the_images_asked_for(self, kind: str) -> None:
-        indices = np.arange(1, 203, 3)
-        labels = torch.cat([batch.labels for batch in train_loader(kind, indices=indices).epoch(0)])
-        assert sorted(labels.tolist()) == indices.tolist()
-
-    @pytest.mark.parametrize("world_size", [2, 3, 4])
-    @pytest.mark.parametrize(
-        "augmentation",
-        [NOTEBOOK, Augmentation("random_resized_crop", trivial_augment=True), EVERYTHING],
-        ids=str,
-    )
+    @pytest.mark.parametrize("world_size", [2, 3])
+    @pytest.mark.parametrize("augmentation", [NOTEBOOK, EVERYTHING], ids=str)
     def test_same_global_batches_for_every_world_size(
         self, kind: str, world_size: int, augmentation: Augmentation
     ) -> None:
@@ -284,31 +153,22 @@ class TestTrainLoader:
         ]
         assert_same(joined(ranks), train_loader(kind, augmentation=augmentation).epoch(5))
 
-    @pytest.mark.parametrize("world_size", [2, 3, 4])
-    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (195, 32), (96, 24), (64, 33)])
+    @pytest.mark.parametrize("world_size", [2, 3])
+    @pytest.mark.parametrize(("count", "batch"), [(195, 32), (64, 33)])
     def test_partners_of_other_ranks(self, kind: str, world_size: int, count: int, batch: int) -> None:
         """Where images are mixed, even and odd batches and tails alike."""
         split = numbered(count)
-        augmentation = Augmentation("none", mixup=0.4, cutmix=1.0)
+        options: Any = {"batch": batch, "augmentation": Augmentation("none", mixup=0.4, cutmix=1.0)}
         ranks = [
-            list(
-                train_loader(
-                    kind, split, batch=batch, augmentation=augmentation, rank=rank, world_size=world_size
-                ).epoch(1)
-            )
+            list(train_loader(kind, split, **options, rank=rank, world_size=world_size).epoch(1))
             for rank in range(world_size)
         ]
-        assert_same(joined(ranks), train_loader(kind, split, batch=batch, augmentation=augmentation).epoch(1))
+        assert_same(joined(ranks), train_loader(kind, split, **options).epoch(1))
 
     def test_same_global_batches_of_pictures_in_files(self, kind: str, pictures: Split) -> None:
-        for augmentation in (Augmentation("random_resized_crop"), EVERYTHING):
-            ranks = [
-                list(
-                    train_loader(kind, pictures, batch=16, augmentation=augmentation, rank=rank, world_size=3).epoch(1)
-                )
-                for rank in range(3)
-            ]
-            assert_same(joined(ranks), train_loader(kind, pictures, batch=16, augmentation=augmentation).epoch(1))
+        options: Any = {"batch": 16, "augmentation": replace(EVERYTHING, geometry="random_resized_crop")}
+        ranks = [list(train_loader(kind, pictures, **options, rank=rank, world_size=3).epoch(1)) for rank in range(3)]
+        assert_same(joined(ranks), train_loader(kind, pictures, **options).epoch(1))
 
     def test_an_image_looks_the_same_in_every_batch(self, kind: str) -> None:
         """Its warp depends on its place in the data set, not on who else is trained on."""
@@ -319,37 +179,22 @@ class TestTrainLoader:
         whole = {int(y): x for batch in train_loader(kind, batch=50).epoch(1) for x, y in zip(*batch[:2], strict=True)}
         assert all(torch.equal(part[index], whole[index]) for index in some.tolist())
 
-    @pytest.mark.parametrize(
-        ("augmentation", "step"), [(NOTEBOOK, 0), (NOTEBOOK, 1), (NOTEBOOK, 6), (EVERYTHING, 3)], ids=str
-    )
-    def test_starts_at_any_step(self, kind: str, augmentation: Augmentation, step: int) -> None:
-        loader = train_loader(kind, augmentation=augmentation)
-        expected = list(loader.epoch(2))[step:]
-        assert_same(loader.epoch(2, start_step=step), expected)
-        assert_same(train_loader(kind, augmentation=augmentation).epoch(2, start_step=step), expected)
-
-    def test_goes_on_after_a_stop(self, kind: str) -> None:
-        """A new process takes the rest of an epoch, then the next one."""
+    def test_starts_at_any_step_and_goes_on_into_the_next_epoch(self, kind: str) -> None:
+        """As a new process does that resumes a run."""
         whole = train_loader(kind, augmentation=EVERYTHING)
-        expected = [batch for epoch in (0, 1) for batch in whole.epoch(epoch)]
-        before = list(islice(train_loader(kind, augmentation=EVERYTHING).epoch(0), 4))
-        resumed = train_loader(kind, augmentation=EVERYTHING)
-        assert_same([*before, *resumed.epoch(0, start_step=4), *resumed.epoch(1)], expected)
+        expected = [batch for epoch in (2, 3) for batch in whole.epoch(epoch)]
+        for step in (0, 1, 6):
+            assert_same(whole.epoch(2, start_step=step), expected[step:7])
+            resumed = train_loader(kind, augmentation=EVERYTHING)
+            assert_same([*resumed.epoch(2, start_step=step), *resumed.epoch(3)], expected[step:])
 
-    def test_no_such_step(self, kind: str) -> None:
-        loader = train_loader(kind)
+    def test_no_such_step(self) -> None:
+        loader = train_loader("torch")
         assert list(loader.epoch(0, start_step=loader.steps_per_epoch)) == []
         with pytest.raises(IndexError, match=f"step {loader.steps_per_epoch + 1}"):
             loader.epoch(0, start_step=loader.steps_per_epoch + 1)
         with pytest.raises(IndexError, match="step -1"):
             loader.epoch(0, start_step=-1)
-
-    def test_seeds_and_epochs_differ(self, kind: str) -> None:
-        firsts = [next(train_loader(kind, seed=seed).epoch(epoch)) for seed in (0, 1) for epoch in (0, 1)]
-        for index, first in enumerate(firsts):
-            for other in firsts[index + 1 :]:
-                assert not torch.equal(first.labels, other.labels)
-                assert not torch.equal(first.images, other.images)
 
     def test_epochs_in_any_order(self, kind: str) -> None:
         loader = train_loader(kind, augmentation=EVERYTHING)
@@ -373,10 +218,8 @@ class TestTrainLoader:
         train = train_loader(engine)
         other = train_loader(engine, augmentation=EVERYTHING, seed=8)
         evaluation = eval_loader(engine, indices=some, batch=10)
-        expected, expected_other = (
-            list(train_loader(kind).epoch(0)),
-            list(train_loader(kind, augmentation=EVERYTHING, seed=8).epoch(0)),
-        )
+        expected = list(train_loader(kind).epoch(0))
+        expected_other = list(train_loader(kind, augmentation=EVERYTHING, seed=8).epoch(0))
         expected_evaluation = list(eval_loader(kind, indices=some, batch=10))
         found, found_other = [], []
         for one, two in zip(train.epoch(0), other.epoch(0), strict=True):
@@ -386,16 +229,15 @@ class TestTrainLoader:
         assert_same(found, expected)
         assert_same(found_other, expected_other)
 
-    def test_too_many_ranks_for_a_batch(self, kind: str) -> None:
+    def test_too_many_ranks_for_a_batch(self) -> None:
         with pytest.raises(ConfigError, match=r"a batch of 4 for 5 ranks.*at least 40"):
-            train_loader(kind, numbered(36), batch=32, world_size=5)
+            train_loader("torch", numbered(36), batch=32, world_size=5)
 
 
 class TestMixing:
     @pytest.mark.parametrize(
         "augmentation",
         [
-            Augmentation("none", mixup=0.4),
             Augmentation("crop_flip", cutmix=1.0),
             Augmentation("notebook", cutout=10, mixup=1.0, cutmix=0.3),
         ],
@@ -405,7 +247,7 @@ class TestMixing:
     def test_is_its_definition(self, kind: str, augmentation: Augmentation, batch: int) -> None:
         """Image p of a global batch of n is mixed with image (p + n // 2) % n, by the share that was drawn for it."""
         plain = Augmentation(augmentation.geometry, cutout=augmentation.cutout)
-        drawn = augment.draw(augmentation, SEED, 2, 203, 32)
+        drawn = augment.draw(augmentation, 3, 2, 203, 32)
         columns = np.arange(32)
         batches = zip(
             train_loader(kind, batch=batch, augmentation=augmentation).epoch(2),
@@ -430,28 +272,12 @@ class TestMixing:
             np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
             assert (mixed.targets >= 0.0).all()
 
-    def test_an_image_alone_is_its_own_partner(self, kind: str) -> None:
-        split = numbered(3)
-        for mixed, single in zip(
-            train_loader(kind, split, batch=1, augmentation=MIXED).epoch(0),
-            train_loader(kind, split, batch=1, augmentation=NOTEBOOK).epoch(0),
-            strict=True,
-        ):
-            torch.testing.assert_close(mixed.images, single.images, rtol=0, atol=1e-6)
-            assert mixed.targets is not None
-            assert mixed.targets.argmax(dim=1).tolist() == single.labels.tolist()
-            torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(1), rtol=0, atol=1e-6)
-
 
 class TestRecipes:
     """Batches to be made later, as a CUDA graph does it."""
 
-    @pytest.mark.parametrize(
-        "augmentation",
-        [NO_AUGMENTATION, NOTEBOOK, MIXED, Augmentation("crop_flip", cutout=8), Augmentation("none", cutout=4)],
-        ids=str,
-    )
-    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    @pytest.mark.parametrize("augmentation", [NO_AUGMENTATION, MIXED, Augmentation("none", cutout=4)], ids=str)
+    @pytest.mark.parametrize("world_size", [1, 3])
     def test_make_the_same_batches(self, augmentation: Augmentation, world_size: int) -> None:
         for rank in range(world_size):
             loader = train_loader("torch", augmentation=augmentation, rank=rank, world_size=world_size)
@@ -470,29 +296,15 @@ class TestRecipes:
         assert len(alike) > 4
         assert_same((first.make(*recipes[number].inputs) for number in alike), (batches[number] for number in alike))
 
-    def test_of_a_batch_give_it_back(self) -> None:
-        for augmentation in (NOTEBOOK, MIXED):
-            batch = next(train_loader("torch", augmentation=augmentation).epoch(0))
-            again = BatchRecipe.of(batch).batch()
-            assert torch.equal(again.images, batch.images)
-            assert torch.equal(again.aims, batch.aims)
-            assert again.global_size == batch.global_size
-
     def test_there_are_none_where_the_host_has_a_part(self, pictures: Split) -> None:
         assert train_loader("torch", pictures).recipes(0) is None
         assert train_loader("dali").recipes(0) is None
         assert train_loader("torch", augmentation=Augmentation("none", trivial_augment=True)).recipes(0) is None
 
-    def test_of_an_epoch_that_is_done_are_none(self) -> None:
-        loader = train_loader("torch")
-        assert list(loader.recipes(0, loader.steps_per_epoch) or []) == []
-        with pytest.raises(IndexError):
-            loader.recipes(0, loader.steps_per_epoch + 1)
-
 
 class TestEvalLoader:
-    @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (37, 1), (128, 32), (5, 32), (3, 1), (1, 8)])
+    @pytest.mark.parametrize("world_size", [1, 2, 7])
+    @pytest.mark.parametrize(("count", "batch"), [(203, 32), (5, 32), (3, 1)])
     def test_every_image_once_over_all_ranks(self, kind: str, count: int, batch: int, world_size: int) -> None:
         split = numbered(count)
         loaders = [eval_loader(kind, split, batch=batch, rank=r, world_size=world_size) for r in range(world_size)]
@@ -509,16 +321,6 @@ class TestEvalLoader:
             shares = [rank[step].labels for rank in ranks if step < len(rank)]
             assert part.global_size == sum(len(share) for share in shares)
 
-    def test_in_the_order_asked_for(self, kind: str) -> None:
-        indices = np.array([5, 3, 9])
-        assert [batch.labels.tolist() for batch in eval_loader(kind, indices=indices, batch=2)] == [[5, 3], [9]]
-
-    def test_can_be_repeated(self, kind: str) -> None:
-        loader = eval_loader(kind)
-        expected = list(eval_loader(kind))
-        for _ in range(3):
-            assert_same(loader, expected)
-
     def test_can_be_abandoned_and_begun_again(self, kind: str) -> None:
         loader = eval_loader(kind)
         expected = list(eval_loader(kind))
@@ -527,17 +329,6 @@ class TestEvalLoader:
             assert_same(islice(half, steps), expected[:steps])
             del half
             assert_same(loader, expected)
-
-    def test_two_passes_at_a_time(self, kind: str) -> None:
-        loader = eval_loader(kind)
-        expected = list(eval_loader(kind))
-        one, other = iter(loader), iter(loader)
-        first = next(one)
-        assert_same(other, expected)
-        assert_same([first, *one], expected)
-
-    def test_nothing_to_see(self, kind: str) -> None:
-        assert list(eval_loader(kind, indices=np.arange(0))) == []
 
 
 class TestPipeline:
@@ -570,12 +361,6 @@ class TestPipeline:
         list(loader.epoch(2, start_step=5))
         list(loader.epoch(3))
         assert built == [19]
-
-    def test_is_built_once_for_many_passes(self, built: list[int]) -> None:
-        loader = eval_loader("dali")
-        for _ in range(3):
-            assert len(list(loader)) == 7
-        assert built == [0]
 
     def test_training_goes_on_after_validation(self, built: list[int]) -> None:
         engine = engine_of("dali")

@@ -1,6 +1,5 @@
 """CIFAR on an object store: put there once, taken once a node, kept, verified, mended. A real S3 server."""
 
-import resource
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,12 +13,11 @@ from toy_cifar import Toy
 
 from densenet_dist import doctor
 from densenet_dist.cli import main
-from densenet_dist.cluster.launch import absolute
 from densenet_dist.config import load_config
-from densenet_dist.data import cifar, download, node_cache
+from densenet_dist.data import cifar
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
-from densenet_dist.errors import ConfigError, DataError, DenseNetDistError, StorageError
-from densenet_dist.object_store import is_uri
+from densenet_dist.data.store import cache_of
+from densenet_dist.errors import ConfigError, DataError, StorageError
 
 SUPPORT = Path(__file__).parents[1] / "support"
 LOAD = """
@@ -78,7 +76,7 @@ def origin(packed: bytes) -> Iterator[Origin]:
 
 def train_images(toy: Toy) -> np.ndarray[Any, Any]:
     data = b"".join(toy.files[name] for name in toy.spec.train)
-    return cifar.parse_records(toy.spec, data, source="")[0]
+    return cifar.parse_records(toy.spec, data)[0]
 
 
 class TestPublish:
@@ -119,11 +117,6 @@ class TestPublish:
             publish_dataset("cifar10", store.uri, url=url, progress=False)
         assert store.names() == set()
 
-    def test_not_without_leave(self, store: Store, origin: Origin) -> None:
-        with pytest.raises(DataError, match=r"CIFAR-10 is not in data\.root=s3://bucket"):
-            publish_dataset("cifar10", store.uri, download=False, url=origin.url, progress=False)
-        assert origin.asked == 0
-
 
 class TestTake:
     @pytest.mark.parametrize("layout", ["archive", "folder", "files"])
@@ -156,15 +149,7 @@ class TestTake:
         assert f"densenet-dist data prepare cifar10 --root '{store.uri}'" in str(caught.value)
         assert origin.asked == 0
 
-    def test_half_a_set_is_none(self, toy: Toy, store: Store) -> None:
-        for name in list(toy.files)[:-1]:
-            store.write(f"{toy.spec.folder}/{name}", toy.files[name])
-        with pytest.raises(
-            DataError, match=r"there is neither cifar-10-binary\.tar\.gz nor all of cifar-10-batches-bin"
-        ):
-            load_dataset("cifar10", store.uri)
-
-    @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+    @pytest.mark.parametrize("damage", ["flipped", "missing"])
     def test_a_damaged_cache_is_mended(self, toy: Toy, store: Store, packed: bytes, damage: str) -> None:
         store.write(toy.spec.archive, packed)
         file = prepare_dataset("cifar10", store.uri, progress=False) / "data_batch_2.bin"
@@ -172,19 +157,10 @@ class TestTake:
         data[777] ^= 1
         file.unlink()
         if damage != "missing":
-            file.write_bytes(data if damage == "flipped" else data[:5000])
+            file.write_bytes(data)
         np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
         assert file.read_bytes() == toy.files["data_batch_2.bin"]
         assert store.counter.count("GET", toy.spec.archive) == 2
-
-    def test_what_a_killed_process_left_is_no_set(self, toy: Toy, store: Store, packed: bytes) -> None:
-        store.write(toy.spec.archive, packed)
-        entry = node_cache.entry_of(store.uri)
-        (entry / f".{toy.spec.folder}.partial").mkdir(parents=True)
-        (entry / f".{toy.spec.folder}.partial" / "data_batch_1.bin").write_bytes(b"half")
-        (entry / f".{toy.spec.archive}.partial").write_bytes(packed[:100])
-        np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
-        assert {path.name for path in entry.iterdir()} == {".lock", toy.spec.folder}
 
     @pytest.mark.parametrize("layout", ["archive", "folder"])
     def test_a_damaged_origin_is_refused(self, toy: Toy, store: Store, packed: bytes, layout: str) -> None:
@@ -197,19 +173,14 @@ class TestTake:
             store.write(name, bytes(len(toy.files["test_batch.bin"])))
         with pytest.raises(DataError, match=rf"{name} in s3://bucket/\d+/data is (damaged|truncated).*delete it there"):
             load_dataset("cifar10", store.uri)
-        assert [path.name for path in node_cache.entry_of(store.uri).iterdir()] == [".lock"]
-
-    def test_stores_do_not_share_a_folder(self, s3: str) -> None:
-        places = [s3 % "/a", s3 % "/b", (s3 % "/a").replace("region=us-east-1", "region=eu-west-1"), "s3://bucket/a"]
-        assert len({node_cache.entry_of(place) for place in places}) == 4
-        assert node_cache.entry_of("s3://bucket/a/") == node_cache.entry_of("s3://bucket/a")
+        assert [path.name for path in cache_of(store.uri).iterdir()] == [".lock"]
 
     def test_where_the_cache_is(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         parents = []
         for name in ("DENSENET_DIST_CACHE", "XDG_CACHE_HOME", "HOME"):
-            parents.append(node_cache.entry_of("s3://bucket/a").parent)
+            parents.append(cache_of("s3://bucket/a").parent)
             monkeypatch.delenv(name)
         expected = ["node/data", "xdg/densenet_dist/data", "home/.cache/densenet_dist/data"]
         assert parents == [tmp_path / place for place in expected]
@@ -224,24 +195,16 @@ class TestTake:
 
 
 class TestErrors:
-    @pytest.mark.slow
-    def test_unreachable(self, toy: Toy, s3_port: int) -> None:
-        uri = "s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
-        with pytest.raises(DataError, match=r"cannot read data\.root=s3://bucket/x: .*NETWORK_CONN.*endpoint_override"):
-            load_dataset("cifar10", uri)
-
-    @pytest.mark.parametrize("name", ["cifar10", "folder"])
-    def test_no_such_bucket(self, toy: Toy, s3: str, name: str) -> None:
+    def test_no_such_bucket(self, toy: Toy, s3: str) -> None:
         uri = (s3 % "/x").replace("bucket/x", "nobucket/x")
-        for function in (load_dataset, prepare_dataset):
+        for name in ("cifar10", "folder"):
             with pytest.raises(DataError, match=r"data\.root=s3://nobucket/x: .*there is no such bucket: make it"):
-                function(name, uri)
+                load_dataset(name, uri)
 
-    @pytest.mark.parametrize("name", ["cifar10", "folder"])
-    def test_no_permission(self, toy: Toy, store: Store, name: str) -> None:
+    def test_no_permission(self, toy: Toy, store: Store) -> None:
         store.counter.refuses_reading = True
         with pytest.raises(DataError, match=r"ACCESS_DENIED.*come from the environment \(AWS_ACCESS_KEY_ID"):
-            load_dataset(name, store.uri)
+            load_dataset("cifar10", store.uri)
 
     def test_an_upload_that_is_refused(self, toy: Toy, store: Store, origin: Origin) -> None:
         store.counter.refuses_writing = True
@@ -258,30 +221,12 @@ class TestErrors:
             load_dataset("cifar10", "s3://key:secret@bucket/x")
         assert "secret" not in str(caught.value)
 
-    @pytest.mark.parametrize("uri", ["s4://bucket/x", "s3://bucket/x?colour=red", "s3:///x"])
-    def test_no_address(self, toy: Toy, uri: str) -> None:
-        with pytest.raises(StorageError, match="cannot be opened"):
-            load_dataset("cifar10", uri)
-
     def test_the_cache_cannot_be_written(self, toy: Toy, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DENSENET_DIST_CACHE", "/proc/nowhere")
         with pytest.raises(
             StorageError, match=r"cannot keep the data set in /proc/nowhere/.*DENSENET_DIST_CACHE=FOLDER"
         ):
             load_dataset("cifar10", store.uri)
-
-    def test_the_disk_is_full(self, toy: Toy, store: Store, packed: bytes) -> None:
-        """No file may become as large as the archive, as on a disk without room for it."""
-        store.write(toy.spec.archive, packed)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(packed) // 2, limits[1]))
-        try:
-            with pytest.raises(StorageError, match=r"cannot keep the data set in .*File too large; make room there"):
-                load_dataset("cifar10", store.uri)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert [path.name for path in node_cache.entry_of(store.uri).iterdir()] == [".lock"]
-        load_dataset("cifar10", store.uri)
 
 
 class TestCommands:
@@ -298,7 +243,7 @@ class TestCommands:
             assert self.run("data", "prepare", "cifar10", "--root", store.uri, "--url", origin.url) == 0
             first, second = capsys.readouterr().out.splitlines()
             assert first == f"cifar10: {toy.spec.archive} {told} s3://{store.prefix}"
-            assert second == f"cifar10: verified in {node_cache.entry_of(store.uri) / toy.spec.folder}"
+            assert second == f"cifar10: verified in {cache_of(store.uri) / toy.spec.folder}"
         assert (origin.asked, store.counter.count("GET", toy.spec.archive)) == (1, 0)
 
     @pytest.mark.slow
@@ -314,12 +259,6 @@ class TestCommands:
         assert self.run("evaluate", str(tmp_path / "runs/run")) == 0
         assert "of 20 images" in capsys.readouterr().out
         assert store.counter.requests == asked
-
-    def test_paths_become_absolute_and_addresses_stay(self) -> None:
-        for root in ("s3://bucket/data?region=x", "file:///data", "gs://b"):
-            assert is_uri(root)
-            assert absolute(load_config({"data": {"root": root}})).data.root == root
-        assert absolute(load_config({"data": {"root": "some/data"}})).data.root == str(Path.cwd() / "some/data")
 
     def test_doctor(self, toy: Toy, store: Store, packed: bytes, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def look(**settings: object) -> tuple[str, str]:
@@ -339,7 +278,7 @@ class TestCommands:
         assert state == "bad"
         assert "there are no pictures in" in text
         store.write(toy.spec.archive, packed)
-        entry = node_cache.entry_of(store.uri)
+        entry = cache_of(store.uri)
         expected = f"{toy.spec.archive} is in s3://{store.prefix}; this node takes it into {entry}"
         assert look() == ("ok", expected)
         assert store.counter.count("GET", toy.spec.archive) == 0
@@ -350,12 +289,3 @@ class TestCommands:
         state, text = look()
         assert state == "bad"
         assert "DENSENET_DIST_CACHE=FOLDER" in text
-
-    def test_a_failed_download_is_told_by_who_started_the_run(
-        self, toy: Toy, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(download, "_FIRST_WAIT_S", 0.0)
-        with pytest.raises(
-            DenseNetDistError, match=r"cannot download CIFAR-10 from http://127\.0\.0\.1:9/x.*into s3://"
-        ):
-            prepare_dataset("cifar10", store.uri, url="http://127.0.0.1:9/x", progress=False)

@@ -18,6 +18,7 @@ CONFIG = Path(__file__).parents[2] / "configs/cifar10_small.yaml"
 SMALL = ("data.limit=200", "data.loader=torch", "train.epochs=1", "model.growth_rate=4", "model.num_layers=1")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_workers_take_it_from_the_node(official_archive: Path, store: Store, cache: Path, tmp_path: Path) -> None:
     asked = []

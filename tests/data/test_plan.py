@@ -13,12 +13,11 @@ from densenet_dist.data.plan import (
     random_words,
     rank_slice,
     split_indices,
-    unit_floats,
 )
 from densenet_dist.errors import ConfigError
 
 LABELS = np.arange(1000) % 10
-SIZES = [(1, 1), (1, 64), (7, 8), (8, 8), (9, 8), (64, 64), (65, 64), (71, 64), (72, 64), (127, 64), (1000, 96)]
+SIZES = [(1, 64), (64, 64), (71, 64), (72, 64), (1000, 96)]
 
 WORDS = [5683752733477740539, 14118103966592500317]
 SPLIT = "65b98d8fc3568378"
@@ -75,16 +74,10 @@ class TestRandomWords:
         short, long = (random_words(count, seed=1, stream=Stream.SPLIT) for count in (5, 50))
         assert short.tolist() == long[:5].tolist()
 
-    def test_unit_floats_are_uniform(self) -> None:
-        draws = unit_floats(random_words(100_000, seed=0, stream=Stream.AUGMENTATION))
-        assert 0.0 <= draws.min() < draws.max() < 1.0
-        counts, _ = np.histogram(draws, bins=20, range=(0.0, 1.0))
-        assert np.sum((counts - 5000) ** 2 / 5000) < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
-
 
 class TestSplit:
     @pytest.mark.parametrize("stratified", [False, True])
-    @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.1, 100), (0.123, 123), (0.999, 999)])
+    @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.123, 123)])
     def test_is_a_partition(self, stratified: bool, fraction: float, expected: int) -> None:
         train, val = split_indices(LABELS, fraction, 3, stratified=stratified)
         assert len(val) == expected
@@ -102,22 +95,11 @@ class TestSplit:
         _, val = split_indices(labels, 0.25, 0, stratified=True)
         assert np.bincount(labels[val]).tolist() == [18, 5, 2]  # of 17.5, 5, 2.5: ties to the lower class
 
-    def test_depends_on_the_seed_alone(self) -> None:
-        first, again, other = (split_indices(LABELS, 0.1, seed)[1].tolist() for seed in (1, 1, 2))
-        assert first == again
-        assert first != other
-
-    @pytest.mark.parametrize("stratified", [False, True])
-    def test_streams_choose_differently(self, stratified: bool) -> None:
+    def test_streams_choose_differently(self) -> None:
         """A test part held out by the same seed says nothing of the validation part: they share a tenth by chance."""
-        chosen = [
-            split_indices(LABELS, 0.1, 3, stratified=stratified, stream=stream)
-            for stream in (Stream.SPLIT, Stream.TEST_SPLIT)
-        ]
-        default = split_indices(LABELS, 0.1, 3, stratified=stratified)
-        assert [part.tolist() for part in default] == [part.tolist() for part in chosen[0]]
-        assert len(chosen[1][1]) == 100
-        assert 0 < len(np.intersect1d(chosen[0][1], chosen[1][1])) < 25
+        val, test = (split_indices(LABELS, 0.1, 3, stream=stream)[1] for stream in (Stream.SPLIT, Stream.TEST_SPLIT))
+        assert len(test) == 100
+        assert 0 < len(np.intersect1d(val, test)) < 25
 
     @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
     def test_fraction_out_of_range(self, fraction: float) -> None:
@@ -132,21 +114,6 @@ class TestSplit:
 
 
 class TestOrder:
-    def test_is_a_permutation(self) -> None:
-        indices = np.array([3, 5, 8, 13, 21])
-        order = epoch_order(indices, 0, 0)
-        assert order.dtype == np.int64
-        assert sorted(order) == indices.tolist()
-
-    def test_differs_by_seed_and_epoch(self) -> None:
-        orders = {tuple(epoch_order(np.arange(20), seed, epoch)) for seed in range(3) for epoch in range(3)}
-        assert len(orders) == 9
-
-    def test_every_place_is_equally_likely(self) -> None:
-        # Where image 0 of eight comes, over 4,000 epochs: chi-square, 7 degrees of freedom, p = 0.001.
-        places = [int(np.flatnonzero(epoch_order(np.arange(8), 5, epoch) == 0)[0]) for epoch in range(4000)]
-        assert np.sum((np.bincount(places, minlength=8) - 500) ** 2 / 500) < 24.3
-
     def test_epochs_are_uncorrelated(self) -> None:
         first, second = (np.argsort(epoch_order(np.arange(50_000), 0, epoch)) for epoch in (0, 1))
         assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
@@ -163,22 +130,8 @@ class TestBatchPlan:
         assert plan.smallest >= min(images, -(-batch // 8))
         assert max(sizes) < batch + -(-batch // 8)
         assert all(start == step * batch for step, (start, _) in enumerate(bounds))
-
-    @pytest.mark.parametrize(
-        ("images", "steps", "last"), [(64, 1, 64), (71, 1, 71), (72, 2, 8), (135, 2, 71), (40, 1, 40)]
-    )
-    def test_tail(self, images: int, steps: int, last: int) -> None:
-        plan = BatchPlan(images, 64)
-        start, stop = plan.bounds(plan.steps - 1)
-        assert (plan.steps, stop - start) == (steps, last)
-
-    def test_no_such_step(self) -> None:
-        with pytest.raises(IndexError, match="step 2"):
-            BatchPlan(128, 64).bounds(2)
-
-    def test_nothing_to_cut(self) -> None:
-        with pytest.raises(ConfigError, match="0 images"):
-            BatchPlan(0, 64)
+        with pytest.raises(IndexError, match=f"step {plan.steps}"):
+            plan.bounds(plan.steps)
 
     def test_ranks_share_a_batch(self) -> None:
         batch = np.arange(10)

@@ -5,41 +5,15 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
+from image_loaders import STD, engine_of, eval_loader, train_loader
 
 from densenet_dist.data.augment import GEOMETRIES, Augmentation
-from densenet_dist.data.datasets import Split
-from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
 from densenet_dist.data.requests import Request
 from densenet_dist.data.torch_loader import TorchEngine
 
-MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-SPLIT = Split(np.random.default_rng(1).integers(0, 256, (203, 32, 32, 3), dtype=np.uint8), np.arange(203))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
-
-def train_loader(
-    *, batch: int = 32, augmentation: str = "notebook", device: str = "cpu", prefetch: int = 2
-) -> TrainLoader:
-    return TrainLoader(
-        SPLIT,
-        np.arange(203),
-        engine=TorchEngine(SPLIT.images, MEAN, STD, device, prefetch=prefetch),
-        global_batch_size=batch,
-        augmentation=Augmentation(augmentation),
-        seed=3,
-    )
-
-
-def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    """Equal to the bit."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.global_size == other.global_size
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.images, other.images)
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -52,34 +26,10 @@ def no_thread_is_left() -> Iterator[None]:
     assert loader_threads() == []
 
 
-class TestBits:
-    def test_autocast_leaves_pixels_alone(self) -> None:
-        expected = list(train_loader(prefetch=0).epoch(0))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert_same(list(train_loader(prefetch=0).epoch(0)), expected)
-
-    def test_thread_count_leaves_bits_alone(self) -> None:
-        threads = torch.get_num_threads()
-        try:
-            epochs = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                epochs.append(list(train_loader(batch=101, prefetch=0).epoch(0)))
-        finally:
-            torch.set_num_threads(threads)
-        assert_same(epochs[1], epochs[0])
-        assert_same(epochs[2], epochs[0])
-
-
 class TestThread:
-    def test_makes_the_same_batches(self) -> None:
-        expected = list(train_loader(prefetch=0).epoch(0))
-        for prefetch in (1, 2, 100):
-            assert_same(list(train_loader(prefetch=prefetch).epoch(0)), expected)
-
     def test_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = count_batches(monkeypatch)
-        batches = train_loader(prefetch=2).epoch(0)
+        batches = train_loader("torch", prefetch=2).epoch(0)
         next(batches)
         time.sleep(0.2)
         assert len(made) == 3  # the one taken and two ahead
@@ -87,7 +37,7 @@ class TestThread:
 
     def test_ends_when_the_consumer_stops(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = count_batches(monkeypatch, seconds=0.1)
-        for _ in islice(train_loader(prefetch=3).epoch(0), 2):
+        for _ in islice(train_loader("torch", prefetch=3).epoch(0), 2):
             assert len(loader_threads()) == 1
         started = time.monotonic()
         while loader_threads():
@@ -95,25 +45,9 @@ class TestThread:
             time.sleep(0.01)
         assert len(made) <= 4  # nothing more was made than the batch in hand
 
-    def test_ends_when_the_consumer_raises(self) -> None:
-        batches = train_loader().epoch(0)
-
-        def consume() -> None:
-            for _ in batches:
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            consume()
-        batches.close()  # type: ignore[attr-defined]
-        assert loader_threads() == []
-
-    def test_never_starts_unasked(self) -> None:
-        train_loader().epoch(0)
-        assert loader_threads() == []
-
     def test_errors_surface_where_the_batch_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = count_batches(monkeypatch, fail_at=3)
-        batches = train_loader().epoch(0)
+        batches = train_loader("torch").epoch(0)
         assert len(list(islice(batches, 2))) == 2
         with pytest.raises(RuntimeError, match="batch 3 failed"):
             next(batches)
@@ -142,17 +76,16 @@ def count_batches(monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.0, fail
 class TestGpu:
     @pytest.mark.parametrize("augmentation", GEOMETRIES)
     def test_same_pixels_as_on_a_cpu(self, augmentation: str) -> None:
-        expected = list(train_loader(augmentation=augmentation).epoch(0))
-        found = list(train_loader(augmentation=augmentation, device="cuda").epoch(0))
+        expected = list(train_loader("torch", augmentation=Augmentation(augmentation)).epoch(0))
+        found = list(train_loader("torch", augmentation=Augmentation(augmentation), device="cuda").epoch(0))
         for one, other in zip(found, expected, strict=True):
             assert one.images.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(one.labels.cpu(), other.labels)
             assert (one.images.cpu() - other.images).abs().max() < 0.01 / 255 / min(STD)
 
     def test_never_waits_for_the_device(self) -> None:
-        train = train_loader(device="cuda")
-        engine = TorchEngine(SPLIT.images, MEAN, STD, "cuda")
-        evaluation = EvalLoader(SPLIT, np.arange(203), engine=engine, batch_size=32)
+        engine = engine_of("torch", device="cuda")
+        train, evaluation = train_loader(engine), eval_loader(engine)
         torch.cuda.set_sync_debug_mode("error")
         try:
             assert len(list(train.epoch(0))) == train.steps_per_epoch

@@ -1,6 +1,6 @@
 """The augmentation written plainly in NumPy, float64, one image at a time: what both engines are held to.
 
-Slow, and meant to be read. `augment` says where the numbers come from, this module what they do.
+Slow, and meant to be read. `densenet_dist.data.augment` says where the numbers come from, this module what they do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""Images in memory and in files, and loaders of them, for the tests of tests/data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from densenet_dist.data.augment import Augmentation, Parameters
+from densenet_dist.data.datasets import Split
+from densenet_dist.data.engines import make_engine
+from densenet_dist.data.image_folder import read_folder
+from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
+from densenet_dist.data.requests import Engine, Epoch, Request
+
+NOTEBOOK = Augmentation("notebook")
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+GREY_LEVELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # what makes an engine give [0, 255]
+
+
+def smooth(count: int, size: int) -> npt.NDArray[np.uint8]:
+    """Random images that look a little like photographs: coarse colours enlarged, with some noise."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, 5, 5, 3), dtype=np.uint8)
+    images = np.stack([Image.fromarray(of).resize((size, size), Image.Resampling.BICUBIC) for of in coarse])
+    return (images + rng.normal(0, 4, images.shape)).clip(0, 255).astype(np.uint8)
+
+
+def noise(count: int, size: int) -> npt.NDArray[np.uint8]:
+    """Every pixel random; the first images have one colour, one channel, and two colours alone."""
+    images = np.random.default_rng(1).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    images[:1] = 77
+    images[1:2, :, :, 1:] = 0
+    images[2:3] = images[2:3] // 128 * 255
+    return images
+
+
+def numbered(count: int) -> Split:
+    """Random images whose label is their number."""
+    images = np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return Split(images, np.arange(count))
+
+
+def write_pictures(root: Path, classes: int, of_each: int, image_size: int) -> Split:
+    """Pictures of several sizes and kinds in class folders: those of class c are rows from `c * of_each` on."""
+    rng = np.random.default_rng(6)
+    for label in range(classes):
+        (root / str(label)).mkdir(parents=True)
+        for number in range(of_each):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            width, height = (int(side) for side in rng.integers(20, 90, 2))
+            path = root / str(label) / f"{number:02d}.{('jpg', 'png', 'webp')[number % 3]}"
+            coarse.resize((width, height)).save(path)
+    folder = read_folder(root, image_size=image_size)
+    return Split(folder.files, folder.labels)
+
+
+def by_torch(
+    images: npt.NDArray[np.uint8],
+    parameters: Parameters,
+    mean: tuple[float, ...] = GREY_LEVELS["mean"],
+    std: tuple[float, ...] = GREY_LEVELS["std"],
+) -> Any:
+    """What the torch engine makes of images, (n, H, W, 3), with these parameters; in grey levels unless told else."""
+    count, size = images.shape[:2]
+    labels = np.arange(count)
+    engine = make_engine("torch", Split(images, labels), mean=mean, std=std, prefetch=0)
+    epoch = Epoch(np.arange(count), labels, parameters, size)
+    batches = engine.batches(lambda number: Request(epoch, (slice(0, count),)), count)
+    return next(batches(0, 1)).permute(0, 2, 3, 1).double().numpy()
+
+
+SPLIT = numbered(203)
+
+
+def engine_of(kind: str, split: Split = SPLIT, **options: Any) -> Engine:
+    return make_engine(kind, split, **{"mean": MEAN, "std": STD} | options)
+
+
+def train_loader(
+    engine: str | Engine,
+    split: Split | None = None,
+    augmentation: Augmentation = NOTEBOOK,
+    indices: npt.NDArray[np.int64] | None = None,
+    *,
+    batch: int = 32,
+    seed: int = 3,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> TrainLoader:
+    """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
+    split = split or SPLIT
+    return TrainLoader(
+        split,
+        np.arange(len(split.labels)) if indices is None else indices,
+        engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
+        global_batch_size=batch,
+        augmentation=augmentation,
+        seed=seed,
+        num_classes=int(split.labels.max()) + 1,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def eval_loader(
+    engine: str | Engine,
+    split: Split | None = None,
+    indices: npt.NDArray[np.int64] | None = None,
+    *,
+    batch: int = 32,
+    geometry: str = "none",
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> EvalLoader:
+    """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
+    split = split or SPLIT
+    return EvalLoader(
+        split,
+        np.arange(len(split.labels)) if indices is None else indices,
+        engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
+        batch_size=batch,
+        geometry=geometry,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
+    """Equal to the bit."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.global_size == other.global_size
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, other.images)
+        assert (one.targets is None) == (other.targets is None)
+        if one.targets is not None and other.targets is not None:
+            assert torch.equal(one.targets, other.targets)
