@@ -87,14 +87,6 @@ def flipped_byte(official: Path, archive: Path, root: Path) -> str:
     return "data_batch_3.bin"
 
 
-def label_out_of_range(official: Path, archive: Path, root: Path) -> str:
-    def relabel(content: bytearray) -> None:
-        content[0] = 10
-
-    _replace(_linked(official, root) / "data_batch_2.bin", relabel)
-    return "data_batch_2.bin"
-
-
 def truncated_archive(official: Path, archive: Path, root: Path) -> str:
     root.mkdir()
     with open(archive, "rb") as source, open(root / archive.name, "wb") as target:
@@ -116,7 +108,7 @@ def cifar100_given_as_cifar10(official: Path, archive: Path, root: Path) -> str:
 
 
 MENDS = ("densenet-dist data prepare cifar10", "set data.name=cifar100", "get it from a source you trust")
-BAD = [flipped_byte, label_out_of_range, truncated_archive, archive_with_a_way_out, cifar100_given_as_cifar10]
+BAD = [flipped_byte, truncated_archive, archive_with_a_way_out, cifar100_given_as_cifar10]
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)

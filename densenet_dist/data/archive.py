@@ -133,7 +133,7 @@ def extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: st
         seen.add(member.name)
         if folder != spec.folder or name not in spec.members or not member.isreg():
             return None
-        return member.replace(name=name, mtime=None, mode=None, deep=False)
+        return member.replace(name=name, mtime=0, mode=0o644, deep=False)
 
     with appearing(root / spec.folder) as aside:
         try:

@@ -155,7 +155,7 @@ def read_folder(spec: CifarSpec, folder: Path) -> tuple[tuple[str, ...], Arrays,
     if missing:
         refuse_other(spec, folder)
         raise DataError(f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {remedy(spec, folder)}")
-    class_names = _read(spec, folder / spec.names).decode("ascii").split()
+    class_names = read_member(spec, folder / spec.names).decode("ascii").split()
     return tuple(class_names), _read_records(spec, folder, spec.train), _read_records(spec, folder, (spec.test,))
 
 
@@ -166,28 +166,24 @@ def _read_records(spec: CifarSpec, folder: Path, files: tuple[str, ...]) -> Arra
     labels = np.empty(count, dtype=np.int64)
     start = 0
     for name in files:
-        part_images, part_labels = parse_records(spec, _read(spec, folder / name))
+        part_images, part_labels = parse_records(spec, read_member(spec, folder / name))
         stop = start + len(part_labels)
         images[start:stop], labels[start:stop] = part_images, part_labels
         start = stop
     return images, labels
 
 
-def _read(spec: CifarSpec, path: Path) -> bytes:
-    return read_member(spec, path, source=path, mend=remedy(spec, path.parent))
-
-
-def read_member(spec: CifarSpec, path: Path, *, source: str | Path, mend: str) -> bytes:
+def read_member(spec: CifarSpec, path: Path, *, source: str | Path | None = None, mend: str | None = None) -> bytes:
     """The bytes of the official file of that name.
 
     Args:
-        source: what to call the file in messages.
+        source: what to call the file in messages; its path if not told otherwise.
         mend: what to do if it is another one, for messages.
 
     Raises:
         DataError: it cannot be read, or is not the official one.
     """
-    expected = spec.members[path.name]
+    expected, source, mend = spec.members[path.name], source or path, mend or remedy(spec, path.parent)
     try:
         size = path.stat().st_size
         if size != expected.size:

@@ -9,6 +9,13 @@ from s3_store import Counter, Store
 from toy_cifar import Toy, make_toy
 
 from densenet_dist.data import cifar
+from densenet_dist.data.engines import ENGINES
+
+
+@pytest.fixture(params=ENGINES)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each engine's name."""
+    return str(request.param)
 
 
 @pytest.fixture
@@ -24,6 +31,14 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Toy]:
 def toy(toys: Callable[[str], Toy]) -> Toy:
     """CIFAR-10 made small."""
     return toys("cifar10")
+
+
+@pytest.fixture(autouse=True)
+def remembered(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is remembered of pictures that were checked, away from the user's own."""
+    base = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    return base / "densenet_dist" / "folders"
 
 
 @pytest.fixture

@@ -42,23 +42,12 @@ class TestExtract:
         assert visible(tmp_path) == [toy.spec.folder, toy.spec.archive]
         folder = tmp_path / toy.spec.folder
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == toy.files
-        assert folder.stat().st_mode & 0o777 == 0o777 & ~current_umask()
 
     @pytest.mark.parametrize("keep", [0, 0.5, 0.99])
     def test_truncated(self, toy: Toy, tmp_path: Path, keep: float) -> None:
         path = toy.write_archive(tmp_path / toy.spec.archive)
         os.truncate(path, int(keep * path.stat().st_size))
         with pytest.raises(DataError, match=rf"{toy.spec.archive}.*(truncated|lacks).*delete .*data prepare cifar10"):
-            load(tmp_path)
-        assert visible(tmp_path) == [toy.spec.archive]
-
-    @pytest.mark.parametrize("place", [0, 0.5])
-    def test_flipped_byte(self, toy: Toy, tmp_path: Path, place: float) -> None:
-        path = toy.write_archive(tmp_path / toy.spec.archive)
-        data = bytearray(path.read_bytes())
-        data[int(place * len(data))] ^= 0xFF
-        path.write_bytes(data)
-        with pytest.raises(DataError, match=r"damaged.*delete .*data prepare cifar10"):
             load(tmp_path)
         assert visible(tmp_path) == [toy.spec.archive]
 
@@ -83,12 +72,6 @@ class TestExtract:
             toys(rival).write_archive(tmp_path / toys(name).spec.archive)
             with pytest.raises(DataError, match=rf"looks like {toys(rival).spec.title}, not .*data\.name={rival}"):
                 load(tmp_path, name)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class TestNotThere:

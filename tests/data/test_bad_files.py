@@ -1,12 +1,9 @@
 """Pictures that become bad while a run uses them: another of the class stands in, or one message says which and why."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,6 @@ from PIL import Image
 
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.engines import ENGINES
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.loader import Batch, TrainLoader
 from densenet_dist.data.plan import epoch_order
@@ -60,16 +56,9 @@ HARMS: dict[Callable[[Path], None], str] = {
 by_name = pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 
 
-@pytest.fixture(params=ENGINES)
-def kind(request: pytest.FixtureRequest) -> str:
-    """Each engine's name."""
-    return str(request.param)
-
-
 @pytest.fixture
-def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
+def split(tmp_path: Path) -> Split:
     """Pictures of several sizes and kinds: those of class c are rows 14 c to 14 c + 13."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_pictures(tmp_path / "pictures", CLASSES, OF_EACH, image_size=24)
 
 
@@ -136,15 +125,6 @@ class TestTraining:
         list(loader.epoch(1))
         assert engine.substitutes.news() == []
 
-    def test_next_epochs_and_another_order(self, kind: str, split: Split) -> None:
-        undisturbed = {epoch: list(train_loader(engine_of(kind, split), split).epoch(epoch)) for epoch in (0, 1, 5)}
-        bad = [0, 13, 14, 41]  # the first and the last of classes
-        for row in bad:
-            cut_short(path_of(split, row))
-        loader = train_loader(engine_of(kind, split), split)
-        for epoch, expected in undisturbed.items():
-            assert_epoch(list(loader.epoch(epoch)), expected, order_of(epoch), bad)
-
     def test_in_the_middle_of_an_epoch(self, kind: str, split: Split) -> None:
         """The engine works ahead meanwhile: what it has read by then it may show."""
         prefetch = 2
@@ -201,19 +181,6 @@ class TestTraining:
                 for one, other in zip(found, expected[step:], strict=True):
                     assert torch.equal(one.labels, other.labels)
                     assert torch.equal(one.images, other.images)
-
-    def test_found_by_the_validation_first(self, kind: str, split: Split) -> None:
-        """The loaders of an engine share what is known of its files."""
-        undisturbed, order = list(train_loader(engine_of(kind, split), split).epoch(1)), order_of(1)
-        engine = engine_of(kind, split)
-        train, evaluation = train_loader(engine, split), eval_loader(engine, split, batch=BATCH)
-        list(train.epoch(0))
-        bad = [1, 20]
-        for row in bad:
-            path_of(split, row).unlink()
-        assert sum(len(batch.labels) for batch in evaluation) == COUNT - 2
-        # DALI has begun the next epoch by then.
-        assert_epoch(list(train.epoch(1)), undisturbed, order, bad, seen=order[: 4 * BATCH])
 
 
 class TestEvaluation:
@@ -282,52 +249,3 @@ class TestRefusal:
         assert raised.value.exit_code == 4
         assert f"{path_of(split, 23)}: {HARMS[harm]}" in str(raised.value)
         assert "data.on_bad_image=skip" in str(raised.value)
-
-
-@pytest.mark.slow
-def test_files_that_shrink_while_they_are_read(split: Split) -> None:
-    """What is left of a file must never reach a decoder of DALI's: it can end the process."""
-    code = """
-        import os, sys, threading
-        import numpy as np
-        from pathlib import Path
-        from densenet_dist.data.datasets import Split
-        from densenet_dist.data.engines import make_engine
-        from densenet_dist.data.image_folder import read_folder
-        from densenet_dist.data.loader import TrainLoader
-        from densenet_dist.errors import DataError
-
-        folder = read_folder(Path(sys.argv[1]), image_size=24)
-        split = Split(folder.files, folder.labels)
-
-        def loader(policy):
-            engine = make_engine("dali", split, mean=(0.0,) * 3, std=(1.0,) * 3, threads=2, on_bad_image=policy)
-            return engine, TrainLoader(split, np.arange(42), engine=engine, global_batch_size=6)
-
-        def shrink():
-            for row in range(0, 42, 4):
-                path = split.images.path(row)
-                for part in range(9, -1, -1):
-                    os.truncate(path, path.stat().st_size * part // 10)
-
-        thread = threading.Thread(target=shrink)
-        engine, skipping = loader("skip")
-        for epoch in range(8):
-            if epoch == 1:
-                thread.start()
-            for batch in skipping.epoch(epoch):
-                assert len(batch.images) == 6
-        thread.join()
-        list(skipping.epoch(8))
-        print("went on without", len(engine.substitutes.unreadable))
-        try:
-            list(loader("error")[1].epoch(0))
-        except DataError as error:
-            print(type(error).__name__)
-    """
-    assert isinstance(split.images, ImageFiles)
-    done = subprocess.run(
-        [sys.executable, "-c", dedent(code), split.images.root], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "went on without 11\nDataError\n"

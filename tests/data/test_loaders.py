@@ -25,7 +25,6 @@ from image_loaders import (
 from densenet_dist.data import augment, dali_loader
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.engines import ENGINES
 from densenet_dist.data.loader import Batch
 from densenet_dist.errors import ConfigError
 
@@ -33,16 +32,9 @@ MIXED = Augmentation("notebook", mixup=0.4, cutmix=1.0)
 EVERYTHING = Augmentation("notebook", trivial_augment=True, cutout=8, mixup=0.4, cutmix=1.0)
 
 
-@pytest.fixture(params=ENGINES)
-def kind(request: pytest.FixtureRequest) -> str:
-    """Each engine's name."""
-    return str(request.param)
-
-
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
+def pictures(tmp_path: Path) -> Split:
     """46 pictures of several sizes in files."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_pictures(tmp_path / "pictures", 2, 23, 32)
 
 
@@ -170,15 +162,6 @@ class TestTrainLoader:
         ranks = [list(train_loader(kind, pictures, **options, rank=rank, world_size=3).epoch(1)) for rank in range(3)]
         assert_same(joined(ranks), train_loader(kind, pictures, **options).epoch(1))
 
-    def test_an_image_looks_the_same_in_every_batch(self, kind: str) -> None:
-        """Its warp depends on its place in the data set, not on who else is trained on."""
-        some = np.arange(0, 203, 2)
-        part = {
-            int(y): x for batch in train_loader(kind, indices=some).epoch(1) for x, y in zip(*batch[:2], strict=True)
-        }
-        whole = {int(y): x for batch in train_loader(kind, batch=50).epoch(1) for x, y in zip(*batch[:2], strict=True)}
-        assert all(torch.equal(part[index], whole[index]) for index in some.tolist())
-
     def test_starts_at_any_step_and_goes_on_into_the_next_epoch(self, kind: str) -> None:
         """As a new process does that resumes a run."""
         whole = train_loader(kind, augmentation=EVERYTHING)
@@ -187,20 +170,6 @@ class TestTrainLoader:
             assert_same(whole.epoch(2, start_step=step), expected[step:7])
             resumed = train_loader(kind, augmentation=EVERYTHING)
             assert_same([*resumed.epoch(2, start_step=step), *resumed.epoch(3)], expected[step:])
-
-    def test_no_such_step(self) -> None:
-        loader = train_loader("torch")
-        assert list(loader.epoch(0, start_step=loader.steps_per_epoch)) == []
-        with pytest.raises(IndexError, match=f"step {loader.steps_per_epoch + 1}"):
-            loader.epoch(0, start_step=loader.steps_per_epoch + 1)
-        with pytest.raises(IndexError, match="step -1"):
-            loader.epoch(0, start_step=-1)
-
-    def test_epochs_in_any_order(self, kind: str) -> None:
-        loader = train_loader(kind, augmentation=EVERYTHING)
-        expected = {epoch: list(train_loader(kind, augmentation=EVERYTHING).epoch(epoch)) for epoch in (0, 7, 1000)}
-        for epoch in (7, 0, 7, 7, 1000):
-            assert_same(loader.epoch(epoch), expected[epoch])
 
     def test_an_abandoned_epoch_disturbs_no_other(self, kind: str) -> None:
         loader = train_loader(kind)
@@ -355,17 +324,3 @@ class TestPipeline:
         assert built == [0]
         list(loader.epoch(9))
         assert built == [0, 63]
-
-    def test_goes_on_from_the_step_where_it_began(self, built: list[int]) -> None:
-        loader = train_loader("dali")
-        list(loader.epoch(2, start_step=5))
-        list(loader.epoch(3))
-        assert built == [19]
-
-    def test_training_goes_on_after_validation(self, built: list[int]) -> None:
-        engine = engine_of("dali")
-        train, evaluation = train_loader(engine), eval_loader(engine, indices=np.arange(40))
-        for epoch in range(3):
-            list(train.epoch(epoch))
-            list(evaluation)
-        assert built == [0, 0]

@@ -1,16 +1,14 @@
 """DALI shows the same pixels as torch, to a fiftieth of a grey level: on generated images, on CIFAR, on files."""
 
 import math
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from image_loaders import GREY_LEVELS, eval_loader, train_loader
+from image_loaders import GREY_LEVELS, eval_loader, picture_kinds, train_loader
 from image_loaders import noise as noise_images
 from image_loaders import smooth as smooth_images
 from PIL import Image
@@ -59,12 +57,6 @@ def apart(one: Batch, other: Batch) -> float:
     return difference
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is found about pictures is kept away from the user's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 class TestGenerated:
     @pytest.mark.parametrize(
         "options", [{}, {"cutout": 9, "mixup": 0.4}, {"trivial_augment": True, "cutmix": 1.0}], ids=str
@@ -98,20 +90,6 @@ class TestCifar:
         assert count == 2 * 50_000
         assert worst <= TOLERANCE
 
-    def test_two_ranks_of_dali_are_one_of_torch(self, official: Path) -> None:
-        split = load_dataset("cifar10", official, download=False, limit=2000).train
-        augmentation = Augmentation("notebook", cutout=8, mixup=0.4, cutmix=1.0)
-        whole = loader("torch", split, augmentation, batch=128).epoch(1)
-        ranks = [loader("dali", split, augmentation, batch=128, rank=rank, world_size=2).epoch(1) for rank in range(2)]
-        for parts, expected in zip(zip(*ranks, strict=True), whole, strict=True):
-            for rank, part in enumerate(parts):
-                assert part.global_size == expected.global_size
-                assert torch.equal(part.labels, expected.labels[rank::2])
-                assert part.targets is not None
-                assert expected.targets is not None
-                assert torch.equal(part.targets, expected.targets[rank::2])
-                assert float((part.images - expected.images[rank::2]).abs().max()) <= TOLERANCE
-
     @pytest.mark.parametrize("kind", ENGINES)
     def test_a_folder_of_png_files_gives_the_same_batches(self, kind: str, official: Path, tmp_path: Path) -> None:
         arrays = load_dataset("cifar10", official, download=False, limit=150).train
@@ -139,8 +117,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Split:
     root = tmp_path_factory.mktemp("pictures")
     for number, size in enumerate(SIZES):
         (root / str(number % 3)).mkdir(exist_ok=True)
-        for name, save in kinds(picture(number, size)):
-            save(root / str(number % 3) / f"{number}-{name}")
+        for name, data in picture_kinds(picture(number, size)).items():
+            (root / str(number % 3) / f"{number}-{name}").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         folder = read_folder(root, image_size=32)
@@ -154,51 +132,6 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
         return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
-
-
-def kinds(image: Image.Image) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """The same picture in many ways of writing it: a file's name, and what writes it."""
-
-    def saved(of: Image.Image, **options: Any) -> Callable[[Path], None]:
-        return lambda path: of.save(path, **options)
-
-    for subsampling in range(3):  # 4:4:4, 4:2:2, 4:2:0
-        for progressive in (False, True):
-            name = f"jpeg-{subsampling}-{progressive}.jpg"
-            yield name, saved(image, subsampling=subsampling, progressive=progressive, quality=85)
-    yield "grey.jpg", saved(image.convert("L"))
-    yield "cmyk.jpg", saved(image.convert("CMYK"))
-    for orientation in range(1, 9):
-        tags = Image.Exif()
-        tags[0x0112] = orientation
-        for kind in ("jpg", "png", "webp"):
-            yield f"exif-{orientation}.{kind}", saved(image, exif=tags)
-    see_through = image.copy()
-    see_through.putalpha(image.convert("L").rotate(180))
-    yield "rgb.png", saved(image)
-    yield "grey.png", saved(image.convert("L"))
-    yield "grey-alpha.png", saved(see_through.convert("LA"))
-    yield "alpha.png", saved(see_through)
-    yield "palette.png", saved(image.convert("P"))
-    yield "palette-transparent.png", saved(image.convert("P"), transparency=3)
-    yield "bits.png", saved(image.convert("1"))
-    yield "grey-16.png", saved(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251 + 17))
-    yield "rgb-16.png", lambda path: _write_png_16(path, np.asarray(image).astype(np.uint16) * 251 + 17)
-    yield "lossy.webp", saved(image, quality=70)
-    yield "lossless.webp", saved(image, lossless=True)
-    yield "alpha.webp", saved(see_through, lossless=True)
-
-
-def _write_png_16(path: Path, levels: npt.NDArray[np.uint16]) -> None:
-    """Pillow cannot write colours of 16 bits."""
-    height, width, _ = levels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    written = [
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
-    ]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
 
 
 class TestFiles:

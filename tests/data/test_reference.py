@@ -50,19 +50,6 @@ class TestEngine:
         todo = Parameters(tone=np.full(len(images), int(tone)), strength=strength.astype(np.float32))
         assert furthest(images, todo) <= TOLERANCE
 
-    @pytest.mark.parametrize("tone", Tone, ids=[tone.name for tone in Tone])
-    def test_tones_of_levels_in_between(self, tone: Tone) -> None:
-        """As they are in pictures that have been resized; half of them lie in the middle between two whole ones."""
-        rng = np.random.default_rng(0)
-        images = rng.uniform(0, 255, (20, 16, 16, 3)).astype(np.float32)
-        images[:10] = np.floor(images[:10]) + 0.5
-        strength = np.full(20, {Tone.POSTERIZE: 240.0, Tone.SOLARIZE: 127.5}.get(tone, 1.7), np.float32)
-        found = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        torch_ops.change_tones(found, np.full(20, int(tone)), torch.from_numpy(strength), torch.from_numpy)
-        for image, shown, strong in zip(images, found.permute(0, 2, 3, 1).numpy(), strength, strict=True):
-            expected = reference.change_tone(image.astype(np.float64), tone, float(strong))
-            assert np.abs(shown - expected).max() <= TOLERANCE
-
     @pytest.mark.parametrize("tone", [Tone.CONTRAST, Tone.SHARPNESS, Tone.EQUALIZE], ids=str)
     def test_threads_and_batch_leave_the_bits_of_tones_alone(self, tone: Tone) -> None:
         """Of pictures that are large enough for torch to cut one to pieces for its threads."""
@@ -110,16 +97,6 @@ class TestResize:
         assert found.dtype == torch.float32
         expected = reference.shrink_or_enlarge(image, window, size).transpose(2, 0, 1)
         assert np.abs(found.numpy() - expected).max() <= 1e-3
-
-    def test_border_goes_on(self) -> None:
-        """Half of the first filter lies before the first pixel: by hand."""
-        image = np.array([10, 20, 30, 40], dtype=np.uint8)[None, :, None].repeat(3, axis=2)
-        # Scale 2: weights 1/8, 3/8, 3/8, 1/8 of the pixels -1, 0, 1, 2, with pixel -1 = pixel 0.
-        first, last = (4 * 10 + 3 * 20 + 30) / 8, (20 + 3 * 30 + 4 * 40) / 8
-        found = reference.shrink_or_enlarge(image, (0, 0, 4, 1), 2)
-        assert found[:, :, 0].tolist() == [[first, last]] * 2
-        by_torch = torch_ops.resize(torch.from_numpy(image).permute(2, 0, 1), 2)
-        assert by_torch[0].tolist() == [[first, last]] * 2
 
 
 class TestWarp:

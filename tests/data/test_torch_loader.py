@@ -1,4 +1,4 @@
-"""What is torch's alone: bits that stay the same, a thread that works ahead and ends, a GPU that is not waited for."""
+"""What is torch's alone: a thread that works ahead and ends, a GPU that is not waited for."""
 
 import threading
 import time

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,54 @@ def write_pictures(root: Path, classes: int, of_each: int, image_size: int) -> S
             coarse.resize((width, height)).save(path)
     folder = read_folder(root, image_size=image_size)
     return Split(folder.files, folder.labels)
+
+
+def picture_kinds(image: Image.Image) -> dict[str, bytes]:
+    """The same picture in many ways of writing it: the file's bytes by its name."""
+
+    def saved(of: Image.Image, kind: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        of.save(file, kind, **options)
+        return file.getvalue()
+
+    grey, see_through = image.convert("L"), image.copy()
+    see_through.putalpha(grey.rotate(180))
+    kinds = {
+        "grey.jpg": saved(grey, "JPEG"),
+        "cmyk.jpg": saved(image.convert("CMYK"), "JPEG"),
+        "grey-16.png": saved(Image.fromarray(np.asarray(grey).astype(np.uint16) * 251 + 17), "PNG"),
+        "rgb-16.png": _png_16(np.asarray(image).astype(np.uint16) * 251 + 17),
+        "palette-transparent.png": saved(image.convert("P"), "PNG", transparency=3),
+        "lossless.webp": saved(image, "WEBP", lossless=True),
+        "alpha.webp": saved(see_through, "WEBP", lossless=True),
+    }
+    for mode in ("RGB", "L", "P", "1"):
+        kinds[f"{mode}.png"] = saved(image.convert(mode), "PNG")
+    for mode in ("RGBA", "LA"):
+        kinds[f"{mode}.png"] = saved(see_through.convert(mode), "PNG")
+    for subsampling in range(3):  # 4:4:4, 4:2:2, 4:2:0
+        for progressive in (False, True):
+            data = saved(image, "JPEG", subsampling=subsampling, progressive=progressive, quality=85)
+            kinds[f"{subsampling}-{progressive}.jpg"] = data
+    for orientation in range(1, 9):
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        for kind in ("jpeg", "png", "webp"):
+            kinds[f"exif-{orientation}.{kind}"] = saved(image, kind, exif=tags)
+    return kinds
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def _png_16(levels: npt.NDArray[np.uint16]) -> bytes:
+    """Pillow cannot write colours of 16 bits."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in chunks)
 
 
 def by_torch(
