@@ -52,6 +52,8 @@ def fetch(url: str, target: Path, *, title: str, limit: int, mend: str, progress
                 _transfer(url, target, limit, advance)
             return
         except _FAILURES as error:
+            if isinstance(error, HTTPError):
+                error.close()  # it holds the connection
             if not _may_pass(error):
                 raise DataError(f"{failed}: {error}; {mend}") from error
             if attempt == _TRIES:
