@@ -34,8 +34,9 @@ from roofline import count_flops, net_on_meta, traffic
 from densenet_dist.bench.model import num_classes
 from densenet_dist.bench.process import median_and_spread, rounded
 from densenet_dist.bench.scaling import MODES, bench_scaling
-from densenet_dist.bench.scaling_rank import barrier, longest, no_sync, synchronize
+from densenet_dist.bench.scaling_rank import barrier, longest, no_sync
 from densenet_dist.bench.tables import number, print_scaling, print_table
+from densenet_dist.bench.training_step import synchronize
 from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch

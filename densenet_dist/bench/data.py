@@ -30,8 +30,6 @@ from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.inputs import engine_of, load_dataset_of, train_and_val, train_loader
 
-LOADERS = ("torch", "dali")
-
 Measurement: TypeAlias = tuple[Speed, float, float | None]
 """A speed, the process' peak memory in MiB, and torch's on the GPU."""
 
@@ -55,7 +53,7 @@ def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1
         DataError, ConfigError, EnvironmentProblem: as for training.
     """
     device = choose_device(config.cluster.device)
-    notes, loaders = [], list(LOADERS)
+    notes, loaders = [], ["torch", "dali"]
     try:
         require_dali(device, decoding=config.data.name == "folder")
     except EnvironmentProblem as error:

@@ -91,13 +91,16 @@ def rounded(value: float, digits: int = 5) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def reset_peak() -> bool:
-    """Let `peak_bytes` start anew; False where Linux does not allow that: then it is that since the process began."""
+def reset_peak() -> float:
+    """Let `peak_bytes` start anew; return the bytes that this process has in RAM then, NaN where Linux refuses."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # give back what the allocator keeps for later
+    resident = psutil.Process().memory_info().rss
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return False
-    return True
+        return float("nan")
+    return float(resident)
 
 
 def peak_bytes() -> float:
@@ -107,15 +110,3 @@ def peak_bytes() -> float:
             if line.startswith("VmHWM:"):
                 return float(line.split()[1]) * 1024
     return float("nan")
-
-
-def resident_bytes() -> float:
-    """The memory that this process has in RAM, after the allocator gave back what it kept for later."""
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    return float(psutil.Process().memory_info().rss)
-
-
-def available_bytes() -> float:
-    """Memory of the machine that can still be had; the limit of a container is not looked at."""
-    return float(psutil.virtual_memory().available)

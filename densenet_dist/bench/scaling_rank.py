@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from densenet_dist.bench.training_step import synchronize
 from densenet_dist.config import validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
@@ -151,9 +152,3 @@ def barrier(device: torch.device) -> None:
     """Wait for this rank's device, then for all ranks."""
     synchronize(device)
     dist.barrier()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

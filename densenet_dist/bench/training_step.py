@@ -11,12 +11,13 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
-from densenet_dist.bench.process import available_bytes, peak_bytes, reset_peak, resident_bytes
+from densenet_dist.bench.process import peak_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
@@ -101,14 +102,7 @@ def prepare_variant(
 
 
 class TrainingStep:
-    """A net on its device, with what trains it.
-
-    Args:
-        variant: how it is run.
-        config: its model, precision and optimizer.
-        num_classes: of the net.
-        device: where it is.
-    """
+    """A configuration's net on its device, with what trains it; `variant` says how it is run."""
 
     def __init__(self, variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
         self._variant, self._config, self._num_classes, self._device = variant, config, num_classes, device
@@ -139,7 +133,9 @@ class TrainingStep:
         torch.manual_seed(self._config.seed)  # for dropout
         loss = float(step())
         step()
-        before = self._reset_peak()
+        before = reset_peak()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
         if self._variant.cuda_graph:
             step = self._capture(images, labels)
         once = self._time(step, 1)
@@ -187,31 +183,25 @@ class TrainingStep:
 
     def _time(self, step: Callable[[], Tensor], steps: int) -> float:
         """Seconds of a step, the mean of so many."""
-        self._synchronize()
+        synchronize(self._device)
         started = perf_counter()
         for _ in range(steps):
             step()
-        self._synchronize()
+        synchronize(self._device)
         return (perf_counter() - started) / steps
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _reset_peak(self) -> float:
-        """Let the peak start anew; on a CPU, return what the process has already, or NaN where that is not known."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return 0.0
-        resident = resident_bytes()  # before the peak is reset: it lets go of what would count as one
-        return resident if reset_peak() else math.nan
-
     def _require_memory(self, batch_size: int) -> None:
-        needed, available = self._bytes_per_image * batch_size, available_bytes()
+        needed, available = self._bytes_per_image * batch_size, psutil.virtual_memory().available
         if needed > 0.8 * available:
             raise OutOfMemory(
                 f"not tried: it would take about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
             )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def explained(work: Callable[..., Any], *arguments: Any) -> Any:

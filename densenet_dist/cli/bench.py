@@ -127,6 +127,5 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
     """Numbers above zero, as an option lists them."""
     for number in text.split(","):
         if not number.strip().isdecimal() or int(number) == 0:
-            example = "64,128,256" if option == "--batch-sizes" else "1,2,4"
-            raise ConfigError(f"{option}: {number!r} is no number above zero; write them as {example}")
+            raise ConfigError(f"{option}: {number!r} is no number above zero; write them as 1,2,4")
     return tuple(map(int, text.split(",")))

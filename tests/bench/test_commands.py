@@ -27,7 +27,7 @@ def rows_of(path):
 def test_mistakes_are_reported_before_anything_is_measured(tmp_path, bench, capsys):
     missing = tmp_path / "missing" / "result.json"
     for command, *arguments, code, reason in (
-        ("data", "quickstart", "--batch-sizes=64,,128", 2, "write them as 64,128,256"),
+        ("data", "quickstart", "--batch-sizes=64,,128", 2, "'' is no number above zero; write them as 1,2,4"),
         ("data", "cifar10_small", f"data.root={tmp_path}", "data.download=false", 4, "cifar-10-batches-bin"),
         ("data", "quickstart", "--out", missing, 5, f"{missing} cannot be written: No such file or directory"),
         ("model", *ON_CPU, "--variants=fast", 2, "there is no 'fast'; choose from reference, compiled, fused, graph"),
