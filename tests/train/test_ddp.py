@@ -99,21 +99,6 @@ def test_ddp_makes_these_buckets(tmp_path, settings):
     assert found["gradient_as_bucket_view"] == 1
 
 
-def before_the_first_step(storage: str) -> tuple[bool, bool, bool]:
-    """Whether building a job on several ranks leaves weights, statistics and generator as they are."""
-    config = tiny(storage, "model.drop_rate=0.2")
-    alone = build_model(config.model, 10, seed=config.seed)
-    state = torch.random.get_rng_state()
-    job = job_of(config)
-    same = all(torch.equal(value, alone.state_dict()[name]) for name, value in job.model.state_dict().items())
-    clean = all(parameter.grad is None for parameter in job.model.parameters())
-    return same, clean, torch.equal(state, torch.random.get_rng_state())
-
-
-def test_settling_the_buckets_leaves_no_trace(tmp_path):
-    assert run_ranks(before_the_first_step, 2, str(tmp_path)) == [(True, True, True)] * 2
-
-
 def interrupted(storage: str, settings: list[str]) -> list[bool]:
     """Steps from a checkpoint in a fresh job, against those that went on."""
     job = rank_job(storage, *settings)
