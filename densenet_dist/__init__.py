@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from densenet_dist.cluster.launch import fit
     from densenet_dist.cluster.result import Result, load_run
-    from densenet_dist.cluster.sweep import SweepResult, tune
+    from densenet_dist.cluster.sweep import tune
     from densenet_dist.config import load_config
     from densenet_dist.inference.classifier import Classifier, load_classifier
     from densenet_dist.inference.exporting import export
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from densenet_dist.report.summary import summary
     from densenet_dist.schema import Config
     from densenet_dist.sweep.definition import load_sweep
+    from densenet_dist.sweep.results import SweepResult
     from densenet_dist.train.evaluation import evaluate
     from densenet_dist.train.network import build_model
 
@@ -51,7 +52,7 @@ _HOMES = {
     "Config": "schema",
     "DenseNet": "model",
     "Result": "cluster.result",
-    "SweepResult": "cluster.sweep",
+    "SweepResult": "sweep.results",
     "build_model": "train.network",
     "evaluate": "train.evaluation",
     "export": "inference.exporting",

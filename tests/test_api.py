@@ -13,7 +13,7 @@ import pytest
 from runs import tiny
 
 import densenet_dist
-from densenet_dist import Result, SweepResult, evaluate, fit, load_config, load_run, summary
+from densenet_dist import Result, SweepResult, evaluate, fit, load_config, load_run, load_sweep, summary
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.sweep.results import Trial
 
@@ -140,7 +140,8 @@ def test_a_sweep_is_a_table_in_a_notebook():
         Trial("trial-000", {"train.lr": 0.1}, "finished", metric=0.5, epochs=2),
         Trial("trial-001", {"train.lr": 3.0}, "failed", cause="loss <is> NaN"),
     ]
-    table = SweepResult("runs/sweep", trials, trials[0], None)._repr_html_()
+    sweep = load_sweep(ROOT / "configs" / "sweep_quickstart.yaml")
+    table = SweepResult(sweep, "runs/sweep", trials, trials[0], None)._repr_html_()
     assert '<tr style="font-weight:bold"><td>trial-000</td><td>finished</td><td>0.5000</td>' in table
     assert "<td>train.lr=0.1</td>" in table
     assert "<td>loss &lt;is&gt; NaN</td>" in table

@@ -102,14 +102,13 @@ def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
 
 def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
     from densenet_dist.cluster.sweep import tune as search
-    from densenet_dist.sweep.ending import SweepEnding
 
     try:
         result = search(sweep, resume=resume, listener=console)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         raise Interrupted(sweep.folder, number, "tune") from None
-    console.finish(SweepEnding(sweep, result.folder, result.trials, result.best, result.ended_by))
+    console.finish(result)
     if result.best is None and result.ended_by is None:
         raise TrainingError(f"no trial of {result.folder} came to its first figure; see their causes above")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
     SWEEP_FILE,
     TRIAL_PREFIX,
+    SweepResult,
     Trial,
     add_epoch,
     best_trial,
@@ -29,37 +30,6 @@ from densenet_dist.train.context import Event
 from densenet_dist.train.lease import hold
 
 _WRITE_EVERY_S = 5.0
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """A sweep's end.
-
-    Attributes:
-        folder: the sweep's, a path or URI.
-        trials: all of them.
-        best: the best one; None where no trial came to its first figure.
-        ended_by: the budget that ended the sweep early; None otherwise.
-    """
-
-    folder: str
-    trials: Sequence[Trial]
-    best: Trial | None
-    ended_by: str | None
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the trials, the best one in bold."""
-        from densenet_dist.pages.render import escape
-        from densenet_dist.sweep.console import figure, shown
-
-        heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))
-        rows = []
-        for trial in self.trials:
-            settings = ", ".join(f"{key}={shown(value)}" for key, value in trial.overrides.items())
-            cells = [trial.name, trial.status, figure(trial.metric), str(trial.epochs), trial.cause or settings]
-            style = ' style="font-weight:bold"' if trial is self.best else ""
-            rows.append(f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-        return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
 
 
 def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> SweepResult:
@@ -111,7 +81,7 @@ def _tune(sweep: Sweep, folder: RunFolder, resume: bool, listener: Callable[[Eve
     record.close("stopped" if ended_by else "interrupted")
     folder.remove("ray")
     write_page(folder, sweep, record.trials)
-    return SweepResult(folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
+    return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
 
 
 def _refuse_used_name(folder: RunFolder) -> None:

@@ -13,8 +13,7 @@ from rich.table import Table
 from densenet_dist.display.console import LastingConsole, print_closing
 from densenet_dist.display.progress_view import packed
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.ending import SweepEnding
-from densenet_dist.sweep.results import Trial, ranked
+from densenet_dist.sweep.results import SweepResult, Trial, ranked
 from densenet_dist.train.context import Event
 
 
@@ -104,11 +103,11 @@ class SweepConsole:
         self._console.print()
         self._console.print(_table(sweep, trials, keys, causes=any(trial.cause for trial in trials)))
 
-    def finish(self, ending: SweepEnding) -> None:
+    def finish(self, result: SweepResult) -> None:
         """All trials, the best of them, where all of it lies, and what can be done with it."""
-        self.table(ending.sweep, ending.trials)
-        title = f"{ending.status}: {ending.sweep.settings.name}"
-        print_closing(self._console, title, ending.figures(), ending.files(), ending.commands())
+        self.table(result.sweep, result.trials)
+        title = f"{result.status}: {result.sweep.settings.name}"
+        print_closing(self._console, title, result.figures(), result.files(), result.commands())
 
 
 def _table(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], *, causes: bool) -> Table:

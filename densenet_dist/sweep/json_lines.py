@@ -7,8 +7,7 @@ from typing import Any
 
 from densenet_dist.display.json_lines import JsonLines, by_key
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.ending import SweepEnding
-from densenet_dist.sweep.results import Trial, ranked
+from densenet_dist.sweep.results import SweepResult, Trial, ranked
 from densenet_dist.train.context import Event
 
 
@@ -31,17 +30,17 @@ class SweepJsonLines(JsonLines):
         elif event["kind"] == "note":
             self.note(event)
 
-    def finish(self, ending: SweepEnding) -> None:
+    def finish(self, result: SweepResult) -> None:
         """The last line of a sweep that came to its end."""
-        settings = ending.sweep.settings
+        settings = result.sweep.settings
         self.emit(
             "end",
-            status=ending.status,
+            status=result.status,
             name=settings.name,
             metric=settings.metric,
-            best=None if ending.best is None else described(ending.best),
-            trials=[described(trial) for trial in ranked(ending.trials, settings.maximise)],
-            files=by_key(ending.files()),
+            best=None if result.best is None else described(result.best),
+            trials=[described(trial) for trial in ranked(result.trials, settings.maximise)],
+            files=by_key(result.files()),
         )
 
     def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:

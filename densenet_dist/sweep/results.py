@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, TypeAlias
@@ -60,6 +61,68 @@ class Trial:
     history: dict[int, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     origin: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep's end; a notebook shows its trials as a table.
+
+    Attributes:
+        sweep: what was searched.
+        folder: the sweep's, a path or URI without a query.
+        trials: all of them.
+        best: the best one; None where no trial came to its first figure.
+        ended_by: the budget that ended it early; None otherwise.
+    """
+
+    sweep: Sweep
+    folder: str
+    trials: Sequence[Trial]
+    best: Trial | None
+    ended_by: str | None
+
+    @property
+    def status(self) -> str:
+        """How it ended, in words."""
+        return self.ended_by or "finished"
+
+    def figures(self) -> dict[str, str]:
+        """What it came to."""
+        count = {status: sum(trial.status == status for trial in self.trials) for status in ("stopped", "failed")}
+        also = "".join(f", {number} {status}" for status, number in count.items() if number)
+        found = {"trials": f"{len(self.trials)}{also}"}
+        if self.best is not None:
+            found["best trial"] = f"{self.best.name}   ({self.sweep.settings.metric} {self.best.metric:.4f})"
+        return found
+
+    def files(self) -> dict[str, str]:
+        """Where to look."""
+        found = {"sweep folder": self.folder, "page": f"{self.folder}/{PAGE_FILE}"}
+        found |= {"results": f"{self.folder}/{RESULTS_FILE}", "table": f"{self.folder}/{TABLE_FILE}"}
+        return found if self.best is None else found | {"best": self._best_file}
+
+    def commands(self) -> dict[str, str]:
+        """What to do next."""
+        train = {} if self.best is None else {"train it again": f"densenet-dist train {shlex.quote(self._best_file)}"}
+        return train | {"TensorBoard": f"tensorboard --logdir {shlex.quote(self.folder)}"}
+
+    @property
+    def _best_file(self) -> str:
+        return "".join((self.folder, "/", BEST_FILE, *self.sweep.settings.storage.partition("?")[1:]))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the trials, the best one in bold."""
+        from densenet_dist.pages.render import escape
+        from densenet_dist.sweep.console import figure, shown
+
+        heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))
+        rows = []
+        for trial in self.trials:
+            settings = ", ".join(f"{key}={shown(value)}" for key, value in trial.overrides.items())
+            cells = [trial.name, trial.status, figure(trial.metric), str(trial.epochs), trial.cause or settings]
+            style = ' style="font-weight:bold"' if trial is self.best else ""
+            rows.append(f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
 
 
 def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bool) -> None:

@@ -17,12 +17,12 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import SweepConsole
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.ending import SweepEnding
 from densenet_dist.sweep.json_lines import SweepJsonLines
 from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,
     TABLE_FILE,
+    SweepResult,
     Trial,
     add_epoch,
     best_trial,
@@ -178,7 +178,7 @@ def test_what_the_console_says(sweep, capsys):
         ):
             console({"kind": "trial", "state": state, "trial": one, "best": best, "all": everyone})
         console({"kind": "note", "text": "a [note]"})
-        console.finish(SweepEnding(sweep, "F" * 200, everyone, last, None))
+        console.finish(SweepResult(sweep, "F" * 200, everyone, last, None))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[:8] == [
         "16 trials, random search, asha, highest val/top1; folder F",
@@ -206,8 +206,7 @@ def test_a_narrow_terminal_gets_whole_words(sweep, tmp_path):
         import sys
         from densenet_dist.sweep.console import SweepConsole
         from densenet_dist.sweep.definition import load_sweep
-        from densenet_dist.sweep.ending import SweepEnding
-        from densenet_dist.sweep.results import Trial
+        from densenet_dist.sweep.results import SweepResult, Trial
         sweep = load_sweep(sys.argv[1])
         trial = Trial("trial-000", {"train.lr": 0.1, "model.num_layers": [1, 1]}, "finished", None, 1, 4, 1.0, 0.5, 3)
         with SweepConsole() as console:
@@ -237,7 +236,7 @@ def test_events_for_a_program(sweep, capsys):
         lines({"kind": "trial", "state": "epoch", "trial": first, "best": first, "all": [first]})
         lines({"kind": "trial", "state": "failed", "trial": failed, "best": first, "all": [first, failed]})
         lines({"kind": "note", "text": "a note"})
-        lines.finish(SweepEnding(sweep, "F", [first, failed], first, None))
+        lines.finish(SweepResult(sweep, "F", [first, failed], first, None))
         raise ConfigError("wrong")
     out, err = capsys.readouterr()
     assert err == "what a library says\n"
