@@ -353,6 +353,9 @@ def test_nothing_leaks(cluster, sweep, trials):
     assert len(ended) >= trials - 4
     assert all(len(epochs_of(Path(result.folder) / trial.name)) == trial.epochs == 1 for trial in ended)
     cluster.assert_all_given_back()
+    before = bytes_of(Path(result.folder) / ended[0].name)
+    assert tune(open_sweep(result.folder), resume=True, listener=list).trials == result.trials, "stopped stays stopped"
+    assert bytes_of(Path(result.folder) / ended[0].name) == before
 
 
 @pytest.mark.nightly

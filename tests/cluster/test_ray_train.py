@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import psutil
@@ -60,6 +57,10 @@ def test_interruption_leaves_no_process(start, number, code):
     run.wait_for("epoch   2/500")
     family = run.descendants()
     assert any("raylet" in process.name() for process in family)
+    pids = {process.pid for process in family}
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in pids]
+    assert len(listening) > 5
+    assert {each.laddr.ip.removeprefix("::ffff:") for each in listening} == {"127.0.0.1"}, "of one's own cluster"
     run.process.send_signal(number)
     assert run.wait(90) == code, run.text()
     assert f"train --resume {run.folder}" in run.text()
@@ -94,24 +95,6 @@ def test_pictures_of_ones_own_by_dali_on_two_workers(start, tmp_path, monkeypatc
     assert chosen.wait() == 0, chosen.text()
     environment = json.loads((chosen.folder / "env.json").read_text())
     assert f"batches are made by {environment['loader']['name']}: " in chosen.text()
-
-
-def test_a_cluster_of_ones_own_listens_on_loopback_alone():
-    script = """
-import json, psutil
-from densenet_dist.cluster.connection import connected
-from densenet_dist.schema import ClusterConfig
-with connected(ClusterConfig()):
-    family = {each.pid for each in [psutil.Process(), *psutil.Process().children(recursive=True)]}
-    ports = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in family]
-    print(json.dumps([each.laddr.ip.removeprefix("::ffff:") for each in ports]))
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    addresses = json.loads(done.stdout)
-    assert len(addresses) > 5
-    assert set(addresses) == {"127.0.0.1"}
 
 
 @pytest.mark.nightly  # tests/train/test_profiling.py has the rest

@@ -150,6 +150,7 @@ def test_resume_after_the_driver_was_killed_is_exact(undisturbed, start_sweep):
             assert found[name][key] == trial[key], (name, key)
 
 
+@pytest.mark.nightly
 def test_interruption_and_what_was_stopped_stays_stopped(start_sweep):
     asha = ("scheduler={name: asha, reduction_factor: 2}", "trials=5", "train.epochs=24")
     run = start_sweep(*asha, name="asha")
