@@ -54,7 +54,9 @@ def submit(
     job, interrupts = None, Interrupts()
     with handled_by(interrupts.hear):
         try:
-            job = prepare(arguments, working_dir, address)
+            prepared = prepare(arguments, working_dir, address)
+            interrupts.check()
+            job = prepared
             code = _run(job, wait, interrupts)
         except KeyboardInterrupt:  # before the job was sent, or a second one
             for number in NUMBERS:
