@@ -68,6 +68,11 @@ class RunFolder:
         """Whether the folder lies on an object store."""
         return self._remote is not None
 
+    @property
+    def location(self) -> str:
+        """The folder as commands take it: on an object store with what its address needs."""
+        return join_location(self.storage, self.name) if self.is_remote else self.uri
+
     def create(self) -> None:
         """Make the folder and prove that it can be written.
 

@@ -68,7 +68,7 @@ def test_pictures(result):
     backend = matplotlib.get_backend()
     curves, confusion = result.plot(), result.plot_confusion()
     assert [axes.get_title() for axes in curves.axes] == ["Accuracy", "Loss"]
-    labels = [line.get_label() for line in curves.axes[0].lines]
+    _, labels = curves.axes[0].get_legend_handles_labels()
     assert labels == ["training", "validation", f"test {result.summary['test/top1'] * 100:.2f} %"]
     counts = [int(text.get_text()) for text in confusion.axes[0].texts]
     assert sum(counts) == 75

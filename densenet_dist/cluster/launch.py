@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from densenet_dist.cluster.result import Result, location_of
+from densenet_dist.cluster.result import Result
 from densenet_dist.cluster.resuming import is_finished, tell_of_changes
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import to_yaml
@@ -70,7 +70,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     resume = resume and run.exists()
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
-        return Result(location_of(run), run.read_json(SUMMARY_FILE))
+        return Result(run.location, run.read_json(SUMMARY_FILE))
     with handled_by():  # a notebook's process lives on
         summary = _train(config, run, resume, listener)
     if _is_writer():
@@ -79,7 +79,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         problem = report_at_end(run)
         if problem is not None:
             listener({"kind": "note", "text": problem, "warning": True})
-    return Result(location_of(run), summary)
+    return Result(run.location, summary)
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder, join_location
+from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 
 if TYPE_CHECKING:
@@ -76,14 +76,15 @@ class Result:
         Raises:
             StorageError: the run has no epochs yet, or they cannot be read.
         """
-        from densenet_dist.report.curves import curves_figure
+        from densenet_dist.report.figures import curves_figure
 
-        records = self._records()
-        if not any("train/loss" in record for record in records):
+        epochs = self.history
+        if not epochs:
             raise StorageError(
                 f"the run {self.run} has no epochs yet, and so nothing to plot\n  wait for the end of its first"
             )
-        return curves_figure(records, self._folder().name)
+        test = next((record for record in reversed(self._records()) if "test/loss" in record), None)
+        return curves_figure(epochs, test, self._folder().name)
 
     def plot_confusion(self, *overrides: str) -> Picture:
         """The confusion matrix of the best checkpoint on the test set.
@@ -168,12 +169,7 @@ def load_run(run: str | Path) -> Result:
     from densenet_dist.train.evaluation import open_run
 
     folder = open_run(run)
-    return Result(location_of(folder), folder.read_json(SUMMARY_FILE))
-
-
-def location_of(folder: RunFolder) -> str:
-    """The folder as commands take it: on an object store with what its address needs."""
-    return join_location(folder.storage, folder.name) if folder.is_remote else folder.uri
+    return Result(folder.location, folder.read_json(SUMMARY_FILE))
 
 
 def _shown(place: str) -> str:

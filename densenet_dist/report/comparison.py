@@ -137,7 +137,7 @@ def _curve(groups: Sequence[Group], roles: Sequence[str], key: str, unit: float,
     middles: list[float] = []
     for role, found in zip(roles, groups, strict=True):
         means = _means(found, key, unit)
-        line(axes, [(epoch, mean.mean) for epoch, mean in means], role)
+        line(axes, [(epoch, mean.mean) for epoch, mean in means], colour(role))
         wide = [(epoch, mean.mean, mean.half) for epoch, mean in means if mean.half is not None]
         if wide:
             low, high = [mean - half for _, mean, half in wide], [mean + half for _, mean, half in wide]

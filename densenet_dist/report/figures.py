@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from densenet_dist.pages.picture import Picture
 
 _SIZE: Final = (3.95, 3.1)
+_RESULTS: Final = (
+    ("top1", "top-1 accuracy (%)", 100.0),
+    ("loss", "cross-entropy (nats)", 1.0),
+    ("top5", "top-5 accuracy (%)", 100.0),
+)
+"""Metric, label and unit."""
+_PRINTED: Final = {"train": "tab:blue", "val": "tab:orange", "test": "tab:red"}
 
 Records = Sequence[dict[str, Any]]
 Points = list[tuple[float, float]]
@@ -30,11 +37,7 @@ Points = list[tuple[float, float]]
 def result_pictures(epochs: Records, test: dict[str, Any] | None) -> tuple[str, ...]:
     """Top-1, loss and top-5 of training and validation over the epochs, the test result as a star."""
     with drawing():
-        return (
-            _result("top1", "top-1 accuracy (%)", 100.0, epochs, test),
-            _result("loss", "cross-entropy (nats)", 1.0, epochs, test),
-            _result("top5", "top-5 accuracy (%)", 100.0, epochs, test),
-        )
+        return tuple(_result(*result, epochs, test) for result in _RESULTS)
 
 
 def progress_pictures(epochs: Records) -> tuple[str, ...]:
@@ -60,30 +63,57 @@ def points_of(epochs: Records, key: str, unit: float) -> Points:
     return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
 
 
+def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Picture:
+    """Top-1 and loss as in `result_pictures`, side by side; ``curves.png``."""
+    from densenet_dist.pages.picture import Picture
+
+    figure = Picture(figsize=(11, 4.2), layout="constrained")
+    for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
+        _draw_result(axes, *result, epochs, test, _PRINTED)
+        axes.set_title(heading)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    return figure
+
+
 def _result(name: str, label: str, unit: float, epochs: Records, test: dict[str, Any] | None) -> str:
     figure = new_figure(*_SIZE)
-    axes = figure.add_subplot()
-    values: list[float] = []
-    for split in ("train", "val"):
-        points = points_of(epochs, f"{split}/{name}", unit)
-        line(axes, points, split)
-        values += [y for _, y in points]
-    key = f"test/{name}"
-    if test is not None and math.isfinite(test.get(key, math.nan)):
-        axes.scatter(test["epoch"], test[key] * unit, s=110, c=colour("test"), marker="*", zorder=4)
-        values.append(test[key] * unit)
-    if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
-        logarithmic(axes)
-    whole_epochs(axes)
-    axes.set(xlabel="epoch", ylabel=label)
+    colours = {role: colour(role) for role in _PRINTED}
+    _draw_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
     return to_svg(figure, f"{label} against epoch")
 
 
-def line(axes: Axes, points: Points, role: str, width: float = 1.8) -> None:
+def _draw_result(
+    axes: Axes,
+    name: str,
+    label: str,
+    unit: float,
+    epochs: Records,
+    test: dict[str, Any] | None,
+    colours: Mapping[str, str],
+) -> None:
+    values: list[float] = []
+    for split, text in (("train", "training"), ("val", "validation")):
+        points = points_of(epochs, f"{split}/{name}", unit)
+        line(axes, points, colours[split], label=text)
+        values += [y for _, y in points]
+    value = math.nan if test is None else test.get(f"test/{name}", math.nan) * unit
+    if test is not None and math.isfinite(value):
+        text = f"test {value:.2f} %" if unit == 100.0 else f"test {value:.3f}"
+        axes.scatter(test["epoch"], value, s=110, c=colours["test"], marker="*", zorder=4, label=text)
+        values.append(value)
+    if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
+        logarithmic(axes)  # one bad epoch must not flatten all the others
+    whole_epochs(axes)
+    axes.set(xlabel="epoch", ylabel=label)
+
+
+def line(axes: Axes, points: Points, color: str, label: str | None = None) -> None:
     """A line, with dots where there are few of them."""
     if points:
         dots = "o" if len(points) < 40 else ""
-        axes.plot(*zip(*points, strict=True), color=colour(role), linewidth=width, marker=dots, markersize=3)
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=dots, markersize=3, label=label)
 
 
 def whole_epochs(axes: Axes) -> None:
@@ -107,7 +137,7 @@ def _progress(places: Sequence[float], epochs: Records, key: str, unit: float, x
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
     points = [(x, r[key] * unit) for x, r in zip(places, epochs, strict=True) if math.isfinite(r.get(key, math.nan))]
-    line(axes, points, "train")
+    line(axes, points, colour("train"))
     values = [y for _, y in points] or [0.0]
     if key == "lr" and min(values) > 0 and max(values) > 100 * min(values):
         logarithmic(axes)

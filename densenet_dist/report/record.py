@@ -13,7 +13,7 @@ from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, METRICS_FILE, SUMMAR
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.evaluation import open_run
-from densenet_dist.train.logs import read_records
+from densenet_dist.train.logs import best_record, read_records
 from densenet_dist.train.results import TestResults, read_test_results
 
 
@@ -47,18 +47,9 @@ class RunRecord:
         return self.folder.name
 
     @property
-    def location(self) -> str:
-        """The folder as commands take it."""
-        _, question, query = self.folder.storage.partition("?")
-        return f"{self.folder.uri}{question}{query}"
-
-    @property
     def best(self) -> dict[str, Any] | None:
         """The record of the epoch that the monitored figure is best in; None without validation."""
-        key = self.config.checkpoint.monitor
-        judged = [record for record in self.epochs if key in record]
-        pick = max if key.endswith("top1") else min
-        return pick(judged, key=lambda record: record[key]) if judged else None
+        return best_record(self.epochs, self.config.checkpoint.monitor)
 
 
 def read_run(run: str | Path | RunFolder) -> RunRecord:

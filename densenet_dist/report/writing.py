@@ -10,8 +10,7 @@ from typing import Final
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.pages.confusion import MOST_CLASSES
 from densenet_dist.report.comparison import comparison_page
-from densenet_dist.report.curves import CURVES_FILE, draw_curves
-from densenet_dist.report.figures import draw_confusion
+from densenet_dist.report.figures import curves_figure, draw_confusion
 from densenet_dist.report.groups import group
 from densenet_dist.report.page import run_page
 from densenet_dist.report.record import RunRecord, read_run
@@ -19,6 +18,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import load_test_results
 
 PAGE_FILE: Final = "report.html"
+CURVES_FILE: Final = "curves.png"
 CONFUSION_FILE: Final = "confusion.png"
 
 
@@ -92,7 +92,7 @@ def _write_into_folder(record: RunRecord) -> str:
 def _draw(record: RunRecord, folder: Path) -> list[str]:
     names, results = [CURVES_FILE], record.results
     try:
-        draw_curves([*record.epochs, *([record.test] if record.test else [])], record.name, folder / CURVES_FILE)
+        curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
         if results is not None and len(results.class_names) <= MOST_CLASSES:
             draw_confusion(results.confusion, results.class_names, record.name, folder / CONFUSION_FILE)
             names.append(CONFUSION_FILE)

@@ -49,35 +49,6 @@ _LAYOUT: Final = {
 """The Custom Scalars tab: TensorBoard puts tags into one chart there alone."""
 
 
-class Results:
-    """The figures of the best epoch so far, for the HPARAMS tab: of all scalars it shows the first five at once.
-
-    Args:
-        monitor: ``val/top1``, the higher the better, or ``val/loss``.
-    """
-
-    def __init__(self, monitor: str) -> None:
-        self._monitor, self._sign = monitor, 1 if monitor.endswith("top1") else -1
-        self._best: dict[str, Any] = {}
-
-    def add(self, record: dict[str, Any]) -> dict[str, float]:
-        """Count a record of metrics.jsonl in.
-
-        Returns:
-            ``best/epoch``, ``best/val_loss``, ``best/val_top1``; for the record of the test ``best/test_...`` instead.
-        """
-        if "test/top1" in record:
-            return {f"best/test_{name}": record[f"test/{name}"] for name in ("loss", "top1")}
-        if self._monitor not in record:
-            return {}
-        if not self._best or self._sign * record[self._monitor] > self._sign * self._best[self._monitor]:
-            self._best = record
-        return {
-            "best/epoch": self._best["epoch"],
-            **{f"best/val_{name}": self._best[f"val/{name}"] for name in ("loss", "top1")},
-        }
-
-
 class Board:
     """The TensorBoard events of one run.
 
@@ -117,7 +88,7 @@ class Board:
 
         Before the first step, so that a run that is stopped or lost is in it too. The settings alone: told what an
         experiment consists of, the tab would believe it, and not put first what differs between its runs. All scalars
-        are metrics to it, in the order of their names; `Results` is there to come first.
+        are metrics to it, in the order of their names; ``best/...`` are there to come first.
         """
         from torch.utils.tensorboard.summary import hparams
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import open_trackers
 from densenet_dist.trackers.tracker import Tracker
-from densenet_dist.train.board import Board, Results
+from densenet_dist.train.board import Board
 
 
 class RunLog:
@@ -29,19 +29,19 @@ class RunLog:
     """
 
     def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
-        self.run, self._results = run, Results(monitor)
+        self.run, self._monitor = run, monitor
         self._trackers: list[Tracker] = []
         self._tell: Callable[[str], None] = lambda text: None
         if run.is_remote and run.exists(METRICS_FILE):
             run.fetch(METRICS_FILE)
-        self._kept, best = self._keep_until(global_step)
+        self._records = self._keep_until(global_step)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
         again = run.exists(TENSORBOARD_FOLDER)
         # A test that was cut off stands at the last epoch's step: that is hidden too, and its epoch shown again.
         self.board = Board(run.path / TENSORBOARD_FOLDER, global_step)
-        if again and self._kept and self._kept[-1]["global_step"] == global_step:
-            self.board.scalars(self._kept[-1] | best, global_step)
+        if again and self._records and self._records[-1]["global_step"] == global_step:
+            self.board.scalars(self._records[-1] | best_scalars(self._records, monitor), global_step)
         self.publish()  # from here on the run's name is taken
 
     def track(self, config: Config, tell: Callable[[str], None]) -> None:
@@ -50,7 +50,7 @@ class RunLog:
         Raises:
             EnvironmentProblem: the package of one is missing here.
         """
-        self._trackers, self._tell = open_trackers(config, self.run, self._kept), tell
+        self._trackers, self._tell = open_trackers(config, self.run, list(self._records)), tell
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
@@ -58,7 +58,8 @@ class RunLog:
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         with open(self.run.path / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.board.scalars(values | self._results.add(values), global_step)
+        self._records.append(line)
+        self.board.scalars(values | best_scalars(self._records, self._monitor), global_step)
         for tracker in self._trackers:
             tracker.add(line)
 
@@ -94,16 +95,31 @@ class RunLog:
             for text in tracker.news():
                 self._tell(text)
 
-    def _keep_until(self, global_step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """The records of steps up to that one, alone on record from here on, and the best figures by then."""
-        path, best = self.run.path / METRICS_FILE, dict[str, float]()
+    def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
+        """The records of steps up to that one; metrics.jsonl holds no others from here on."""
+        path = self.run.path / METRICS_FILE
         if not path.exists():
-            return [], best
+            return []
         kept = [line for line in read_records(path) if line["global_step"] <= global_step and "test/loss" not in line]
         self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
-        for line in kept:
-            best = self._results.add(line)
-        return kept, best
+        return kept
+
+
+def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
+    """The first epoch with the best ``val/top1`` or ``val/loss``; None without validation."""
+    validated = [record for record in records if monitor in record]
+    pick = max if monitor.endswith("top1") else min
+    return pick(validated, key=lambda record: record[monitor]) if validated else None
+
+
+def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, float]:
+    """What TensorBoard's HPARAMS tab shows of the best epoch so far; if the last record is the test's, of the test."""
+    if "test/top1" in records[-1]:
+        return {f"best/test_{name}": records[-1][f"test/{name}"] for name in ("loss", "top1")}
+    best = best_record(records, monitor)
+    if best is None:
+        return {}
+    return {"best/epoch": best["epoch"], **{f"best/val_{name}": best[f"val/{name}"] for name in ("loss", "top1")}}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -112,6 +112,8 @@ class TestResults:
         labels = [label for mistake in self.mistakes for label in (mistake.label, mistake.predicted)]
         if shapes != [(classes, classes), (BINS,), (BINS,), (BINS,)] or not set(labels) <= set(range(classes)):
             raise ValueError("the numbers of classes and bins do not agree")
+        if self.confusion.min(initial=0) < 0 or bins.images.min() < 0:
+            raise ValueError("a number of images is negative")
 
     @property
     def class_accuracy(self) -> Numbers:

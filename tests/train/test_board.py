@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 
 from densenet_dist.schema import ModelConfig
-from densenet_dist.train.board import Board, Results
+from densenet_dist.train.board import Board
 from densenet_dist.train.board_graph import model_graph
+from densenet_dist.train.logs import best_scalars
 from densenet_dist.train.network import build_model
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
@@ -91,14 +92,13 @@ def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anyth
 
 
 def test_the_best_epoch_so_far_is_kept():
-    results = Results("val/loss")
-    assert results.add({"epoch": 1, "train/loss": 3.0}) == {}
-    first = {"epoch": 1, "val/loss": 2.0, "val/top1": 0.5}
-    assert results.add(first) == {"best/epoch": 1, "best/val_loss": 2.0, "best/val_top1": 0.5}
-    assert results.add({"epoch": 2, "val/loss": 2.5, "val/top1": 0.9})["best/epoch"] == 1
-    assert results.add({"epoch": 3, "val/loss": 1.5, "val/top1": 0.4})["best/val_top1"] == 0.4
-    test = results.add({"epoch": 3, "test/loss": 1.0, "test/top1": 0.6, "test/top5": 1.0})
-    assert test == {"best/test_loss": 1.0, "best/test_top1": 0.6}
+    records = [{"epoch": 1, "train/loss": 3.0}]
+    assert best_scalars(records, "val/loss") == {}
+    records += [{"epoch": e, "val/loss": loss, "val/top1": e / 10} for e, loss in ((2, 2.0), (3, 2.5), (4, 2.0))]
+    assert best_scalars(records, "val/loss") == {"best/epoch": 2, "best/val_loss": 2.0, "best/val_top1": 0.2}
+    assert best_scalars(records, "val/top1")["best/epoch"] == 4
+    records.append({"epoch": 4, "test/loss": 1.0, "test/top1": 0.6, "test/top5": 1.0})
+    assert best_scalars(records, "val/loss") == {"best/test_loss": 1.0, "best/test_top1": 0.6}
 
 
 @pytest.mark.parametrize(("variant", "side"), [("notebook", 32), ("densenet_bc", 32), ("densenet121", 64)])

