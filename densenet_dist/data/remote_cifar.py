@@ -7,7 +7,6 @@ folder in its cache; every file is checked against the SHA-256 of the official o
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
 
 from densenet_dist.data import archive, cifar
 from densenet_dist.data.cifar import Arrays, CifarSpec
@@ -15,7 +14,7 @@ from densenet_dist.data.progress import progress_bar
 from densenet_dist.data.store import DataStore, cache_of, locked_cache
 from densenet_dist.errors import DataError
 
-Contents: TypeAlias = tuple[tuple[str, ...], Arrays, Arrays]
+Contents = tuple[tuple[str, ...], Arrays, Arrays]
 """Class names, training and test records, as `cifar.read_folder` gives them."""
 
 

@@ -74,16 +74,6 @@ class TestBatch:
             else:
                 assert batch.targets is None
 
-    def test_black_padding_is_normalised_too(self, kind: str) -> None:
-        """What a crop shows of the padding is black, not the mean."""
-        white = Split(np.full((64, 32, 32, 3), 255, dtype=np.uint8), np.arange(64))
-        images = next(train_loader(kind, white, batch=64, augmentation=Augmentation("crop_flip")).epoch(0)).images
-        for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-            values = images[:, channel].flatten()
-            black, bright = (-mean / std, (1.0 - mean) / std)
-            assert ((values - black).abs().minimum((values - bright).abs()) < 1e-6).all()
-            assert ((values - black).abs() < 1e-6).any()
-
     def test_does_not_touch_the_data(self, kind: str) -> None:
         split = numbered(64)
         before = split.images.copy()

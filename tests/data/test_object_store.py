@@ -14,7 +14,7 @@ from densenet_dist.config import load_config
 from densenet_dist.data import cifar
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
 from densenet_dist.data.store import cache_of
-from densenet_dist.errors import ConfigError, DataError, StorageError
+from densenet_dist.errors import DataError, StorageError
 
 SUPPORT = Path(__file__).parents[1] / "support"
 LOAD = """
@@ -158,11 +158,6 @@ class TestErrors:
         origin.unlink()  # the node has it by now
         publish_dataset("cifar10", store.uri, url=origin.as_uri(), progress=False)
         assert store.names() == {toy.spec.archive}
-
-    def test_an_address_with_credentials(self, toy: Toy) -> None:
-        with pytest.raises(ConfigError, match=r"s3://\.\.\.@bucket/x: .*must not hold credentials") as caught:
-            load_dataset("cifar10", "s3://key:secret@bucket/x")
-        assert "secret" not in str(caught.value)
 
 
 class TestCommands:

@@ -10,7 +10,6 @@ from densenet_dist.data.plan import (
     BatchPlan,
     Stream,
     epoch_order,
-    random_words,
     rank_slice,
     split_indices,
 )
@@ -19,23 +18,11 @@ from densenet_dist.errors import ConfigError
 LABELS = np.arange(1000) % 10
 SIZES = [(1, 64), (64, 64), (71, 64), (72, 64), (1000, 96)]
 
-WORDS = [5683752733477740539, 14118103966592500317]
 SPLIT = "65b98d8fc3568378"
 STRATIFIED = "4717521b493e4c9e"
 TEST_SPLIT = "87826d9dc35f1ec5"
 TEST_STRATIFIED = "17eaa3b474f6620e"
 ORDER = "7f67f07ddf4bfd94"
-STREAMS = {
-    "SPLIT": 1,
-    "ORDER": 2,
-    "AUGMENTATION": 3,
-    "SHAPES": 4,
-    "TEST_SPLIT": 5,
-    "TRIVIAL_AUGMENT": 6,
-    "CUTOUT": 7,
-    "MIX": 8,
-    "RESIZED_CROP": 9,
-}
 
 
 def sha(array: npt.NDArray[np.generic]) -> str:
@@ -45,9 +32,6 @@ def sha(array: npt.NDArray[np.generic]) -> str:
 class TestGolden:
     """What the plan gave when it was first released. A difference here makes every run of old unrepeatable."""
 
-    def test_words(self) -> None:
-        assert random_words(2, seed=7, stream=Stream.ORDER, epoch=3).tolist() == WORDS
-
     def test_split(self) -> None:
         assert sha(split_indices(LABELS, 0.1, 42)[1]) == SPLIT
         assert sha(split_indices(LABELS, 0.1, 42, stratified=True)[1]) == STRATIFIED
@@ -56,9 +40,6 @@ class TestGolden:
         stream = Stream.TEST_SPLIT
         assert sha(split_indices(LABELS, 0.1, 42, stream=stream)[1]) == TEST_SPLIT
         assert sha(split_indices(LABELS, 0.1, 42, stratified=True, stream=stream)[1]) == TEST_STRATIFIED
-
-    def test_stream_numbers(self) -> None:
-        assert {stream.name: stream.value for stream in Stream} == STREAMS
 
     def test_order(self) -> None:
         assert sha(epoch_order(np.arange(50_000), 42, 7)) == ORDER
@@ -79,12 +60,6 @@ class TestSplit:
         labels = np.repeat([0, 1, 2], [70, 20, 10])
         _, val = split_indices(labels, 0.25, 0, stratified=True)
         assert np.bincount(labels[val]).tolist() == [18, 5, 2]  # of 17.5, 5, 2.5: ties to the lower class
-
-    def test_streams_choose_differently(self) -> None:
-        """A test part held out by the same seed says nothing of the validation part: they share a tenth by chance."""
-        val, test = (split_indices(LABELS, 0.1, 3, stream=stream)[1] for stream in (Stream.SPLIT, Stream.TEST_SPLIT))
-        assert len(test) == 100
-        assert 0 < len(np.intersect1d(val, test)) < 25
 
     @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
     def test_fraction_out_of_range(self, fraction: float) -> None:
