@@ -126,19 +126,19 @@ def extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: st
     """
     seen = set()
 
-    def official(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None:
-        """The member as it is to be written: by the name of an official file; None for all others."""
-        member = tarfile.data_filter(member, destination)  # refuses devices, and what leads out of the folder
-        folder, _, name = member.name.partition("/")
-        seen.add(member.name)
-        if folder != spec.folder or name not in spec.members or not member.isreg():
-            return None
-        return member.replace(name=name, mtime=0, mode=0o644, deep=False)
+    def official(tar: tarfile.TarFile, destination: Path) -> Iterator[tarfile.TarInfo]:
+        """The members to extract, renamed to the official files that they are."""
+        for member in tar:
+            tarfile.data_filter(member, str(destination))  # refuses devices and what leads out, wanted or not
+            seen.add(member.name)
+            folder, _, name = member.name.partition("/")
+            if folder == spec.folder and name in spec.members and member.isreg():
+                yield member.replace(name=name, mtime=0, mode=0o644, deep=False)
 
     with appearing(root / spec.folder) as aside:
         try:
             with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-                tar.extractall(aside, filter=official)
+                tar.extractall(aside, official(tar, aside), filter="data")
         except tarfile.FilterError as error:
             raise DataError(
                 f"{source} is not safe to extract: {error}; nothing was extracted. "

@@ -12,7 +12,7 @@ from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request, build_opener
 
 from densenet_dist.data.progress import Advance, progress_bar
 from densenet_dist.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ class _TooLarge(Exception):
 
 def _transfer(url: str, target: Path, limit: int, advance: Advance) -> None:
     request = Request(url, headers={"User-Agent": "densenet-dist"})
-    with urlopen(request, timeout=_TIMEOUT_S) as response, open(target, "wb") as file:
+    with build_opener().open(request, timeout=_TIMEOUT_S) as response, open(target, "wb") as file:
         declared = response.headers["Content-Length"]
         total = int(declared) if declared is not None and declared.isdecimal() else None
         received = 0
