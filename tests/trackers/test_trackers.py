@@ -14,7 +14,7 @@ from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.display.ending import Ending
-from densenet_dist.errors import ConfigError, EnvironmentProblem
+from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.trackers.tracker import without_secrets
 from densenet_dist.train.logs import read_records
 
@@ -39,19 +39,17 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("densenet_dist.trackers.tracker._CUT_OFF_S", 120.0)
 
 
-def told(config, **how) -> list[str]:
+def told(config) -> list[str]:
     """Train; what was noted."""
     notes: list[str] = []
-    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]), **how)
+    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
     return notes
 
 
-def cut_after(epoch: int, config, notes: list[str] | None = None) -> None:
+def cut_after(epoch: int, config) -> None:
     """Train until an epoch is over, and stop as Ctrl-C does."""
 
     def listener(event: dict[str, Any]) -> None:
-        if event["kind"] == "note" and notes is not None:
-            notes.append(event["text"])
         if event["kind"] == "epoch" and event["epoch"] == epoch:
             raise KeyboardInterrupt
 
@@ -101,25 +99,16 @@ def test_a_run_without_a_server_is_trained_all_the_same_and_sent_later(mlflow_se
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MARKER)
 
     gone = f"http://127.0.0.1:{free_port()}"
-    config = tiny(tmp_path, "train.epochs=2", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={gone}")
-    cut_after(1, config)
+    config = tiny(tmp_path, "train.epochs=1", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={gone}")
+    (note,) = [note for note in told(config) if "MLflow" in note]
+    assert "MLflow cannot be reached; training goes on" in note
+    (run_of(config).path / "summary.json").unlink()  # it is to go on
     later = tiny(tmp_path, "train.epochs=2", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={mlflow_server}")
     told(later)
     client = MlflowClient(mlflow_server)
     runs = client.search_runs([client.get_experiment_by_name("densenet-dist").experiment_id])
     (run,) = (run for run in runs if run.data.tags["densenet_dist.folder"] == run_of(config).uri)
     assert [point.step for point in client.get_metric_history(run.info.run_id, "val/loss")] == [5, 10]
-
-
-@needs_mlflow
-def test_a_server_that_never_answers_costs_a_note(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    gone = f"http://127.0.0.1:{free_port()}"
-    config = tiny(tmp_path, "train.epochs=1", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={gone}")
-    notes = [note for note in told(config) if "MLflow" in note]
-    assert len(notes) == 1
-    assert "MLflow cannot be reached; training goes on" in notes[0]
-    assert json.loads((run_of(config).path / "summary.json").read_text())["status"] == "finished"
 
 
 @needs_wandb
@@ -161,29 +150,17 @@ def test_without_a_key_nobody_is_asked(tmp_path, monkeypatch):
     assert [note for note in notes if "W&B cannot be reached" in note and "set WANDB_API_KEY" in note]
 
 
-@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
-def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch, name, package):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else real(asked))
-    with pytest.raises(EnvironmentProblem, match=rf"log\.{name}.*\n  pip install {package} ") as caught:
-        launch(tiny(tmp_path, f"log.{name}.enabled=true"), listener=lambda event: None)
-    assert caught.value.exit_code == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_mlflow
-def test_mlflow_wants_to_know_where(tmp_path, monkeypatch):
+def test_what_is_missing_is_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(EnvironmentProblem, match="MLFLOW_TRACKING_URI"):
         launch(tiny(tmp_path, "log.mlflow.enabled=true"), listener=lambda event: None)
-
-
-def test_an_address_may_hold_no_password(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"log\.mlflow\.tracking_uri: holds credentials.*MLFLOW_TRACKING_PASS"
-    ) as error:
-        tiny(tmp_path, f"log.mlflow.tracking_uri=http://me:{MARKER}@host")
-    assert MARKER not in str(error.value)
+    real = importlib.util.find_spec
+    for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda asked, n=name: None if asked == n else real(asked))
+        with pytest.raises(EnvironmentProblem, match=rf"log\.{name}.*\n  pip install {package} ") as caught:
+            launch(tiny(tmp_path, f"log.{name}.enabled=true"), listener=lambda event: None)
+        assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_messages_tell_no_secret(monkeypatch):
