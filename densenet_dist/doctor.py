@@ -25,13 +25,11 @@ class Finding:
     """The outcome of one check.
 
     Attributes:
-        name: what was looked at.
         state: ok; note (it works, but you should know); bad (it cannot work).
         text: what was found.
         hint: what to do about it.
     """
 
-    name: str
     state: str
     text: str
     hint: str = ""
@@ -40,34 +38,45 @@ class Finding:
 def examine(config: Config, console: Console | None = None) -> bool:
     """Run every check, print a table, and return whether the job can be done."""
     console = console or Console(highlight=False)
-    findings = []
-    checks = [_python, _torch, _gpus, _block, _dali, _ray, _storage, _data]
+    checks = {
+        **{"machine": _python, "torch": _torch, "GPUs": _gpus, "fused block": _block, "DALI": _dali, "Ray": _ray},
+        **{"storage": _storage, "data": _data},
+    }
     if config.log.wandb.enabled or config.log.mlflow.enabled:
-        checks.append(_trackers)
-    for check in checks:
-        try:
-            findings.append(check(config))
-        except Exception as error:  # a check that breaks is a finding, not the end of the others
-            findings.append(Finding(check.__name__.strip("_"), "bad", f"{type(error).__name__}: {error}"))
+        checks["loggers"] = _trackers
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
-    for finding in findings:
+    bad = []
+    for name, check in checks.items():
+        try:
+            finding = check(config)
+        except DenseNetDistError as error:
+            finding = _failed(error)
+        except Exception as error:  # a check that breaks is a finding, not the end of the others
+            finding = Finding("bad", f"{type(error).__name__}: {error}")
         # As text: a folder's name may look like Rich's own markup.
-        table.add_row(marks[finding.state], finding.name, Text(finding.text))
+        table.add_row(marks[finding.state], name, Text(finding.text))
         if finding.hint:
             table.add_row("", "", Text(f"-> {finding.hint}"))
+        if finding.state == "bad":
+            bad.append(name)
     console.print(table)
-    bad = [finding.name for finding in findings if finding.state == "bad"]
     console.print(f"\ncannot do the job: {', '.join(bad)}" if bad else "\nready")
     return not bad
 
 
+def _failed(error: DenseNetDistError, state: str = "bad") -> Finding:
+    """What an error says: first what is wrong, then how to mend it."""
+    what, *ways = str(error).splitlines()
+    return Finding(state, what, " ".join(map(str.strip, ways)))
+
+
 def _python(config: Config) -> Finding:
     version = package_version("densenet-dist") or "not installed"
-    return Finding("machine", "ok", f"densenet-dist {version}, Python {platform.python_version()}, {cpu_name()}")
+    return Finding("ok", f"densenet-dist {version}, Python {platform.python_version()}, {cpu_name()}")
 
 
 def _torch(config: Config) -> Finding:
@@ -76,9 +85,9 @@ def _torch(config: Config) -> Finding:
     try:
         vision = importlib.import_module("torchvision").__version__
     except (ImportError, RuntimeError) as error:
-        return Finding("torch", "bad", f"torch {torch.__version__}; torchvision does not import: {error}",
+        return Finding("bad", f"torch {torch.__version__}; torchvision does not import: {error}",
                        "install torch and torchvision of the same build: make setup")  # fmt: skip
-    return Finding("torch", "ok", f"torch {torch.__version__}, torchvision {vision}, CUDA {torch.version.cuda}")
+    return Finding("ok", f"torch {torch.__version__}, torchvision {vision}, CUDA {torch.version.cuda}")
 
 
 def _gpus(config: Config) -> Finding:
@@ -87,12 +96,12 @@ def _gpus(config: Config) -> Finding:
     driver, _ = driver_versions()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return Finding("GPUs", "ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
+        return Finding("ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
     text = "no GPU" if driver is None else f"driver {driver} is there, but torch cannot use a GPU"
     hint = f"update the driver to one that knows CUDA {torch.version.cuda}" if driver else ""
     if config.cluster.device == "cuda" and not (config.cluster.address or (config.cluster.engine == "ray" and driver)):
-        return Finding("GPUs", "bad", text, hint or "train on the CPU with cluster.device=cpu")
-    return Finding("GPUs", "note", text + "; training runs on the CPU", hint)
+        return Finding("bad", text, hint or "train on the CPU with cluster.device=cpu")
+    return Finding("note", text + "; training runs on the CPU", hint)
 
 
 def _block(config: Config) -> Finding:
@@ -103,10 +112,8 @@ def _block(config: Config) -> Finding:
     device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
     if (reason := unavailable(device)) is not None:
         hint = "install a C++ compiler (Debian: apt install g++)" if device == "cpu" else "install Triton: make setup"
-        return Finding("fused block", "note", f"{reason}; the reference form of the dense block is used", hint)
-    return Finding(
-        "fused block", "ok", "kernels in Triton" if device == "cuda" else "kernels in C++, built for this CPU"
-    )
+        return Finding("note", f"{reason}; the reference form of the dense block is used", hint)
+    return Finding("ok", "kernels in Triton" if device == "cuda" else "kernels in C++, built for this CPU")
 
 
 def _dali(config: Config) -> Finding:
@@ -114,28 +121,27 @@ def _dali(config: Config) -> Finding:
 
     if not dali_installed():
         state = "bad" if config.data.loader == "dali" else "note"
-        return Finding("DALI", state, "not installed; torch makes the batches", f"pip install {DALI_PACKAGE}")
+        return Finding(state, "not installed; torch makes the batches", f"pip install {DALI_PACKAGE}")
     device = torch.device("cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu")
     try:
         require_dali(device, decoding=config.data.name == "folder")
     except EnvironmentProblem as error:
-        what, *ways = str(error).splitlines()
-        return Finding("DALI", "bad" if config.data.loader == "dali" else "note", what, " ".join(map(str.strip, ways)))
-    return Finding("DALI", "ok", f"{dali_version()}, on the {'GPU' if device.type == 'cuda' else 'CPU'}")
+        return _failed(error, "bad" if config.data.loader == "dali" else "note")
+    return Finding("ok", f"{dali_version()}, on the {'GPU' if device.type == 'cuda' else 'CPU'}")
 
 
 def _ray(config: Config) -> Finding:
     version = package_version("ray")
     if version is None:
-        return Finding("Ray", "bad" if config.cluster.engine == "ray" else "note", "not installed",
+        return Finding("bad" if config.cluster.engine == "ray" else "note", "not installed",
                        "pip install 'ray[default,train,tune]', or cluster.engine=local")  # fmt: skip
     if config.cluster.engine == "local":
-        return Finding("Ray", "ok", f"{version}, not used (cluster.engine=local)")
+        return Finding("ok", f"{version}, not used (cluster.engine=local)")
     from densenet_dist.cluster.connection import survey
 
     resources, where = survey(config)
     shown = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
-    return Finding("Ray", "ok", f"{version}, {where}: {shown}")
+    return Finding("ok", f"{version}, {where}: {shown}")
 
 
 def _storage(config: Config) -> Finding:
@@ -143,15 +149,12 @@ def _storage(config: Config) -> Finding:
 
     run = RunFolder(config.storage, f".doctor-{uuid.uuid4().hex[:8]}")
     existed = run.is_remote or Path(config.storage).exists()
-    try:
-        run.create()
-    except DenseNetDistError as error:
-        return Finding("storage", "bad", str(error).splitlines()[0], "choose another place with storage=PATH_OR_URI")
+    run.create()
     run.remove("")
     if not existed:
         with suppress(OSError):
             Path(config.storage).rmdir()
-    return Finding("storage", "ok", f"{config.storage} can be written")
+    return Finding("ok", f"{config.storage} can be written")
 
 
 def _data(config: Config) -> Finding:
@@ -160,7 +163,7 @@ def _data(config: Config) -> Finding:
 
     name, root = config.data.name, config.data.root
     if name in GENERATED:
-        return Finding("data", "ok", f"{name} is generated when used")
+        return Finding("ok", f"{name} is generated when used")
     if is_uri(root):
         return _data_on_store(config)
     try:
@@ -168,22 +171,18 @@ def _data(config: Config) -> Finding:
     except DenseNetDistError as error:
         text = str(error).splitlines()[0]
         if name == "folder":
-            return Finding("data", "bad", text, f"more about it: densenet-dist data prepare folder --root {root}")
+            return Finding("bad", text, f"more about it: densenet-dist data prepare folder --root {root}")
         if config.data.download and not any(Path(root).glob("cifar*")):
-            return Finding("data", "note", f"{name} is not in {root}; it will be downloaded", "")
-        return Finding("data", "bad", text, f"densenet-dist data prepare {name} --root {root}")
-    return Finding("data", "ok", f"{folder} can be used" if name == "folder" else f"{name} is complete in {folder}")
+            return Finding("note", f"{name} is not in {root}; it will be downloaded", "")
+        return Finding("bad", text, f"densenet-dist data prepare {name} --root {root}")
+    return Finding("ok", f"{folder} can be used" if name == "folder" else f"{name} is complete in {folder}")
 
 
 def _trackers(config: Config) -> Finding:
     """Whether W&B and MLflow can be used, as far as that can be seen without asking their servers."""
     from densenet_dist.trackers.opening import require_trackers
 
-    try:
-        require_trackers(config)
-    except EnvironmentProblem as error:
-        what, *ways = str(error).splitlines()
-        return Finding("loggers", "bad", what, " ".join(map(str.strip, ways)))
+    require_trackers(config)
     found = []
     if config.log.mlflow.enabled:
         found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
@@ -195,8 +194,8 @@ def _trackers(config: Config) -> Finding:
             require_key()
         except PermissionError as error:
             what, _, way = str(error).partition(": ")
-            return Finding("loggers", "note", f"{', '.join(found)}; W&B has {what}", way)
-    return Finding("loggers", "ok", ", ".join(found))
+            return Finding("note", f"{', '.join(found)}; W&B has {what}", way)
+    return Finding("ok", ", ".join(found))
 
 
 def _data_on_store(config: Config) -> Finding:
@@ -206,14 +205,10 @@ def _data_on_store(config: Config) -> Finding:
     from densenet_dist.data.store import DataStore, locked_cache
 
     name, root = config.data.name, config.data.root
-    try:
-        if config.data.download and name != "folder":
-            store = DataStore(root)
-            if not remote_cifar.find(cifar.SPECS[name], store):
-                text = f"{name} is not in {store.place}; it will be downloaded, once, and put there"
-                return Finding("data", "note", text)
-        found = publish_dataset(name, root, download=False, progress=False)
-        with locked_cache(root) as entry:
-            return Finding("data", "ok", f"{found}; this node takes it into {entry}")
-    except DenseNetDistError as error:
-        return Finding("data", "bad", str(error).splitlines()[0])
+    if config.data.download and name != "folder":
+        store = DataStore(root)
+        if not remote_cifar.find(cifar.SPECS[name], store):
+            return Finding("note", f"{name} is not in {store.place}; it will be downloaded, once, and put there")
+    found = publish_dataset(name, root, download=False, progress=False)
+    with locked_cache(root) as entry:
+        return Finding("ok", f"{found}; this node takes it into {entry}")

@@ -1,8 +1,6 @@
 """Merging, validating and writing configurations."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,30 +52,23 @@ def test_a_list_is_replaced_not_extended():
 
 def test_keys_may_be_nested_or_dotted(tmp_path):
     path = write(tmp_path / "c.yaml", "train.lr: 1e-3\ntrain: {epochs: 2, optimizer.name: adam}\n")
-    for source in (path, {"train.lr": 0.001, "train": {"epochs": 2, "optimizer.name": "adam"}}):
+    mapping = {"train.lr": 0.001, "train": {"epochs": 2, "optimizer.name": "adam"}}
+    for source in (path, mapping):
         config = load_config(source, "train.optimizer.nesterov=false")
         assert (config.train.lr, config.train.epochs, config.train.optimizer.name) == (0.001, 2, "adam")
         assert config.train.optimizer.nesterov is False
-
-
-def test_sources_are_not_changed():
-    override = {"train": {"lr": 0.5}}
-    load_config(override, "train.epochs=2")
-    assert override == {"train": {"lr": 0.5}}
+    assert mapping["train"] == {"epochs": 2, "optimizer.name": "adam"}  # sources are not changed
 
 
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
         ("train.lr=1e-3", "train.lr", 0.001),
-        ("train.lr=.5e-1", "train.lr", 0.05),
         ("train.lr=1", "train.lr", 1.0),
         ("train.epochs = 3", "train.epochs", 3),
         ("train.compile=true", "train.compile", True),
-        ("train.ema_decay=null", "train.ema_decay", None),
         ("train.ema_decay=", "train.ema_decay", None),
         ("model.num_layers=[2, 3]", "model.num_layers", (2, 3)),
-        ("cluster.workers=auto", "cluster.workers", "auto"),
         ("cluster.workers={min: 1, max: 4}", "cluster.workers", WorkerRange(1, 4)),
         ("data.root=/a=b", "data.root", "/a=b"),
         ("data.root=1e-3x", "data.root", "1e-3x"),
@@ -141,7 +132,7 @@ def test_every_field_is_described():
     assert len(dict(fields(Config))) > 60  # the walk went down
 
 
-# What is refused: values
+# What is refused: values and keys
 
 
 @pytest.mark.parametrize(
@@ -151,50 +142,29 @@ def test_every_field_is_described():
         ("train.lr=0", "train.lr: Input should be greater than 0; got 0 (int)"),
         ("train.lr=.nan", "train.lr: Input should be a finite number; got nan (float)"),
         ("train.lr=true", "train.lr: Input should be a valid number; got True (bool)"),
-        ("train.lr='0.1'", "train.lr: Input should be a valid number; got '0.1' (str)"),
         ("train.epochs=2.0", "train.epochs: Input should be a valid integer; got 2.0 (float)"),
-        ("train.epochs=null", "train.epochs: Input should be a valid integer; got null"),
         ("train.compile=1", "train.compile: Input should be a valid boolean; got 1 (int)"),
         ("data.name=mnist", "data.name: Input should be 'shapes', 'cifar10', 'cifar100' or 'folder'; got 'mnist'"),
         ("cluster.workers=two", "cluster.workers: Input should be a valid integer or an object or 'auto'; got 'two'"),
-        ("cluster.workers={min: 1}", "cluster.workers.max: Field required; got {'min': 1} (dict)"),
         ("cluster.workers={min: 1, x: 1, max: 2}", "cluster.workers.x: Unexpected keyword argument; got 1 (int)"),
         ("model.num_layers=x", "model.num_layers: Input should be a valid integer or a valid array; got 'x' (str)"),
         ("model.num_layers=[2, 0]", "model.num_layers[1]: Input should be greater than or equal to 1; got 0 (int)"),
         ("train.optimizer.betas=[0.9]", "train.optimizer.betas[1]: Field required; got [0.9] (list)"),
-        ("model.growth_rate.x=1", "model.growth_rate: Input should be a valid integer; got {'x': 1} (dict)"),
         ("name=../up", "name: String should match pattern"),
         ("train.optimizer=adam", "train.optimizer: holds 'adam' (str), but is a group of settings: name, momentum"),
         ("train=null", "train: holds null, but is a group of settings: epochs,"),
-    ],
-)
-def test_a_wrong_value_is_one_line_with_its_key_what_it_may_be_and_what_it_is(setting, problem):
-    said = message(setting)
-    assert said.startswith(problem)
-    assert "\n" not in said
-
-
-def test_a_long_value_is_shown_in_part():
-    assert len(message(f"train.epochs={'x' * 1000}")) < 120
-
-
-# What is refused: keys
-
-
-@pytest.mark.parametrize(
-    ("setting", "problem"),
-    [
         ("train.epoch=3", "train.epoch: unknown key; did you mean train.epochs?"),
         ("trian.epochs=3", "trian: unknown key; did you mean train?"),
         ("lr=3", "lr: unknown key; did you mean train.lr?"),
-        ("optimizer.name=adam", "optimizer: unknown key; did you mean train.optimizer?"),
         ("data.zzz=1", "data.zzz: unknown key; known here: name, root, download,"),
         ("zzz=1", "zzz: unknown key; known here: name, storage, seed, model,"),
         ("=1", "'=1' has no key before its ="),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_known_one(setting, problem):
-    assert message(setting).startswith(problem)
+def test_what_is_wrong_is_one_line_with_its_key_and_a_suggestion(setting, problem):
+    said = message(setting)
+    assert said.startswith(problem)
+    assert "\n" not in said
 
 
 def test_all_problems_are_listed_at_once():
@@ -213,7 +183,6 @@ def test_all_problems_are_listed_at_once():
     "case",
     [
         ("data.val_fraction: 0 leaves nothing", "data.val_fraction=0", "train.early_stopping.enabled=true"),
-        ("data.val_fraction: 0 leaves nothing", "data.val_fraction=0", "train.schedule.name=plateau"),
         ("train.schedule.milestones: must rise", "train.schedule.name=multistep", "train.schedule.milestones=[2,2]"),
         ("train.schedule.warmup_epochs: 3 is the whole", "train.epochs=3", "train.schedule.warmup_epochs=3"),
         ("train.schedule.warmup_epochs: one_cycle", "train.schedule.name=one_cycle", "train.schedule.warmup_epochs=1"),
@@ -248,10 +217,8 @@ def test_settings_that_are_not_used_are_not_held_against_others():
         ("train: {lr: 1, lr: 2}", "'lr' stands here a second time"),
         ("1: a\n'1': b", "'1' stands here a second time"),
         ("? [a, b]\n: 1", "a key must be a single word"),
-        ("train: {lr: 1", "is not valid YAML"),
         ("- train", "holds a list; it must hold keys and values"),
         ("name: !!python/object/apply:os.system ['touch ran']", "is not valid YAML"),
-        ("name: !custom x", "is not valid YAML"),
         ("a: 1\n---\na: 2", "is not valid YAML"),
         ("name: 2026-13-01", "cannot be understood"),
         ("train: &again {lr: *again}", "cannot be understood"),
@@ -274,16 +241,11 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):
     assert message(tmp_path / "no" / "x.yaml") == f"there is no config file {tmp_path}/no/x.yaml"
 
 
-def test_a_folder_or_bytes_are_no_config(tmp_path):
+def test_what_cannot_be_read_is_no_config(tmp_path):
     assert "cannot be read" in message(tmp_path)
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00name")
     assert "cannot be read" in message(tmp_path / "c.yaml")
-
-
-def test_a_value_that_is_not_yaml_is_refused():
-    said = message("train.epochs=[1, 2")
-    assert "is not valid YAML" in said
-    assert "train.epochs" in said
+    assert message("train.epochs=[1, 2").startswith("the value in 'train.epochs=[1, 2' is not valid YAML")
 
 
 def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path):
@@ -295,9 +257,3 @@ def test_the_configuration_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
     assert {config: 1}[load_config("train.schedule.milestones=[1, 2]")] == 1
-
-
-def test_importing_the_package_and_its_config_is_light():
-    code = "import sys, densenet_dist, densenet_dist.config; print([m for m in ('torch', 'ray') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

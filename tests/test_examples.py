@@ -15,7 +15,7 @@ SMALL = ["data.image_size=16", "train.epochs=1", "train.global_batch_size=8", "m
 
 
 def _script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
@@ -33,6 +33,3 @@ def test_pictures_of_ones_own(tmp_path):
     assert "runs/my-dataset/report.html" in done.stdout
     assert "validation: {'loss'" in done.stdout
     assert (tmp_path / "runs" / "my-dataset" / "confusion.png").exists()
-    again = _script("my_dataset.py", "photos", *SMALL, "data.loader=torch", cwd=tmp_path)
-    assert "finished already" in again.stdout
-    assert "Trains on pictures of your own" in _script("my_dataset.py", cwd=tmp_path).stderr

@@ -161,7 +161,7 @@ def load_classifier(
         StorageError, CheckpointError, EnvironmentProblem: as their names say.
         DataError: an old run does not tell its classes, and its data set is not there.
     """
-    file = exported_file(path)
+    file = _exported_file(path)
     if file is None:
         trained = open_trained(path, checkpoint=checkpoint, device=device)
         return _on(trained.device, trained.header, trained.network, str(path), lambda: trained.autocast)
@@ -171,21 +171,34 @@ def load_classifier(
 def open_exported(file: Path, device: Device = "auto", origin: str | None = None) -> Classifier:
     """The net in an exported file; arguments and errors as for `load_classifier`."""
     origin = origin or str(file)
-    kind = _kind_of(file)
-    if kind == "onnx":
-        from densenet_dist.inference import onnx_format
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if start.startswith(b"PK") or file.suffix == ".pt2":
+        raise CheckpointError(
+            f"{file} is a program for PyTorch alone, which is not read here\n"
+            "  name the run, or export it as safetensors; torch.export.load runs it, if you trust the file"
+        )
+    if start[8:9] == b"{":
+        from densenet_dist.inference import safetensors_format
 
-        if device == "cuda":
-            raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
-        header, session = onnx_format.read(file)
-        return Classifier(header, session, origin, torch.device("cpu"))
-    from densenet_dist.inference import safetensors_format
+        header, network = safetensors_format.read(file)
+        return _on(device_of(device), header, network, origin, nullcontext)
+    if file.suffix != ".onnx":
+        raise CheckpointError(
+            f"{file} is no exported net: name a run's folder, or a .safetensors or .onnx file of densenet-dist export"
+        )
+    if device == "cuda":
+        raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
+    from densenet_dist.inference import onnx_format
 
-    header, network = safetensors_format.read(file)
-    return _on(device_of(device), header, network, origin, nullcontext)
+    header, session = onnx_format.read(file)
+    return Classifier(header, session, origin, torch.device("cpu"))
 
 
-def exported_file(path: str | Path) -> Path | None:
+def _exported_file(path: str | Path) -> Path | None:
     """The exported file of that name, taken from an object store first; None where it is to be a run."""
     text = str(path)
     if is_uri(text):
@@ -211,27 +224,6 @@ def _fetched(uri: str) -> Path:
     except OSError as error:
         raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
     return local
-
-
-def _kind_of(file: Path) -> str:
-    """The format of a file, by its first bytes."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(16)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK") or file.suffix == ".pt2":
-        raise CheckpointError(
-            f"{file} is a program for PyTorch alone, which is not read here\n"
-            "  name the run, or export it as safetensors; torch.export.load runs it, if you trust the file"
-        )
-    if start[8:9] == b"{":
-        return "safetensors"
-    if file.suffix == ".onnx":
-        return "onnx"
-    raise CheckpointError(
-        f"{file} is no exported net: name a run's folder, or a .safetensors or .onnx file of densenet-dist export"
-    )
 
 
 def _on(

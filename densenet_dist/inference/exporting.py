@@ -96,7 +96,8 @@ def export(
         CheckpointError: a float32 file differs from the run's net by more than `LARGEST_DIFFERENCE`; it is not kept.
         StorageError, DataError, EnvironmentProblem: as their names say.
     """
-    _require_possible(format, precision)
+    if precision == "bf16" and format == "onnx":
+        raise ConfigError("onnxruntime has no bf16 convolutions for CPUs: use fp32 with onnx, or another format")
     trained = open_trained(run, checkpoint=checkpoint, device="cpu", block="reference", overrides=overrides)
     path = _path(out, trained.config.name, format, precision)
     header = dataclasses.replace(trained.header, precision=precision)
@@ -109,23 +110,18 @@ def export(
             # Opened once more, in its own form: writing changes it.
             original = open_trained(run, checkpoint=checkpoint, device="cpu", overrides=overrides)
             found = compare(beside, header, format, original, dataset)
-            _require_close(found, precision, path)
+            # A NaN is no small difference either.
+            if precision == "fp32" and not found.largest <= LARGEST_DIFFERENCE:
+                raise CheckpointError(
+                    f"{path} is not kept: its logits differ from those of the run by up to {found.largest:.2g}, more "
+                    f"than {LARGEST_DIFFERENCE:g}\n  write it all the same with --no-check"
+                )
         os.replace(beside, path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
     return Exported(path, format, header, path.stat().st_size, found)
-
-
-def _require_possible(format: str, precision: str) -> None:
-    """Whether there is such a file.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if precision == "bf16" and format == "onnx":
-        raise ConfigError("onnxruntime has no bf16 convolutions for CPUs: use fp32 with onnx, or another format")
 
 
 def compare(file: Path, header: Header, format: Format, trained: Trained, dataset: Dataset) -> Check:
@@ -182,15 +178,6 @@ def _write(format: Format, trained: Trained, header: Header, path: Path) -> None
 
         onnx_format.imported("onnxruntime")
         onnx_format.write(trained.network, header, path)
-
-
-def _require_close(check: Check, precision: Precision, path: Path) -> None:
-    # A NaN is no small difference either.
-    if precision == "fp32" and not check.largest <= LARGEST_DIFFERENCE:
-        raise CheckpointError(
-            f"{path} is not kept: its logits differ from those of the run by up to {check.largest:.2g}, more than "
-            f"{LARGEST_DIFFERENCE:g}\n  write it all the same with --no-check"
-        )
 
 
 def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:

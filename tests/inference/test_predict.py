@@ -91,26 +91,17 @@ def test_kinds_of_pictures(tmp_path, photo):
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     photo.quantize(256).save(tmp_path / "a.gif")
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
-    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.tiff", exif=turned)
     wanted = prepare(tmp_path / "a.png", 32, 1.0)
     assert wanted.shape == (3, 32, 32)
     tolerance = {"a.jpg": 3, "cmyk.jpg": 8, "a.gif": 16}
     for file in sorted(tmp_path.iterdir()):
         found = prepare(file, 32, 1.0)
         assert (found - wanted).abs().max() <= tolerance.get(file.name, 0), file.name
+    grey = np.asarray(photo.convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert torch.equal(prepare(tmp_path / "16.png", 32, 1.0), prepare(grey, 32, 1.0))
     for given in (photo, np.asarray(photo), torch.from_numpy(np.array(photo)).permute(2, 0, 1), photo.convert("RGBA")):
         assert torch.equal(prepare(given, 32, 1.0), wanted)
-
-
-def test_grey_pictures_of_8_and_16_bits(tmp_path, photo):
-    grey = np.asarray(photo.convert("L"))
-    Image.fromarray(grey).save(tmp_path / "8.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tiff")
-    wanted = prepare(grey, 32, 1.0)
-    assert torch.equal(wanted[0], wanted[2])
-    for file in tmp_path.iterdir():
-        assert torch.equal(prepare(file, 32, 1.0), wanted), file.name
 
 
 def test_pictures_that_cannot_be_used(tmp_path, photo, original):
