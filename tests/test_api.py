@@ -121,7 +121,7 @@ def test_a_sweep_is_a_table_in_a_notebook():
         Trial("trial-000", {"train.lr": 0.1}, "finished", metric=0.5, epochs=2),
         Trial("trial-001", {"train.lr": 3.0}, "failed", cause="loss <is> NaN"),
     ]
-    sweep = load_sweep(ROOT / "configs" / "sweep_quickstart.yaml")
+    sweep = load_sweep("sweep_quickstart")
     table = SweepResult(sweep, "runs/sweep", trials, trials[0], None)._repr_html_()
     assert '<tr style="font-weight:bold"><td>trial-000</td><td>finished</td><td>0.5000</td>' in table
     assert "<td>train.lr=0.1</td>" in table
