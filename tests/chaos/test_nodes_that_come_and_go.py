@@ -92,18 +92,10 @@ def test_node_preempted(lab: Lab) -> None:
         run.wait_for_step(1)  # that of the first epoch's end
         before = run.saved
         leaving = cluster.worker_nodes.copy().pop()
-        command = [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address]
-        command += [
-            "--node-id",
-            leaving.node_id,
-            "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message",
-            "spot",
-        ]
-        drained = subprocess.run(
-            [*command, "--deadline-remaining-seconds", "20"], capture_output=True, text=True, timeout=60
-        )
+        notice = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 20"
+        node = f"--address {cluster.address} --node-id {leaving.node_id}"
+        command = [str(Path(sys.executable).with_name("ray")), "drain-node", *node.split(), *notice.split()]
+        drained = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert drained.returncode == 0, drained.stderr
         seconds = run.wait_until(lambda: run.saved > before, "a checkpoint on the notice", 15)
         saved = run.saved
