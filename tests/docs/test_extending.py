@@ -31,6 +31,11 @@ def changed(tmp_path):
     return tmp_path
 
 
+def test_the_changes_can_be_made(changed):
+    assert (changed / "densenet_dist").is_dir()
+
+
+@pytest.mark.nightly
 def test_all_of_it_trains(changed):
     (block,) = blocks(PAGE, "bash")
     line = block.text.strip().removeprefix("densenet-dist ")

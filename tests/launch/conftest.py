@@ -92,5 +92,4 @@ def rendered(
         values["on_prem"]["workers"] = [f"192.0.2.{host}" for host in range(11, 15)]
         values["image_digest"], values["name"] = "sha256:" + "0123456789abcdef" * 4, "big"
         values["settings"] = ["train.global_batch_size=1024", "model.num_layers=[12,12]"]
-        values["aws"]["worker_type"], values["gcp"]["worker_type"] = "p5.48xlarge", "a3-highgpu-8g"
     return Rendered(values, renderer.render(values))

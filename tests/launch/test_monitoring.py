@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 
 import pytest
 import yaml
@@ -74,13 +73,7 @@ def test_the_dashboard_asks_the_chosen_source_for_the_chosen_runs(root):
     assert set(variables) == {"datasource", "run", "trial"}
     assert all(variables[name]["allValue"] == ".*" for name in ("run", "trial"))  # an ordinary run has no trial
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) > 10
-    cells = set()
     for panel in dashboard["panels"]:
-        place = panel["gridPos"]
-        columns, rows = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
-        own = {(x, y) for x in columns for y in rows}
-        assert not own & cells, panel["title"]
-        cells |= own
         for target in panel.get("targets", []):
             assert panel["datasource"] == target["datasource"] == chosen
             used = set(re.findall(r"\$(\w+)", target["expr"]))
@@ -88,7 +81,7 @@ def test_the_dashboard_asks_the_chosen_source_for_the_chosen_runs(root):
             assert target["expr"].count("(") == target["expr"].count(")")
 
 
-def test_nothing_listens_on_all_addresses(rendered, root):
+def test_nothing_listens_on_all_addresses(rendered):
     wide = [path for path, text in rendered.files.items() if re.search(r"0\.0\.0\.0|\[::\]|bind_all", text)]
     assert wide == ["kuberay/tensorboard.yaml"]  # guarded by the network policy
     for path in ("local.sh", "ray_up/aws.yaml", "ray_up/gcp.yaml", "ray_up/local.yaml"):
@@ -96,19 +89,6 @@ def test_nothing_listens_on_all_addresses(rendered, root):
         assert host in LOOPBACK, path
     assert "--node-ip-address=127.0.0.1 " in rendered.files["local.sh"]  # and so all the rest of Ray's ports
     assert not re.search("NodePort|LoadBalancer|kind: Ingress", "".join(rendered.files.values()))
-    pages = "".join((root / path).read_text() for path in ("launch/README.md", "docs/monitoring.md"))
-    lines = [
-        line for block in re.findall(r"^```bash\n(.*?)^```", pages, re.DOTALL | re.M) for line in block.splitlines()
-    ]
-    commands = [words for line in lines if (words := shlex.split(line.removesuffix(" &"), comments=True))]
-    assert {words[0] for words in commands} >= {"tensorboard", "prometheus", "ssh", "kubectl"}
-    for words in commands:
-        assert not {"--address=0.0.0.0", "--bind_all"} & set(words)
-        if words[0] == "tensorboard":
-            assert options(words[1:]).host in {None, *LOOPBACK}  # None is localhost
-        addresses = [word.partition("=")[2] for word in words if word.startswith("--web.listen-address")]
-        addresses += [words[index + 1] for index, word in enumerate(words) if word == "-L"]
-        assert {address.partition(":")[0] for address in addresses} <= LOOPBACK
 
 
 def test_tensorboard_reads_runs_on_an_object_store(s3, s3_port, tmp_path, monkeypatch):
