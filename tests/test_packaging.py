@@ -137,24 +137,3 @@ def test_there_is_one_version():
     assert f'image.version="{densenet_dist.__version__}"' in image
     assert f"densenet-dist:{densenet_dist.__version__} ." in image
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_hooks_run_what_the_tests_run():
-    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert repo["repo"] == "local"  # no network
-    makefile = (ROOT / "Makefile").read_text()
-    programs = [hook["entry"].split()[0] for hook in repo["hooks"] if hook["language"] == "system"]
-    assert {program for program in programs if "shellcheck" not in program} == {
-        f".venv/bin/{name}" for name in re.findall(r"\$\(BIN\)/(ruff|mypy|lint-imports|deptry)", makefile)
-    }
-
-
-def test_make_help_shows_every_target():
-    makefile = (ROOT / "Makefile").read_text()
-    phony = re.search(r"^\.PHONY: (.*)$", makefile.replace("\\\n", " "), re.MULTILINE)
-    assert phony is not None
-    # under `make test` it would say which directory it enters
-    command = ["make", "--no-print-directory", "help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {line.split()[1] for line in done.stdout.splitlines()} == set(phony[1].split())
-    assert all(len(line) <= 120 for line in done.stdout.splitlines())

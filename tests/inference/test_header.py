@@ -8,29 +8,22 @@ import pytest
 import torch
 
 from densenet_dist.errors import CheckpointError
-from densenet_dist.inference.header import architecture_of, header_of, make_header
-from densenet_dist.inference.network import empty_net
-from densenet_dist.model import VARIANTS, densenet
+from densenet_dist.inference.header import header_of, make_header
+from densenet_dist.model import densenet
 
 
-def header_for(variant):
+def valid_header():
     with torch.device("meta"):
-        net = densenet(variant, num_classes=2, image_size=64, block="fused")
-    return net, make_header(
+        net = densenet("densenet_bc", num_classes=2, image_size=64)
+    return make_header(
         net.architecture, version="1", run="r", data="folder", checkpoint="best", commit="abc", created="now",
         class_names=("a", "Käse ☂"), mean=(0.5, 0.4, 0.3), std=(1, 1, 1), crop=0.875, precision="fp32",
         metrics={"val/top1": 0.5},
     )  # fmt: skip
 
 
-def test_every_variant_survives():
-    for variant in VARIANTS:
-        net, header = header_for(variant)
-        assert header_of(header.to_json(), "x") == header
-        assert {**vars(architecture_of(header)), "block": "fused"} == vars(net.architecture)
-        empty = empty_net(header).state_dict()
-        assert {name: e.shape for name, e in empty.items()} == {n: e.shape for n, e in net.state_dict().items()}
-        assert all(each.is_meta for each in empty.values())
+def test_what_is_written_is_read_again():
+    assert header_of(valid_header().to_json(), "x") == valid_header()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +42,7 @@ def test_every_variant_survives():
     ],
 )
 def test_what_cannot_be_true(change, said):
-    content = json.loads(header_for("densenet_bc")[1].to_json())
+    content = json.loads(valid_header().to_json())
     change(content)
     with pytest.raises(CheckpointError, match="x: its metadata is not that of an exported net: ") as caught:
         header_of(json.dumps(content), "x")
