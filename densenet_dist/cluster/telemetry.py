@@ -55,6 +55,7 @@ class Telemetry:
     def __init__(self, run: str, trial: str = "") -> None:
         self._labels = {"run": run, "trial": trial}
         self._starts = 0
+        self._current: dict[str, float] = {}
         self._gauges: dict[str, Any] | None = None
         self._works = True
 
@@ -63,7 +64,11 @@ class Telemetry:
         if not self._works:
             return
         try:
-            self._set(self._figures(event))
+            figures = self._figures(event)
+            if figures:
+                # All of them, not only what is new: Ray forgets a gauge that nobody sets for a while.
+                self._current |= figures
+                self._set(self._current)
         except Exception as error:
             self._works = False
             _logger.warning("figures for Prometheus are no longer exported: %s: %s", type(error).__name__, error)
