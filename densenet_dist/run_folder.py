@@ -205,6 +205,25 @@ class RunFolder:
             ) from error
         return found
 
+    def read_records(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, in order; a last line torn by a crash is left out.
+
+        Raises:
+            StorageError: the file is damaged, or cannot be read.
+        """
+        if not self.exists(METRICS_FILE):
+            return []
+        records = []
+        try:
+            for line in self.fetch(METRICS_FILE).read_text(encoding="utf-8").splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise StorageError(f"{self.uri}/{METRICS_FILE} is damaged: {error}\n  bring back a copy") from error
+        return [record for record in records if isinstance(record, dict)]
+
     @contextmanager
     def _errors(self, what: str, mend: str = _LATER) -> Iterator[None]:
         try:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Result:
         Raises:
             StorageError: they cannot be read.
         """
-        return [record for record in self._records() if "train/loss" in record]
+        return [record for record in self._folder().read_records() if "train/loss" in record]
 
     @property
     def page(self) -> str:
@@ -78,13 +78,15 @@ class Result:
         """
         from densenet_dist.report.figures import curves_figure
 
-        epochs = self.history
+        folder = self._folder()
+        records = folder.read_records()
+        epochs = [record for record in records if "train/loss" in record]
         if not epochs:
             raise StorageError(
                 f"the run {self.run} has no epochs yet, and so nothing to plot\n  wait for the end of its first"
             )
-        test = next((record for record in reversed(self._records()) if "test/loss" in record), None)
-        return curves_figure(epochs, test, self._folder().name)
+        test = next((record for record in reversed(records) if "test/loss" in record), None)
+        return curves_figure(epochs, test, folder.name)
 
     def plot_confusion(self, *overrides: str) -> Picture:
         """The confusion matrix of the best checkpoint on the test set.
@@ -110,12 +112,6 @@ class Result:
         from densenet_dist.train.evaluation import open_run
 
         return open_run(self.run)
-
-    def _records(self) -> list[dict[str, Any]]:
-        from densenet_dist.train.logs import read_records
-
-        folder = self._folder()
-        return read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
 
     def __repr__(self) -> str:
         rows = self._rows()

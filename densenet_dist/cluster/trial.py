@@ -32,14 +32,7 @@ from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProblem, StorageError
-from densenet_dist.run_folder import (
-    CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
-    ENV_FILE,
-    METRICS_FILE,
-    SUMMARY_FILE,
-    RunFolder,
-)
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import read_note, write_note
@@ -47,7 +40,6 @@ from densenet_dist.sweep.space import decode
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
 from densenet_dist.train.environment import LOADER_KEY
 from densenet_dist.train.lease import NoLease
-from densenet_dist.train.logs import read_records
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""
@@ -177,8 +169,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 
     def _past(self, run: RunFolder, note: Mapping[str, Any]) -> Iterator[Figures]:
         """What is on the run's record already."""
-        records = read_records(run.fetch(METRICS_FILE)) if run.exists(METRICS_FILE) else []
-        epochs = [record for record in records if "train/loss" in record]
+        epochs = [record for record in run.read_records() if "train/loss" in record]
         end: Figures | None = None
         if note.get("status") in ("stopped", "failed"):
             end = {OUTCOME: note["status"], CAUSE: note.get("cause")}

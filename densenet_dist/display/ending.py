@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from densenet_dist.display.progress_view import clock_time
-from densenet_dist.run_folder import METRICS_FILE, RunFolder, join_location
+from densenet_dist.run_folder import RunFolder, join_location
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Ending:
     def of(cls, folder: RunFolder, summary: Mapping[str, Any]) -> Ending:
         """The ending of a run that lies there."""
         from densenet_dist.trackers.tracker import links
-        from densenet_dist.train.logs import read_records  # imports torch
 
-        records = read_records(folder.fetch(METRICS_FILE)) if folder.exists(METRICS_FILE) else []
+        records = folder.read_records()
         rates = [line["perf/images_per_s"] for line in records if "perf/images_per_s" in line]
         shares = [line["goodput/ratio"] for line in records if "goodput/ratio" in line]
         location = join_location(folder.storage, folder.name)

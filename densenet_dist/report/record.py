@@ -9,11 +9,11 @@ from typing import Any
 from densenet_dist.config import load_config
 from densenet_dist.errors import DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
-from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, METRICS_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.evaluation import open_run
-from densenet_dist.train.logs import best_record, read_records
+from densenet_dist.train.logs import best_record
 from densenet_dist.train.results import TestResults, read_test_results
 
 
@@ -63,7 +63,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
         ConfigError: its config.yaml is wrong.
     """
     folder = run if isinstance(run, RunFolder) else open_run(run)
-    records = _records(folder)
+    records = folder.read_records()
     epochs = tuple(record for record in records if "train/loss" in record)
     if not epochs:
         raise StorageError(
@@ -83,15 +83,6 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
         results=read_test_results(folder),
         model=_model(folder, config),
     )
-
-
-def _records(folder: RunFolder) -> list[dict[str, Any]]:
-    if not folder.exists(METRICS_FILE):
-        return []
-    try:
-        return [record for record in read_records(folder.fetch(METRICS_FILE)) if isinstance(record, dict)]
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{folder.uri}/{METRICS_FILE} is damaged: {error}\n  bring back a copy") from error
 
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
-from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.train.logs import read_records
 from densenet_dist.yaml_settings import flatten, read_yaml
 
 SWEEP_FILE: Final = "sweep.yaml"
@@ -146,13 +144,7 @@ def read_figures(trial: Trial, sweep: Sweep) -> None:
     trial.epochs, trial.seconds, trial.metric, trial.best_epoch = 0, 0.0, None, None
     trial.history, trial.figures = {}, {}
     trial.origin = (read_note(run).get("taken") or [None])[0]
-    if not run.exists(METRICS_FILE):
-        return
-    try:
-        records = [record for record in read_records(run.fetch(METRICS_FILE)) if isinstance(record, dict)]
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{run.uri}/{METRICS_FILE} is damaged: {error}\n  bring back a copy") from error
-    for record in records:
+    for record in run.read_records():
         if "train/loss" in record:
             add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximise)
         trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}

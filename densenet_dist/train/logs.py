@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
@@ -32,8 +31,6 @@ class RunLog:
         self.run, self._monitor = run, monitor
         self._trackers: list[Tracker] = []
         self._tell: Callable[[str], None] = lambda text: None
-        if run.is_remote and run.exists(METRICS_FILE):
-            run.fetch(METRICS_FILE)
         self._records = self._keep_until(global_step)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
@@ -97,11 +94,10 @@ class RunLog:
 
     def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
         """The records of steps up to that one; metrics.jsonl holds no others from here on."""
-        path = self.run.path / METRICS_FILE
-        if not path.exists():
-            return []
-        kept = [line for line in read_records(path) if line["global_step"] <= global_step and "test/loss" not in line]
-        self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        records = self.run.read_records()
+        kept = [line for line in records if line["global_step"] <= global_step and "test/loss" not in line]
+        if (self.run.path / METRICS_FILE).exists():
+            self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
 
 
@@ -120,14 +116,3 @@ def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, f
     if best is None:
         return {}
     return {"best/epoch": best["epoch"], **{f"best/val_{name}": best[f"val/{name}"] for name in ("loss", "top1")}}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; a last line torn by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records

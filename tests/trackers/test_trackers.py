@@ -16,7 +16,6 @@ from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.display.ending import Ending
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.trackers.tracker import without_secrets
-from densenet_dist.train.logs import read_records
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
@@ -78,7 +77,7 @@ def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatc
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "tiny"
     assert run.data.params["train.global_batch_size"] == "16"
-    lines = read_records(run_of(config).path / "metrics.jsonl")
+    lines = run_of(config).read_records()
     for key in ("val/loss", "train/top1", "lr", "perf/images_per_s", "test/top1"):
         history = {(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)}
         assert {step for step, _ in history} == {line["global_step"] for line in lines if key in line}
@@ -128,7 +127,7 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     assert first.run_id == second.run_id
     assert {item.key or item.nested_key[0]: item.value_json for item in first.config.update}["train.epochs"] == "2"
     rows = [row for _, history in parts for row in history]
-    lines = read_records(run_of(config).path / "metrics.jsonl")
+    lines = run_of(config).read_records()
     assert [(row["global_step"], row.get("val/loss")) for row in rows] == [
         (line["global_step"], line.get("val/loss")) for line in lines
     ]

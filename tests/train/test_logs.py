@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.environment import cpu_name, describe_environment, git_commit
-from densenet_dist.train.logs import RunLog, read_records
+from densenet_dist.train.logs import RunLog
 
 TAGS = {
     *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
@@ -48,7 +48,7 @@ def test_a_run_leaves_these_tags_in_one_tensorboard_run(finished):
     run = run_of(finished)
     board = board_of(run)
     assert set(board.Tags()["scalars"]) == TAGS | BEST
-    lines = read_records(run.path / "metrics.jsonl")
+    lines = run.read_records()
     assert len(lines) == 3
     for tag in TAGS:
         events = [(event.step, event.value) for event in board.Scalars(tag)]
@@ -99,7 +99,7 @@ def test_the_record_and_the_board_reach_an_object_store(s3):
         log.publish()
         log.close()
     reader = RunFolder(storage, "run")
-    lines = read_records(reader.fetch("metrics.jsonl"))
+    lines = reader.read_records()
     assert [line["global_step"] for line in lines] == [5, 10]
     reader.fetch("tb")
     assert [event.step for event in board_of(reader).Scalars("train/loss")] == [5, 10]
