@@ -233,8 +233,33 @@ class RunFolder:
             raise StorageError(f"the run folder {self.uri} {what}: {reason}\n  {mend}") from error
 
 
+def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -> RunFolder:
+    """The folder of an existing run or sweep.
+
+    Args:
+        location: its path or URI, or its name under ``runs/``.
+        file: what every such folder has.
+        kind: what to call it in the error.
+
+    Raises:
+        StorageError: where there is none.
+    """
+    text = str(location)
+    if "://" not in text:
+        path = Path(text).expanduser()
+        if not (path / file).exists() and (Path("runs") / path / file).exists():
+            path = Path("runs") / path
+        text = str(path.absolute())
+    folder = RunFolder(*split_location(text))
+    if not folder.exists(file):
+        raise StorageError(f"there is no {kind} at {folder.uri}: it has no {file}")
+    return folder
+
+
 def split_location(location: str) -> tuple[str, str]:
     """A folder's path or URI as the place it is in, and its name: the arguments of `RunFolder`."""
+    if "://" not in location:
+        return os.path.split(location.rstrip("/"))
     base, question, query = location.partition("?")
     parent, _, name = base.rstrip("/").rpartition("/")
     return f"{parent}{question}{query}", name
@@ -242,6 +267,8 @@ def split_location(location: str) -> tuple[str, str]:
 
 def join_location(storage: str, name: str) -> str:
     """The reverse of `split_location`."""
+    if "://" not in storage:
+        return os.path.join(storage, name)
     base, question, query = storage.partition("?")
     return f"{base.rstrip('/')}/{name}{question}{query}"
 

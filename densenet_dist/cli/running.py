@@ -116,8 +116,7 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
 def _resume(run: str, settings: list[str], console: Any) -> None:
     from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.display.ending import Ending
-    from densenet_dist.run_folder import SUMMARY_FILE
-    from densenet_dist.train.evaluation import open_run
+    from densenet_dist.run_folder import SUMMARY_FILE, open_run
 
     for text in settings:
         if "=" not in text:

@@ -21,7 +21,7 @@ from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboa
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, Stopped
 from densenet_dist.train.lease import Guard, Lease, NoLease
@@ -231,7 +231,7 @@ def _run_trainer(
         run_config=RunConfig(
             # A name of its own for every start: Ray would silently take up its own torn or finished state again.
             name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=_ray_storage(run),
+            storage_path=join_location(run.location, "ray"),
             failure_config=FailureConfig(
                 max_failures=config.cluster.max_failures,
                 controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
@@ -254,13 +254,6 @@ def _have_saved(mailbox: Any, within_s: float) -> None:
 
     if ray.get(mailbox.ask.remote(Wish.STOP), timeout=5):
         ray.get(mailbox.left.remote(), timeout=within_s)
-
-
-def _ray_storage(run: RunFolder) -> str:
-    base, _, query = run.storage.partition("?")
-    if not run.is_remote:
-        return str(run.path / "ray")
-    return f"{base.rstrip('/')}/{run.name}/ray" + (f"?{query}" if query else "")
 
 
 def _explain(failure: BaseException) -> DenseNetDistError:

@@ -17,6 +17,7 @@ from densenet_dist.cluster.resources import TrialRoom, plan_trials
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.run_folder import join_location
 from densenet_dist.schema import ClusterConfig
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import Sweep
@@ -113,7 +114,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=_storage(sweep),
+            storage_path=join_location(sweep.folder, "ray"),
             stop=ending,
             verbose=0,
             callbacks=[watcher],
@@ -236,11 +237,6 @@ def _into_space(space: Mapping[str, Domain], config: dict[str, Any]) -> dict[str
         key: value if isinstance(space[key], Choice) else space[key].clip(value)  # type: ignore[union-attr]
         for key, value in config.items()
     }
-
-
-def _storage(sweep: Sweep) -> str:
-    base, question, query = sweep.folder.partition("?")
-    return f"{base}/ray{question}{query}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, open_run
 from densenet_dist.schema import Config
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Result:
         Raises:
             StorageError, ConfigError: it cannot be read, or is wrong.
         """
-        return load_config(self._folder().fetch(CONFIG_FILE))
+        return load_config(open_run(self.run).fetch(CONFIG_FILE))
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ class Result:
         Raises:
             StorageError: they cannot be read.
         """
-        return [record for record in self._folder().read_records() if "train/loss" in record]
+        return [record for record in open_run(self.run).read_records() if "train/loss" in record]
 
     @property
     def page(self) -> str:
@@ -78,7 +78,7 @@ class Result:
         """
         from densenet_dist.report.figures import curves_figure
 
-        folder = self._folder()
+        folder = open_run(self.run)
         records = folder.read_records()
         epochs = [record for record in records if "train/loss" in record]
         if not epochs:
@@ -105,13 +105,8 @@ class Result:
         from densenet_dist.report.figures import titled_confusion
         from densenet_dist.train.evaluation import load_test_results
 
-        results = load_test_results(self._folder(), overrides)
-        return titled_confusion(results.confusion, results.class_names, self._folder().name)
-
-    def _folder(self) -> RunFolder:
-        from densenet_dist.train.evaluation import open_run
-
-        return open_run(self.run)
+        results = load_test_results(open_run(self.run), overrides)
+        return titled_confusion(results.confusion, results.class_names, open_run(self.run).name)
 
     def __repr__(self) -> str:
         rows = self._rows()
@@ -162,8 +157,6 @@ def load_run(run: str | Path) -> Result:
         >>> load_run("quickstart").config.name
         'quickstart'
     """
-    from densenet_dist.train.evaluation import open_run
-
     folder = open_run(run)
     return Result(folder.location, folder.read_json(SUMMARY_FILE))
 

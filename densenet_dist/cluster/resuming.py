@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from densenet_dist.config import load_config, to_dict
-from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event
@@ -31,11 +31,9 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
     """The configuration of an existing run, with the few changes that a resumed run may take.
 
     Raises:
-        StorageError: where there is no such run.
+        StorageError: it cannot be read.
         ConfigError: naming the overrides that would make it another run.
     """
-    if not run.exists():
-        raise StorageError(f"there is no run at {run.uri}: it has no {CONFIG_FILE}")
     path = run.fetch(CONFIG_FILE)
     before, after = load_config(path), load_config(path, *overrides)
     # The folder may have been moved or mounted elsewhere since: it is where it was found.

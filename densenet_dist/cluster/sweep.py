@@ -10,7 +10,7 @@ from typing import Any
 
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import RunFolder, split_location
+from densenet_dist.run_folder import RunFolder, open_run
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
@@ -99,13 +99,7 @@ def open_sweep(folder: str | Path) -> Sweep:
     Raises:
         StorageError: where there is no sweep.
     """
-    text = str(folder)
-    found = RunFolder(*split_location(text if "://" in text else str(Path(text).expanduser().absolute())))
-    if not found.exists(SWEEP_FILE) and "://" not in text and (Path("runs") / text / SWEEP_FILE).exists():
-        path = (Path("runs") / text).absolute()
-        found = RunFolder(str(path.parent), path.name)
-    if not found.exists(SWEEP_FILE):
-        raise StorageError(f"there is no sweep at {found.uri}: it has no {SWEEP_FILE}")
+    found = open_run(folder, SWEEP_FILE, "sweep")
     return with_storage(load_sweep(found.fetch(SWEEP_FILE)), found.storage, found.name)
 
 

@@ -16,13 +16,12 @@ from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import Header, make_header
 from densenet_dist.inference.network import Network
 from densenet_dist.model import DenseNet
-from densenet_dist.run_folder import CONFIG_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import git_commit, package_version
-from densenet_dist.train.evaluation import open_run
 from densenet_dist.train.network import autocast, build_model
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from densenet_dist.config import load_config
 from densenet_dist.errors import DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
-from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.evaluation import open_run
 from densenet_dist.train.logs import best_record
 from densenet_dist.train.results import TestResults, read_test_results
 

@@ -14,6 +14,7 @@ from densenet_dist import bundled
 from densenet_dist import config as run_config
 from densenet_dist.config import held_credentials, load_config, name_of_file
 from densenet_dist.errors import ConfigError
+from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.schema import SweepConfig, impossible
@@ -64,8 +65,7 @@ class Sweep:
     @property
     def folder(self) -> str:
         """The sweep's folder, a path or URI; the storage of its trials."""
-        base, question, query = self.settings.storage.partition("?")
-        return f"{base.rstrip('/')}/{self.settings.name}{question}{query}"
+        return join_location(self.settings.storage, self.settings.name)
 
     def config(self, name: str, overrides: Mapping[str, Value], **changed: Any) -> Config:
         """The configuration of one trial.

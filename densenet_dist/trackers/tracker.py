@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from densenet_dist.config import to_dict
-from densenet_dist.run_folder import TRIAL_FILE, RunFolder
+from densenet_dist.run_folder import TRIAL_FILE, RunFolder, split_location
 from densenet_dist.schema import Config
 from densenet_dist.yaml_settings import flatten
 
@@ -177,4 +177,4 @@ def sweep_of(config: Config, run: RunFolder) -> str | None:
     """The name of the sweep that a run is a trial of."""
     if not run.exists(TRIAL_FILE):
         return None
-    return config.storage.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return split_location(config.storage)[1]

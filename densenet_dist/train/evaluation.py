@@ -14,8 +14,8 @@ from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.data.requests import Engine
-from densenet_dist.errors import CheckpointError, StorageError
-from densenet_dist.run_folder import CONFIG_FILE, RunFolder, split_location
+from densenet_dist.errors import CheckpointError
+from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
@@ -23,29 +23,6 @@ from densenet_dist.train.engine import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
 from densenet_dist.train.network import build_model
 from densenet_dist.train.results import TestResults, read_test_results
-
-
-def open_run(run: str | Path) -> RunFolder:
-    """The folder of an existing run.
-
-    Args:
-        run: its path or URI, or its name under ``runs/``.
-
-    Raises:
-        StorageError: where there is no run.
-    """
-    text = str(run)
-    if "://" in text:
-        folder = RunFolder(*split_location(text))
-    else:
-        path = Path(text).expanduser()
-        if not (path / CONFIG_FILE).exists() and (Path("runs") / path / CONFIG_FILE).exists():
-            path = Path("runs") / path
-        path = path.absolute()
-        folder = RunFolder(str(path.parent), path.name)
-    if not folder.exists():
-        raise StorageError(f"there is no run at {folder.uri}: it has no {CONFIG_FILE}")
-    return folder
 
 
 def evaluate(
