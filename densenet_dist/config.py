@@ -11,44 +11,20 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
 
 from densenet_dist import yaml_settings
+from densenet_dist.object_store import held_credentials
 from densenet_dist.schema import Config, impossible
 from densenet_dist.typed_settings import Settings
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml
 
-_SECRET: Final = re.compile(r"key|secret|token|passw|pwd|signature|^sig$|credential(?!_kind)", re.IGNORECASE)
-
-
-def held_credentials(**addresses: str | None) -> Iterator[str]:
-    """What is wrong with addresses that hold credentials, by the keys that they are the values of (`_` for a dot).
-
-    A run's folder, its page and its logs show every setting, so no message repeats them either.
-    """
-    for key, address in addresses.items():
-        if address is None or "://" not in address:
-            continue
-        try:
-            parts = urlsplit(address)
-            names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
-            user = parts.username is not None and not parts.scheme.startswith("abfs")  # there it is the container
-            held = (["a password"] if parts.password is not None else ["a user"] if user else []) + names
-        except ValueError:
-            continue  # no address at all, which is said where it is opened
-        if held:
-            yield (
-                f"{key.replace('_', '.', 1)}: holds credentials ({', '.join(held)[:80]}), which run folders and logs "
-                "would show; give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-            )
-
 
 def _impossible(config: Config) -> Iterator[str]:
     yield from impossible(config)
-    yield from held_credentials(storage=config.storage, data_root=config.data.root, data_url=config.data.url)
-    for line in held_credentials(log_mlflow=config.log.mlflow.tracking_uri):
-        advice = "by the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
-        yield line.replace("log.mlflow:", "log.mlflow.tracking_uri:").rpartition("by the environment")[0] + advice
+    yield from held_credentials("storage", config.storage)
+    yield from held_credentials("data.root", config.data.root)
+    yield from held_credentials("data.url", config.data.url)
+    yield from held_credentials("log.mlflow.tracking_uri", config.log.mlflow.tracking_uri)
 
 
 SETTINGS: Final = Settings(Config, _impossible)

@@ -6,21 +6,28 @@ An address is a URI that pyarrow knows: ``s3://bucket/path?endpoint_override=HOS
 
 from __future__ import annotations
 
+import atexit
 import re
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl, urlsplit
 
 from densenet_dist.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
-_HINTS = {
+_SECRET: Final = re.compile(r"key|secret|token|passw|pwd|signature|^sig$|credential(?!_kind)", re.IGNORECASE)
+_AWS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_HINTS: Final = {
     "NO_SUCH_BUCKET": "there is no such bucket: make it, or name another",
     "NETWORK_CONNECTION": "it cannot be reached from here: see whether endpoint_override and scheme in the address "
     "are right, and that the network lets this machine through",
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN": "the "
-    "credentials do not allow it: they come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    f"credentials do not allow it: they come from the environment ({_AWS}, "
     "AWS_PROFILE, or the machine's role)",
 }
 
@@ -30,31 +37,64 @@ def is_uri(place: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
 
 
+def held_credentials(key: str, address: str | None) -> Iterator[str]:
+    """What is wrong with an address that holds credentials; `key` is the setting that it is the value of.
+
+    A run's folder, its page and its logs show every setting, so no message repeats them either.
+    """
+    if address is None or "://" not in address:
+        return
+    try:
+        parts = urlsplit(address)
+        names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
+        user = parts.username is not None and not parts.scheme.startswith("abfs")  # there it is the container
+        held = (["a password"] if parts.password is not None else ["a user"] if user else []) + names
+    except ValueError:
+        return  # no address at all, which is said where it is opened
+    if held:
+        service = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if "mlflow" in key else _AWS
+        yield (
+            f"{key}: holds credentials ({', '.join(held)[:80]}), which run folders and logs would show; "
+            f"give them by the environment ({service})"
+        )
+
+
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system that an address is on, and the path on it, without a slash at its end.
 
     Raises:
-        ConfigError: it holds a password, which configurations, logs and error messages would show.
+        ConfigError: it holds credentials, which configurations, logs and error messages would show.
         StorageError: pyarrow knows no such address, or it cannot be opened.
     """
     import pyarrow
     from pyarrow import fs
 
-    try:
-        held = urlsplit(uri).password is not None
-    except ValueError:
-        held = False  # no address at all, which pyarrow says better
-    if held:
-        shown = f"{uri.partition('://')[0]}://...@{uri.rpartition('@')[2]}"
-        raise ConfigError(
-            f"{shown}: an address must not hold credentials, which run folders and logs would show; "
-            "give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        )
+    for problem in held_credentials("an address", uri):
+        raise ConfigError(problem)
     try:
         filesystem, prefix = fs.FileSystem.from_uri(uri)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise StorageError(f"the storage {uri} cannot be opened: {error}") from error
     return filesystem, prefix.rstrip("/")
+
+
+def fetch_file(uri: str) -> Path:
+    """A file on an object store as a local one, which is deleted when this process ends.
+
+    Raises:
+        ConfigError, StorageError: the address cannot be used, or the file cannot be read.
+    """
+    from pyarrow import fs
+
+    filesystem, place = open_filesystem(uri)
+    folder = Path(tempfile.mkdtemp(prefix="densenet_dist-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    local = folder / PurePosixPath(place).name
+    try:
+        fs.copy_files(place, str(local), filesystem, fs.LocalFileSystem())
+    except OSError as error:
+        raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
+    return local
 
 
 def explain(error: OSError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import typer
 
 from densenet_dist import bundled
 from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.object_store import fetch_file, is_uri
 
 if TYPE_CHECKING:
     from densenet_dist.schema import Config
@@ -54,20 +54,11 @@ def load(sources: list[str] | None) -> Config:
             "name a configuration, such as quickstart (or --resume RUN to go on with a run)\n"
             "  those that come with the package: densenet-dist config --list"
         )
-    sources = list(map(_fetched, sources))
+    # A sweep's best.yaml may lie on an object store.
+    sources = [str(fetch_file(source)) if is_uri(source) else source for source in sources]
     for source in filter(is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file, whose trials are run by: densenet-dist tune {source}")
     return load_config(*sources)
-
-
-def _fetched(source: str) -> str:
-    """A configuration file that lies on an object store, such as a sweep's best.yaml, as a local file."""
-    if not re.match(r"[a-z0-9]+://", source):
-        return source
-    from densenet_dist.run_folder import RunFolder, split_location
-
-    folder, file = split_location(source)
-    return str(RunFolder(*split_location(folder)).fetch(file))
 
 
 def is_sweep(source: str) -> bool:

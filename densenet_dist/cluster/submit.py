@@ -19,8 +19,9 @@ from typing import Any, NoReturn, TypeVar
 
 from densenet_dist import bundled
 from densenet_dist.cluster.launch import check_model, require_lasting
-from densenet_dist.config import held_credentials, load_config
+from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, EnvironmentProblem
+from densenet_dist.object_store import held_credentials
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import load_sweep
 
@@ -234,7 +235,7 @@ def _prepared(arguments: list[str], folder: Path) -> tuple[list[str], str]:
         key, _, value = (
             argument.rpartition("=") if "=" in argument.partition("://")[0] else ("an argument", "", argument)
         )
-        if problem := next(held_credentials(**{key: value}), None):
+        if problem := next(held_credentials(key, value), None):
             raise ConfigError(f"{problem}\n  a cluster shows the command lines of its jobs")
     command, rest = arguments[0], [_inside(argument, folder) for argument in arguments[1:]]
     if command not in ("train", "tune") or any(argument.startswith("--resume") for argument in rest):

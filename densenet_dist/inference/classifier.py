@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.inference.header import Header
 from densenet_dist.inference.pictures import Picture, Unreadable, prepared
-from densenet_dist.inference.trained import device_of, open_trained
-from densenet_dist.object_store import explain, is_uri, open_filesystem
+from densenet_dist.inference.trained import open_trained
+from densenet_dist.object_store import fetch_file, is_uri
+from densenet_dist.train.context import choose_device
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
 """The exported files' suffixes, and the formats; a ``.pt2`` is written only."""
@@ -185,7 +183,7 @@ def open_exported(file: Path, device: Device = "auto", origin: str | None = None
         from densenet_dist.inference import safetensors_format
 
         header, network = safetensors_format.read(file)
-        return _on(device_of(device), header, network, origin, nullcontext)
+        return _on(choose_device(device), header, network, origin, nullcontext)
     if file.suffix != ".onnx":
         raise CheckpointError(
             f"{file} is no exported net: name a run's folder, or a .safetensors or .onnx file of densenet-dist export"
@@ -202,28 +200,11 @@ def _exported_file(path: str | Path) -> Path | None:
     """The exported file of that name, taken from an object store first; None where it is to be a run."""
     text = str(path)
     if is_uri(text):
-        if Path(text.partition("?")[0]).suffix not in SUFFIXES:
-            return None
-        return _fetched(text)
+        return fetch_file(text) if Path(text.partition("?")[0]).suffix in SUFFIXES else None
     local = Path(text).expanduser()
     if local.is_file() or (local.suffix in SUFFIXES and not local.is_dir()):
         return local
     return None
-
-
-def _fetched(uri: str) -> Path:
-    """A file on an object store as one of this process."""
-    from pyarrow import fs
-
-    filesystem, place = open_filesystem(uri)
-    folder = Path(tempfile.mkdtemp(prefix="densenet_dist-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    local = folder / PurePosixPath(place).name
-    try:
-        fs.copy_files(place, str(local), filesystem, fs.LocalFileSystem())
-    except OSError as error:
-        raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
-    return local
 
 
 def _on(

@@ -12,7 +12,7 @@ import torch
 
 from densenet_dist.config import load_config
 from densenet_dist.data.augment import EVAL_CROP
-from densenet_dist.errors import CheckpointError, EnvironmentProblem
+from densenet_dist.errors import CheckpointError
 from densenet_dist.inference.header import Header, make_header
 from densenet_dist.inference.network import Network
 from densenet_dist.model import DenseNet
@@ -51,19 +51,6 @@ class Trained:
         return autocast(self.device, self.config.train.precision)
 
 
-def device_of(wanted: str) -> torch.device:
-    """Where a net runs: ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        EnvironmentProblem: where a GPU is asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem(
-            "torch sees no GPU on this machine\n  use the CPU with --device cpu, or see why: densenet-dist doctor"
-        )
-    return choose_device(wanted)
-
-
 def open_trained(
     run: str | Path,
     *,
@@ -88,7 +75,7 @@ def open_trained(
     if snapshot is None:
         raise CheckpointError(f"the run {folder.uri} has no checkpoint yet")
     classes = classes_of(folder, config)
-    chosen = device_of(device)
+    chosen = choose_device(device)
     settings = config.model if block is None else replace(config.model, block=block)
     model = build_model(settings, len(classes.names), classes.image_size)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {folder.uri}")

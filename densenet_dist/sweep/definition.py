@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from densenet_dist import bundled
 from densenet_dist import config as run_config
-from densenet_dist.config import held_credentials, load_config, name_of_file
+from densenet_dist.config import load_config, name_of_file
 from densenet_dist.errors import ConfigError
+from densenet_dist.object_store import held_credentials
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
@@ -25,7 +26,7 @@ from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, t
 
 def _impossible(settings: SweepConfig) -> Iterator[str]:
     yield from impossible(settings)
-    yield from held_credentials(storage=settings.storage)
+    yield from held_credentials("storage", settings.storage)
 
 
 SETTINGS: Final = Settings(SweepConfig, _impossible)
