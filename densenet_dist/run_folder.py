@@ -184,11 +184,14 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, target)
-            sync_folder(target.parent)
+            sync(target.parent)
         self.publish(relative)
 
-    def read_json(self, relative: str) -> dict[str, Any]:
+    def read_json(self, relative: str, *, if_damaged: dict[str, Any] | None = None) -> dict[str, Any]:
         """The object in a JSON file; empty where there is no file.
+
+        Args:
+            if_damaged: what to return where the file is damaged, instead of an error.
 
         Raises:
             StorageError: the file is damaged, or cannot be read.
@@ -199,7 +202,9 @@ class RunFolder:
             found = json.loads(self.fetch(relative).read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError(f"it holds a {type(found).__name__}")
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
+            if if_damaged is not None:
+                return if_damaged
             raise StorageError(
                 f"{self.uri}/{relative} is damaged: {error}\n  delete it, or bring back a copy"
             ) from error
@@ -273,9 +278,9 @@ def join_location(storage: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{question}{query}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

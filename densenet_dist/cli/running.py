@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -125,7 +124,7 @@ def _resume(run: str, settings: list[str], console: Any) -> None:
     config = resume_config(folder, settings)
     if folder.exists(SUMMARY_FILE):
         console({"kind": "note", "text": f"the run {folder.uri} is finished already"})
-        console.finish(Ending.of(folder, json.loads(folder.fetch(SUMMARY_FILE).read_text())))
+        console.finish(Ending.of(folder, folder.read_json(SUMMARY_FILE)))
         return
     _fit(config, console, resume=True)
 

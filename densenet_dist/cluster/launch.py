@@ -175,8 +175,8 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
     environment = describe_environment()
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
-    elif run.exists(ENV_FILE):
-        before = json.loads(run.fetch(ENV_FILE).read_text())
+    else:
+        before = run.read_json(ENV_FILE)
         environment |= {key: before[key] for key in (LOADER_KEY,) if key in before}
     run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
     run.remove(SUMMARY_FILE)

@@ -174,7 +174,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         if note.get("status") in ("stopped", "failed"):
             end = {OUTCOME: note["status"], CAUSE: note.get("cause")}
         elif run.exists(SUMMARY_FILE):
-            end = {OUTCOME: "finished", **_tested(json.loads(run.fetch(SUMMARY_FILE).read_text()))}
+            end = {OUTCOME: "finished", **_tested(run.read_json(SUMMARY_FILE))}
         if end is None:
             return  # it goes on; told of its past in another order, a scheduler might judge it anew and stop it
         last = epochs.pop() if epochs else {}
@@ -194,7 +194,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         """Loaders are measured once a process, not once a trial, where trials do the same with their images."""
         if any(key.startswith("data.") for key in self._overrides):
             return
-        environment = json.loads(run.fetch(ENV_FILE).read_text())
+        environment = run.read_json(ENV_FILE)
         if LOADER_KEY in environment:
             type(self)._loader_choice = environment[LOADER_KEY]
         elif self._loader_choice is not None:

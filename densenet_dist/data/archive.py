@@ -6,7 +6,6 @@ and right. A lock lets one process do it while others wait; those who find the f
 """
 
 import gzip
-import os
 import shutil
 import tarfile
 import zlib
@@ -20,6 +19,7 @@ from densenet_dist.data import cifar
 from densenet_dist.data.cifar import CifarSpec
 from densenet_dist.data.download import fetch
 from densenet_dist.errors import DataError, StorageError
+from densenet_dist.run_folder import sync
 
 MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
 _MAX_EXTRACTED_BYTES = 1 << 30  # and hold 184 MB
@@ -166,20 +166,11 @@ def appearing(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in (*aside.iterdir(), aside):
-            _sync(path)
+            sync(path)
         aside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _BoundedGzip(gzip.GzipFile):

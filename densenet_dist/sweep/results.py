@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
-from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder, join_location
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.yaml_settings import flatten, read_yaml
 
@@ -106,7 +106,7 @@ class SweepResult:
 
     @property
     def _best_file(self) -> str:
-        return join_location(self.sweep.folder, BEST_FILE)
+        return "".join((self.folder, "/", BEST_FILE, *self.sweep.settings.storage.partition("?")[1:]))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the trials, the best one in bold."""
@@ -154,13 +154,7 @@ def read_figures(trial: Trial, sweep: Sweep) -> None:
 
 def read_note(run: RunFolder) -> dict[str, Any]:
     """What a trial's folder says of it as one: ``overrides`` and, where it ended so, ``status`` and ``cause``."""
-    if not run.exists(TRIAL_FILE):
-        return {}
-    try:
-        note = json.loads(run.fetch(TRIAL_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
+    return run.read_json(TRIAL_FILE, if_damaged={})
 
 
 def write_note(run: RunFolder, **changes: Any) -> None:

@@ -67,7 +67,7 @@ class Tracker:
         self._name, self._open, self._run = name, opener, run
         self._file = _state_file(name)
         self._records = list(records)
-        self._state = _read_state(run, self._file)
+        self._state = run.read_json(self._file, if_damaged={})
         self._sent = min(self._state.get("sent", 0), len(records))  # what is done once more is sent once more
         self._session: Session | None = None
         self._end: tuple[End, Record] | None = None
@@ -141,22 +141,12 @@ class Tracker:
 
 def links(run: RunFolder) -> dict[str, str]:
     """Where people see a run, by service; those that were never reached, or have no address, are left out."""
-    states = {name: _read_state(run, _state_file(name)) for name in (WANDB, MLFLOW)}
+    states = {name: run.read_json(_state_file(name), if_damaged={}) for name in (WANDB, MLFLOW)}
     return {name: state["url"] for name, state in states.items() if isinstance(state.get("url"), str)}
 
 
 def _state_file(name: str) -> str:
     return f"{TRACKERS_FOLDER}/{name.replace('&', '').lower()}.json"
-
-
-def _read_state(run: RunFolder, file: str) -> Record:
-    if not run.exists(file):
-        return {}
-    try:
-        state = json.loads(run.fetch(file).read_text())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
 
 
 def without_secrets(text: str) -> str:

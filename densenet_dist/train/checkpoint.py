@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from densenet_dist.errors import CheckpointError, StorageError
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync_folder
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
 _WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
@@ -313,11 +313,11 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
             with open(file, "rb+") as handle:
                 os.fchmod(handle.fileno(), mode)  # safetensors makes files that their owner alone may read
                 os.fsync(handle.fileno())
-        sync_folder(beside)
+        sync(beside)
         if folder.exists():  # left by an attempt that died between its rename and the manifest
             shutil.rmtree(folder)
         os.replace(beside, folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -118,7 +118,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
             "cluster.device=cuda, but torch sees no GPU on this machine\n"
-            "  train on the CPU with cluster.device=cpu, or run 'densenet-dist doctor' to see why"
+            "  use the CPU with cluster.device=cpu (or --device cpu), or run 'densenet-dist doctor' to see why"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

@@ -220,11 +220,9 @@ def _taken(folder: RunFolder, holder: Holder | None) -> StorageError:
 
 def _read(folder: RunFolder) -> Holder | None:
     """The holder; None where there is none, or where the file says nothing that this version understands."""
-    if not folder.exists(LEASE_FILE):
-        return None
     try:
-        return Holder(**json.loads(folder.fetch(LEASE_FILE).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        return Holder(**folder.read_json(LEASE_FILE, if_damaged={}))
+    except TypeError:
         return None
 
 

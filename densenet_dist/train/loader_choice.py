@@ -40,15 +40,8 @@ def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices
 
 
 def _recorded(context: RunContext) -> str | None:
-    choice = _environment(context).get(LOADER_KEY, {})
+    choice = context.run.read_json(ENV_FILE).get(LOADER_KEY, {})
     return choice.get("name") if choice.get("device") == context.device.type else None
-
-
-def _environment(context: RunContext) -> dict[str, Any]:
-    if not context.run.exists(ENV_FILE):
-        return {}
-    found: dict[str, Any] = json.loads(context.run.fetch(ENV_FILE).read_text())
-    return found
 
 
 def _measured(config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> str:
@@ -64,7 +57,7 @@ def _measured(config: Config, context: RunContext, dataset: Dataset, indices: In
         else:
             name, reason, figures = compare(speeds, context.device.type)
     choice = {"name": name, "device": context.device.type, "reason": reason, **figures}
-    context.run.write(ENV_FILE, json.dumps(_environment(context) | {LOADER_KEY: choice}, indent=1) + "\n")
+    context.run.write(ENV_FILE, json.dumps(context.run.read_json(ENV_FILE) | {LOADER_KEY: choice}, indent=1) + "\n")
     context.report({"kind": "note", "text": f"batches are made by {name}: {reason}"})
     return name
 

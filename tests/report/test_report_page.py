@@ -17,8 +17,7 @@ from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.report import report_at_end, write_report
-from densenet_dist.run_folder import RunFolder
-from densenet_dist.run_folder import open_run
+from densenet_dist.run_folder import RunFolder, open_run
 
 RECORDS = ["Accuracy and loss", "Learning rate, throughput, data wait and goodput", "Test images"]
 TESTED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confident mistakes"]
