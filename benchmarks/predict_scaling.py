@@ -15,6 +15,7 @@ roofline of an H100, which is marked as an estimate. --beside draws earlier outc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -36,12 +37,12 @@ from densenet_dist.bench.process import median_and_spread, rounded
 from densenet_dist.bench.scaling import MODES, bench_scaling
 from densenet_dist.bench.scaling_rank import barrier, longest, no_sync
 from densenet_dist.bench.tables import number, print_scaling, print_table
-from densenet_dist.bench.training_step import synchronize
 from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch
+from densenet_dist.data.speed import synchronize
 from densenet_dist.schema import Config
-from densenet_dist.train.ddp import bucket_sizes, fill_buckets
+from densenet_dist.train.ddp import bucket_sizes
 from densenet_dist.train.engine import train_step
 from densenet_dist.train.job import Job
 from densenet_dist.train.network import AUTOCAST
@@ -107,6 +108,29 @@ def filled_buckets(job: Job, batch: Batch) -> list[tuple[int, float]]:
         (sum(marks[index][0] for index in bucket), seconds_between(started, marks[bucket[-1]][1]) / step_s)
         for bucket in filled
     ]
+
+
+def fill_buckets(gradients: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+    """Which gradients share a bucket, by DDP's rule: one is closed as soon as it holds its limit.
+
+    Args:
+        gradients: bytes of each, in the order in which they come.
+        limits: of the buckets in turn; the last one holds for all that follow.
+
+    Returns:
+        The gradients' places in `gradients`, bucket by bucket.
+    """
+    buckets: list[list[int]] = []
+    bounds = itertools.chain(limits, itertools.repeat(limits[-1]))
+    held, limit = 0, next(bounds)
+    opened: list[int] = []
+    for place, size in enumerate(gradients):
+        opened.append(place)
+        held += size
+        if held >= limit:
+            buckets.append(opened)
+            opened, held, limit = [], 0, next(bounds)
+    return [*buckets, opened] if opened else buckets
 
 
 def now(device: torch.device) -> Any:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.bench.training_step import synchronize
 from densenet_dist.config import validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
+from densenet_dist.data.speed import synchronize
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
 from densenet_dist.train.building import build_job

@@ -21,6 +21,7 @@ from densenet_dist.bench.process import peak_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
+from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model import DenseNet, densenet
 from densenet_dist.model.kernels.choice import unavailable
@@ -196,12 +197,6 @@ class TrainingStep:
             raise OutOfMemory(
                 f"not tried: it would take about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
             )
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def explained(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -16,21 +16,11 @@ or `Generator.random` make of them (NEP 19); so a run can be repeated under a la
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from densenet_dist.errors import ConfigError
-
-
-class _Sliceable(Protocol):
-    """What arrays and tensors have in common here."""
-
-    def __getitem__(self, key: slice, /) -> Self: ...
-
-
-Rows = TypeVar("Rows", bound=_Sliceable)
 
 
 class Stream(IntEnum):
@@ -152,12 +142,3 @@ class BatchPlan:
     def smallest(self) -> int:
         """Images in the smallest global batch of the epoch."""
         return min(stop - start for start, stop in (self.bounds(0), self.bounds(self.steps - 1)))
-
-
-def rank_slice(batch: Rows, rank: int, world_size: int) -> Rows:
-    """What `rank` takes of a global batch: every `world_size`-th element, from its own place on. A view.
-
-    Args:
-        batch: the indices of a global batch, or anything else that has a row for each of its images.
-    """
-    return batch[rank::world_size]

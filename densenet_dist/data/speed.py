@@ -46,15 +46,15 @@ def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, w
     for _, _ in zip(range(warm_up), batches, strict=False):
         pass
     images = 0
-    _wait(device)
+    synchronize(device)
     started, worked = time.perf_counter(), time.process_time()
     for count, batch in enumerate(batches, start=1):
         images += len(batch.labels)
         if device.type == "cuda" and count % 16 == 0:
-            _wait(device)  # its queue would run ahead of the clock
+            synchronize(device)  # its queue would run ahead of the clock
         if time.perf_counter() - started > seconds:
             break
-    _wait(device)
+    synchronize(device)
     if images == 0:
         raise ValueError("no batches left to measure")
     return Speed(images, time.perf_counter() - started, time.process_time() - worked)
@@ -66,6 +66,7 @@ def endless(loader: TrainLoader) -> Iterator[Batch]:
         yield from loader.epoch(epoch)
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.style import Style
@@ -34,7 +34,7 @@ class Console:
     """
 
     def __init__(self, quiet: bool = False, silent: bool = False) -> None:
-        self._quiet, self._silent = quiet, silent
+        self._silent = silent
         self._console = LastingConsole(highlight=False, quiet=quiet or silent, soft_wrap=True, force_jupyter=False)
         self._progress = RunProgress(self._console)
         self._workers: int | None = None
@@ -60,7 +60,7 @@ class Console:
             self._progress.ended(event)
             self._epoch(event)
         elif kind == "note":
-            self._note(event)
+            self._console.note(event, warns=not self._silent)
 
     def finish(self, ending: Ending) -> None:
         """Say how the run ended, where all of it lies, and what can be done with it."""
@@ -87,12 +87,6 @@ class Console:
         star = "green" if event.get("is_best") else ""
         self._console.print(Text("\n").join(_starred(line, star) for line in lines))
 
-    def _note(self, event: Event) -> None:
-        warning = bool(event.get("warning"))
-        if self._quiet and warning and not self._silent:
-            print(f"warning: {event['text']}", file=sys.stderr, flush=True)
-        self._console.say(event["text"], "yellow" if warning else None)
-
     def _clear(self) -> None:
         if self._progress.live.is_started:
             self._progress.stop()
@@ -117,24 +111,17 @@ class LastingConsole(RichConsole):
             )
         self.print(text, markup=False, style=style, soft_wrap=True)
 
+    def note(self, event: Event, *, warns: bool = True) -> None:
+        """Show a ``note`` event; where nothing else is shown, warnings still are, on standard error."""
+        warning = bool(event.get("warning"))
+        if self.quiet and warning and warns:
+            print(f"warning: {event['text']}", file=sys.stderr, flush=True)
+        self.say(event["text"], "yellow" if warning else None)
+
     def on_broken_pipe(self) -> None:
         """Go on without a word."""
         self.quiet = True
         forget(self.file)
-
-
-class Linked(NamedTuple):
-    """A file, folder or page as it is shown, and the address that a terminal opens when it is clicked."""
-
-    text: str
-
-    @property
-    def style(self) -> Style:
-        """A link (OSC 8) for what lies here or on the web; addresses of object stores are no browser's."""
-        if self.text.startswith(("http://", "https://")):
-            return Style(link=self.text)
-        path = Path(self.text)
-        return Style(link=path.as_uri()) if path.is_absolute() else Style()
 
 
 def print_closing(
@@ -150,8 +137,16 @@ def print_closing(
     for group in (figures, files, commands):
         console.print()
         for name, value in group.items():
-            style = Linked(value).style if group is files else Style()
+            style = _link(value) if group is files else Style()
             console.print(Text.assemble("  ", (f"{name:<{width}}", "dim"), "  ", (value, style)))
+
+
+def _link(text: str) -> Style:
+    """A link (OSC 8) for what lies here or on the web; addresses of object stores are no browser's."""
+    if text.startswith(("http://", "https://")):
+        return Style(link=text)
+    path = Path(text)
+    return Style(link=path.as_uri()) if path.is_absolute() else Style()
 
 
 def forget(file: Any) -> None:
@@ -187,12 +182,7 @@ def epoch_parts(event: Event) -> Iterator[str]:
 
 def epoch_line(event: Event) -> str:
     """One epoch in one line; a star marks the best so far."""
-    return joined([*epoch_parts(event), *(["*"] if event.get("is_best") else [])])
-
-
-def joined(parts: Iterable[str]) -> str:
-    """Parts in one line."""
-    return "  ".join(parts)
+    return "  ".join([*epoch_parts(event), *(["*"] if event.get("is_best") else [])])
 
 
 def _starred(line: str, style: str) -> Text:

@@ -56,7 +56,11 @@ def write_report(
     if len(records) == 1 and out is None:
         return _write_into_folder(records[0])
     path = out or Path(PAGE_FILE)
-    write_file(path, run_page(records[0]) if len(records) == 1 else comparison_page(records))
+    page = run_page(records[0]) if len(records) == 1 else comparison_page(records)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}\n  choose another --out") from error
     if len(records) == 1:
         _draw(records[0], path.parent)
     return str(path)
@@ -99,15 +103,3 @@ def _draw(record: RunRecord, folder: Path) -> list[str]:
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return names
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a page.
-
-    Raises:
-        StorageError: where it cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}\n  choose another --out") from error

@@ -23,7 +23,6 @@ class SweepConsole:
     def __init__(self, quiet: bool = False) -> None:
         # Piped, a table has no terminal to fit into.
         width = None if sys.stdout.isatty() else 200
-        self._quiet = quiet
         self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width, force_jupyter=False)
         self._status: Status | None = None
         self._metric, self._total = "", 0
@@ -42,7 +41,7 @@ class SweepConsole:
         if event["kind"] == "sweep":
             self._begin(event["sweep"], event["trials"], event["folder"])
         elif event["kind"] == "note":
-            self._note(event)
+            self._console.note(event)
         elif event["kind"] == "trial":
             self._trial(event)
 
@@ -58,12 +57,6 @@ class SweepConsole:
         if recorded:
             ended = sum(trial.status != "interrupted" for trial in recorded)
             self._console.say(f"resumed: {ended} trials ended before, {len(recorded) - ended} go on")
-
-    def _note(self, event: Event) -> None:
-        warning = bool(event.get("warning"))
-        if self._quiet and warning:
-            print(f"warning: {event['text']}", file=sys.stderr, flush=True)
-        self._console.say(event["text"], "yellow" if warning else None)
 
     def _trial(self, event: Event) -> None:
         trial: Trial = event["trial"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from densenet_dist.pages.render import render
@@ -36,7 +34,6 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     """
     settings = sweep.settings
     metric = Metric(settings.metric, settings.maximise)
-    trials = [_finite(trial) for trial in trials]
     best = best_trial(trials, metric.maximise)
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
     has_tests, has_causes = any(_TEST in trial.figures for trial in trials), any(trial.cause for trial in trials)
@@ -67,13 +64,6 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         table_file=TABLE_FILE,
     )
     folder.write(PAGE_FILE, page)
-
-
-def _finite(trial: Trial) -> Trial:
-    """The trial without values that cannot be drawn or ranked."""
-    history = {epoch: value for epoch, value in trial.history.items() if math.isfinite(value)}
-    metric = trial.metric if trial.metric is not None and math.isfinite(trial.metric) else None
-    return replace(trial, history=history, metric=metric)
 
 
 def _search(sweep: Sweep) -> str:

@@ -6,8 +6,6 @@ buckets of 25 MiB are larger than most DenseNets: the notebook's 14 MB would go 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, cast
 
@@ -58,29 +56,6 @@ def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
             sizes.append(held)
             held = 0
     return [*sizes, held] if held else sizes
-
-
-def fill_buckets(gradients: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
-    """Which gradients share a bucket, by DDP's rule: one is closed as soon as it holds its limit.
-
-    Args:
-        gradients: bytes of each, in the order in which they come.
-        limits: of the buckets in turn; the last one holds for all that follow.
-
-    Returns:
-        The gradients' places in `gradients`, bucket by bucket.
-    """
-    buckets: list[list[int]] = []
-    bounds = itertools.chain(limits, itertools.repeat(limits[-1]))
-    held, limit = 0, next(bounds)
-    opened: list[int] = []
-    for place, size in enumerate(gradients):
-        opened.append(place)
-        held += size
-        if held >= limit:
-            buckets.append(opened)
-            opened, held, limit = [], 0, next(bounds)
-    return [*buckets, opened] if opened else buckets
 
 
 def _stages(model: DenseNet) -> list[int]:

@@ -10,7 +10,6 @@ from densenet_dist.data.plan import (
     BatchPlan,
     Stream,
     epoch_order,
-    rank_slice,
     split_indices,
 )
 from densenet_dist.errors import ConfigError
@@ -86,7 +85,3 @@ class TestBatchPlan:
         assert all(start == step * batch for step, (start, _) in enumerate(bounds))
         with pytest.raises(IndexError, match=f"step {plan.steps}"):
             plan.bounds(plan.steps)
-
-    def test_ranks_share_a_batch(self) -> None:
-        batch = np.arange(10)
-        assert [rank_slice(batch, rank, 3).tolist() for rank in range(3)] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]

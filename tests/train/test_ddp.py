@@ -18,7 +18,7 @@ from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
 from densenet_dist.train import ddp
-from densenet_dist.train.ddp import bucket_sizes, fill_buckets
+from densenet_dist.train.ddp import bucket_sizes
 from densenet_dist.train.engine import evaluate_model, train_step
 from densenet_dist.train.evaluation import evaluate
 from densenet_dist.train.job import Job
@@ -56,11 +56,6 @@ def test_buckets_hold_every_gradient_and_small_blocks_go_together():
     assert all(size >= MIB for size in sizes[:-1])
     assert bucket_sizes(net(CONFIGS / "quickstart.yaml"), TrainConfig()) == [49_194 * 4]
     assert bucket_sizes(model, TrainConfig(bucket_mb=0.5)) == [MIB // 2]
-
-
-def test_buckets_close_as_ddp_closes_them():
-    assert fill_buckets([1, 2, 3, 4, 5], [3, 7]) == [[0, 1], [2, 3], [4]]
-    assert fill_buckets([5, 1, 1], [2]) == [[0], [1, 2]]
 
 
 def rank_job(storage: str, *settings: str) -> Job:
