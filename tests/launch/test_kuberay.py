@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
 from jsonschema import Draft7Validator
-from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
 from densenet_dist import __version__
 from densenet_dist.config import load_config
@@ -30,11 +30,7 @@ class Pod(NamedTuple):
     part: str
     labels: dict[str, str]
     spec: dict[str, Any]
-
-    @property
-    def container(self) -> dict[str, Any]:
-        (container,) = self.spec["containers"]
-        return container
+    container: dict[str, Any]
 
 
 @pytest.fixture
@@ -60,7 +56,10 @@ def pods(resources, clusters):
         (workers,) = cluster["workerGroupSpecs"]
         templates += [(name, "head", cluster["headGroupSpec"]["template"]), (name, "workers", workers["template"])]
     templates += [(name, "submitter", resources[name]["spec"]["submitterPodTemplate"]) for name in JOBS]
-    return [Pod(file, part, pod["metadata"]["labels"], pod["spec"]) for file, part, pod in templates]
+    return [
+        Pod(file, part, pod["metadata"]["labels"], pod["spec"], *pod["spec"]["containers"])
+        for file, part, pod in templates
+    ]
 
 
 def test_valid_by_kuberays_own_schema(resources, clusters, root):
@@ -92,10 +91,6 @@ def test_every_pod_has_the_image_the_size_and_no_privileges(rendered, resources,
         assert container["securityContext"] == nothing
         if pod.part in ("head", "workers"):
             assert {entry["name"]: entry["value"] for entry in container["env"]} == rendered.values["env"]
-        for volume in [each for each in pod.spec.get("volumes", []) if each["name"] == "shm"]:
-            share = int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) / size["memory_gib"]
-            # Ray's object store must fit, and the rest of the process as well.
-            assert DEFAULT_OBJECT_STORE_MEMORY_PROPORTION < share <= 0.5
 
 
 def test_clusters_ask_for_the_token_and_heads_are_never_on_spot_nodes(rendered, clusters, root):
@@ -106,18 +101,14 @@ def test_clusters_ask_for_the_token_and_heads_are_never_on_spot_nodes(rendered, 
         assert cluster["rayVersion"] == version
         head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
         assert head["rayStartParams"] == {"num-cpus": "0"}  # it trains nothing
-        assert {group[key] for key in ("replicas", "minReplicas", "maxReplicas")} == {
-            rendered.values["workers"]["count"]
-        }
+        assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == rendered.values["workers"]["count"]
         spec = head["template"]["spec"]
         required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
         (term,) = required["nodeSelectorTerms"]  # several would be alternatives
         refused = {rule["key"]: rule["values"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
         assert refused == {key: [value] for key, value in SPOT_NODES.items()}
         assert "tolerations" not in spec
-        tolerated = {rule["key"]: rule.get("value") for rule in group["template"]["spec"]["tolerations"]}
-        assert tolerated.items() <= (SPOT_NODES | {"nvidia.com/gpu": None}).items()
-        assert "nvidia.com/gpu" in tolerated
+        assert "nvidia.com/gpu" in {rule["key"] for rule in group["template"]["spec"]["tolerations"]}
 
 
 def test_jobs_are_accepted_and_take_their_cluster_along_when_they_end(rendered, resources, root):
@@ -159,8 +150,6 @@ def test_storage_is_where_all_nodes_see_it(rendered, resources, pods):
             assert "envFrom" not in pod.container
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert {value.removeprefix("https://") for value in secret["stringData"].values()} == {"REPLACE_ME"}
-    named = [path for path, text in rendered.files.items() if "AWS_SECRET_ACCESS_KEY" in text]
-    assert named == ["kuberay/secret-s3.example.yaml"]
 
 
 def test_the_queued_job_is_the_same_job_and_fits_its_queue(rendered, resources, pods):
@@ -170,7 +159,7 @@ def test_the_queued_job_is_the_same_job_and_fits_its_queue(rendered, resources, 
     assert queued["spec"].pop("suspend") is True
     assert queued == plain
     assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
-    needed = {"cpu": 0, "memory": 0, "nvidia.com/gpu": 0}
+    needed: Counter[str] = Counter()
     for pod in [each for each in pods if each.file == "rayjob-train-kueue"]:
         count = rendered.values["workers"]["count"] if pod.part == "workers" else 1
         for name, amount in pod.container["resources"]["requests"].items():
@@ -186,10 +175,9 @@ def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(resources, pods)
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     own, operator, prometheus = spec["ingress"]
     assert own == {"from": [{"podSelector": selector}]}
-    assert operator["ports"] == [{"port": 8265, "protocol": "TCP"}]
-    assert operator["from"][0]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
-    assert prometheus["ports"] == [{"port": 8080, "protocol": "TCP"}]  # KubeRay starts Ray's metrics with it
-    assert [set(each) for each in prometheus["from"]] == [{"podSelector", "namespaceSelector"}]  # both must hold
+    assert (operator["ports"][0]["port"], prometheus["ports"][0]["port"]) == (8265, 8080)
+    for rule in (operator, prometheus):
+        assert [set(each) for each in rule["from"]] == [{"podSelector", "namespaceSelector"}]  # both must hold
     inside, outside = spec["egress"]
     assert inside == {"to": [{"podSelector": selector}]}
     assert {port["port"] for port in outside["ports"]} == {53, 443}  # a cloud's metadata service is on 80

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
+from pages import blocks
 from ray.scripts.scripts import cli as ray_cli
 
 from densenet_dist.cli import app
@@ -13,10 +14,7 @@ from densenet_dist.config import load_config
 
 def commands_of(*pages):
     """Every command of the pages' blocks, as words."""
-    text = "".join(page.read_text() for page in pages)
-    lines = [
-        line for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.M) for line in block.splitlines()
-    ]
+    lines = [line for page in pages for block in blocks(page, "bash") for line in block.text.splitlines()]
     return [words for line in lines if (words := shlex.split(line.removesuffix(" &"), comments=True))]
 
 
@@ -40,15 +38,14 @@ def test_commands_are_rays_and_ours(root):
     assert len(submitted) >= 4
 
 
-def test_names_are_those_of_the_values(root, values, renderer):
+def test_names_are_those_of_the_values(root, values):
     text = (root / "launch" / "README.md").read_text()
     name, image = values["name"], f"{values['image']}:{values['image_tag']}"
     assert set(re.findall(rf"{values['image']}:\S*", text)) == {image, f"{image}-cpu"}
     assert set(re.findall(r"--namespace (densenet\S*)", text)) == {values["namespace"]}
     assert set(re.findall(r"--region (\S+)", text)) == {values["aws"]["region"]}
-    files = [path.rpartition("/")[2] for path in renderer.FILES]
     names = [f"rayjob {name}-train ", f"service/{name}-head-svc", f"secret generic {name}-s3", f"Values={name}"]
-    assert [each for each in files + names if each not in text] == []
+    assert [each for each in names if each not in text] == []
 
 
 def test_commands_to_watch_with_bind_to_loopback(root):
