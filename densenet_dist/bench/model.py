@@ -86,7 +86,7 @@ def bench_model(
     sizes, plain = tuple(dict.fromkeys(batch_sizes)), to_dict(config)
     results: dict[tuple[str, int], list[Measurement]] = {(name, size): [] for name in used for size in sizes}
     failures: dict[tuple[str, int], str] = {}
-    processes: dict[str, MeasuringProcess[Measurement]] = {
+    processes = {
         name: MeasuringProcess(prepare_variant, variant, plain, num_classes(config), str(device))
         for name, variant in used.items()
     }

@@ -13,16 +13,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import psutil
 
 from densenet_dist.errors import EnvironmentProblem
 
-Result = TypeVar("Result")
 
-
-class MeasuringProcess(Generic[Result]):
+class MeasuringProcess:
     """A process that prepares something to measure, measures it when asked to, and waits in between.
 
     Its own exceptions are raised here. Where it dies, `EnvironmentProblem` says so.
@@ -32,7 +30,7 @@ class MeasuringProcess(Generic[Result]):
         arguments: of `prepare`; they are pickled.
     """
 
-    def __init__(self, prepare: Callable[..., Callable[..., Result]], *arguments: Any) -> None:
+    def __init__(self, prepare: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
         # Ctrl-C reaches the whole process group: by default this process would print a traceback, now it just ends.
         self._pool = ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
@@ -44,12 +42,11 @@ class MeasuringProcess(Generic[Result]):
         """Wait until it is prepared, so that preparing disturbs no measurement."""
         _result(self._prepared)
 
-    def measure(self, *arguments: Any) -> Result:
+    def measure(self, *arguments: Any) -> Any:
         """Measure once."""
         self.wait()
         self._last = self._pool.submit(_measure, arguments)
-        result: Result = _result(self._last)
-        return result
+        return _result(self._last)
 
     def stop(self) -> None:
         """End the process, in the middle of a measurement too."""

@@ -64,7 +64,12 @@ def bench_scaling(
         ConfigError, EnvironmentProblem: as for training; and more workers than images, or than GPUs.
     """
     config, counts = absolute(config), sorted({1, *workers})
-    _check(config, counts, modes)
+    if "strong" in modes and counts[-1] > config.train.global_batch_size:
+        raise ConfigError(
+            f"--workers: {counts[-1]} workers cannot share train.global_batch_size={config.train.global_batch_size}\n"
+            "  raise it, or measure weak scaling alone with --mode weak"
+        )
+    check_model(config)
     results: dict[int, list[RankMeasurements]] = {}
     with measuring_workers(config.cluster, config.storage) as cluster:
         for count in counts:
@@ -95,15 +100,6 @@ def bench_scaling(
     if probe is not None:
         outcome["probed"] = {count: ranks[0].probed for count, ranks in results.items()}
     return outcome
-
-
-def _check(config: Config, counts: Sequence[int], modes: Sequence[str]) -> None:
-    if "strong" in modes and counts[-1] > config.train.global_batch_size:
-        raise ConfigError(
-            f"--workers: {counts[-1]} workers cannot share train.global_batch_size={config.train.global_batch_size}\n"
-            "  raise it, or measure weak scaling alone with --mode weak"
-        )
-    check_model(config)
 
 
 def _images(config: Config, mode: str, workers: int) -> int:

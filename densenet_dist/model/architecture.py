@@ -6,20 +6,12 @@ from itertools import pairwise
 from math import ceil
 from typing import Literal, get_args
 
+# What they mean: see `Architecture`.
 Stem = Literal["cifar", "imagenet"]
-"""How the image is read: one 3x3 convolution, or 7x7 with stride 2 - BN - ReLU - 3x3 max pooling with stride 2."""
-
 CompressionOf = Literal["channels", "growth_rate"]
-"""What a transition's width is a share of: the maps it reads (the paper's), or the growth rate (the notebook's)."""
-
 Head = Literal["global", "pool2"]
-"""What comes before the classifier: global average pooling, or 2x2 average pooling and all positions side by side."""
-
 Init = Literal["glorot", "he", "torchvision"]
-"""How weights start; see :func:`densenet_dist.model.densenet.initialise`."""
-
 BlockForm = Literal["reference", "fused", "auto"]
-"""How dense blocks are computed, the same function from the same weights every time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +34,8 @@ class Architecture:
         init: how weights start, see :func:`densenet_dist.model.densenet.initialise`.
         image_size: side of the square images in pixels. ``pool2`` takes no other; ``global`` takes larger ones too.
         in_channels: channels of the images.
-        block: form of the dense blocks; ``auto`` is the fused one, which computes as the reference where it has no
-            kernels.
+        block: form of the dense blocks: they compute the same from the same weights. ``auto`` is the fused one, which
+            computes as the reference where it has no kernels.
     """
 
     growth_rate: int

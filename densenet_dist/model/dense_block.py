@@ -25,9 +25,6 @@ class DenseLayer(nn.Sequential):
         norm: makes the batch normalisations.
     """
 
-    norm1: nn.BatchNorm2d
-    conv1: nn.Conv2d
-
     def __init__(
         self, in_channels: int, growth_rate: int, *, bn_size: int | None, drop_rate: float, norm: NormFactory
     ) -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # BatchNorm2d, and both kinds that are synchronised
 
 from densenet_dist.model.dense_block import DenseBlock
 from densenet_dist.model.fused.operator import dense_block
 from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.model.sync_bn import SyncBatchNorm
-
-BatchNorm: TypeAlias = _BatchNorm  # BatchNorm2d, and both kinds that are synchronised
 
 
 class FusedDenseBlock(DenseBlock):
@@ -73,7 +71,7 @@ class FusedDenseBlock(DenseBlock):
 
     def _parts(self, norm: BatchNorm | None, conv: nn.Conv2d | None) -> _Parts:
         modules = [module for layer in self.values() for module in layer.children()]
-        norms = [module for module in modules if isinstance(module, _BatchNorm)]
+        norms = [module for module in modules if isinstance(module, BatchNorm)]
         convs = [module for module in modules if isinstance(module, nn.Conv2d)]
         drops = [module for module in modules if isinstance(module, nn.Dropout)]
         bottleneck = len(convs) == 2 * len(self)

@@ -1,43 +1,19 @@
 """The named nets: which numbers each stands for, what may be asked of it, and the factory that builds it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Final, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple
 
 from densenet_dist.errors import ConfigError
-from densenet_dist.model.architecture import Architecture, BlockForm, CompressionOf, Head, Init, Stem
+from densenet_dist.model.architecture import Architecture, BlockForm
 from densenet_dist.model.densenet import DenseNet
 
-
-class _Family(TypedDict):
-    """What a variant's name fixes; ``compression`` is the default of something that can be asked for."""
-
-    stem: Stem
-    bn_size: int | None
-    compression: float
-    compression_of: CompressionOf
-    norm_momentum: float
-    norm_eps: float
-    head: Head
-    init: Init
-
-
-_PAPER: Final[_Family] = {
-    "stem": "cifar",
-    "bn_size": None,
-    "compression": 1.0,
-    "compression_of": "channels",
-    "norm_momentum": 0.1,
-    "norm_eps": 1e-5,
-    "head": "global",
-    "init": "he",
-}
-_PAPER_BC: Final[_Family] = {**_PAPER, "bn_size": 4, "compression": 0.5}
-_IMAGENET: Final[_Family] = {**_PAPER_BC, "stem": "imagenet", "init": "torchvision"}
-# Keras' BatchNormalization has momentum 0.99, the weight of the *old* statistics, and epsilon 1e-3.
-_NOTEBOOK: Final[_Family] = {
-    **_PAPER,
+# What a variant's name fixes of an `Architecture`; its defaults are the paper's DenseNet for CIFAR.
+_PAPER: Final[Mapping[str, Any]] = {}
+_PAPER_BC: Final[Mapping[str, Any]] = {"bn_size": 4, "compression": 0.5}
+_IMAGENET: Final[Mapping[str, Any]] = {**_PAPER_BC, "stem": "imagenet", "init": "torchvision"}
+_NOTEBOOK: Final[Mapping[str, Any]] = {
     "compression_of": "growth_rate",
+    # Keras' BatchNormalization has momentum 0.99, the weight of the *old* statistics, and epsilon 1e-3.
     "norm_momentum": 0.01,
     "norm_eps": 1e-3,
     "head": "pool2",
@@ -46,7 +22,7 @@ _NOTEBOOK: Final[_Family] = {
 
 
 class _Variant(NamedTuple):
-    family: _Family
+    family: Mapping[str, Any]
     growth_rate: int
     num_layers: tuple[int, ...]
     stem_channels: Callable[[int], int]
@@ -55,17 +31,15 @@ class _Variant(NamedTuple):
     """Convolutions that one more layer in each of the three blocks adds; None where depth names no such net."""
 
 
-_VARIANTS: Final[Mapping[str, _Variant]] = MappingProxyType(
-    {
-        "notebook": _Variant(_NOTEBOOK, 35, (12,) * 4, lambda k: k),
-        "densenet": _Variant(_PAPER, 12, (12,) * 3, lambda _: 16, depth_unit=3),
-        "densenet_bc": _Variant(_PAPER_BC, 12, (16,) * 3, lambda k: 2 * k, depth_unit=6),
-        "densenet121": _Variant(_IMAGENET, 32, (6, 12, 24, 16), lambda k: 2 * k),
-        "densenet161": _Variant(_IMAGENET, 48, (6, 12, 36, 24), lambda k: 2 * k),
-        "densenet169": _Variant(_IMAGENET, 32, (6, 12, 32, 32), lambda k: 2 * k),
-        "densenet201": _Variant(_IMAGENET, 32, (6, 12, 48, 32), lambda k: 2 * k),
-    }
-)
+_VARIANTS: Final[Mapping[str, _Variant]] = {
+    "notebook": _Variant(_NOTEBOOK, 35, (12,) * 4, lambda k: k),
+    "densenet": _Variant(_PAPER, 12, (12,) * 3, lambda _: 16, depth_unit=3),
+    "densenet_bc": _Variant(_PAPER_BC, 12, (16,) * 3, lambda k: 2 * k, depth_unit=6),
+    "densenet121": _Variant(_IMAGENET, 32, (6, 12, 24, 16), lambda k: 2 * k),
+    "densenet161": _Variant(_IMAGENET, 48, (6, 12, 36, 24), lambda k: 2 * k),
+    "densenet169": _Variant(_IMAGENET, 32, (6, 12, 32, 32), lambda k: 2 * k),
+    "densenet201": _Variant(_IMAGENET, 32, (6, 12, 48, 32), lambda k: 2 * k),
+}
 VARIANTS: Final = tuple(_VARIANTS)
 """The names :func:`densenet` knows."""
 
@@ -144,9 +118,7 @@ def variant_architecture(
         raise ConfigError(f"model.variant: there is no {variant!r}; choose from {', '.join(VARIANTS)}")
     preset = _VARIANTS[variant]
     k = preset.growth_rate if growth_rate is None else growth_rate
-    family = preset.family.copy()
-    if compression is not None:
-        family["compression"] = compression
+    family = preset.family if compression is None else {**preset.family, "compression": compression}
     arch = Architecture(
         growth_rate=k,
         num_layers=_layers(preset, num_layers, depth),

@@ -49,21 +49,19 @@ class Session(Protocol):
         """Say that the run has ended, with what summary.json holds."""
 
 
-Opener: TypeAlias = Callable[[str | None], Session]
-"""Opens a session, the one with an id where it is known."""
-
-
 class Tracker:
     """Sends a run's records to one service, in a thread of its own.
 
     Args:
         name: of the service.
-        opener: opens a session; called in that thread.
+        opener: opens a session, the one with an id where it is known; called in that thread.
         run: the run's folder.
         records: those that the run has already.
     """
 
-    def __init__(self, name: str, opener: Opener, run: RunFolder, records: Sequence[Record]) -> None:
+    def __init__(
+        self, name: str, opener: Callable[[str | None], Session], run: RunFolder, records: Sequence[Record]
+    ) -> None:
         self._name, self._open, self._run = name, opener, run
         self._file = _state_file(name)
         self._records = list(records)

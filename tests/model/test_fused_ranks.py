@@ -1,13 +1,11 @@
 """The fused dense block over several processes: DDP, and batch statistics of all ranks together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from fused import Block, Found, assert_same, both_kinds, small_net, state_of
+from fused import Block, Found, assert_same, small_net, state_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +14,7 @@ from densenet_dist.model.sync_bn import synchronise_batchnorm
 
 IMAGES = 7
 SHARES = {"equal": [slice(0, 3), slice(3, 6)], "unequal": [slice(0, 2), slice(2, IMAGES)]}
-LAYERS, CHANNELS, GROWTH = 3, 5, 4
+CHANNELS = 5
 
 
 def images(channels: int = 3, mean: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -71,33 +69,6 @@ def test_ddp_averages_the_gradients_of_the_ranks() -> None:
         assert (first - second).abs().max() > 0.01
 
 
-def accumulated() -> dict[str, Found]:
-    """Two parts of a step, the first without communication; then a second step."""
-    x, weights = images()
-    own = SHARES["unequal"][dist.get_rank()]
-    found = {}
-    for form in ("reference", "fused"):
-        model = DistributedDataParallel(small_net(form, "densenet_bc"), gradient_as_bucket_view=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        for number in range(2):
-            with model.no_sync():
-                step(model, x[own].flip(0), weights[own])
-            found[f"{form} {number}"] = step(model, x[own], weights[own])
-            optimizer.step()
-            optimizer.zero_grad()
-    return found
-
-
-def test_gradients_add_up_before_they_are_averaged() -> None:
-    first, second = run_ranks(accumulated, 2)
-    for rank in (first, second):
-        for number in range(2):
-            assert_same(rank[f"fused {number}"], rank[f"reference {number}"], 1e-9)
-    name = "features.conv0.weight.grad"
-    assert torch.equal(first["fused 1"][name], second["fused 1"][name])
-    assert not torch.equal(first["fused 0"][name], first["fused 1"][name])
-
-
 SYNCHRONISED = [("notebook", "equal"), ("densenet_bc", "unequal")]
 
 
@@ -134,47 +105,6 @@ def test_synchronised_ranks_together_equal_one_process() -> None:
         alone = step(small_net("fused", variant), x[SHARES[share][0]], weights[SHARES[share][0]])
         name = "features.norm5.running_mean"
         assert (alone[name] - whole[name]).abs().max() > 1e-5
-
-
-@contextmanager
-def counted(sizes: list[int]) -> Iterator[None]:
-    """Note how many numbers each all-reduce sums."""
-    original = dist.all_reduce
-
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield
-    finally:
-        dist.all_reduce = original
-
-
-def collective_calls(bn_size: int | None) -> dict[str, list[int]]:
-    calls: dict[str, list[int]] = {"forward": [], "backward": [], "judged": []}
-    model = synchronise_batchnorm(Block("fused", bn_size=bn_size))
-    x = images(CHANNELS)[0][SHARES["unequal"][dist.get_rank()]].requires_grad_()
-    with counted(calls["forward"]):
-        y = model(x)
-    with counted(calls["backward"]):
-        y.square().sum().backward()
-    with counted(calls["judged"]), torch.no_grad():
-        model.eval()(x)
-    return calls
-
-
-@both_kinds
-def test_one_collective_call_a_convolution_and_direction(bn_size: int | None) -> None:
-    """Of a mean and a variance for each map that it makes and of the count: not of each map that a layer reads."""
-    made = [GROWTH] if bn_size is None else [bn_size * GROWTH, GROWTH]
-    expected = [2 * CHANNELS + 1] + [2 * maps + 1 for maps in made] * LAYERS
-    for calls in run_ranks(collective_calls, 2, bn_size):
-        assert [size for size in calls["forward"] if size > 1] == expected
-        assert calls["forward"].count(1) <= 1  # the count, once a block
-        assert calls["backward"] == expected[::-1]
-        assert calls["judged"] == []
 
 
 def merged() -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused import Block, Found, assert_same, both_kinds, each_tail, maps, small_net, take_step
+from fused import Block, Found, assert_same, both_kinds, each_tail, maps, norms_of, small_net, take_step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,39 +24,20 @@ def small_maps(number: int = 2, side: int = 4) -> Tensor:
 
 
 def arguments(bn_size: int | None, tail: str, which: str, dropped: bool, *, needs_gradients: bool = True) -> list[Any]:
-    """Arguments of the forward operator: two layers, of 3 and 5 maps, and what follows them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, low: float = -1.0) -> Tensor:
-        drawn = torch.rand(shape, generator=generator, dtype=torch.float64) * (1 - low) + low
-        drawn = drawn.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else drawn
-        return drawn.requires_grad_(needs_gradients)
-
-    weights, reads = [], []
-    for width in (3, 5):
-        weights += [draw(2, width, 3, 3)] if bn_size is None else [draw(4, width, 1, 1), draw(2, 4, 3, 3)]
-        reads += [width] if bn_size is None else [width, 4]
-    masks = [torch.rand(2, len(weight), 3, 4, generator=generator) < 0.7 for weight in weights] if dropped else []
-    if tail != "no tail":
-        reads += [7]
-    if tail == "norm and conv":
-        weights += [draw(3, 7, 1, 1)]
-    training = {
-        "all": [True] * len(reads),
-        "none": [False] * len(reads),
-        "some": [number % 2 == 0 for number in range(len(reads))],
-    }[which]
-    frozen = [
-        statistic.detach()
-        for width, trains in zip(reads, training, strict=True)
-        if not trains
-        for statistic in (draw(width), draw(width, low=0.5))
-    ]
+    """What a block of two layers calls the forward operator with."""
+    model = Block("fused", layers=2, channels=3, growth=2, bn_size=bn_size, tail=tail, drop_rate=0.3 * dropped)
+    for number, norm in enumerate(norms_of(model)):
+        norm.train(which == "all" or (which == "some" and number % 2 == 0))
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_block, "dense_block", lambda *given: calls.append(given) or operator.dense_block(*given))
+        model(maps((2, 3, 3, 4)))
     return [
-        draw(2, 3, 3, 4), [draw(width, low=0.5) for width in reads], [draw(width) for width in reads], weights, frozen,
-        [mask.contiguous(memory_format=torch.channels_last) for mask in masks], training, [1e-3] * len(reads),
-        bn_size is not None, tail != "no tail", 0.7 if dropped else 1.0, False, True,
-    ]  # fmt: skip
+        torch.utils._pytree.tree_map_only(
+            Tensor, lambda t, n=n: t.detach().requires_grad_(needs_gradients and n < 4), part
+        )
+        for n, part in enumerate(calls[0])
+    ]
 
 
 def backward_arguments(given: list[Any], gradient: Tensor, made: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -112,16 +93,12 @@ def test_a_compiler_is_told_the_true_layouts(bn_size: int | None, tail: str) -> 
         assert fake == real
 
 
-def compiled(model: nn.Module, backend: str) -> tuple[Any, CompileCounterWithBackend]:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(model, backend=counter, fullgraph=True), counter
-
-
 def test_a_compiled_net_is_the_same() -> None:
     eager = small_net("fused", "densenet_bc", drop_rate=0.2)
     model = copy.deepcopy(eager)
-    run, counter = compiled(model, "aot_eager")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
     graphs = []
     for number in (4, 4, 6, 7):
         model.zero_grad()
@@ -137,17 +114,6 @@ def test_a_compiled_net_is_the_same() -> None:
             x = small_maps(number, side=8)
             torch.testing.assert_close(run(x), eager(x), rtol=0, atol=1e-12)
     assert counter.frame_count == 3
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_a_net_compiled_by_inductor_is_the_same() -> None:
-    eager = small_net("fused", "notebook")
-    model = copy.deepcopy(eager)
-    run, counter = compiled(model, "inductor")
-    for _ in range(2):
-        assert_same(take_step(model, small_maps(4, side=8), call=run), take_step(eager, small_maps(4, side=8)))
-    assert counter.frame_count == 1
 
 
 def test_a_compiled_and_checkpointed_block_drops_the_same_twice() -> None:

@@ -52,11 +52,11 @@ with_names = pytest.mark.parametrize("name", NAMES)
 
 
 def cases(name: str) -> Iterator[tuple[Case, torch.dtype]]:
-    """All in the types that nets are trained in; of the others the first two."""
-    for dtype in (torch.float32, torch.bfloat16):
-        yield from ((case, dtype) for case in CASES)
-    others = [torch.float64] if name == "native" else [torch.float64, torch.float16]
-    yield from ((case, dtype) for case in CASES[:2] for dtype in others)
+    """All in float32; in the other types, where these take long or hardly differ, the first two."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
+        if name != "native" or dtype != torch.float16:
+            some = dtype in (torch.float64, torch.float16) or (dtype == torch.bfloat16 and INTERPRETED)
+            yield from ((case, dtype) for case in (CASES[:2] if some else CASES))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -94,23 +94,6 @@ def test_write(name: str, dropout: bool) -> None:
         close(slot, expected, label=(case, dtype))
         check_statistics(slot, mean, var)
         rest.check()
-
-
-@with_names
-@pytest.mark.parametrize("dropout", [False, True])
-def test_write_in_place(name: str, dropout: bool) -> None:
-    shape, kernels = (2, 35, 9, 9), make_kernels(name)
-    draw = Draw(device_of(name))
-    made, mask = draw.maps(*shape, before=1, after=4), draw.mask(*shape, keep=0.5) if dropout else None
-    rest, expected, mean, var = Untouched(made), made.clone(), draw.normal(35), draw.normal(35)
-    if mask is not None:
-        expected *= mask / 0.5
-    kernels.write(made, mask, 0.5, made, mean, var)
-    assert torch.equal(made, expected)
-    check_statistics(made, mean, var)
-    rest.check()
-    kernels.write(made, None, 0.5, made, None, None)
-    assert torch.equal(made, expected)
 
 
 @with_names
@@ -309,21 +292,6 @@ def test_bfloat16_is_rounded_as_pytorch_rounds_it() -> None:
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))
     assert math.isinf(out.nan_to_num(0, math.inf, -math.inf).float().max())
-
-
-def test_triton_reads_at_once_what_memory_holds() -> None:
-    pytest.importorskip("triton")
-    from densenet_dist.model.kernels.triton_kernels import _read_width, _write_width
-
-    def rows(channels: int, ld: int, start: int = 0, beyond: int = 0) -> Tensor:
-        memory = torch.zeros(start + 5 * ld + channels + beyond, dtype=torch.bfloat16)
-        return memory.as_strided((2, channels, 1, 3), (3 * ld, 1, 3 * ld, ld), start)
-
-    assert [_read_width(35, rows(35, 40, beyond=beyond)) for beyond in (4, 5)] == [1, 8]
-    assert [_read_width(35, rows(40, 40, start=start)) for start in (0, 4, 8)] == [8, 1, 8]
-    assert [_read_width(35, rows(35, ld, beyond=5)) for ld in (40, 44)] == [8, 1]
-    assert [_write_width(c, rows(c, 48)) for c in (40, 36, 35)] == [8, 4, 1]
-    assert _write_width(40, rows(40, 40), None, rows(40, 44)) == 4
 
 
 @pytest.mark.gpu

@@ -26,26 +26,8 @@ from densenet_dist.model.fused.convolutions import choose_convolutions
 from densenet_dist.model.fused.structure import Forward, Gradients, Structure, Unit, new_maps
 from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
 
-WAITING = {"cpu": MOST_CONSUMERS, "cuda": MOST_CONSUMERS}
+WAITING = MOST_CONSUMERS
 """How many layers' gradients wait: more of them cost memory and save traffic."""
-
-
-def run_backward(
-    kernels: Kernels, block: Structure, made: Forward, masks: Sequence[Tensor], gradient: Tensor, *, need_x: bool,
-    need_weights: Sequence[bool],
-) -> Gradients:  # fmt: skip
-    """All gradients of a block.
-
-    Args:
-        kernels: for the device and type of the maps.
-        block: as for the forward pass.
-        made: by the forward pass; `Forward.out` is not needed.
-        masks: as for the forward pass.
-        gradient: of `Forward.out`, or without a tail of `Forward.maps`; channels_last.
-        need_x: whether that of the block's input is wanted.
-        need_weights: the same of every unit's weight, in order of `Structure.units`; False where it has none.
-    """
-    return _Pass(kernels, block, made, masks, need_weights).run(gradient, need_x)
 
 
 class _Waiting(NamedTuple):
@@ -56,7 +38,17 @@ class _Waiting(NamedTuple):
     norm: Norm
 
 
-class _Pass:
+class BackwardPass:
+    """All gradients of a block.
+
+    Args:
+        kernels: for the device and type of the maps.
+        block: as for the forward pass.
+        made: by the forward pass; `Forward.out` is not needed.
+        masks: as for the forward pass.
+        need_weights: whether a unit's weight needs a gradient, in order of `Structure.units`; False where it has none.
+    """
+
     def __init__(
         self, kernels: Kernels, block: Structure, made: Forward, masks: Sequence[Tensor], need_weights: Sequence[bool]
     ) -> None:
@@ -72,11 +64,11 @@ class _Pass:
         self._inner_gradients: list[Tensor] = []  # last layer first, as are these:
         self._weights: list[Tensor | None] = []
         self._waiting: list[_Waiting] = []
-        self._limit = WAITING.get(maps.device.type, 1)
         self._carry: Tensor | None = None  # G without what waits; at first the gradient of the maps themselves
         self._buffer: Tensor | None = None
 
     def run(self, gradient: Tensor, need_x: bool) -> Gradients:
+        """Compute them from that of `Forward.out`, or without a tail of `Forward.maps`; channels_last."""
         layers, widths = self._block.layers, self._block.widths
         tail = self._block.tail
         if tail is None:
@@ -111,7 +103,7 @@ class _Pass:
         came, d_weight = self._convolutions.backward(unit, maps, norm, d_made, needed)
         self._weights.append(d_weight)
         self._waiting.insert(0, _Waiting(number, came, norm))
-        if len(self._waiting) == self._limit and number > 0:
+        if len(self._waiting) == WAITING and number > 0:
             out = self._room(unit.reads)
             self._gather(0, unit.reads, out)
             self._carry = out

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.backward import run_backward
+from densenet_dist.model.fused.backward import BackwardPass
 from densenet_dist.model.fused.forward import run_forward
 from densenet_dist.model.fused.reduction import Reduction
 from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_maps
@@ -107,15 +107,8 @@ def dense_block_backward(
     needs = [*need_weights, *[False] * (len(gammas) - len(weights))]
     with torch.autocast(maps.device.type, enabled=False):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        found = run_backward(
-            choose_kernels(maps.device, maps.dtype, maps.numel()),
-            block,
-            made,
-            _channels_last(masks),
-            gradient,
-            need_x=need_x,
-            need_weights=needs,
-        )
+        kernels = choose_kernels(maps.device, maps.dtype, maps.numel())
+        found = BackwardPass(kernels, block, made, _channels_last(masks), needs).run(gradient, need_x)
     return maps.new_empty(0) if found.x is None else found.x, found.readers, found.inner, found.weights
 
 

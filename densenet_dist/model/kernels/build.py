@@ -43,7 +43,10 @@ def native_library() -> ctypes.CDLL:
         BuildError: there is no compiler, or it fails.
     """
     compiler = _compiler()
-    library = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
+    try:
+        library = cache_folder() / f"native-{_fingerprint(compiler)}.so"
+    except StorageError as error:
+        raise BuildError(str(error)) from error
     try:
         if library.exists():
             with suppress(OSError):  # damaged, or made for another C library
@@ -63,13 +66,6 @@ def _compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     raise BuildError(f"no C++ compiler is found ({named[0] if named else ', '.join(COMPILERS)})")
-
-
-def _cache_folder() -> Path:
-    try:
-        return cache_folder()
-    except StorageError as error:
-        raise BuildError(str(error)) from error
 
 
 def _fingerprint(compiler: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from densenet_dist.model.kernels.build import BuildError
 from densenet_dist.model.kernels.interface import Kernels
-from densenet_dist.model.kernels.native import NativeKernels
+from densenet_dist.model.kernels.native import TYPES, NativeKernels
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype, values: int = 1) -> Kernels:
@@ -23,7 +23,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, values: int = 1) ->
         from densenet_dist.model.kernels.triton_kernels import TritonKernels  # Triton is not everywhere
 
         return TritonKernels()
-    if device.type == "cpu" and NativeKernels.takes(dtype) and unavailable("cpu") is None:
+    if device.type == "cpu" and dtype in TYPES and unavailable("cpu") is None:
         return _native()
     return Kernels()
 

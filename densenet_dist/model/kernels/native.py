@@ -12,7 +12,7 @@ from torch import Tensor
 from densenet_dist.model.kernels.build import native_library
 from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, accumulation_type
 
-_TYPES: Final = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+TYPES: Final = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 _P, _I, _D, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
@@ -43,17 +43,12 @@ class NativeKernels(Kernels):
         library = native_library()
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, arguments in _SIGNATURES.items():
-            for dtype, suffix in _TYPES.items():
+            for dtype, suffix in TYPES.items():
                 if name.startswith("conv1x1") and dtype not in _CONVOLVED:
                     continue
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = arguments, None
                 self._functions[name, dtype] = function
-
-    @staticmethod
-    def takes(dtype: torch.dtype) -> bool:
-        """Whether there are passes for maps of this type."""
-        return dtype in _TYPES
 
     @staticmethod
     def convolves(weight: Tensor | None, dtype: torch.dtype) -> bool:
