@@ -14,13 +14,8 @@ from densenet_dist.bench.scaling_rank import RankMeasurements, measure_rank
 from densenet_dist.config import load_config, to_dict
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    "quickstart",
-    "model.num_layers=[1,1]",
-    "model.growth_rate=4",
-    "cluster.device=cpu",
-    "train.global_batch_size=6",
-]
+NET = ["model.num_layers=[1,1]", "model.growth_rate=4"]
+TINY = ["quickstart", *NET, "cluster.device=cpu", "train.global_batch_size=6"]
 
 
 def measured():
@@ -81,11 +76,8 @@ def test_the_command_on_ray_train(tmp_path, bench):
 
 
 def test_predictions_are_those_on_record(tmp_path, script):
-    record, out, plot = (
-        ROOT / "benchmarks/results/scaling_notebook100.json",
-        tmp_path / "out.json",
-        tmp_path / "out.png",
-    )
+    record = ROOT / "benchmarks/results/scaling_notebook100.json"
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
     files = ["--measured", record, "--out", out, "--plot", plot, "--beside", record]
     arguments = ["cifar100_notebook", "train.global_batch_size=16", "--gpu-images", 64, *files]
     script("predict_scaling").main([str(argument) for argument in arguments])

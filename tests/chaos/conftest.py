@@ -60,14 +60,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-@pytest.fixture(scope="session")
-def undisturbed() -> dict[tuple[str, ...], Path]:
-    return {}
-
-
 @pytest.fixture
-def lab(tmp_path: Path, undisturbed: dict[tuple[str, ...], Path], request: pytest.FixtureRequest) -> Iterator[Lab]:
-    lab = Lab(tmp_path, request.node.name, undisturbed)
+def lab(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    lab = Lab(tmp_path, request.node.name)
     yield lab
     lab.kill_everything()
 

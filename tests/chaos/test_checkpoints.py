@@ -95,7 +95,9 @@ def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
     before, newest = (entry["name"] for entry in manifest(run.folder)["checkpoints"][-2:])
     damage(run.folder / "checkpoints" / newest)
     again = lab.begin(resume=run.folder)
-    again.finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), int(before.removeprefix("step-")))
+    again.finish_like(
+        lab.undisturbed(*LOCAL, "checkpoint.keep=4"), f"resumed after step {int(before.removeprefix('step-'))}"
+    )
     notes = [line for line in again.text.splitlines() if newest in line and "left out" in line]
     assert notes, f"it did not say that {newest} is damaged:{again.end_of_text}"
     lab.observe("said, the one before is used; equal")
@@ -108,9 +110,7 @@ def test_manifest_torn(lab: Lab) -> None:
     # It is replaced as a whole, so that only a broken disk or a person can do this.
     run = lab.begin_and_kill(20, "checkpoint.keep=4")
     truncate("manifest.json", run.folder / "checkpoints")
-    again = lab.begin(resume=run.folder)
-    again.finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"))
-    assert "it is made anew" in again.text, again.end_of_text
+    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "it is made anew")
     lab.observe("said; equal")
 
 
@@ -126,7 +126,7 @@ def test_disk_full(lab: Lab) -> None:
     run.fail(5)
     assert "make room" in run.text or "cannot be written" in run.text, run.end_of_text
     saved = run.saved
-    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL), saved)
+    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL), f"resumed after step {saved}")
     lab.observe(f"exit 5, step {saved} is whole; then equal")
 
 

@@ -128,10 +128,8 @@ def test_secrets(lab: Lab) -> None:
 
 @pytest.mark.fault("a class whose name is HTML", "the report shows it as text; no script of it is in it")
 def test_html_names(lab: Lab) -> None:
-    pictures = lab.folder / "pictures"
-    write_pictures(pictures, "fine", "<img src=x onerror=alert(1)>")
-    settings = ("data.name=folder", f"data.root={pictures}", "data.image_size=32", "data.limit=null", "train.epochs=1")
-    run = lab.begin(*LOCAL, *settings)
+    settings = write_pictures(lab.folder / "pictures", "fine", "<img src=x onerror=alert(1)>")
+    run = lab.begin(*LOCAL, *settings, "train.epochs=1")
     run.succeed()
     page = (run.folder / "report.html").read_text()
     assert "<img src=x" not in page, "the class's name is in the page as HTML"

@@ -102,5 +102,5 @@ def test_node_preempted(lab: Lab) -> None:
         cluster.remove_node(leaving, allow_graceful=False)
         cluster.add_node(num_cpus=1)
         run.succeed()
-    run.finish_like(lab.undisturbed(*settings), saved)
+    run.finish_like(lab.undisturbed(*settings), f"resumed after step {saved}")
     lab.observe(f"saved {seconds:.1f} s after the notice, went on from there; equal")

@@ -42,7 +42,7 @@ def test_stale_lease(lab: Lab, clock_error: float) -> None:
     give_lease_to_another_machine(run, clock_error)
     again = lab.begin(resume=run.folder)
     seconds = again.wait_for("resumed after step")
-    assert "was held by process" in again.text, again.end_of_text
+    again.require_said("was held by process")
     assert seconds > 14, f"it waited for {seconds:.0f} s only"
     again.finish_like(lab.undisturbed(*LOCAL))
     lab.observe(f"waited, went on after {seconds:.0f} s; equal")

@@ -97,8 +97,8 @@ def test_forged_weights_and_states(original: Original, data: st.DataObject):
         runs.train(runs.tiny(copy.parent, *SETTINGS, "train.epochs=3", "name=copy"))
 
 
-def test_a_description_names_no_other_files(original: Original):
-    """A device or a pipe would be read without end."""
+def test_descriptions_and_lists_name_nothing_elsewhere(original: Original):
+    """A device or a pipe would be read without end; from an object store, folders would be written to such a place."""
     copy = original.fresh()
     for meta in copy.glob("checkpoints/step-*/checkpoint.json"):
         said = json.loads(meta.read_text())
@@ -106,10 +106,6 @@ def test_a_description_names_no_other_files(original: Original):
         meta.write_text(json.dumps(said))
     with pytest.raises(CheckpointError):
         evaluate(copy)
-
-
-def test_a_list_names_no_folders_elsewhere(original: Original):
-    """From an object store they would be written to such a place."""
     copy = original.fresh()
     (copy / "elsewhere").mkdir()
     for folder in copy.glob("checkpoints/step-*"):

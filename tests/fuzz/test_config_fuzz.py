@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -33,22 +34,19 @@ FITTING = {
     str: "auto cpu ray local a notebook densenet_bc cifar10 folder cosine multistep plateau 12 null",
 }
 WORDS = """
-~ null Null true yes on False 0 -0 -1 1 2 3.0 1e3 1e999 -1e999 1e-400 .nan .NaN .inf -.Inf nan inf = <<
-0x10 0o17 0b11 017 1_000 _1 9223372036854775807 9223372036854775808 -9223372036854775809 2026-01-01 2026-13-01
-2026-01-01T00:00:00Z 12:30:45 190:20:30.15 {=:1} {<<:1} {'':1} {.:1} {..b:1} *nowhere &a 'a "a @a `a` %TAG --- é 漢字
-"\\ud800" "\\udc80" "\\0" "\\x1b[31m" "\\U00110000"
+~ null Null yes False 0 -1 1 2 3.0 1e3 1e999 1e-400 .nan -.Inf nan inf = << 0x10 0o17 0b11 017 1_000 2026-01-01
+9223372036854775808 2026-13-01 12:30:45 190:20:30.15 {=:1} {<<:1} {'':1} {.:1} {..b:1} *nowhere &a 'a "a @a `a` %TAG
+--- é 漢字 "\\ud800" "\\udc80" "\\0" "\\x1b[31m" "\\U00110000"
 """
 NASTY = (
     *WORDS.split(),
-    *("2026-01-01 99:99:99", "!!binary aGk=", "!!binary '%'", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]"),
-    *("!!timestamp x", "!!int x", "!!float x", "!!bool maybe", "!!null x", "!!str 1", "!!str [1]", "!!map [1]"),
-    *("!!seq {a: 1}", "!!int ''", "!!float ''", "!!int '-'", "!!int 0b", "!!float .", "!custom x", "! x", "!!merge x"),
-    *("!!value =", "{<<: {lr: 1}}", "{<<: [1]}", "{? [a]: 1}", "{? {a: 1}: 1}", "{1: 2}", "{~: 1}", "{true: 1}"),
-    *("&a [*a]", "&a {b: *a}", "[&a 1, *a, *a]", "{&a x: 1, y: *a}", "- a", "a: b: c", "[1, 2", "{a: 1", "\x00"),
-    *("", "\x85", "\u2028", "\t", "\t x", "# only", "|\n  text", ">\n  text", "--- a", "\u202e", "\ufeff"),
-    *("[" * 50 + "]" * 50, "[" * 3000 + "]" * 3000, "{a: " * 300 + "1" + "}" * 300, "a" * 3000, "a." * 700 + "a"),
-    *("9" * 400, "9" * 5000, "0." + "3" * 400, alias_bomb(4, "[]"), alias_bomb(11, "[]"), alias_bomb(11, "{}")),
-    *(merge_bomb(11), TRAP, "!!python/name:os.system", "!!python/tuple [1]", "!<tag:yaml.org,2002:python/name:os> x"),
+    *("2026-01-01 99:99:99", "!!binary '%'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp x", "!!int x", "!!float ."),
+    *("!!bool maybe", "!!str [1]", "!!map [1]", "!!seq {a: 1}", "!custom x", "! x", "!!merge x", "!!value ="),
+    *("{<<: {lr: 1}}", "{<<: [1]}", "{? [a]: 1}", "{? {a: 1}: 1}", "{1: 2}", "{~: 1}", "{true: 1}", "&a [*a]"),
+    *("&a {b: *a}", "{&a x: 1, y: *a}", "a: b: c", "[1, 2", "{a: 1", "", "\x00", "\x85", "\u2028", "\t x", "\u202e"),
+    *("|\n  text", "--- a", "\ufeff", "[" * 3000 + "]" * 3000, "{a: " * 300 + "1" + "}" * 300, "a" * 3000, "a." * 700),
+    *("9" * 5000, "0." + "3" * 400, alias_bomb(4, "[]"), alias_bomb(11, "[]"), alias_bomb(11, "{}"), merge_bomb(11)),
+    *(TRAP, "!!python/name:os.system", "!!python/tuple [1]", "!<tag:yaml.org,2002:python/name:os> x"),
 )
 
 
@@ -130,15 +128,12 @@ def config_command(*arguments: str) -> tuple[int, str]:
         main(["config", *arguments])
     message = err.buffer.getvalue().decode()
     assert stop.value.code in (0, 2), message
-    if stop.value.code == 2:
-        first, *more = message.splitlines()
-        assert first.startswith("error: "), message
-        assert len(first) > 20, message
-        assert not any(line.startswith(("error:", "Traceback")) for line in more), message
-        assert "fault of the program" not in message
-        assert len(message) < 40_000, "a message for people"
-    else:
+    if stop.value.code == 0:
         assert message == ""
+    else:  # one message, for people
+        assert re.match("error: .{13}", message), message
+        assert not re.search("\n(error:|Traceback)|fault of the program", message), message
+        assert len(message) < 40_000
     return stop.value.code, out.buffer.getvalue().decode()
 
 

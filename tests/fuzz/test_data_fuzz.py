@@ -80,9 +80,6 @@ def test_archives_of_cifar(toys: Path, toy: Toy, inside: bool, data: st.DataObje
     assert {path.name for path in toys.iterdir()} == {"root", "whole.tar.gz"}
 
 
-# Folders of pictures
-
-
 ODD_NAMES = (
     *("%s", "a\nb", "\x1b[31m", "<img src=x onerror=alert(1)>", "-rf", "a b", "'; --", '"', "..x", "é", "\u202egnp"),
     *("b" * 240, "\udcff\udcfe", "caf\udce9"),

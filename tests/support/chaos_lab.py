@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -58,31 +58,30 @@ class Started:
         """The step of the newest complete checkpoint; 0 without one."""
         return newest_step(self.folder)
 
-    def wait(self, seconds: float = 240) -> int:
-        """Wait for its end; the exit code."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"the command did not end within {seconds:g} s:{self.end_of_text}") from None
+    def end(self, code: int, *words: str, seconds: float = 240) -> None:
+        """Wait for its end, which must have this exit code, and for words that it must have printed."""
+        found = self.process.wait(seconds)
+        assert found == code, f"exit code {found}, not {code}:{self.end_of_text}"
+        self.require_said(*words)
 
     def succeed(self) -> None:
         """Wait for its end, which must be a success."""
-        assert self.wait() == 0, self.end_of_text
+        self.end(0)
 
     def fail(self, code: int, *words: str) -> None:
         """Wait for its end, which must have this exit code and a message with these words."""
-        found = self.wait()
-        assert found == code, f"exit code {found}, not {code}:{self.end_of_text}"
+        self.end(code, *words)
         assert "Traceback" not in self.text, f"a traceback:{self.end_of_text}"
+
+    def require_said(self, *words: str) -> None:
+        """Require that it has printed each of these."""
         for text in words:
             assert text in self.text, f"the output does not contain {text!r}:{self.end_of_text}"
 
-    def finish_like(self, reference: Path, resumed_after: int | None = None) -> None:
+    def finish_like(self, reference: Path, *words: str) -> None:
         """Wait for its end. Weights, records and TensorBoard must equal those of the undisturbed run."""
-        self.succeed()
+        self.end(0, *words)
         require_same(self.folder, reference)
-        said = "" if resumed_after is None else f"resumed after step {resumed_after}"
-        assert said in self.text, f"the output does not contain {said!r}:{self.end_of_text}"
 
     def wait_until(self, reached: Callable[[], bool], what: str, seconds: float = 180) -> float:
         """Look a hundred times a second; how long it took."""
@@ -117,8 +116,7 @@ class Started:
         """Send a signal and wait for the end, with the exit code of that signal; how long it took."""
         began = time.monotonic()
         self.process.send_signal(number)
-        code = self.wait(60)
-        assert code == 128 + number, f"exit code {code}, not {128 + number}:{self.end_of_text}"
+        self.end(128 + number, seconds=60)
         return time.monotonic() - began
 
     def kill_all(self) -> None:
@@ -141,8 +139,10 @@ class Lab:
     Its random numbers are seeded with the name of the case. All cases share the undisturbed runs.
     """
 
-    def __init__(self, folder: Path, name: str, undisturbed: dict[tuple[str, ...], Path]) -> None:
-        self.folder, self.random, self._undisturbed = folder, Random(name), undisturbed
+    _undisturbed: ClassVar[dict[tuple[str, ...], Path]] = {}
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.random = folder, Random(name)
         self._started: list[Started] = []
         self.observe("")
 
@@ -205,14 +205,15 @@ class Lab:
             run.kill_all()
 
 
-def write_pictures(folder: Path, *labels: str) -> None:
-    """A data set of 64 pictures of noise in a folder for each label."""
+def write_pictures(folder: Path, *labels: str) -> tuple[str, ...]:
+    """Write 64 pictures of noise in a folder for each label; the settings of a run with this data set."""
     random = np.random.default_rng(0)
     for label in labels:
         (folder / label).mkdir(parents=True)
         for each in range(64):
             pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / label / f"{each}.png")
+    return "data.name=folder", f"data.root={folder}", "data.image_size=32", "data.limit=null"
 
 
 def require_same(folder: Path, reference: Path) -> None:
