@@ -12,7 +12,6 @@ import pytest
 
 pytestmark = pytest.mark.nightly
 LOCK = Path(__file__).parents[2] / "requirements.lock"
-WEAK = "pyyaml==5.3"  # CVE-2020-14343
 
 
 def audited(requirements: Path) -> list[dict[str, Any]]:
@@ -28,13 +27,11 @@ def audited(requirements: Path) -> list[dict[str, Any]]:
 
 
 def test_known_weaknesses(tmp_path: Path):
-    (tmp_path / "weak.txt").write_text(WEAK)
+    (tmp_path / "weak.txt").write_text("pyyaml==5.3\n")  # CVE-2020-14343
     [weak] = audited(tmp_path / "weak.txt")
     if "skip_reason" in weak:
         pytest.skip(f"no advisory database can be reached: {weak['skip_reason']}")
     assert weak["vulns"]  # it would be found
     found = audited(LOCK)
     assert len(found) > 100
-    assert {package["name"]: package["skip_reason"] for package in found if "skip_reason" in package} == {}
-    weak_ones = {package["name"]: [one["id"] for one in package["vulns"]] for package in found if package["vulns"]}
-    assert weak_ones == {}
+    assert [package for package in found if "skip_reason" in package or package["vulns"]] == []

@@ -32,16 +32,11 @@ def member(name: str, *, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str
     return info
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://example.org/x", "http://10.0.0.1/x", "http://127.0.0.1.example.org/x", "http://localhost.example.org/x",
-        "ftp://example.org/x", "HTTP://example.org/x", "data:text/plain,x", "http://[::1", "//example.org/x",
-    ],
-)  # fmt: skip
-def test_what_is_never_asked(tmp_path: Path, url: str):
-    with pytest.raises(ConfigError, match=r"data\.url"):
-        fetch(url, tmp_path / "x", title="it", limit=100, mend="", progress=False)
+def test_what_is_never_asked(tmp_path: Path):
+    for url in ("http://example.org/x", "http://10.0.0.1/x", "http://127.0.0.1.example.org/x", "HTTP://example.org/x",
+                "ftp://example.org/x", "data:text/plain,x", "http://[::1", "//example.org/x"):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"data\.url"):
+            fetch(url, tmp_path / "x", title="it", limit=100, mend="", progress=False)
     assert not (tmp_path / "x").exists()
 
 
@@ -64,23 +59,23 @@ def test_a_signature_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         server.shutdown()
 
 
-UNSAFE = {
-    "dots": member("../evil.txt", size=4),
-    "inner dots": member("cifar-10-batches-bin/../../evil.txt", size=4),
-    "folder": member("../evil", kind=tarfile.DIRTYPE),
-    "link out": member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd"),
-    "hard link out": member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.LNKTYPE, link="../../elsewhere"),
-    "device": member("cifar-10-batches-bin/device", kind=tarfile.CHRTYPE),
-    "pipe": member("cifar-10-batches-bin/pipe", kind=tarfile.FIFOTYPE),
-}
+UNSAFE = (
+    member("../evil.txt", size=4),
+    member("cifar-10-batches-bin/../../evil.txt", size=4),
+    member("../evil", kind=tarfile.DIRTYPE),
+    member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd"),
+    member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.LNKTYPE, link="../../elsewhere"),
+    member("cifar-10-batches-bin/device", kind=tarfile.CHRTYPE),
+    member("cifar-10-batches-bin/pipe", kind=tarfile.FIFOTYPE),
+)
 
 
-@pytest.mark.parametrize("unsafe", UNSAFE.values(), ids=UNSAFE.keys())
-def test_unsafe_members_are_refused(toy: Toy, tmp_path: Path, unsafe: tarfile.TarInfo):
+def test_unsafe_members_are_refused(toy: Toy, tmp_path: Path):
     root = tmp_path / "root"
-    toy.write_archive(root / toy.spec.archive, extra=[unsafe])
-    with pytest.raises(DataError, match=rf"not safe to extract: '{unsafe.name}'.*nothing was extracted.*you trust"):
-        load_dataset("cifar10", root, download=False)
+    for unsafe in UNSAFE:
+        toy.write_archive(root / toy.spec.archive, extra=[unsafe])
+        with pytest.raises(DataError, match=rf"not safe to extract: '{unsafe.name}'.*nothing was extracted.*you trust"):
+            load_dataset("cifar10", root, download=False)
     assert [path.name for path in root.iterdir() if path.suffix != ".lock"] == [toy.spec.archive]
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 

@@ -13,13 +13,12 @@ from densenet_dist.cache_folder import cache_folder
 from densenet_dist.cli import main
 
 MARKER = "MARKER7f3a91c5"
-SECRETS = {
-    name: f"{MARKER}{number:02}"
-    for number, name in enumerate(
-        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY",
-         "HF_TOKEN", "GITHUB_TOKEN", "DENSENET_SECRET")
-    )
-} | {"DATABASE_URL": f"postgres://u:{MARKER}@host/db", "MLFLOW_TRACKING_URI": f"https://u:{MARKER}@host"}  # fmt: skip
+NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD",
+         "WANDB_API_KEY", "HF_TOKEN", "GITHUB_TOKEN", "DENSENET_SECRET")  # fmt: skip
+SECRETS = dict.fromkeys(NAMES, MARKER) | {
+    "DATABASE_URL": f"postgres://u:{MARKER}@host/db",
+    "MLFLOW_TRACKING_URI": f"https://u:{MARKER}@host",
+}
 QUICK = ("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1, 1]", "data.limit=128",
          "train.epochs=1", "data.loader=torch")  # fmt: skip
 
