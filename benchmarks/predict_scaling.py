@@ -35,14 +35,14 @@ from roofline import count_flops, net_on_meta, traffic
 from densenet_dist.bench.model import num_classes
 from densenet_dist.bench.process import median_and_spread, rounded
 from densenet_dist.bench.scaling import MODES, bench_scaling
-from densenet_dist.bench.scaling_rank import barrier, longest, no_sync
+from densenet_dist.bench.scaling_rank import barrier, longest
 from densenet_dist.bench.tables import number, print_scaling, print_table
 from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
 from densenet_dist.schema import Config
-from densenet_dist.train.ddp import bucket_sizes
+from densenet_dist.train.ddp import bucket_sizes, no_sync
 from densenet_dist.train.engine import train_step
 from densenet_dist.train.job import Job
 from densenet_dist.train.network import AUTOCAST
@@ -92,7 +92,7 @@ def filled_buckets(job: Job, batch: Batch) -> list[tuple[int, float]]:
         for parameter in trained
     ]
     try:
-        with no_sync(job):
+        with no_sync(job.forward):
             barrier(device)
             started = now(device)
             train_step(job, batch)

@@ -197,7 +197,7 @@ def _epochs(config: Config) -> Iterator[dict[str, Any]]:
                     **{f"test/{name}": tested[name] for name in ("loss", "top1", "top5")},
                 }
         finally:
-            job.close()
+            job.saver.close()
 
 
 def _now(job: Job) -> float:

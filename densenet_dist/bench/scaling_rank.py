@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.config import validate
 from densenet_dist.data.datasets import Dataset, Split
@@ -22,6 +21,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
 from densenet_dist.train.building import build_job
 from densenet_dist.train.context import LocalContext
+from densenet_dist.train.ddp import no_sync
 from densenet_dist.train.engine import train_step
 from densenet_dist.train.job import Job
 
@@ -84,7 +84,7 @@ def measure_rank(
                 probe(job, batches) if probe else None,
             )
         finally:
-            job.close()
+            job.saver.close()
 
 
 def _build_job(config: Config, context: LocalContext, num_classes: int, images: int) -> Job:
@@ -126,19 +126,13 @@ def _share(job: Job, whole: Batch, global_size: int) -> Batch:
 
 def time_steps(job: Job, batch: Batch, count: int, exchange: bool) -> float:
     """Take so many steps, gradients exchanged or not; seconds of one."""
-    with nullcontext() if exchange else no_sync(job):
+    with nullcontext() if exchange else no_sync(job.forward):
         barrier(job.context.device)
         started = perf_counter()
         for _ in range(count):
             train_step(job, batch)
         synchronize(job.context.device)
         return (perf_counter() - started) / count
-
-
-def no_sync(job: Job) -> AbstractContextManager[Any]:
-    """No exchange of gradients."""
-    inner = getattr(job.forward, "_orig_mod", job.forward)  # of what torch.compile wraps
-    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 def longest(seconds: float, device: torch.device) -> float:

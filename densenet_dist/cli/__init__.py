@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -20,6 +19,7 @@ from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
 from densenet_dist.errors import ConfigError, DenseNetDistError
+from densenet_dist.train.environment import package_version
 
 app = typer.Typer(
     help="""Train DenseNets from a laptop's CPU to a GPU cluster.
@@ -45,10 +45,7 @@ def show_versions(wanted: bool) -> None:
         return
     typer.echo(f"densenet-dist {__version__}\n  python {platform.python_version()}")
     for name, package in (("torch", "torch"), ("ray", "ray"), ("dali", "nvidia-dali-cuda130")):
-        try:
-            typer.echo(f"  {name} {version(package)}")
-        except PackageNotFoundError:
-            typer.echo(f"  {name} not installed")
+        typer.echo(f"  {name} {package_version(package) or 'not installed'}")
     raise typer.Exit
 
 

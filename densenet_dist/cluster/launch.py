@@ -83,35 +83,27 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
+    held: AbstractContextManager[Lease | NoLease] = nullcontext(NoLease())
     if _is_writer():
         if not resume:
             _refuse_used_name(run)
         run.create()
-    with _held(run, listener) as lease:
+        held = hold(run, lambda text: listener({"kind": "note", "text": text}))
+    with held as lease:
         if _is_writer():
             prepare_data(config)
             if resume:
                 tell_of_changes(run, config, listener)
             write_run(run, config, resume)
         try:
-            return _fit(config, run, listener, lease)
+            if config.cluster.engine == "ray":
+                from densenet_dist.cluster.ray_train import fit_on_ray
+
+                return fit_on_ray(config, run, listener, lease)
+            return _fit_here(config, run, listener, lease)
         except (KeyboardInterrupt, TrainingError):
             lease.check()
             raise
-
-
-def _held(run: RunFolder, listener: Callable[[Event], None]) -> AbstractContextManager[Lease | NoLease]:
-    if not _is_writer():
-        return nullcontext(NoLease())
-    return hold(run, lambda text: listener({"kind": "note", "text": text}))
-
-
-def _fit(config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | NoLease) -> dict[str, Any]:
-    if config.cluster.engine == "ray":
-        from densenet_dist.cluster.ray_train import fit_on_ray
-
-        return fit_on_ray(config, run, listener, lease)
-    return _fit_here(config, run, listener, lease)
 
 
 def absolute(config: Config) -> Config:

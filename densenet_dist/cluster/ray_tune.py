@@ -190,7 +190,8 @@ def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]], concurrent: int
 def _scheduler(sweep: Sweep) -> Any:
     from ray.tune import schedulers
 
-    wanted, epochs = sweep.settings.scheduler, _most_epochs(sweep)
+    wanted, searched = sweep.settings.scheduler, sweep.space.get("train.epochs")
+    epochs = int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
     if wanted.name == "asha":
         # The last epoch is never a rung: there is nothing left to save.
         return schedulers.AsyncHyperBandScheduler(
@@ -214,11 +215,6 @@ def _scheduler(sweep: Sweep) -> Any:
             log_config=False,
         )
     return schedulers.FIFOScheduler()
-
-
-def _most_epochs(sweep: Sweep) -> int:
-    searched = sweep.space.get("train.epochs")
-    return int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
 
 
 def _mutations(sweep: Sweep) -> dict[str, Any]:

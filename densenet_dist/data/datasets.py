@@ -206,10 +206,7 @@ def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float
         # One test part for every seed: what is tested on must not depend on how a run was started.
         train, test = split_indices(labels, test_fraction, 0, stratified=True, stream=Stream.TEST_SPLIT)
         test_files, test_labels = files.subset(test), labels[test]
-        files, labels = (
-            files.subset(train),
-            labels[train],
-        )  # a validation folder would be the test part
+        files, labels = files.subset(train), labels[train]  # a validation folder would be the test part
     kept, kept_test = _evenly(len(labels), limit), _evenly(len(test_labels), limit)
     return Dataset(
         "folder",

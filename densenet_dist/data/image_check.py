@@ -78,11 +78,10 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
     if not names:
         return
     with (
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),  # Pillow's; out here because filters are those of all threads
         progress_bar("checking pictures", progress and len(names) >= _BAR_FROM, unit="files") as advance,
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
-        warnings.simplefilter("ignore")  # Pillow's; out here because filters are those of all threads
         for start in range(0, len(names), _CHUNK):
             some = names[start : start + _CHUNK]
             for name, verdict in zip(some, pool.map(examine, [root / name for name in some]), strict=True):

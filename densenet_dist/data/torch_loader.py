@@ -9,8 +9,9 @@ start. On a CPU, or where files are read, one background thread works ahead of t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from densenet_dist.data.image_files import BadImage, ImageFiles
 from densenet_dist.data.requests import Batches, Engine, Recipe, Request, upload
 from densenet_dist.data.substitutes import UnreadableFiles
 
+T = TypeVar("T")
+R = TypeVar("R")
 _CPU_PIECE = 64
 """Images that a CPU works on at a time: few enough for its cache, whatever the batch's size (docs/log.md)."""
 
@@ -49,7 +52,7 @@ class TorchEngine(Engine):
         def make(number: int) -> Tensor:
             return self._pixels(request(number))
 
-        return lambda first, last: _made_ahead(make, range(first, last), self.prefetch)
+        return lambda first, last: made_ahead(make, range(first, last), self.prefetch)
 
     def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
         """(3,) values repeated for every pixel of a row, (W * 3,) float32 on the device."""
@@ -152,20 +155,20 @@ class _Files:
         return images.to(self._device, non_blocking=True)
 
 
-def _made_ahead(make: Callable[[int], Tensor], numbers: range, depth: int) -> Iterator[Tensor]:
-    """`make(number)` for each number; with `depth` > 0 a thread keeps so many ready ahead of the consumer.
+def made_ahead(make: Callable[[T], R], items: Iterable[T], depth: int, threads: int = 1) -> Iterator[R]:
+    """`make(item)` for each item, in order; with `depth` > 0 threads keep so many ready ahead of the consumer.
 
-    An error in the thread is raised where its batch is asked for. A consumer that stops early ends the thread: it
-    finishes at most the batch in hand.
+    An error in a thread is raised where its result is asked for. A consumer that stops early ends the threads: each
+    finishes at most what it has in hand.
     """
     if depth == 0:
-        yield from map(make, numbers)
+        yield from map(make, items)
         return
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="densenet-dist-data")
-    ahead: deque[Future[Tensor]] = deque()
+    pool = ThreadPoolExecutor(threads, "densenet-dist-data")
+    ahead: deque[Future[R]] = deque()
     try:
-        for number in numbers:
-            ahead.append(pool.submit(make, number))
+        for item in items:
+            ahead.append(pool.submit(make, item))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
         while ahead:

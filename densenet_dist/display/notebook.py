@@ -62,16 +62,13 @@ class NotebookConsole:
     def _show(self) -> None:
         if not (self._head or self._lines):
             return
-        shown = {"text/html": self._html(), "text/plain": self._text()}
+        lines = [event["text"] if event["kind"] == "note" else epoch_line(event) for event in self._lines]
+        shown = {"text/html": self._html(), "text/plain": "\n".join([*self._head, *lines])}
         if self._handle is None:
             display = import_module("IPython.display").display  # IPython is no dependency: a notebook brings it
             self._handle = display(shown, raw=True, display_id=True)
         else:
             self._handle.update(shown, raw=True)
-
-    def _text(self) -> str:
-        lines = [event["text"] if event["kind"] == "note" else epoch_line(event) for event in self._lines]
-        return "\n".join([*self._head, *lines])
 
     def _html(self) -> str:
         parts = [f"<div>{'<br>'.join(map(escape, self._head))}</div>"]

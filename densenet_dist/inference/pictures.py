@@ -6,10 +6,7 @@ import glob
 import os
 import stat
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +19,7 @@ from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import central_windows
 from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, BadImage, decode_any, suffix
 from densenet_dist.data.image_folder import is_ignored
+from densenet_dist.data.torch_loader import made_ahead
 from densenet_dist.errors import DataError
 
 Picture: TypeAlias = Any
@@ -97,7 +95,8 @@ def prepared(
 ) -> Iterator[tuple[str, Tensor | Unreadable]]:
     """Each picture's name and its pixels or what is wrong, in order, made by threads ahead of who asks."""
 
-    def make(place: int, picture: Picture | Unreadable) -> tuple[str, Tensor | Unreadable]:
+    def make(numbered: tuple[int, Picture | Unreadable]) -> tuple[str, Tensor | Unreadable]:
+        place, picture = numbered
         if isinstance(picture, Unreadable):
             return picture.source, picture
         name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"picture {place + 1}"
@@ -106,18 +105,8 @@ def prepared(
         except BadImage as error:
             return name, Unreadable(name, str(error))
 
-    waiting: deque[Future[tuple[str, Tensor | Unreadable]]] = deque()
-    pool = ThreadPoolExecutor(threads, "densenet-dist-decode")
-    with _no_warnings():  # Pillow's
-        try:
-            for place, picture in enumerate(pictures):
-                waiting.append(pool.submit(make, place, picture))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's
+        yield from made_ahead(make, enumerate(pictures), ahead, threads)
 
 
 def _decode(picture: Picture) -> Tensor:
@@ -151,10 +140,3 @@ def _decode(picture: Picture) -> Tensor:
             "(H, W, 4) or (H, W), tensors uint8 and (3, H, W)"
         )
     return array
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -65,9 +65,7 @@ def points_of(epochs: Records, key: str, unit: float) -> Points:
 
 def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Picture:
     """Top-1 and loss as in `result_pictures`, side by side; ``curves.png``."""
-    from densenet_dist.pages.picture import Picture
-
-    figure = Picture(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
         _draw_result(axes, *result, epochs, test, _PRINTED)
         axes.set_title(heading)

@@ -112,7 +112,8 @@ def load_sweep(*sources: str | Path) -> Sweep:
     base = _try(partial(_load_base, str(merged.get("base") or ""), settings_of_base), problems, "")
     space = _read_space(said, problems)
     if settings is not None and base is not None:
-        sweep = Sweep(settings, _of_base(base), space)
+        values = run_config.to_dict(base)
+        sweep = Sweep(settings, {key: values[key] for key in values if key not in ("name", "storage")}, space)
         problems += _judge(sweep)
         if not problems:
             return sweep
@@ -152,11 +153,6 @@ def _load_base(path: str, settings: Any) -> Config:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"settings: must hold settings of the base configuration, not {settings!r}")
     return load_config(*([path] if path else []), nest(settings))
-
-
-def _of_base(base: Config) -> dict[str, Any]:
-    values = run_config.to_dict(base)
-    return {key: value for key, value in values.items() if key not in ("name", "storage")}
 
 
 def _read_space(said: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:

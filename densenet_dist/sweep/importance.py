@@ -58,8 +58,7 @@ def _shares(sweep: Sweep, rows: Sequence[tuple[dict[str, Any], float]]) -> dict[
         optuna.logging.set_verbosity(verbosity)
     # Optuna's default, the best tenth of all trials, is one or two of a small sweep: too few to tell keys apart.
     best = max(0.1, min(0.5, 5 / len(rows)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values off a step, and of few trials, which the page says itself
+    with warnings.catch_warnings(action="ignore"):  # values off a step; few trials, which the page says itself
         study.add_trials(
             [optuna.trial.create_trial(params=row, distributions=distributions, value=metric) for row, metric in rows]
         )

@@ -128,7 +128,9 @@ class CheckpointStore:
 
     def plan(self, snapshot: Snapshot) -> Planned:
         """Decide which checkpoints there are once this one is written; `entries` and `best` say so at once."""
-        entry = Entry(_name_of(snapshot), snapshot.position, snapshot.metrics)
+        # Names are used once: a folder is never replaced by another while the manifest lists it.
+        name = f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
+        entry = Entry(name, snapshot.position, snapshot.metrics)
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
         self.best = self._judge()
         self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
@@ -152,7 +154,8 @@ class CheckpointStore:
             ) from error
         self.run.publish(folder)
         self.run.guard()  # writing may have taken long
-        self._write_manifest(planned)
+        content = {"format": 1, "best": planned.best, "checkpoints": [asdict(entry) for entry in planned.entries]}
+        self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
         self._sweep(planned)
 
     def latest(self) -> Entry | None:
@@ -231,10 +234,6 @@ class CheckpointStore:
             if name.startswith(("step-", ".step-")):
                 self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
-    def _write_manifest(self, planned: Planned) -> None:
-        content = {"format": 1, "best": planned.best, "checkpoints": [asdict(entry) for entry in planned.entries]}
-        self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
-
     def _read_manifest(self, path: Path) -> None:
         try:
             content = json.loads(path.read_text())
@@ -289,11 +288,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
         shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise CheckpointError(f"{origin} does not fit this model:\n  " + "\n  ".join(shown))
     model.load_state_dict(dict(weights))
-
-
-def _name_of(snapshot: Snapshot) -> str:
-    # Names are used once: a folder is never replaced by another while the manifest lists it.
-    return f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:

@@ -6,7 +6,7 @@ buckets of 25 MiB are larger than most DenseNets: the notebook's 14 MB would go 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
 import torch
@@ -119,6 +119,12 @@ def _settle_buckets(
     with torch.no_grad():
         for buffer, value in zip(parallel.module.buffers(), kept, strict=True):
             buffer.copy_(value)
+
+
+def no_sync(forward: nn.Module) -> AbstractContextManager[Any]:
+    """Without the exchange of gradients, where there is one."""
+    inner = getattr(forward, "_orig_mod", forward)  # of what torch.compile wraps
+    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()

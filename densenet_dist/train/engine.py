@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
@@ -29,7 +28,7 @@ from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.classes import note_classes
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.ddp import sync_from_rank0
+from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, describe
 from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, restore, save, watched
@@ -71,7 +70,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     finally:
         if context.pulse.wish is not Wish.LEAVE:  # the folder is still this run's
             _profile(job, ends=True)
-        job.close()
+        job.saver.close()
 
 
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def _step_in_parts(job: Job, batch: Batch) -> None:
     scale = job.context.world_size / batch.global_size
     pieces = zip(batch.images.tensor_split(parts), batch.aims.tensor_split(parts), strict=True)
     for number, (images, aims) in enumerate(pieces, start=1):
-        with _gradients_stay_here(job.forward) if number < parts else nullcontext():
+        with no_sync(job.forward) if number < parts else nullcontext():
             loss, logits = job.forward_backward(images, aims, scale)
         job.metrics.update(loss, logits, aims)
         job.finite.update(loss.detach(), job.position.global_step)
@@ -351,12 +350,6 @@ def _beside(job: Job, what: str, show: Callable[[], None]) -> None:
 def _tell(job: Job, what: str, lines: Sequence[str]) -> None:
     more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
     job.context.report({"kind": "note", "text": "\n  ".join([f"{what}:", *lines[:5], *more]), "warning": True})
-
-
-def _gradients_stay_here(forward: nn.Module) -> Any:
-    # A compiled module passes attributes on, so that the DDP inside is found either way.
-    inner = getattr(forward, "_orig_mod", forward)
-    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 def _show_progress(job: Job) -> None:

@@ -72,14 +72,6 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
     )
 
 
-def augmentation_of(config: Config) -> Augmentation:
-    """The configured augmentation."""
-    data = config.data
-    return Augmentation(
-        data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
-    )
-
-
 def train_loader(
     config: Config, context: RunContext, dataset: Dataset, engine: Engine, indices: Indices
 ) -> TrainLoader:
@@ -88,12 +80,16 @@ def train_loader(
     Raises:
         ConfigError: some global batch has too few images to give each rank one.
     """
+    data = config.data
+    augmentation = Augmentation(
+        data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
+    )
     return TrainLoader(
         dataset.train,
         indices,
         engine=engine,
         global_batch_size=config.train.global_batch_size,
-        augmentation=augmentation_of(config),
+        augmentation=augmentation,
         seed=config.seed,
         num_classes=dataset.num_classes,
         rank=context.rank,

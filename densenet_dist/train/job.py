@@ -116,10 +116,6 @@ class Job:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
-    def close(self) -> None:
-        """Finish what is being written, after an error too."""
-        self.saver.close()
-
     def count_time(self) -> tuple[float, float]:
         """Add what the pulse has counted since the last call to `seconds` and `epoch_time`.
 
@@ -174,10 +170,9 @@ class Job:
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(snapshot.state["optimizer"])
+        # A checkpoint holds state; settings are the configuration's (a trial may inherit weights).
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(
-                own
-            )  # a checkpoint holds state; settings are the configuration's (a trial may inherit weights)
+            group.update(own)
         self.scaler.load_state_dict(snapshot.state["scaler"])
         self.course.load_state_dict(snapshot.state["course"])
         self.metrics.restore(snapshot.state["sums"], self.context.rank, self.context.world_size)
