@@ -13,10 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from densenet_dist.data import cifar, remote_cifar
 from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
+from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
+from densenet_dist.data.store import DataStore, locked_cache
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.object_store import is_uri
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
+from densenet_dist.trackers.opening import require_trackers
 from densenet_dist.train.environment import cpu_name, package_version
 
 
@@ -145,8 +151,6 @@ def _ray(config: Config) -> Finding:
 
 
 def _storage(config: Config) -> Finding:
-    from densenet_dist.run_folder import RunFolder
-
     run = RunFolder(config.storage, f".doctor-{uuid.uuid4().hex[:8]}")
     existed = run.is_remote or Path(config.storage).exists()
     run.create()
@@ -158,9 +162,6 @@ def _storage(config: Config) -> Finding:
 
 
 def _data(config: Config) -> Finding:
-    from densenet_dist.data.datasets import GENERATED, prepare_dataset
-    from densenet_dist.object_store import is_uri
-
     name, root = config.data.name, config.data.root
     if name in GENERATED:
         return Finding("ok", f"{name} is generated when used")
@@ -180,8 +181,6 @@ def _data(config: Config) -> Finding:
 
 def _trackers(config: Config) -> Finding:
     """Whether W&B and MLflow can be used, as far as that can be seen without asking their servers."""
-    from densenet_dist.trackers.opening import require_trackers
-
     require_trackers(config)
     found = []
     if config.log.mlflow.enabled:
@@ -200,10 +199,6 @@ def _trackers(config: Config) -> Finding:
 
 def _data_on_store(config: Config) -> Finding:
     """Whether the data set is there and this node can take it; nothing is taken yet."""
-    from densenet_dist.data import cifar, remote_cifar
-    from densenet_dist.data.datasets import publish_dataset
-    from densenet_dist.data.store import DataStore, locked_cache
-
     name, root = config.data.name, config.data.root
     if config.data.download and name != "folder":
         store = DataStore(root)

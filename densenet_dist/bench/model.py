@@ -19,7 +19,6 @@ import torch
 
 from densenet_dist.bench.process import MeasuringProcess, median_and_spread, rounded
 from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, prepare_variant
-from densenet_dist.cluster.launch import check_model
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.data.cifar import SPECS
@@ -27,6 +26,7 @@ from densenet_dist.errors import DenseNetDistError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import describe_environment
+from densenet_dist.train.network import check_model
 
 DEFINITIONS = {
     "arm": "how the net is run",

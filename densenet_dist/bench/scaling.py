@@ -13,12 +13,13 @@ from typing import Any, Final
 from densenet_dist.bench.model import num_classes
 from densenet_dist.bench.process import median_and_spread, rounded
 from densenet_dist.bench.scaling_rank import Probe, RankMeasurements, measure_rank
-from densenet_dist.cluster.launch import absolute, check_model
+from densenet_dist.cluster.launch import absolute
 from densenet_dist.cluster.measured import measuring_workers
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config
 from densenet_dist.train.environment import describe_environment
+from densenet_dist.train.network import check_model
 
 MODES: Final = ("weak", "strong")
 

@@ -18,7 +18,7 @@ from densenet_dist.cli.predicting import export, predict
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
-from densenet_dist.errors import ConfigError, DenseNetDistError
+from densenet_dist.errors import DenseNetDistError
 from densenet_dist.train.environment import package_version
 
 app = typer.Typer(
@@ -101,11 +101,9 @@ def prepare(
     densenet-dist data prepare folder --root my_photos
     densenet-dist data prepare cifar10 --root s3://bucket/data    (puts it there, for nodes to take it)
     """
-    from densenet_dist.data.datasets import DATASET_NAMES, GENERATED, prepare_dataset, publish_dataset
+    from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
     from densenet_dist.object_store import is_uri
 
-    if name not in DATASET_NAMES:
-        raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
     if is_uri(root) and name not in GENERATED:
         typer.echo(f"{name}: {publish_dataset(name, root, download=download, url=url)}")
     folder = prepare_dataset(name, root, download=download, url=url, progress=True)
@@ -123,8 +121,8 @@ def config(
     densenet-dist config quickstart train.epochs=10 > mine.yaml    (then: densenet-dist train mine.yaml)
     densenet-dist config sweep_cifar10
     """
-    from densenet_dist.cluster.launch import check_model
     from densenet_dist.config import to_yaml
+    from densenet_dist.train.network import check_model
 
     if list_them:
         for name in bundled.names():

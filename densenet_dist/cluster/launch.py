@@ -30,9 +30,10 @@ from densenet_dist.run_folder import (
 )
 from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import require_trackers
-from densenet_dist.train.context import Event, Stopped
+from densenet_dist.train.context import Event, LocalContext, Stopped
 from densenet_dist.train.environment import LOADER_KEY, describe_environment
 from densenet_dist.train.lease import Lease, NoLease, hold
+from densenet_dist.train.network import check_model
 from densenet_dist.train.pulse import Pulse, Wish
 
 
@@ -134,19 +135,6 @@ def require_lasting(storage: str) -> None:
         )
 
 
-def check_model(config: Config) -> None:
-    """Whether the model can be built for the images of the data set, without building it.
-
-    Raises:
-        ConfigError: naming every setting that cannot work.
-    """
-    from dataclasses import asdict
-
-    from densenet_dist.model import variant_architecture
-
-    variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
-
-
 def _is_writer() -> bool:
     # Under torchrun every rank runs this code, and one of them prepares the folder.
     return int(os.environ.get("RANK", 0)) == 0
@@ -206,7 +194,6 @@ def _fit_here(
     import torch.distributed as dist
 
     from densenet_dist.cluster.resources import local_threads
-    from densenet_dist.train.context import LocalContext
     from densenet_dist.train.engine import fit as train
 
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

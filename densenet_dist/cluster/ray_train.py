@@ -19,8 +19,8 @@ from densenet_dist.cluster.mailbox import Mailbox, Pace, announcing_restarts, dr
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
 from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboard
 from densenet_dist.cluster.watchdog import watched
-from densenet_dist.config import validate
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
+from densenet_dist.config import to_dict, validate
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageError, TrainingError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, Stopped
@@ -42,12 +42,8 @@ class RayContext:
     pulse: Pulse
     goodput: Goodput
     mailbox: Any
-    paced: bool = False
-
-    @property
-    def hands_over(self) -> bool:
-        """A sweep takes up the checkpoint that an epoch's event names."""
-        return self.paced
+    hands_over: bool = False
+    """A sweep paces the run, and takes up the checkpoint that an epoch's event names."""
 
     def report(self, event: Event) -> None:
         """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank.
@@ -63,7 +59,7 @@ class RayContext:
                 ray.get(sent)  # this process may be gone in a moment
         if event["kind"] == "epoch":
             self._report_to_ray(event)
-            if self.paced:
+            if self.hands_over:
                 import ray
 
                 if not ray.get(self.mailbox.may_go_on.remote(event["global_step"])):
@@ -162,7 +158,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
             pulse=pulse,
             goodput=Goodput(pulse, launch, launched, context.get_world_size()),
             mailbox=mailbox,
-            paced=payload["paced"],
+            hands_over=payload["paced"],
         )
         with beating(worker, mailbox):
             return fit(config, worker)
@@ -177,8 +173,6 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _require_shared(run: RunFolder) -> None:
-    from densenet_dist.errors import StorageError
-
     if not run.exists(CONFIG_FILE):
         raise StorageError(
             f"the run folder {run.uri} is not visible on node {os.uname().nodename}\n"
@@ -204,7 +198,6 @@ def _run_trainer(
         NodeAddressTorchConfig,
         SaveBeforeResize,
     )
-    from densenet_dist.config import to_dict
 
     elastic = resources.fewest < resources.workers
     callbacks: list[Any] = [SaveBeforeResize(mailbox)] if elastic else []

@@ -18,12 +18,13 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from densenet_dist import bundled
-from densenet_dist.cluster.launch import check_model, require_lasting
+from densenet_dist.cluster.launch import require_lasting
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.object_store import held_credentials
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.train.network import check_model
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
 EXCLUDED = (

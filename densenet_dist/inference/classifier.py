@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +20,7 @@ from densenet_dist.inference.pictures import Picture, Unreadable, prepared
 from densenet_dist.inference.trained import open_trained
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.train.context import choose_device
+from densenet_dist.train.network import autocast
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
 """The exported files' suffixes, and the formats; a ``.pt2`` is written only."""
@@ -162,7 +164,8 @@ def load_classifier(
     file = _exported_file(path)
     if file is None:
         trained = open_trained(path, checkpoint=checkpoint, device=device)
-        return _on(trained.device, trained.header, trained.network, str(path), lambda: trained.autocast)
+        precision = partial(autocast, trained.device, trained.config.train.precision)  # as the run is evaluated
+        return _on(trained.device, trained.header, trained.network, str(path), precision)
     return open_exported(file, device, str(path))
 
 

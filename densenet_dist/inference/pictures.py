@@ -17,7 +17,7 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import central_windows
-from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, BadImage, decode_any, suffix
+from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, BadImage, decode_any, pixels_of, suffix
 from densenet_dist.data.image_folder import is_ignored
 from densenet_dist.data.torch_loader import made_ahead
 from densenet_dist.errors import DataError
@@ -129,8 +129,6 @@ def _decode(picture: Picture) -> Tensor:
         array = array[:3] if array.shape[0] == 4 else array
         array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
     elif hasattr(picture, "convert"):
-        from densenet_dist.data.image_files import pixels_of
-
         return pixels_of(picture)
     else:
         raise DataError(f"a {type(picture).__name__} is no picture: give paths, uint8 arrays (H, W, 3) or PIL images")

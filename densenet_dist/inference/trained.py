@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -22,7 +21,7 @@ from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import git_commit, package_version
-from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.network import build_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +43,6 @@ class Trained:
         """The net itself."""
         assert isinstance(self.network.model, DenseNet)
         return self.network.model
-
-    @property
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which the run was trained and is evaluated."""
-        return autocast(self.device, self.config.train.precision)
 
 
 def open_trained(

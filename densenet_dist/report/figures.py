@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -179,14 +178,8 @@ def confusion_picture(confusion: Counts, names: Sequence[str]) -> str:
         return to_svg(figure, "confusion matrix")
 
 
-def draw_confusion(confusion: Counts, names: Sequence[str], title: str, path: Path) -> None:
-    """The confusion matrix as a PNG file."""
-    with printed():
-        titled_confusion(confusion, names, title).savefig(path, dpi=120)
-
-
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Picture:
-    """The same as a figure."""
+    """The confusion matrix as a figure; ``confusion.png``."""
     with printed():
         figure = printed_confusion(confusion, names)
         figure.suptitle(title)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from densenet_dist.errors import DataError, StorageError
-from densenet_dist.pages.confusion import MOST_CLASSES
+from densenet_dist.pages.confusion import MOST_CLASSES, printed
 from densenet_dist.report.comparison import comparison_page
-from densenet_dist.report.figures import curves_figure, draw_confusion
+from densenet_dist.report.figures import curves_figure, titled_confusion
 from densenet_dist.report.groups import group
 from densenet_dist.report.page import run_page
 from densenet_dist.report.record import RunRecord, read_run
@@ -98,7 +98,9 @@ def _draw(record: RunRecord, folder: Path) -> list[str]:
     try:
         curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
         if results is not None and len(results.class_names) <= MOST_CLASSES:
-            draw_confusion(results.confusion, results.class_names, record.name, folder / CONFUSION_FILE)
+            figure = titled_confusion(results.confusion, results.class_names, record.name)
+            with printed():
+                figure.savefig(folder / CONFUSION_FILE, dpi=120)
             names.append(CONFUSION_FILE)
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error

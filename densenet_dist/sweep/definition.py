@@ -227,12 +227,10 @@ def _judge_combinations(sweep: Sweep) -> list[str]:
 
 def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
     """Raise where a trial of these values could not even start."""
-    from dataclasses import asdict
+    from densenet_dist.train.network import check_model
 
-    from densenet_dist.model import variant_architecture
-
-    config = sweep.config("trial", overrides, **{"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"})
-    variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
+    cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
+    check_model(sweep.config("trial", overrides, **cluster))
 
 
 def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from densenet_dist.model import DenseNet, densenet
+from densenet_dist.model import DenseNet, densenet, variant_architecture
 from densenet_dist.model.kernels.choice import unavailable
-from densenet_dist.schema import ModelConfig
+from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +23,15 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
     if seed is not None:
         torch.manual_seed(seed)
     return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
+
+
+def check_model(config: Config) -> None:
+    """Whether the model can be built for the images of the data set, without building it.
+
+    Raises:
+        ConfigError: naming every setting that cannot work.
+    """
+    variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
