@@ -6,6 +6,7 @@ import concurrent.futures
 import signal
 import sys
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +78,7 @@ def _run(job: Job, wait: bool, interrupts: Interrupts) -> int:
         if not wait:
             _show_commands(job)
             return 0
-        details = follow(job, _show, interrupts)
+        details = follow(job, partial(print, end="", flush=True), interrupts)
     except KeyboardInterrupt:
         details = _interrupted(job, sending, interrupts)
         if details is None:
@@ -123,8 +124,3 @@ def _wants_it_ended(number: int) -> bool:
         return typer.confirm("\nend the job too? (it can go on later from its last checkpoint)", err=True)
     except typer.Abort:  # Ctrl-C again, or Ctrl-D
         return False
-
-
-def _show(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()

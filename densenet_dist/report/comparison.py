@@ -25,10 +25,6 @@ def _test(name: str) -> Callable[[RunRecord], float | None]:
     return lambda member: None if member.test is None else member.test.get(f"test/{name}")
 
 
-def _ece(member: RunRecord) -> float | None:
-    return None if member.results is None else member.results.calibration.ece
-
-
 def _parameters(member: RunRecord) -> float | None:
     return None if isinstance(member.model, str) else member.model.parameters.trainable
 
@@ -37,7 +33,7 @@ _COLUMNS: Final = (
     _Column("test top-1 (%)", 100.0, ",.2f", _test("top1")),
     _Column("test top-5 (%)", 100.0, ",.2f", _test("top5")),
     _Column("test loss", 1.0, ",.4f", _test("loss")),
-    _Column("ECE (%)", 100.0, ",.2f", _ece),
+    _Column("ECE (%)", 100.0, ",.2f", lambda member: member.results.calibration.ece if member.results else None),
     _Column("best val top-1 (%)", 100.0, ",.2f", lambda member: (member.best or {}).get("val/top1")),
     _Column("training (s)", 1.0, ",.1f", lambda member: member.summary.get("train_seconds")),
     _Column("parameters", 1.0, ",.0f", _parameters),

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+from densenet_dist.pages.confusion import shortened
+from densenet_dist.pages.render import printable
 from densenet_dist.sweep.console import shown as short_text
 from densenet_dist.sweep.space import Choice, Domain
 
@@ -42,7 +44,7 @@ def axis_of(domain: Domain, values: Sequence[Any]) -> Axis:
     choices = [as_json(value) for value in domain.values]
     every = math.ceil(len(choices) / 16)
     ticks = [
-        (_of_choices(choices, choice), tidy(short_text(value)))
+        (_of_choices(choices, choice), shortened(printable(short_text(value))))
         for i, (choice, value) in enumerate(zip(choices, domain.values, strict=True))
         if i % every == 0
     ]
@@ -97,9 +99,3 @@ def is_number(value: Any) -> bool:
 def as_json(value: Any) -> str:
     """What tells choices apart, lists and all."""
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def tidy(text: str, most: int = 18) -> str:
-    """A text of at most so many letters that can be shown."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-    return text if len(text) <= most else f"{text[: most - 1]}…"

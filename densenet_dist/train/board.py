@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from densenet_dist.config import to_dict, to_yaml
+from densenet_dist.config import to_yaml
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.pages.confusion import MOST_CLASSES, printed, printed_confusion, shortened
 from densenet_dist.pages.svg import new_figure
 from densenet_dist.schema import Config
+from densenet_dist.trackers.tracker import settings_of
 from densenet_dist.train.board_graph import model_graph
 from densenet_dist.train.results import Mistake, TestResults
-from densenet_dist.yaml_settings import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,10 +72,13 @@ class Board:
 
     def introduce(self, config: Config, dataset: Dataset) -> None:
         """What is known before the first step: settings, the model's graph, which curves belong together."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
         self.hparams(config)
         self._writer.add_custom_scalars(_LAYOUT)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
-        self._graph(config, dataset)
+        graph = model_graph(config.model, dataset.num_classes, dataset.image_size)
+        self._writer._get_file_writer().add_event(Event(graph_def=graph.SerializeToString()))
 
     def images(self, tag: str, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
         """Show up to 64 normalised images, (n, 3, H, W) float, as one grid."""
@@ -94,8 +97,8 @@ class Board:
 
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in flatten(to_dict(config)).items()
-            if value is not None and key.startswith(_HYPERPARAMETERS)
+            for key, value in settings_of(config).items()
+            if key.startswith(_HYPERPARAMETERS)
         }
         writer = self._writer._get_file_writer()
         _, start, _ = hparams(settings, {})
@@ -124,12 +127,6 @@ class Board:
     def close(self) -> None:
         """Write out and close everything."""
         self._writer.close()
-
-    def _graph(self, config: Config, dataset: Dataset) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        graph = model_graph(config.model, dataset.num_classes, dataset.image_size)
-        self._writer._get_file_writer().add_event(Event(graph_def=graph.SerializeToString()))
 
     def _figure(self, tag: str, figure: Figure, step: int) -> None:
         figure.set_dpi(150)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter, ValidationError
+
 from densenet_dist.data.datasets import Channels, Dataset
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import CLASSES_FILE, RunFolder
@@ -52,16 +54,9 @@ def classes_of(run: RunFolder, config: Config) -> Classes:
     if not run.exists(CLASSES_FILE):
         return classes_in(config, load_dataset_of(config))
     try:
-        said = json.loads(run.fetch(CLASSES_FILE).read_text())
-        names, size = tuple(map(str, said["names"])), int(said["image_size"])
-        mean, std = (_channels(said[key]) for key in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return TypeAdapter(Classes).validate_json(run.fetch(CLASSES_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise StorageError(
-            f"{run.uri}/{CLASSES_FILE} is damaged: {error}\n  delete it: it is made anew from the run's data set"
+            f"{run.uri}/{CLASSES_FILE} is damaged: {problem}\n  delete it: it is made anew from the run's data set"
         ) from error
-    return Classes(names, size, mean, std)
-
-
-def _channels(values: list[float]) -> Channels:
-    red, green, blue = map(float, values)
-    return red, green, blue
