@@ -17,7 +17,7 @@ from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.heartbeat import beating
 from densenet_dist.cluster.mailbox import Mailbox, Pace, announcing_restarts, drained
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
-from densenet_dist.cluster.telemetry import Telemetry, heard_by, show_in_dashboard
+from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageError, TrainingError
@@ -115,7 +115,7 @@ def fit_on_ray(
         if isinstance(listener, Pace):  # its trial hears for itself
             listener.open(mailbox)
         else:
-            listener = heard_by(listener, Telemetry(config.name))
+            listener = Telemetry(config.name, listener=listener)
         announce = announcing_restarts(listener, config.cluster.max_failures)
         with drained(mailbox, announce), watched(mailbox, config.fault.hang_timeout_s, announce):
             pace = listener if isinstance(listener, Pace) else None

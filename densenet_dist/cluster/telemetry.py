@@ -50,9 +50,11 @@ class Telemetry:
     Args:
         run: the run's name, or its sweep's.
         trial: a trial's name in its sweep.
+        listener: hears every event after it.
     """
 
-    def __init__(self, run: str, trial: str = "") -> None:
+    def __init__(self, run: str, trial: str = "", listener: Callable[[Event], None] = lambda event: None) -> None:
+        self._listener = listener
         self._labels = {"run": run, "trial": trial}
         self._starts = 0
         self._current: dict[str, float] = {}
@@ -61,8 +63,11 @@ class Telemetry:
 
     def __call__(self, event: Event) -> None:
         """Hear of something."""
-        if not self._works:
-            return
+        if self._works:
+            self._export(event)
+        self._listener(event)
+
+    def _export(self, event: Event) -> None:
         try:
             figures = self._figures(event)
             if figures:
@@ -97,16 +102,6 @@ class Telemetry:
             self._gauges = {name: Gauge(name, text, ("run", "trial")) for name, text in GAUGES.items()}
         for name, value in figures.items():
             self._gauges[name].set(value, tags=self._labels)
-
-
-def heard_by(listener: Callable[[Event], None], telemetry: Telemetry) -> Callable[[Event], None]:
-    """A listener that also lets `telemetry` hear."""
-
-    def listen(event: Event) -> None:
-        telemetry(event)
-        listener(event)
-
-    return listen
 
 
 def show_in_dashboard() -> None:

@@ -168,7 +168,7 @@ def _write(format: Format, trained: Trained, header: Header, path: Path) -> None
     if format == "safetensors":
         from densenet_dist.inference import safetensors_format
 
-        safetensors_format.write(trained.model, header, path)
+        safetensors_format.write(trained.network.model, header, path)
     elif format == "torch-export":
         from densenet_dist.inference import torch_export_format
 

@@ -24,10 +24,11 @@ class Network(nn.Module):
         mean, std: by which images in [0, 1] are normalised.
     """
 
+    model: DenseNet
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: DenseNet, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
         # To the last bit the numbers of data.torch_loader.TorchEngine, and two roundings as there.

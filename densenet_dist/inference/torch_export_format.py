@@ -17,7 +17,6 @@ from torch import Tensor
 
 from densenet_dist.inference.header import HEADER_KEY, Header
 from densenet_dist.inference.network import Network, to_bfloat16
-from densenet_dist.model import DenseNet
 
 MOST_IMAGES: Final = 1 << 16
 """In a batch of an exported program."""
@@ -25,7 +24,7 @@ MOST_IMAGES: Final = 1 << 16
 
 def write(network: Network, header: Header, path: Path) -> None:
     """Write a trained network in float32, in the precision that the header says. `network` is changed."""
-    if header.precision == "bf16" and isinstance(network.model, DenseNet):
+    if header.precision == "bf16":
         to_bfloat16(network.model)
     with quiet():
         torch.export.save(traced(network, header), path, extra_files={f"{HEADER_KEY}.json": header.to_json()})

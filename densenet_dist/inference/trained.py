@@ -14,8 +14,7 @@ from densenet_dist.data.augment import EVAL_CROP
 from densenet_dist.errors import CheckpointError
 from densenet_dist.inference.header import Header, make_header
 from densenet_dist.inference.network import Network
-from densenet_dist.model import DenseNet
-from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
+from densenet_dist.run_folder import CONFIG_FILE, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.classes import classes_of
@@ -32,17 +31,10 @@ class Trained:
         network: with its weights, on `device`, in the form of dense blocks that the run has.
     """
 
-    run: RunFolder
     config: Config
     header: Header
     network: Network
     device: torch.device
-
-    @property
-    def model(self) -> DenseNet:
-        """The net itself."""
-        assert isinstance(self.network.model, DenseNet)
-        return self.network.model
 
 
 def open_trained(
@@ -89,4 +81,4 @@ def open_trained(
         metrics=snapshot.metrics,
     )
     network = Network(model, classes.mean, classes.std).eval().requires_grad_(False)
-    return Trained(folder, config, header, network.to(chosen), chosen)
+    return Trained(config, header, network.to(chosen), chosen)

@@ -79,6 +79,7 @@ class Lease:
         folder.guard = self.guard = Guard(folder, holder.key)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
 
     def when_lost(self, leave: Callable[[], None]) -> None:
         """What to call, in a thread, once the folder is another's: nothing more may be written to it."""
@@ -92,10 +93,6 @@ class Lease:
         """
         if self.lost:
             raise _taken_over(self._folder, _read(self._folder))
-
-    def start(self) -> None:
-        """Begin to renew it."""
-        self._thread.start()
 
     def release(self) -> None:
         """Give the folder back."""
@@ -181,7 +178,6 @@ def hold(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[Lease]:
     if found is None or found.key != holder.key:
         raise _taken(folder, found)
     lease = Lease(folder, holder)
-    lease.start()
     try:
         yield lease
     finally:
