@@ -11,16 +11,14 @@ import torch
 
 from densenet_dist.config import load_config
 from densenet_dist.data.augment import EVAL_CROP
-from densenet_dist.errors import CheckpointError
 from densenet_dist.inference.header import Header, make_header
 from densenet_dist.inference.network import Network
 from densenet_dist.run_folder import CONFIG_FILE, open_run
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore, load_weights
 from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import git_commit, package_version
-from densenet_dist.train.network import build_model
+from densenet_dist.train.evaluation import load_checkpoint, trained_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +54,11 @@ def open_trained(
     """
     folder = open_run(run)
     config = load_config(folder.fetch(CONFIG_FILE), *overrides)
-    store = CheckpointStore(folder)
-    snapshot = store.load_best() if checkpoint == "best" else store.load_latest()
-    if snapshot is None:
-        raise CheckpointError(f"the run {folder.uri} has no checkpoint yet")
+    snapshot = load_checkpoint(folder, checkpoint)
     classes = classes_of(folder, config)
     chosen = choose_device(device)
     settings = config.model if block is None else replace(config.model, block=block)
-    model = build_model(settings, len(classes.names), classes.image_size)
-    load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {folder.uri}")
+    model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size)
     header = make_header(
         model.architecture,
         version=package_version("densenet-dist") or "unknown",

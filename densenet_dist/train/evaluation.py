@@ -15,9 +15,10 @@ from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.errors import CheckpointError
+from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
-from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore, load_weights
+from densenet_dist.schema import Config, ModelConfig
+from densenet_dist.train.checkpoint import CheckpointStore, Snapshot, load_weights
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
@@ -97,6 +98,32 @@ def load_test_results(
     return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
 
 
+def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"]) -> Snapshot:
+    """The best or the last checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    store = CheckpointStore(run)
+    snapshot = store.load_best() if checkpoint == "best" else store.load_latest()
+    if snapshot is None:
+        raise CheckpointError(f"the run {run.uri} has no checkpoint yet")
+    return snapshot
+
+
+def trained_model(
+    run: RunFolder, config: ModelConfig, snapshot: Snapshot, num_classes: int, image_size: int
+) -> DenseNet:
+    """A run's model with the weights it is evaluated with: averaged ones, where the checkpoint has them.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit this model.
+    """
+    model = build_model(config, num_classes, image_size)
+    load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {run.uri}")
+    return model
+
+
 def prepare_evaluation(
     run: str | Path | RunFolder,
     *,
@@ -108,14 +135,10 @@ def prepare_evaluation(
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
     folder = run if isinstance(run, RunFolder) else open_run(run)
     config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
-    store = CheckpointStore(folder)
-    snapshot = store.load_best() if checkpoint == "best" else store.load_latest()
-    if snapshot is None:
-        raise CheckpointError(f"the run {folder.uri} has no checkpoint yet")
+    snapshot = load_checkpoint(folder, checkpoint)
     context = LocalContext(folder, choose_device(device))
     dataset = load_dataset_of(config)
-    model = build_model(config.model, dataset.num_classes, dataset.image_size)
-    load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {folder.uri}")
+    model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)
     train, val = train_and_val(config, dataset)
     parts = {
         "test": (dataset.test, np.arange(len(dataset.test.labels))),
