@@ -188,7 +188,7 @@ def _pictures(root: str | Path, progress: bool) -> Path:
 
 def _check_name(name: str) -> None:
     if name not in DATASET_NAMES:
-        raise ConfigError(f"there is no data set {name!r}: data.name must be one of {', '.join(DATASET_NAMES)}")
+        raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
 
 
 def _shapes(seed: int, limit: int | None) -> Dataset:
