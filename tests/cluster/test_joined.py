@@ -12,7 +12,6 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from ray_runs import SWEEP, TINY, UNDISTURBED, bytes_of, epochs_of, is_ray_process, records, weights
 from runs import run_of, train
 
 from densenet_dist.cluster.launch import fit
@@ -38,8 +38,8 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data.*"),
 ]
 
-OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Mailbox")
 DASHBOARD = Path(__file__).parents[2] / "launch" / "monitoring" / "grafana-dashboard.json"
+STOPPING = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
 RECORDED = {
     "densenet_images_per_second": "perf/images_per_s",
     "densenet_train_loss": "train/loss",
@@ -91,14 +91,8 @@ class Cluster:
             return json.load(answer)
 
     def processes(self, *names: str) -> list[psutil.Process]:
-        """Those of runs and trials."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                title = " ".join(process.cmdline()).strip()
-                if title.startswith("ray::") and any(name in title for name in names or OF_TRIALS):
-                    found.append(process)
-        return found
+        """Those of runs and trials, or of some actors only."""
+        return [each for each in psutil.Process().children(recursive=True) if is_ray_process(each, *names)]
 
     def assert_all_given_back(self) -> None:
         import ray
@@ -110,7 +104,7 @@ class Cluster:
                 found.append(f"CPUs: {ray.available_resources().get('CPU')}")
             return found + list(map(str, self.processes()))
 
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while (found := held()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert found == []
@@ -150,23 +144,14 @@ def cluster(started: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def sweep(sweep_text: str, tmp_path: Path) -> Callable[..., Sweep]:
+def sweep(tmp_path: Path) -> Callable[..., Sweep]:
     """A tiny sweep with changes."""
-    (tmp_path / "sweep.yaml").write_text(sweep_text)
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
 
     def load(*settings: str, name: str = "sweep") -> Sweep:
         return load_sweep(tmp_path / "sweep.yaml", f"name={name}", f"storage={tmp_path / 'runs'}", *settings)
 
     return load
-
-
-def bytes_of(trial: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(trial)): path.read_bytes() for path in trial.rglob("*") if path.is_file()}
-
-
-def epochs_of(trial: Path) -> list[int]:
-    lines = map(json.loads, (trial / "metrics.jsonl").read_text().splitlines())
-    return [line["epoch"] for line in lines if "train/loss" in line]
 
 
 def process_of(trial: Path) -> psutil.Process:
@@ -185,9 +170,9 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(started: Cluster, tiny_text: str, same_settings: tuple[str, ...], tmp_path_factory: Any) -> Killed:
+def killed(started: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     folder = tmp_path_factory.mktemp("killed")
-    (folder / "tiny.yaml").write_text(tiny_text)
+    (folder / "tiny.yaml").write_text(TINY)
     events: list[Event] = []
     lost: list[psutil.Process] = []
 
@@ -197,19 +182,19 @@ def killed(started: Cluster, tiny_text: str, same_settings: tuple[str, ...], tmp
             lost.append(started.processes("RayTrainWorker")[-1])
             lost[0].send_signal(signal.SIGKILL)
 
-    config = load_config(str(folder / "tiny.yaml"), *same_settings, f"storage={folder}", "name=killed")
+    config = load_config(str(folder / "tiny.yaml"), *UNDISTURBED, f"storage={folder}", "name=killed")
     fit(config, listener=kill_a_worker)
     return Killed(folder / "killed", events, started.figures_at(4, "killed"))
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, killed, read_records, read_weights):
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, killed):
     notes = [event["text"] for event in killed.events if event["kind"] == "note"]
     assert "a worker was lost: all were started again (1 of at most 3 times)" in notes
-    assert read_weights(killed.folder) == read_weights(undisturbed.folder)
-    assert read_records(killed.folder) == read_records(undisturbed.folder)
+    assert weights(killed.folder) == weights(undisturbed.folder)
+    assert records(killed.folder) == records(undisturbed.folder)
 
 
-def test_every_figure_is_that_of_the_record(killed):
+def test_prometheus_and_the_dashboard_show_a_run(cluster, killed):
     lines = map(json.loads, (killed.folder / "metrics.jsonl").read_text().splitlines())
     last = [line for line in lines if "train/loss" in line][-1]
     assert set(killed.figures) == set(GAUGES)
@@ -218,9 +203,6 @@ def test_every_figure_is_that_of_the_record(killed):
     }
     assert killed.figures["densenet_restarts"] == 1
     assert 0 < last["goodput/lost_to_recovery"] < 1 - last["goodput/ratio"]
-
-
-def test_the_dashboards_train_view_shows_the_run(cluster, killed):
     (run,) = [run for run in cluster.ask("/api/train/v2/runs/v1")["train_runs"] if run["name"].startswith("killed-")]
     assert run["status"] == "FINISHED"
     assert len(run["attempts"]) == 2  # the second one after the loss
@@ -239,36 +221,18 @@ def test_grafana_asks_for_what_there_is(cluster, killed):
     assert {name.removeprefix("ray_") for name in lacking} <= set(METRICS_GAUGES)
 
 
-def test_nan_stops_at_once(cluster, tiny_text, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(tiny_text)
+def test_nan_stops_at_once(cluster, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
     events: list[Event] = []
     with pytest.raises(TrainingError, match=r"is NaN or infinite at step \d+ \(epoch 1\)"):
         fit(load_config(str(tmp_path / "tiny.yaml"), "train.lr=1e30", f"storage={tmp_path}"), listener=events.append)
     assert not [event for event in events if "was lost" in event.get("text", "")], "a restart cannot mend it"
 
 
-def test_trials_are_told_apart(cluster, sweep, tmp_path):
-    seen: dict[str, dict[str, float]] = {}
-
-    def scrape(event: Event) -> None:
-        # The trial waits at its epoch's end for as long as this takes.
-        if event["kind"] == "trial" and event["state"] == "epoch" and event["trial"].name not in seen:
-            seen[event["trial"].name] = cluster.figures_at(1, "search", event["trial"].name)
-
-    found = tune(sweep("trials=2", "train.epochs=2", name="search"), listener=scrape)
-    assert set(seen) == {"trial-000", "trial-001"}
-    for name, figures in seen.items():
-        record = json.loads((Path(found.folder) / name / "metrics.jsonl").read_text().splitlines()[0])
-        assert set(figures) == set(GAUGES)
-        assert {metric: figures[metric] for metric in RECORDED} == {
-            metric: pytest.approx(record[key]) for metric, key in RECORDED.items()
-        }
-        assert 0 < figures["densenet_goodput_ratio"] < 1
-
-
 def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
     hurt = sweep("space.train.lr=[0.05, 0.02, 1e30]", "search.name=grid", "trials=null", "train.epochs=8", name="hurt")
     notes: list[str] = []
+    seen: dict[str, dict[str, float]] = {}
     kills = {"trial-000": [3], "trial-001": [3, 5]}  # the epochs after which each is killed
 
     def kill(event: Event) -> None:
@@ -276,6 +240,8 @@ def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
             notes.append(event["text"])
         if event["kind"] == "trial" and event["state"] == "epoch":
             trial = event["trial"]
+            if trial.epochs == 1:  # it waits at its epoch's end for as long as this takes
+                seen[trial.name] = cluster.figures_at(1, "hurt", trial.name)
             if trial.epochs in kills.get(trial.name, []):
                 kills[trial.name].remove(trial.epochs)
                 process_of(Path(hurt.folder) / trial.name).kill()
@@ -289,8 +255,14 @@ def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
     assert "is NaN or infinite at step" in third.cause
     assert len(list((Path(result.folder) / third.name / "tb").iterdir())) == 1
     with open(Path(result.folder) / "sweep.csv", newline="") as file:
-        assert {row["trial"]: row["cause"] or None for row in csv.DictReader(file)} == {
-            trial.name: trial.cause for trial in result.trials
+        causes = {row["trial"]: row["cause"] or None for row in csv.DictReader(file)}
+    assert causes == {trial.name: trial.cause for trial in result.trials}
+    assert set(seen) == {"trial-000", "trial-001"}, "Prometheus tells trials apart"
+    for name, figures in seen.items():
+        record = json.loads((Path(result.folder) / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert set(figures) == set(GAUGES)
+        assert {metric: figures[metric] for metric in RECORDED} == {
+            metric: pytest.approx(record[key]) for metric, key in RECORDED.items()
         }
 
     folder = Path(result.folder) / first.name
@@ -303,10 +275,7 @@ def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
         torch.set_num_threads(threads)
     undisturbed = run_of(config).path
     assert (folder / "checkpoints/manifest.json").read_text() == (undisturbed / "checkpoints/manifest.json").read_text()
-    newest = max(path.name for path in (folder / "checkpoints").glob("step-*"))
-    assert (folder / "checkpoints" / newest / "model.safetensors").read_bytes() == (
-        undisturbed / "checkpoints" / newest / "model.safetensors"
-    ).read_bytes()
+    assert weights(folder) == weights(undisturbed)
 
 
 def test_a_budget(cluster, sweep):
@@ -344,14 +313,12 @@ def test_a_sweep_on_an_object_store(cluster, sweep, s3, scheduler):
     assert RunFolder(place, scheduler).fetch("trial-000/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("trials", [6, pytest.param(24, marks=pytest.mark.nightly)])
-def test_nothing_leaks(cluster, sweep, trials):
-    worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(trials)]}"
-    stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
-    result = tune(sweep(worse_and_worse, *stopping), listener=list)
+def test_nothing_leaks(cluster, sweep):
+    worse_and_worse = f"space.train.lr={[0.5 * 1.3**i for i in range(6)]}"
+    result = tune(sweep(worse_and_worse, *STOPPING), listener=list)
     ended = [trial for trial in result.trials if trial.status == "stopped"]
-    assert len(ended) >= trials - 4
-    assert all(len(epochs_of(Path(result.folder) / trial.name)) == trial.epochs == 1 for trial in ended)
+    assert len(ended) >= 2
+    assert all(epochs_of(Path(result.folder) / trial.name) == [1] for trial in ended)
     cluster.assert_all_given_back()
     before = bytes_of(Path(result.folder) / ended[0].name)
     assert tune(open_sweep(result.folder), resume=True, listener=list).trials == result.trials, "stopped stays stopped"
@@ -360,25 +327,20 @@ def test_nothing_leaks(cluster, sweep, trials):
 
 @pytest.mark.nightly
 def test_nothing_leaks_of_trials_of_several_workers(cluster, sweep):
-    stopping = ("scheduler={name: asha, reduction_factor: 4}", "search.name=grid", "trials=null", "metric=train/loss")
-    result = tune(sweep(*stopping, "space.train.lr=[0.05, 5, 50]", "workers=2", "train.epochs=2"), listener=list)
+    asked = sweep(*STOPPING, "space.train.lr=[0.05, 5, 50]", "workers=2", "train.epochs=2")
+    killed: list[psutil.Process] = []
+
+    def kill_the_first_trial(event: Event) -> None:
+        if event["kind"] == "trial" and event["state"] == "epoch" and not killed:
+            killed.extend(cluster.processes("TrialRunner", "ResourceTrainable"))
+            for process in killed:
+                process.kill()
+
+    result = tune(asked, listener=kill_the_first_trial)
+    assert killed
     assert [trial.status for trial in result.trials] == ["finished", "stopped", "stopped"]
     for trial in result.trials[1:]:
         assert epochs_of(Path(result.folder) / trial.name) == [1]
-    cluster.assert_all_given_back()
-
-
-def test_nothing_leaks_of_a_trial_that_raises(cluster, sweep):
-    raising = sweep("trials=2", "max_failures=0", "train.epochs=1", name="raising")
-
-    def sabotage(event: Event) -> None:
-        if event["kind"] == "sweep":
-            (Path(raising.folder) / "trial-001").mkdir()
-            (Path(raising.folder) / "trial-001" / "metrics.jsonl").symlink_to("metrics.jsonl")  # cannot be opened
-
-    result = tune(raising, listener=sabotage)
-    assert [trial.status for trial in result.trials] == ["finished", "failed"]
-    assert "trial-001/metrics.jsonl" in (result.trials[1].cause or "")
     cluster.assert_all_given_back()
 
 
@@ -400,10 +362,10 @@ def test_weights_are_handed_over(cluster, sweep):
         assert overrides == trial.overrides
         newest = max(path.name for path in (own / "checkpoints").glob("step-*"))
         assert newest > step, "it went on from there"
-        weights = own / "checkpoints" / step / "model.safetensors"
-        if (folder / donor / "checkpoints" / step).exists():  # the donor may have been handed another's since
+        taken, given = (folder / name / "checkpoints" / step / "model.safetensors" for name in (trial.name, donor))
+        if given.exists():  # the donor may have been handed another's since
             compared += 1
-            assert weights.read_bytes() == (folder / donor / "checkpoints" / step / "model.safetensors").read_bytes()
+            assert taken.read_bytes() == given.read_bytes()
         config = load_config(own / "config.yaml")
         assert config.train.lr == overrides["train.lr"]
         state = torch.load(own / "checkpoints" / newest / "state.pt", weights_only=True)
@@ -437,11 +399,3 @@ def test_optuna_learns_what_was_tried(cluster, sweep):
         assert trial.overrides["train.global_batch_size"] in (8, 12, 16)
         config = load_config(Path(first.folder) / trial.name / "config.yaml")
         assert list(config.model.num_layers) == trial.overrides["model.num_layers"]
-
-
-@pytest.mark.nightly
-def test_a_grid_is_tried_once(cluster, sweep):
-    grid = ("space={train.lr: [0.1, 0.2], model.num_layers: [[1, 1], [2, 1]]}", "search.name=grid", "trials=null")
-    result = tune(sweep(*grid, "train.epochs=1"), listener=list)
-    tried = [(trial.overrides["train.lr"], trial.overrides["model.num_layers"]) for trial in result.trials]
-    assert tried == [(0.1, [1, 1]), (0.1, [2, 1]), (0.2, [1, 1]), (0.2, [2, 1])]

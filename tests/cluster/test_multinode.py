@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_nodes import BIN, OUTSIDE, Cluster, two_hosts, two_nodes, until
+from ray_nodes import BIN, OUTSIDE, Cluster, two_hosts, two_nodes
+from ray_runs import until
 
 from densenet_dist.run_folder import RunFolder
 
@@ -27,8 +28,6 @@ REPOSITORY = Path(__file__).parents[2]
 QUICK = ("configs/quickstart.yaml", "cluster.workers=2", "data.limit=640", "train.epochs=2", "model.growth_rate=4",
          "model.num_layers=[1,1]")  # fmt: skip
 ENDLESS = (*QUICK, "train.epochs=100000")
-
-
 MARKER = secrets.token_hex(16)
 
 
@@ -55,16 +54,8 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> str:
     return text
 
 
-def summary(folder: RunFolder) -> dict[str, object]:
-    return json.loads(folder.fetch("summary.json").read_text())
-
-
-def ray_jobs(cluster: Cluster, *arguments: str) -> str:
-    command, *rest = arguments
-    line = [str(BIN / "ray"), "job", command, "--address", cluster.address, *rest]
-    done = subprocess.run(line, capture_output=True, text=True, env=cluster.environment, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def status_of(folder: RunFolder) -> object:
+    return json.loads(folder.fetch("summary.json").read_text())["status"]
 
 
 def test_a_job_trains_on_both_nodes(nodes, tmp_path):
@@ -76,23 +67,19 @@ def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     assert "2 x CPU" in text
     assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")][-1] == "2/2"
     assert re.search(r"job both-\d{8}-\d{6}-\d+ succeeded$", text.strip())
-    assert summary(RunFolder(str(tmp_path), "both"))["status"] == "finished"
+    assert status_of(RunFolder(str(tmp_path), "both")) == "finished"
     assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
 
 
 @pytest.mark.nightly
 def test_ray_job_submit_does_it_too(nodes, tmp_path):
     """What the README says, with Ray's own command."""
-    command = ("python", "-m", "densenet_dist", "train", *QUICK, f"storage={tmp_path}", "name=plain")
-    text = ray_jobs(nodes, "submit", "--working-dir", ".", "--", *command)
-    assert "epoch   2/2" in text
-    assert summary(RunFolder(str(tmp_path), "plain"))["status"] == "finished"
-
-
-def test_exit_codes_are_those_of_the_command(nodes, tmp_path):
-    text = finished(submit(nodes, "train", "--resume", str(tmp_path / "nowhere")), 5)
-    assert f"there is no run at {tmp_path}/nowhere" in text
-    assert text.strip().endswith("failed: Job entrypoint command failed with exit code 5")
+    train = ("python", "-m", "densenet_dist", "train", *QUICK, f"storage={tmp_path}", "name=plain")
+    line = [str(BIN / "ray"), "job", "submit", "--address", nodes.address, "--working-dir", ".", "--", *train]
+    done = subprocess.run(line, capture_output=True, text=True, env=nodes.environment, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch   2/2" in done.stdout + done.stderr
+    assert status_of(RunFolder(str(tmp_path), "plain")) == "finished"
 
 
 def read_until(terminal: int, text: str, seconds: float = 240) -> str:
@@ -121,18 +108,6 @@ def test_interrupting_asks_and_stops(nodes, tmp_path):
     manifest = json.loads((tmp_path / "asked" / "checkpoints" / "manifest.json").read_text())
     assert manifest["checkpoints"]
     assert json.loads(records[-1])["epoch"] < 100000
-
-
-@pytest.mark.nightly
-def test_a_follower_that_is_gone_leaves_the_job_alone(nodes, tmp_path):
-    process = submit(nodes, "train", *ENDLESS, f"storage={tmp_path}", "name=left")
-    assert next(line for line in process.stdout if line.startswith("epoch"))
-    process.send_signal(signal.SIGINT)
-    text = finished(process, 130)
-    assert "the job goes on" in text
-    assert nodes.workers()
-    ray_jobs(nodes, "stop", *re.search(r"end it: +ray job stop --address \S+ (left-\S+)", text).groups())
-    until(lambda: not nodes.workers())
 
 
 def status(url: str, token: str | None, body: object = None) -> int:
@@ -224,7 +199,7 @@ def test_hosts_share_an_object_store(hosts, store):
     cluster, _ = hosts
     text = finished(submit(cluster, "train", *QUICK, f"storage={store % '/runs'}", "name=objects"))
     folder = RunFolder(store % "/runs", "objects")
-    assert summary(folder)["status"] == "finished"
+    assert status_of(folder) == "finished"
     assert folder.names("") >= {"config.yaml", "metrics.jsonl", "checkpoints", "tb", "curves.png"}
     judged = cluster.densenet_dist("evaluate", store % "/runs/objects", "--json", cwd=REPOSITORY)
     assert f"{json.loads(finished(judged))['top1']:.2%}" in text

@@ -6,9 +6,9 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
+from ray_runs import UNDISTURBED, Run, records, until
 
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config
@@ -19,22 +19,9 @@ from densenet_dist.train.evaluation import evaluate
 pytestmark = pytest.mark.slow
 
 
-def until_exists(folder: RunFolder, relative: str) -> None:
-    deadline = time.monotonic() + 120
-    while not folder.exists(relative):
-        assert time.monotonic() < deadline, relative
-        time.sleep(0.1)
-
-
-def assert_says_that_it_is_gone(run, folder: str) -> None:
-    assert run.wait() == 5, run.text()
-    assert re.search(rf"error: the run folder {folder} cannot be (read|written): .*NETWORK_CONNECTION", run.text())
-    assert "Traceback" not in run.text()
-
-
-def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed, same_settings, read_records):
+def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed):
     faults.failing = 0.05
-    run = start(*same_settings, f"storage={faulty_s3 % '/flaky'}")
+    run = start(*UNDISTURBED, f"storage={faulty_s3 % '/flaky'}")
     assert run.wait() == 0, run.text()
     assert faults.failed >= 10, f"{faults.failed} of {faults.requests} requests: no test of anything"
     assert "started again" not in run.text()
@@ -44,7 +31,7 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
     assert folder.names("") >= {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "tb", "checkpoints"}
     for file in ("metrics.jsonl", "checkpoints/manifest.json"):
         folder.fetch(file)
-    assert read_records(folder.path) == read_records(undisturbed.folder)
+    assert records(folder.path) == records(undisturbed.folder)
     for entry in json.loads((folder.path / "checkpoints/manifest.json").read_text())["checkpoints"]:
         here = folder.fetch(f"checkpoints/{entry['name']}") / "model.safetensors"
         there = undisturbed.folder / "checkpoints" / entry["name"] / "model.safetensors"
@@ -55,11 +42,17 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
         fit(load_config(folder.fetch("config.yaml"), f"storage={s3 % '/flaky'}"), listener=list)
 
 
+def assert_says_that_it_is_gone(run: Run, folder: str) -> None:
+    assert run.wait() == 5, run.text()
+    assert re.search(rf"error: the run folder {folder} cannot be (read|written): .*NETWORK_CONNECTION", run.text())
+    assert "Traceback" not in run.text()
+
+
 @pytest.mark.nightly
 def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
     run = start("train.epochs=12", f"storage={faulty_s3 % '/gone'}")
     folder = RunFolder(s3 % "/gone", "run")
-    until_exists(folder, "checkpoints/manifest.json")
+    until(lambda: folder.exists("checkpoints/manifest.json"))
     faults.down = True
     assert_says_that_it_is_gone(run, "s3://bucket/gone/run")
     assert "go on with --resume" in run.text()
@@ -69,7 +62,7 @@ def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
 def test_a_sweep_whose_store_is_gone_can_go_on_later(start_sweep, s3, faulty_s3, faults):
     run = start_sweep("train.epochs=12", "trials=3", f"storage={faulty_s3 % '/sweeps'}", name="gone")
     trial = RunFolder(s3 % "/sweeps/gone", "trial-000")
-    until_exists(trial, "checkpoints/manifest.json")
+    until(lambda: trial.exists("checkpoints/manifest.json"))
     faults.down = True
     assert_says_that_it_is_gone(run, "s3://bucket/sweeps/gone.*")
     line = [sys.executable, "-m", "densenet_dist", "tune", "--resume", s3 % "/sweeps/gone"]

