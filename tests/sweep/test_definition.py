@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from densenet_dist.errors import ConfigError
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import DEFAULT_TRIALS, Sweep, load_sweep
-from densenet_dist.sweep.space import Choice, Range, read_domain
+from densenet_dist.sweep.space import Range, read_domain
 
 LR = "space: {train.lr: {loguniform: [0.01, 1]}}\n"
 
@@ -73,16 +72,13 @@ space:
     ("text", "expected"),
     [
         ("trials: 3", "space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}"),
-        ("space: 3", "space: must hold a domain for each key, not 3"),
         ("space: {train.lr: [-1, 0.1]}", "space.train.lr: Input should be greater than 0; got -1 (int)"),
         ("space: {train.schedule: [1]}", "space.train.schedule: is a group of settings: name, "),
-        ("space: {train.lr: {uniform: [0, 1]}}", "space.train.lr: Input should be greater than 0; got 0.0 (float)"),
         (LR + "search.name: grid", "space.train.lr: search.name=grid needs a choice, or a step"),
         (
             "space: {train.lr: [0.1, 0.2], seed: [1, 2]}\nsearch.name: grid\ntrials: 3",
             "trials: the grid has 4 combinations; leave trials out",
         ),
-        (LR + "scheduler.name: pbt\ntrials: 1", "trials: pbt needs a population of at least 2"),
         (
             LR + "scheduler.name: pbt\nsearch.name: optuna",
             "search.name: optuna; pbt finds its own settings from random ones, set search.name=random",
@@ -95,7 +91,6 @@ space:
             LR + "gpus_per_worker: 0.5\nworkers: 2",
             "gpus_per_worker: 0.5; a worker uses 0 or 1, and only trials of one worker can share a GPU",
         ),
-        (LR + "base: nowhere.yaml", "there is no config file "),
     ],
 )
 def test_what_cannot_work(problems, text, expected):
@@ -118,11 +113,6 @@ def test_combinations_that_cannot_work(problems):
     found = problems("space: {model.num_layers: [[1, 1], [1, 1, 1, 1, 1, 1, 1]]}\nsettings.model.variant: densenet_bc")
     assert found[0] == "space: some combinations cannot work, such as model.num_layers=[1, 1, 1, 1, 1, 1, 1]"
     assert found[1].startswith("  model.num_layers: images of 32x32 are too small for 7 blocks")
-    found = problems("space: {train.optimizer.momentum: [0, 0.9], train.optimizer.nesterov: [true, false]}")
-    assert found == [
-        "space: some combinations cannot work, such as train.optimizer.momentum=0, train.optimizer.nesterov=True",
-        "  train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum",
-    ]
     found = problems("workers: 3\nspace: {train.global_batch_size: [2, 64]}")
     assert "cluster.workers: 3 workers cannot share train.global_batch_size=2" in found[1]
 
@@ -134,15 +124,13 @@ def test_settings_go_where_they_belong(load):
     assert (sweep.base["train"]["epochs"], sweep.base["train"]["lr"], sweep.base["seed"]) == (3, 0.3, 5)
     assert sweep.base["data"]["limit"] == 500
     assert sweep.space == {"train.lr": Range(0.1, 0.2)}
-    assert not {"name", "storage"} & set(sweep.base)
+    stepped = "space: {train: {lr: {uniform: [0.1, 0.5], step: 0.1}}}"
+    replaced = load(stepped, "space.train.lr={loguniform: [0.01, 1]}")
+    assert replaced.space == {"train.lr": Range(0.01, 1.0, log=True)}, "a domain is replaced as a whole"
     assert load(LR, "log.mlflow.enabled=true", "fault.grace_s=9").base["log"]["mlflow"]["enabled"] is True
     assert load(LR, "name=other").settings.name == "other"
-
-
-def test_a_domain_is_replaced_as_a_whole(load):
-    text = "space: {train: {lr: {uniform: [0.1, 0.5], step: 0.1}}}"
-    assert load(text, "space.train.lr={loguniform: [0.01, 1]}").space == {"train.lr": Range(0.01, 1.0, log=True)}
-    assert load(text, "space.train.lr=[0.1]").space == {"train.lr": Choice((0.1,))}
+    assert not load(LR, "metric=val/loss").settings.maximise
+    assert not load(LR, "metric=val/top1", "mode=min").settings.maximise
 
 
 def test_the_base_is_relative_to_the_sweep_file(load, tmp_path, monkeypatch):
@@ -190,21 +178,13 @@ def test_trials_of_a_grid(load):
     assert spaces.size(load(LR).space) is None
 
 
-def test_what_is_best(load):
-    assert load(LR, "metric=val/top1").settings.maximise
-    assert not load(LR, "metric=val/loss").settings.maximise
-    assert not load(LR, "metric=val/top1", "mode=min").settings.maximise
-
-
 @pytest.mark.parametrize(
     ("said", "values"),
     [
-        ({"integer": [2, 5]}, [2, 3, 4, 5]),
         ({"integer": [1, 9], "step": 3}, [1, 4, 7]),
         ({"uniform": [0, 1], "step": 0.6}, [0, 0.6]),
         ({"uniform": [0.1, 0.3], "step": 0.1}, [0.1, 0.2, 0.3]),
         ({"loginteger": [1, 4]}, None),
-        ({"uniform": [0, 1]}, None),
     ],
 )
 def test_ranges(said, values):
@@ -213,9 +193,7 @@ def test_ranges(said, values):
     assert domain.describe() == said
     assert domain.every() == values
     drawn = [domain.sample(rng) for _ in range(300)]
-    assert all(domain.low <= value <= domain.high for value in drawn)
-    assert all(domain.clip(value) == value for value in drawn)
-    assert {type(value) for value in drawn} == {int if "nteger" in next(iter(said)) else float}
+    assert all(domain.low <= value <= domain.high and domain.clip(value) == value for value in drawn)
     assert domain.clip(-99) == domain.ends[0] == domain.low
     assert domain.clip(99) == domain.ends[1]
     if values is not None:
@@ -225,20 +203,9 @@ def test_ranges(said, values):
         assert set(drawn) == {1, 2, 3, 4}
 
 
-def test_logarithmic_ranges_draw_evenly_in_the_logarithm():
-    rng = random.Random(0)
-    drawn = [Range(1e-4, 1.0, log=True).sample(rng) for _ in range(2000)]
-    assert sum(math.log10(value) < -2 for value in drawn) == pytest.approx(1000, abs=100)
-    drawn = [Range(1, 999, integer=True, log=True).sample(rng) for _ in range(2000)]
-    assert sum(value < 10 for value in drawn) == pytest.approx(667, abs=80)
-
-
 def test_random_search_repeats_nothing_while_there_is_something_new():
     space = {"a": read_domain([1, [2], "x"]), "b": read_domain({"integer": [1, 4]})}
     drawn = spaces.samples(space, random.Random(0), 14)
-    every = list(spaces.grid(space))
-    assert sorted(map(str, drawn[:12])) == sorted(map(str, every))
-    assert all(point in every for point in drawn[12:])
+    assert sorted(map(str, drawn[:12])) == sorted(map(str, spaces.grid(space)))
     assert drawn == spaces.samples(space, random.Random(0), 14)
     assert [spaces.decode(spaces.encode(point)) for point in drawn] == drawn
-    assert len(spaces.samples({"a": Range(1, 4, integer=True, log=True)}, random.Random(0), 9)) == 9
