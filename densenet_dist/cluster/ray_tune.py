@@ -89,14 +89,13 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
     from ray import tune
 
     from densenet_dist.cluster.trial import TrialPlan, TrialRunner
-    from densenet_dist.cluster.tune_events import Budget, Ending, Names, SweepState, Watcher
+    from densenet_dist.cluster.tune_events import Ending, Names, SweepState, Watcher
 
     settings = sweep.settings
     state = ray.remote(num_cpus=0, max_restarts=-1)(SweepState).remote()
     plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt", state)
     watcher, names = Watcher(settings.metric, listener, state), Names(recorded)
-    budget = Budget(settings.max_hours, settings.max_gpu_hours, room.gpus_per_trial)
-    ending = Ending(budget, watcher, state)
+    ending = Ending(settings, room.gpus_per_trial, watcher, state)
     points = _points(sweep, recorded)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialRunner, plan=plan), room.per_trial),
@@ -135,9 +134,9 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             ray.kill(state)  # what Tune has kept of the plan holds on to it
     if watcher.fatal is not None:
         raise watcher.fatal
-    if budget.reason is None and (ending.signals or watcher.interrupted):
+    if ending.spent is None and (ending.signals or watcher.interrupted):
         raise KeyboardInterrupt(*ending.signals[:1])
-    return budget.reason
+    return ending.spent
 
 
 def _points(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:

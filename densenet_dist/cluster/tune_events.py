@@ -16,6 +16,7 @@ from densenet_dist import errors
 from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME
 from densenet_dist.sweep.results import TRIAL_PREFIX, Trial
+from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.context import Event
 
@@ -136,55 +137,29 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         self._listener(event | {"figures": result, "cause": cause})
 
 
-class Budget:
-    """The hours that a sweep may take.
-
-    Args:
-        hours: by the clock, from now on.
-        gpu_hours: of all trials together.
-        gpus_per_trial: of each.
-
-    Attributes:
-        reason: which are spent; None while there are some left.
-    """
-
-    def __init__(self, hours: float | None, gpu_hours: float | None, gpus_per_trial: float) -> None:
-        self._hours, self._gpu_hours, self._gpus = hours, gpu_hours, gpus_per_trial
-        self._started = time.monotonic()
-        self._seconds: dict[str, float] = {}
-        self.reason: str | None = None
-
-    def count(self, trial: str, seconds: float) -> None:
-        """Count the time that a trial has taken until now."""
-        self._seconds[trial] = seconds
-
-    def spent(self) -> bool:
-        """Whether there is nothing left."""
-        if self._hours is not None and time.monotonic() - self._started > self._hours * 3600:
-            self.reason = f"max_hours: {self._hours:g} hours are over"
-        if self._gpu_hours is not None and sum(self._seconds.values()) * self._gpus > self._gpu_hours * 3600:
-            self.reason = f"max_gpu_hours: {self._gpu_hours:g} GPU hours are used"
-        return self.reason is not None
-
-
 class Ending(tune.Stopper):  # type: ignore[misc]
     """Ends a sweep before all its trials have: by its budget, a signal, or an error that all trials would run into.
 
     What was running is not told of as stopped, so that it can go on later.
 
     Args:
-        budget: what may be spent.
+        settings: the sweep's, with its budgets: hours by the clock, from now on, and GPU hours of all trials together.
+        gpus_per_trial: of each.
         watcher: hears of errors.
         state: the `SweepState`, for trials in the middle of an epoch.
 
     Attributes:
         signals: those that came.
+        spent: which budget is spent, in words; None while there is some left.
     """
 
-    def __init__(self, budget: Budget, watcher: Watcher, state: Any) -> None:
-        self._budget, self._watcher, self._state = budget, watcher, state
+    def __init__(self, settings: SweepConfig, gpus_per_trial: float, watcher: Watcher, state: Any) -> None:
+        self._settings, self._gpus, self._watcher, self._state = settings, gpus_per_trial, watcher, state
+        self._started = time.monotonic()
+        self._seconds: dict[str, float] = {}
         self._said = False
         self.signals: list[int] = []
+        self.spent: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.stopper.NoopStopper, ()  # Tune writes it down for a later sweep, which has its own
@@ -197,16 +172,23 @@ class Ending(tune.Stopper):  # type: ignore[misc]
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Count a trial's time; it is never stopped alone."""
-        self._budget.count(trial_id, result.get("time_total_s", 0.0))
+        self._seconds[trial_id] = result.get("time_total_s", 0.0)
         return False
 
     def stop_all(self) -> bool:
         """Whether the sweep ends now."""
-        if not (self.signals or self._watcher.fatal or self._budget.spent()):
-            return False
-        if not self._said:
-            self._said = True
-            self._state.end.remote()
+        if self._said:
+            return True
+        if not (self.signals or self._watcher.fatal):
+            hours, gpu_hours = self._settings.max_hours, self._settings.max_gpu_hours
+            if hours is not None and time.monotonic() - self._started > hours * 3600:
+                self.spent = f"max_hours: {hours:g} hours are over"
+            if gpu_hours is not None and sum(self._seconds.values()) * self._gpus > gpu_hours * 3600:
+                self.spent = f"max_gpu_hours: {gpu_hours:g} GPU hours are used"
+            if self.spent is None:
+                return False
+        self._said = True
+        self._state.end.remote()
         return True
 
 

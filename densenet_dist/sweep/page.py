@@ -44,8 +44,8 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         planned=max(sweep.trials, len(trials)),
         counts=[f"{count} {status}" for status, count in counts.items() if count],
         metric=metric,
-        search=_search(sweep),
-        scheduler=_scheduler(sweep),
+        search=settings.search,
+        scheduler=settings.scheduler,
         best=best,
         best_settings=[f"{key} {shown(best.overrides.get(key))}" for key in sweep.space] if best else [],
         keys=list(sweep.space),
@@ -64,25 +64,6 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         table_file=TABLE_FILE,
     )
     folder.write(PAGE_FILE, page)
-
-
-def _search(sweep: Sweep) -> str:
-    search = sweep.settings.search
-    if search.name == "grid":
-        return "grid"
-    first = f", the first {search.startup_trials} at random" if search.name == "optuna" else ""
-    return f"{search.name}, seed {search.seed}{first}"
-
-
-def _scheduler(sweep: Sweep) -> str:
-    of = sweep.settings.scheduler
-    rules = {
-        "fifo": "every trial trains to its end",
-        "asha": f"from epoch {of.grace_epochs} on, one of {of.reduction_factor} continues after each rung",
-        "median": f"from epoch {of.grace_epochs} on, trials above the median of at least {of.min_trials} continue",
-        "pbt": f"every {of.perturb_epochs} epochs the worst {of.quantile:.0%} take over weights from the best",
-    }
-    return f"{of.name}: {rules[of.name]}"
 
 
 def _columns(sweep: Sweep, metric: Metric, has_tests: bool, has_causes: bool) -> list[tuple[str, bool]]:

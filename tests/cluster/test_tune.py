@@ -9,15 +9,17 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray_runs import RAY_NOISE, Run, assert_gone, bytes_of, epochs_of, is_ray_process, until
 
 from densenet_dist.cluster.sweep import tune
-from densenet_dist.cluster.tune_events import Budget
+from densenet_dist.cluster.tune_events import Ending
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
 from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.train.evaluation import evaluate
 
 pytestmark = pytest.mark.slow
@@ -162,8 +164,7 @@ def test_trials_that_run_out_of_memory(start_sweep, monkeypatch):
 
 
 def test_hours_of_the_clock():
-    budget = Budget(1e-12, None, 1.0)
-    assert budget.spent()
-    assert budget.reason == "max_hours: 1e-12 hours are over"
-    assert not Budget(1.0, None, 1.0).spent()
-    assert not Budget(None, None, 1.0).spent()
+    ending = Ending(SweepConfig(max_hours=1e-12), 1.0, Mock(fatal=None), Mock())
+    assert ending.stop_all()
+    assert ending.spent == "max_hours: 1e-12 hours are over"
+    assert not Ending(SweepConfig(max_hours=1.0), 1.0, Mock(fatal=None), Mock()).stop_all()
