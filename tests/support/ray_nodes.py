@@ -36,14 +36,12 @@ class Cluster:
         address: of the dashboard, for the Jobs API.
         environment: for commands that are to reach it: its token.
         folder: Ray's own of the head.
-        commands: that were started by `densenet_dist`.
     """
 
     address: str
     environment: dict[str, str]
     folder: Path
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    commands: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
@@ -54,29 +52,14 @@ class Cluster:
         """The command, with this cluster's token and address."""
         line = [sys.executable, "-m", "densenet_dist", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
-        process = subprocess.Popen(line, **{"cwd": cwd, "env": self.environment} | pipes | options)  # type: ignore[call-overload]
-        self.commands.append(process)
-        return process
+        return subprocess.Popen(line, **{"cwd": cwd, "env": self.environment} | pipes | options)  # type: ignore[call-overload]
 
-    def ask(self, path: str, method: str = "GET") -> Any:
+    def ask(self, path: str) -> Any:
         """What the dashboard answers."""
-        request = urllib.request.Request(f"{self.address}{path}", method=method)
+        request = urllib.request.Request(f"{self.address}{path}")
         request.add_header("Authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)
-
-    def stop_everything(self) -> None:
-        """End the commands and jobs that a test has left behind, and wait until nothing of them trains."""
-        for process in self.commands:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        self.commands.clear()
-        for job in self.ask("/api/jobs/"):
-            if job["status"] in ("PENDING", "RUNNING"):
-                self.ask(f"/api/jobs/{job['submission_id']}/stop", "POST")
-        until(lambda: all(job["status"] not in ("PENDING", "RUNNING") for job in self.ask("/api/jobs/")))
-        until(lambda: not self.workers())
 
 
 def settings() -> dict[str, str]:
