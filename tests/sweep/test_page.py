@@ -179,14 +179,3 @@ def test_importance_says_why_not():
     assert "needs 4 trials" in importance(sweep, trials[:3]).reason
     alike = [Trial("t", trials[0].overrides, metric=i / 10) for i in range(5)]
     assert "same settings" in importance(sweep, alike).reason
-
-
-def test_five_hundred_trials(write):
-    sweep = sweep_of("trials=500")
-    trials = trials_of(sweep, 500, epochs=100)
-    for trial in trials[::10]:
-        trial.status, trial.cause = "failed", "a long story\n" * 1000
-    page = write(sweep, trials)
-    assert len(page.rows) == 501
-    assert len(page.text.encode()) < 3_000_000
-    assert "One epoch in" in page.shown
