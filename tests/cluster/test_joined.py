@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -160,8 +160,7 @@ def process_of(trial: Path) -> psutil.Process:
     return psutil.Process(int(newest.name.split(".")[-2]))
 
 
-@dataclass(frozen=True)
-class Killed:
+class Killed(NamedTuple):
     """A run one of whose workers was killed after the second epoch, and what was scraped at its end."""
 
     folder: Path

@@ -1,14 +1,12 @@
-"""Training through Ray Train, as a user starts it: real clusters, real signals."""
+"""Training through Ray Train, as a user starts it: a real cluster, real signals."""
 
 from __future__ import annotations
 
 import json
 import signal
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
 from ray_runs import RAY_NOISE, assert_gone, is_ray_process, records
 
 from densenet_dist.cli import main
@@ -61,23 +59,3 @@ def test_interruption_leaves_no_process(start, number, code):
     assert run.wait(90) == code, run.text()
     assert f"train --resume {run.folder}" in run.text()
     assert_gone(family)
-
-
-@pytest.mark.nightly
-def test_pictures_of_ones_own_by_dali_on_two_workers(start, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    random = np.random.default_rng(0)
-    for label, name in enumerate(("red", "green")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(40):
-            pixels = random.integers(0, 150, (random.integers(20, 80), random.integers(20, 80), 3), dtype=np.uint8)
-            pixels[..., label] += 100
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.jpg")
-    (tmp_path / "photos" / "red" / "bad.jpg").write_text("no picture")
-    mine = ["data.name=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=32", "data.limit=null"]
-    mine += ["data.on_bad_image=skip", "data.loader=dali", "train.global_batch_size=16"]
-    run = start(*mine, "data.augment=random_resized_crop", "data.cutmix=1")
-    assert run.wait() == 0, run.text()
-    assert "2 x CPU, fp32, batches by dali" in run.text()
-    assert "1 picture cannot be used and is left out:\n  red/bad.jpg: not a picture" in run.text()
-    assert not RAY_NOISE.search(run.text().replace("red/bad.jpg", "")), run.text()

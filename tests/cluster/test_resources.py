@@ -23,10 +23,8 @@ def plan(cpus: float, gpus: float = 0, *, trials: int = 16, device: str = "auto"
     [
         (plan(2), 2, {"CPU": 1}),
         (plan(8, cpus_per_worker=3), 2, {"CPU": 3}),
-        (plan(64, 8), 8, {"CPU": 1, "GPU": 1}),
         (plan(64, 2, gpus_per_worker=0.25), 8, {"CPU": 1, "GPU": 0.25}),
         (plan(64, 8, workers=4), 2, {"CPU": 1, "GPU": 1}),
-        (plan(7, workers=3), 2, {"CPU": 1}),
         (plan(64, 8, gpus_per_worker=0), 16, {"CPU": 1}),
         (plan(64, 8, concurrent=3), 3, {"CPU": 1, "GPU": 1}),
     ],
@@ -79,7 +77,6 @@ def test_a_population_of_several_workers_needs_room_for_all():
         ("auto", 8, (2, 2)),
         ("auto", 1, (1, 1)),
         (WorkerRange(1, 4), 2, (1, 4)),
-        (WorkerRange(2, 2), 2, (2, 2)),
     ],
 )
 def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
