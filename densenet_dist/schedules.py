@@ -77,7 +77,7 @@ def one_cycle(
 
 @schedule
 def plateau(now: Moment) -> float:
-    """The peak rate, until `densenet_dist.train.optim.Plateau` reduces it."""
+    """The peak rate, until `densenet_dist.train.optim.Course` reduces it."""
     return now.lr
 
 

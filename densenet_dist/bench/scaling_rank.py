@@ -71,7 +71,7 @@ def measure_rank(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
-        context = LocalContext(RunFolder(folder, "run"), device, None, rank, world_size)
+        context = LocalContext(RunFolder(folder, "run"), device, rank, world_size)
         job = _build_job(validate(plain), context, num_classes, max(global_sizes))
         try:
             whole = next(iter(job.train_loader.epoch(0)))

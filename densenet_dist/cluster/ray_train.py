@@ -23,27 +23,23 @@ from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageError, TrainingError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event, Stopped
+from densenet_dist.train.context import Event, RunContext, Stopped
 from densenet_dist.train.lease import Guard, Lease, NoLease
-from densenet_dist.train.pulse import Goodput, Pulse, Wish
+from densenet_dist.train.pulse import Wish
 
 _RESIZE_EVERY_S: Final = 20.0
 """A resize costs a start of the workers."""
 
 
 @dataclass(frozen=True)
-class RayContext:
-    """What one Ray Train worker tells the training loop of its world."""
+class RayContext(RunContext):
+    """What one Ray Train worker tells the training loop of its world.
 
-    rank: int
-    world_size: int
-    device: Any
-    run: RunFolder
-    pulse: Pulse
-    goodput: Goodput
-    mailbox: Any
-    hands_over: bool = False
-    """A sweep paces the run, and takes up the checkpoint that an epoch's event names."""
+    Attributes:
+        mailbox: to the driver, which paces the run where it is of a sweep: `hands_over` says so.
+    """
+
+    mailbox: Any = None
 
     def report(self, event: Event) -> None:
         """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank.
@@ -145,20 +141,20 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     context = ray.train.get_context()
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
-    run, pulse = RunFolder(config.storage, config.name), Pulse()
+    run = RunFolder(config.storage, config.name)
     launch, launched = payload["launch"]
     run.guard = Guard(run, payload["lease"])
     try:
         _require_shared(run)
         worker = RayContext(
+            run=run,
+            device=ray.train.torch.get_device(),
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
-            device=ray.train.torch.get_device(),
-            run=run,
-            pulse=pulse,
-            goodput=Goodput(pulse, launch, launched, context.get_world_size()),
-            mailbox=mailbox,
             hands_over=payload["paced"],
+            launch=launch,
+            launched=launched,
+            mailbox=mailbox,
         )
         with beating(worker, mailbox):
             return fit(config, worker)

@@ -272,7 +272,8 @@ class _Work:
         from densenet_dist.train.engine import fit
 
         torch.set_num_threads(self._plan.threads)
-        context = LocalContext(self._run, choose_device(self._config.cluster.device), self._told, hands_over=True)
+        device = choose_device(self._config.cluster.device)
+        context = LocalContext(self._run, device, hands_over=True, listener=self._told)
         return fit(self._config, context)
 
     def _told(self, event: Event) -> None:

@@ -13,13 +13,13 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import wrap
+from densenet_dist.train.identity import require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
 from densenet_dist.train.job import Job
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.network import autocast, build_model, usable
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.profiling import StepProfiler, require_steps
-from densenet_dist.train.same_files import require_same_files
 from densenet_dist.train.step_graph import StepGraph
 
 

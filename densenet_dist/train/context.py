@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,56 +29,44 @@ class Stopped(BaseException):
     """Raised on every rank when the run is to end here, as it was asked to: all that is to be kept is saved."""
 
 
-class RunContext(Protocol):
-    """What the loop is given."""
-
-    @property
-    def rank(self) -> int:
-        """This process' number, from 0."""
-
-    @property
-    def world_size(self) -> int:
-        """How many processes train together."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-
-    @property
-    def run(self) -> RunFolder:
-        """The run's folder, checkpoints included; every rank can read it, rank 0 writes."""
-
-    @property
-    def pulse(self) -> Pulse:
-        """What this rank is doing, and what is asked of it."""
-
-    @property
-    def goodput(self) -> Goodput:
-        """What the run's time went to; rank 0's counts."""
-
-    @property
-    def hands_over(self) -> bool:
-        """Whether the checkpoint that an epoch's event names must lie in the run's folder by then."""
-
-    def report(self, event: Event) -> None:
-        """Tell whoever watches the run. For ``epoch`` events every rank calls it, for others rank 0 alone."""
-
-
 @dataclass(frozen=True)
-class LocalContext:
-    """One process, or one of the ranks that ``torchrun`` started; events go to `listener` on rank 0."""
+class RunContext:
+    """What the loop is given.
+
+    Attributes:
+        run: the run's folder, checkpoints included; every rank can read it, rank 0 writes.
+        device: where this process computes.
+        rank: this process' number, from 0.
+        world_size: how many processes train together.
+        hands_over: whether the checkpoint that an epoch's event names must lie in the run's folder by then.
+        launch: what tells one start of the command from another, and `launched` when that was; see `Goodput`.
+        pulse: what this rank is doing, and what is asked of it.
+        goodput: what the run's time went to; rank 0's counts.
+    """
 
     run: RunFolder
     device: torch.device
-    listener: Callable[[Event], None] | None = None
     rank: int = 0
     world_size: int = 1
     hands_over: bool = False
+    launch: str = ""
+    launched: float | None = None
     pulse: Pulse = field(default_factory=Pulse)
     goodput: Goodput = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "goodput", Goodput(self.pulse, workers=self.world_size))
+        object.__setattr__(self, "goodput", Goodput(self.pulse, self.launch, self.launched, self.world_size))
+
+    def report(self, event: Event) -> None:
+        """Tell whoever watches the run. For ``epoch`` events every rank calls it, for others rank 0 alone."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LocalContext(RunContext):
+    """One process, or one of the ranks that ``torchrun`` started; events go to `listener` on rank 0."""
+
+    listener: Callable[[Event], None] | None = None
 
     def report(self, event: Event) -> None:
         """Hand the event to the listener at once."""
@@ -106,7 +94,7 @@ class LocalContext:
                 dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
             else:
                 dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
-        return cls(run, chosen, listener, rank, world_size)
+        return cls(run, chosen, rank, world_size, listener=listener)
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:

@@ -19,12 +19,11 @@ from densenet_dist.schema import Config
 from densenet_dist.train.agreement import Agreement
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.identity import identity_of, require_same
+from densenet_dist.train.identity import digest_of_files, identity_of, require_same
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.network import autocast
 from densenet_dist.train.optim import Course, WeightAverage
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.same_files import digest_of_files
 from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
 
@@ -85,17 +84,13 @@ class Job:
         """The model to judge: the weight average where there is one."""
         return self.average.model if self.average else self.model
 
-    def autocast(self) -> torch.autocast:
-        """Mixed precision as configured."""
-        return autocast(self.context.device, self.config.train.precision)
-
     def forward_backward(self, images: Tensor, aims: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Add to the gradients those of ``scale`` times the summed loss.
 
         Returns:
             The summed loss, (), and the logits.
         """
-        with self.autocast():
+        with autocast(self.context.device, self.config.train.precision):
             logits = self.forward(images)
         smoothing = self.config.train.label_smoothing
         loss = F.cross_entropy(logits.float(), aims, reduction="sum", label_smoothing=smoothing)

@@ -12,9 +12,9 @@ from densenet_dist.data.loader import Batch
 from densenet_dist.errors import TrainingError
 from densenet_dist.train.checkpoint import Snapshot
 from densenet_dist.train.context import Stopped
+from densenet_dist.train.identity import digest_of_files
 from densenet_dist.train.job import Job
 from densenet_dist.train.pulse import Wish
-from densenet_dist.train.same_files import digest_of_files
 
 
 def after_step(job: Job) -> None:

@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules, early stopping and the moving average of weights.
 
-The rate at a step is a closed formula of the step, so resuming needs no state; only `Plateau` and `EarlyStopping`
-remember anything, and hand it over as plain values.
+The rate at a step is a closed formula of the step, so resuming needs no state; only `Course` remembers
+anything, and hands it over as plain values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Schedule:
     epochs: int
 
     def __call__(self, step: int) -> float:
-        """The rate of global step `step` (from 0), before any reduction by `Plateau`."""
+        """The rate of global step `step` (from 0), before any reduction on a plateau."""
         warmup = self.config.warmup_epochs * self.steps_per_epoch
         if step < warmup:
             start = self.config.warmup_start
@@ -88,27 +88,20 @@ class Patience:
 
 
 @dataclass
-class Plateau:
-    """ReduceLROnPlateau: multiplies the rate by `factor` when the validation loss stands still."""
-
-    config: ScheduleConfig
-    watch: Patience
-    scale: float = 1.0
-
-    def epoch_end(self, loss: float) -> None:
-        """Take in an epoch's validation loss."""
-        if self.config.name == "plateau" and self.watch.exhausted(loss):
-            self.scale *= self.config.factor
-            self.watch.waited = 0
-
-
-@dataclass
 class Course:
-    """Everything that decides the learning rate and the end of training, with its few remembered values."""
+    """Everything that decides the learning rate and the end of training, with its few remembered values.
+
+    Attributes:
+        plateau: counts for ReduceLROnPlateau, which multiplies the rate when the validation loss stands still.
+        early: counts for early stopping.
+        scale: product of the reductions so far.
+        stopped: whether early stopping has ended the run.
+    """
 
     schedule: Schedule
-    plateau: Plateau
+    plateau: Patience
     early: Patience | None
+    scale: float = 1.0
     stopped: bool = False
 
     @classmethod
@@ -117,33 +110,37 @@ class Course:
         early = config.early_stopping
         return cls(
             Schedule(config.schedule, config.lr, steps_per_epoch, config.epochs),
-            Plateau(config.schedule, Patience(config.schedule.patience, config.schedule.min_delta)),
+            Patience(config.schedule.patience, config.schedule.min_delta),
             Patience(early.patience, early.min_delta) if early.enabled else None,
         )
 
     def lr(self, step: int) -> float:
         """The rate of global step `step`."""
-        rate = self.schedule(step) * self.plateau.scale
-        return max(rate, self.schedule.config.min_lr) if self.plateau.scale < 1 else rate
+        rate = self.schedule(step) * self.scale
+        return max(rate, self.schedule.config.min_lr) if self.scale < 1 else rate
 
     def epoch_end(self, val_loss: float | None) -> None:
         """Take in an epoch's validation loss, if there is one."""
-        if val_loss is not None:
-            self.plateau.epoch_end(val_loss)
-            self.stopped = self.early is not None and self.early.exhausted(val_loss)
+        if val_loss is None:
+            return
+        schedule = self.schedule.config
+        if schedule.name == "plateau" and self.plateau.exhausted(val_loss):
+            self.scale *= schedule.factor
+            self.plateau.waited = 0
+        self.stopped = self.early is not None and self.early.exhausted(val_loss)
 
     def state_dict(self) -> dict[str, float]:
         """What it remembers, as plain numbers."""
-        watches = {"plateau": self.plateau.watch, "early": self.early or Patience(1, 0.0)}
+        watches = {"plateau": self.plateau, "early": self.early or Patience(1, 0.0)}
         state = {f"{name}.{key}": float(value) for name, w in watches.items() for key, value in asdict(w).items()}
-        return state | {"scale": self.plateau.scale, "stopped": float(self.stopped)}
+        return state | {"scale": self.scale, "stopped": float(self.stopped)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take up what another `state_dict` remembered; patience and min_delta stay those of the configuration."""
-        for name, watch in (("plateau", self.plateau.watch), ("early", self.early)):
+        for name, watch in (("plateau", self.plateau), ("early", self.early)):
             if watch is not None:
                 watch.best, watch.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
-        self.plateau.scale, self.stopped = state["scale"], bool(state["stopped"])
+        self.scale, self.stopped = state["scale"], bool(state["stopped"])
 
 
 class WeightAverage:

@@ -44,7 +44,7 @@ def run_of(config: Config) -> RunFolder:
 def context_of(config: Config, run: RunFolder | None = None, listener: Callable[[Event], None] | None = None) -> Any:
     """A context for this process, or for its rank in the process group it is in."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return LocalContext(run or run_of(config), torch.device("cpu"), listener, rank, world_size)
+    return LocalContext(run or run_of(config), torch.device("cpu"), rank, world_size, listener=listener)
 
 
 def train(

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed import run_ranks
 from runs import job_of, records, run_of, tiny, train
 
@@ -42,68 +41,47 @@ def test_the_usual_one_of_a_device_is_taken_unless_the_other_is_clearly_faster(d
     assert sorted(figures.values()) == sorted([torch_rate, dali_rate])
 
 
-def test_auto_measures_both_says_so_and_writes_it_down(tmp_path):
+def test_auto_measures_both_says_so_writes_it_down_and_a_resumed_run_keeps_it(tmp_path):
     config = tiny(tmp_path, "data.loader=auto", "train.epochs=1")
     events: list[dict[str, Any]] = []
     fit(config, listener=events.append)
-    choice = environment(config)["loader"]
-    assert choice["name"] in ("torch", "dali")
+    written = environment(config)
+    choice = written["loader"]
     assert choice["device"] == "cpu"
     assert choice["torch_images_per_cpu_s"] > 0
     assert choice["dali_images_per_cpu_s"] > 0
     (note,) = [event["text"] for event in events if event["kind"] == "note"]
     assert note.startswith(f"batches are made by {choice['name']}: ")
     assert [event["loader"] for event in events if event["kind"] == "start"] == [choice["name"]]
-    assert environment(config)["packages"]["torch"] == torch.__version__.partition("+")[0]  # the rest is still there
+    assert written["packages"]["torch"] == torch.__version__.partition("+")[0]  # the rest is still there
 
-
-def test_a_resumed_run_keeps_what_was_chosen(tmp_path):
-    config = tiny(tmp_path, "data.loader=auto", "train.epochs=1")
-    fit(config, listener=lambda event: None)
-    written = environment(config)
-    kept = {"torch": "dali", "dali": "torch"}[written["loader"]["name"]]  # which it would not measure again
-    run_of(config).write(ENV_FILE, json.dumps(written | {"loader": written["loader"] | {"name": kept}}))
+    kept = {"torch": "dali", "dali": "torch"}[choice["name"]]  # which it would not measure again
+    run_of(config).write(ENV_FILE, json.dumps(written | {"loader": choice | {"name": kept}}))
     run_of(config).remove(SUMMARY_FILE)  # a finished run would be left as it is
-    events: list[dict[str, Any]] = []
-    resumed = resume_config(run_of(config), [])
-    fit(resumed, resume=True, listener=events.append)
+    events.clear()
+    fit(resume_config(run_of(config), []), resume=True, listener=events.append)
     assert [event["loader"] for event in events if event["kind"] == "start"] == [kept]
     assert not [event for event in events if event["kind"] == "note"]  # nothing was measured
     assert environment(config)["loader"]["name"] == kept
 
 
-def choose(storage: str) -> tuple[str, int]:
-    config = tiny(storage, "data.loader=auto")
-    return job_of(config).loader, dist.get_rank()
-
-
-def test_all_ranks_take_the_same(tmp_path):
-    found = run_ranks(choose, 2, str(tmp_path))
-    assert len({name for name, _ in found}) == 1
-    assert environment(tiny(tmp_path))["loader"]["name"] == found[0][0]
-
-
-def test_training_is_the_same_whichever_makes_the_batches(tmp_path):
-    losses = {}
-    for loader in ("torch", "dali"):
-        config = tiny(tmp_path / loader, f"data.loader={loader}", *MIXED)
-        train(config)
-        losses[loader] = [record["train/loss"] for record in records(config) if "train/loss" in record]
-    assert losses["torch"] == pytest.approx(losses["dali"], rel=1e-3)
-    assert losses["torch"] != losses["dali"]  # last bits differ, so both really were at work
-
-
-def ranks(storage: str) -> None:
+def ranks(storage: str) -> str:
     train(tiny(storage, "data.loader=dali", "train.sync_bn=true", "train.epochs=2", *MIXED))
+    return job_of(tiny(f"{storage}/choice", "data.loader=auto")).loader
 
 
-def test_mixed_batches_are_those_of_one_process_on_any_number_of_ranks(tmp_path):
+def test_mixed_batches_are_those_of_one_process_with_either_loader_on_any_number_of_ranks(tmp_path):
     """Partners on other ranks, shares that are not equal, targets that are probabilities: the loss agrees."""
-    expected = tiny(tmp_path / "one", "data.loader=dali", "train.epochs=2", *MIXED)
+    expected, torch_made = (
+        tiny(tmp_path / loader, f"data.loader={loader}", "train.epochs=2", *MIXED) for loader in ("dali", "torch")
+    )
     train(expected)
-    run_ranks(ranks, 2, str(tmp_path / "two"))
-    found = records(tiny(tmp_path / "two"))
-    for one, other in zip(records(expected), found, strict=True):
-        for key in ("train/loss", "val/loss", "test/loss", "train/top1"):
-            if key in one:
-                assert other[key] == pytest.approx(one[key], rel=2e-3, abs=1e-3), key
+    train(torch_made)
+    choices = run_ranks(ranks, 2, str(tmp_path / "two"))
+    assert len(set(choices)) == 1  # what auto chose
+    for found in (records(torch_made), records(tiny(tmp_path / "two"))):
+        assert found != records(expected)  # last bits differ, so both really were at work
+        for one, other in zip(records(expected), found, strict=True):
+            for key in ("train/loss", "val/loss", "test/loss", "train/top1"):
+                if key in one:
+                    assert other[key] == pytest.approx(one[key], rel=2e-3, abs=1e-3), key

@@ -1,7 +1,5 @@
 """What is counted: against NumPy, over ranks of unequal shares, and across a restore."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_ranks
 
-from densenet_dist.train.metrics import FiniteWatch, Metrics, gather_ranks
+from densenet_dist.train.metrics import Metrics
 
 CPU = torch.device("cpu")
 
@@ -38,17 +36,13 @@ def expected(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return {"loss": loss, "top1": top1, "top5": top5, "images": float(len(classes))}
 
 
-@pytest.mark.parametrize("classes", [2, 5, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("classes", "dtype"), [(5, torch.float32), (100, torch.bfloat16)])
 def test_batches_of_any_size_add_up_to_numpys_means(classes, dtype):
     logits, labels = batch(101, classes)
     metrics = Metrics(CPU)
     for start, stop in ((0, 1), (1, 40), (40, 101)):
         count(metrics, logits[start:stop].to(dtype), labels[start:stop])
-    found = metrics.compute()
-    assert found == pytest.approx(expected(logits.to(dtype).float(), labels), rel=1e-6)
-    assert 0 < found["top1"] < found["top5"]
-    assert (found["top5"] == 1.0) == (classes <= 5)
+    assert metrics.compute() == pytest.approx(expected(logits.to(dtype).float(), labels), rel=1e-6)
 
 
 def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
@@ -62,16 +56,6 @@ def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
     assert metrics.compute() == pytest.approx(blended, rel=1e-5)
 
 
-def test_nothing_counted_is_zero_and_many_images_stay_exact():
-    metrics = Metrics(CPU)
-    assert metrics.compute() == {"loss": 0.0, "top1": 0.0, "top5": 0.0, "images": 0.0}
-    metrics.sums += torch.tensor([0.0, 0.0, 0.0, 2.0**30], dtype=torch.float64)
-    logits, labels = batch(1, 10)
-    count(metrics, logits.requires_grad_(), labels)
-    assert metrics.compute()["images"] == 2**30 + 1  # float32 would have lost the one
-    assert not metrics.sums.requires_grad
-
-
 SHARES = [slice(0, 7), slice(7, 30)]
 
 
@@ -83,36 +67,21 @@ def count_shares() -> dict[str, object]:
     gathered = metrics.gather()
     same.restore(gathered, rank, 2)
     other.restore(torch.cat([gathered, gathered[:1]]), rank, 2)  # of three ranks
-    watch = FiniteWatch(CPU)
-    watch.update(torch.tensor(math.nan), 5 + rank)
     return {
         "metrics": metrics.compute(),
-        "restored": same.compute(),
         "own": torch.equal(same.sums, metrics.sums),
         "of three": other.sums.tolist(),
         "gathered": gathered.tolist(),
-        "first": int(gather_ranks(watch.step).min()),
     }
 
 
-def test_over_ranks():
+def test_ranks_have_the_same_means_and_take_up_their_sums_again():
     first, second = run_ranks(count_shares, 2)
     assert first["metrics"] == pytest.approx(expected(*batch(30, 10)), rel=1e-6)
-    assert first["metrics"] == second["metrics"] == first["restored"] == second["restored"]  # to the bit
+    assert first["metrics"] == second["metrics"]  # to the bit
     assert first["own"]
     assert second["own"]
     assert [row[3] for row in first["gathered"]] == [7, 23]
     # At another world size the sums go to rank 0, once.
     assert first["of three"] == pytest.approx(np.sum([*first["gathered"], first["gathered"][0]], axis=0))
     assert second["of three"] == [0.0] * 4
-    assert first["first"] == second["first"] == 5
-
-
-def test_the_first_step_that_is_not_finite_is_remembered():
-    watch = FiniteWatch(CPU)
-    watch.update(torch.tensor(1.0), 3)
-    assert watch.step == FiniteWatch.NEVER
-    watch.update(torch.tensor(-math.inf), 4)
-    watch.update(torch.tensor(1.0), 5)
-    watch.update(torch.tensor(math.nan), 6)
-    assert watch.step == 4

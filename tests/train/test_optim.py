@@ -1,7 +1,6 @@
 """Optimizers, learning rates, early stopping and the average of weights, against torch's own and against tables."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -45,22 +44,13 @@ def torch_rates(make: Callable[[torch.optim.Optimizer], Any], steps: int, lr: fl
     return found
 
 
-# Schedules
-
-
-def test_multistep_is_torchs():
-    milestones = [STEPS_PER_EPOCH * epoch for epoch in (3, 4, 8)]
-    expected = torch_rates(lambda optimizer: lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.3), 70)
-    assert rates(10, name="multistep", milestones=(3, 4, 8), gamma=0.3) == pytest.approx(expected, rel=1e-12)
-
-
 def test_multistep_with_its_defaults_is_the_notebooks_step_function():
     table = [1e-3] * 50 + [1e-4] * 25 + [1e-5] * 25
     expected = [rate for rate in table for _ in range(STEPS_PER_EPOCH)]
     assert rates(100, lr=1e-3, name="multistep") == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("anneal", "pct_start", "epochs"), [("cos", 0.3, 10), ("linear", 0.71, 10), ("cos", 0.25, 1)])
+@pytest.mark.parametrize(("anneal", "pct_start", "epochs"), [("cos", 0.3, 10), ("linear", 0.71, 1)])
 def test_one_cycle_is_torchs(anneal, pct_start, epochs):
     options = {"pct_start": pct_start, "div_factor": 20, "final_div_factor": 100}
     steps = epochs * STEPS_PER_EPOCH
@@ -68,18 +58,8 @@ def test_one_cycle_is_torchs(anneal, pct_start, epochs):
     def make(optimizer):
         return lr_scheduler.OneCycleLR(optimizer, 0.5, steps, anneal_strategy=anneal, cycle_momentum=False, **options)
 
-    assert rates(epochs, name="one_cycle", anneal=anneal, **options) == pytest.approx(
-        torch_rates(make, steps), rel=1e-9
-    )
-
-
-def test_one_cycle_of_few_steps_stays_within_its_bounds():
-    last = 0.5 / 25 / 1e4
-    for steps in range(1, 13):
-        for pct_start in (0.01, 0.5, 0.99):
-            ours = rates(1, steps_per_epoch=steps, name="one_cycle", pct_start=pct_start)
-            assert all(last * 0.999 <= rate <= 0.5 for rate in ours)
-            assert ours[-1] == pytest.approx(last)
+    found = rates(epochs, name="one_cycle", anneal=anneal, **options)
+    assert found == pytest.approx(torch_rates(make, steps), rel=1e-9)
 
 
 def test_warmup_and_cosine_are_torchs_with_the_warmup_one_step_ahead():
@@ -98,13 +78,10 @@ def test_milestones_and_warmup_may_end_within_an_epoch_and_do_not_move_each_othe
     assert both == pytest.approx([0.5, 1.0, 1.0, 0.1, 0.1, 0.01])
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_run_of_one_step_has_a_rate(name):
-    (rate,) = rates(1, steps_per_epoch=1, name=name)
-    assert 0 < rate <= 0.5
-
-
-# Plateau and early stopping
+def test_a_run_of_one_step_has_a_rate():
+    for name in SCHEDULES:
+        (rate,) = rates(1, steps_per_epoch=1, name=name)
+        assert 0 < rate <= 0.5, name
 
 
 # Keras 3, ReduceLROnPlateau(factor=0.1, patience=5, min_delta=0.01): each epoch's loss and the rate after it. Counted
@@ -146,10 +123,8 @@ def test_plateau_stops_at_the_lowest_rate_but_a_warmup_may_be_below_it():
 @pytest.mark.parametrize(
     ("min_delta", "losses", "stops_after"),
     [
-        (0.0, [3, 2, 1, 1, 1, 1], 6),  # equal is no improvement
         (0.1, [3, 2.95, 2.92, 2.85, 9, 9, 9], 7),  # 2.85 < 3 - 0.1, just in time
-        (0.0, [3, 2, 1, 0], None),
-        (0.0, [3, float("nan"), 4, 5], 4),
+        (0.0, [3, float("nan"), 3, 5], 4),  # equal is no improvement
         (0.0, [3, None, None, None, None], None),  # epochs without validation count for nothing
     ],
 )
@@ -159,29 +134,7 @@ def test_early_stopping(min_delta, losses, stops_after):
     for loss in losses:
         run.epoch_end(loss)
         stopped.append(run.stopped)
-    assert (stopped.index(True) + 1 if any(stopped) else None) == stops_after
-
-
-def test_schedule_and_early_stopping_go_on_from_their_saved_state():
-    settings = ("schedule.name=plateau", "schedule.patience=2", "lr=1.0")
-    settings += ("early_stopping.enabled=true", "early_stopping.patience=5")
-    whole, parts, expected, found = course(*settings), course(*settings), [], []
-    for loss in (1.0, 0.9, 0.95, 0.95, 0.8, 0.85, 0.85, 0.85, 0.85, 0.85):
-        whole.epoch_end(loss)
-        expected.append((whole.lr(0), whole.stopped))
-        stored = io.BytesIO()
-        torch.save(parts.state_dict(), stored)
-        stored.seek(0)
-        parts = course(*settings)  # a restart after every epoch
-        parts.load_state_dict(torch.load(stored, weights_only=True))
-        parts.epoch_end(loss)
-        found.append((parts.lr(0), parts.stopped))
-    assert found == expected
-    assert expected[-1][1]
-    assert len({rate for rate, _ in expected}) >= 3
-
-
-# Optimizers
+    assert stopped == [epoch == stops_after for epoch in range(1, len(losses) + 1)]
 
 
 COMMON = {"lr": 0.1, "weight_decay": 0.01, "foreach": False, "fused": False}

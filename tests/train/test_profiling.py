@@ -7,11 +7,10 @@ import json
 import re
 
 import pytest
-from runs import context_of, run_of, tiny, train, weights_of
+from runs import run_of, tiny, train, weights_of
 
 from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.errors import ConfigError
-from densenet_dist.train.engine import fit
 
 
 def profiles(config) -> dict[str, list[int]]:
@@ -27,8 +26,8 @@ def profiles(config) -> dict[str, list[int]]:
 
 
 def test_a_profile_has_its_steps_and_changes_nothing(tmp_path):
-    plain = tiny(tmp_path / "plain", "train.epochs=2", "model.drop_rate=0.1")
-    config = tiny(tmp_path / "profiled", "train.epochs=2", "model.drop_rate=0.1", "train.profile=[3, 7]")
+    settings = ("train.epochs=2", "model.drop_rate=0.1")
+    plain, config = tiny(tmp_path / "plain", *settings), tiny(tmp_path, *settings, "train.profile=[3, 7]")
     notes = []
     train(plain)
     train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
@@ -36,30 +35,21 @@ def test_a_profile_has_its_steps_and_changes_nothing(tmp_path):
     assert weights_of(plain) == weights_of(config)
     table = (run_of(config).path / "profile" / "steps-3-5.txt").read_text()
     assert table.startswith("2 steps on cpu")
-    assert "convolution" in table
-    note = next(note for note in notes if "profiled" in note)
-    assert f"{run_of(config).uri}/profile/steps-3-5.trace.json.gz" in note
-    assert "ui.perfetto.dev" in note
+    assert any(f"{run_of(config).uri}/profile/steps-3-5.trace.json.gz" in note for note in notes)
 
 
 def test_a_resumed_run_profiles_what_is_left_of_the_range(tmp_path):
-    config = tiny(tmp_path, "train.epochs=2", "train.profile=[2, 5]", "checkpoint.every_steps=3")
+    config = tiny(tmp_path, "train.epochs=2", "train.profile=[2, 7]")
 
-    context = context_of(config)
-    moved = context.pulse.moved
-
-    def stop_after_four_steps(step=None):
-        moved(step)
-        if step == 4:
+    def stop_after_an_epoch(event):
+        if event["kind"] == "epoch":
             raise KeyboardInterrupt
 
-    context.pulse.moved = stop_after_four_steps
-    context.run.create()
     with pytest.raises(KeyboardInterrupt):
-        fit(config, context)
-    assert profiles(config) == {"steps-2-4": [2, 3]}
+        train(config, listener=stop_after_an_epoch)
+    assert profiles(config) == {"steps-2-5": [2, 3, 4]}
     train(config)
-    assert profiles(config) == {"steps-2-4": [2, 3], "steps-3-5": [3, 4]}
+    assert profiles(config) == {"steps-2-5": [2, 3, 4], "steps-5-7": [5, 6]}
 
 
 def test_steps_that_never_come_are_refused_before_any_is_taken(tmp_path):
@@ -68,7 +58,7 @@ def test_steps_that_never_come_are_refused_before_any_is_taken(tmp_path):
     assert not (run_of(tiny(tmp_path)).path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("steps", ["[5, 5]", "[0, 101]", "5", "[1, 2, 3]", "[-1, 2]"])
-def test_what_is_no_range_of_up_to_100_steps_is_refused(tmp_path, steps):
-    with pytest.raises(ConfigError, match=r"train\.profile"):
-        tiny(tmp_path, f"train.profile={steps}")
+def test_what_is_no_range_of_up_to_100_steps_is_refused(tmp_path):
+    for steps in ("[5, 5]", "[0, 101]", "5", "[-1, 2]"):
+        with pytest.raises(ConfigError, match=r"train\.profile"):
+            tiny(tmp_path, f"train.profile={steps}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import CONFIG_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.context import LocalContext, Stopped
+from densenet_dist.train.context import Stopped
 from densenet_dist.train.engine import fit
 from densenet_dist.train.pulse import Pulse, Wish
 
@@ -39,7 +40,7 @@ def asked(config: Config, at: int, wish: Wish) -> list[dict[str, Any]]:
     """Train with that asked for; the events."""
     events: list[dict[str, Any]] = []
     plain = context_of(config)
-    context = LocalContext(plain.run, plain.device, events.append, plain.rank, plain.world_size, pulse=Asking(at, wish))
+    context = replace(plain, listener=events.append, pulse=Asking(at, wish))
     if context.rank == 0:
         context.run.write(CONFIG_FILE, to_yaml(config))
     try:
