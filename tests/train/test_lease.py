@@ -50,10 +50,6 @@ def give_to_another_machine(folder: RunFolder, beat: int = 0) -> None:
     folder.write(LEASE_FILE, json.dumps(asdict(holder)))
 
 
-def content(folder: RunFolder) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
-
-
 def no_wait(text: str) -> None:
     raise AssertionError(f"nothing to wait for: {text}")
 
@@ -69,21 +65,14 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_once_it_is
         other.kill()
     with hold(folder, no_wait) as lease:
         lease.check()
-        assert json.loads((folder.path / LEASE_FILE).read_text())["pid"] == os.getpid()
-
-
-def test_a_process_number_that_was_used_again_is_another_process():
-    holder = Holder.here()
-    assert holder.here_and_alive
-    assert not holder.gone
-    assert replace(holder, born="1").gone
-
-
-def test_it_is_renewed_while_it_is_held_and_then_given_back(folder):
-    with hold(folder, no_wait):
         time.sleep(0.5)
-        assert json.loads((folder.path / LEASE_FILE).read_text())["beat"] >= 2
+        found = json.loads((folder.path / LEASE_FILE).read_text())
+        assert found["pid"] == os.getpid()
+        assert found["beat"] >= 2  # it is renewed
     assert not folder.exists(LEASE_FILE)
+    holder = Holder.here()
+    assert not holder.gone
+    assert replace(holder, born="1").gone  # a process number that was used again is another process
 
 
 def test_a_torn_lease_is_no_lease(folder):
@@ -116,37 +105,28 @@ def test_one_that_renews_it_is_alive_whatever_its_clock_says(folder):
         pass
 
 
-def test_a_job_that_slept_until_another_took_over_finds_out_and_leaves(folder):
+def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_nothing(folder):
+    store = CheckpointStore(folder)
+    snapshot = Snapshot({"w": torch.zeros(3)}, None, {}, Position(0, 1, 1), {})
     left = threading.Event()
     with hold(folder, no_wait) as lease:
         lease.when_lost(left.set)
-        give_to_another_machine(folder)
-        assert left.wait(5)
-        with pytest.raises(StorageError, match=TAKEN_OVER):
-            lease.check()
-    assert json.loads((folder.path / LEASE_FILE).read_text())["key"] == "other"  # not ours to remove
-
-
-def test_nothing_is_listed_or_recorded_in_a_folder_that_another_job_took_over(folder, monkeypatch):
-    monkeypatch.setattr(module, "BEAT_S", 60.0)  # it finds out by looking, not by renewing
-    store = CheckpointStore(folder)
-    snapshot = Snapshot({"w": torch.zeros(3)}, None, {}, Position(0, 1, 1), {})
-    with hold(folder, no_wait) as lease:
         worker = Guard(RunFolder(folder.storage, "run"), lease.guard.key)  # in another process, without a lease
         worker()
         store.save(snapshot)
         log = RunLog(folder, 1)
         log.record({"epoch": 1}, 1)
         give_to_another_machine(folder)
-        before = content(folder)
+        assert left.wait(5)
+        before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
         for write in (
             lambda: store.save(replace(snapshot, position=Position(0, 2, 2))),
             lambda: log.record({"epoch": 2}, 2),
             worker,
+            lease.check,
         ):
             with pytest.raises(StorageError, match=TAKEN_OVER):
                 write()
-        assert content(folder) == before
+        assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
         log.abandon()
-        folder.remove(LEASE_FILE)
-        worker()  # given back: nobody else writes
+    assert json.loads((folder.path / LEASE_FILE).read_text())["key"] == "other"  # not ours to remove
