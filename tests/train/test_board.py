@@ -1,35 +1,45 @@
-"""TensorBoard: pictures, curves of precision and recall, graph and table; in a browser: test_tensorboard_browser.py."""
+"""What a run leaves to read: metrics.jsonl and TensorBoard; in a browser: test_tensorboard_browser.py."""
 
 from __future__ import annotations
 
 import io
+import json
 import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import next_second, run_of, tiny, train
+from runs import job_of, next_second, run_of, tiny, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from densenet_dist.schema import ModelConfig
 from densenet_dist.train.board import Board
 from densenet_dist.train.board_graph import model_graph
-from densenet_dist.train.logs import best_scalars
+from densenet_dist.train.environment import describe_environment, git_commit
+from densenet_dist.train.logs import best_scalars, read_records
 from densenet_dist.train.network import build_model
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
-METRICS = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "images": 300.0}
+TAGS = {
+    *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
+    *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
+    *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
+}
+BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
 
 
-def board_of(config, reader=EventAccumulator):
-    """What TensorBoard reads; with the other reader, what it reads without its data server (on an object store)."""
-    guidance = {"images": 0, "scalars": 0, "tensors": 0} if reader is EventAccumulator else None
-    board = reader(str(run_of(config).path / "tb"), size_guidance=guidance)
+def board_of(config):
+    board = EventAccumulator(str(run_of(config).path / "tb"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     board.Reload()
     return board
+
+
+def picture(event):
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
 
 
 def curve_of(board, tag):
@@ -41,9 +51,24 @@ def curve_of(board, tag):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory):
     """A finished run's configuration."""
-    config = tiny(tmp_path_factory.mktemp("board"), "train.epochs=2")
+    settings = ("train.epochs=2", "data.augment=notebook", "train.optimizer.betas=[0.5, 0.75]")
+    config = tiny(tmp_path_factory.mktemp("board"), *settings)
     train(config)
     return config
+
+
+def test_every_figure_is_in_one_tensorboard_run(done):
+    run, board = run_of(done), board_of(done)
+    assert set(board.Tags()["scalars"]) == TAGS | BEST
+    lines = read_records(run.path / "metrics.jsonl")
+    assert len(lines) == 3
+    for tag in TAGS:
+        events = [(event.step, event.value) for event in board.Scalars(tag)]
+        wanted = [(line["global_step"], line[tag]) for line in lines if tag in line]
+        assert events == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+        assert [step for step, _ in wanted] == ([10] if tag.startswith("test") else [5, 10])
+    # All in one folder: another one would be another run on the board.
+    assert all(path.is_file() for path in (run.path / "tb").iterdir())
 
 
 def test_a_run_shows_settings_and_graph_and_ends_with_its_test_results(done):
@@ -51,24 +76,43 @@ def test_a_run_shows_settings_and_graph_and_ends_with_its_test_results(done):
     assert b"global_batch_size: 16" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert b"val/loss" in board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert board.Graph().node
-    for name in ("loss", "top1", "top5"):
-        (event,) = board.Scalars(f"test/{name}")
-        assert event.value == np.float32(getattr(results, name))
     images = {tag: board.Images(tag) for tag in board.Tags()["images"]}
     assert {tag: [event.step for event in events] for tag, events in images.items()} == {
         "train/augmented": [0],
         "test/confusion": [10],
         "test/worst_mistakes": [10],
     }
-    sheet = np.asarray(Image.open(io.BytesIO(images["test/worst_mistakes"][0].encoded_image_string)).convert("RGB"))
     colours = {tuple(pixel) for pixel in np.asarray(Image.open(io.BytesIO(results.mistakes[0].png))).reshape(-1, 3)}
-    assert len(colours & {tuple(pixel) for pixel in sheet.reshape(-1, 3)}) > len(colours) / 2
+    sheet = {tuple(pixel) for pixel in picture(images["test/worst_mistakes"][0]).reshape(-1, 3)}
+    assert len(colours & sheet) > len(colours) / 2
     curves = {tag.removeprefix("test_pr/") for tag in board.Tags()["tensors"] if tag.startswith("test_pr/")}
     shown = [label for label, row in enumerate(results.confusion) if row.sum()]
     assert curves == {results.class_names[label] for label in shown}
     right, false, *_ = curve_of(board, f"test_pr/{results.class_names[shown[0]]}")
     assert right[0] == results.confusion[shown[0]].sum()
     assert right[0] + false[0] == results.images
+
+    sheet = picture(images["train/augmented"][0])
+    assert sheet.shape == (2 * 32, 8 * 32, 3)  # 16 images in rows of 8
+    job = job_of(done)
+    first = next(iter(job.train_loader.epoch(0))).images[9]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (job.dataset.mean, job.dataset.std))
+    pixels = (first * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() * 255
+    np.testing.assert_allclose(sheet[32:, 32:64], pixels, atol=1)
+
+
+def test_the_settings_are_beside_the_results(done):
+    content = board_of(done).summary_metadata
+    data = {tag: meta.plugin_data for tag, meta in content.items() if meta.plugin_data.plugin_name == "hparams"}
+    parsed = {tag: plugin_data_pb2.HParamsPluginData.FromString(plugin.content) for tag, plugin in data.items()}
+    settings = parsed["_hparams_/session_start_info"].session_start_info.hparams
+    assert settings["train.lr"].number_value == 0.05
+    assert settings["model.variant"].string_value == "densenet_bc"
+    assert settings["train.optimizer.betas"].string_value == "[0.5, 0.75]"
+    assert "train.ema_decay" not in settings  # null
+    # The tab shows all scalars as metrics, and first the settings that differ between runs, if told nothing of either.
+    assert "_hparams_/experiment" not in parsed
+    assert parsed["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
 
 
 def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anything(tmp_path):
@@ -79,7 +123,8 @@ def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anyth
     names = ("a $x_1$ 猫 \n<b>" * 4, "/../é", *(f"class {label}" for label in range(10)))
     png = io.BytesIO()
     Image.new("RGB", (40, 40)).save(png, "PNG")
-    results = accumulator.compute(METRICS, names, torch.device("cpu"))
+    metrics = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "images": 300.0}
+    results = accumulator.compute(metrics, names, torch.device("cpu"))
     board = Board(tmp_path / "tiny" / "tb")
     board.test_results(replace(results, mistakes=(Mistake(3, 0, 1, 0.9, 0.1, png.getvalue()),)), 7)
     board.close()
@@ -97,11 +142,9 @@ def test_the_best_epoch_so_far_is_kept():
     records += [{"epoch": e, "val/loss": loss, "val/top1": e / 10} for e, loss in ((2, 2.0), (3, 2.5), (4, 2.0))]
     assert best_scalars(records, "val/loss") == {"best/epoch": 2, "best/val_loss": 2.0, "best/val_top1": 0.2}
     assert best_scalars(records, "val/top1")["best/epoch"] == 4
-    records.append({"epoch": 4, "test/loss": 1.0, "test/top1": 0.6, "test/top5": 1.0})
-    assert best_scalars(records, "val/loss") == {"best/test_loss": 1.0, "best/test_top1": 0.6}
 
 
-@pytest.mark.parametrize(("variant", "side"), [("notebook", 32), ("densenet_bc", 32), ("densenet121", 64)])
+@pytest.mark.parametrize(("variant", "side"), [("notebook", 32), ("densenet121", 64)])
 def test_the_graph_has_every_layer_and_draws_no_random_number(variant, side):
     config = ModelConfig(variant=variant, drop_rate=0.2)
     before = torch.get_rng_state()
@@ -124,55 +167,44 @@ def test_a_run_that_starts_again_shows_everything_once(tmp_path):
         if event["kind"] == "epoch":
             raise KeyboardInterrupt
 
-    for loses in (True, False):
-        with pytest.raises(KeyboardInterrupt):
-            train(config, listener=stop)
-        if loses:  # with the machine: it starts from nothing
-            shutil.rmtree(run_of(config).path / "checkpoints")
-        next_second()
-    train(config)
-    board = board_of(config)
-    assert len(list((run_of(config).path / "tb").iterdir())) == 2  # nothing of the first one
-    assert [event.step for event in board.Images("train/augmented")] == [0]
-    assert [event.step for event in board.Images("test/confusion")] == [10]
-    assert [event.step for event in board.Scalars("val/loss")] == [5, 10]
-    assert [event.step for event in board.Scalars("best/val_top1")] == [5, 10]
-    assert len(board.Tensors("config/text_summary")) == 1
-
-
-def test_a_test_that_was_cut_off_is_shown_once(done, tmp_path):
-    config = replace(done, storage=str(tmp_path))
-    shutil.copytree(run_of(done).path, run_of(config).path)
-    (run_of(config).path / "summary.json").unlink()  # lost with the machine, when all else was written
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=stop)
+    shutil.rmtree(run_of(config).path / "checkpoints")  # lost with the machine: it starts from nothing
+    next_second()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=stop)
     next_second()
     train(config)
-    assert len(list((run_of(config).path / "tb").iterdir())) == 2
-    # The other reader has everything as tensors.
-    readers = {"Scalars": EventAccumulator, "Images": EventAccumulator, "Tensors": PluginEventAccumulator}
-    for kind, reader in readers.items():
-        boards = board_of(done, reader), board_of(config, reader)
-        once, twice = (board.Tags()[kind.lower()] for board in boards)
-        assert twice == once
-        for tag in once:
-            steps = [[event.step for event in getattr(board, kind)(tag)] for board in boards]
-            assert steps[0] == steps[1], tag
+    (run_of(config).path / "summary.json").unlink()  # lost too, when all else was written: it is tested again
+    next_second()
+    train(config)
+    board = board_of(config)
+    for kind, tags in (
+        ("Images", {"train/augmented": [0], "test/confusion": [10]}),
+        ("Scalars", {"val/loss": [5, 10], "best/val_top1": [5, 10], "test/loss": [10]}),
+        ("Tensors", {"config/text_summary": [0]}),
+    ):
+        assert {tag: [event.step for event in getattr(board, kind)(tag)] for tag in tags} == tags
 
 
-@pytest.mark.parametrize(
-    ("function", "note"),
-    [
-        ("results._png", "the images of the worst mistakes could not be read: no font"),
-        ("board.printed_confusion", "TensorBoard's view of the test could not be made: OSError: no font"),
-    ],
-)
-def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch, function, note):
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("no font")
 
-    monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
+    for function in ("results._png", "board.printed_confusion"):
+        monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
     notes = []
     config = tiny(tmp_path, "train.epochs=1")
     summary = train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
-    assert summary["status"] == "finished"
-    assert note in notes
+    assert "the images of the worst mistakes could not be read: no font" in notes
+    assert "TensorBoard's view of the test could not be made: OSError: no font" in notes
     assert read_test_results(run_of(config)).top1 == summary["test/top1"]
+
+
+def test_the_environment_is_plain_and_holds_nothing_secret(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-tell")
+    found = describe_environment()
+    assert "do-not-tell" not in json.dumps(found)
+    assert found["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert git_commit(tmp_path) is None  # somebody else's checkout, which does not track this package

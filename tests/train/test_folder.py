@@ -67,19 +67,6 @@ def test_the_command_trains_on_a_folder(photos, tmp_path, capsys):
     assert figures["images"] == 7
 
 
-def test_bad_pictures_are_all_named_before_anything_is_written(photos, tmp_path, capsys):
-    (photos / "cat" / "empty.jpg").touch()
-    (photos / "apple" / "text.png").write_text("hello")
-    command = [str(ROOT / "configs/folder.yaml"), f"data.root={photos}", "cluster.engine=local", f"storage={tmp_path}"]
-    assert run(*command) == 4
-    err = capsys.readouterr().err
-    assert "2 of 74 pictures" in err
-    assert "cat/empty.jpg: empty file" in err
-    assert "apple/text.png: not a picture" in err
-    assert "data.on_bad_image=skip" in err
-    assert not (tmp_path / "folder" / "metrics.jsonl").exists()
-
-
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(photos, tmp_path, loader):
     (photos / "cat" / "empty.jpg").touch()

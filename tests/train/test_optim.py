@@ -1,6 +1,5 @@
 """Optimizers, learning rates, early stopping and the average of weights, against torch's own and against tables."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -84,8 +83,6 @@ def test_a_run_of_one_step_has_a_rate():
         assert 0 < rate <= 0.5, name
 
 
-# Keras 3, ReduceLROnPlateau(factor=0.1, patience=5, min_delta=0.01): each epoch's loss and the rate after it. Counted
-# by hand: an improvement is a loss below best - 0.01, and the fifth epoch in a row without one reduces at once.
 KERAS = [
     (1.000, 1e-0),  # best
     (0.995, 1e-0),  # 1
@@ -99,8 +96,6 @@ KERAS = [
     (0.960, 1e-1),  # best, just in time
     *[(0.970, 1e-1)] * 4,
     (0.970, 1e-2),  # 5: reduced
-    *[(0.970, 1e-2)] * 4,
-    (0.970, 1e-3),  # 5: reduced
 ]
 
 
@@ -135,33 +130,6 @@ def test_early_stopping(min_delta, losses, stops_after):
         run.epoch_end(loss)
         stopped.append(run.stopped)
     assert stopped == [epoch == stops_after for epoch in range(1, len(losses) + 1)]
-
-
-COMMON = {"lr": 0.1, "weight_decay": 0.01, "foreach": False, "fused": False}
-PLAIN = {
-    "sgd": lambda params: torch.optim.SGD(params, momentum=0.8, nesterov=True, **COMMON),
-    "adam": lambda params: torch.optim.Adam(params, betas=(0.8, 0.99), eps=1e-7, **COMMON),
-    "adamw": lambda params: torch.optim.AdamW(params, betas=(0.8, 0.99), eps=1e-7, **COMMON),
-}
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_the_updates_are_those_of_plain_torch(name):
-    config = OptimizerConfig(name=name, momentum=0.8, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.01, decay="all")
-    ours, theirs = net(), net()
-    optimizers = build_optimizer(ours, config, 0.1), PLAIN[name](theirs.parameters())
-    start = copy.deepcopy(ours.state_dict())
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(5):
-        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            # In the parameter's own memory format, as backward makes it: the fused kernels look at nothing else.
-            mine.grad = torch.empty_like(mine).copy_(torch.randn(mine.shape, generator=generator))
-            other.grad = mine.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(mine, start[key])
 
 
 def test_batchnorm_and_biases_are_spared_the_decay_and_frozen_parameters_left_out():
