@@ -20,7 +20,7 @@ from densenet_dist.schema import ModelConfig
 from densenet_dist.train.board import Board
 from densenet_dist.train.board_graph import model_graph
 from densenet_dist.train.environment import describe_environment, git_commit
-from densenet_dist.train.logs import best_scalars, read_records
+from densenet_dist.train.logs import best_scalars
 from densenet_dist.train.network import build_model
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
@@ -60,7 +60,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
 def test_every_figure_is_in_one_tensorboard_run(done):
     run, board = run_of(done), board_of(done)
     assert set(board.Tags()["scalars"]) == TAGS | BEST
-    lines = read_records(run.path / "metrics.jsonl")
+    lines = run.read_records()
     assert len(lines) == 3
     for tag in TAGS:
         events = [(event.step, event.value) for event in board.Scalars(tag)]

@@ -1,8 +1,10 @@
 """Checkpoints: whole or not there, whatever happens to files and processes."""
 
+import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -182,6 +184,30 @@ def test_a_folder_that_is_not_listed_does_not_exist(run):
     CheckpointStore(run).save(snapshot(3))
     assert_same(CheckpointStore(run).load_latest(), snapshot(3))
     assert names(run) == ["manifest.json", "notes.txt", "step-00000003"]
+
+
+class Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_objects_in_a_state_are_refused_and_never_built(run, tmp_path):
+    store = CheckpointStore(run)
+    store.save(snapshot(1))
+    folder = run.path / "checkpoints" / "step-00000001"
+    ran = tmp_path / "ran"
+    meta = json.loads((folder / "checkpoint.json").read_text())
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
+        write(Payload(ran), folder / "state.pt")
+        # Whoever can write the state can write its digest too.
+        meta["sha256"]["state.pt"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+        (folder / "checkpoint.json").write_text(json.dumps(meta))
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            store.load(store.entries[0])
+        assert not ran.exists()
 
 
 def test_where_writing_fails_the_ones_before_stay_whole(run):
