@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import save
 
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import RunFolder, join_location, split_location
@@ -72,7 +73,7 @@ def test_folders_are_published_fetched_and_removed_whole(storage):
 def test_checkpoints_travel(storage):
     writer = CheckpointStore(RunFolder(storage, "run"))
     for step, top1 in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.2)):
-        writer.save(snapshot(step, top1))
+        save(writer, snapshot(step, top1))
     reader = CheckpointStore(RunFolder(storage, "run"))
     latest, best = reader.load_latest(), reader.load_best()
     assert latest is not None
@@ -84,7 +85,7 @@ def test_checkpoints_travel(storage):
     fresh = RunFolder(storage, "run")
     assert fresh.names("checkpoints") == {"manifest.json", "step-00000002", "step-00000004"}
     # And on from there, in another process' folder.
-    reader.save(snapshot(5, 0.95))
+    save(reader, snapshot(5, 0.95))
     again = CheckpointStore(RunFolder(storage, "run"))
     assert again.best == "step-00000005"
     assert [entry.position.step for entry in again.entries] == [5]
@@ -148,8 +149,8 @@ def test_damage_on_the_object_store_is_found(s3):
 
     storage = s3 % f"/{uuid.uuid4().hex}"
     store = CheckpointStore(RunFolder(storage, "run"), keep=2)
-    store.save(snapshot(1, 0.5))
-    store.save(snapshot(2, 0.9))
+    save(store, snapshot(1, 0.5))
+    save(store, snapshot(2, 0.9))
     filesystem, prefix = fs.FileSystem.from_uri(storage)
     name = f"{prefix}/run/checkpoints/step-00000002/model.safetensors"
     with filesystem.open_input_stream(name) as stream:

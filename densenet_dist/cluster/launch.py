@@ -32,7 +32,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import require_trackers
 from densenet_dist.train.context import Event, LocalContext, Stopped
 from densenet_dist.train.environment import LOADER_KEY, describe_environment
-from densenet_dist.train.lease import Lease, NoLease, hold
+from densenet_dist.train.lease import Lease, hold
 from densenet_dist.train.network import check_model
 from densenet_dist.train.pulse import Pulse, Wish
 
@@ -84,7 +84,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
-    held: AbstractContextManager[Lease | NoLease] = nullcontext(NoLease())
+    held: AbstractContextManager[Lease | None] = nullcontext()
     if _is_writer():
         if not resume:
             _refuse_used_name(run)
@@ -103,7 +103,8 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
                 return fit_on_ray(config, run, listener, lease)
             return _fit_here(config, run, listener, lease)
         except (KeyboardInterrupt, TrainingError):
-            lease.check()
+            if lease is not None:
+                lease.check()
             raise
 
 
@@ -187,9 +188,7 @@ def _joins(config: Config) -> bool:
     return config.cluster.engine == "ray" and bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
-def _fit_here(
-    config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | NoLease
-) -> dict[str, Any]:
+def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | None) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
@@ -198,7 +197,8 @@ def _fit_here(
 
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     context = LocalContext.from_environment(run, config.cluster.device, listener, config.cluster.timeout_s)
-    lease.when_lost(lambda: context.pulse.ask(Wish.LEAVE))
+    if lease is not None:
+        lease.when_lost(lambda: context.pulse.ask(Wish.LEAVE))
     try:
         if context.world_size > 1:
             dist.barrier()  # rank 0 has prepared folder and data

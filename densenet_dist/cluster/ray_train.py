@@ -24,7 +24,7 @@ from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageE
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
-from densenet_dist.train.lease import Guard, Lease, NoLease
+from densenet_dist.train.lease import Guard, Lease
 from densenet_dist.train.pulse import Wish
 
 _RESIZE_EVERY_S: Final = 20.0
@@ -78,7 +78,7 @@ class RayContext(RunContext):
 
 
 def fit_on_ray(
-    config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace, lease: Lease | NoLease
+    config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace, lease: Lease | None
 ) -> dict[str, Any]:
     """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
 
@@ -86,7 +86,8 @@ def fit_on_ray(
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
         listener: called with every event, in a thread of its own; a `Pace` also says when to go on.
-        lease: on the run's folder; where it is lost, the workers end and write nothing more.
+        lease: on the run's folder; where it is lost, the workers end and write nothing more. None where another
+            process holds the folder for this one.
 
     Returns:
         The summary of the run.
@@ -106,7 +107,8 @@ def fit_on_ray(
         # Beside the driver: a node that is lost must not take it along.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
-        lease.when_lost(lambda: mailbox.ask.remote(Wish.LEAVE))
+        if lease is not None:
+            lease.when_lost(lambda: mailbox.ask.remote(Wish.LEAVE))
         show_in_dashboard()
         if isinstance(listener, Pace):  # its trial hears for itself
             listener.open(mailbox)
@@ -183,7 +185,7 @@ def _run_trainer(
     mailbox: Any,
     own_cluster: bool,
     pace: Pace | None,
-    lease: Lease | NoLease,
+    lease: Lease | None,
 ) -> tuple[BaseException | None, dict[str, Any] | None]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
@@ -204,7 +206,7 @@ def _run_trainer(
         "mailbox": mailbox,
         "threads": resources.threads,
         "paced": pace is not None,
-        "lease": None if lease.guard is None else lease.guard.key,
+        "lease": None if lease is None else lease.guard.key,
         "launch": (uuid4().hex, time.time()),
     }
     trainer = InterruptibleTrainer(

@@ -39,7 +39,6 @@ from densenet_dist.sweep.results import read_note, write_note
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
 from densenet_dist.train.environment import LOADER_KEY
-from densenet_dist.train.lease import NoLease
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""
@@ -258,7 +257,7 @@ class _Work:
 
     def _train(self) -> None:
         try:
-            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._pace, NoLease())
+            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._pace, None)
             self._news.put(("end", summary))
         except Stopped:
             pass

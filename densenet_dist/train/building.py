@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext
@@ -19,7 +20,7 @@ from densenet_dist.train.job import Job
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.network import autocast, build_model, usable
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
-from densenet_dist.train.profiling import StepProfiler, require_steps
+from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.step_graph import StepGraph
 
 
@@ -67,7 +68,12 @@ def _profiler(job: Job) -> StepProfiler | None:
     steps, context = job.config.train.profile, job.context
     if steps is None:
         return None
-    require_steps(steps, job.config.train.epochs * job.train_loader.steps_per_epoch)
+    total = job.config.train.epochs * job.train_loader.steps_per_epoch
+    if steps[0] >= total:
+        raise ConfigError(
+            f"train.profile: starts when {steps[0]:,} steps are taken, but the whole run has {total:,}: give it "
+            "earlier steps"
+        )
     if context.rank != 0:
         return None
     return StepProfiler(context.run, steps, context.device, lambda text: context.report({"kind": "note", "text": text}))

@@ -116,16 +116,6 @@ class CheckpointStore:
         if run.exists(_MANIFEST):
             self._read_manifest(run.fetch(_MANIFEST))
 
-    def save(self, snapshot: Snapshot) -> Entry:
-        """Write a checkpoint, list it, and delete all but the newest ones and the best.
-
-        Raises:
-            StorageError: where it cannot be written; the checkpoints before it stay whole.
-        """
-        planned = self.plan(snapshot)
-        self.write(snapshot, planned)
-        return planned.entry
-
     def plan(self, snapshot: Snapshot) -> Planned:
         """Decide which checkpoints there are once this one is written; `entries` and `best` say so at once."""
         # Names are used once: a folder is never replaced by another while the manifest lists it.

@@ -147,18 +147,6 @@ class Guard:
             raise _taken_over(self._folder, found)
 
 
-class NoLease:
-    """In place of a `Lease` where another process holds the folder for this one."""
-
-    guard: Guard | None = None
-
-    def when_lost(self, leave: Callable[[], None]) -> None:
-        """Never."""
-
-    def check(self) -> None:
-        """It is not lost."""
-
-
 @contextmanager
 def hold(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[Lease]:
     """Hold a folder for this process alone.

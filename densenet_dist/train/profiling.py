@@ -12,7 +12,6 @@ from typing import Final
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 
 PROFILE_FOLDER: Final = "profile"
@@ -76,17 +75,4 @@ class StepProfiler:
         where = f"{self._run.uri}/{PROFILE_FOLDER}/{name}"
         self._tell(
             f"{count} steps are profiled: {where}.trace.json.gz (open it at https://ui.perfetto.dev) and {where}.txt"
-        )
-
-
-def require_steps(steps: tuple[int, int], total: int) -> None:
-    """Whether the run comes to the steps that are to be profiled.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if steps[0] >= total:
-        raise ConfigError(
-            f"train.profile: starts when {steps[0]:,} steps are taken, but the whole run has {total:,}: give it "
-            "earlier steps"
         )

@@ -71,8 +71,7 @@ class Pulse:
             self.longest = max(self.longest, now - self._moved)
         self.step = self.step if step is None else step
         self.moves, self._moved = self.moves + 1, now
-        if self.phase not in self.known:
-            self.known |= {self.phase}
+        self.known |= {self.phase}
 
     @property
     def still(self) -> float:
@@ -138,10 +137,8 @@ class Goodput:
         seconds, devices = self.seconds(), self.device_hours * 3600
         return {"seconds": seconds, "device_seconds": devices, "launch": self._launch, "time": time.time()}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up that of a checkpoint; where the same command goes on after a loss, all since then was recovery."""
-        if state is None:
-            return
         before = dict(state["seconds"])
         if state["launch"] == self._launch:
             before["recovery"] += max(0.0, time.time() - state["time"])

@@ -32,8 +32,9 @@ begin = max((entry.position.global_step for entry in store.entries), default=0)
 print("ready", flush=True)
 for step in range(begin + 1, 10**6):
     weights = {"w": torch.full((1_000_000,), float(step)), "v": torch.full((7,), float(step))}
-    store.save(Snapshot(weights, None, {"step": step, "more": torch.full((200_000,), float(step))},
-                        Position(0, step, step), {"val/top1": (step % 7) / 7}))
+    snapshot = Snapshot(weights, None, {"step": step, "more": torch.full((200_000,), float(step))},
+                        Position(0, step, step), {"val/top1": (step % 7) / 7})
+    store.write(snapshot, store.plan(snapshot))
 """
 
 

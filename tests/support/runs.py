@@ -15,6 +15,7 @@ from densenet_dist.config import load_config, to_yaml
 from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.building import build_job
+from densenet_dist.train.checkpoint import CheckpointStore, Snapshot
 from densenet_dist.train.context import Event, LocalContext
 from densenet_dist.train.engine import fit
 from densenet_dist.train.job import Job
@@ -55,6 +56,11 @@ def train(
     if context.rank == 0:
         context.run.write(CONFIG_FILE, to_yaml(config))
     return fit(config, context)
+
+
+def save(store: CheckpointStore, snapshot: Snapshot) -> None:
+    """Write a checkpoint, list it, and delete those that are not to be kept."""
+    store.write(snapshot, store.plan(snapshot))
 
 
 def job_of(config: Config) -> Job:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import save
 from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError
@@ -74,7 +75,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit_and_the_umask_gives_the_mod
     saved = snapshot(3, {"val/loss": 0.1 + 0.2, "val/top1": 1 / 3})
     before = os.umask(0o027)
     try:
-        CheckpointStore(run).save(saved)
+        save(CheckpointStore(run), saved)
     finally:
         os.umask(before)
     again = CheckpointStore(run)
@@ -100,7 +101,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit_and_the_umask_gives_the_mod
 def test_the_best_and_the_newest_are_kept(run, monitor, values, best):
     for step, value in enumerate(values, start=1):
         # A store of its own each time, as after a restart.
-        CheckpointStore(run, keep=2, monitor=monitor).save(snapshot(step, {monitor: value}))
+        save(CheckpointStore(run, keep=2, monitor=monitor), snapshot(step, {monitor: value}))
     store = CheckpointStore(run, keep=2, monitor=monitor)
     kept = sorted({best, 3, 4})
     assert [entry.position.global_step for entry in store.entries] == kept
@@ -111,10 +112,10 @@ def test_the_best_and_the_newest_are_kept(run, monitor, values, best):
 
 def test_checkpoints_without_validation_are_never_the_best(run):
     store = CheckpointStore(run)
-    store.save(snapshot(1))
+    save(store, snapshot(1))
     assert_same(store.load_best(), snapshot(1))  # none is: the newest stands in
-    store.save(snapshot(2, {"val/top1": 0.1}))
-    store.save(snapshot(3))
+    save(store, snapshot(2, {"val/top1": 0.1}))
+    save(store, snapshot(3))
     assert_same(store.load_best(), snapshot(2, {"val/top1": 0.1}))
 
 
@@ -124,8 +125,8 @@ def test_checkpoints_without_validation_are_never_the_best(run):
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, damage):
     store = CheckpointStore(run, keep=2)
-    store.save(snapshot(1))
-    store.save(snapshot(2, {"val/top1": 0.25}))
+    save(store, snapshot(1))
+    save(store, snapshot(2, {"val/top1": 0.25}))
     path = run.path / "checkpoints" / "step-00000002" / name
     if damage == "flip":
         flip(path, int(path.stat().st_size * 0.6))
@@ -141,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, dam
     # The damaged one is out of the list: it is neither the latest nor the best any more.
     assert again.latest().position.global_step == 1
     assert_same(again.load_best(), snapshot(1))
-    again.save(snapshot(2, {"val/top1": 0.5}))
+    save(again, snapshot(2, {"val/top1": 0.5}))
     assert_same(CheckpointStore(run, keep=2).load_latest(), snapshot(2, {"val/top1": 0.5}))
     for step in (1, 2):
         flip(run.path / "checkpoints" / f"step-0000000{step}" / "model.safetensors", 100)
@@ -151,7 +152,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, dam
 
 
 def test_a_damaged_list_of_checkpoints_is_named_and_made_anew(run):
-    CheckpointStore(run).save(snapshot(1, {"val/top1": 0.5}))
+    save(CheckpointStore(run), snapshot(1, {"val/top1": 0.5}))
     path = run.path / "checkpoints" / "manifest.json"
     whole = path.read_text()
     for damaged in (whole[:40], "[]", whole.replace("epoch", "epok"), whole.replace('"best": "step', '"best": "stop')):
@@ -170,8 +171,8 @@ def test_a_damaged_list_of_checkpoints_is_named_and_made_anew(run):
 
 def test_a_folder_that_is_not_listed_does_not_exist(run):
     store = CheckpointStore(run)
-    store.save(snapshot(1))
-    store.save(snapshot(2))
+    save(store, snapshot(1))
+    save(store, snapshot(2))
     manifest = run.path / "checkpoints" / "manifest.json"
     listed = json.loads(manifest.read_text())
     listed["checkpoints"] = []
@@ -181,7 +182,7 @@ def test_a_folder_that_is_not_listed_does_not_exist(run):
     (run.path / "checkpoints" / ".step-00000003.99999").mkdir()
     (run.path / "checkpoints" / "step-00000003").mkdir()
     (run.path / "checkpoints" / "notes.txt").write_text("somebody's own")
-    CheckpointStore(run).save(snapshot(3))
+    save(CheckpointStore(run), snapshot(3))
     assert_same(CheckpointStore(run).load_latest(), snapshot(3))
     assert names(run) == ["manifest.json", "notes.txt", "step-00000003"]
 
@@ -196,7 +197,7 @@ class Payload:
 
 def test_objects_in_a_state_are_refused_and_never_built(run, tmp_path):
     store = CheckpointStore(run)
-    store.save(snapshot(1))
+    save(store, snapshot(1))
     folder = run.path / "checkpoints" / "step-00000001"
     ran = tmp_path / "ran"
     meta = json.loads((folder / "checkpoint.json").read_text())
@@ -212,20 +213,20 @@ def test_objects_in_a_state_are_refused_and_never_built(run, tmp_path):
 
 def test_where_writing_fails_the_ones_before_stay_whole(run):
     store = CheckpointStore(run)
-    store.save(snapshot(1))
+    save(store, snapshot(1))
     large = snapshot(2, size=100)
     large.state["optimizer"]["lr"] = torch.zeros(10_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # enough for the weights, not for the state
     try:
         with pytest.raises(StorageError, match=r"step-00000002 cannot be written: (?s:.*)--resume") as caught:
-            store.save(large)
+            save(store, large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.exit_code == 5
     assert names(run) == ["manifest.json", "step-00000001"]
     assert_same(CheckpointStore(run).load_latest(), snapshot(1))
-    store.save(large)  # once there is room
+    save(store, large)  # once there is room
     assert_same(CheckpointStore(run).load_latest(), large)
 
 

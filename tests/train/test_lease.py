@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import save
 
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
@@ -113,14 +114,14 @@ def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_no
         lease.when_lost(left.set)
         worker = Guard(RunFolder(folder.storage, "run"), lease.guard.key)  # in another process, without a lease
         worker()
-        store.save(snapshot)
+        save(store, snapshot)
         log = RunLog(folder, 1)
         log.record({"epoch": 1}, 1)
         give_to_another_machine(folder)
         assert left.wait(5)
         before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
         for write in (
-            lambda: store.save(replace(snapshot, position=Position(0, 2, 2))),
+            lambda: save(store, replace(snapshot, position=Position(0, 2, 2))),
             lambda: log.record({"epoch": 2}, 2),
             worker,
             lease.check,
