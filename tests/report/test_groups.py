@@ -9,7 +9,7 @@ from runs import tiny
 
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError
-from densenet_dist.report.groups import differences, group, interval
+from densenet_dist.report.groups import differences, group
 from densenet_dist.report.record import read_run
 from densenet_dist.run_folder import RunFolder
 
@@ -30,15 +30,6 @@ def made(tmp_path):
         return read_run(tmp_path / name)
 
     return make
-
-
-def test_interval_by_hand():
-    found = interval([1.0, 2.0, 3.0])
-    assert found.mean == 2
-    # Student's t with 2 degrees of freedom: 4.3027; the standard deviation is 1.
-    assert found.half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    assert interval([0.7]) == (0.7, None)
-    assert interval([0.7, 0.7]).half == 0
 
 
 def test_runs_that_differ_in_their_seed_are_one_group(made):

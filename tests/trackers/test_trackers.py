@@ -141,27 +141,21 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
 
 
 @needs_wandb
-def test_without_a_key_nobody_is_asked(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+def test_what_is_missing_is_said_and_nobody_is_asked(tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    notes = told(tiny(tmp_path, "train.epochs=1", "log.wandb.enabled=true"))
-    assert [note for note in notes if "W&B cannot be reached" in note and "set WANDB_API_KEY" in note]
-
-
-def test_what_is_missing_is_said_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(EnvironmentProblem, match="MLFLOW_TRACKING_URI"):
         launch(tiny(tmp_path, "log.mlflow.enabled=true"), listener=lambda event: None)
     real = importlib.util.find_spec
     for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda asked, n=name: None if asked == n else real(asked))
-        with pytest.raises(EnvironmentProblem, match=rf"log\.{name}.*\n  pip install {package} ") as caught:
+        with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem) as caught:
+            patch.setattr(importlib.util, "find_spec", lambda asked, n=name: None if asked == n else real(asked))
             launch(tiny(tmp_path, f"log.{name}.enabled=true"), listener=lambda event: None)
+        assert f"\n  pip install {package} " in str(caught.value)
         assert caught.value.exit_code == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_messages_tell_no_secret(monkeypatch):
+    assert list(tmp_path.iterdir()) == []  # before any work
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    notes = told(tiny(tmp_path, "train.epochs=1", "log.wandb.enabled=true"))
+    assert [note for note in notes if "W&B cannot be reached" in note and "set WANDB_API_KEY" in note]
     monkeypatch.setenv("WANDB_API_KEY", MARKER)
     assert without_secrets(f"GET https://me:pw@host/x failed with {MARKER}") == "GET https://host/x failed with ..."

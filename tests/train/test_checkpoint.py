@@ -285,13 +285,3 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing():
     assert same(dict(model.state_dict()), before)
     with pytest.raises(CheckpointError, match=r"\.\.\. and 32 more$"):
         load_weights(nn.Sequential(*(nn.Linear(1, 1) for _ in range(20))), {}, "it")
-
-
-def test_weights_that_fit_are_loaded_into_the_same_memory():
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    memory = model.weight.data_ptr()
-    weights = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
-    load_weights(model, weights, "it")
-    assert same(dict(model.state_dict()), weights)
-    assert model.weight.data_ptr() == memory
-    assert model.weight.is_contiguous(memory_format=torch.channels_last)

@@ -100,19 +100,6 @@ def test_a_broken_picture_ends_a_run_that_was_not_told_to_skip(photos, tmp_path)
         train(tiny(tmp_path / "runs", *settings(photos)), listener=listen)
 
 
-def test_val_and_test_folders_are_used_as_such(photos, tmp_path):
-    parted = tmp_path / "parted"
-    for number, path in enumerate(sorted(photos.glob("*/*"))):
-        part = ("train", "train", "train", "val", "test")[number % 5]
-        (parted / part / path.parent.name).mkdir(parents=True, exist_ok=True)
-        path.rename(parted / part / path.parent.name / path.name)
-    job = job_of(tiny(tmp_path / "runs", *settings(parted, "data.val_fraction=0.5")))
-    assert job.num_images == (44, 14)
-    assert len(job.dataset.test.labels) == 14
-    names = job.dataset.train.images.names
-    assert {names[row].split("/")[0] for row in job.dataset.val} == {"val"}
-
-
 def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path):
     train(tiny(tmp_path / "runs", *settings(photos, "train.epochs=1")))
     for epochs, changed in ((2, False), (3, True)):

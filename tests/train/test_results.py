@@ -20,7 +20,7 @@ from densenet_dist.train import results as module
 from densenet_dist.train.engine import evaluate_test_set
 from densenet_dist.train.evaluation import prepare_evaluation
 from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.results import BINS, THRESHOLDS, ResultsAccumulator, read_test_results, write_test_results
+from densenet_dist.train.results import BINS, THRESHOLDS, ResultsAccumulator, read_test_results
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +110,6 @@ def test_two_ranks_together_have_the_results_of_one(run):
         assert [m.index for m in part.mistakes] == [m.index for m in whole.mistakes]
     assert [m.png for m in first.mistakes] == [m.png for m in whole.mistakes]
     assert first.loss == second.loss
-
-
-def test_with_1000_classes_the_size_does_not_depend_on_the_number_of_images(tmp_path):
-    folder = RunFolder(str(tmp_path), "run")
-    folder.create()
-    sizes = []
-    for count in (50, 2000):
-        accumulator, draw = ResultsAccumulator(1000), torch.Generator().manual_seed(0)
-        logits = torch.randn(count, 1000, generator=draw)
-        accumulator.update(logits, torch.randint(1000, (count,), generator=draw), np.arange(count))
-        metrics = {"loss": 7.0, "top1": 0.5, "top5": 0.5, "images": float(count)}
-        names = tuple(f"class {label}" for label in range(1000))
-        write_test_results(folder, accumulator.compute(metrics, names, torch.device("cpu")))
-        sizes.append((folder.path / "test_results.json").stat().st_size)
-    assert sizes[1] < sizes[0] + 1000
 
 
 def test_what_is_stored_is_what_was_computed_and_a_damaged_file_is_named(run, tmp_path):
