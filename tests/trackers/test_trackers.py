@@ -148,9 +148,10 @@ def test_what_is_missing_is_said_and_nobody_is_asked(tmp_path, monkeypatch):
         launch(tiny(tmp_path, "log.mlflow.enabled=true"), listener=lambda event: None)
     real = importlib.util.find_spec
     for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
-        with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem) as caught:
+        with monkeypatch.context() as patch:
             patch.setattr(importlib.util, "find_spec", lambda asked, n=name: None if asked == n else real(asked))
-            launch(tiny(tmp_path, f"log.{name}.enabled=true"), listener=lambda event: None)
+            with pytest.raises(EnvironmentProblem) as caught:
+                launch(tiny(tmp_path, f"log.{name}.enabled=true"), listener=lambda event: None)
         assert f"\n  pip install {package} " in str(caught.value)
         assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []  # before any work
