@@ -17,7 +17,6 @@ class Page(HTMLParser):
         text: its HTML.
         shown: the text that a reader sees, and attributes.
         titles: of its sections.
-        captions: of its figures.
         pictures: what images and drawings say of themselves.
         rows: the cells of each row of a table.
         row_classes: the class of each row.
@@ -27,7 +26,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.text, self.shown, self.tags = text, "", Counter()
-        self.titles, self.captions, self.pictures, self.rows, self.row_classes = [], [], [], [], []
+        self.titles, self.pictures, self.rows, self.row_classes = [], [], [], []
         self._open, self._attributes = [], []
         self.feed(text)
         self.close()
@@ -45,8 +44,6 @@ class Page(HTMLParser):
         self.shown += "".join(value or "" for value in found.values())
         if tag == "h2":
             self.titles.append("")
-        elif tag == "figcaption":
-            self.captions.append("")
         elif tag == "tr":
             self.rows.append([])
             self.row_classes.append(found.get("class"))
@@ -62,8 +59,6 @@ class Page(HTMLParser):
         self.shown += data
         if {"td", "th"} & set(self._open):
             self.rows[-1][-1] += data
-        elif "figcaption" in self._open:
-            self.captions[-1] += data
         elif "h2" in self._open:
             self.titles[-1] += data
 

@@ -93,30 +93,22 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit_and_the_umask_gives_the_mod
 @pytest.mark.parametrize(
     ("monitor", "values", "best"),
     [
-        ("val/top1", [0.1, 0.5, 0.3, 0.2], 2),
-        ("val/loss", [0.4, 0.3, 0.2, 0.1], 4),
+        ("val/top1", [0.1, 0.5, 0.3, None], 2),  # one without validation is never the best
         ("val/loss", [0.5, 0.5, 0.5, 0.5], 1),  # the first of equals
+        ("val/loss", [None, None, None, None], 4),  # none is: the newest stands in
     ],
 )
 def test_the_best_and_the_newest_are_kept(run, monitor, values, best):
-    for step, value in enumerate(values, start=1):
+    saved = [snapshot(n, {} if value is None else {monitor: value}) for n, value in enumerate(values, start=1)]
+    for each in saved:
         # A store of its own each time, as after a restart.
-        save(CheckpointStore(run, keep=2, monitor=monitor), snapshot(step, {monitor: value}))
+        save(CheckpointStore(run, keep=2, monitor=monitor), each)
     store = CheckpointStore(run, keep=2, monitor=monitor)
     kept = sorted({best, 3, 4})
     assert [entry.position.global_step for entry in store.entries] == kept
     assert names(run) == ["manifest.json", *(f"step-{step:08d}" for step in kept)]
-    assert_same(store.load_best(), snapshot(best, {monitor: values[best - 1]}))
-    assert_same(store.load_latest(), snapshot(4, {monitor: values[3]}))
-
-
-def test_checkpoints_without_validation_are_never_the_best(run):
-    store = CheckpointStore(run)
-    save(store, snapshot(1))
-    assert_same(store.load_best(), snapshot(1))  # none is: the newest stands in
-    save(store, snapshot(2, {"val/top1": 0.1}))
-    save(store, snapshot(3))
-    assert_same(store.load_best(), snapshot(2, {"val/top1": 0.1}))
+    assert_same(store.load_best(), saved[best - 1])
+    assert_same(store.load_latest(), saved[3])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +267,6 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, weights, "the checkpoint of step 7")
-    assert caught.value.exit_code == 6
     assert str(caught.value).splitlines() == [
         "the checkpoint of step 7 does not fit this model:",
         "  missing: 2.weight",
@@ -283,5 +274,3 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing():
         "  0.weight: (5, 3, 3, 3) there, (4, 3, 3, 3) in this model",
     ]
     assert same(dict(model.state_dict()), before)
-    with pytest.raises(CheckpointError, match=r"\.\.\. and 32 more$"):
-        load_weights(nn.Sequential(*(nn.Linear(1, 1) for _ in range(20))), {}, "it")
