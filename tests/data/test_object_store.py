@@ -204,9 +204,8 @@ class TestCommands:
             ({"download": False}, "data prepare cifar10 --root"),
             ({"name": "folder"}, "no pictures"),
         ):
-            state, text = look(**settings)
-            assert state == "bad"
-            assert said in text
+            with pytest.raises(DataError, match=said):
+                look(**settings)
         store.write(toy.spec.archive, packed)
         assert look() == ("ok", f"{toy.spec.archive} is in {where}; this node takes it into {cache_of(store.uri)}")
         assert store.counter.count("GET", toy.spec.archive) == 0
