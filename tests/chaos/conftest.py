@@ -14,7 +14,7 @@ from chaos_page import load_results, write
 
 from densenet_dist.train.environment import cpu_name, git_commit
 
-QUICK = ("test_process_killed[plateau]", "test_damaged_checkpoint[weights-flipped]", "test_second_job")
+QUICK = ("test_process_killed[plateau]", "test_damaged_checkpoint[weights-flipped]")
 CASES = pytest.StashKey[dict[str, pytest.Item]]()
 COMMIT = pytest.StashKey[str]()
 

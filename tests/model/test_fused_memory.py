@@ -1,11 +1,12 @@
 """Memory of the fused dense block: a fraction of the reference form's, and linear in depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from fused import dense_block
+from fused import Block, maps
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -64,15 +65,7 @@ def test_a_net_keeps_a_fraction(variant: str, options: dict[str, Any], most: flo
     assert most < 1 / 3
 
 
-def block(form: str, layers: int, bn_size: int | None) -> nn.Module:
-    sizes = {"num_layers": layers, "in_channels": 8, "growth_rate": 8, "bn_size": bn_size}
-    return dense_block(form, **sizes, drop_rate=0.0, norm=nn.BatchNorm2d).to(memory_format=torch.channels_last)
-
-
-def maps() -> Tensor:
-    return torch.randn(2, 8, 24, 24).contiguous(memory_format=torch.channels_last)
-
-
+small_maps = partial(maps, (2, 8, 24, 24), dtype=torch.float32)
 both_kinds = pytest.mark.parametrize("bn_size", [None, 4], ids=["plain", "bottleneck"])
 
 
@@ -87,9 +80,9 @@ def test_the_most_alive_in_a_step_is_linear_in_depth(
     most = {}
     for form in ("reference", "fused"):
         for layers in (12, 24):
-            model = block(form, layers, bn_size)
-            gradients = sum(4 * parameter.numel() for parameter in model.parameters())
-            most[form, layers] = most_bytes_alive(step_of(model, maps())) - gradients
+            model = Block(form, layers=layers, channels=8, growth=8, bn_size=bn_size).float()
+            gradients = sum(parameter.nbytes for parameter in model.parameters())
+            most[form, layers] = most_bytes_alive(step_of(model, small_maps())) - gradients
     assert most["fused", 24] <= 2.1 * most["fused", 12]
     assert most["reference", 24] >= 2.5 * most["reference", 12]
     assert most["fused", 24] <= 0.3 * most["reference", 24]
@@ -97,7 +90,7 @@ def test_the_most_alive_in_a_step_is_linear_in_depth(
 
 @both_kinds
 def test_eval_mode_without_gradients_holds_little_more_than_the_maps(bn_size: int | None) -> None:
-    model, x = block("fused", 24, bn_size).eval(), maps()
+    model, x = Block("fused", layers=24, channels=8, growth=8, bn_size=bn_size).float().eval(), small_maps()
     with torch.no_grad():
         made = model(x)
         most = most_bytes_alive(lambda: model(x))
