@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from ray_runs import SWEEP, TINY, UNDISTURBED, bytes_of, epochs_of, is_ray_process, records, weights
+from ray_runs import SWEEP, TINY, UNDISTURBED, bytes_of, epochs_of, free_ports, is_ray_process, records, weights
 from runs import run_of, train
 
 from densenet_dist.cluster.launch import fit
@@ -115,10 +114,7 @@ def started(s3: str) -> Iterator[Cluster]:
     import ray
 
     environment = dict(os.environ)
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    dashboard, metrics = (each.getsockname()[1] for each in sockets)
-    for each in sockets:
-        each.close()
+    dashboard, metrics = free_ports(2)
     ray.init(
         address="local",
         num_cpus=2,

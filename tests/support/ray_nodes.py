@@ -8,7 +8,6 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray_runs import is_ray_process, kill_tree, until
+from ray_runs import free_ports, is_ray_process, kill_tree, until
 
 BIN = Path(sys.executable).parent
 NETWORK = "10.213.77"
@@ -76,7 +75,7 @@ def settings() -> dict[str, str]:
 def two_nodes() -> Iterator[Cluster]:
     """Two nodes under this machine's name, with ports of their own."""
     with tempfile.TemporaryDirectory(prefix="ddn-", dir="/tmp") as folder:  # short: Unix sockets lie in it
-        gcs, dashboard, client, *agents = _free_ports(9)
+        gcs, dashboard, client, *agents = free_ports(9)
         head = _start("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
                       f"--ray-client-server-port={client}", f"--temp-dir={folder}")  # fmt: skip
         second = _start(f"--address=127.0.0.1:{gcs}")
@@ -135,17 +134,6 @@ def _running(address: str, folder: Path, *commands: Sequence[str]) -> Iterator[C
     finally:
         for node in cluster.nodes:
             kill_tree(node)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for found in sockets:
-            found.bind(("127.0.0.1", 0))
-        return [found.getsockname()[1] for found in sockets]
-    finally:
-        for found in sockets:
-            found.close()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,15 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
             with suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """So many ports of this machine that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def until(condition: Callable[[], Any], seconds: float = 180) -> Any:

@@ -122,6 +122,12 @@ def test_text_is_escaped(write):
     assert max(map(len, causes)) < 2500
 
 
+@pytest.mark.parametrize("scheduler", ["fifo", "asha", "median", "pbt"])
+def test_each_scheduler_is_explained(write, scheduler):
+    sweep = sweep_of(f"scheduler.name={scheduler}", space={"train.lr": SPACE["train.lr"]})
+    assert f"{scheduler}: " in " ".join(write(sweep, []).shown.split())
+
+
 def test_few_trials_or_none(write):
     sweep = sweep_of("trials=8")
     page = write(sweep, [])

@@ -149,15 +149,13 @@ def test_what_the_console_says(sweep, capsys):
     everyone = [first, failed, last]
     with SweepConsole() as console:
         console({"kind": "sweep", "sweep": sweep, "trials": [first, trial("009", status="interrupted")], "folder": "F"})
-        for state, one, best in (
-            *(("running", first, None), ("epoch", first, first)),
-            *(("stopped", first, first), ("failed", failed, first), ("finished", last, last)),
-        ):
+        told = [("epoch", first, first), ("stopped", first, first), ("failed", failed, first), ("finished", last, last)]
+        for state, one, best in told:
             console({"kind": "trial", "state": state, "trial": one, "best": best, "all": everyone})
         console({"kind": "note", "text": "a [note]"})
         console.finish(SweepResult(sweep, "F" * 200, everyone, last, None))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[:8] == [
+    assert lines[:9] == [
         "16 trials, random search, asha, highest val/top1; folder F",
         "  train.lr: loguniform [0.01, 1]",
         "  model.num_layers: choice [[1, 1], [2, 2]]",
@@ -166,12 +164,10 @@ def test_what_the_console_says(sweep, capsys):
         "trial-001  failed                    val/top1 -  lr=0.7  num_layers=[1, 1]",
         "  loss [is] NaN",
         "trial-002  finished 1 epoch          val/top1 0.7500  lr=0.01235  num_layers=[2, 2]  *",
+        "a [note]",
     ]
-    assert lines[8] == "a [note]"
     assert [line.split()[0] for line in lines[10:14]] == ["trial", "trial-002", "trial-000", "trial-001"]
-    said = [line.split() for line in lines[14:]]
-    assert ["trials", "3,", "1", "stopped,", "1", "failed"] in said
-    assert ["train", "it", "again", "densenet-dist", "train", f"{'F' * 200}/best.yaml"] in said
+    assert lines[-2].split() == ["train", "it", "again", "densenet-dist", "train", f"{'F' * 200}/best.yaml"]
 
 
 def test_events_for_a_program(sweep, capsys):
