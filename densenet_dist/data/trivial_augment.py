@@ -4,7 +4,6 @@ Each image gets one operation, drawn evenly from fourteen, at one of 31 strength
 paper's "wide" one, as in torchvision's `TrivialAugmentWide`. Shear, translation and rotation become part of the one
 warp that an image gets anyway, so they are bilinear (the paper's are nearest) and cost nothing more. The others change
 tones, and the loaders apply them to the grey levels before the warp, without rounding in between.
-tests/support/augment_reference.py spells out what each does.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from densenet_dist.data.requests import Engine, Epoch, Request
 
 NOTEBOOK = Augmentation("notebook")
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-GREY_LEVELS = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # what makes an engine give [0, 255]
+GREY_LEVELS: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # what makes an engine give [0, 255]
 
 
 def smooth(count: int, size: int) -> npt.NDArray[np.uint8]:
@@ -110,16 +110,11 @@ def _png_16(levels: npt.NDArray[np.uint16]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in chunks)
 
 
-def by_torch(
-    images: npt.NDArray[np.uint8],
-    parameters: Parameters,
-    mean: tuple[float, ...] = GREY_LEVELS["mean"],
-    std: tuple[float, ...] = GREY_LEVELS["std"],
-) -> Any:
-    """What the torch engine makes of images, (n, H, W, 3), with these parameters; in grey levels unless told else."""
+def by_torch(images: npt.NDArray[np.uint8], parameters: Parameters) -> Any:
+    """What the torch engine makes of images, (n, H, W, 3), with these parameters, in grey levels."""
     count, size = images.shape[:2]
     labels = np.arange(count)
-    engine = make_engine("torch", Split(images, labels), mean=mean, std=std, prefetch=0)
+    engine = make_engine("torch", Split(images, labels), **GREY_LEVELS, prefetch=0)
     epoch = Epoch(np.arange(count), labels, parameters, size)
     batches = engine.batches(lambda number: Request(epoch, (slice(0, count),)), count)
     return next(batches(0, 1)).permute(0, 2, 3, 1).double().numpy()
