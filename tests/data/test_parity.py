@@ -58,15 +58,13 @@ def apart(one: Batch, other: Batch) -> float:
 
 
 class TestGenerated:
-    @pytest.mark.parametrize(
-        "options", [{}, {"cutout": 9, "mixup": 0.4}, {"trivial_augment": True, "cutmix": 1.0}], ids=str
-    )
     @pytest.mark.parametrize("geometry", GEOMETRIES)
-    def test_arrays(self, geometry: str, options: dict[str, Any]) -> None:
+    def test_arrays(self, geometry: str) -> None:
         """Enough images for every operation of TrivialAugment to come some forty times."""
-        for split in (smooth(300), noise(300)):
-            for pair in pairs(split, Augmentation(geometry, **options), batch=100):
-                assert apart(*pair) <= TOLERANCE
+        for options in ({}, {"cutout": 9, "mixup": 0.4}, {"trivial_augment": True, "cutmix": 1.0}):
+            for split in (smooth(300), noise(300)):
+                augmentation = Augmentation(geometry, **options)
+                assert max(apart(*pair) for pair in pairs(split, augmentation, batch=100)) <= TOLERANCE
 
     def test_pictures_of_224_pixels(self) -> None:
         """On a CPU, DALI walks along a row in float32 steps, whose errors add up: noise shows it most."""
@@ -77,18 +75,12 @@ class TestGenerated:
 
 class TestCifar:
     @pytest.mark.nightly
-    def test_two_whole_epochs(self, official: Path) -> None:
+    def test_whole_epoch(self, official: Path) -> None:
         """Every training image of CIFAR-10, as the notebook augments it."""
         split = load_dataset("cifar10", official, download=False).train
-        made = [loader(kind, split, Augmentation("notebook"), batch=1000) for kind in ENGINES]
-        worst, count = 0.0, 0
-        for epoch in range(2):
-            for one, other in zip(*(each.epoch(epoch) for each in made), strict=True):
-                assert torch.equal(one.labels, other.labels)
-                worst = max(worst, apart(one, other))
-                count += len(other.labels)
-        assert count == 2 * 50_000
-        assert worst <= TOLERANCE
+        differences = [apart(*pair) for pair in pairs(split, Augmentation("notebook"), batch=1000)]
+        assert len(differences) == 50
+        assert max(differences) <= TOLERANCE
 
     @pytest.mark.parametrize("kind", ENGINES)
     def test_a_folder_of_png_files_gives_the_same_batches(self, kind: str, official: Path, tmp_path: Path) -> None:
@@ -106,9 +98,7 @@ class TestCifar:
             made = (loader(kind, split, augmentation).epoch(0) for split in (files, in_order))
             for one, other in zip(*made, strict=True):
                 assert torch.equal(one.labels, other.labels)
-                if kind == "torch":
-                    assert torch.equal(one.images, other.images)
-                assert apart(one, other) <= 1e-4
+                assert apart(one, other) <= (0.0 if kind == "torch" else 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +134,10 @@ class TestFiles:
         one, other = (eval_loader(kind, pictures, geometry=geometry, batch=64, **GREY_LEVELS) for kind in ENGINES)
         assert max(apart(*pair) for pair in zip(one, other, strict=True)) <= TOLERANCE
 
-    @pytest.mark.parametrize("geometry", GEOMETRIES)
-    def test_tones(self, pictures: Split, geometry: str) -> None:
+    def test_tones(self, pictures: Split) -> None:
         """Where a tone jumps, the last bit of a resampled pixel may decide; it does for one pixel in some thousands."""
         differ = pixels = 0
-        for one, other in pairs(pictures, Augmentation(geometry, trivial_augment=True)):
+        for one, other in pairs(pictures, Augmentation("random_resized_crop", trivial_augment=True)):
             differ += int(((one.images - other.images).abs() > TOLERANCE).sum())
             pixels += one.images.numel()
         assert differ < 1e-4 * pixels
