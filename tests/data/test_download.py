@@ -92,10 +92,15 @@ def visible(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_downloads_extracts_and_keeps_the_archive(toy: Toy, server: Server, root: Path, length: bool) -> None:
+def test_downloads_extracts_and_keeps_the_archive(
+    toy: Toy, server: Server, root: Path, length: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     server.plan = [whole(length=length)]
-    for _ in range(2):
-        assert len(load_dataset("cifar10", root, url=server.url).train.labels) == 100
+    prepare_dataset("cifar10", root, url=server.url)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "downloading CIFAR-10" in said.err
+    assert len(load_dataset("cifar10", root, url=server.url).train.labels) == 100
     assert visible(root) == [toy.spec.folder, toy.spec.archive]
     assert (root / toy.spec.archive).read_bytes() == server.content
     assert server.asked == 1
@@ -108,7 +113,7 @@ def test_a_mirror_may_be_a_file(toy: Toy, root: Path, tmp_path: Path) -> None:
         load_dataset("cifar10", tmp_path / "other", url=(tmp_path / "missing.tar.gz").as_uri())
 
 
-@pytest.mark.parametrize("fault", [status(503), status(429), reset, whole(cut=1000)])
+@pytest.mark.parametrize("fault", [status(503), reset, whole(cut=1000)])
 def test_tries_again_where_that_may_help(server: Server, root: Path, waits: list[float], fault: Answer) -> None:
     server.plan = [fault, fault]
     assert len(load_dataset("cifar10", root, url=server.url).train.labels) == 100
@@ -116,10 +121,9 @@ def test_tries_again_where_that_may_help(server: Server, root: Path, waits: list
     assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
 
 
-@pytest.mark.parametrize("code", [403, 404])
-def test_a_refusal_is_final(server: Server, root: Path, waits: list[float], code: int) -> None:
-    server.plan = [status(code)]
-    expected = rf"cannot download CIFAR-10 from http://127.*/file: HTTP Error {code}.*into .*root, or name a folder"
+def test_a_refusal_is_final(server: Server, root: Path, waits: list[float]) -> None:
+    server.plan = [status(404)]
+    expected = r"cannot download CIFAR-10 from http://127.*/file: HTTP Error 404.*into .*root, or name a folder"
     with pytest.raises(DataError, match=expected):
         load_dataset("cifar10", root, url=server.url)
     assert (server.asked, waits, visible(root)) == (1, [], [])
@@ -132,14 +136,6 @@ def test_gives_up_after_six_tries(server: Server, root: Path, waits: list[float]
     assert (server.asked, len(waits), visible(root)) == (6, 5, [])
 
 
-def test_without_a_network(root: Path, waits: list[float]) -> None:
-    with pytest.raises(
-        DataError, match=r"cannot download CIFAR-10 from http://127\.0\.0\.1:9/x.*refused.*put cifar-10"
-    ):
-        load_dataset("cifar10", root, url="http://127.0.0.1:9/x")
-    assert len(waits) == 5
-
-
 def test_a_file_that_is_too_large_and_a_full_disk(tmp_path: Path, waits: list[float]) -> None:
     (tmp_path / "mirror").write_bytes(bytes(1000))
     options: dict[str, Any] = {"title": "x", "mend": "", "progress": False}
@@ -148,10 +144,3 @@ def test_a_file_that_is_too_large_and_a_full_disk(tmp_path: Path, waits: list[fl
     with pytest.raises(OSError, match="No space left"):
         fetch((tmp_path / "mirror").as_uri(), Path("/dev/full"), limit=1000, **options)
     assert waits == []
-
-
-def test_progress_goes_to_standard_error(server: Server, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    prepare_dataset("cifar10", root, url=server.url)
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert "downloading CIFAR-10" in captured.err
