@@ -219,6 +219,7 @@ def test_grafana_asks_for_what_there_is(killed):
     assert {name.removeprefix("ray_") for name in lacking} <= set(METRICS_GAUGES)
 
 
+@pytest.mark.nightly  # every day a trial has it, below
 def test_nan_stops_at_once(cluster, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     events: list[Event] = []
