@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,9 +13,10 @@ from densenet_dist.cli.options import Checkpoint, Debug, Run
 from densenet_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from densenet_dist.inference.classifier import Prediction
     from densenet_dist.inference.exporting import Exported
-    from densenet_dist.inference.pictures import Unreadable
 
 _BAR = 20  # characters
 _WIDE = 4000
@@ -45,21 +45,33 @@ def predict(
     densenet-dist predict runs/k24 photo.jpg
     densenet-dist predict k24.safetensors photos '*.png' --json > found.jsonl
     """
+    from densenet_dist.data.image_folder import printable
     from densenet_dist.inference.classifier import load_classifier
-    from densenet_dist.inference.pictures import find
+    from densenet_dist.inference.pictures import Unreadable, find
 
     classifier = load_classifier(net, checkpoint=checkpoint, device=device)
     started = time.perf_counter()
-    found = classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta)
-    bad: list[Unreadable] = []
-    good = _told_of_bad(found, bad)
-    count = _as_json(good) if as_json else _as_table(good)
+    table = None if as_json else _table()
+    good = bad = 0
+    for item in classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta):
+        if isinstance(item, Unreadable):
+            bad += 1
+            typer.echo(f"{printable(item.source)}: {item.reason}", err=True)
+            continue
+        good += 1
+        if table is not None:
+            _add(table, item)
+        else:
+            guesses = [{"class": each.name, "label": each.label, "probability": each.probability} for each in item.top]
+            typer.echo(json.dumps({"image": item.source, "top": guesses}))
     seconds = time.perf_counter() - started
-    if count:
-        pictures = "1 picture" if count == 1 else f"{count:,} pictures"
-        typer.echo(f"{pictures} in {seconds:.2f} s: {count / seconds:,.1f} images/s on {classifier.device}", err=True)
+    if good:
+        if table is not None:
+            _print(table)
+        pictures = "1 picture" if good == 1 else f"{good:,} pictures"
+        typer.echo(f"{pictures} in {seconds:.2f} s: {good / seconds:,.1f} images/s on {classifier.device}", err=True)
     if bad:
-        raise DataError(f"{len(bad)} of {len(bad) + count} pictures could not be used; they are named above")
+        raise DataError(f"{bad} of {bad + good} pictures could not be used; they are named above")
 
 
 def export(
@@ -113,52 +125,34 @@ def _checked(made: Exported) -> str:
     return "\n".join(lines)
 
 
-def _told_of_bad(found: Iterable[Prediction | Unreadable], bad: list[Unreadable]) -> Iterator[Prediction]:
-    """The predictions; of the rest is told, and they go to `bad`."""
-    from densenet_dist.data.image_folder import printable
-    from densenet_dist.inference.pictures import Unreadable
-
-    for item in found:
-        if isinstance(item, Unreadable):
-            bad.append(item)
-            typer.echo(f"{printable(item.source)}: {item.reason}", err=True)
-        else:
-            yield item
-
-
-def _as_json(predictions: Iterable[Prediction]) -> int:
-    count = 0
-    for item in predictions:
-        count += 1
-        top = [{"class": guess.name, "label": guess.label, "probability": guess.probability} for guess in item.top]
-        typer.echo(json.dumps({"image": item.source, "top": top}))
-    return count
-
-
-def _as_table(predictions: Iterable[Prediction]) -> int:
-    from rich.console import Console
+def _table() -> Table:
     from rich.table import Table
-    from rich.text import Text
-
-    from densenet_dist.data.image_folder import printable
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("picture", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    count = 0
-    for item in predictions:
-        count += 1
-        for place, guess in enumerate(item.top):
-            name = printable(item.source) if place == 0 else ""
-            style = "bold" if place == 0 else None
-            bar = "█" * round(guess.probability * _BAR)
-            table.add_row(Text(name), Text(guess.name), f"{guess.probability:.2%}", bar, style=style)
-        if len(item.top) > 1:
-            table.add_section()
-    if count:
-        # A file, or a program that reads on, wants whole names: only a terminal has a width.
-        console = Console()
-        console.print(table) if console.is_terminal else Console(width=_WIDE).print(table)
-    return count
+    return table
+
+
+def _add(table: Table, item: Prediction) -> None:
+    from rich.text import Text
+
+    from densenet_dist.data.image_folder import printable
+
+    for place, guess in enumerate(item.top):
+        name = printable(item.source) if place == 0 else ""
+        style = "bold" if place == 0 else None
+        bar = "█" * round(guess.probability * _BAR)
+        table.add_row(Text(name), Text(guess.name), f"{guess.probability:.2%}", bar, style=style)
+    if len(item.top) > 1:
+        table.add_section()
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    # A file, or a program that reads on, wants whole names: only a terminal has a width.
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=_WIDE).print(table)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.inference.header import Header
@@ -20,7 +18,6 @@ from densenet_dist.inference.pictures import Picture, Unreadable, prepared
 from densenet_dist.inference.trained import open_trained
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.train.context import choose_device
-from densenet_dist.train.network import autocast
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
 """The exported files' suffixes, and the formats; a ``.pt2`` is written only."""
@@ -58,12 +55,11 @@ class Classifier:
     Args:
         header: what the net is.
         run: (n, 3, size, size) float32 grey levels on `device` to (n, classes) logits.
-        origin: where it came from, for people to read.
         device: where it runs.
     """
 
-    def __init__(self, header: Header, run: Run, origin: str, device: torch.device) -> None:
-        self.header, self.origin, self.device, self._run = header, origin, device, run
+    def __init__(self, header: Header, run: Run, device: torch.device) -> None:
+        self.header, self.device, self._run = header, device, run
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -164,14 +160,12 @@ def load_classifier(
     file = _exported_file(path)
     if file is None:
         trained = open_trained(path, checkpoint=checkpoint, device=device)
-        precision = partial(autocast, trained.device, trained.config.train.precision)  # as the run is evaluated
-        return _on(trained.device, trained.header, trained.network, str(path), precision)
-    return open_exported(file, device, str(path))
+        return Classifier(trained.header, trained, trained.device)
+    return open_exported(file, device)
 
 
-def open_exported(file: Path, device: Device = "auto", origin: str | None = None) -> Classifier:
+def open_exported(file: Path, device: Device = "auto") -> Classifier:
     """The net in an exported file; arguments and errors as for `load_classifier`."""
-    origin = origin or str(file)
     try:
         with file.open("rb") as opened:
             start = opened.read(16)
@@ -186,7 +180,8 @@ def open_exported(file: Path, device: Device = "auto", origin: str | None = None
         from densenet_dist.inference import safetensors_format
 
         header, network = safetensors_format.read(file)
-        return _on(choose_device(device), header, network, origin, nullcontext)
+        chosen = choose_device(device)
+        return Classifier(header, network.to(chosen), chosen)
     if file.suffix != ".onnx":
         raise CheckpointError(
             f"{file} is no exported net: name a run's folder, or a .safetensors or .onnx file of densenet-dist export"
@@ -195,8 +190,8 @@ def open_exported(file: Path, device: Device = "auto", origin: str | None = None
         raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
     from densenet_dist.inference import onnx_format
 
-    header, session = onnx_format.read(file)
-    return Classifier(header, session, origin, torch.device("cpu"))
+    header, run = onnx_format.read(file)
+    return Classifier(header, run, torch.device("cpu"))
 
 
 def _exported_file(path: str | Path) -> Path | None:
@@ -208,20 +203,3 @@ def _exported_file(path: str | Path) -> Path | None:
     if local.is_file() or (local.suffix in SUFFIXES and not local.is_dir()):
         return local
     return None
-
-
-def _on(
-    device: torch.device,
-    header: Header,
-    network: nn.Module,
-    origin: str,
-    mode: Callable[[], AbstractContextManager[Any]],
-) -> Classifier:
-    network = network.to(device)
-
-    def run(pixels: Tensor) -> Tensor:
-        with mode():
-            logits: Tensor = network(pixels)
-        return logits
-
-    return Classifier(header, run, origin, device)

@@ -137,17 +137,21 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
     if header.precision == "fp32":
         count = min(count, _COMPARED)
     places = np.arange(count) * len(dataset.test.labels) // count
-    largest, same, right, exported_right, images = 0.0, 0, 0, 0, 0
-    for pixels, labels in grey_levels(trained.config, dataset.test, places):
-        with torch.no_grad():
-            wanted, found = trained.network(pixels), run(pixels)
-        largest = max(largest, float((wanted - found).abs().max()))
-        first, exported_first = wanted.argmax(1), found.argmax(1)
-        same += int((first == exported_first).sum())
-        right += int((first == labels).sum())
-        exported_right += int((exported_first == labels).sum())
-        images += len(labels)
-    return Check(images, largest, same / images, right / images, exported_right / images)
+    with torch.no_grad():
+        batches = [
+            (trained.network(pixels), run(pixels), labels)
+            for pixels, labels in grey_levels(trained.config, dataset.test, places)
+        ]
+    wanted, found, labels = map(torch.cat, zip(*batches, strict=True))
+    first, exported_first = wanted.argmax(1), found.argmax(1)
+
+    def share(matches: Tensor) -> float:
+        return float(matches.double().mean())
+
+    largest = float((wanted - found).abs().max())  # NaN where one is
+    return Check(
+        count, largest, share(first == exported_first), share(first == labels), share(exported_first == labels)
+    )
 
 
 def grey_levels(config: Config, split: Split, places: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.inference.network import Network
 from densenet_dist.inference.torch_export_format import quiet, traced
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 INPUT, OUTPUT = "pixels", "logits"
 OPSET: Final = 20
@@ -48,32 +45,14 @@ def write(network: Network, header: Header, path: Path) -> None:
     path.write_bytes(graph.SerializeToString())
 
 
-class Session:
-    """A file's program, run by onnxruntime on the CPU: (n, 3, H, W) float32 grey levels to (n, classes) float32."""
-
-    def __init__(self, session: InferenceSession, header: Header) -> None:
-        self._session, self._classes = session, len(header.class_names)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Logits of a batch.
-
-        Raises:
-            CheckpointError: the program does not do what its metadata says.
-        """
-        try:
-            (logits,) = self._session.run([OUTPUT], {INPUT: pixels.numpy()})
-        except Exception as error:  # onnxruntime has a dozen kinds, all of them RuntimeErrors or Exceptions of its own
-            raise CheckpointError(f"the exported program fails: {_first_line(error)}") from error
-        if not isinstance(logits, np.ndarray) or logits.shape != (len(pixels), self._classes):
-            raise CheckpointError("the exported program does not give a logit for each class of its metadata")
-        return torch.from_numpy(logits.astype(np.float32, copy=False))
-
-
-def read(path: Path) -> tuple[Header, Session]:
+def read(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
     """Read a file that anybody may have written.
 
+    Returns:
+        Its header, and its program, run on the CPU: (n, 3, H, W) float32 grey levels to (n, classes) float32.
+
     Raises:
-        CheckpointError: it is damaged, or not what `write` makes.
+        CheckpointError: it is damaged, or not what `write` makes; the program raises it, too.
         EnvironmentProblem: onnxruntime is missing.
     """
     runtime = imported("onnxruntime")
@@ -92,7 +71,17 @@ def read(path: Path) -> tuple[Header, Session]:
     size = header.image_size
     if takes != [(INPUT, "tensor(float)", [3, size, size])] or OUTPUT not in {o.name for o in session.get_outputs()}:
         raise CheckpointError(f"{path} does not take the images that its metadata names")
-    return header, Session(session, header)
+
+    def run(pixels: Tensor) -> Tensor:
+        try:
+            (logits,) = session.run([OUTPUT], {INPUT: pixels.numpy()})
+        except Exception as error:  # onnxruntime has a dozen kinds, all of them RuntimeErrors or Exceptions of its own
+            raise CheckpointError(f"the exported program fails: {_first_line(error)}") from error
+        if not isinstance(logits, np.ndarray) or logits.shape != (len(pixels), len(header.class_names)):
+            raise CheckpointError("the exported program does not give a logit for each class of its metadata")
+        return torch.from_numpy(logits.astype(np.float32, copy=False))
+
+    return header, run
 
 
 def imported(name: str) -> ModuleType:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from densenet_dist.config import load_config
 from densenet_dist.data.augment import EVAL_CROP
@@ -19,11 +20,12 @@ from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import git_commit, package_version
 from densenet_dist.train.evaluation import load_checkpoint, trained_model
+from densenet_dist.train.network import autocast
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A run's checkpoint as a program.
+    """A run's checkpoint as a program: grey levels to logits, in the precision of the run's training and evaluation.
 
     Attributes:
         network: with its weights, on `device`, in the form of dense blocks that the run has.
@@ -33,6 +35,12 @@ class Trained:
     header: Header
     network: Network
     device: torch.device
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Classify; see `Network`."""
+        with autocast(self.device, self.config.train.precision):
+            logits: Tensor = self.network(pixels)
+        return logits
 
 
 def open_trained(
