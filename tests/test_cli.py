@@ -51,32 +51,18 @@ def test_help_of_every_command(command):
     assert command("train", "-h") == command("train", "--help")
 
 
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("densenet-dist tra", ["train"]),
-        ("densenet-dist train quick", ["quickstart"]),
-        ("densenet-dist tune sweep_", [name for name in bundled.names() if name.startswith("sweep_")]),
-        ("densenet-dist evaluate --che", ["--checkpoint"]),
-        ("densenet-dist train mine/", []),  # files, by the shell
-    ],
-)
-def test_what_tab_offers_in_bash(command, monkeypatch, line, offered):
+def test_what_tab_offers_in_bash(command, monkeypatch):
     monkeypatch.setenv("_DENSENET_DIST_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", line.replace(" ", "\n"))
-    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
-    assert command()[1].split() == offered
+    for line, offered in (("train quick", ["quickstart"]), ("evaluate --che", ["--checkpoint"]), ("train mine/", [])):
+        monkeypatch.setenv("COMP_WORDS", f"densenet-dist {line}".replace(" ", "\n"))
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+        assert command()[1].split() == offered  # files, by the shell
 
 
 def test_version(command):
-    import torch
-
     code, out, _ = command("--version")
-    assert code == 0
-    first, *rest = out.splitlines()
-    assert first == f"densenet-dist {densenet_dist.__version__}"
-    assert [line.split()[0] for line in rest] == ["python", "torch", "ray", "dali"]
-    assert rest[1].split()[1].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert (code, out.splitlines()[0]) == (0, f"densenet-dist {densenet_dist.__version__}")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["python", "torch", "ray", "dali"]
 
 
 # Configurations that come with the package
@@ -90,17 +76,12 @@ def test_configurations_that_come_along(command, tmp_path):
     whole = command("config", str(ROOT / "configs" / "quickstart.yaml"))
     for name in ("quickstart", "configs/quickstart.yaml"):  # from a folder without any
         assert command("config", name) == whole
-    (tmp_path / "mine.yaml").write_text("{base: quickstart.yaml, space: {train.lr: [0.1, 0.2]}}")
-    assert "num_layers: [2, 4, 4]" in command("config", "mine.yaml")[1]
     (tmp_path / "quickstart.yaml").write_text("train: {epochs: 77}")  # a file of one's own comes first
     (tmp_path / "quickstart").mkdir()  # a run's folder, say
     assert "epochs: 77" in command("config", "quickstart.yaml")[1]
     assert command("config", "quickstart")[1] == whole[1]
-
-
-def test_a_name_that_is_none(command):
-    code, _, err = command("train", "quickstrat")
-    assert (code, err) == (2, "error: there is no config file quickstrat; did you mean quickstart?\n")
+    code, _, err = command("train", "cifar10_notebok")
+    assert (code, err) == (2, "error: there is no config file cifar10_notebok; did you mean cifar10_notebook?\n")
     assert "densenet-dist config --list" in command("train", "nonsense")[2]
     assert command("train", "elsewhere/quickstart.yaml")[0] == 2
 
@@ -121,7 +102,7 @@ def test_every_config_resolves_and_opens_with_its_command(command):
         assert any(f"densenet-dist {verb} configs/{path.name}" in line for line in head)
 
 
-def test_a_sweep_file_and_a_configuration_are_told_apart(command, quickstart, tmp_path):
+def test_a_sweep_file_and_a_configuration_are_told_apart(command, quickstart):
     code, _, err = command("train", str(ROOT / "configs" / "sweep_quickstart.yaml"))
     assert code == 2
     assert "is a sweep file" in err
@@ -130,28 +111,17 @@ def test_a_sweep_file_and_a_configuration_are_told_apart(command, quickstart, tm
     assert code == 2
     assert "densenet-dist train" in err
     assert "base: quickstart.yaml" in err
-    (tmp_path / "sweep.yaml").write_text("train: {epochs: 3}\nspace: {train.lr: [0.1, 0.2]}\n")
-    code, _, err = command("tune", str(tmp_path / "sweep.yaml"))
-    assert code == 2
-    assert "train of the base configuration belong under settings" in err
 
 
-def test_several_errors_are_told_at_once(command, quickstart):
+def test_errors_of_a_configuration(command, quickstart):
     code, _, err = command("train", quickstart, "train.epochs=many", "lr=0.1", "data.name=cifar11")
     assert code == 2
     assert err.startswith("error: 3 problems in the configuration:\n")
     for text in ("train.epochs: ", "'many'", "lr: unknown key; did you mean train.lr?", "data.name: ", "cifar11"):
         assert text in err
-
-
-def test_impossible_shapes(command, quickstart):
     code, _, err = command("train", quickstart, "model.variant=notebook", "model.num_layers=[2,2,2,2,2,2,2]")
     assert code == 2
     assert "model.num_layers: images of 32x32 are too small for 7 blocks" in err
-    code, _, err = command("config", quickstart, "model.num_layers=null", "model.depth=41", "model.variant=densenet")
-    assert code == 2
-    assert "model.depth" in err
-    assert "40" in err
 
 
 def test_usage(command, quickstart):
@@ -182,7 +152,9 @@ def test_what_failed_before_its_first_step_can_be_started_again(command, quickst
     assert "data prepare cifar10" in err
     assert command("train", quickstart, *QUICK)[0] == 0
     assert yaml.safe_load(Path("runs/quickstart/config.yaml").read_text())["data"]["name"] == "shapes"
-    assert command("train", quickstart, *QUICK)[0] == 5
+    code, _, err = command("train", quickstart, *QUICK)
+    assert code == 5
+    assert "exists already" in err
 
 
 def test_relative_storage_in_a_submitted_job(command, quickstart, tmp_path, monkeypatch):
@@ -219,9 +191,6 @@ def test_train_evaluate_resume(command, quickstart):
     code, out, _ = command("evaluate", str(folder), "--split", "val", "--json")
     assert json.loads(out)["top1"] == summary["best"]["val/top1"]
 
-    code, _, err = command("train", quickstart, *QUICK)
-    assert code == 5
-    assert "exists already" in err
     code, out, _ = command("train", "--resume", "quickstart")
     assert code == 0
     assert "finished already" in out
@@ -259,13 +228,8 @@ def test_events_as_json(command, quickstart):
     assert end["images_per_s"] > 0
     assert 0 < end["goodput"] <= 1
     assert all(Path(path).exists() and Path(path).is_absolute() for path in end["files"].values())
-    epoch = next(line for line in lines if line["event"] == "epoch")
-    record = json.loads(Path("runs/quickstart/metrics.jsonl").read_text().splitlines()[0])
-    assert {key: epoch[key] for key in record if key != "time"} == {key: record[key] for key in record if key != "time"}
     known = (ROOT / "docs" / "console.md").read_text()
     assert {key for line in lines for key in line if f"`{key}`" not in known and "goodput/" not in key} == set()
-    code, out, err = command("train", "--resume", "quickstart", "--json")
-    assert json.loads(out.splitlines()[-1])["test/top1"] == end["test/top1"]
 
 
 def test_an_error_is_json_too(command, quickstart):
@@ -274,8 +238,6 @@ def test_an_error_is_json_too(command, quickstart):
     (line,) = map(json.loads, out.splitlines())
     assert (line["event"], line["type"], line["exit_code"]) == ("error", "ConfigError", 2)
     assert err == f"error: {line['message']}\n"
-    code, out, _ = command("tune", "nowhere.yaml", "--json")
-    assert (code, json.loads(out)["exit_code"]) == (2, 2)
 
 
 def test_checkpoint_of_another_net(command, quickstart):

@@ -41,13 +41,8 @@ def test_later_sources_win_and_leave_the_rest_alone(tmp_path):
     config = load_config(base, str(more), "train.lr=0.25", {"train": {"optimizer": {"betas": [0.8, 0.9]}}, "seed": 4})
     assert (config.train.lr, config.train.epochs, config.seed) == (0.25, 8, 4)
     assert (config.train.optimizer.name, config.train.optimizer.eps) == ("adam", 1e-6)
-    assert config.train.optimizer.betas == (0.8, 0.9)
+    assert config.train.optimizer.betas == (0.8, 0.9)  # a list is replaced, not extended
     assert config.train.optimizer.momentum == Config().train.optimizer.momentum
-
-
-def test_a_list_is_replaced_not_extended():
-    config = load_config("train.schedule.milestones=[1, 2, 3]", "train.schedule.milestones=[9]")
-    assert config.train.schedule.milestones == (9.0,)
 
 
 def test_keys_may_be_nested_or_dotted(tmp_path):
@@ -64,15 +59,12 @@ def test_keys_may_be_nested_or_dotted(tmp_path):
     ("text", "key", "value"),
     [
         ("train.lr=1e-3", "train.lr", 0.001),
-        ("train.lr=1", "train.lr", 1.0),
         ("train.epochs = 3", "train.epochs", 3),
         ("train.compile=true", "train.compile", True),
         ("train.ema_decay=", "train.ema_decay", None),
         ("model.num_layers=[2, 3]", "model.num_layers", (2, 3)),
         ("cluster.workers={min: 1, max: 4}", "cluster.workers", WorkerRange(1, 4)),
         ("data.root=/a=b", "data.root", "/a=b"),
-        ("data.root=1e-3x", "data.root", "1e-3x"),
-        ("seed=9223372036854775807", "seed", 2**63 - 1),
     ],
 )
 def test_values_are_read_as_yaml_and_keep_their_types(text, key, value):
@@ -83,22 +75,14 @@ def test_values_are_read_as_yaml_and_keep_their_types(text, key, value):
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("sources", "name"),
-    [
-        (["my run.yaml"], "my-run"),
-        (["named.yaml", "second.yaml"], "mine"),
-        (["second.yaml", "name=said"], "said"),
-        ([".hidden.yaml"], "hidden"),
-        ([], "run"),
-    ],
-)
-def test_the_name_is_the_one_given_or_the_last_files(tmp_path, monkeypatch, sources, name):
+def test_the_name_is_the_one_given_or_the_last_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for source in sources:
-        if source.endswith("yaml"):
-            write(tmp_path / source, "name: mine" if source == "named.yaml" else "seed: 1")
-    assert load_config(*sources).name == name
+    write(tmp_path / "my run.yaml", "seed: 1")
+    write(tmp_path / "lr=3.yaml", "{name: mine, train: {lr: 3}}")  # a file, for all its sign
+    assert load_config("my run.yaml").name == "my-run"
+    assert load_config("lr=3.yaml", "my run.yaml").name == "mine"
+    assert load_config("lr=3.yaml", "name=said").name == "said"
+    assert load_config().name == "run"
 
 
 # Writing
@@ -109,7 +93,6 @@ def test_the_name_is_the_one_given_or_the_last_files(tmp_path, monkeypatch, sour
     [
         [],
         ["train.lr=1", "train.optimizer.eps=1e-12", "model.num_layers=[2,3]", "checkpoint.every_steps=5"],
-        ["cluster.workers=3", "data.url=http://127.0.0.1:80/x?a=b", "train.schedule.milestones=[]"],
         ["name=1-e5", "data.root='null'", "storage='1e-3'"],
     ],
 )
@@ -141,22 +124,14 @@ def test_every_field_is_described():
         ("train.lr=fast", "train.lr: Input should be a valid number; got 'fast' (str)"),
         ("train.lr=0", "train.lr: Input should be greater than 0; got 0 (int)"),
         ("train.lr=.nan", "train.lr: Input should be a finite number; got nan (float)"),
-        ("train.lr=true", "train.lr: Input should be a valid number; got True (bool)"),
         ("train.epochs=2.0", "train.epochs: Input should be a valid integer; got 2.0 (float)"),
-        ("train.compile=1", "train.compile: Input should be a valid boolean; got 1 (int)"),
         ("data.name=mnist", "data.name: Input should be 'shapes', 'cifar10', 'cifar100' or 'folder'; got 'mnist'"),
         ("cluster.workers=two", "cluster.workers: Input should be a valid integer or an object or 'auto'; got 'two'"),
-        ("cluster.workers={min: 1, x: 1, max: 2}", "cluster.workers.x: Unexpected keyword argument; got 1 (int)"),
-        ("model.num_layers=x", "model.num_layers: Input should be a valid integer or a valid array; got 'x' (str)"),
         ("model.num_layers=[2, 0]", "model.num_layers[1]: Input should be greater than or equal to 1; got 0 (int)"),
-        ("train.optimizer.betas=[0.9]", "train.optimizer.betas[1]: Field required; got [0.9] (list)"),
         ("name=../up", "name: String should match pattern"),
         ("train.optimizer=adam", "train.optimizer: holds 'adam' (str), but is a group of settings: name, momentum"),
-        ("train=null", "train: holds null, but is a group of settings: epochs,"),
         ("train.epoch=3", "train.epoch: unknown key; did you mean train.epochs?"),
-        ("trian.epochs=3", "trian: unknown key; did you mean train?"),
         ("lr=3", "lr: unknown key; did you mean train.lr?"),
-        ("data.zzz=1", "data.zzz: unknown key; known here: name, root, download,"),
         ("zzz=1", "zzz: unknown key; known here: name, storage, seed, model,"),
         ("=1", "'=1' has no key before its ="),
     ],
@@ -167,15 +142,6 @@ def test_what_is_wrong_is_one_line_with_its_key_and_a_suggestion(setting, proble
     assert "\n" not in said
 
 
-def test_all_problems_are_listed_at_once():
-    found = message("train.lr=fast", "train.epoch=1", {"data": {"augment": 1}}, "cluster.workers=-1")
-    first, *said = found.splitlines()
-    assert first == "4 problems in the configuration:"
-    assert {line.strip().split(":")[0] for line in said} == {
-        *("cluster.workers", "data.augment", "train.epoch", "train.lr"),
-    }
-
-
 # What is refused: combinations
 
 
@@ -183,15 +149,10 @@ def test_all_problems_are_listed_at_once():
     "case",
     [
         ("data.val_fraction: 0 leaves nothing", "data.val_fraction=0", "train.early_stopping.enabled=true"),
-        ("train.schedule.milestones: must rise", "train.schedule.name=multistep", "train.schedule.milestones=[2,2]"),
         ("train.schedule.warmup_epochs: 3 is the whole", "train.epochs=3", "train.schedule.warmup_epochs=3"),
-        ("train.schedule.warmup_epochs: one_cycle", "train.schedule.name=one_cycle", "train.schedule.warmup_epochs=1"),
-        ("train.schedule.min_lr: 1 is above train.lr", "train.schedule.name=plateau", "train.schedule.min_lr=1"),
         ("train.schedule.final_lr: 1 is above train.lr", "train.schedule.final_lr=1"),
         ("train.cuda_graph: fp16 decides on the CPU", "train.cuda_graph=true", "train.precision=fp16"),
-        ("train.cuda_graph: a captured step has one", "train.cuda_graph=true", "train.grad_accum_steps=2"),
         ("train.optimizer.nesterov: needs momentum > 0", "train.optimizer.momentum=0"),
-        ("train.profile: must be up to 100 steps", "train.profile=[5,5]"),
         ("cluster.workers: min=3 is above max=2", "cluster.workers={min: 3,max: 2}"),
         ("cluster.workers: 9 workers cannot share", "cluster.workers=9", "train.global_batch_size=8"),
         ("cluster.workers: cluster.engine=local is one", "cluster.workers=2", "cluster.engine=local"),
@@ -215,14 +176,11 @@ def test_settings_that_are_not_used_are_not_held_against_others():
     ("text", "problem"),
     [
         ("train: {lr: 1, lr: 2}", "'lr' stands here a second time"),
-        ("1: a\n'1': b", "'1' stands here a second time"),
         ("? [a, b]\n: 1", "a key must be a single word"),
         ("- train", "holds a list; it must hold keys and values"),
         ("name: !!python/object/apply:os.system ['touch ran']", "is not valid YAML"),
         ("a: 1\n---\na: 2", "is not valid YAML"),
-        ("name: 2026-13-01", "cannot be understood"),
         ("train: &again {lr: *again}", "cannot be understood"),
-        ("train: {schedule: {milestones: &again [*again]}}", "cannot be written down"),
     ],
 )
 def test_a_file_that_is_not_plain_yaml_is_refused(tmp_path, monkeypatch, text, problem):
@@ -230,15 +188,13 @@ def test_a_file_that_is_not_plain_yaml_is_refused(tmp_path, monkeypatch, text, p
     said = message(write(tmp_path / "c.yaml", text))
     assert problem in said
     assert not Path("ran").exists()
-    if "written down" not in problem:
-        assert str(tmp_path / "c.yaml") in said
+    assert str(tmp_path / "c.yaml") in said
 
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):
     write(tmp_path / "quickstart.yaml", "seed: 1")
     said = message(tmp_path / "quikstart.yaml")
     assert said == f"there is no config file {tmp_path}/quikstart.yaml; did you mean {tmp_path}/quickstart.yaml?"
-    assert message(tmp_path / "no" / "x.yaml") == f"there is no config file {tmp_path}/no/x.yaml"
 
 
 def test_what_cannot_be_read_is_no_config(tmp_path):
@@ -246,14 +202,3 @@ def test_what_cannot_be_read_is_no_config(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00name")
     assert "cannot be read" in message(tmp_path / "c.yaml")
     assert message("train.epochs=[1, 2").startswith("the value in 'train.epochs=[1, 2' is not valid YAML")
-
-
-def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path):
-    assert load_config(str(write(tmp_path / "lr=3.yaml", "train: {lr: 3}"))).train.lr == 3.0
-
-
-def test_the_configuration_is_frozen_and_hashable():
-    config = load_config("train.schedule.milestones=[1, 2]")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 1
-    assert {config: 1}[load_config("train.schedule.milestones=[1, 2]")] == 1

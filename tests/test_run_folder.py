@@ -9,7 +9,7 @@ import torch
 from runs import save
 
 from densenet_dist.errors import CheckpointError, StorageError
-from densenet_dist.run_folder import RunFolder, join_location, split_location
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
 
 
@@ -63,11 +63,7 @@ def test_folders_are_published_fetched_and_removed_whole(storage):
     other.remove("tb")  # no error
     assert not other.exists("tb")
     assert not (other.path / "tb").exists()
-    third = RunFolder(storage, "run")
-    assert not third.exists("tb/events.1")
-    assert third.exists("single")
-    third.remove("single")
-    assert not third.exists("single")
+    assert RunFolder(storage, "run").exists("single")
 
 
 def test_checkpoints_travel(storage):
@@ -84,25 +80,21 @@ def test_checkpoints_travel(storage):
     assert best.metrics == {"val/top1": 0.9}
     fresh = RunFolder(storage, "run")
     assert fresh.names("checkpoints") == {"manifest.json", "step-00000002", "step-00000004"}
-    # And on from there, in another process' folder.
-    save(reader, snapshot(5, 0.95))
-    again = CheckpointStore(RunFolder(storage, "run"))
-    assert again.best == "step-00000005"
-    assert [entry.position.step for entry in again.entries] == [5]
-    again.run.remove("checkpoints/step-00000005")
+    # And on from there, in another process' folder; damage is found.
+    save(reader, snapshot(5, 0.1))
+    again = RunFolder(storage, "run")
+    again.write("checkpoints/step-00000005/model.safetensors", "damaged")
+    store = CheckpointStore(RunFolder(storage, "run"))
+    found = store.load_latest()
+    assert found is not None
+    assert found.position.step == 2
+    assert "step-00000005/model.safetensors is damaged" in store.damaged[0]
+    again.remove("checkpoints/step-00000002")
     with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
         CheckpointStore(RunFolder(storage, "run")).load_latest()
 
 
 # On a disk
-
-
-def test_a_path_is_taken_from_here_and_from_home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert RunFolder("runs", "a").path == tmp_path / "runs" / "a"
-    assert RunFolder("~/runs", "a").uri == str(tmp_path / "home" / "runs" / "a")
-    assert not RunFolder("runs", "a").is_remote
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path):
@@ -127,13 +119,8 @@ def test_a_full_disk_leaves_the_old_text(tmp_path):
 # On an object store
 
 
-def test_a_remote_folder_hides_its_query_and_works_in_a_folder_of_its_own(s3):
-    run = RunFolder(s3 % "/runs", "a")
-    assert (run.uri, run.is_remote) == ("s3://bucket/runs/a", True)
-    assert run.path != RunFolder(s3 % "/runs", "a").path
-
-
 def test_what_is_not_there_is_an_error(s3):
+    assert RunFolder(s3 % "/runs", "a").uri == "s3://bucket/runs/a"  # without the address' query
     with pytest.raises(StorageError, match=r"s3://nowhere/runs/a cannot be written") as caught:
         RunFolder((s3 % "/runs").replace("s3://bucket", "s3://nowhere"), "a").create()
     assert caught.value.exit_code == 5
@@ -142,29 +129,3 @@ def test_what_is_not_there_is_an_error(s3):
     for storage in ("s4://bucket/runs", "s3://bucket/runs?no_such_option=1", "://x"):
         with pytest.raises(StorageError, match="cannot be opened"):
             RunFolder(storage, "run")
-
-
-def test_damage_on_the_object_store_is_found(s3):
-    from pyarrow import fs
-
-    storage = s3 % f"/{uuid.uuid4().hex}"
-    store = CheckpointStore(RunFolder(storage, "run"), keep=2)
-    save(store, snapshot(1, 0.5))
-    save(store, snapshot(2, 0.9))
-    filesystem, prefix = fs.FileSystem.from_uri(storage)
-    name = f"{prefix}/run/checkpoints/step-00000002/model.safetensors"
-    with filesystem.open_input_stream(name) as stream:
-        content = bytearray(stream.read())
-    content[-1] ^= 1
-    with filesystem.open_output_stream(name) as stream:
-        stream.write(bytes(content))
-    again = CheckpointStore(RunFolder(storage, "run"), keep=2)
-    found = again.load_latest()
-    assert found is not None
-    assert found.position.step == 1
-    assert "step-00000002/model.safetensors is damaged" in again.damaged[0]
-
-
-def test_a_location_is_a_storage_and_a_name():
-    for location in ("/runs/a", "runs/a", "s3://bucket/a", "s3://bucket/path/a?scheme=http&region=x"):
-        assert join_location(*split_location(location)) == location

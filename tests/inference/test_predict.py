@@ -83,17 +83,15 @@ def test_kinds_of_pictures(tmp_path, photo):
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     photo.save(tmp_path / "a.png")
-    photo.save(tmp_path / "a.bmp")
     photo.save(tmp_path / "a.tiff")
     photo.save(tmp_path / "a.webp", lossless=True)
     photo.save(tmp_path / "a.jpg", quality=100, subsampling=0)
-    photo.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     photo.quantize(256).save(tmp_path / "a.gif")
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
     wanted = prepare(tmp_path / "a.png", 32, 1.0)
     assert wanted.shape == (3, 32, 32)
-    tolerance = {"a.jpg": 3, "cmyk.jpg": 8, "a.gif": 16}
+    tolerance = {"a.jpg": 3, "a.gif": 16}
     for file in sorted(tmp_path.iterdir()):
         found = prepare(file, 32, 1.0)
         assert (found - wanted).abs().max() <= tolerance.get(file.name, 0), file.name
@@ -106,22 +104,16 @@ def test_kinds_of_pictures(tmp_path, photo):
 
 def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     photo.save(tmp_path / "whole.png")
-    photo.save(tmp_path / "whole.jpg")
-    for name in ("png", "jpg"):
-        data = (tmp_path / f"whole.{name}").read_bytes()
-        (tmp_path / f"cut.{name}").write_bytes(data[: len(data) // 2])
-    (tmp_path / "empty.jpg").touch()
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("hello")
     photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(20)])
-    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tiff")
     os.mkfifo(tmp_path / "pipe.png")
-    names = ["cut.png", "cut.jpg", "empty.jpg", "text.png", "moving.gif", "float.tiff", "pipe.png", "none.png"]
+    names = ["cut.png", "text.png", "moving.gif", "pipe.png", "none.png"]
     found = list(load_classifier(original).stream([tmp_path / "whole.png", *(tmp_path / name for name in names)]))
     assert [type(item).__name__ for item in found] == ["Prediction"] + ["Unreadable"] * len(names)
     assert [item.reason for item in found[1:]] == [
-        "cut short or damaged", "cut short or damaged", "empty file", "not a picture", "an animation of 2 frames",
-        "grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits", "not a file",
-        "there is no such file",
+        "cut short or damaged", "not a picture", "an animation of 2 frames", "not a file", "there is no such file",
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: there is no such file"):
         load_classifier(original).predict([tmp_path / "cut.png", tmp_path / "whole.png", tmp_path / "none.png"])

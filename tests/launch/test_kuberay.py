@@ -123,15 +123,14 @@ def test_jobs_are_accepted_and_take_their_cluster_along_when_they_end(rendered, 
         assert (python, script, command) == ("python", "/app/launch/start.py", name.split("-")[1])
         file = str(root / source.removeprefix("/app/"))
         if command == "tune":
-            sweep = load_sweep(file, *settings)
-            run, data, cpus = sweep.settings, sweep.base["data"]["root"], sweep.settings.cpus_per_worker
+            run = load_sweep(file, *settings).settings
+            cpus = run.cpus_per_worker
         else:
             run = load_config(file, *settings)
-            data, cpus = run.data.root, run.cluster.cpus_per_worker
-            assert run.cluster.workers == workers["count"] * workers["gpus"]
+            cpus = run.cluster.cpus_per_worker
+            assert (run.cluster.workers, run.data.root) == (workers["count"] * workers["gpus"], values["data_root"])
             assert set(values["settings"]) <= set(settings)
-        assert run.name == resources[name]["metadata"]["name"]
-        assert (run.storage, data) == (values["storage"], values["data_root"])
+        assert (run.name, run.storage) == (resources[name]["metadata"]["name"], values["storage"])
         assert cpus * workers["gpus"] < workers["cpus"]  # room for all ranks of a worker, and for Ray itself
 
 

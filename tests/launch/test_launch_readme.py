@@ -1,4 +1,4 @@
-"""The commands of launch/README.md are Ray's and ours; tests/docs tries its links, paths and our own command lines."""
+"""The commands of launch/README.md are Ray's and ours; tests/docs tries the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shlex
 from pages import blocks
 from ray.scripts.scripts import cli as ray_cli
 
-from densenet_dist.cli import app
 from densenet_dist.config import load_config
 
 
@@ -27,15 +26,9 @@ def test_commands_are_rays_and_ours(root):
         if name == "job":
             command, rest = command.commands[rest[0]], rest[1:]
         command.make_context(name, list(rest))  # raises on an unknown option
-    submitted = [words[words.index("--") + 1 :] for words in commands if words[:3] == ["ray", "job", "submit"]]
-    for words in submitted:
-        assert words[:3] == ["python", "-m", "densenet_dist"]
-        assert words[3] in {command.name or command.callback.__name__ for command in app.registered_commands}
-        load_config(str(root / words[4]), *words[5:])
     batch = [words[words.index("launch/slurm/train.sbatch") + 1 :] for words in commands if words[0] == "sbatch"]
     for file, *settings in filter(None, batch):
         load_config(str(root / file), *settings)
-    assert len(submitted) >= 4
 
 
 def test_names_are_those_of_the_values(root, values):
