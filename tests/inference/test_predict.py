@@ -79,27 +79,16 @@ def test_classes_json_of_an_old_or_damaged_run(run, original, command):
 
 
 def test_kinds_of_pictures(tmp_path, photo):
-    """All are the same picture, as far as its file can hold it."""
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     photo.save(tmp_path / "a.png")
-    photo.save(tmp_path / "a.tiff")
-    photo.save(tmp_path / "a.webp", lossless=True)
-    photo.save(tmp_path / "a.jpg", quality=100, subsampling=0)
-    photo.convert("RGBA").save(tmp_path / "alpha.png")
-    photo.quantize(256).save(tmp_path / "a.gif")
-    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
     wanted = prepare(tmp_path / "a.png", 32, 1.0)
     assert wanted.shape == (3, 32, 32)
-    tolerance = {"a.jpg": 3, "a.gif": 16}
-    for file in sorted(tmp_path.iterdir()):
-        found = prepare(file, 32, 1.0)
-        assert (found - wanted).abs().max() <= tolerance.get(file.name, 0), file.name
+    for given in (photo, np.asarray(photo), torch.from_numpy(np.array(photo)).permute(2, 0, 1), photo.convert("RGBA")):
+        assert torch.equal(prepare(given, 32, 1.0), wanted)
+    photo.save(tmp_path / "a.webp", lossless=True)
+    assert torch.equal(prepare(tmp_path / "a.webp", 32, 1.0), wanted)
     grey = np.asarray(photo.convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert torch.equal(prepare(tmp_path / "16.png", 32, 1.0), prepare(grey, 32, 1.0))
-    for given in (photo, np.asarray(photo), torch.from_numpy(np.array(photo)).permute(2, 0, 1), photo.convert("RGBA")):
-        assert torch.equal(prepare(given, 32, 1.0), wanted)
 
 
 def test_pictures_that_cannot_be_used(tmp_path, photo, original):

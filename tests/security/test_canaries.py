@@ -66,18 +66,6 @@ def test_pickles_as_a_set_and_as_an_archive(canary, tmp_path, monkeypatch):
         load_dataset("cifar10", tmp_path / "binary", download=False)
 
 
-def test_pickles_as_pictures(canary, tmp_path, monkeypatch):
-    monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path / "cache"))
-    for name in ("a/1.png", "a/2.npy", "b/1.jpg", "b/2.pkl"):
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).write_bytes(canary)
-    for _ in range(2):  # then with a damaged cache of what was found
-        with pytest.raises(DataError, match="2 of 2 pictures"):
-            load_dataset("folder", tmp_path / "root", image_size=8)
-        for path in (tmp_path / "cache").rglob("*.json"):
-            path.write_bytes(canary)
-
-
 def test_pickles_as_configurations_and_as_the_records_of_runs_and_sweeps(canary, tmp_path):
     sweep = load_sweep(f"storage={tmp_path}", "name=sweep", "space.train.lr=[0.1, 0.2]")
     runs.train(runs.tiny(tmp_path / "sweep", "train.epochs=1", "name=trial-00001"))
