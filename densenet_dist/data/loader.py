@@ -270,7 +270,7 @@ class EvalLoader:
         pixels = _whatever_files_do(self._pixels, numbers, files, self._epochs.cache_clear)
         for number, images in zip(numbers, pixels, strict=True):
             start, stop = self._bounds(number)
-            batch = self._batch(number, images)
+            batch = Batch(images, self._request(number).tensor("labels", self._engine.device), stop - start)
             self.places = self._indices[start + self._rank : stop : self._world_size]
             if files is not None and len(files.unreadable):
                 batch = self._readable(batch, files)
@@ -293,10 +293,6 @@ class EvalLoader:
     def _request(self, number: int) -> Request:
         start, stop = self._bounds(number)
         return Request(self._epochs(0), (slice(start + self._rank, stop, self._world_size),))
-
-    def _batch(self, number: int, images: Tensor) -> Batch:
-        start, stop = self._bounds(number)
-        return Batch(images, self._request(number).tensor("labels", self._engine.device), stop - start)
 
     def _readable(self, batch: Batch, files: Substitutes) -> Batch:
         """The batch without what stands in for unreadable pictures: they are not counted, nor is another instead."""

@@ -81,10 +81,6 @@ def draw(draws: Array, image_size: int) -> Drawn:
 _Operation = Callable[[Drawn, npt.NDArray[np.int64], Array, Array, int], None]
 
 
-def _identity(drawn: Drawn, rows: npt.NDArray[np.int64], level: Array, signed: Array, image_size: int) -> None:
-    pass
-
-
 def _shear(axis: int) -> _Operation:
     def shear(drawn: Drawn, rows: npt.NDArray[np.int64], level: Array, signed: Array, image_size: int) -> None:
         # About the upper left corner, as in the paper's code.
@@ -124,7 +120,7 @@ def _bit_mask(level: Array, signed: Array) -> Array:
 
 
 OPERATIONS: dict[str, _Operation] = {
-    "identity": _identity,
+    "identity": lambda *_: None,
     "shear_x": _shear(0),
     "shear_y": _shear(1),
     "translate_x": _translate(0),
