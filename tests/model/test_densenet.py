@@ -1,6 +1,7 @@
 """The whole net: against its definition and torchvision, its names, its first weights, and the ways it is run."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,21 @@ from torch.nn import functional as F
 
 from densenet_dist.model import DenseNet, densenet
 
-Nets = Callable[..., DenseNet]
-Images = Callable[..., Tensor]
 VARIANTS = ["notebook", "densenet_bc", "densenet121"]
+
+
+def small(variant: str, **options: Any) -> DenseNet:
+    """Make a variant with 2 layers a block and 6 maps a layer unless told otherwise, from seeded weights."""
+    torch.manual_seed(0)
+    narrow: dict[str, Any] = {"growth_rate": 6, "num_layers": 2}
+    if variant == "notebook":
+        narrow["compression"] = 0.5
+    return densenet(variant, **{"num_classes": 10, **narrow, **options})
+
+
+def images(side: int = 32) -> Tensor:
+    """Draw four seeded images, float32, in the default memory format."""
+    return torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def definition(x: Tensor, params: dict[str, Tensor], *, num_layers: int, blocks: int, eps: float, head: str) -> Tensor:
@@ -49,9 +62,7 @@ def definition(x: Tensor, params: dict[str, Tensor], *, num_layers: int, blocks:
 @pytest.mark.parametrize(
     ("variant", "blocks", "eps", "head"), [("notebook", 4, 1e-3, "pool2"), ("densenet_bc", 3, 1e-5, "global")]
 )
-def test_logits_and_gradients_equal_the_definition(
-    variant: str, blocks: int, eps: float, head: str, form: str, small: Nets, images: Images
-) -> None:
+def test_logits_and_gradients_equal_the_definition(variant: str, blocks: int, eps: float, head: str, form: str) -> None:
     net = small(variant, block=form).double().train()
     with torch.no_grad():
         for p in net.parameters():  # Fresh batch norms and biases of 1 and 0 would hide an error in them.
@@ -72,7 +83,7 @@ def test_logits_and_gradients_equal_the_definition(
 
 
 @pytest.mark.parametrize("variant", ["densenet121", "densenet161"])
-def test_torchvision_weights_give_torchvision_logits(variant: str, images: Images) -> None:
+def test_torchvision_weights_give_torchvision_logits(variant: str) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(variant, weights=None, num_classes=10)
     with torch.no_grad():
@@ -88,7 +99,7 @@ def test_torchvision_weights_give_torchvision_logits(variant: str, images: Image
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_names_of_the_state(small: Nets) -> None:
+def test_names_of_the_state() -> None:
     """Names are a promise to every checkpoint: only with a way to load the old ones may they change."""
 
     def norm(name: str) -> list[str]:
@@ -119,7 +130,7 @@ def fans(weight: Tensor) -> tuple[int, int]:
     return weight.shape[1] * area, weight.shape[0] * area
 
 
-def test_glorot_uniform(small: Nets) -> None:
+def test_glorot_uniform() -> None:
     net = small("notebook", growth_rate=24)
     weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert len(weights) == 1 + 4 * 2 + 3 + 1
@@ -134,7 +145,7 @@ def test_glorot_uniform(small: Nets) -> None:
 
 
 @pytest.mark.parametrize(("variant", "fan"), [("densenet_bc", 1), ("densenet121", 0)])
-def test_he_normal(variant: str, fan: int, small: Nets) -> None:
+def test_he_normal(variant: str, fan: int) -> None:
     """The paper's Torch code divides by the outputs, torchvision by the inputs."""
     net = small(variant, growth_rate=24)
     convs = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)]
@@ -153,7 +164,7 @@ def children(module: nn.Module) -> list[str]:
     return [type(m).__name__ for m in module.modules() if not list(m.children())]
 
 
-def test_dropout_follows_every_convolution_but_the_first(small: Nets) -> None:
+def test_dropout_follows_every_convolution_but_the_first() -> None:
     layer = ["BatchNorm2d", "ReLU", "Conv2d", "Dropout"]
     transition = [*layer, "AvgPool2d"]
     notebook = small("notebook", num_layers=[2, 1], drop_rate=0.3)
@@ -187,7 +198,7 @@ def watch_memory_format(net: DenseNet) -> list[str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_maps_weights_and_gradients_stay_in_channels_last(variant: str, small: Nets, images: Images) -> None:
+def test_maps_weights_and_gradients_stay_in_channels_last(variant: str) -> None:
     """Were a gradient laid out otherwise than its weight, DDP would copy it into its bucket at every step."""
     net = small(variant, drop_rate=0.2).train()
     offenders, x = watch_memory_format(net), images(side_of(variant))
@@ -210,7 +221,7 @@ on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), r
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["notebook", "densenet_bc"])
-def test_autocast(variant: str, dtype: torch.dtype, device: str, small: Nets, images: Images) -> None:
+def test_autocast(variant: str, dtype: torch.dtype, device: str) -> None:
     net = small(variant).to(device).train()
     dtypes: set[torch.dtype] = set()
     for module in net.modules():
@@ -253,9 +264,7 @@ def training_step(net: Callable[[Tensor], Tensor], weights: nn.Module, x: Tensor
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # Inductor's own use
-def test_compiles_into_one_graph(
-    variant: str, form: str, drop_rate: float, backend: str, small: Nets, images: Images
-) -> None:
+def test_compiles_into_one_graph(variant: str, form: str, drop_rate: float, backend: str) -> None:
     compiled, eager = (small(variant, num_layers=[2, 1], block=form, drop_rate=drop_rate).train() for _ in range(2))
     torch.compiler.reset()
     expected = training_step(eager, eager, images())

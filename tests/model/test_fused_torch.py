@@ -116,20 +116,6 @@ def test_a_compiled_net_is_the_same() -> None:
     assert counter.frame_count == 3
 
 
-def test_a_compiled_and_checkpointed_block_drops_the_same_twice() -> None:
-    """What is dropped shows in the output; the gradient must be of that."""
-    model, eager = block(drop_rate=0.3, layers=3), block(drop_rate=0.3, layers=3)
-    torch._dynamo.reset()
-    run = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
-    found = take_step(model, small_maps(4), call=run)
-    masks = iter([(found["y"][:, 3 + 2 * layer : 5 + 2 * layer] != 0).clone() for layer in range(3)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_block, "_dropout_mask", lambda *_: next(masks))
-        expected = take_step(eager, small_maps(4))
-    assert 0 < (found["y"][:, 3:] == 0).double().mean() < 1
-    assert_same(without_statistics(found), without_statistics(expected))
-
-
 def without_statistics(found: Found) -> Found:
     return {name: tensor for name, tensor in found.items() if "running" not in name and "num_" not in name}
 
@@ -161,20 +147,6 @@ def test_a_second_derivative_is_refused() -> None:
     (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"dense_block_backward.*no autograd formula"):
         first.sum().backward()
-
-
-@both_kinds
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_it_is_the_same(bn_size: int | None, context: Any) -> None:
-    for training in (True, False):
-        results = []
-        for form in ("reference", "fused"):
-            model = block(form, bn_size=bn_size).train(training)
-            with context():
-                y = model(small_maps())
-            assert not y.requires_grad
-            results.append({"y": y.clone(), **{n: b.clone() for n, b in model.named_buffers()}})
-        assert_same(results[1], results[0])
 
 
 def test_the_output_of_a_frozen_net_needs_no_gradient() -> None:

@@ -28,13 +28,11 @@ def problems_of(variant: str, **options: Any) -> list[str]:
         ("notebook", {}, 3_532_210, 25_480, "3.5M"),
         ("notebook", {"num_layers": 15, "num_classes": 100}, 5_613_925, 38_080, "5.6M"),
         ("densenet", {"depth": 40, "growth_rate": 12}, 1_019_722, 18_096, "1.0M"),
-        ("densenet", {"depth": 100, "growth_rate": 24}, 27_249_082, 231_264, "27.2M"),
         ("densenet_bc", {"depth": 100, "growth_rate": 12}, 769_162, 23_988, "0.8M"),
         ("densenet_bc", {"depth": 190, "growth_rate": 40}, 25_624_430, 256_960, "25.6M"),
         # torchvision documents these as `num_params` of its weights.
         ("densenet121", {"num_classes": 1000, "image_size": 224}, 7_978_856, 83_648, "8.0M"),
         ("densenet161", {"num_classes": 1000, "image_size": 224}, 28_681_000, 219_936, "28.7M"),
-        ("densenet201", {"num_classes": 1000, "image_size": 224}, 20_013_928, 229_056, "20.0M"),
     ],
 )
 def test_exact_size(variant: str, options: dict[str, Any], trainable: int, statistics: int, published: str) -> None:
@@ -75,24 +73,13 @@ def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) ->
     [
         ("densnet", {}, "model.variant: there is no 'densnet'; choose from notebook, densenet, densenet_bc, "),
         ("notebook", {"growth_rate": 0}, "model.growth_rate: 0 is too small; it must be at least 1"),
-        (
-            "densenet",
-            {"num_layers": 0},
-            "model.num_layers: [0, 0, 0] does not give every block a layer; give one whole",
-        ),
         ("notebook", {"compression": float("nan")}, "model.compression: nan is out of range; it must be more than 0"),
         ("notebook", {"compression": 0.02}, "model.compression: 0.02 of 35 channels leaves none after block 1; 0.0286"),
-        ("notebook", {"drop_rate": 1.0}, "model.drop_rate: 1.0 is out of range; it must be at least 0 and less than 1"),
         (
             "densenet",
             {"depth": 41},
             "model.depth: 41 makes no densenet, whose depth - 4 must be a multiple of 3; "
             "40 and 43 are the nearest that fit",
-        ),
-        (
-            "densenet_bc",
-            {"depth": 4},
-            "model.depth: 4 makes no densenet_bc, whose depth - 4 must be a multiple of 6; 10",
         ),
         ("densenet", {"depth": 40, "num_layers": 12}, "model.depth: it is given together with model.num_layers"),
         ("notebook", {"depth": 40}, "model.depth: notebook is not named by its depth; give model.num_layers instead"),
@@ -102,7 +89,6 @@ def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) ->
             "model.num_layers: images of 32x32 are too small for 7 blocks: 0x0 would remain in the last one, "
             "which needs 2x2; use at most 5 blocks or images of at least 128x128",
         ),
-        ("notebook", {"block": "fast"}, "model.block: there is no 'fast'; choose from reference, fused, auto"),
     ],
 )
 def test_problem_is_named(variant: str, options: dict[str, Any], problem: str) -> None:

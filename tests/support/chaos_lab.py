@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from ray_runs import is_ray_process, kill_tree, records
 
 TINY = (
     *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),
@@ -104,13 +105,9 @@ class Started:
         return self.wait_until(lambda: text in self.text, repr(text), seconds)
 
     def workers(self) -> list[psutil.Process]:
-        """Ray Train's workers below it, oldest first."""
-        found = []
-        for each in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if "RayTrainWorker" in " ".join(each.cmdline()):
-                    found.append((each.create_time(), each.pid, each))
-        return [each for *_, each in sorted(found)]
+        """Ray Train's workers below it."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in children if is_ray_process(each, "RayTrainWorker")]
 
     def interrupt(self, number: int = signal.SIGTERM) -> float:
         """Send a signal and wait for the end, with the exit code of that signal; how long it took."""
@@ -121,11 +118,7 @@ class Started:
 
     def kill_all(self) -> None:
         """Kill all its processes at once, as a power cut would."""
-        if self.process.poll() is None:
-            for each in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-        self.process.wait()
+        kill_tree(self.process)
 
 
 def cases(expected: str, *rows: tuple[Any, ...]) -> list[Any]:
@@ -250,12 +243,6 @@ def manifest(folder: Path) -> dict[str, Any]:
 def all_records(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The same without what depends on the clock."""
-    lines = all_records(folder)
-    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
