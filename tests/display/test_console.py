@@ -57,7 +57,7 @@ os._exit(0)
 
 
 def shown(script: str, columns: int, **env: str) -> str:
-    code, text = on_terminal([sys.executable, "-c", SCRIPT + script], columns, env=ENV | env)
+    code, text = on_terminal([sys.executable, "-c", SCRIPT + script], columns, ENV | env)
     assert code == 0, text
     return text
 
@@ -137,9 +137,10 @@ def test_a_line_is_sent_at_once_and_a_run_outlives_its_reader(script):
 
 
 def test_a_terminal_shows_bars_figures_and_the_best():
-    screen = Screen(100).write(shown("console(epoch)\n" + WATCHED, 100))
+    screen = Screen(shown("console(epoch)\n" + WATCHED, 100))
     assert screen.hidden
     epoch, run, figures = screen.lines[-3:]
+    assert max(len(epoch), len(run)) <= 100
     assert re.fullmatch(r"epoch 8/90 [━╸╺ ]{40} +200/704 4:12 left\s*", epoch)
     assert re.fullmatch(r"run +[━╸╺ ]{40} +8 % [\d:]+ left\s*", run)
     assert figures == "128 images/s  loss 1.500  top-1 62.50%  best 43.21% (epoch 7)"
@@ -148,8 +149,9 @@ def test_a_terminal_shows_bars_figures_and_the_best():
 
 
 def test_a_narrow_terminal_gets_numbers():
-    lines = Screen(40).write(shown("console(epoch)\n" + WATCHED, 40)).lines
+    lines = Screen(shown("console(epoch)\n" + WATCHED, 40)).lines
     epoch, run, *figures = lines[-4:]
+    assert max(len(epoch), len(run)) <= 40
     assert re.fullmatch(r"epoch 8/90 200/704 4:12 left", epoch)
     assert re.fullmatch(r"run +8 % [\d:]+ left", run)
     assert figures == ["128 images/s  loss 1.500  top-1 62.50%", "best 43.21% (epoch 7)"]
@@ -161,11 +163,11 @@ def test_at_the_end_the_live_lines_are_gone_and_paths_are_links():
     web = "http://mlflow:5000/#/experiments/1/runs/2"
     script = "from densenet_dist.display.ending import Ending\nconsole(progress)\nconsole(epoch)\n"
     script += f"console.finish(Ending('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
-    screen = Screen(80).write(shown(script, 80))
+    screen = Screen(shown(script, 80))
     assert not screen.hidden
     assert not any("200/704" in line for line in screen.lines)
     assert screen.links["/a b/run/report.html"] == "file:///a%20b/run/report.html"
-    assert Screen(80).write(shown(script.replace("/a b/run", "s3://bucket/runs/k"), 80)).links == {web: web}
+    assert Screen(shown(script.replace("/a b/run", "s3://bucket/runs/k"), 80)).links == {web: web}
 
 
 def test_no_colours_where_none_are_wanted_and_no_sequences_for_a_dumb_terminal():

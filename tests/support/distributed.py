@@ -1,4 +1,4 @@
-"""Runs functions of a test module in real processes: one by itself, or several joined by gloo."""
+"""Runs a function of a test module in several processes, joined by gloo."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +34,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the first failing rank's number and traceback.
     """
-    with tempfile.TemporaryDirectory() as folder, _server():
-        start_processes(
-            _rank_main, (world_size, folder, *_address(function), args), world_size, start_method="forkserver"
-        )
+    # A server that has imported torch already forks a process in an instant; spawning one takes seconds.
+    preload = ["densenet_dist.train.engine", "torch.utils.tensorboard", "torchvision.utils"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    # pytest's importlib mode gives test modules names that no other process can import: go by the file.
+    home = sys.modules[function.__module__].__file__
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world_size, folder, home, function.__name__, args)
+        start_processes(_rank_main, arguments, world_size, start_method="forkserver")
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
 def _rank_main(rank: int, world_size: int, folder: str, home: str, name: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", TIMEOUT, world_size, rank)
     try:
         result = _main(home, name, args)
@@ -58,7 +62,6 @@ def _rank_main(rank: int, world_size: int, folder: str, home: str, name: str, ar
 
 
 def _main(home: str, name: str, args: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("test_module", home)
     assert spec is not None
     assert spec.loader is not None
@@ -66,26 +69,3 @@ def _main(home: str, name: str, args: tuple[Any, ...]) -> Any:
     sys.modules["test_module"] = module
     spec.loader.exec_module(module)
     return getattr(module, name)(*args)
-
-
-def _address(function: Callable[..., Any]) -> tuple[str, str]:
-    # pytest's importlib mode gives test modules names that no other process can import: go by the file.
-    return str(sys.modules[function.__module__].__file__), function.__name__
-
-
-@contextmanager
-def _server() -> Iterator[ForkServerContext]:
-    """A server that has imported torch already forks a process in an instant; spawning one takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["densenet_dist.train.engine", "torch.utils.tensorboard", "torchvision.utils"])
-    variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield context
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray_runs
 import torch
 import torch.distributed as dist
 
 from densenet_dist.config import load_config, to_yaml
-from densenet_dist.run_folder import CONFIG_FILE, METRICS_FILE, RunFolder
+from densenet_dist.run_folder import CONFIG_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Snapshot
@@ -29,7 +29,6 @@ TINY = {
     "cluster": {"engine": "local", "device": "cpu"},
 }
 STEPS_PER_EPOCH = 5
-TIMES = ("time", "seconds", "perf/", "goodput/", "train_seconds")
 
 
 def tiny(storage: Path | str, *settings: str) -> Config:
@@ -75,8 +74,7 @@ def next_second() -> None:
 
 def records(config: Config) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
-    lines = (run_of(config).path / METRICS_FILE).read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(TIMES)} for line in lines]
+    return ray_runs.records(run_of(config).path)
 
 
 def weights_of(config: Config) -> dict[str, dict[str, bytes]]:

@@ -26,11 +26,7 @@ def state(job: Job) -> dict[str, torch.Tensor]:
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    torch.testing.assert_close(dict(found), dict(expected), rtol=tolerance, atol=tolerance)
 
 
 COMMON = {"lr": 0.005, "weight_decay": 0.01, "foreach": False}
