@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from chaos_lab import LOCAL, STEPS, Lab, cases, manifest
+from runs import job_of, run_of
 
 from densenet_dist.config import load_config
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import train_step
 from densenet_dist.train.job import Job
 from densenet_dist.train.keeping import after_step
@@ -172,11 +170,10 @@ def test_ray_state_torn(lab: Lab) -> None:
 
 def notebook_job(lab: Lab) -> Job:
     """A job with the notebook's model of 3.5 million parameters, on this machine's CPU."""
-    run = RunFolder(str(lab.folder), "cost")
-    run.create()
-    overrides = ("train.global_batch_size=16", "data.limit=8000", "data.loader=torch", "data.val_fraction=0")
-    config = load_config({"name": "cost", "model": {"variant": "notebook"}, "data": {"name": "shapes"}}, *overrides)
-    return build_job(config, LocalContext(run, torch.device("cpu")))
+    settings = ("name=cost", f"storage={lab.folder}", "model.variant=notebook", "data.name=shapes", "data.limit=8000")
+    config = load_config(*settings, "train.global_batch_size=16", "data.loader=torch", "data.val_fraction=0")
+    run_of(config).create()
+    return job_of(config)
 
 
 @pytest.mark.fault(
@@ -191,7 +188,7 @@ def test_cost(lab: Lab) -> None:
         job.saver.save(job.snapshot())
         pauses.append(1000 * (time.perf_counter() - began))
         job.saver.wait()  # as with every_steps=auto, there is time to write between two of them
-    job.close()
+    job.saver.close()
     assert max(pauses) < 50, f"a pause of {max(pauses):.0f} ms"
     lab.observe(f"{sorted(pauses)[10]:.0f} ms (median), {max(pauses):.0f} ms at most", 20)
 
@@ -210,7 +207,7 @@ def test_cost_of_auto(lab: Lab) -> None:
             break
     job.saver.wait()
     share, saved = job.saver.spent / (time.perf_counter() - began), job.context.pulse.saved
-    job.close()
+    job.saver.close()
     assert saved >= 3, f"only {saved} checkpoints were written"
     assert share < 0.01, f"{share:.2%} of the time"
     lab.observe(f"{share:.2%} for {saved} checkpoints", saved)
