@@ -36,13 +36,6 @@ def visible(root: Path) -> list[str]:
 
 
 class TestExtract:
-    def test_gives_the_official_files(self, toy: Toy, tmp_path: Path) -> None:
-        toy.write_archive(tmp_path / toy.spec.archive)
-        load(tmp_path)
-        assert visible(tmp_path) == [toy.spec.folder, toy.spec.archive]
-        folder = tmp_path / toy.spec.folder
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == toy.files
-
     def test_truncated(self, toy: Toy, tmp_path: Path) -> None:
         path = toy.write_archive(tmp_path / toy.spec.archive)
         for keep in (0.99, 0.5, 0):

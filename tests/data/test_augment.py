@@ -20,7 +20,6 @@ from densenet_dist.data.plan import Stream, random_words, unit_floats
 from densenet_dist.data.trivial_augment import OPERATIONS, STRENGTHS, Tone
 
 NAMES = ("window", "affine", "tone", "strength", "hole", "blend", "box", "own")
-KINDS = [Augmentation(geometry, trivial_augment=True, cutout=8, mixup=0.2, cutmix=1.0) for geometry in GEOMETRIES]
 AWKWARD = [(1, 1), (1, 2), (2, 1), (3, 4), (1, 500), (500, 1), (7, 300), (32, 32), (500, 375), (375, 500), (4000, 3000)]
 
 
@@ -53,17 +52,6 @@ class TestGolden:
         assert (sha(mixed.box), sha(mixed.blend)) == ("5b0e4cdcc11f2745", "939d29279ea5332a")
         assert sha(mixed.own) == "68dd32dea8504aaf"
 
-    def test_what_may_differ_in_the_last_bit_from_one_processor_to_another(self) -> None:
-        warp = self.drawn("notebook").affine[999]
-        expected = [[0.9585915, -0.2036316, 2.2412117], [0.1992568, 0.9796378, 4.5123806]]
-        np.testing.assert_allclose(warp, expected, rtol=0, atol=1e-6)
-        trivial = self.drawn(trivial_augment=True)
-        np.testing.assert_allclose(trivial.strength[[4, 6, 11]], [1.033, 0.505, 0.307], rtol=0, atol=1e-6)
-        sheared, turned = [[1, 0, 0], [-0.957, 1, -15.312]], [[0.98768836, -0.15643446, 0], [0.15643446, 0.98768836, 0]]
-        np.testing.assert_allclose(trivial.affine[:2], [sheared, turned], rtol=0, atol=1e-6)
-        expected = [9.8846841e-01, 1.4734104e-08, 2.3793699e-02, 6.1887358e-03, 4.2824424e-03]
-        np.testing.assert_allclose(self.drawn(mixup=0.2).own[:5], expected, rtol=1e-5)
-
 
 class TestAlternatingFlip:
     """Jordan 2024, arXiv:2404.00498, section 3.6."""
@@ -84,45 +72,17 @@ class TestAlternatingFlip:
 
 
 class TestDraw:
-    @pytest.mark.parametrize("files", [False, True])
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
-    def test_depends_on_seed_epoch_and_index_alone(self, kind: Augmentation, files: bool) -> None:
+    def test_depends_on_seed_epoch_and_index_alone(self) -> None:
+        kind = Augmentation("random_resized_crop", trivial_augment=True, cutout=8, mixup=0.2, cutmix=1.0)
         few, many, later, other = (
-            draw(kind, seed, epoch, count, 32, picture_sizes(500)[:count] if files else None)
+            draw(kind, seed, epoch, count, 32, picture_sizes(500)[:count])
             for seed, epoch, count in [(1, 2, 20), (1, 2, 500), (1, 3, 20), (2, 2, 20)]
         )
-        assert few.padding == many.padding == later.padding == other.padding
-        varying = 0
         for name in NAMES:
-            arrays = [getattr(found, name) for found in (few, many, later, other)]
-            if arrays[0] is None:
-                assert arrays == [None] * 4
-                continue
-            assert len(arrays[0]) == 20
-            assert np.array_equal(arrays[0], arrays[1][:20])
-            # A share or a window may be the same for all images, whatever the draws.
-            constant = np.array_equal(arrays[0], arrays[2])
-            assert constant == np.array_equal(arrays[0], arrays[3])
-            varying += not constant
-        assert varying >= (kind.geometry != "none") + 3
-
-    def test_streams_are_independent(self) -> None:
-        """Switching one augmentation on changes nothing of the others."""
-        geometry = "random_resized_crop"
-        sizes = picture_sizes(50)
-        alone = {
-            "window": Augmentation(geometry),
-            "hole": Augmentation(cutout=8),
-            **dict.fromkeys(("tone", "strength"), Augmentation(trivial_augment=True)),
-            **dict.fromkeys(("blend", "box", "own"), Augmentation(mixup=0.2, cutmix=1.0)),
-        }
-        everything = Augmentation(geometry, trivial_augment=True, cutout=8, mixup=0.2, cutmix=1.0)
-        together = draw(everything, 5, 6, 50, 32, sizes)
-        for name, kind in alone.items():
-            assert np.array_equal(getattr(together, name), getattr(draw(kind, 5, 6, 50, 32, sizes), name)), name
-        without = draw(Augmentation(geometry, cutout=8, mixup=0.2, cutmix=1.0), 5, 6, 50, 32, sizes)
-        plain = draw(Augmentation(geometry), 5, 6, 50, 32, sizes)
-        assert np.array_equal(without.affine, plain.affine)
+            expected = getattr(few, name)
+            assert np.array_equal(expected, getattr(many, name)[:20])
+            assert not np.array_equal(expected, getattr(later, name))
+            assert not np.array_equal(expected, getattr(other, name))
 
 
 class TestWindows:
@@ -207,9 +167,6 @@ def by_torchvision(image: npt.NDArray[np.float64], name: str, magnitude: float) 
 
 
 class TestTrivialAugment:
-    def test_operations_are_torchvisions(self) -> None:
-        assert [name.replace("_", "") for name in OURS] == [name.lower() for name in THEIRS]
-
     @pytest.mark.parametrize(("sign", "size"), [(1, 32), (-1, 27)])
     @pytest.mark.parametrize("name", OURS[:6])
     def test_geometry_is_torchvisions(self, name: str, sign: int, size: int) -> None:

@@ -106,13 +106,6 @@ def test_downloads_extracts_and_keeps_the_archive(
     assert server.asked == 1
 
 
-def test_a_mirror_may_be_a_file(toy: Toy, root: Path, tmp_path: Path) -> None:
-    mirror = toy.write_archive(tmp_path / "mirror.tar.gz")
-    load_dataset("cifar10", root, url=mirror.as_uri())
-    with pytest.raises(DataError, match=r"cannot download CIFAR-10 from file://.*No such file"):
-        load_dataset("cifar10", tmp_path / "other", url=(tmp_path / "missing.tar.gz").as_uri())
-
-
 @pytest.mark.parametrize("fault", [status(503), reset, whole(cut=1000)])
 def test_tries_again_where_that_may_help(server: Server, root: Path, waits: list[float], fault: Answer) -> None:
     server.plan = [fault, fault]

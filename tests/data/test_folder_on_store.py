@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from s3_store import Store, four_at_once
+from s3_store import Store
 
 from densenet_dist.data import remote_folder
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
@@ -16,15 +16,6 @@ from densenet_dist.data.store import cache_of
 from densenet_dist.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-LOAD = """
-import json, sys
-from densenet_dist.data.datasets import load_dataset
-print("ready", flush=True)
-sys.stdin.readline()
-images = load_dataset("folder", sys.argv[1], image_size=16).train.images
-print(json.dumps(sorted([*images.names])))
-"""
 
 
 def picture(seed: int) -> bytes:
@@ -103,11 +94,6 @@ class TestSync:
         assert set(sync(store)) == {*photos, "cat/raw.NEF"}
         with pytest.raises(DataError, match=r"cat/raw\.NEF: NEF is not supported"):
             prepare_dataset("folder", store.uri, progress=False)
-
-    @pytest.mark.nightly
-    def test_once_a_node(self, store: Store, photos: dict[str, bytes]) -> None:
-        assert len(set(four_at_once(LOAD, store.uri))) == 1
-        assert taken(store) == sorted(photos)
 
     def test_who_waited_takes_what_was_found(self, store: Store, photos: dict[str, bytes]) -> None:
         """Their node has just been brought up to date: a million pictures are not listed by every worker."""

@@ -4,18 +4,8 @@ import numpy as np
 import pytest
 
 from densenet_dist.data import shapes
-from densenet_dist.data.datasets import load_dataset
 
 MEANS = [66.648, 180.464, 149.284, 90.747, 92.508, 206.532, 174.726, 92.961, 146.889, 92.018]
-
-
-def test_form() -> None:
-    dataset = load_dataset("shapes", "unused", limit=500)
-    assert dataset.train.images.shape == dataset.test.images.shape == (500, 32, 32, 3)
-    assert dataset.train.images.dtype == np.uint8
-    assert dataset.train.labels.dtype == np.int64
-    assert np.bincount(dataset.train.labels).tolist() == [50] * 10
-    assert (dataset.num_classes, dataset.image_size, len(set(dataset.class_names))) == (10, 32, 10)
 
 
 def test_an_image_depends_on_seed_part_and_number_alone() -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl and TensorBoard; in a browser: test_tensorboard_browser.py."""
+"""What a run leaves to read: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from densenet_dist.schema import ModelConfig
 from densenet_dist.train.board import Board
 from densenet_dist.train.board_graph import model_graph
 from densenet_dist.train.environment import describe_environment, git_commit
-from densenet_dist.train.logs import best_scalars
 from densenet_dist.train.network import build_model
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
@@ -134,14 +133,6 @@ def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anyth
     assert (micro[5, 0], macro[5, 0]) == (1, 1)  # all are found where all is claimed
     assert micro[4, 0] == pytest.approx(1 / 12)
     assert macro[4, 0] == pytest.approx(1 / 11)  # a class without images has no curve
-
-
-def test_the_best_epoch_so_far_is_kept():
-    records = [{"epoch": 1, "train/loss": 3.0}]
-    assert best_scalars(records, "val/loss") == {}
-    records += [{"epoch": e, "val/loss": loss, "val/top1": e / 10} for e, loss in ((2, 2.0), (3, 2.5), (4, 2.0))]
-    assert best_scalars(records, "val/loss") == {"best/epoch": 2, "best/val_loss": 2.0, "best/val_top1": 0.2}
-    assert best_scalars(records, "val/top1")["best/epoch"] == 4
 
 
 @pytest.mark.parametrize(("variant", "side"), [("notebook", 32), ("densenet121", 64)])

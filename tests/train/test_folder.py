@@ -14,7 +14,6 @@ from runs import job_of, records, tiny, train
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.cli import main
-from densenet_dist.errors import DataError
 from densenet_dist.train.evaluation import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -88,16 +87,6 @@ def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(p
     assert "1 picture cannot be used and is left out" in notes
     assert "cat/empty.jpg: empty file" in notes
     assert f"{len(broken)} pictures can no longer be read; others of their classes stand in for them" in notes
-
-
-def test_a_broken_picture_ends_a_run_that_was_not_told_to_skip(photos, tmp_path):
-    def listen(event: dict[str, Any]) -> None:
-        if event["kind"] == "start":
-            for path in (photos / "cat").iterdir():
-                path.write_bytes(b"")
-
-    with pytest.raises(DataError, match=r"(?s)can no longer be read.*cat.*empty file.*data.on_bad_image=skip"):
-        train(tiny(tmp_path / "runs", *settings(photos)), listener=listen)
 
 
 def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path):

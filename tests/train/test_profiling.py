@@ -25,31 +25,26 @@ def profiles(config) -> dict[str, list[int]]:
     return found
 
 
-def test_a_profile_has_its_steps_and_changes_nothing(tmp_path):
-    settings = ("train.epochs=2", "model.drop_rate=0.1")
-    plain, config = tiny(tmp_path / "plain", *settings), tiny(tmp_path, *settings, "train.profile=[3, 7]")
+def test_a_profile_has_its_steps_changes_nothing_and_goes_on_in_a_resumed_run(tmp_path):
+    settings = ("train.epochs=3", "model.drop_rate=0.1")
+    plain, config = tiny(tmp_path / "plain", *settings), tiny(tmp_path, *settings, "train.profile=[3, 12]")
     notes = []
-    train(plain)
-    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
-    assert profiles(config) == {"steps-3-5": [3, 4], "steps-5-7": [5, 6]}  # a part ends with its epoch
-    assert weights_of(plain) == weights_of(config)
-    table = (run_of(config).path / "profile" / "steps-3-5.txt").read_text()
-    assert table.startswith("2 steps on cpu")
-    assert any(f"{run_of(config).uri}/profile/steps-3-5.trace.json.gz" in note for note in notes)
-
-
-def test_a_resumed_run_profiles_what_is_left_of_the_range(tmp_path):
-    config = tiny(tmp_path, "train.epochs=2", "train.profile=[2, 7]")
 
     def stop_after_an_epoch(event):
         if event["kind"] == "epoch":
             raise KeyboardInterrupt
 
+    train(plain)
     with pytest.raises(KeyboardInterrupt):
         train(config, listener=stop_after_an_epoch)
-    assert profiles(config) == {"steps-2-5": [2, 3, 4]}
-    train(config)
-    assert profiles(config) == {"steps-2-5": [2, 3, 4], "steps-5-7": [5, 6]}
+    assert profiles(config) == {"steps-3-5": [3, 4]}
+    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
+    # A part ends with its epoch.
+    assert profiles(config) == {"steps-3-5": [3, 4], "steps-5-10": [5, 6, 7, 8, 9], "steps-10-12": [10, 11]}
+    assert weights_of(plain) == weights_of(config)
+    table = (run_of(config).path / "profile" / "steps-3-5.txt").read_text()
+    assert table.startswith("2 steps on cpu")
+    assert any(f"{run_of(config).uri}/profile/steps-5-10.trace.json.gz" in note for note in notes)
 
 
 def test_steps_that_never_come_and_what_is_no_range_of_up_to_100_steps_are_refused(tmp_path):

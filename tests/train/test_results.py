@@ -20,7 +20,7 @@ from densenet_dist.train import results as module
 from densenet_dist.train.engine import evaluate_test_set
 from densenet_dist.train.evaluation import prepare_evaluation
 from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.results import BINS, THRESHOLDS, ResultsAccumulator, read_test_results
+from densenet_dist.train.results import BINS, THRESHOLDS, read_test_results
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,6 @@ def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
     one, other = metrics_of(labels), metrics_of(labels.roll(1))
     mixed = metrics_of(0.7 * F.one_hot(labels, 10).float() + 0.3 * F.one_hot(labels.roll(1), 10).float())
     assert mixed == pytest.approx({name: 0.7 * one[name] + 0.3 * other[name] for name in one}, rel=1e-5)
-
-
-def test_a_confidence_on_an_edge_is_in_the_bin_below():
-    accumulator = ResultsAccumulator(2)
-    accumulator.update(torch.tensor([[0.0, 0.0], [800.0, 0.0]]).double(), torch.tensor([0, 0]), np.arange(2))
-    images, confidence, correct = accumulator.calibration.tolist()
-    assert [b for b, count in enumerate(images) if count] == [7, 14]  # 0.5 in (7/15, 8/15], 1 in (14/15, 1]
-    assert (sum(confidence), sum(correct)) == (1.5, 2)
 
 
 def test_two_ranks_together_have_the_results_of_one(run):
