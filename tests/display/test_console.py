@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
-from terminal import Screen, on_terminal
 
 from densenet_dist.display.console import Console, epoch_line
 from densenet_dist.display.ending import Ending
@@ -48,6 +51,7 @@ SCRIPT = f"{EVENTS}console = Console()\nconsole(start)\n"
 JSON = f"{EVENTS}console = RunJsonLines()\nconsole.__enter__()\nos.system('echo a shell')\nconsole(start)\n"
 ENV = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
 ENV |= {"TERM": "xterm-256color"}
+HIDE_CURSOR, SHOW_CURSOR, ERASE, ERASE_ABOVE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K", "\x1b[1A\x1b[2K"
 WATCHED = """
 console({**progress, 'global_step': 5000})
 console(progress)
@@ -57,9 +61,38 @@ os._exit(0)
 
 
 def shown(script: str, columns: int, **env: str) -> str:
-    code, text = on_terminal([sys.executable, "-c", SCRIPT + script], columns, ENV | env)
-    assert code == 0, text
+    """All that a script writes to a terminal of that width, escape sequences included."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + script], env=ENV | env, start_new_session=True, **streams
+    )
+    os.close(theirs)
+    written = b""
+    try:
+        while piece := os.read(ours, 65536):
+            written += piece
+    except OSError:
+        pass  # how Linux says that nobody holds the other end any more
+    except BaseException:  # the test's time is over
+        process.kill()
+        raise
+    finally:
+        os.close(ours)
+    text = written.decode()
+    assert process.wait() == 0, text
     return text
+
+
+def plain(text: str) -> list[str]:
+    """The lines of a text, without colours."""
+    return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+
+
+def links(text: str) -> dict[str, str]:
+    """The texts that can be clicked, with their addresses."""
+    return {shown: address for address, shown in re.findall(r"\x1b\]8;[^;]*;(.+?)\x1b\\(.*?)\x1b\]8;;", text)}
 
 
 # Lines
@@ -85,6 +118,7 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
     assert lines[2] == "resumed after step 4224, in epoch 7"
     assert re.fullmatch(re.escape(line) + r"  [\d:]+ left  \*", lines[3])
     assert epoch_line(EPOCH) == f"{line}  *"
+    assert epoch_line({**EPOCH, "many_classes": True}).count("top-5") == 2
     assert lines[4] == "something [odd] happened"
     assert [re.split("   +", line.strip()) for line in lines[5:] if line.strip()] == [
         ["finished: run"],
@@ -137,24 +171,24 @@ def test_a_line_is_sent_at_once_and_a_run_outlives_its_reader(script):
 
 
 def test_a_terminal_shows_bars_figures_and_the_best():
-    screen = Screen(shown("console(epoch)\n" + WATCHED, 100))
-    assert screen.hidden
-    epoch, run, figures = screen.lines[-3:]
+    text = shown("console(epoch)\n" + WATCHED, 100)
+    assert HIDE_CURSOR in text
+    _, frame = text.split("\r" + ERASE + ERASE_ABOVE * 2)  # it is drawn over the first one
+    epoch, run, figures = plain(frame)
     assert max(len(epoch), len(run)) <= 100
     assert re.fullmatch(r"epoch 8/90 [━╸╺ ]{40} +200/704 4:12 left\s*", epoch)
     assert re.fullmatch(r"run +[━╸╺ ]{40} +8 % [\d:]+ left\s*", run)
     assert figures == "128 images/s  loss 1.500  top-1 62.50%  best 43.21% (epoch 7)"
-    said = "\n".join(screen.lines)
-    assert said.count("200/704") == 1  # drawn over, not below each other
 
 
 def test_a_narrow_terminal_gets_numbers():
-    lines = Screen(shown("console(epoch)\n" + WATCHED, 40)).lines
-    epoch, run, *figures = lines[-4:]
+    text, frame = shown("console(epoch)\n" + WATCHED, 40).split("\r" + ERASE + ERASE_ABOVE * 3)
+    epoch, run, *figures = plain(frame)
     assert max(len(epoch), len(run)) <= 40
     assert re.fullmatch(r"epoch 8/90 200/704 4:12 left", epoch)
     assert re.fullmatch(r"run +8 % [\d:]+ left", run)
     assert figures == ["128 images/s  loss 1.500  top-1 62.50%", "best 43.21% (epoch 7)"]
+    lines = plain(text)
     first = next(number for number, line in enumerate(lines) if line.startswith("epoch   7/90"))
     assert lines[first + 1 : first + 3] == ["  train loss 1.2346 top-1 50.00%", "  val loss 2.0000 top-1 43.21%"]
 
@@ -163,11 +197,12 @@ def test_at_the_end_the_live_lines_are_gone_and_paths_are_links():
     web = "http://mlflow:5000/#/experiments/1/runs/2"
     script = "from densenet_dist.display.ending import Ending\nconsole(progress)\nconsole(epoch)\n"
     script += f"console.finish(Ending('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
-    screen = Screen(shown(script, 80))
-    assert not screen.hidden
-    assert not any("200/704" in line for line in screen.lines)
-    assert screen.links["/a b/run/report.html"] == "file:///a%20b/run/report.html"
-    assert Screen(shown(script.replace("/a b/run", "s3://bucket/runs/k"), 80)).links == {web: web}
+    live, ending = shown(script, 80).split(SHOW_CURSOR)
+    assert "200/704" in live
+    assert ending.startswith("\r" + ERASE_ABOVE * 3)
+    assert "200/704" not in ending
+    assert links(ending)["/a b/run/report.html"] == "file:///a%20b/run/report.html"
+    assert links(shown(script.replace("/a b/run", "s3://bucket/runs/k"), 80)) == {web: web}
 
 
 def test_no_colours_where_none_are_wanted_and_no_sequences_for_a_dumb_terminal():

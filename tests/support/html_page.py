@@ -19,14 +19,13 @@ class Page(HTMLParser):
         titles: of its sections.
         pictures: what images and drawings say of themselves.
         rows: the cells of each row of a table.
-        row_classes: the class of each row.
         tags: how often each tag is there.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.text, self.shown, self.tags = text, "", Counter()
-        self.titles, self.pictures, self.rows, self.row_classes = [], [], [], []
+        self.titles, self.pictures, self.rows = [], [], []
         self._open, self._attributes = [], []
         self.feed(text)
         self.close()
@@ -46,7 +45,6 @@ class Page(HTMLParser):
             self.titles.append("")
         elif tag == "tr":
             self.rows.append([])
-            self.row_classes.append(found.get("class"))
         elif tag in ("td", "th"):
             self.rows[-1].append("")
         elif tag in ("img", "svg"):

@@ -122,12 +122,6 @@ def test_text_is_escaped(write):
     assert max(map(len, causes)) < 2500
 
 
-@pytest.mark.parametrize("scheduler", ["fifo", "asha", "median", "pbt"])
-def test_each_scheduler_is_explained(write, scheduler):
-    sweep = sweep_of(f"scheduler.name={scheduler}", space={"train.lr": SPACE["train.lr"]})
-    assert f"{scheduler}: " in " ".join(write(sweep, []).shown.split())
-
-
 def test_few_trials_or_none(write):
     sweep = sweep_of("trials=8")
     page = write(sweep, [])
@@ -161,15 +155,6 @@ def test_values_that_cannot_be_drawn(write):
     assert "lowest is best" in page.shown
 
 
-def test_any_searched_key_is_drawn(write):
-    sweep = sweep_of(space={"model.growth_rate": "{loginteger: [8, 400]}"})
-    assert write(sweep, trials_of(sweep, 6)).tags["svg"] == ALL_PLOTS
-    sweep = sweep_of(space={key: SPACE[key] for key in ("data.trivial_augment", "model.drop_rate", "train.lr")})
-    page = write(sweep, trials_of(sweep, 30))
-    assert page.titles[-1] == "Metric against train.lr"
-    assert "Shown is the most important key that is a number" in page.shown
-
-
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_importance_finds_what_decides(mode):
     sweep = sweep_of(f"mode={mode}")
@@ -177,11 +162,3 @@ def test_importance_finds_what_decides(mode):
     assert (found.reason, found.trials) == (None, 60)
     assert found.shares["train.lr"] > 0.8
     assert sum(found.shares.values()) == pytest.approx(1)
-
-
-def test_importance_says_why_not():
-    sweep = sweep_of()
-    trials = trials_of(sweep, 6)
-    assert "needs 4 trials" in importance(sweep, trials[:3]).reason
-    alike = [Trial("t", trials[0].overrides, metric=i / 10) for i in range(5)]
-    assert "same settings" in importance(sweep, alike).reason
