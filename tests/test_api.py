@@ -11,17 +11,8 @@ from pathlib import Path
 import pytest
 from runs import tiny
 
-import densenet_dist
 from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
 from densenet_dist.errors import ConfigError, StorageError
-
-
-def test_names():
-    for name in densenet_dist.__all__:
-        assert getattr(densenet_dist, name).__name__ == name
-    assert set(densenet_dist._HOMES) == set(densenet_dist.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = densenet_dist.nothing
 
 
 def test_importing_it_costs_nothing():

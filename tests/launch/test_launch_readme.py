@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 
 from pages import blocks
@@ -29,16 +28,6 @@ def test_commands_are_rays_and_ours(root):
     batch = [words[words.index("launch/slurm/train.sbatch") + 1 :] for words in commands if words[0] == "sbatch"]
     for file, *settings in filter(None, batch):
         load_config(str(root / file), *settings)
-
-
-def test_names_are_those_of_the_values(root, values):
-    text = (root / "launch" / "README.md").read_text()
-    name, image = values["name"], f"{values['image']}:{values['image_tag']}"
-    assert set(re.findall(rf"{values['image']}:\S*", text)) == {image, f"{image}-cpu"}
-    assert set(re.findall(r"--namespace (densenet\S*)", text)) == {values["namespace"]}
-    assert set(re.findall(r"--region (\S+)", text)) == {values["aws"]["region"]}
-    names = [f"rayjob {name}-train ", f"service/{name}-head-svc", f"secret generic {name}-s3", f"Values={name}"]
-    assert [each for each in names if each not in text] == []
 
 
 def test_commands_to_watch_with_bind_to_loopback(root):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -18,13 +17,6 @@ def test_committed_files_are_what_is_rendered(root, renderer, values):
     files = {path.relative_to(launch).as_posix() for folder in folders for path in (launch / folder).iterdir()}
     assert files == set(rendered) - {"local.sh"}
     assert (launch / "local.sh").stat().st_mode & 0o111
-
-
-def test_every_value_is_used(root, values):
-    groups = [values, *(value for name, value in values.items() if isinstance(value, dict) and name != "env")]
-    sources = [root / "launch" / "render.py", *(root / "launch" / "templates").iterdir()]
-    words = set(re.findall(r"\w+", "".join(path.read_text() for path in sources)))
-    assert [key for group in groups for key in group if key not in words] == []
 
 
 def test_values_that_cannot_work_are_refused_all_at_once(renderer, values):
