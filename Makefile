@@ -50,7 +50,7 @@ deps: $(READY) ## every import is declared in pyproject.toml, and every dependen
 
 # Tests of one file run in one process; those that start Ray share a process, so that they never run side by side
 # (tests/conftest.py).
-PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 pytest: $(READY) ## the tests (ARGS='tests/model -k fused' for some)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -19,14 +19,24 @@ from densenet_dist.data import cifar
 PACK = Path(__file__).parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)
+STARTS_RAY = ("tests/cluster/", "tests/launch/test_start.py")
+"""On two cores they run one after another: in one process of pytest-xdist, which begins with them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for ``--dist loadgroup``: those that start Ray, which go first; the others by file."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            cluster = "cluster" in item.path.parent.parts or item.get_closest_marker("multinode") is not None
-            item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "cluster")
+    items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As ``--dist loadfile``, but with all of `STARTS_RAY` as one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(STARTS_RAY) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 _started: list[subprocess.Popen[Any]] = []

@@ -61,7 +61,6 @@ def test_efficiency_follows_from_the_times():
 
 
 @pytest.mark.nightly
-@pytest.mark.xdist_group("cluster")
 @pytest.mark.filterwarnings("default")  # Ray's own
 def test_the_command_on_ray_train(tmp_path, bench):
     out = tmp_path / "scaling.json"

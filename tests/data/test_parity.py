@@ -1,4 +1,4 @@
-"""DALI shows the same pixels as torch, to a fiftieth of a grey level: on generated images and on files."""
+"""DALI shows the same pixels as torch, to a fiftieth of a grey level: on generated images, on CIFAR, on files."""
 
 import math
 from collections.abc import Iterator
@@ -74,6 +74,14 @@ class TestGenerated:
 
 
 class TestCifar:
+    @pytest.mark.nightly
+    def test_whole_epoch(self, official: Path) -> None:
+        """Every training image of CIFAR-10, as the notebook augments it."""
+        split = load_dataset("cifar10", official, download=False).train
+        differences = [apart(*pair) for pair in pairs(split, Augmentation("notebook"), batch=1000)]
+        assert len(differences) == 50
+        assert max(differences) <= TOLERANCE
+
     @pytest.mark.parametrize("kind", ENGINES)
     def test_a_folder_of_png_files_gives_the_same_batches(self, kind: str, official: Path, tmp_path: Path) -> None:
         arrays = load_dataset("cifar10", official, download=False, limit=150).train

@@ -48,7 +48,6 @@ def test_a_run_in_this_process(tmp_path: Path, monkeypatch, capsys):
 
 
 @pytest.mark.nightly
-@pytest.mark.xdist_group("cluster")
 def test_a_run_on_a_cluster_of_its_own(tmp_path: Path):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = kept | SECRETS | {"HOME": str(tmp_path / "home"), "DENSENET_DIST_CACHE": str(cache_folder())}
