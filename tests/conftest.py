@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from fault_proxy import FaultProxy
 from mlflow_server import mlflow_server as start_mlflow
 
@@ -64,6 +65,36 @@ def _nothing_left_running() -> Iterator[None]:
                 for process in [*psutil.Process(started.pid).children(recursive=True), started]:
                     process.kill()
             started.wait()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Train tiny networks with one thread: they gain nothing from more, and the golden losses were written with one."""
+    if request.path.parent.name not in ("model", "train", "trackers"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # before every test, because commands set their own number
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a command in this process, in an empty folder; gives its exit code, output and errors."""
+    from densenet_dist.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,26 +14,9 @@ import yaml
 
 import densenet_dist
 from densenet_dist import bundled
-from densenet_dist.cli import main
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "train.epochs=1", "cluster.engine=local")
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; gives its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(list(arguments))
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

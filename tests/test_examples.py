@@ -14,12 +14,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["data.image_size=16", "train.epochs=1", "train.global_batch_size=8", "model.num_layers=[1,1]"]
 
 
-def _script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-
-
 def test_pictures_of_ones_own(tmp_path):
     random = np.random.default_rng(0)
     for label, name in enumerate(("apple", "pear")):
@@ -28,7 +22,9 @@ def test_pictures_of_ones_own(tmp_path):
             pixels = random.integers(0, 120, (24, 30, 3))
             pixels[..., label] += 120
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{number}.png")
-    done = _script("my_dataset.py", "photos", *SMALL, "data.loader=torch", cwd=tmp_path)
+    command = [sys.executable, str(EXAMPLES / "my_dataset.py"), "photos", *SMALL, "data.loader=torch"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "runs/my-dataset/report.html" in done.stdout
     assert "validation: {'loss'" in done.stdout

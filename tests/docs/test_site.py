@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,23 +87,3 @@ def test_every_command_and_option_is_on_the_page(site):
         section = text.partition(f'<h2 id="{name.replace(" ", "-")}"')[2].partition("<h2 ")[0]
         for option in [] if below else [each for parameter in command.params for each in parameter.opts]:
             assert not option.startswith("-") or option in section, (name, option)
-
-
-def test_it_opens_and_searches_from_a_disk(site):
-    sync_playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright").sync_playwright
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"file://{site}/index.html")
-        page.locator("input[name=query]").click()
-        page.get_by_text("Type to start searching").wait_for(timeout=60_000)  # the index is read
-        page.locator("input[name=query]").press_sequentially("label_smoothing")
-        page.locator(".md-search-result__link[href*='configuration.html']").first.wait_for(timeout=60_000)
-        browser.close()
-    assert asked
-    assert [url for url in asked if not url.startswith(("file:", "blob:", "data:"))] == []

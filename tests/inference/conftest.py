@@ -9,7 +9,6 @@ import pytest
 import torch
 from runs import run_of, tiny, train
 
-from densenet_dist.cli import main
 from densenet_dist.inference.exporting import export
 
 
@@ -42,22 +41,6 @@ def exported(original, tmp_path_factory):
         return made[format]
 
     return file
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; gives its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

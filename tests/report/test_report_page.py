@@ -12,7 +12,6 @@ from matplotlib.image import imread
 from pyarrow import fs
 from runs import tiny
 
-from densenet_dist.cli import main
 from densenet_dist.cluster.launch import fit
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.report import report_at_end, write_report
@@ -32,19 +31,6 @@ def lines(page, first):
             break
         found.append(row)
     return found
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs ``densenet-dist report`` in the folder above runs/; gives exit code, output and error output."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main(["report", *map(str, arguments)])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -101,20 +87,20 @@ def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, comma
     before = (run / "report.html").read_bytes()
     shutil.rmtree(run / "checkpoints")
     (run / "env.json").unlink()
-    assert command("tiny", "--root", "/nowhere") == (0, f"page: {run / 'report.html'}\n", "")
+    assert command("report", "tiny", "--root", "/nowhere") == (0, f"page: {run / 'report.html'}\n", "")
     page = page_of(run / "report.html")
     assert page.titles == [*RECORDS, *TESTED, *SETUP]
     assert "no checkpoint yet" in page.text
     assert (run / "report.html").read_bytes() != before
-    assert command("tiny", "--out", "x.html") == (0, "page: x.html\n", "")
-    assert command("tiny", run) == (0, "page: report.html\n", "")
+    assert command("report", "tiny", "--out", "x.html") == (0, "page: x.html\n", "")
+    assert command("report", "tiny", run) == (0, "page: report.html\n", "")
     names = {path.name for path in run.parent.parent.glob("*.*")}
     assert names == {"x.html", "curves.png", "confusion.png", "report.html"}
-    code, _, err = command("nowhere")
+    code, _, err = command("report", "nowhere")
     assert code == 5
     assert "there is no run at" in err
-    assert command("tiny", "--out", "no/such/folder.html")[0] == 5
-    assert command("tiny", "--out", "s3://bucket/page.html")[0] == 2
+    assert command("report", "tiny", "--out", "no/such/folder.html")[0] == 5
+    assert command("report", "tiny", "--out", "s3://bucket/page.html")[0] == 2
 
 
 def test_a_run_without_stored_test_results_is_evaluated_once(run, command, page_of):
@@ -122,13 +108,15 @@ def test_a_run_without_stored_test_results_is_evaluated_once(run, command, page_
     for name in ("test_results.json", "confusion.png"):
         (run / name).unlink()
     assert (
-        command("tiny", "--no-evaluate") == command("tiny", "--no-judge") == (0, f"page: {run / 'report.html'}\n", "")
+        command("tiny", "--no-evaluate")
+        == command("report", "tiny", "--no-judge")
+        == (0, f"page: {run / 'report.html'}\n", "")
     )
     page = page_of(run / "report.html")
     assert page.titles == [*RECORDS, *SETUP]
     assert f"densenet-dist report {run}" in page.text
     assert not (run / "confusion.png").exists()
-    code, _, err = command("tiny")
+    code, _, err = command("report", "tiny")
     assert (code, err) == (0, "No stored test results; evaluating the test set once\n")
     page = page_of(run / "report.html")
     assert page.titles == stored.titles
