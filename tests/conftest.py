@@ -24,7 +24,21 @@ STARTS_RAY = ("tests/cluster/", "tests/launch/test_start.py")
 """On two cores they run one after another: in one process of pytest-xdist, which begins with them."""
 
 
+SLOW = (
+    *(*STARTS_RAY, "tests/bench/", "tests/chaos/", "tests/docs/test_extending.py", "tests/docs/test_site.py"),
+    *("tests/fuzz/test_checkpoint_fuzz.py", "tests/inference/test_demo.py", "tests/test_examples.py"),
+    *("tests/test_notebook.py", "tests/test_packaging.py", "tests/test_real_data.py", "tests/train/test_board.py"),
+    *("tests/train/test_folder.py", "tests/train/test_loader_choice.py", "tests/train/test_profiling.py"),
+    *("tests/train/test_resume.py", "tests/train/test_stopping.py", "tests/trackers/"),
+)
+"""Left out by `make check`, with what is marked slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker("slow")
     items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
 
 

@@ -22,7 +22,6 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
 def test_downloads_and_trains(official_archive, tmp_path, capsys):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:

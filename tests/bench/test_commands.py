@@ -40,7 +40,6 @@ def test_mistakes_are_reported_before_anything_is_measured(tmp_path, bench, caps
         assert reason in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_loaders(tmp_path, bench, capsys):
     out = tmp_path / "loaders.json"
     options = ["--seconds", "0.05", "--rounds", "2", "--batch-sizes", "64,100", "--out", out]
@@ -55,7 +54,6 @@ def test_loaders(tmp_path, bench, capsys):
         assert f"{row['images_per_s']:,.0f}" in shown
 
 
-@pytest.mark.slow
 def test_variants_of_a_model_and_the_roofline(tmp_path, bench, script, capsys):
     out, plot = tmp_path / "model.json", tmp_path / "model.png"
     options = [*FAST, "--batch-sizes", "16,256", "--variants", "reference,fused,graph", "--out", out]

@@ -32,7 +32,6 @@ from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.train.context import Event
 
 pytestmark = [
-    pytest.mark.slow,
     # Ray's controller is given settings of Ray Data, which deprecates defaults of its own.
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data.*"),
 ]

@@ -22,8 +22,6 @@ from ray_runs import until
 
 from densenet_dist.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.multinode]
-
 REPOSITORY = Path(__file__).parents[2]
 QUICK = ("configs/quickstart.yaml", "cluster.workers=2", "data.limit=640", "train.epochs=2", "model.growth_rate=4",
          "model.num_layers=[1,1]")  # fmt: skip

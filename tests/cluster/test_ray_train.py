@@ -15,8 +15,6 @@ from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
 from densenet_dist.train.evaluation import evaluate
 
-pytestmark = pytest.mark.slow
-
 
 def test_a_run_explains_itself(undisturbed, capsys):
     run, text = undisturbed, undisturbed.text()

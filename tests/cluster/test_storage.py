@@ -16,8 +16,6 @@ from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import evaluate
 
-pytestmark = pytest.mark.slow
-
 
 def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed):
     faults.failing = 0.05

@@ -11,7 +11,6 @@ from ray_runs import records
 from wandb_files import wandb_run
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.nightly,  # tests/train/test_trackers.py has all that does not need Ray
     pytest.mark.skipif(
         importlib.util.find_spec("mlflow") is None or importlib.util.find_spec("wandb") is None,

@@ -22,8 +22,6 @@ from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.train.evaluation import evaluate
 
-pytestmark = pytest.mark.slow
-
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
     """What sweep.json says of each trial."""

@@ -80,7 +80,6 @@ def local(root, tmp_path):
     return LocalCluster(root, tmp_path / "project")
 
 
-@pytest.mark.multinode
 @pytest.mark.parametrize(("epochs", "code"), [(0, 1), pytest.param(1, 0, marks=pytest.mark.nightly)])
 def test_locally_two_workers_train_and_nothing_is_left_behind(local, epochs, code):
     process = local.start(f"train.epochs={epochs}")
@@ -91,7 +90,6 @@ def test_locally_two_workers_train_and_nothing_is_left_behind(local, epochs, cod
 
 
 @pytest.mark.nightly
-@pytest.mark.multinode
 def test_locally_an_interrupted_job_leaves_nothing_behind(local):
     process = local.start("train.epochs=500")
     deadline = time.monotonic() + 240
