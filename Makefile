@@ -28,11 +28,11 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY) ## the quickstart, no download (CONFIG=configs/other.yaml ARGS='key=value ...' for another)
 	@$(BIN)/densenet-dist train $(CONFIG) name=$(notdir $(basename $(CONFIG)))-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-check: lint types contract deps $(READY) ## for everyday use, 4 minutes on 2 cores: checks without tests, and the quick tests
+check: lint types contract deps $(READY) ## for everyday use, about 2 minutes on 2 cores: checks, and the quick tests
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not nightly" $(ARGS)
 
 test: $(READY) ## what CI runs: lint, types, contract, deps and pytest
-	@echo "make test: about 15 minutes on 2 cores (make check: 4)"
+	@echo "make test: about 10 minutes on 2 cores (make check: 2)"
 	@$(MAKE) --no-print-directory lint types contract deps pytest
 
 lint: $(READY) ## code style and format
