@@ -82,6 +82,23 @@ def test_checkpoints_travel(storage):
     assert fresh.names("checkpoints") == {"manifest.json", "step-00000002", "step-00000004"}
 
 
+def test_without_a_list_only_a_checkpoint_that_was_uploaded_completely_counts(s3, monkeypatch):
+    storage, publish = s3 % f"/{uuid.uuid4().hex}", RunFolder.publish
+    for cut, listed in (("state.pt", []), ("manifest.json", ["step-00000001"])):
+
+        def die(self: RunFolder, *relative: str, cut: str = cut) -> None:
+            for name in relative:
+                if name.endswith(cut):
+                    raise KeyboardInterrupt
+                publish(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "publish", die)
+            with pytest.raises(KeyboardInterrupt):
+                save(CheckpointStore(RunFolder(storage, "run")), snapshot(1, 0.5))
+        assert [entry.name for entry in CheckpointStore(RunFolder(storage, "run")).entries] == listed
+
+
 # On a disk
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -37,6 +37,7 @@ from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import read_note, write_note
 from densenet_dist.sweep.space import decode
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
 from densenet_dist.train.environment import LOADER_KEY
 
@@ -121,11 +122,10 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the run's newest checkpoint: a hand-over may want it when the run itself has long deleted it."""
         run = self._run()
-        manifest = json.loads(run.fetch(f"{CHECKPOINTS_FOLDER}/manifest.json").read_text())
-        entry = manifest["checkpoints"][-1]
-        name = f"{CHECKPOINTS_FOLDER}/{entry['name']}"
-        shutil.copytree(run.fetch(name), Path(checkpoint_dir) / entry["name"])
-        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"trial": run.name, "entry": entry}))
+        entry = CheckpointStore(run).latest()
+        assert entry is not None  # every epoch of a trial saves
+        shutil.copytree(run.fetch(f"{CHECKPOINTS_FOLDER}/{entry.name}"), Path(checkpoint_dir) / entry.name)
+        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"trial": run.name, "entry": asdict(entry)}))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take over another trial's weights and state, with this trial's settings; its own are on its run's record."""

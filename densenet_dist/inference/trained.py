@@ -62,7 +62,7 @@ def open_trained(
     """
     folder = open_run(run)
     config = load_config(folder.fetch(CONFIG_FILE), *overrides)
-    snapshot = load_checkpoint(folder, checkpoint)
+    snapshot = load_checkpoint(folder, checkpoint, config)
     classes = classes_of(folder, config)
     chosen = choose_device(device)
     settings = config.model if block is None else replace(config.model, block=block)

@@ -19,7 +19,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync
+from densenet_dist.train.metrics import best_record
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
 _WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
@@ -112,9 +113,11 @@ class CheckpointStore:
         self.best: str | None = None
         self.damaged: list[str] = []
         self.rebuilt: str | None = None
-        """Why the list of checkpoints was made anew from those there are, where it was."""
+        """Why the list of checkpoints was rebuilt from their folders, if it was."""
         if run.exists(_MANIFEST):
             self._read_manifest(run.fetch(_MANIFEST))
+        else:
+            self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
 
     def plan(self, snapshot: Snapshot) -> Planned:
         """Decide which checkpoints there are once this one is written; `entries` and `best` say so at once."""
@@ -142,44 +145,51 @@ class CheckpointStore:
                 f"the checkpoint {self.run.uri}/{folder} cannot be written: {error}\n"
                 "  the checkpoints before it are whole: make room, then go on with --resume"
             ) from error
-        self.run.publish(folder)
-        self.run.guard()  # writing may have taken long
-        content = {"format": 1, "best": planned.best, "checkpoints": [asdict(entry) for entry in planned.entries]}
-        self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
+        # The description comes last: on an object store it says that the upload is complete.
+        self.run.publish(*(f"{folder}/{name}" for name in (*_FILES, _META)))
+        self.write_list(planned.entries, planned.best)
         self._sweep(planned)
+
+    def write_list(self, entries: Sequence[Entry], best: str | None) -> None:
+        """Write manifest.json.
+
+        Raises:
+            StorageError: it cannot be written, or another job has taken over the folder.
+        """
+        self.run.guard()  # writing a checkpoint may have taken long
+        content = {"format": 1, "best": best, "checkpoints": [asdict(entry) for entry in entries]}
+        self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def latest(self) -> Entry | None:
         """The newest complete checkpoint."""
         return self.entries[-1] if self.entries else None
 
-    def load_latest(self) -> Snapshot | None:
-        """The newest checkpoint that is whole.
+    def best_or_latest(self) -> Entry | None:
+        """The best checkpoint; the newest one if none has validation figures."""
+        return next((entry for entry in self.entries if entry.name == self.best), self.latest())
 
-        Newer ones, and the best, are struck from the list where they are not; what is wrong goes to `damaged`.
+    def load_latest(self) -> Snapshot | None:
+        """Load the newest checkpoint that is intact.
+
+        Damaged ones are removed from `entries`, the best one too, and described in `damaged`.
 
         Raises:
-            CheckpointError: where there are checkpoints but all are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
-        self.damaged.clear()
-        newest = None
-        while self.entries and newest is None:
-            newest = self._load_or_strike(self.entries[-1])
+        newest = self._load_first_intact(self.latest)
         for entry in [other for other in self.entries[:-1] if other.name == self.best]:
             self._load_or_strike(entry)
-        if self.damaged and newest is None:
-            raise CheckpointError("no checkpoint of this run is whole:\n  " + "\n  ".join(self.damaged))
         return newest
 
     def load_best(self) -> Snapshot | None:
-        """The best checkpoint, or the newest where none was ever judged.
+        """Load the best checkpoint that is intact, or the newest one if none has validation figures.
+
+        Damaged ones are removed from `entries` and described in `damaged`.
 
         Raises:
-            CheckpointError: where it is damaged.
+            CheckpointError: all checkpoints are damaged.
         """
-        for entry in self.entries:
-            if entry.name == self.best:
-                return self.load(entry)
-        return self.load_latest()
+        return self._load_first_intact(self.best_or_latest)
 
     def load(self, entry: Entry) -> Snapshot:
         """Verify and read one checkpoint onto the CPU.
@@ -203,6 +213,15 @@ class CheckpointStore:
         except _UNREADABLE as error:
             raise CheckpointError(f"the checkpoint {self.run.uri}/{relative} cannot be read: {error}") from error
 
+    def _load_first_intact(self, choose: Callable[[], Entry | None]) -> Snapshot | None:
+        self.damaged.clear()
+        found = None
+        while found is None and (entry := choose()) is not None:
+            found = self._load_or_strike(entry)
+        if self.damaged and found is None:
+            raise CheckpointError("no checkpoint of this run is whole:\n  " + "\n  ".join(self.damaged))
+        return found
+
     def _load_or_strike(self, entry: Entry) -> Snapshot | None:
         try:
             return self.load(entry)
@@ -214,9 +233,8 @@ class CheckpointStore:
 
     def _judge(self) -> str | None:
         """The name of the best checkpoint in the list; the older of two that are equally good."""
-        judged = [entry for entry in self.entries if self.monitor in entry.metrics]
-        pick = max if self.monitor.endswith("top1") else min
-        return pick(judged, key=lambda entry: entry.metrics[self.monitor]).name if judged else None
+        best = best_record([{**entry.metrics, "name": entry.name} for entry in self.entries], self.monitor)
+        return None if best is None else best["name"]
 
     def _sweep(self, planned: Planned) -> None:
         """Delete the checkpoints that are not in the list, those that a killed process left as well."""
@@ -232,20 +250,21 @@ class CheckpointStore:
             if self.best not in {None, *(entry.name for entry in self.entries)}:
                 raise ValueError(f"the best, {self.best}, is not among them")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self.rebuilt = f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}"
-            self.entries = self._found()
-            self.best = self._judge()
+            problem = f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}"
+            self._rebuild(problem)
             if not self.entries:
-                raise CheckpointError(self.rebuilt) from error
+                raise CheckpointError(problem) from error
 
-    def _found(self) -> list[Entry]:
-        """The checkpoints whose folders say what they are, the oldest first."""
+    def _rebuild(self, problem: str) -> None:
+        """List the checkpoints that have a readable description, the oldest first."""
         found = []
         for name in self.run.names(CHECKPOINTS_FOLDER):
             with suppress(*_UNREADABLE):
                 meta = json.loads(self.run.fetch(f"{CHECKPOINTS_FOLDER}/{name}/{_META}").read_text())
                 found.append(_entry(name, meta))
-        return sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
+        self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
+        self.best = self._judge()
+        self.rebuilt = problem if self.entries else None
 
 
 def _entry(name: str, said: dict[str, Any]) -> Entry:

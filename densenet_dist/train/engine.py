@@ -31,7 +31,7 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
 from densenet_dist.train.job import Job, describe
-from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, restore, save, watched
+from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, report_damage, restore, save, watched
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast
@@ -286,6 +286,9 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     if context.rank == 0:
         snapshot = job.store.load_best()
         assert snapshot is not None  # the last epoch always saves
+        if job.store.damaged:
+            report_damage(job)
+            job.store.write_list(job.store.entries, job.store.best)
         load_weights(job.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
         best = [{"epoch": snapshot.position.epoch, **snapshot.metrics}]
     if dist.is_initialized():

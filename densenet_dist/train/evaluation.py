@@ -98,17 +98,17 @@ def load_test_results(
     return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
 
 
-def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"]) -> Snapshot:
-    """The best or the last checkpoint of a run.
+def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:
+    """Load the best or the last checkpoint of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
-    store = CheckpointStore(run)
-    snapshot = store.load_best() if checkpoint == "best" else store.load_latest()
-    if snapshot is None:
+    store = CheckpointStore(run, monitor=config.checkpoint.monitor)
+    entry = store.best_or_latest() if checkpoint == "best" else store.latest()
+    if entry is None:
         raise CheckpointError(f"the run {run.uri} has no checkpoint yet")
-    return snapshot
+    return store.load(entry)
 
 
 def trained_model(
@@ -135,7 +135,7 @@ def prepare_evaluation(
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
     folder = run if isinstance(run, RunFolder) else open_run(run)
     config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
-    snapshot = load_checkpoint(folder, checkpoint)
+    snapshot = load_checkpoint(folder, checkpoint, config)
     context = LocalContext(folder, choose_device(device))
     dataset = load_dataset_of(config)
     model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)

@@ -99,6 +99,12 @@ def diverged(job: Job, what: str, step: int) -> TrainingError:
     )
 
 
+def report_damage(job: Job) -> None:
+    """Say which checkpoints were found damaged while loading."""
+    for problem in job.store.damaged:
+        job.context.report({"kind": "note", "text": f"{problem}; it is left out", "warning": True})
+
+
 def restore(job: Job) -> None:
     """Take up the latest whole checkpoint; rank 0 chooses it, so that all take the same."""
     chosen: list[Any] = [None]
@@ -106,10 +112,9 @@ def restore(job: Job) -> None:
         snapshot = job.store.load_latest()
         chosen[0] = snapshot.position if snapshot else None
         if job.store.rebuilt:
-            text = f"{job.store.rebuilt}; it is made anew from those there are"
+            text = f"{job.store.rebuilt}; it is rebuilt from the checkpoints' folders"
             job.context.report({"kind": "note", "text": text, "warning": True})
-        for problem in job.store.damaged:
-            job.context.report({"kind": "note", "text": f"{problem}; it is left out", "warning": True})
+        report_damage(job)
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, src=0)
     for entry in job.store.entries:

@@ -13,6 +13,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import open_trackers
 from densenet_dist.trackers.tracker import Tracker
 from densenet_dist.train.board import Board
+from densenet_dist.train.metrics import best_record
 
 
 class RunLog:
@@ -99,13 +100,6 @@ class RunLog:
         if (self.run.path / METRICS_FILE).exists():
             self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
-
-
-def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
-    """The first epoch with the best ``val/top1`` or ``val/loss``; None without validation."""
-    validated = [record for record in records if monitor in record]
-    pick = max if monitor.endswith("top1") else min
-    return pick(validated, key=lambda record: record[monitor]) if validated else None
 
 
 def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, float]:

@@ -136,15 +136,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, dam
     assert caught.value.exit_code == 6
 
 
-def test_a_damaged_list_of_checkpoints_is_named_and_made_anew(run):
+def test_a_damaged_or_missing_list_of_checkpoints_is_rebuilt(run):
     save(CheckpointStore(run), snapshot(1, {"val/top1": 0.5}))
     path = run.path / "checkpoints" / "manifest.json"
     whole = path.read_text()
-    for damaged in (whole[:40], "[]", whole.replace("epoch", "epok"), whole.replace('"best": "step', '"best": "stop')):
+    edited = whole.replace("epoch", "epok"), whole.replace('"best": "step', '"best": "stop')
+    for damaged in (None, whole[:40], "[]", *edited):
         assert damaged != whole
-        path.write_text(damaged)
+        path.unlink() if damaged is None else path.write_text(damaged)
         again = CheckpointStore(run)
-        assert re.match(r"the list of checkpoints .*manifest\.json is damaged", again.rebuilt)
+        problem = "missing" if damaged is None else "damaged"
+        assert re.match(rf"the list of checkpoints .*manifest\.json is {problem}", again.rebuilt)
         assert [entry.name for entry in again.entries] == ["step-00000001"]
         assert again.best == "step-00000001"
         assert again.load_latest().position.global_step == 1

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -189,6 +190,26 @@ def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path):
     summary = train(config)
     assert "val/loss" not in records(config)[0]
     assert summary["best"] == {"epoch": 2}
+
+
+def test_if_the_best_checkpoint_is_lost_during_the_run_the_next_best_is_tested(tmp_path):
+    config = tiny(tmp_path, "train.epochs=2", "checkpoint.keep=2")
+    notes, lost = [], []
+
+    def listen(event):
+        if event["kind"] == "note":
+            notes.append(event["text"])
+        if event["kind"] == "epoch" and event["epoch"] == 2:
+            store = CheckpointStore(run_of(config))
+            lost.append(store.best)
+            shutil.rmtree(run_of(config).path / "checkpoints" / store.best)
+
+    summary = train(config, listener=listen)
+    (left,) = {"step-00000005", "step-00000010"} - set(lost)
+    assert summary["best"]["epoch"] == int(left[-2:]) // 5
+    assert [note.endswith("it is left out") for note in notes if lost[0] in note] == [True]
+    assert CheckpointStore(run_of(config)).best == left
+    assert evaluate(run_of(config).path)["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
