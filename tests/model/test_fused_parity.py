@@ -111,10 +111,10 @@ def test_any_number_of_layers_may_wait(monkeypatch: pytest.MonkeyPatch, bn_size:
 def test_some_images_at_a_time(
     monkeypatch: pytest.MonkeyPatch, bn_size: int | None, kind: type[Kernels], images: int
 ) -> None:
-    """A CPU convolves large batches in pieces, here four images of 6x5 already; 1x1 ones by kernels of our own."""
-    widest = 17 if kind is Kernels else 13 if bn_size is None else 8  # that PyTorch convolves
-    monkeypatch.setattr(convolutions, "PIECE_BYTES", images * 6 * 5 * 8 * widest + 1)
+    """oneDNN convolves large batches in pieces, here of four images of 6x5."""
+    monkeypatch.setattr(convolutions, "PIECE_BYTES", images * 6 * 5 * 8 * 17 + 1)
     monkeypatch.setattr(operator, "choose_kernels", lambda *_: kind())
+    monkeypatch.setattr(NativeKernels, "convolves", lambda *_: False)
     cut, pieces = convolutions.CpuConvolutions._cut, []
 
     def spy(self: convolutions.CpuConvolutions, whole: Tensor) -> tuple[Tensor, ...]:

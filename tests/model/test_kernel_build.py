@@ -110,7 +110,7 @@ def test_those_that_build_at_once_all_succeed(
     [
         ("no-such-compiler -O1", "no C++ compiler is found (no-such-compiler)"),
         ("", "no C++ compiler is found (c++, g++, clang++)"),
-        ('g++ "-O1', 'CXX=g++ "-O1 is no command: No closing quotation'),
+        ('g++ "-O1', 'CXX=g++ "-O1 cannot be split into words: No closing quotation'),
     ],
 )
 def test_a_compiler_that_is_not_there(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.convolutions import choose_convolutions
+from densenet_dist.model.fused.own_convolutions import choose_convolutions
 from densenet_dist.model.fused.structure import Forward, Gradients, Structure, Unit, new_maps
 from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -128,13 +128,16 @@ class Convolutions:
 
 
 class CpuConvolutions(Convolutions):
-    """The same, some images at a time (`PIECE_BYTES`), and 1x1 ones by kernels of our own where there are some.
+    """The same on a CPU: by kernels of our own, which normalise what they read and sum what they make, or by oneDNN.
 
-    Those normalise what they read and sum what they make.
+    Args:
+        own: the sides of the convolutions that go to our own kernels. The others are computed some images at a time
+            (`PIECE_BYTES`).
     """
 
-    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
+    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit], own: Collection[int] = ()) -> None:
         self._native = kernels if isinstance(kernels, NativeKernels) else None
+        self._own = own
         self._dtype = like.dtype
         cut = [unit for unit in units if not self._takes(unit)]
         self._images = max(1, PIECE_BYTES // max(1, like[:1, :1].nbytes * _widest(cut)))
@@ -157,7 +160,7 @@ class CpuConvolutions(Convolutions):
         slot = new_maps(maps, unit.makes) if slot is None else slot
         if native is not None:
             weight = unit.weight.to(maps.dtype).contiguous()
-            native.conv1x1(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
+            native.convolve(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
             return slot
         pieces = self._cut(maps)
         parts = None if into is None else torch.stack([torch.stack(into)] * len(pieces))
@@ -180,7 +183,7 @@ class CpuConvolutions(Convolutions):
         if native is not None:
             weight = unit.weight.to(maps.dtype).contiguous()
             d_weight = torch.empty_like(weight) if need_weight else None
-            native.conv1x1_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
+            native.convolve_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
             return None if d_weight is None else _like_weight(d_weight, unit.weight)
         pieces = self._cut(maps)
         carries = [None] * len(pieces) if carry is None else self._cut(carry)
@@ -196,8 +199,10 @@ class CpuConvolutions(Convolutions):
         return None if d_weight is None else _like_weight(d_weight, unit.weight)
 
     def _takes(self, unit: Unit) -> NativeKernels | None:
-        """What convolves for this unit, if anything but PyTorch does."""
-        return self._native if self._native and self._native.convolves(unit.weight, self._dtype) else None
+        """Return our own kernels where they convolve for this unit."""
+        if self._native is None or unit.weight is None or unit.weight.shape[2] not in self._own:
+            return None
+        return self._native if self._native.convolves(unit.weight, self._dtype) else None
 
     def _cut(self, maps: Tensor) -> tuple[Tensor, ...]:
         pieces: tuple[Tensor, ...] = maps.split(self._images)
@@ -211,11 +216,6 @@ def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
     mean = (share * means).sum(0)
     into.mean.copy_(mean)
     into.var.copy_((share * (variances + (means - mean).square())).sum(0))
-
-
-def choose_convolutions(kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> Convolutions:
-    """Those for the device of `like`; arguments as of `Convolutions`."""
-    return (CpuConvolutions if like.device.type == "cpu" else Convolutions)(kernels, like, units)
 
 
 def _widest(units: Sequence[Unit]) -> int:

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from densenet_dist.model.fused.convolutions import choose_convolutions
+from densenet_dist.model.fused.own_convolutions import choose_convolutions
 from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_maps
 from densenet_dist.model.kernels.interface import Kernels, accumulation_type
 

@@ -37,7 +37,7 @@ def native_library() -> ctypes.CDLL:
     """The library for this processor, from the cache or compiled anew.
 
     It is kept in `cache_folder`, named by what it was made of and for; one that cannot be loaded is made anew. The
-    compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path.
+    compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path; it gets `FLAGS`, then ``CXXFLAGS``.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -57,11 +57,15 @@ def native_library() -> ctypes.CDLL:
         raise BuildError(f"{library} cannot be written or loaded: {error}") from error
 
 
-def _compiler() -> list[str]:
+def _words(variable: str) -> list[str]:
     try:
-        named = shlex.split(os.environ.get("CXX", ""))
+        return shlex.split(os.environ.get(variable, ""))
     except ValueError as error:
-        raise BuildError(f"CXX={os.environ['CXX']} is no command: {error}") from error
+        raise BuildError(f"{variable}={os.environ[variable]} cannot be split into words: {error}") from error
+
+
+def _compiler() -> list[str]:
+    named = _words("CXX")
     for command in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command
@@ -72,7 +76,7 @@ def _fingerprint(compiler: list[str]) -> str:
     """A name for the library: other sources, compilers and processors have others (home folders may be shared)."""
     version = _run([*compiler, "--version"]).stdout
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
-    parts = [*sources, *FLAGS, *compiler, version, platform.machine(), _processor()]
+    parts = [*sources, *FLAGS, *_words("CXXFLAGS"), *compiler, version, platform.machine(), _processor()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
 
 
@@ -89,7 +93,7 @@ def _compile(compiler: list[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, "native.so")
-        done = _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        done = _run([*compiler, *FLAGS, *_words("CXXFLAGS"), str(SOURCE), "-o", str(made)])
         if done.returncode != 0:
             said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
             first = next((line for line in said if "error" in line), said[0])

@@ -5,6 +5,7 @@
 
 #include "native_common.h"
 #include "native_conv1x1.h"
+#include "native_conv3x3.h"
 
 namespace {
 
@@ -29,7 +30,7 @@ void write(int64_t rows, int64_t channels, const T *made, int64_t ldm, const uin
   const A factor = keep > 0 ? static_cast<A>(1 / keep) : A(0);
   const bool copies = made != slot || mask != nullptr;
   Moments<A> moments(rows, channels, mean != nullptr);
-  const int64_t groups = moments.groups(rows);
+  const int64_t groups = moments.groups();
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = group * kGroup, end = std::min(rows, begin + kGroup);
@@ -204,20 +205,10 @@ void finish(int64_t rows, int64_t channels, int64_t padded, const G *gradient, i
   }
 
 #define FOR_WIDE_TYPE(NAME, T)                                                                                         \
-  extern "C" void conv1x1_##NAME(int64_t rows, int64_t channels, int64_t makes, const T *x, int64_t ldx,               \
-                                 const void *gamma, const void *beta, const void *mean, const void *var, double eps,   \
-                                 const T *weight, const uint8_t *mask, double keep, T *slot, int64_t lds,              \
-                                 void *slot_mean, void *slot_var, int threads) {                                       \
-    conv1x1(rows, channels, makes, x, ldx, gamma, beta, mean, var, eps, weight, mask, keep, slot, lds, slot_mean,      \
-            slot_var, threads);                                                                                        \
-  }                                                                                                                    \
-  extern "C" void conv1x1_backward_##NAME(                                                                             \
-      int64_t rows, int64_t channels, int64_t makes, const T *x, int64_t ldx, const void *gamma, const void *beta,     \
-      const void *mean, const void *var, double eps, const T *weight, const T *d_made, int64_t ldd, const T *carry,    \
-      int64_t ldc, T *out, int64_t ldo, void *sums, void *d_weight, int threads) {                                     \
-    conv1x1_backward(rows, channels, makes, x, ldx, gamma, beta, mean, var, eps, weight, d_made, ldd, carry, ldc, out, \
-                     ldo, sums, d_weight, threads);                                                                    \
-  }
+  extern "C" void conv1x1_##NAME(const ConvolutionForward<T> *conv) { conv1x1(*conv); }                                \
+  extern "C" void conv3x3_##NAME(const ConvolutionForward<T> *conv) { conv3x3(*conv); }                                \
+  extern "C" void conv1x1_backward_##NAME(const ConvolutionBackward<T> *conv) { conv1x1_backward(*conv); }             \
+  extern "C" void conv3x3_backward_##NAME(const ConvolutionBackward<T> *conv) { conv3x3_backward(*conv); }
 
 FOR_TYPE(f32, float, float)
 FOR_TYPE(f64, double, double)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -20,10 +21,29 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "write": (_I, _I, _P, _I, _P, _D, _P, _I, _P, _P, _N),
     "gather": (_I, _I, _P, _I, _I, _P, _P, _I, _P, _I, _N, _N),
     "finish": (_I, _I, _I, _P, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N, _N),
-    "conv1x1": (_I, _I, _I, _P, _I, _P, _P, _P, _P, _D, _P, _P, _D, _P, _I, _P, _P, _N),
-    "conv1x1_backward": (_I, _I, _I, _P, _I, _P, _P, _P, _P, _D, _P, _P, _I, _P, _I, _P, _I, _P, _P, _N),
 }
 _CONVOLVED: Final = (torch.float32, torch.float64)
+SIDES: Final = (1, 3)
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = (
+        *((name, _I) for name in ("images", "height", "width", "channels", "makes")), ("x", _P), ("ldx", _I),
+        *((name, _P) for name in ("gamma", "beta", "mean", "var")), ("eps", _D), ("weight", _P), ("threads", _I),
+    )  # fmt: skip
+
+
+class _ConvolutionForward(_Convolution):
+    _fields_ = (
+        ("mask", _P), ("keep", _D), ("slot", _P), ("lds", _I), ("slot_mean", _P), ("slot_var", _P),
+    )  # fmt: skip
+
+
+class _ConvolutionBackward(_Convolution):
+    _fields_ = (
+        ("d_made", _P), ("ldd", _I), ("carry", _P), ("ldc", _I), ("out", _P), ("ldo", _I), ("sums", _P),
+        ("d_weight", _P),
+    )  # fmt: skip
 
 
 class _Consumer(ctypes.Structure):
@@ -33,27 +53,38 @@ class _Consumer(ctypes.Structure):
 
 
 class NativeKernels(Kernels):
-    """The passes for maps in float32, float64 and bfloat16 on a CPU.
+    """The passes for maps in float32, float64 and bfloat16 on a CPU, and convolutions for the first two.
+
+    Args:
+        library: the compiled kernels; None: those for this processor.
+
+    Attributes:
+        name: tells libraries for other processors, compilers and versions of the kernels apart.
 
     Raises:
-        BuildError: when made where the library cannot be built.
+        BuildError: the library cannot be built.
     """
 
-    def __init__(self) -> None:
-        library = native_library()
+    def __init__(self, library: ctypes.CDLL | None = None) -> None:
+        library = native_library() if library is None else library
+        self.name = Path(library._name).stem
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, arguments in _SIGNATURES.items():
             for dtype, suffix in TYPES.items():
-                if name.startswith("conv1x1") and dtype not in _CONVOLVED:
-                    continue
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = arguments, None
                 self._functions[name, dtype] = function
+        for dtype in _CONVOLVED:
+            for side in SIDES:
+                for name in (f"conv{side}x{side}", f"conv{side}x{side}_backward"):
+                    function = getattr(library, f"{name}_{TYPES[dtype]}")
+                    function.argtypes, function.restype = (_P,), None
+                    self._functions[name, dtype] = function
 
     @staticmethod
     def convolves(weight: Tensor | None, dtype: torch.dtype) -> bool:
-        """Whether `conv1x1` and `conv1x1_backward` are there for a unit of this weight and maps of this type."""
-        return weight is not None and weight.shape[2:] == (1, 1) and dtype in _CONVOLVED
+        """Return whether `convolve` takes this weight and maps of this type."""
+        return weight is not None and weight.shape[2] == weight.shape[3] in SIDES and dtype in _CONVOLVED
 
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """Normalise and rectify."""
@@ -111,52 +142,78 @@ class NativeKernels(Kernels):
             out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
         )  # fmt: skip
 
-    def conv1x1(
+    def convolve(
         self, maps: Tensor, norm: Norm, weight: Tensor, mask: Tensor | None, keep: float, slot: Tensor,
         mean: Tensor | None, var: Tensor | None,
     ) -> None:  # fmt: skip
-        """`write` of ``conv(relu(norm(maps)))``; `weight`: (K, C, 1, 1), of the maps' type."""
-        rows, channels, ld = _rows(maps)
+        """Compute `write` of ``conv(relu(norm(maps)))``.
+
+        Args:
+            maps: (N, C, H, W).
+            norm: of `maps`.
+            weight: (K, C, 1, 1) or (K, C, 3, 3), of the maps' type; stride 1, zero padding that keeps H and W.
+            mask: as for `write`.
+            keep: as for `write`.
+            slot: (N, K, H, W).
+            mean: as for `write`, (K,).
+            var: as for `write`, (K,).
+        """
         slot_rows, makes, lds = _rows(slot)
-        assert slot_rows == rows
+        assert slot_rows == _rows(maps)[0]
         assert slot.dtype == maps.dtype
         assert (mean is None) == (var is None)
-        self._functions["conv1x1", maps.dtype](
-            rows, channels, makes, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
-            _matrix(weight, makes, channels, maps.dtype), _mask(mask, slot), keep, slot.data_ptr(), lds,
-            _vector(mean, makes, slot.dtype), _vector(var, makes, slot.dtype), torch.get_num_threads(),
-        )  # fmt: skip
+        call = _ConvolutionForward(*_convolution(maps, norm, weight, makes))
+        call.mask, call.keep = _mask(mask, slot), keep
+        call.slot, call.lds = slot.data_ptr(), lds
+        call.slot_mean, call.slot_var = _vector(mean, makes, slot.dtype), _vector(var, makes, slot.dtype)
+        self._functions[_name(weight), maps.dtype](ctypes.addressof(call))
 
-    def conv1x1_backward(
+    def convolve_backward(
         self, maps: Tensor, norm: Norm, weight: Tensor, d_made: Tensor, carry: Tensor | None, out: Tensor, sums: Tensor,
         d_weight: Tensor | None,
     ) -> None:  # fmt: skip
-        """Back through `conv1x1`, and `gather` of what comes out of it.
+        """Go back through `convolve`, and `gather` what comes out of it.
 
         Args:
             maps: (N, C, H, W): x.
             norm: of x.
-            weight: (K, C, 1, 1), of the maps' type.
+            weight: as for `convolve`.
             d_made: (N, K, H, W), the gradient of what the convolution made.
             carry: as for `gather`.
             out: as for `gather`, of the maps' type.
             sums: (2, C), as those of `Consumer`.
             d_weight: of the weight's shape, contiguous, becomes its gradient; None: not wanted.
         """
-        rows, channels, ld = _rows(maps)
+        rows, channels, _ = _rows(maps)
         made_rows, makes, ldd = _rows(d_made)
         _, _, ldo = _rows(out)
         assert made_rows == rows
         assert out.shape == maps.shape
         assert d_made.dtype == out.dtype == maps.dtype
         assert carry is None or (carry.dtype == maps.dtype and carry.shape == maps.shape)
-        self._functions["conv1x1_backward", maps.dtype](
-            rows, channels, makes, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
-            _matrix(weight, makes, channels, maps.dtype), d_made.data_ptr(), ldd,
-            None if carry is None else carry.data_ptr(), ldo if carry is None else _rows(carry)[2], out.data_ptr(), ldo,
-            _vector(sums, 2 * channels, maps.dtype),
-            None if d_weight is None else _matrix(d_weight, makes, channels, maps.dtype), torch.get_num_threads(),
-        )  # fmt: skip
+        call = _ConvolutionBackward(*_convolution(maps, norm, weight, makes))
+        call.d_made, call.ldd = d_made.data_ptr(), ldd
+        if carry is not None:
+            call.carry, call.ldc = carry.data_ptr(), _rows(carry)[2]
+        call.out, call.ldo = out.data_ptr(), ldo
+        call.sums = _vector(sums, 2 * channels, maps.dtype)
+        assert d_weight is None or d_weight.shape == weight.shape
+        call.d_weight = None if d_weight is None else _weight(d_weight, makes, channels, maps.dtype)
+        self._functions[f"{_name(weight)}_backward", maps.dtype](ctypes.addressof(call))
+
+
+def _name(weight: Tensor) -> str:
+    return f"conv{weight.shape[2]}x{weight.shape[3]}"
+
+
+def _convolution(maps: Tensor, norm: Norm, weight: Tensor, makes: int) -> tuple[Any, ...]:
+    """The fields of `_Convolution`."""
+    images, channels, height, width = maps.shape
+    return (
+        images, height, width, channels, makes, maps.data_ptr(), _rows(maps)[2],
+        *_pointers(norm, channels, maps.dtype), norm.eps, _weight(weight, makes, channels, maps.dtype),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _rows(maps: Tensor) -> tuple[int, int, int]:
@@ -185,10 +242,11 @@ def _vector(vector: Tensor | None, elements: int, dtype: torch.dtype) -> int | N
     return vector.data_ptr()
 
 
-def _matrix(weight: Tensor, makes: int, channels: int, dtype: torch.dtype) -> int:
+def _weight(weight: Tensor, makes: int, channels: int, dtype: torch.dtype) -> int:
     assert weight.dtype == dtype
-    assert tuple(weight.shape) == (makes, channels, 1, 1)
-    return _vector(weight.view(makes, channels), makes * channels, dtype) or 0
+    assert weight.shape[:2] == (makes, channels)
+    assert weight.is_contiguous()
+    return weight.data_ptr()
 
 
 def _pointers(norm: Norm, channels: int, dtype: torch.dtype) -> list[int | None]:

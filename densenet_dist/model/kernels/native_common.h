@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 64;      // rows summed in single precision, their maps still in the first cache
+constexpr int64_t kChunk = 128;     // rows summed in single precision, their maps still in the first cache
 constexpr int64_t kGroup = 1024;    // rows whose sums one thread makes alone
 
 struct bfloat16 {
@@ -74,8 +74,6 @@ inline void drop(int64_t channels, const S *from, const uint8_t *kept, A factor,
   if (kept != nullptr) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) store(to + c, load(from + c) * (kept[c] ? factor : A(0)));
-  } else if constexpr (std::is_same_v<S, T>) {
-    std::memcpy(to, from, channels * sizeof(T));
   } else {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) store(to + c, load(from + c));
@@ -87,11 +85,11 @@ inline void drop(int64_t channels, const S *from, const uint8_t *kept, A factor,
 template <typename A>
 class Moments {
  public:
-  Moments(int64_t rows, int64_t channels, bool wanted)
-      : rows_(rows), channels_(channels), wanted_(wanted),
-        means_(wanted ? groups(rows) * channels : 0), squares_(wanted ? groups(rows) * channels : 0) {}
+  Moments(int64_t rows, int64_t channels, bool wanted, int64_t group = kGroup)
+      : rows_(rows), channels_(channels), group_(group), wanted_(wanted),
+        means_(wanted ? groups() * channels : 0), squares_(wanted ? groups() * channels : 0) {}
 
-  static int64_t groups(int64_t rows) { return (rows + kGroup - 1) / kGroup; }
+  int64_t groups() const { return (rows_ + group_ - 1) / group_; }
 
   // Rows from `first` to before `last`, of the group that begins at `begin`; `scratch` has room for 3 times the channels.
   template <typename T>
@@ -114,7 +112,7 @@ class Moments {
         square[c] += off * off;
       }
     }
-    double *mean = means_.data() + begin / kGroup * channels_, *m2 = squares_.data() + begin / kGroup * channels_;
+    double *mean = means_.data() + begin / group_ * channels_, *m2 = squares_.data() + begin / group_ * channels_;
     const double old = static_cast<double>(first - begin), more = static_cast<double>(last - first);
     for (int64_t c = 0; c < channels_; ++c) merge(mean[c], m2[c], old, centre[c], square[c], more);
   }
@@ -123,8 +121,8 @@ class Moments {
     if (!wanted_) return;
     for (int64_t c = 0; c < channels_; ++c) {
       double mean = 0, m2 = 0;
-      for (int64_t group = 0; group < groups(rows_); ++group) {
-        const int64_t begin = group * kGroup, end = std::min(rows_, begin + kGroup);
+      for (int64_t group = 0; group < groups(); ++group) {
+        const int64_t begin = group * group_, end = std::min(rows_, begin + group_);
         merge(mean, m2, static_cast<double>(begin), means_[group * channels_ + c], squares_[group * channels_ + c],
               static_cast<double>(end - begin));
       }
@@ -140,7 +138,7 @@ class Moments {
     m2 += new_m2 + delta * delta * (old * more / (old + more));
   }
 
-  int64_t rows_, channels_;
+  int64_t rows_, channels_, group_;
   bool wanted_;
   std::vector<double> means_, squares_;
 };

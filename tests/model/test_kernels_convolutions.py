@@ -1,6 +1,8 @@
-"""BN-ReLU with a 1x1 convolution in C++ against PyTorch's operators, which compute here in float64."""
+"""BN-ReLU with a convolution in C++ against PyTorch's operators, which compute here in float64."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,31 +11,47 @@ from kernel_cases import Draw, Untouched, close, double, keep_away_from_zero
 from torch import Tensor
 from torch.nn import functional as F
 
+from densenet_dist.model.fused import own_convolutions
+from densenet_dist.model.kernels import build
 from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm
 from densenet_dist.model.kernels.native import NativeKernels
 
-# The kernels take 64 rows (pixels) at a time, one thread 1024 or more of them; columns in tiles of three vectors, which
-# hold 2 to 16 numbers: all the remainders.
+# A kernel takes about 128 pixels at a time (3x3: whole image rows), a thread 256 or more; columns are taken in tiles of
+# three vectors of 2 to 16 numbers. These shapes have all the remainders.
 CASES = [
-    ((1, 1, 1, 1), 1),
-    ((1, 130, 1, 1), 17),
-    ((3, 12, 7, 3), 48),  # 63 rows
-    ((4, 48, 4, 4), 12),  # 64
-    ((1, 17, 5, 13), 16),  # 65
-    ((2, 1, 7, 5), 130),
-    ((2, 130, 7, 5), 1),
-    ((2, 49, 5, 13), 48),
-    ((2, 75, 5, 13), 12),
-    ((5, 130, 16, 14), 49),  # 1120
-    ((17, 3, 65, 61), 8),  # 67,405: more than 64 times 1024
+    ((1, 1, 1, 1), 1, 1),
+    ((1, 130, 1, 1), 17, 1),
+    ((6, 12, 7, 3), 48, 1),  # 126 pixels
+    ((8, 48, 4, 4), 12, 1),  # 128
+    ((3, 17, 5, 13), 16, 1),
+    ((2, 1, 7, 5), 130, 1),
+    ((2, 130, 7, 5), 1, 1),
+    ((2, 75, 5, 13), 12, 1),
+    ((5, 130, 16, 14), 49, 1),  # 1120
+    ((17, 3, 65, 61), 8, 1),  # 67,405: more than 64 times 1024
+    ((1, 1, 1, 1), 1, 3),
+    ((40, 16, 3, 3), 4, 3),  # several images of one thread
+    ((3, 48, 32, 32), 12, 3),
+    ((2, 35, 16, 16), 35, 3),
+    ((2, 20, 5, 7), 49, 3),
+    ((1, 9, 2, 300), 3, 3),  # an image row longer than a strip
+    ((2, 130, 23, 9), 17, 3),  # a last strip of other height
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}  # of sums of up to 67,405 terms
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+each_side = pytest.mark.parametrize("side", [1, 3])
 
 
-@pytest.fixture(scope="module")
-def native() -> NativeKernels:
-    return NativeKernels()
+@pytest.fixture(scope="module", params=["this processor", "AVX2"])
+def native(request: pytest.FixtureRequest) -> NativeKernels:
+    """The kernels as users have them, and on a processor with AVX-512 also those of one that has AVX2 alone."""
+    if request.param == "this processor":
+        return NativeKernels()
+    if "avx512f" not in build._processor():
+        pytest.skip("the kernels of this processor are those for AVX2, or it has none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXXFLAGS", "-march=haswell")
+        return NativeKernels(build.native_library.__wrapped__())
 
 
 class Layer(NamedTuple):
@@ -45,13 +63,13 @@ class Layer(NamedTuple):
     carry: Tensor
 
     @classmethod
-    def draw(cls, shape: tuple[int, int, int, int], makes: int, dtype: torch.dtype) -> "Layer":
+    def draw(cls, shape: tuple[int, int, int, int], makes: int, side: int, dtype: torch.dtype) -> "Layer":
         draw = Draw("cpu", dtype)
         n, c, h, w = shape
         norm, maps = draw.norm(c), draw.maps(*shape, before=3, after=4)
         keep_away_from_zero(maps, [norm])
         d_made, carry = draw.maps(n, makes, h, w, before=1), draw.maps(*shape, after=5)
-        return cls(maps, norm, draw.normal(makes, c, 1, 1), draw.mask(n, makes, h, w), d_made, carry)
+        return cls(maps, norm, draw.normal(makes, c, side, side), draw.mask(n, makes, h, w), d_made, carry)
 
 
 def rectify_exactly(maps: Tensor, norm: Norm) -> Tensor:
@@ -64,48 +82,51 @@ def rectify_exactly(maps: Tensor, norm: Norm) -> Tensor:
 @each_dtype
 @pytest.mark.parametrize("masked", [False, True], ids=["all kept", "masked"])
 def test_forward_equals_float64(native: NativeKernels, dtype: torch.dtype, masked: bool) -> None:
-    for shape, makes in CASES:
-        layer, (n, _, h, w) = Layer.draw(shape, makes, dtype), shape
+    for shape, makes, side in CASES:
+        layer, (n, _, h, w) = Layer.draw(shape, makes, side, dtype), shape
         mask = layer.mask if masked else None
         slot = Draw("cpu", dtype).maps(n, makes, h, w, before=2, after=3)
         rest, (mean, var) = Untouched(slot), torch.full((2, makes), math.nan, dtype=dtype)
-        expected = F.conv2d(rectify_exactly(layer.maps, layer.norm), layer.weight.double())
+        expected = F.conv2d(rectify_exactly(layer.maps, layer.norm), layer.weight.double(), padding=side // 2)
         Kernels().write(expected, mask, 0.7, expected, None, None)
 
-        native.conv1x1(layer.maps, layer.norm, layer.weight, mask, 0.7, slot, mean, var)
+        native.convolve(layer.maps, layer.norm, layer.weight, mask, 0.7, slot, mean, var)
 
-        close(slot, expected, TOLERANCE[dtype], label=shape)
+        close(slot, expected, TOLERANCE[dtype], label=(shape, makes, side))
         stored = slot.double()  # statistics are of what was stored, rounding included
-        close(mean, stored.mean((0, 2, 3)), TOLERANCE[dtype], label=shape)
-        close(var, stored.var((0, 2, 3), correction=0), TOLERANCE[dtype], label=shape)
+        close(mean, stored.mean((0, 2, 3)), TOLERANCE[dtype], label=(shape, makes, side))
+        close(var, stored.var((0, 2, 3), correction=0), TOLERANCE[dtype], label=(shape, makes, side))
         rest.check()
 
 
 @each_dtype
 @pytest.mark.parametrize("carried", ["nothing", "carry", "carry into itself"])
 def test_backward_equals_float64(native: NativeKernels, dtype: torch.dtype, carried: str) -> None:
-    for shape, makes in CASES:
-        maps, norm, weight, _, d_made, carry = Layer.draw(shape, makes, dtype)
+    for shape, makes, side in CASES:
+        maps, norm, weight, _, d_made, carry = Layer.draw(shape, makes, side, dtype)
         out = carry if carried == "carry into itself" else Draw("cpu", dtype).maps(*shape, before=2, after=3)
         before = None if carried == "nothing" else carry
         rest, sums = Untouched(out), torch.full((2, shape[1]), math.nan, dtype=dtype)
         d_weight = torch.full(weight.shape, math.nan, dtype=dtype)
         expected, expected_sums = torch.empty(shape, dtype=torch.float64), torch.empty(2, shape[1], dtype=torch.float64)
-        came = F.conv_transpose2d(d_made.double(), weight.double())
+        came = F.conv_transpose2d(d_made.double(), weight.double(), padding=side // 2)
         exact = None if before is None else before.double()
         Kernels().gather(maps.double(), [Consumer(came, double(norm), expected_sums)], exact, expected)
-        expected_weight = torch.einsum("nkhw,nchw->kc", d_made.double(), rectify_exactly(maps, norm))
+        rectified, wanted = rectify_exactly(maps, norm), weight.double().requires_grad_()
+        F.conv2d(rectified, wanted, padding=side // 2).backward(d_made.double())
+        assert wanted.grad is not None
 
-        native.conv1x1_backward(maps, norm, weight, d_made, before, out, sums, d_weight)
+        native.convolve_backward(maps, norm, weight, d_made, before, out, sums, d_weight)
 
-        close(out, expected, TOLERANCE[dtype], label=shape)
-        close(sums, expected_sums, TOLERANCE[dtype], label=shape)
-        close(d_weight[:, :, 0, 0], expected_weight, TOLERANCE[dtype], label=shape)
+        close(out, expected, TOLERANCE[dtype], label=(shape, makes, side))
+        close(sums, expected_sums, TOLERANCE[dtype], label=(shape, makes, side))
+        close(d_weight, wanted.grad, TOLERANCE[dtype], label=(shape, makes, side))
         rest.check()
 
 
 @each_dtype
-def test_both_rectify_as_bn_relu_does(native: NativeKernels, dtype: torch.dtype) -> None:
+@each_side
+def test_all_rectify_as_bn_relu_does(native: NativeKernels, dtype: torch.dtype, side: int) -> None:
     """However close to 0: one rounding apart, and the gradient would be of another function."""
     draw = Draw("cpu", dtype)
     norm = draw.norm(35)
@@ -117,10 +138,11 @@ def test_both_rectify_as_bn_relu_does(native: NativeKernels, dtype: torch.dtype)
     native.bn_relu(maps, norm, rectified)
 
     identity, sums = torch.eye(35, dtype=dtype)[:, :, None, None], draw.normal(2, 35)
-    native.conv1x1(maps, norm, identity, None, 1.0, slot, None, None)
+    identity = F.pad(identity, [side // 2] * 4)
+    native.convolve(maps, norm, identity, None, 1.0, slot, None, None)
     assert torch.equal(slot, rectified)
 
-    native.conv1x1_backward(maps, norm, identity, torch.ones_like(maps), None, total, sums, None)
+    native.convolve_backward(maps, norm, identity, torch.ones_like(maps), None, total, sums, None)
     assert torch.equal(rectified > 0, total != 0)
     assert torch.equal(sums[0].double(), (rectified > 0).double().sum((0, 2, 3)))
     assert (total[0, ::2] == 0).all()  # where y is 0 nothing passes
@@ -132,15 +154,16 @@ def all_at_once(native: NativeKernels, layer: Layer) -> list[Tensor]:
     maps, norm, weight, mask, d_made, carry = layer
     slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
     mean, var, sums = weight.new_empty(len(weight)), weight.new_empty(len(weight)), weight.new_empty(2, maps.shape[1])
-    native.conv1x1(maps, norm, weight, mask, 0.7, slot, mean, var)
-    native.conv1x1_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
+    native.convolve(maps, norm, weight, mask, 0.7, slot, mean, var)
+    native.convolve_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
     return [slot, mean, var, out, sums, d_weight]
 
 
+@each_side
 @pytest.mark.parametrize("where", ["maps", "weight", "d_made", "carry"])
-def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, where: str) -> None:
-    for row in (0, 1080, 1124):  # of 1125: the last 37 follow 64 in the same memory, as 1080 is
-        layer = Layer.draw((5, 17, 15, 15), 9, torch.float32)
+def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, where: str, side: int) -> None:
+    for row in (0, 1080, 1124):  # of 1125: the last ones follow others in the same memory
+        layer = Layer.draw((5, 17, 15, 15), 9, side, torch.float32)
         layer.weight[4, 5] = 0  # times NaN is NaN
         image, pixel = divmod(row, 225)
         if where == "weight":
@@ -158,8 +181,8 @@ def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, whe
 
 @each_dtype
 def test_the_same_bits_with_any_number_of_threads(native: NativeKernels, dtype: torch.dtype) -> None:
-    for shape, makes in (((3, 49, 33, 31), 12), CASES[-1]):
-        found, layer = [], Layer.draw(shape, makes, dtype)
+    for shape, makes, side in (((3, 49, 33, 31), 12, 1), ((3, 49, 33, 31), 12, 3), CASES[9], CASES[11]):
+        found, layer = [], Layer.draw(shape, makes, side, dtype)
         for number in (1, 2, 3, 1):
             torch.set_num_threads(number)
             found.append(all_at_once(native, layer))
@@ -168,10 +191,11 @@ def test_the_same_bits_with_any_number_of_threads(native: NativeKernels, dtype: 
                 assert torch.equal(one, tensor)
 
 
-def test_of_no_pixels_all_is_zero_and_inputs_are_left_alone(native: NativeKernels) -> None:
-    _, *found = all_at_once(native, Layer.draw((0, 12, 4, 3), 5, torch.float32))
+@each_side
+def test_of_no_pixels_all_is_zero_and_inputs_are_left_alone(native: NativeKernels, side: int) -> None:
+    _, *found = all_at_once(native, Layer.draw((0, 12, 4, 3), 5, side, torch.float32))
     assert all((tensor == 0).all() for tensor in found)
-    layer, before = (Layer.draw((2, 12, 7, 5), 17, torch.float32) for _ in range(2))
+    layer, before = (Layer.draw((2, 12, 7, 5), 17, side, torch.float32) for _ in range(2))
     all_at_once(native, layer)
     for one, other in zip((*layer.norm[:4], *layer[2:]), (*before.norm[:4], *before[2:]), strict=True):
         assert torch.equal(one, other)
@@ -187,16 +211,33 @@ def spoil(name: str, tensor: Tensor) -> list[Tensor]:
     return [*other_type, tensor.contiguous(), tensor[:, :, :-1].contiguous(memory_format=torch.channels_last)]
 
 
-def test_what_cannot_be_read_is_refused(native: NativeKernels) -> None:
+@each_side
+def test_what_cannot_be_read_is_refused(native: NativeKernels, side: int) -> None:
     """Pointers go to code that trusts them."""
-    maps, norm, weight, mask, d_made, carry = Layer.draw((2, 6, 4, 3), 5, torch.float32)
+    maps, norm, weight, mask, d_made, carry = Layer.draw((2, 6, 4, 3), 5, side, torch.float32)
     shared: dict[str, Any] = {"maps": maps, "norm": norm, "weight": weight}
     forward = {"mask": mask, "keep": 0.7, "slot": d_made.clone(), "mean": torch.empty(5), "var": torch.empty(5)}
     backward = {"d_made": d_made, "carry": carry, "out": carry.clone(), "sums": torch.empty(2, 6)}
     backward["d_weight"] = torch.empty_like(weight)
-    for function, given in ((native.conv1x1, shared | forward), (native.conv1x1_backward, shared | backward)):
+    for function, given in ((native.convolve, shared | forward), (native.convolve_backward, shared | backward)):
         function(**given)
         for name in given.keys() - {"norm", "keep", "var"}:
             for wrong in spoil(name, given[name]):
                 with pytest.raises(AssertionError):
                     function(**{**given, name: wrong})
+
+
+def test_the_faster_convolutions_are_chosen_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path))
+    kernels, measured = NativeKernels(), own_convolutions._seconds
+    assert all(seconds > 0 for side in (1, 3) for seconds in measured(kernels, side))
+    monkeypatch.setattr(own_convolutions, "_seconds", lambda _, side: (2.0, 1.0) if side == 1 else (1.0, 2.0))
+    choose = own_convolutions.own_sides.__wrapped__  # what one process does
+    assert choose(kernels, 1) == {3}
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text()) == {"1": "onednn", "3": "own", "1_ms": [2000, 1000], "3_ms": [1000, 2000]}
+    monkeypatch.setattr(own_convolutions, "_seconds", lambda *_: (1.0, 2.0))
+    assert choose(kernels, 1) == {3}
+    assert choose(kernels, 2) == {1, 3}  # another number of threads
+    file.write_text('{"1": "own"')
+    assert choose(kernels, 1) == {1, 3}
