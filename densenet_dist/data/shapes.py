@@ -149,53 +149,8 @@ def _length(x: Field, y: Field) -> Field:
     return np.sqrt(x * x + y * y)
 
 
-def _both(one: Field, other: Field) -> Field:
-    return np.maximum(one, other)
-
-
-def _either(one: Field, other: Field) -> Field:
-    return np.minimum(one, other)
-
-
-def _outline(solid: Field, half_width: float) -> Field:
-    return np.abs(solid) - half_width
-
-
 def _box(x: Field, y: Field, half_width: float, half_height: float) -> Field:
-    return _both(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def _circle(x: Field, y: Field) -> Field:
-    return _length(x, y) - 0.85
-
-
-def _ring(x: Field, y: Field) -> Field:
-    return _outline(_length(x, y) - 0.8, 0.2)
-
-
-def _semicircle(x: Field, y: Field) -> Field:
-    y = y - 0.4
-    return _both(_length(x, y) - 1.0, y)
-
-
-def _triangle(x: Field, y: Field) -> Field:
-    return _both(np.abs(x) * math.sqrt(0.75) + y * 0.5, -y) - 0.5
-
-
-def _square(x: Field, y: Field) -> Field:
-    return _box(x, y, 0.7, 0.7)
-
-
-def _frame(x: Field, y: Field) -> Field:
-    return _outline(_box(x, y, 0.6, 0.6), 0.16)
-
-
-def _bar(x: Field, y: Field) -> Field:
-    return _box(x, y, 1.0, 0.3)
-
-
-def _cross(x: Field, y: Field) -> Field:
-    return _either(_box(x, y, 1.0, 0.28), _box(x, y, 0.28, 1.0))
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
 def _star(x: Field, y: Field) -> Field:
@@ -208,20 +163,16 @@ def _star(x: Field, y: Field) -> Field:
     return ((radius * np.cos(angle) - 1.0) * notch_y + radius * np.sin(angle) * (1.0 - notch_x)) / edge
 
 
-def _ell(x: Field, y: Field) -> Field:
-    return _either(_box(x + 0.45, y, 0.28, 0.85), _box(x, y - 0.57, 0.73, 0.28))
-
-
 _FIGURES: dict[str, Callable[[Field, Field], Field]] = {
-    "circle": _circle,
-    "ring": _ring,
-    "semicircle": _semicircle,
-    "triangle": _triangle,
-    "square": _square,
-    "frame": _frame,
-    "bar": _bar,
-    "cross": _cross,
+    "circle": lambda x, y: _length(x, y) - 0.85,
+    "ring": lambda x, y: np.abs(_length(x, y) - 0.8) - 0.2,
+    "semicircle": lambda x, y: np.maximum(_length(x, y - 0.4) - 1.0, y - 0.4),
+    "triangle": lambda x, y: np.maximum(np.abs(x) * math.sqrt(0.75) + y * 0.5, -y) - 0.5,
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "frame": lambda x, y: np.abs(_box(x, y, 0.6, 0.6)) - 0.16,
+    "bar": lambda x, y: _box(x, y, 1.0, 0.3),
+    "cross": lambda x, y: np.minimum(_box(x, y, 1.0, 0.28), _box(x, y, 0.28, 1.0)),
     "star": _star,
-    "ell": _ell,
+    "ell": lambda x, y: np.minimum(_box(x + 0.45, y, 0.28, 0.85), _box(x, y - 0.57, 0.73, 0.28)),
 }
 CLASS_NAMES = tuple(_FIGURES)

@@ -65,12 +65,8 @@ def draw(draws: Array, image_size: int) -> Drawn:
     count = len(draws)
     level = np.floor(draws[:, 1] * STRENGTHS) / (STRENGTHS - 1)  # 0, 1/30 .. 1
     signed = np.where(draws[:, 2] < 0.5, -level, level)
-    drawn = Drawn(
-        np.tile(np.eye(2), (count, 1, 1)),
-        np.zeros((count, 2)),
-        np.zeros(count, np.int64),
-        np.zeros(count, np.float32),
-    )
+    unmoved = np.tile(np.eye(2), (count, 1, 1)), np.zeros((count, 2))
+    drawn = Drawn(*unmoved, np.zeros(count, np.int64), np.zeros(count, np.float32))
     chosen = np.floor(draws[:, 0] * len(OPERATIONS)).astype(np.int64)
     for number, operation in enumerate(OPERATIONS.values()):
         rows = np.flatnonzero(chosen == number)
@@ -114,11 +110,6 @@ def _factor(level: Array, signed: Array) -> Array:
     return 1.0 + MAX_CHANGE * signed
 
 
-def _bit_mask(level: Array, signed: Array) -> Array:
-    dropped = np.rint(6.0 * level)  # keeps 8 bits .. 2 bits
-    return 256.0 - 2.0**dropped
-
-
 OPERATIONS: dict[str, _Operation] = {
     "identity": lambda *_: None,
     "shear_x": _shear(0),
@@ -130,7 +121,7 @@ OPERATIONS: dict[str, _Operation] = {
     "color": _change(Tone.COLOR, _factor),
     "contrast": _change(Tone.CONTRAST, _factor),
     "sharpness": _change(Tone.SHARPNESS, _factor),
-    "posterize": _change(Tone.POSTERIZE, _bit_mask),
+    "posterize": _change(Tone.POSTERIZE, lambda level, signed: 256.0 - 2.0 ** np.rint(6.0 * level)),  # 8 to 2 bits
     "solarize": _change(Tone.SOLARIZE, lambda level, signed: 255.0 * (1.0 - level)),
     "autocontrast": _change(Tone.AUTOCONTRAST, lambda level, signed: level * 0.0),
     "equalize": _change(Tone.EQUALIZE, lambda level, signed: level * 0.0),
