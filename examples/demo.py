@@ -30,8 +30,8 @@ def serve(classifier: Classifier, port: int | None) -> None:
         if path is None:
             return None
         try:
-            with Image.open(path, formats=FORMATS) as picture:
-                (prediction,) = classifier.predict(picture)
+            with Image.open(path, formats=FORMATS):
+                (prediction,) = classifier.predict(path)
         except (DataError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise gradio.Error(f"This picture cannot be used: {type(error).__name__}") from error
         return {guess.name: guess.probability for guess in prediction.top}

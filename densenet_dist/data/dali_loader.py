@@ -22,7 +22,7 @@ from torch import Tensor
 from densenet_dist.data.dali_support import explain, require_dali
 from densenet_dist.data.image_files import BadImage, ImageFiles
 from densenet_dist.data.requests import Batches, Engine, Request, upload
-from densenet_dist.data.substitutes import UnreadableFiles
+from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 
@@ -53,29 +53,15 @@ class DaliEngine(Engine):
 
     def sources(self, request: Request) -> list[Any]:
         """The images of a request: from memory (a GPU's or the host's), or bytes and windows of pictures."""
-        if self.files is not None:
+        if (files := self.files) is not None:
+            # Read here and not by DALI, which a broken file can crash.
+            encoded = read_all(request.array("rows").tolist(), lambda _, row: files.encoded(row), self._readers.map)
             left, top, width, height = request.array("window").astype(np.int32).T
             windows = [np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
-            return [self._encoded(self.files, request.array("rows").tolist()), *windows]
+            return [encoded, *windows]
         if self.device.type == "cuda":
             return [self._resident.index_select(0, request.tensor("rows", self.device))]
         return [self._resident[request.array("rows")]]
-
-    def _encoded(self, files: ImageFiles, rows: list[int]) -> list[npt.NDArray[np.uint8]]:
-        """The bytes of each file: read here and not by DALI, which a broken one can crash."""
-        unreadable: dict[int, str] = {}
-
-        def read(row: int) -> npt.NDArray[np.uint8]:
-            try:
-                return files.read(row)
-            except BadImage as error:
-                unreadable[row] = str(error)
-                return np.empty(0, np.uint8)
-
-        encoded = list(self._readers.map(read, rows))
-        if unreadable:
-            raise UnreadableFiles(unreadable)
-        return encoded
 
     @staticmethod
     def parameters(request: Request) -> dict[str, npt.NDArray[Any]]:
@@ -131,26 +117,13 @@ class _Pipeline:
             UnreadableFiles: naming files that have become unreadable.
             EnvironmentProblem: where all can be read.
         """
-        files, reasons = self._engine.files, {}
-        if files is not None:
+        if (files := self._engine.files) is not None:
             rows = [self._request(number + ahead).array("rows") for ahead in range(self._engine.prefetch + 2)]
             some = np.unique(np.concatenate(rows)).tolist()
             # torchvision says best what is wrong. DALI, which can be stricter, is asked where that finds nothing.
-            reasons = _refused(some, files.decode) or _refused(some, lambda row: _decode_alone(files.read(row)))
-        if reasons:
-            raise UnreadableFiles(reasons) from None
+            read_all(some, lambda _, row: files.decode(row))
+            read_all(some, lambda _, row: _decode_alone(files.encoded(row)))
         raise explain(error, self._engine.device) from error
-
-
-def _refused(rows: list[int], read: Callable[[int], object]) -> dict[int, str]:
-    """Why `read` refuses files, by row; nothing of those that it takes."""
-    reasons = {}
-    for row in rows:
-        try:
-            read(row)
-        except BadImage as bad:
-            reasons[row] = str(bad)
-    return reasons
 
 
 def _decode_alone(data: npt.NDArray[np.uint8]) -> None:

@@ -7,8 +7,6 @@ what is new.
 import hashlib
 import json
 import os
-import stat
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,10 +25,11 @@ from densenet_dist.data.image_files import (
 )
 from densenet_dist.data.progress import progress_bar
 from densenet_dist.errors import StorageError
+from densenet_dist.run_folder import RunFolder
 
 _BAR_FROM = 300
 _CHUNK = 1024  # files that wait for a thread at a time
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict]:
@@ -48,27 +47,21 @@ def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict
         except OSError as error:
             verdicts[name] = unreadable(error)
             continue
-        if not stat.S_ISREG(status.st_mode):
-            verdicts[name] = "not a file"  # a pipe would be waited for without end
-            continue
         stamps[name] = [status.st_size, status.st_mtime_ns]
         match remembered.get(name):
-            case [*stamp, str(reason)] if stamp == stamps[name]:
-                verdicts[name] = reason
-            case [*stamp, int(width), int(height), int(checksum)] if stamp == stamps[name]:
-                verdicts[name] = width, height, checksum
+            case [*stamp, str() | [int(), int(), int()] as verdict] if stamp == stamps[name]:
+                verdicts[name] = verdict if isinstance(verdict, str) else tuple(verdict)
             case _:
                 unknown.append(name)
     try:
         _open_all(root, unknown, verdicts, progress=progress)
     finally:  # what was found before an interrupt is worth keeping
-        found = {name: verdicts[name] for name in stamps if name in verdicts}
         entries = {
-            name: [*stamps[name], *([verdict] if isinstance(verdict, str) else verdict)]
-            for name, verdict in found.items()
-            if not str(verdict).startswith(UNREADABLE)
+            name: [*stamps[name], verdicts[name]]
+            for name in stamps
+            if name in verdicts and not str(verdicts[name]).startswith(UNREADABLE)
         }
-        if entries != remembered:
+        if unknown or entries.keys() != remembered.keys():
             _save_cache(root, entries)
     return {name: verdicts[name] for name in names}
 
@@ -89,31 +82,24 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
                 advance(1, len(names))
 
 
-def _cache_file(root: Path) -> Path:
+def _cache(root: Path) -> tuple[RunFolder, str]:
+    """The folder of the cache, and the name of the file in it for pictures below `root`."""
     digest = hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()
-    return cache_folder() / "folders" / f"{digest}.json"
+    return RunFolder(str(cache_folder()), "folders"), f"{digest}.json"
 
 
 def _load_cache(root: Path) -> dict[str, Any]:
-    """What earlier starts found: by name [size, mtime_ns, width, height, CRC-32] or [size, mtime_ns, reason]."""
-    # Without a cache, or with a damaged one, all is done again.
-    with suppress(OSError, ValueError, RecursionError, StorageError):
-        match json.loads(_cache_file(root).read_bytes()):
+    """What earlier starts found: by name [size, mtime_ns, [width, height, CRC-32]] or [size, mtime_ns, reason]."""
+    with suppress(OSError, StorageError):  # without a cache, or with a damaged one, all is done again
+        folder, name = _cache(root)
+        match folder.read_json(name):
             case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
                 return files
     return {}
 
 
-def _save_cache(root: Path, entries: dict[str, list[int | str]]) -> None:
+def _save_cache(root: Path, entries: dict[str, list[int | Verdict]]) -> None:
     """Keeps what was found, if that is possible: whole or not at all, whoever else does the same."""
     with suppress(OSError, StorageError):
-        path = _cache_file(root)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent)
-        try:
-            with open(handle, "w") as file:
-                json.dump({"version": _CACHE_VERSION, "files": entries}, file)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        folder, name = _cache(root)
+        folder.write(name, json.dumps({"version": _CACHE_VERSION, "files": entries}))

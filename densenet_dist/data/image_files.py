@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from densenet_dist.data.c_stderr import printed_by_c
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # as Pillow calls them; MPO is a JPEG
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (b"\xff\xd8\xff", _PNG, b"RIFF")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
+_DAMAGED = "cut short or damaged"
 UNREADABLE = "cannot be read"  # how a reason begins that may pass though the file stays the same
 
 Verdict = tuple[int, int, int] | str
@@ -74,11 +78,21 @@ class ImageFiles:
             BadImage: it cannot be read any more, or is another picture; with the reason.
         """
         data = _read(self.path(row))
-        if zlib.crc32(data.data) != self.checksums[row]:
-            _check_header(data)
-            if list(_pixels(data).shape[:0:-1]) != self.sizes[row].tolist():
-                raise BadImage("another picture than when it was verified")
+        known = zlib.crc32(data.data) == self.checksums[row]
+        if not known and list(_checked_pixels(data).shape[:0:-1]) != self.sizes[row].tolist():
+            raise BadImage("another picture than when it was verified")
         return data
+
+    def encoded(self, row: int) -> npt.NDArray[np.uint8]:
+        """Bytes for another decoder: as `read`, or of a picture with transparency a PNG of what `decode` gives."""
+        from PIL import Image
+
+        data = self.read(row)
+        if not _is_transparent(data):
+            return data
+        png = io.BytesIO()
+        Image.fromarray(_pixels(data).permute(1, 2, 0).numpy()).save(png, "PNG", compress_level=0)
+        return np.frombuffer(png.getvalue(), np.uint8)
 
     def decode(self, row: int) -> "Tensor":
         """One picture as (3, H, W) uint8 on the CPU, RGB, upright.
@@ -93,25 +107,13 @@ def decode_any(path: Path) -> "Tensor":
     """One picture as `ImageFiles.decode`, also of kinds that training refuses, as far as Pillow reads them.
 
     Raises:
-        BadImage: it cannot be read or decoded, or is an animation; with the reason.
+        BadImage: it cannot be read or decoded, is damaged, or is an animation; with the reason.
     """
-    from PIL import Image
-
-    data = _read(path)
-    kind = _check_header(data, any_kind=True)
-    if kind in _FORMATS:
-        return _pixels(data)
-    try:
-        with Image.open(io.BytesIO(data.data)) as picture:
-            return pixels_of(picture)
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage("cut short or damaged") from error
+    return _checked_pixels(_read(path), any_kind=True)
 
 
 def pixels_of(picture: Any) -> "Tensor":
-    """A picture that Pillow has opened as (3, H, W) uint8 on the CPU, RGB, upright; what is transparent is left out.
+    """A picture that Pillow has opened as (3, H, W) uint8 on the CPU, RGB, upright, on white where it is transparent.
 
     Raises:
         BadImage: how bright its numbers are meant to be is not known.
@@ -125,7 +127,15 @@ def pixels_of(picture: Any) -> "Tensor":
         return ((levels + 128) // 257).to(torch.uint8).expand(3, -1, -1)
     if picture.mode in ("I", "F"):
         raise BadImage("grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits")
+    if picture.has_transparency_data:
+        return on_white(torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1))
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def on_white(pixels: "Tensor") -> "Tensor":
+    """A picture with alpha, (4, H, W) uint8, on a white background, (3, H, W) uint8."""
+    colour, alpha = pixels[:3].int(), pixels[3:].int()
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).byte()
 
 
 def suffix(name: str) -> str:
@@ -133,12 +143,16 @@ def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def named_as_picture(name: str) -> bool:
+    """Whether a file's name ends like that of a picture, of a kind that is taken or not."""
+    return suffix(name) in (*IMAGE_SUFFIXES, *REFUSED_SUFFIXES)
+
+
 def examine(path: Path) -> Verdict:
     """Opens and decodes one file."""
     try:
         data = _read(path)
-        _check_header(data)
-        _, height, width = _pixels(data).shape
+        _, height, width = _checked_pixels(data).shape
     except BadImage as error:
         return str(error)
     return width, height, zlib.crc32(data.data)
@@ -146,8 +160,10 @@ def examine(path: Path) -> Verdict:
 
 def _read(path: Path) -> npt.NDArray[np.uint8]:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadImage("not a file")  # a pipe would be waited for without end
         data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BadImage(unreadable(error)) from error
     if not len(data):
         raise BadImage("empty file")
@@ -163,6 +179,8 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str
         with Image.open(io.BytesIO(data.data)) as picture:
             kind = picture.format or "this format"
             frames = 1 if kind in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
+            if kind == "PNG":
+                picture.verify()  # its checksums, which Pillow does not look at when it decodes
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels to be decoded safely: scale it down") from error
     except Exception as error:
@@ -174,17 +192,42 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str
     return kind
 
 
+def _checked_pixels(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> "Tensor":
+    """The picture in a file's bytes, made sure to be of a kind that is taken, and not damaged."""
+    kind = _check_header(data, any_kind=any_kind)
+    with printed_by_c() as lines:
+        pixels = _pixels(data)
+    if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings of colour profiles; damage is an error there
+        raise BadImage(f"damaged: {lines[0]}")
+    return pixels
+
+
+def _is_transparent(data: npt.NDArray[np.uint8]) -> bool:
+    """Whether a PNG or WebP may have transparent pixels, by its header."""
+    start = data[:32].tobytes()
+    if start.startswith(_PNG):  # a colour type with alpha, or transparent colours, which are named before the pixels
+        return bool(start[25] & 4) or b"tRNS" in data.tobytes().partition(b"IDAT")[0]
+    flags = {b"WEBPVP8X": 20, b"WEBPVP8L": 24}.get(start[8:16])
+    return flags is not None and bool(start[flags] & 16)
+
+
 def _pixels(data: npt.NDArray[np.uint8]) -> "Tensor":
     """The picture in a file's bytes, as `ImageFiles.decode` gives it."""
     import torch
+    from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
 
     if data[:8].tobytes() == _PNG and data.tobytes().rfind(b"IEND\xaeB`\x82") < 0:
-        raise BadImage(_damage(data))  # torchvision would show what there is of it, DALI would not
+        raise BadImage(_DAMAGED)  # torchvision would show what there is of it, DALI would not
     try:
+        if not data[:16].tobytes().startswith(_MAGIC) or _is_transparent(data):
+            with Image.open(io.BytesIO(data.data)) as picture:
+                return pixels_of(picture)
         pixels: Tensor = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    except BadImage:
+        raise
     except Exception as error:
-        raise BadImage(_damage(data)) from error
+        raise BadImage(_DAMAGED) from error
     if pixels.ndim != 3:
         raise BadImage(f"an animation of {len(pixels)} frames")
     if pixels.dtype == torch.uint16:
@@ -208,18 +251,19 @@ def _webp_orientation(data: npt.NDArray[np.uint8]) -> int:
     return 1
 
 
-def unreadable(error: OSError) -> str:
+def unreadable(error: Exception) -> str:
     """Why a file could not be read, in plain words."""
-    missing = isinstance(error, FileNotFoundError)
-    return f"{UNREADABLE}: {'it is not there, or is a link to nothing' if missing else error.strerror or error}"
+    if isinstance(error, FileNotFoundError):
+        return f"{UNREADABLE}: it is not there, or is a link to nothing"
+    return f"{UNREADABLE}: {getattr(error, 'strerror', None) or error}"
 
 
 def _damage(data: npt.NDArray[np.uint8]) -> str:
-    """Why bytes could not be decoded, as far as their beginning tells."""
+    """Why bytes could not be opened, as far as their beginning tells."""
     start = data[:16].tobytes()
     if start[4:].startswith(_HEIF):
         return not_supported("HEIC")
-    return "cut short or damaged" if start.startswith(_MAGIC) else "not a picture"
+    return _DAMAGED if start.startswith(_MAGIC) else "not a picture"
 
 
 def not_supported(kind: str) -> str:

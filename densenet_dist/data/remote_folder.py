@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, suffix
+from densenet_dist.data.image_files import named_as_picture
 from densenet_dist.data.image_folder import is_ignored
 from densenet_dist.data.progress import progress_bar
 from densenet_dist.data.store import DataStore, Stamp, locked_cache
@@ -70,7 +70,7 @@ def _pictures(store: DataStore) -> dict[str, Stamp]:
     found = {}
     for name, stamp in store.listing().items():
         parts = name.split("/")
-        if suffix(name) not in (*IMAGE_SUFFIXES, *REFUSED_SUFFIXES) or any(map(is_ignored, parts)):
+        if not named_as_picture(name) or any(map(is_ignored, parts)):
             # What begins with a dot is ignored, and so a name that leads out by way of "..".
             continue
         if "" in parts or "\0" in name:

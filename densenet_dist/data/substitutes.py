@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import BadImage, ImageFiles
 from densenet_dist.errors import DataError
 
 
@@ -22,6 +22,26 @@ class UnreadableFiles(Exception):
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__(reasons)
         self.reasons = reasons
+
+
+def read_all(rows: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
+    """What `read(place, row)` gives for each row and its place in `rows`; `map` may use threads.
+
+    Raises:
+        UnreadableFiles: naming all for which it raises BadImage.
+    """
+    reasons: dict[int, str] = {}
+
+    def one(place: int, row: int) -> Any:
+        try:
+            return read(place, row)
+        except BadImage as error:
+            reasons[row] = str(error)
+
+    found = list(map(one, range(len(rows)), rows))
+    if reasons:
+        raise UnreadableFiles(reasons)
+    return found
 
 
 class Substitutes:

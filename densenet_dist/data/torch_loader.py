@@ -20,9 +20,9 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
-from densenet_dist.data.image_files import BadImage, ImageFiles
+from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.requests import Batches, Engine, Recipe, Request, upload
-from densenet_dist.data.substitutes import UnreadableFiles
+from densenet_dist.data.substitutes import read_all
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -137,21 +137,14 @@ class _Files:
         size = self._files.image_size
         pinned = self._device.type == "cuda"
         images = torch.empty(len(rows), size, size, 3, pin_memory=pinned).permute(0, 3, 1, 2)
-        unreadable: dict[int, str] = {}
 
-        def load(place: int) -> None:
+        def load(place: int, row: int) -> None:
             left, top, width, height = windows[place]
-            try:
-                picture = self._files.decode(rows[place])
-            except BadImage as error:
-                unreadable[rows[place]] = str(error)
-                return
+            picture = self._files.decode(row)
             images[place] = torch_ops.resize(picture[:, top : top + height, left : left + width], size)
 
         with ThreadPoolExecutor(self._threads, "densenet-dist-decode") as pool:
-            list(pool.map(load, range(len(rows))))
-        if unreadable:
-            raise UnreadableFiles(unreadable)
+            read_all(rows, load, pool.map)
         return images.to(self._device, non_blocking=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import central_windows
-from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, BadImage, decode_any, pixels_of, suffix
+from densenet_dist.data.image_files import BadImage, decode_any, named_as_picture, on_white, pixels_of
 from densenet_dist.data.image_folder import is_ignored
 from densenet_dist.data.torch_loader import made_ahead
 from densenet_dist.errors import DataError
 
 Picture: TypeAlias = Any
-"""A path; (H, W, 3), (H, W, 4) or (H, W) uint8 as an array; (3, H, W) uint8 as a tensor; or a PIL image."""
+"""A path; (H, W, 3), (H, W, 4) or (H, W) uint8 as an array; (3 or 4, H, W) uint8 as a tensor; or a PIL image."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def _below(folder: Path) -> Iterator[Path | Unreadable]:
     ):
         folders[:] = sorted(name for name in folders if not is_ignored(name))
         for name in sorted(names):
-            if suffix(name) in (*IMAGE_SUFFIXES, *REFUSED_SUFFIXES) and not is_ignored(name):
+            if named_as_picture(name) and not is_ignored(name):
                 count += 1
                 yield Path(place, name)
     yield from problems
@@ -112,29 +111,20 @@ def prepared(
 def _decode(picture: Picture) -> Tensor:
     """(3, H, W) uint8, RGB, upright."""
     if isinstance(picture, str | os.PathLike):
-        try:
-            # A pipe would be waited for without end.
-            if not stat.S_ISREG(os.stat(picture).st_mode):
-                raise BadImage("not a file")
-        except FileNotFoundError as error:
-            raise BadImage("there is no such file") from error
-        except (OSError, ValueError) as error:
-            raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
         return decode_any(Path(picture))
     if isinstance(picture, Tensor):
         array = picture
     elif isinstance(picture, np.ndarray):
         array = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
         array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
-        array = array[:3] if array.shape[0] == 4 else array
         array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
     elif hasattr(picture, "convert"):
         return pixels_of(picture)
     else:
         raise DataError(f"a {type(picture).__name__} is no picture: give paths, uint8 arrays (H, W, 3) or PIL images")
-    if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] != 3 or 0 in array.shape:
+    if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] not in (3, 4) or 0 in array.shape:
         raise DataError(
             f"a picture of shape {tuple(picture.shape)} and type {picture.dtype}: arrays must be uint8 and (H, W, 3), "
-            "(H, W, 4) or (H, W), tensors uint8 and (3, H, W)"
+            "(H, W, 4) or (H, W), tensors uint8 and (3, H, W) or (4, H, W)"
         )
-    return array
+    return on_white(array) if len(array) == 4 else array

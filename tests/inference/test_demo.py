@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, ImageOps
 
 from densenet_dist.inference.classifier import Classifier, load_classifier
 
@@ -65,13 +65,13 @@ def classify(address: str, path: str) -> str:
 
 
 def test_an_upload_is_classified(address, classifier):
-    picture = Image.linear_gradient("L").convert("RGB")
+    picture = Image.merge("LA", [Image.new("L", (256, 256)), Image.linear_gradient("L")])  # the shape is in alpha alone
     file = io.BytesIO()
     picture.save(file, "PNG")
     answer = classify(address, upload(address, "x.png", file.getvalue()))
     assert answer.startswith("event: complete")
     (found,) = json.loads(answer.partition("data: ")[2])
-    (wanted,) = classifier.predict(picture)
+    (wanted,) = classifier.predict(ImageOps.invert(Image.linear_gradient("L")))
     assert [item["label"] for item in found["confidences"]] == [guess.name for guess in wanted.top]
     assert found["confidences"][0]["confidence"] == pytest.approx(wanted.top[0].probability)
 

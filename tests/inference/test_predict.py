@@ -13,6 +13,7 @@ from PIL import Image
 from runs import run_of, tiny, train
 
 from densenet_dist.errors import DataError, StorageError
+from densenet_dist.inference import pictures
 from densenet_dist.inference.classifier import load_classifier
 from densenet_dist.inference.pictures import Unreadable, find, prepare
 from densenet_dist.train.evaluation import prepare_evaluation
@@ -84,6 +85,15 @@ def test_kinds_of_pictures(tmp_path, photo):
     assert wanted.shape == (3, 32, 32)
     for given in (photo, np.asarray(photo), torch.from_numpy(np.array(photo)).permute(2, 0, 1), photo.convert("RGBA")):
         assert torch.equal(prepare(given, 32, 1.0), wanted)
+    ink = Image.new("LA", (2, 1))
+    ink.putpixel((0, 0), (0, 64))  # a quarter of black on white, and white
+    ink.save(tmp_path / "ink.png")
+    palette = ink.convert("RGBA").quantize(2)
+    palette.save(tmp_path / "palette.png")
+    pixels = np.asarray(ink.convert("RGBA"))
+    kinds = [ink, palette, pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1)]
+    for given in (*kinds, *(tmp_path / name for name in ("ink.png", "palette.png"))):
+        assert pictures._decode(given).tolist() == [[[191, 255]]] * 3
     photo.save(tmp_path / "a.webp", lossless=True)
     assert torch.equal(prepare(tmp_path / "a.webp", 32, 1.0), wanted)
     grey = np.asarray(photo.convert("L"))
@@ -98,13 +108,19 @@ def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     (tmp_path / "text.png").write_text("hello")
     photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(20)])
     os.mkfifo(tmp_path / "pipe.png")
-    names = ["cut.png", "text.png", "moving.gif", "pipe.png", "none.png"]
+    photo.save(tmp_path / "odd.jpg")
+    with open(tmp_path / "odd.jpg", "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(bytes(9) + b"\xff\xd9")
+    names = ["cut.png", "text.png", "moving.gif", "pipe.png", "none.png", "odd.jpg"]
     found = list(load_classifier(original).stream([tmp_path / "whole.png", *(tmp_path / name for name in names)]))
     assert [type(item).__name__ for item in found] == ["Prediction"] + ["Unreadable"] * len(names)
+    assert found.pop().reason.startswith("damaged: Corrupt JPEG data: ")
     assert [item.reason for item in found[1:]] == [
-        "cut short or damaged", "not a picture", "an animation of 2 frames", "not a file", "there is no such file",
+        "cut short or damaged", "not a picture", "an animation of 2 frames", "not a file",
+        "cannot be read: it is not there, or is a link to nothing",
     ]  # fmt: skip
-    with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: there is no such file"):
+    with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: cannot be read: it is not there"):
         load_classifier(original).predict([tmp_path / "cut.png", tmp_path / "whole.png", tmp_path / "none.png"])
     for wrong in (np.zeros((4, 4, 3)), np.zeros((3, 4, 5), np.uint8), 5):
         with pytest.raises(DataError, match=r"uint8 .*\(H, W, 3\)"):

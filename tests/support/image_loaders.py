@@ -77,9 +77,14 @@ def picture_kinds(image: Image.Image) -> dict[str, bytes]:
         "cmyk.jpg": saved(image.convert("CMYK"), "JPEG"),
         "grey-16.png": saved(Image.fromarray(np.asarray(grey).astype(np.uint16) * 251 + 17), "PNG"),
         "rgb-16.png": _png_16(np.asarray(image).astype(np.uint16) * 251 + 17),
+        "rgba-16.png": _png_16(np.asarray(see_through).astype(np.uint16) * 251 + 17),
         "palette-transparent.png": saved(image.convert("P"), "PNG", transparency=3),
+        "palette-alpha.png": saved(image.convert("P"), "PNG", transparency=bytes(range(256))),
+        "key.png": saved(grey, "PNG", transparency=grey.getpixel((0, 0))),
+        "profile.png": saved(image, "PNG", icc_profile=bytes(200)),  # libpng has something to say of it
         "lossless.webp": saved(image, "WEBP", lossless=True),
         "alpha.webp": saved(see_through, "WEBP", lossless=True),
+        "alpha-lossy.webp": saved(see_through, "WEBP"),
     }
     for mode in ("RGB", "L", "P", "1"):
         kinds[f"{mode}.png"] = saved(image.convert(mode), "PNG")
@@ -94,6 +99,8 @@ def picture_kinds(image: Image.Image) -> dict[str, bytes]:
         tags[0x0112] = orientation
         for kind in ("jpeg", "png", "webp"):
             kinds[f"exif-{orientation}.{kind}"] = saved(image, kind, exif=tags)
+    for kind in ("png", "webp"):
+        kinds[f"exif-alpha.{kind}"] = saved(see_through, kind, exif=tags)
     return kinds
 
 
@@ -103,9 +110,9 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 def _png_16(levels: npt.NDArray[np.uint16]) -> bytes:
     """Pillow cannot write colours of 16 bits."""
-    height, width, _ = levels.shape
+    height, width, channels = levels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2 if channels == 3 else 6, 0, 0, 0])
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in chunks)
 
