@@ -168,7 +168,9 @@ def _data(config: Config) -> Finding:
     if is_uri(root):
         return _data_on_store(config)
     try:
-        folder = prepare_dataset(name, root, download=False, on_bad_image=config.data.on_bad_image, progress=False)
+        folder, found = prepare_dataset(
+            name, root, download=False, on_bad_image=config.data.on_bad_image, progress=False
+        )
     except DenseNetDistError as error:
         text = str(error).splitlines()[0]
         if name == "folder":
@@ -176,7 +178,7 @@ def _data(config: Config) -> Finding:
         if config.data.download and not any(Path(root).glob("cifar*")):
             return Finding("note", f"{name} is not in {root}; it will be downloaded", "")
         return Finding("bad", text, f"densenet-dist data prepare {name} --root {root}")
-    return Finding("ok", f"{folder} can be used" if name == "folder" else f"{name} is complete in {folder}")
+    return Finding("ok", f"{name} in {folder} can be used: {found}")
 
 
 def _trackers(config: Config) -> Finding:

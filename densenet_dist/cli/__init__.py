@@ -106,8 +106,8 @@ def prepare(
 
     if is_uri(root) and name not in GENERATED:
         typer.echo(f"{name}: {publish_dataset(name, root, download=download, url=url)}")
-    folder = prepare_dataset(name, root, download=download, url=url, progress=True)
-    typer.echo(f"{name}: generated when used" if name in GENERATED else f"{name}: verified in {folder}")
+    folder, found = prepare_dataset(name, root, download=download, url=url, progress=True)
+    typer.echo(f"{name}: {found}" if name in GENERATED else f"{name}: verified in {folder}: {found}")
 
 
 def config(

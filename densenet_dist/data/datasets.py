@@ -1,6 +1,6 @@
 """The data sets by name: verified uint8 arrays in memory, or pictures in files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -43,6 +43,7 @@ class Dataset:
         std: standard deviation, likewise.
         val: (m,) int64, places in `train` that are held out for validation, where the set itself says so; else None.
         skipped: pictures that were left out, a line each, with the reason.
+        keeps_classes: as for `plan.split_indices`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Dataset:
     std: Channels
     val: npt.NDArray[np.int64] | None = None
     skipped: tuple[str, ...] = ()
+    keeps_classes: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -77,6 +79,7 @@ def load_dataset(
     image_size: int = 224,
     test_fraction: float = 0.1,
     on_bad_image: Literal["error", "skip"] = "error",
+    keeps_classes: bool = True,
     progress: bool = False,
 ) -> Dataset:
     """Loads a data set, after making sure that its files are the official ones, or pictures that can be read.
@@ -95,6 +98,7 @@ def load_dataset(
         image_size: side of the square images made of pictures in a folder.
         test_fraction: share of the pictures of a folder without a test part that become one.
         on_bad_image: what becomes of pictures in a folder that cannot be read.
+        keeps_classes: never draw the last training picture of a class in a folder; false for a run of an older version.
         progress: whether to show a bar while downloading or reading.
 
     Raises:
@@ -110,7 +114,7 @@ def load_dataset(
     if name == "folder":
         path = _pictures(root, progress)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image, progress=progress)
-        return _folder(folder, limit, test_fraction)
+        return _folder(folder, limit, test_fraction, keeps_classes)
     spec = cifar.SPECS[name]
     if is_uri(str(root)):
         _, (class_names, train, test) = remote_cifar.read(spec, str(root), progress=progress)
@@ -128,32 +132,33 @@ def prepare_dataset(
     url: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
     progress: bool = True,
-) -> Path:
+) -> tuple[Path, str]:
     """Downloads, extracts and verifies a data set, as far as that is not done already.
 
     Where `root` is an object store's URI, it is put there too, see `publish_dataset`.
 
     Returns:
         The folder that holds its files, in this node's cache for a URI; `root` as it is for "folder", and for "shapes",
-        which has none.
+        which has none. And what was found in it, for people to read.
 
     Raises:
         ConfigError, DataError, StorageError: as `load_dataset`.
     """
     _check_name(name)
     if name in GENERATED:
-        return Path(root)
+        return Path(root), "generated when used"
     if name == "folder":
         path = _pictures(root, progress)
-        image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
-        return path
+        folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
+        return path, "\n  ".join([_classes(folder.class_names), *folder.skipped])
     spec = cifar.SPECS[name]
     if is_uri(str(root)):
         remote_cifar.publish(spec, str(root), download=download, url=url, progress=progress)
-        return remote_cifar.read(spec, str(root), progress=progress)[0]
-    folder = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
-    cifar.read_folder(spec, folder)
-    return folder
+        path, (names, *_) = remote_cifar.read(spec, str(root), progress=progress)
+    else:
+        path = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
+        names, *_ = cifar.read_folder(spec, path)
+    return path, _classes(names)
 
 
 def publish_dataset(
@@ -186,6 +191,10 @@ def _pictures(root: str | Path, progress: bool) -> Path:
     return remote_folder.sync(str(root), progress=progress) if is_uri(str(root)) else Path(root)
 
 
+def _classes(names: Sequence[str]) -> str:
+    return f"{len(names):,} classes: {image_folder.few(names)}"
+
+
 def _check_name(name: str) -> None:
     if name not in DATASET_NAMES:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
@@ -197,14 +206,16 @@ def _shapes(seed: int, limit: int | None) -> Dataset:
     return Dataset("shapes", shapes.CLASS_NAMES, Split(*train), Split(*test), shapes.MEAN, shapes.STD)
 
 
-def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float) -> Dataset:
+def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float, keeps_classes: bool) -> Dataset:
     files, labels, val = folder.files, folder.labels, folder.val
     test_files, test_labels = folder.test_files, folder.test_labels
     if test_files is None or test_labels is None:
         if test_fraction == 0.0:
             raise ConfigError(f"{files.root} has no folder test, and test_fraction=0 leaves nothing to test on")
         # One test part for every seed: what is tested on must not depend on how a run was started.
-        train, test = split_indices(labels, test_fraction, 0, stratified=True, stream=Stream.TEST_SPLIT)
+        train, test = split_indices(
+            labels, test_fraction, 0, stratified=True, keeps_classes=keeps_classes, stream=Stream.TEST_SPLIT
+        )
         test_files, test_labels = files.subset(test), labels[test]
         files, labels = files.subset(train), labels[train]  # a validation folder would be the test part
     kept, kept_test = _evenly(len(labels), limit), _evenly(len(test_labels), limit)
@@ -217,6 +228,7 @@ def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float
         IMAGENET_STD,
         None if val is None else np.flatnonzero(np.isin(kept, val)).astype(np.int64),
         folder.skipped,
+        keeps_classes,
     )
 
 

@@ -1,28 +1,37 @@
 """A user's own pictures in class folders: found and listed before training starts.
 
 `root/<class>/**/*.jpg` is a set whose test part the caller holds out. `root/train/<class>/...` is one that brings its
-own parts: `test` and a validation folder (`val`, `valid` or `validation`) beside `train`; a validation folder alone is
-the test part, as in ImageNet.
+own parts: folders for test and validation beside that for training, by the names that public data sets use (`_PARTS`);
+a validation folder alone is the test part, as in ImageNet. A folder that alone holds everything is looked through, and
+`images`, beside which data sets keep annotations or masks.
 """
 
 import os
+import re
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from densenet_dist.data.image_check import verify
-from densenet_dist.data.image_files import IMAGE_SUFFIXES, REFUSED_SUFFIXES, ImageFiles, suffix
+from densenet_dist.data.image_files import IMAGE_SUFFIXES, ImageFiles, named_as_picture
 from densenet_dist.errors import ConfigError, DataError
 
-VAL_FOLDERS = ("val", "valid", "validation")
-
+_PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_IMAGES = ("images", "image", "imgs", "img", "jpg", "jpegimages")
 _IGNORED = ("__MACOSX", "Thumbs.db", "@eaDir", "lost+found")  # made by systems, as is what begins with a dot
 _SHOWN = 20
 _NAME_ANOTHER = "name the folder that holds your class folders: data.root=..."
+_EXPECTED = f"pictures are looked for in <class>/, or in train/<class>/ and test/<class>/; {_NAME_ANOTHER}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +45,7 @@ class Folder:
         val: (m,) int64, the rows of `files` that are from the validation folder; None where there is none.
         test_files: the test pictures; None where there is no test part.
         test_labels: int64, their classes; None likewise.
-        skipped: bad images that were left out, each as "path: reason".
+        skipped: bad images and folders that were left out, each as "path: reason".
     """
 
     class_names: tuple[str, ...]
@@ -65,7 +74,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
         raise ConfigError(f"data.on_bad_image={on_bad_image!r} must be error or skip")
     root = Path(root).absolute()
     try:
-        folders = _find_parts(root)
+        folders, unused = _find_parts(root)
         class_names, parts = _list_parts(root, folders)
     except OSError as error:
         mend = f"give access to it, or {_NAME_ANOTHER}"
@@ -83,7 +92,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
         lacking = [name for label, name in enumerate(class_names) if label not in present]
         if lacking and (part == "train" or not present):
             raise DataError(
-                f"{root / folders[part]} has no picture that can be used in {printable(', '.join(lacking))}: "
+                f"{folders[part]} has no picture that can be used in {printable(', '.join(lacking))}: "
                 f"add some ({', '.join(IMAGE_SUFFIXES)}), or take these folders away"
             )
 
@@ -96,49 +105,89 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
     val = np.arange(len(parts["train"]), len(files), dtype=np.int64) if "val" in parts else None
     test_files, test_labels = arrays(parts["test"]) if "test" in parts else (None, None)
     names = tuple(map(printable, class_names))
-    return Folder(names, files, labels_of_files, val, test_files, test_labels, skipped=bad)
+    skipped = (*(f"{printable(name)}: not used (no class folders, or no part)" for name in unused), *bad)
+    return Folder(names, files, labels_of_files, val, test_files, test_labels, skipped)
 
 
-def _find_parts(root: Path) -> dict[str, str]:
-    """The folders of the parts that there are (train, val, test), relative to `root`; train's is "." if flat."""
+def few(names: Sequence[str]) -> str:
+    """The first of some names, for people to read."""
+    return printable(", ".join([*names[:5], *["..."] * (len(names) > 5)]))
+
+
+def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folder of each part (train, val, test) that holds its class folders, and the names of unused folders."""
     if not root.is_dir():
         what = "is not a folder (an archive must be unpacked)" if root.exists() else "does not exist"
         raise DataError(f"{root} {what}; {_NAME_ANOTHER}")
-    # Who writes Train and Test means the parts too, and not two classes.
-    found = {name.lower(): name for name in _subfolders(root) if name.lower() in ("train", "test", *VAL_FOLDERS)}
-    found = {part: name for part, name in found.items() if _subfolders(root / name)}
-    if "train" not in found:
-        return {"train": "."}
-    val = [found[name] for name in VAL_FOLDERS if name in found]
-    if len(val) > 1:
-        raise DataError(f"{root} has {len(val)} validation folders, {', '.join(val)}: keep one of them")
-    parts = {"train": found["train"]}
-    if val:
-        parts["val" if "test" in found else "test"] = val[0]
-    if "test" in found:
-        parts["test"] = found["test"]
-    return parts
+    for place, inside in ((root, _subfolders(root)), _look_through(root, root)):
+        parts: dict[str, Path] = {}
+        unused = []
+        for name in inside:
+            part = _part_of(name)
+            folder, classes = _look_through(root, place / name) if part else (place, [])
+            if not part or not classes:
+                unused.append(name)
+            elif part in parts:
+                raise DataError(f"{place} has more than one {part} folder: remove {name}, or {_NAME_ANOTHER}")
+            else:
+                parts[part] = folder
+        if "train" in parts:
+            if "test" not in parts and "val" in parts:
+                parts["test"] = parts.pop("val")
+            return parts, [name for name in unused if _has_pictures(root, place / name)]
+    named = set(map(_part_of, inside))
+    if None not in named and {"train"} < named:
+        raise DataError(f"{place} has no class folders in {few(inside)}: {_EXPECTED}")
+    return {"train": place}, []
 
 
-def _list_parts(root: Path, folders: dict[str, str]) -> tuple[list[str], dict[str, dict[str, int]]]:
+def _part_of(name: str) -> str | None:
+    """The part that a folder's name means by its first or last word: train for Training, seg_train, trainSet."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    return next((_PARTS[word.lower()] for word in (*words[:1], *words[-1:]) if word.lower() in _PARTS), None)
+
+
+def _look_through(root: Path, folder: Path) -> tuple[Path, list[str]]:
+    """The folder inside of folders that only wrap another one, and the names of its subfolders."""
+    while True:
+        inside = _subfolders(folder)
+        images = [name for name in inside if name.lower() in _IMAGES]
+        filled = list(islice((name for name in images or inside if _has_pictures(root, folder / name)), 2))
+        wraps = len(filled) == 1 and (images or filled[0] == folder.name or _subfolders(folder / filled[0]))
+        if not wraps or any(named_as_picture(entry.name) for entry in _entries(folder)):
+            return folder, inside
+        folder = folder / filled[0]
+
+
+def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[str, dict[str, int]]]:
     """The class names; and by part the labels of the files that look like pictures, by name, in byte order."""
-    train = root / folders["train"]
-    class_names = _subfolders(train)
-    if len(class_names) < 2:
+    train = folders["train"]
+    inside = {name: _look_through(root, train / name)[1] for name in _subfolders(train)}
+    if len(inside) < 2:
+        raise DataError(f"{train} has {len(inside)} class folders, but at least 2 are needed: {_EXPECTED}")
+    copies = [name for name, names in inside.items() if len(names) > 1]
+    counts = Counter([*inside, *(name for copy in copies for name in inside[copy])])
+    if len(again := [name for name, count in counts.items() if count > 1]) > 1:
+        copies = [name for name in copies if set(inside[name]) & set(again)]
         raise DataError(
-            f"{train} has {len(class_names)} class folders, but at least 2 are needed: pictures are looked for in "
-            f"{root}/<class>/, or in {root}/train/<class>/ and {root}/test/<class>/; {_NAME_ANOTHER}"
+            f"{train} has more than one folder of each of these names: {few(again)}; look into {few(copies)}\n"
+            f"  {_NAME_ANOTHER}\n  or call the parts of one data set train and test\n"
+            f"  or, if {few(copies)} are classes, move their pictures up into them"
         )
-    label_of = {name: label for label, name in enumerate(class_names)}
+    label_of = {name: label for label, name in enumerate(inside)}
     parts = {}
     for part, folder in folders.items():
-        present = _subfolders(root / folder)
+        present = [name for name in _subfolders(folder) if name in label_of or _has_pictures(root, folder / name)]
         if unknown := [name for name in present if name not in label_of]:
-            lacks = f"{root / folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
+            lacks = f"{folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
             raise DataError(f"{lacks}; rename these folders, or take them away")
-        labels = {name: label_of[of] for of in present for name in _walk(root, root / folder / of)}
+        labels = {name: label_of[of] for of in present for name in _walk(root, _look_through(root, folder / of)[0])}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))
-    return class_names, parts
+    return list(inside), parts
+
+
+def _has_pictures(root: Path, folder: Path) -> bool:
+    return next(_walk(root, folder), None) is not None
 
 
 def _walk(root: Path, folder: Path) -> Iterator[str]:
@@ -154,7 +203,7 @@ def _walk(root: Path, folder: Path) -> Iterator[str]:
         for entry in _entries(place):
             if _is_folder(entry):
                 waiting.append(Path(entry.path))
-            elif suffix(entry.name) in (*IMAGE_SUFFIXES, *REFUSED_SUFFIXES):
+            elif named_as_picture(entry.name):
                 yield entry.path.removeprefix(prefix)
 
 

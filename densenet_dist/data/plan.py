@@ -60,6 +60,7 @@ def split_indices(
     seed: int,
     *,
     stratified: bool = False,
+    keeps_classes: bool = False,
     stream: Stream = Stream.SPLIT,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Dataset indices of the training and of the validation part, each sorted, int64.
@@ -70,20 +71,25 @@ def split_indices(
     Args:
         labels: (n,) integer class labels.
         val_fraction: in [0, 1); 0 gives an empty validation part.
+        keeps_classes: leave at least one image of every class in the training part; the validation part may get
+            smaller. Where no class would be lost, nothing changes.
         stream: which random stream chooses, so that a test part can be held out by the same rule.
 
     Raises:
         ConfigError: the fraction is out of range, or rounds to no validation or no training image.
     """
+    name, part = ("test_fraction", "test") if stream is Stream.TEST_SPLIT else ("val_fraction", "validation")
     if not 0.0 <= val_fraction < 1.0:
-        raise ConfigError(f"val_fraction={val_fraction} must be at least 0 and less than 1")
+        raise ConfigError(f"{name}={val_fraction} must be at least 0 and less than 1")
     count = len(labels)
     num_val = round(val_fraction * count)
-    if num_val == count or (val_fraction > 0.0 and num_val == 0):
-        part = "validation" if num_val == 0 else "training"
-        raise ConfigError(f"val_fraction={val_fraction} of {count} images leaves no {part} image")
+    if num_val == count:
+        raise ConfigError(f"{name}={val_fraction} of {count} images leaves no training image")
     # The images with the smallest keys are the validation part: of all of them, or class by class.
     order = np.argsort(random_words(count, seed=seed, stream=stream), kind="stable")
+    if keeps_classes:  # each class's image with the largest key is left out, which changes a split only if it was in it
+        _, last = np.unique(labels[order][::-1], return_index=True)
+        order = np.delete(order, count - 1 - last)
     in_val = np.zeros(count, dtype=np.bool_)
     if stratified:
         classes, sizes = np.unique(labels, return_counts=True)
@@ -91,6 +97,8 @@ def split_indices(
             in_val[order[labels[order] == label][:quota]] = True
     else:
         in_val[order[:num_val]] = True
+    if val_fraction > 0.0 and not in_val.any():
+        raise ConfigError(f"{name}={val_fraction} of {count} images leaves no {part} image")
     return np.flatnonzero(~in_val).astype(np.int64), np.flatnonzero(in_val).astype(np.int64)
 
 

@@ -162,6 +162,7 @@ def start_lines(event: Event) -> list[str]:
     return [
         f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
         f"{event['train_images']:,} training and {event['val_images']:,} validation images",
+        *([f"{event['classes']:,} classes: {event['class_names']}"] if event["data"] == "folder" else []),
         f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
         f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}",
     ]

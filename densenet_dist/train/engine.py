@@ -29,7 +29,7 @@ from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.classes import note_classes
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
-from densenet_dist.train.inputs import engine_of, eval_loader, normalisation
+from densenet_dist.train.inputs import engine_of, eval_loader, normalisation, part_warnings
 from densenet_dist.train.job import Job, describe
 from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, report_damage, restore, save, watched
 from densenet_dist.train.logs import RunLog
@@ -82,6 +82,8 @@ def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     if context.rank == 0:
         note_classes(context.run, config, job.dataset)
         context.report(describe(job))
+        for text in part_warnings(config, job.dataset):
+            context.report({"kind": "note", "text": text, "warning": True})
         if job.dataset.skipped:
             count = len(job.dataset.skipped)
             left_out = "picture cannot be used and is" if count == 1 else "pictures cannot be used and are"

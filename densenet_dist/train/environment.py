@@ -11,6 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+LOADER_KEY = "loader"
+"""Where env.json holds what makes the batches, so that a resumed run keeps it: torch and DALI differ in last bits."""
+
 _PACKAGES = ("densenet-dist", "torch", "torchvision", "ray", "nvidia-dali-cuda130", "numpy", "tensorboard")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Dataset, Split, load_dataset
 from densenet_dist.data.engines import make_engine
+from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
 from densenet_dist.data.requests import Engine
@@ -18,6 +20,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
 
 Indices: TypeAlias = npt.NDArray[np.int64]
+_FEW = 30  # pictures: each is more than 3 % of a part's accuracy
 
 
 def load_dataset_of(config: Config) -> Dataset:
@@ -47,7 +50,24 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
     """Places in the training split that are trained on and validated with, each (n,) int64 and sorted."""
     if dataset.val is not None:  # the set says so itself
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
-    return split_indices(dataset.train.labels, config.data.val_fraction, config.seed, stratified=config.data.stratified)
+    data, labels = config.data, dataset.train.labels
+    return split_indices(
+        labels, data.val_fraction, config.seed, stratified=data.stratified, keeps_classes=dataset.keeps_classes
+    )
+
+
+def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
+    """What is doubtful in the parts of a folder of pictures: classes that they lack, and few pictures."""
+    train, val = (dataset.train.labels[part] for part in train_and_val(config, dataset))
+    for part, labels in (("training", train), ("validation", val), ("test", dataset.test.labels)):
+        lacking = sorted(set(range(dataset.num_classes)).difference(labels.tolist()))
+        if dataset.name != "folder" or not len(labels):
+            continue
+        if lacking:
+            names = few([dataset.class_names[label] for label in lacking])
+            yield f"{len(lacking)} of {dataset.num_classes} classes have no {part} pictures: {names}"
+        if len(labels) < _FEW:
+            yield f"only {len(labels)} {part} pictures"
 
 
 def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:

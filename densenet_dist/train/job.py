@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.requests import Engine
 from densenet_dist.model import DenseNet, count_parameters
@@ -187,6 +188,8 @@ def describe(job: Job) -> dict[str, Any]:
         "model": job.config.model.variant,
         "parameters": count_parameters(job.model).trainable,
         "data": job.config.data.name,
+        "classes": job.dataset.num_classes,
+        "class_names": few(job.dataset.class_names),
         "train_images": job.num_images[0],
         "val_images": job.num_images[1],
         "epochs": job.config.train.epochs,

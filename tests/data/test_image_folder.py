@@ -1,9 +1,11 @@
 """Pictures in class folders are found, read as Pillow reads them, and refused with a reason where they are bad."""
 
+import ctypes
 import io
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from image_loaders import picture_kinds, png_chunk
 from PIL import Image, ImageOps
 
 from densenet_dist.data import image_check, image_folder
+from densenet_dist.data.c_stderr import printed_by_c
 from densenet_dist.data.image_files import Verdict
 from densenet_dist.data.image_folder import Folder, read_folder
 from densenet_dist.errors import DataError
@@ -63,6 +66,37 @@ def read(root: Path, **options: Any) -> Folder:
     return read_folder(root, image_size=32, **options)
 
 
+CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
+PUBLIC = (  # layouts of archives: * is a class, part= what the part is found to be, left= what is not used
+    "train=Training/* test=Testing/*",  # brain tumor MRI
+    "train=seg_train/seg_train/* test=seg_test/seg_test/* left=seg_pred/seg_pred",  # Intel image classification
+    "train=x/train/* val=x/val/* test=x/test/* left=x/x/train/* x/__MACOSX/train/*",  # chest X-ray
+    "train=imagenette2/train/* test=imagenette2/val/*",
+    "train=flower_data/train/* test=flower_data/valid/* left=flower_data/test",  # Flowers 102
+    "train=Final_Training/Images/* left=Final_Test/Images",  # GTSRB
+    "train=train/*/images left=val/images left=test/images train/notes.txt",  # tiny ImageNet
+    "train=asl_train/asl_train/* left=asl_test/asl_test",  # ASL alphabet
+    "train=trainingSet/* test=testSet/*",
+    "flat=images/Images/* annotations/Annotation/*/x.xml",  # Stanford dogs
+    "flat=food-101/images/* food-101/meta/train.txt",
+    "flat=101_ObjectCategories/* Annotations/*/1.mat",  # Caltech 101
+    "flat=2750/*",  # EuroSAT
+    "flat=x/*/images x/*/masks",  # COVID radiography
+)
+COPIES = {  # where all classes are found more than once
+    "set/color/* set/grayscale/*": "color, grayscale",  # PlantVillage
+    "EuroSAT/* EuroSATallBands/*": "EuroSAT, EuroSATallBands",
+    "data/natural_images/* natural_images/*": "data, natural_images",
+    "cell_images/* cell_images/cell_images/*": "cell_images",  # malaria
+    "*/train/good */test/good": "glioma, meningioma, notumor, pituitary",  # MVTec
+}
+
+
+def files_of(pattern: str) -> list[str]:
+    """The files that a pattern of a layout stands for."""
+    return [pattern.replace("*", name) + "/1.png" * ("." not in pattern) for name in CLASSES]
+
+
 class TestLayouts:
     def test_flat(self, tmp_path: Path) -> None:
         put(tmp_path, "cat/b.png", "cat/deep/er/a.png", "dog/2.png", "dog/10.PNG", "ant/x.png")
@@ -77,29 +111,21 @@ class TestLayouts:
         assert (folder.val, folder.test_files, folder.test_labels) == (None, None, None)
         assert folder.skipped == ()
 
-    @pytest.mark.parametrize("val", ["val", "valid", "validation"])
-    def test_a_validation_folder_alone_is_the_test_part(self, tmp_path: Path, val: str) -> None:
-        put(tmp_path, "train/b/1.png", "train/a/1.png", f"{val}/b/1.png")
+    @pytest.mark.parametrize("layout", PUBLIC)
+    def test_of_public_data_sets(self, tmp_path: Path, layout: str) -> None:
+        tokens = [token.rpartition("=") for token in layout.split()]
+        put(tmp_path, *(name for _, _, pattern in tokens for name in files_of(pattern)))
         folder = read(tmp_path)
-        assert folder.val is None
-        assert folder.test_files is not None
-        assert folder.test_files.names == (f"{val}/b/1.png",)
-
-    def test_three_parts(self, tmp_path: Path) -> None:
-        put(tmp_path, "train/b/1.png", "train/a/1.png", "val/b/1.png", "more/c/1.png", "test/a/1.png", "test/b/1.png")
-        folder = read(tmp_path)
-        assert folder.files.names == ("train/a/1.png", "train/b/1.png", "val/b/1.png")
-        assert folder.labels.tolist() == [0, 1, 1]
-        assert folder.val is not None
-        assert folder.val.tolist() == [2]
-        assert folder.test_files is not None
-        assert folder.test_files.names == ("test/a/1.png", "test/b/1.png")
-        assert folder.test_labels is not None
-        assert folder.test_labels.tolist() == [0, 1]
-
-    def test_classes_called_train_and_test(self, tmp_path: Path) -> None:
-        put(tmp_path, "train/1.png", "test/1.png")
-        assert read(tmp_path).class_names == ("test", "train")
+        assert folder.class_names == CLASSES
+        expected = {part: files_of(pattern) for part, _, pattern in tokens}
+        val = [folder.files.names[row] for row in ([] if folder.val is None else folder.val)]
+        assert list(folder.files.names) == expected.get("train", expected.get("flat")) + val
+        assert val == expected.get("val", [])
+        assert folder.labels.tolist() == [0, 1, 2, 3] * (1 + bool(val))
+        assert list(folder.test_files.names if folder.test_files else []) == expected.get("test", [])
+        assert folder.test_labels is None or folder.test_labels.tolist() == [0, 1, 2, 3]
+        left = [line for line in folder.skipped if line.endswith(": not used (no class folders, or no part)")]
+        assert len(left) == len(folder.skipped) == layout.count("left=")
 
     def test_stray_files_are_ignored(self, tmp_path: Path) -> None:
         put(tmp_path, "a/1.png", "b/1.png", "cover.png", ".git/x.png", "__MACOSX/a/1.png", "a/notes.txt", "a/Thumbs.db")
@@ -141,7 +167,12 @@ class TestWrongFolders:
         [
             (["1.png", "2.png"], r"has 0 class folders, but at least 2 are needed: .*<class>"),
             (["train/a/1.png", "test/a/1.png"], r"has 1 class folders, but at least 2 are needed: .*<class>"),
-            (["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"], "2 validation folders, val, valid:"),
+            (
+                ["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"],
+                "more than one val folder: remove valid",
+            ),
+            (["train/cat.1.png", "test1/1.png"], "has no class folders in test1, train: pictures are looked for"),
+            (["images/1.png", "annotations/trimaps/1.png"], "images has 0 class folders"),
             (["train/a/1.png", "train/b/1.png", "val/z/1.png"], r"/val has classes that .*/train lacks: z; rename"),
             (["a/1.png", "b/1.png", "c/x.txt", "d/e/x.txt"], r"no picture that can be used in c, d: add some \(\.jpg"),
         ],
@@ -151,15 +182,25 @@ class TestWrongFolders:
         with pytest.raises(DataError, match=said):
             read(tmp_path)
 
+    @pytest.mark.parametrize("layout", COPIES)
+    def test_copies_of_the_classes_are_not_classes(self, tmp_path: Path, layout: str) -> None:
+        put(tmp_path, *(name for pattern in layout.split() for name in files_of(pattern)))
+        said = rf"more than one folder of each of these names: .*; look into {COPIES[layout]}\n"
+        with pytest.raises(DataError, match=said):
+            read(tmp_path)
+
 
 def by_pillow(data: bytes) -> npt.NDArray[np.uint8]:
-    """What Pillow makes of a file: (3, H, W) uint8, RGB, upright."""
+    """What Pillow makes of a file, on white: (3, H, W) uint8, RGB, upright."""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.asarray(upright.convert("RGB" if image.mode == "CMYK" else "RGBA")).astype(float)
+        alpha = pixels[..., 3:] / 255 if pixels.shape[2] == 4 else 1.0
+        return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8).transpose(2, 0, 1)
 
 
 class TestPictures:
-    def test_as_pillow_reads_them(self, tmp_path: Path) -> None:
+    def test_as_pillow_reads_them(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         kinds = {name: data for name, data in picture_kinds(picture()).items() if "16" not in name}
         kinds |= {"png.jpg": PNG, "two.jpg": encode(picture(), "MPO", save_all=True, append_images=[picture(1)])}
         for name, data in kinds.items():
@@ -173,6 +214,7 @@ class TestPictures:
             assert str(pixels.dtype) == "torch.uint8", name
             assert np.array_equal(pixels.numpy(), expected), name
             assert files.sizes[row].tolist() == [expected.shape[2], expected.shape[1]], name
+        assert capfd.readouterr().err.replace("libpng warning: iCCP: too short\n", "") == ""
 
 
 def bomb() -> bytes:
@@ -186,6 +228,7 @@ def animation(kind: str) -> bytes:
 
 
 def flipped(data: bytes, place: int) -> bytes:
+    place %= len(data)
     return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
 
 
@@ -195,6 +238,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "text.jpg": (b"this is no picture\n" * 9, NO_PICTURE),
     "zeros.png": (bytes(1000), NO_PICTURE),
     "almost.jpg": (JPEG[:-2], DAMAGED),
+    # 86 % of its pixels are more than 40 levels off.
+    "flipped.jpg": (flipped(JPEG, -82), "damaged: Corrupt JPEG data: 40 extraneous bytes before marker 0xd9"),
     "half.webp": (WEBP[: len(WEBP) // 2], DAMAGED),
     "corrupt.png": (flipped(PNG, len(PNG) // 2), DAMAGED),
     "gif.jpg": (encode(picture(), "GIF"), "GIF is not supported: convert it to PNG or JPEG"),
@@ -226,11 +271,12 @@ class TestBadImages:
         os.mkfifo(tmp_path / "a" / "pipe.png")
         return tmp_path
 
-    def test_skip_names_each_with_its_reason(self, root: Path) -> None:
+    def test_skip_names_each_with_its_reason(self, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
         for _ in range(2):  # opened, and from the cache
             folder = read(root, on_bad_image="skip")
             assert folder.files.names == ("a/good.png", "b/good.png")
             assert dict(line.split(": ", 1) for line in folder.skipped) == FOUND
+        assert capfd.readouterr().err == "", "decoders are heard, and their lines do not go where no file is named"
 
     def test_one_error_names_the_first(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(image_folder, "_SHOWN", 10)
@@ -242,6 +288,20 @@ class TestBadImages:
         assert all(FOUND[name] == reason for name, reason in (line.strip().split(": ", 1) for line in shown))
         assert more == f"  ... and {total - 10} more"
         assert mend == "  delete or convert them, or leave them out: data.on_bad_image=skip"
+
+
+def test_what_c_prints_in_other_threads_and_later_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+
+    def say(text: bytes) -> None:
+        libc.fputs(text, ctypes.c_void_p.in_dll(libc, "stderr"))
+
+    with printed_by_c() as lines, ThreadPoolExecutor(1) as pool:
+        pool.submit(say, b"other thread\n").result()
+        say(b"this thread\n")
+    say(b"later\n")
+    assert lines == ["this thread"]
+    assert capfd.readouterr().err == "other thread\nlater\n"
 
 
 class TestCache:

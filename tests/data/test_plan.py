@@ -48,6 +48,23 @@ class TestSplit:
         _, val = split_indices(labels, 0.25, 0, stratified=True)
         assert np.bincount(labels[val]).tolist() == [18, 5, 2]  # of 17.5, 5, 2.5: ties to the lower class
 
+    @pytest.mark.parametrize("stratified", [False, True])
+    def test_every_class_keeps_an_image_to_train_on(self, stratified: bool) -> None:
+        labels = np.repeat([0, 1, 2, 3, 4], [27, 27, 1, 1, 2])
+        lost, kept = (
+            split_indices(labels, 0.6, 6, stratified=stratified, keeps_classes=keeps) for keeps in (False, True)
+        )
+        assert np.bincount(labels[lost[0]], minlength=5).min() == 0
+        assert np.bincount(labels[kept[0]], minlength=5).min() == 1
+        assert np.array_equal(np.sort(np.concatenate(kept)), np.arange(58))
+        for seed in range(5):  # where no class is lost, the split is the same
+            pair = [
+                split_indices(LABELS, 0.1, seed, stratified=stratified, keeps_classes=keeps) for keeps in (False, True)
+            ]
+            assert np.array_equal(pair[0][1], pair[1][1])
+        with pytest.raises(ConfigError, match=r"test_fraction=0\.5 of 4 images leaves no test"):
+            split_indices(np.arange(4), 0.5, 0, keeps_classes=True, stream=Stream.TEST_SPLIT)
+
     @pytest.mark.parametrize(
         ("fraction", "said"),
         [(-0.1, "val_fraction"), (1.0, "val_fraction"), (0.1, "no validation image"), (0.9, "no training image")],
