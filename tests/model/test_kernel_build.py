@@ -64,7 +64,7 @@ def test_it_is_built_once(
     tmp_path: Path, source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
     monkeypatch.setenv("CXX", script(f'exec {compiler()} "$@"') + " -O1 '-DNAME=two words'")  # options are allowed
-    kept = cache / f"native-{build._fingerprint(build._compiler())}.so"
+    kept = cache / f"native-{build._fingerprint(build.compiler())}.so"
     cache.mkdir(parents=True)
     kept.write_bytes(b"\x7fELF, but no more")  # damaged, it is made anew
     first, second = load(), load()

@@ -42,16 +42,16 @@ def native_library() -> ctypes.CDLL:
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    compiler = _compiler()
+    command = compiler()
     try:
-        library = cache_folder() / f"native-{_fingerprint(compiler)}.so"
+        library = cache_folder() / f"native-{_fingerprint(command)}.so"
     except StorageError as error:
         raise BuildError(str(error)) from error
     try:
         if library.exists():
             with suppress(OSError):  # damaged, or made for another C library
                 return ctypes.CDLL(str(library))
-        _compile(compiler, library)
+        _compile(command, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"{library} cannot be written or loaded: {error}") from error
@@ -64,7 +64,17 @@ def _words(variable: str) -> list[str]:
         raise BuildError(f"{variable}={os.environ[variable]} cannot be split into words: {error}") from error
 
 
-def _compiler() -> list[str]:
+def flags() -> list[str]:
+    """Return `FLAGS` and what ``CXXFLAGS`` adds to them or overrides, such as ``-march=haswell``."""
+    return [*FLAGS, *_words("CXXFLAGS")]
+
+
+def compiler() -> list[str]:
+    """Return the words of the compiler's command.
+
+    Raises:
+        BuildError: there is none.
+    """
     named = _words("CXX")
     for command in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
@@ -76,7 +86,7 @@ def _fingerprint(compiler: list[str]) -> str:
     """A name for the library: other sources, compilers and processors have others (home folders may be shared)."""
     version = _run([*compiler, "--version"]).stdout
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
-    parts = [*sources, *FLAGS, *_words("CXXFLAGS"), *compiler, version, platform.machine(), _processor()]
+    parts = [*sources, *flags(), *compiler, version, platform.machine(), _processor()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
 
 
@@ -93,7 +103,7 @@ def _compile(compiler: list[str], library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, "native.so")
-        done = _run([*compiler, *FLAGS, *_words("CXXFLAGS"), str(SOURCE), "-o", str(made)])
+        done = _run([*compiler, *flags(), str(SOURCE), "-o", str(made)])
         if done.returncode != 0:
             said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
             first = next((line for line in said if "error" in line), said[0])
