@@ -66,6 +66,7 @@ class BackwardPass:
         self._waiting: list[_Waiting] = []
         self._carry: Tensor | None = None  # G without what waits; at first the gradient of the maps themselves
         self._buffer: Tensor | None = None
+        self._between: Tensor | None = None  # what comes back to the maps between two convolutions: one layer at a time
 
     def run(self, gradient: Tensor, need_x: bool) -> Gradients:
         """Compute them from that of `Forward.out`, or without a tail of `Forward.maps`; channels_last."""
@@ -113,13 +114,16 @@ class BackwardPass:
         """Back through a second unit, to the gradient of what the first one's convolution made."""
         maps, width = self._made.inner[number], unit.reads
         norm = unit.norm(self._made.inner_statistics.narrow(number * width, (number + 1) * width), self._wide)
-        sums, total = self._sums.new_empty(2, width), new_maps(maps, width, self._wide)
+        if self._between is None:
+            self._between = new_maps(maps, width, self._wide)
+        sums, total = self._sums.new_empty(2, width), self._between
         needed = self._needs.pop()
         self._weights.append(self._convolutions.accumulate(unit, maps, norm, d_made, needed, None, total, sums))
         self._inner_gradients.append(sums * _betas_and_gammas(norm))
         shares = _shares(unit, norm)
         correction = None if shares is None else self._correction(norm.mean, shares * sums)
-        out = new_maps(maps, self._convolutions.padded(width))
+        padded = self._convolutions.padded(width)
+        out = total if total.dtype == maps.dtype and padded == width else new_maps(maps, padded)
         self._kernels.finish(total, maps, correction, self._next_mask(), self._block.keep, out)
         return out
 

@@ -120,7 +120,7 @@ class Kernels:
         """``out = (gradient - offset - slope (maps - mean)) * mask / keep``.
 
         Args:
-            gradient: (N, C, H, W), of the maps' or the accumulation type.
+            gradient: (N, C, H, W), of the maps' or the accumulation type; may be `out` itself.
             maps: (N, C, H, W).
             correction: mean, offset, slope: (C,) each, accumulation type; None: ``gradient * mask / keep``.
             mask: as for `write`.

@@ -151,11 +151,12 @@ void finish(int64_t rows, int64_t channels, int64_t padded, const G *gradient, i
   const A factor = keep > 0 ? static_cast<A>(1 / keep) : A(0);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    const G *__restrict g = gradient + row * ldg;
+    const G *g = gradient + row * ldg;  // may be `out` itself
     const T *__restrict maps = x + row * ldx;
     const uint8_t *__restrict kept = mask + row * channels;
-    T *__restrict to = out + row * ldo;
+    T *to = out + row * ldo;
     if (mean == nullptr) {
+#pragma omp simd
       for (int64_t c = 0; c < channels; ++c)
         store(to + c, static_cast<A>(load(g + c)) * (mask == nullptr ? A(1) : kept[c] ? factor : A(0)));
     } else if (mask == nullptr) {

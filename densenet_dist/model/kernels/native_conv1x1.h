@@ -52,7 +52,7 @@ void conv1x1_backward(const ConvolutionBackward<A> &conv) {
   for (int64_t k = 0; k < makes; ++k) std::copy_n(conv.weight + k * channels, channels, weights.row(k));
   const int64_t per_group = rows_a_gradient(rows), groups = (rows + per_group - 1) / per_group;
   std::vector<double> partial(groups * width);
-  std::vector<Matrix<A>> gradients(conv.d_weight == nullptr ? 0 : groups, Matrix<A>(padded<A>(channels), makes));
+  Gradients<A> gradients(conv.d_weight == nullptr ? 0 : groups, padded<A>(channels), makes);
 #pragma omp parallel num_threads(conv.threads)
   {
     Matrix<A> rectified(kChunk, channels), came(kChunk, channels), made(kChunk, makes);
@@ -71,7 +71,7 @@ void conv1x1_backward(const ConvolutionBackward<A> &conv) {
           std::copy_n(conv.d_made + row * conv.ldd, makes, made.row(row - first));
         if (conv.d_weight != nullptr)
           multiply<true>(rectified.ld, made.ld, Left<A>{rectified.row(0), rectified.ld, few}, d_made, ldd,
-                         gradients[group].row(0), made.ld, true);
+                         gradients.row(group, 0), made.ld, true);
         multiply(round_up(few, kTall), came.ld, Left<A>{d_made, ldd, makes}, weights.row(0), weights.ld, came.row(0),
                  came.ld);
         std::fill(sums.begin(), sums.end(), A(0));
@@ -86,7 +86,7 @@ void conv1x1_backward(const ConvolutionBackward<A> &conv) {
 #pragma omp parallel for num_threads(conv.threads) schedule(static)
   for (int64_t c = 0; c < channels; ++c) {
     std::vector<double> total(makes);
-    add_row_of(gradients, c, total);
+    gradients.sum(c, total);
     for (int64_t k = 0; k < makes; ++k) conv.d_weight[k * channels + c] = static_cast<A>(total[k]);
   }
 }

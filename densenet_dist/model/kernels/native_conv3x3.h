@@ -1,13 +1,13 @@
 // BN-ReLU and a 3x3 convolution with zero padding, forward and backward, some image rows at a time.
 //
-// All of it is products of `native_gemm.h`, arranged so that the few maps a layer makes (12, 35) are not padded to whole
-// vectors one by one. With pixels p, taps t of the weight, and the maps x and y that the convolution reads and makes:
+// All of it is products of `native_gemm.h`, arranged so that the few maps a layer makes (12, 35) are not padded one by one
+// to whole vectors. With pixels p, taps t of the weight, and the maps x and y that the convolution reads and makes:
 //
 //   forward   P[p][t, k] = sum over c of x[p][c] w[k][c][t];  y[p][k] = sum over t of P[p + t][t, k]
 //   backward  dx[p][c] = sum over t, k of dy[p - t][k] w[k][c][t];  dw[k][c][t] = sum over p of dy[p - t][k] x[p][c]
 //
-// dy is copied next to zeros, with one zero pixel after each image row, so that the dy[p - t][k] of the three taps of one
-// row are one contiguous piece: a segment of the left factor.
+// dy is copied next to zeros, with one zero pixel after each image row, so that the dy[p - t][k] of three taps side by
+// side are one contiguous piece: a segment of the left factor.
 
 #pragma once
 
@@ -147,7 +147,7 @@ void conv3x3_backward(const ConvolutionBackward<A> &conv) {
   const int64_t group = std::max(ceil_div(conv.images, most_groups), ceil_div(kLeastPixels, conv.pixels()));
   const int64_t groups = ceil_div(conv.images, group);
   std::vector<double> partial(groups * 2 * channels);
-  std::vector<Matrix<A>> gradients(conv.d_weight == nullptr ? 0 : groups, Matrix<A>(3 * segment_rows, channels));
+  Gradients<A> gradients(conv.d_weight == nullptr ? 0 : groups, 3 * segment_rows, channels);
 #pragma omp parallel num_threads(conv.threads)
   {
     Matrix<A> rectified(strip.pixels, channels), came(strip.pixels, channels);
@@ -171,7 +171,7 @@ void conv3x3_backward(const ConvolutionBackward<A> &conv) {
           const A *above = d_made.data() + top * pitch * makes;  // the pixel above and left of the strip's first one
           for (int64_t i = 0; i < 3 && conv.d_weight != nullptr; ++i)
             multiply<true>(segment_rows, rectified.ld, Left<A>{above + i * pitch * makes, makes, few}, rectified.row(0),
-                           rectified.ld, gradients[number].row(i * segment_rows), rectified.ld, true);
+                           rectified.ld, gradients.row(number, i * segment_rows), rectified.ld, true);
           multiply(round_up(few, kTall), came.ld, Left<A>{above, makes, segment, 3, pitch * makes}, weights.row(0),
                    weights.ld, came.row(0), came.ld);
           std::fill(sums.begin(), sums.end(), A(0));
@@ -191,7 +191,7 @@ void conv3x3_backward(const ConvolutionBackward<A> &conv) {
   for (int64_t k = 0; k < makes; ++k)
     for (int64_t tap = 0; tap < kTaps; ++tap) {
       std::vector<double> total(channels);
-      add_row_of(gradients, tap / 3 * segment_rows + tap % 3 * makes + k, total);
+      gradients.sum(tap / 3 * segment_rows + tap % 3 * makes + k, total);
       for (int64_t c = 0; c < channels; ++c)
         conv.d_weight[(k * channels + c) * kTaps + kTaps - 1 - tap] = static_cast<A>(total[c]);
     }

@@ -89,14 +89,26 @@ struct ConvolutionBackward : Convolution<A> {
   }
 };
 
-// One row of a weight's gradient, summed over all groups in order: (columns,).
+// A weight's gradient, summed by each group of pixels for itself, in one piece of memory.
 template <typename A>
-void add_row_of(const std::vector<Matrix<A>> &gradients, int64_t row, std::vector<double> &total) {
-  std::fill(total.begin(), total.end(), 0.0);
-  for (const Matrix<A> &gradient : gradients) {
-    const A *values = gradient.row(row);
-    for (size_t c = 0; c < total.size(); ++c) total[c] += values[c];
+class Gradients {
+ public:
+  Gradients(int64_t groups, int64_t rows, int64_t columns)
+      : rows_(rows), groups_(groups), all_(groups * rows, columns) {}
+  A *row(int64_t group, int64_t number) { return all_.row(group * rows_ + number); }
+
+  // One row summed over all groups in order: (columns,).
+  void sum(int64_t number, std::vector<double> &total) const {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t group = 0; group < groups_; ++group) {
+      const A *values = all_.row(group * rows_ + number);
+      for (size_t c = 0; c < total.size(); ++c) total[c] += values[c];
+    }
   }
-}
+
+ private:
+  int64_t rows_, groups_;
+  Matrix<A> all_;
+};
 
 }  // namespace
