@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from fused import Block, Found, assert_same, small_net, state_of
+from fused import Block, assert_same, small_net, state_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,30 +128,3 @@ def test_a_rank_without_images_changes_nothing_and_one_value_on_each_is_enough()
             assert_same(rank[form], {name: whole[name] for name in rank[form]}, 1e-3)
         # One process alone would refuse one value a channel.
         assert all(tensor.isfinite().all() for tensor in rank["one pixel"].values())
-
-
-def compiled_steps() -> dict[str, dict[str, Found]]:
-    x, weights = images()
-    own = SHARES[dist.get_rank()]
-    found: dict[str, dict[str, Found]] = {"ddp": {}, "synchronised": {}}
-    for name, ways in found.items():
-        for way in ("eager", "compiled"):
-            torch._dynamo.reset()
-            if name == "synchronised":
-                model: Any = synchronise_batchnorm(small_net("fused", "densenet_bc"))
-            else:
-                model = DistributedDataParallel(small_net("fused", "notebook", drop_rate=0.2))
-            run = torch.compile(model, backend="aot_eager") if way == "compiled" else model
-            torch.manual_seed(dist.get_rank())
-            for _ in range(2):
-                logits = run(x[own])
-                loss_of(logits, weights[own]).backward()
-            ways[way] = {"logits": logits.detach(), **state_of(model)}
-    return found
-
-
-@pytest.mark.nightly
-def test_a_compiled_net_over_ranks_is_the_same() -> None:
-    for rank in run_ranks(compiled_steps, 2):
-        for ways in rank.values():
-            assert_same(ways["compiled"], ways["eager"])

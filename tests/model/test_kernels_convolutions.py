@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -177,54 +177,6 @@ def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, whe
             "d_made": [0, 0, 0, 1, 1, 1],
             "carry": [0, 0, 0, 1, 0, 0],
         }[where]
-
-
-@each_dtype
-def test_the_same_bits_with_any_number_of_threads(native: NativeKernels, dtype: torch.dtype) -> None:
-    for shape, makes, side in (((3, 49, 33, 31), 12, 1), ((3, 49, 33, 31), 12, 3), CASES[9], CASES[11]):
-        found, layer = [], Layer.draw(shape, makes, side, dtype)
-        for number in (1, 2, 3, 1):
-            torch.set_num_threads(number)
-            found.append(all_at_once(native, layer))
-        for other in found[1:]:
-            for one, tensor in zip(found[0], other, strict=True):
-                assert torch.equal(one, tensor)
-
-
-@each_side
-def test_of_no_pixels_all_is_zero_and_inputs_are_left_alone(native: NativeKernels, side: int) -> None:
-    _, *found = all_at_once(native, Layer.draw((0, 12, 4, 3), 5, side, torch.float32))
-    assert all((tensor == 0).all() for tensor in found)
-    layer, before = (Layer.draw((2, 12, 7, 5), 17, side, torch.float32) for _ in range(2))
-    all_at_once(native, layer)
-    for one, other in zip((*layer.norm[:4], *layer[2:]), (*before.norm[:4], *before[2:]), strict=True):
-        assert torch.equal(one, other)
-
-
-def spoil(name: str, tensor: Tensor) -> list[Tensor]:
-    """The same of another type, shape or layout."""
-    other_type = [] if tensor.dtype == torch.bool else [tensor.double()]
-    if name == "mean":
-        return [*other_type, tensor[:-1].clone()]
-    if name in ("weight", "sums", "d_weight"):
-        return [*other_type, tensor[:-1].clone(), tensor.transpose(0, 1).contiguous().transpose(0, 1)]
-    return [*other_type, tensor.contiguous(), tensor[:, :, :-1].contiguous(memory_format=torch.channels_last)]
-
-
-@each_side
-def test_what_cannot_be_read_is_refused(native: NativeKernels, side: int) -> None:
-    """Pointers go to code that trusts them."""
-    maps, norm, weight, mask, d_made, carry = Layer.draw((2, 6, 4, 3), 5, side, torch.float32)
-    shared: dict[str, Any] = {"maps": maps, "norm": norm, "weight": weight}
-    forward = {"mask": mask, "keep": 0.7, "slot": d_made.clone(), "mean": torch.empty(5), "var": torch.empty(5)}
-    backward = {"d_made": d_made, "carry": carry, "out": carry.clone(), "sums": torch.empty(2, 6)}
-    backward["d_weight"] = torch.empty_like(weight)
-    for function, given in ((native.convolve, shared | forward), (native.convolve_backward, shared | backward)):
-        function(**given)
-        for name in given.keys() - {"norm", "keep", "var"}:
-            for wrong in spoil(name, given[name]):
-                with pytest.raises(AssertionError):
-                    function(**{**given, name: wrong})
 
 
 def test_the_faster_convolutions_are_chosen_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
-from densenet_dist.train import ddp
 from densenet_dist.train.ddp import bucket_sizes
 from densenet_dist.train.engine import evaluate_model, train_step
 from densenet_dist.train.evaluation import evaluate
@@ -71,23 +70,6 @@ def take_steps(job: Job, start: int = 0, end: int | None = None) -> list[torch.T
     return found
 
 
-def buckets_of_ranks(storage: str) -> dict[str, Any]:
-    smallest, ddp.SMALLEST_BUCKET = ddp.SMALLEST_BUCKET, 1  # so that a net of two layers has several buckets
-    try:
-        job = rank_job(storage)
-        take_steps(job)
-        return {"bytes": bucket_sizes(job.model, job.config.train), **job.forward._get_ddp_logging_data()}
-    finally:
-        ddp.SMALLEST_BUCKET = smallest
-
-
-def test_ddp_makes_these_buckets(tmp_path):
-    found = run_ranks(buckets_of_ranks, 2, str(tmp_path))[0]
-    assert len(found["bytes"]) == 2
-    assert list(map(int, found["rebuilt_bucket_sizes"].split(","))) == found["bytes"]
-    assert found["static_graph"] == found["gradient_as_bucket_view"] == 1
-
-
 def interrupted(storage: str, settings: list[str]) -> list[bool]:
     """Steps from a checkpoint in a fresh job, against those that went on."""
     job = rank_job(storage, *settings)
@@ -129,7 +111,7 @@ def test_bf16_gradients_train_alike_and_ranks_stay_the_same(tmp_path):
 
 
 def compiled(storage: str) -> list[torch.Tensor]:
-    settings = ["model.block=reference", "train.gradient_compression=bf16"]
+    settings = ["train.gradient_compression=bf16", "train.sync_bn=true"]
     return [take_steps(rank_job(storage, *settings, f"train.compile={on}"), end=2)[-1] for on in ("false", "true")]
 
 
@@ -190,6 +172,7 @@ def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_ranks_with_synchronised_batchnorm_follow_one_process(tmp_path):
     settings = ["train.sync_bn=true", "train.ema_decay=0.9", "train.optimizer.weight_decay=0.001"]
     alone, together = (tiny(tmp_path / name, *settings) for name in ("alone", "together"))
@@ -204,6 +187,7 @@ def test_ranks_with_synchronised_batchnorm_follow_one_process(tmp_path):
     assert sum(rank["own"] for rank in ranks) == 67
 
 
+@pytest.mark.slow
 def test_without_it_each_rank_has_statistics_of_its_own_and_evaluation_uses_rank_0s(tmp_path):
     together = tiny(tmp_path)
     first, second = run_ranks(fit_and_count, 2, together.storage, [])
