@@ -1,23 +1,9 @@
-"""Commands in this process, and the scripts in ``benchmarks/`` as modules."""
+"""The scripts in ``benchmarks/`` as modules."""
 
 import importlib
 from pathlib import Path
 
 import pytest
-
-from densenet_dist.cli import main
-
-
-@pytest.fixture
-def bench():
-    """Run ``densenet-dist bench``; returns its exit code."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main(["bench", *map(str, arguments)])
-        return stop.value.code
-
-    return run
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from densenet_dist.bench.process import MeasuringProcess
 from densenet_dist.bench.training_step import VARIANTS, Measurement, OutOfMemory
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.model import densenet
 
 TINY = ["quickstart", "model.num_layers=[1,1]", "model.growth_rate=4", "cluster.cpus_per_worker=1"]
 ON_CPU = [*TINY, "cluster.device=cpu"]
@@ -24,9 +23,9 @@ def rows_of(path):
     return {(row["arm"], row["batch_size"]): row for row in json.loads(path.read_text())["rows"]}
 
 
-def test_mistakes_are_reported_before_anything_is_measured(tmp_path, bench, capsys):
+def test_mistakes_are_reported_before_anything_is_measured(tmp_path, command):
     missing = tmp_path / "missing" / "result.json"
-    for command, *arguments, code, reason in (
+    for name, *arguments, expected, reason in (
         ("data", "quickstart", "--batch-sizes=64,,128", 2, "'' is no number above zero; write them as 1,2,4"),
         ("data", "cifar10_small", f"data.root={tmp_path}", "data.download=false", 4, "cifar-10-batches-bin"),
         ("data", "quickstart", "--out", missing, 5, f"{missing} cannot be written: No such file or directory"),
@@ -36,15 +35,17 @@ def test_mistakes_are_reported_before_anything_is_measured(tmp_path, bench, caps
         ("scaling", *ON_CPU, "--workers=999", 2, "999 workers cannot share train.global_batch_size"),
         ("scaling", *ON_CPU, "--mode=large", 2, "'large' is not one of 'weak', 'strong', 'both'"),
     ):
-        assert bench(command, *arguments) == code
-        assert reason in capsys.readouterr().err
+        code, _, err = command("bench", name, *arguments)
+        assert code == expected
+        assert reason in err
 
 
-def test_loaders(tmp_path, bench, capsys):
+def test_loaders(tmp_path, command):
     out = tmp_path / "loaders.json"
     options = ["--seconds", "0.05", "--rounds", "2", "--batch-sizes", "64,100", "--out", out]
-    assert bench("data", "quickstart", "data.limit=600", *options) == 0
-    shown, found = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    code, shown, _ = command("bench", "data", "quickstart", "data.limit=600", *options)
+    assert code == 0
+    found = json.loads(out.read_text())["rows"]
     rows = {(row["loader"], row["batch_size"]): row for row in found}
     assert set(rows) == {("torch", 64), ("torch", 100), ("dali", 64), ("dali", 100)}
     for row in rows.values():
@@ -54,11 +55,12 @@ def test_loaders(tmp_path, bench, capsys):
         assert f"{row['images_per_s']:,.0f}" in shown
 
 
-def test_variants_of_a_model_and_the_roofline(tmp_path, bench, script, capsys):
+def test_variants_of_a_model_and_the_roofline(tmp_path, command, script, capsys):
     out, plot = tmp_path / "model.json", tmp_path / "model.png"
     options = [*FAST, "--batch-sizes", "16,256", "--variants", "reference,fused,graph", "--out", out]
-    assert bench("model", *ON_CPU, *options) == 0
-    shown, rows = capsys.readouterr().out, rows_of(out)
+    code, shown, _ = command("bench", "model", *ON_CPU, *options)
+    assert code == 0
+    rows = rows_of(out)
     assert set(rows) == {(variant, size) for variant in ("reference", "fused") for size in (16, 256)}
     assert "graph is left out: it needs a GPU" in shown
     for (_, size), row in rows.items():
@@ -76,10 +78,10 @@ def test_variants_of_a_model_and_the_roofline(tmp_path, bench, script, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_on_a_gpu_with_a_graph(tmp_path, bench):
+def test_on_a_gpu_with_a_graph(tmp_path, command):
     out = tmp_path / "model.json"
     arguments = ["train.precision=bf16", "train.optimizer.name=adam", "--batch-sizes", "64,512", "--out", out]
-    assert bench("model", *TINY, *FAST, *arguments, "--variants", "reference,fused,graph") == 0
+    assert command("bench", "model", *TINY, *FAST, *arguments, "--variants", "reference,fused,graph")[0] == 0
     rows = rows_of(out)
     assert len(rows) == 6
     assert all(row["note"] == "" and row["images_per_s"] > 0 and row["peak_mib"] > 0 for row in rows.values())
@@ -124,16 +126,3 @@ def test_a_measuring_process_answers_or_reports_that_it_died():
     with pytest.raises(EnvironmentProblem, match="the measuring process ended: it was killed, perhaps"):
         process.measure(3)
     process.stop()
-
-
-@pytest.mark.parametrize("variant", ["notebook", "densenet_bc"])
-def test_a_padded_net_is_the_same_net(variant, script):
-    def gradients(convert):
-        torch.manual_seed(0)
-        net = densenet(variant, num_classes=10, image_size=8, growth_rate=3, num_layers=[2, 2], block="reference")
-        net = convert(net.double()).train()
-        net(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
-        return [*(parameter.grad for parameter in net.parameters()), *net.buffers()]
-
-    padded = gradients(script("padded_block").pad_blocks)
-    torch.testing.assert_close(padded, gradients(lambda net: net), rtol=0, atol=1e-10)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from matplotlib.image import imread
 from pyarrow import fs
 from runs import tiny
 
 from densenet_dist.cluster.launch import fit
-from densenet_dist.errors import DataError, StorageError
+from densenet_dist.config import load_config, to_yaml
+from densenet_dist.errors import ConfigError, DataError, StorageError
 from densenet_dist.report import report_at_end, write_report
 from densenet_dist.run_folder import RunFolder, open_run
 
@@ -62,7 +65,7 @@ def test_a_run_ends_with_its_page(finished, page_of):
     assert f"<dd>{results['top1'] * 100:.2f}\xa0%, {results['top5'] * 100:.2f}\xa0%</dd>" in page.text
     environment = json.loads((finished / "env.json").read_text())
     assert environment["packages"]["torch"] in page.text
-    assert (environment["git"] or "not known").partition("+")[0] in page.text
+    assert (environment["git"] or "unknown").partition("+")[0] in page.text
     assert "growth_rate: 4" in page.text
     hours = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])["perf/device_hours"]
     assert 0 < hours * 3600 < 600
@@ -139,11 +142,11 @@ def test_a_run_on_an_object_store_has_its_page_there(s3, tmp_path, page_of):
 
 def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     folders = [run]
-    for seed, gain in ((1, 0.02), (2, 0.04)):
+    for seed, gain, place in ((1, 0.02, "timeout_s: 5"), (2, 0.04, "cpus_per_worker: 3")):
         folders.append(shutil.copytree(run, tmp_path / "runs" / f"seed{seed}"))
-        _change(folders[-1], f"seed: {seed}", gain)
+        _change(folders[-1], f"{{seed: {seed}, cluster: {{{place}}}}}", gain)
     other = shutil.copytree(run, tmp_path / "runs" / "other")
-    _change(other, "seed: 0", 0.0, lr="0.01")
+    _change(other, "train.lr: 0.01")
     out = tmp_path / "compared.html"
     assert write_report([*folders, other], out) == str(out)
     page = page_of(out)
@@ -155,12 +158,15 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     assert second[:3] == ["train.lr=0.01", "1", f"{top1:.2f}"]
     assert [row[0] for row in lines(page, "run")] == ["tiny", "seed1", "seed2", "other"]
     assert len(lines(page, "class")) == 10
+    _change(other, "data.name: cifar10")
+    with pytest.raises(ConfigError, match=r"cannot be compared:\n  shapes: tiny, seed1, seed2\n  cifar10: other"):
+        write_report([*folders, other], out)
 
 
-def _change(folder: Path, seed: str, gain: float, lr: str = "0.05") -> None:
-    """Make another run of a copy: its seed, its learning rate, and how much better its test result is."""
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("seed: 0", seed).replace("lr: 0.05", f"lr: {lr}"))
+def _change(folder: Path, settings: str, gain: float = 0.0) -> None:
+    """Make another run of a copy: with other settings, and a test result that is better by so much."""
+    config = load_config(folder / "config.yaml", yaml.safe_load(settings))
+    (folder / "config.yaml").write_text(to_yaml(config))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records[-1]["test/top1"] += gain
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -173,6 +179,13 @@ def test_trained_again_page_and_test_results_are_new(run):
     result = fit(tiny(run.parent, "train.epochs=2"), resume=True, listener=lambda event: None)
     assert json.loads((run / "test_results.json").read_text())["top1"] == result.summary["test/top1"]
     assert "Confusion matrix" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.jsonl", "summary.json"])
+def test_a_damaged_record_is_an_error(run, name):
+    (run / name).write_bytes(pickle.dumps({"epoch": 1}))  # what no record is
+    with pytest.raises((ConfigError, StorageError), match=name):
+        write_report([run])
 
 
 def test_a_page_that_cannot_be_made_is_an_error_but_not_at_the_end_of_training(run):
