@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from photos import write_photos
 from PIL import Image
 from runs import run_of, tiny, train
 
@@ -44,15 +45,8 @@ def test_pictures_of_a_data_set_give_the_bits_of_its_evaluation(original, tmp_pa
 
 
 def test_pictures_in_folders_are_cut_as_in_evaluation(tmp_path):
-    generator = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 3)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "photos" / part / name
-            folder.mkdir(parents=True)
-            for place in range(count):
-                height, width = generator.integers(20, 90, 2)
-                pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{place}.jpg")
+        write_photos(tmp_path / "photos" / part, ("cat", "dog"), count)
     root = f"data.root={tmp_path / 'photos'}"
     settings = ("data.name=folder", root, "data.image_size=32", "data.augment=random_resized_crop", "data.limit=null")
     config = tiny(tmp_path, *settings, "train.epochs=1", "train.global_batch_size=4", "data.val_fraction=0.25")

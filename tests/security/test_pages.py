@@ -9,11 +9,10 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import runs
 from html_page import Page
-from PIL import Image
+from photos import write_photos
 
 from densenet_dist.config import to_yaml
 from densenet_dist.report import write_report
@@ -25,12 +24,7 @@ CLASSES = (NASTY, "\"' onload='alert(1)", "<b>bold", "&amp;")
 def test_nothing_on_the_pages_of_runs_becomes_html(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of a run on pictures whose class folders have such names, and whose records were written by anybody."""
     monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for name in CLASSES:
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(8):
-            picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-            picture.save(tmp_path / "data" / name / f"{number}.png")
+    write_photos(tmp_path / "data", CLASSES, 8)
     data = {"name": "folder", "root": str(tmp_path / "data"), "image_size": 32, "limit": None}
     runs.train(runs.load_config(runs.TINY, {"storage": str(tmp_path), "data": data, "train": {"epochs": 1}}))
     run = tmp_path / "tiny"

@@ -17,10 +17,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from photos import write_photos
 from ray_runs import is_ray_process, kill_tree, records
 
 TINY = (
@@ -199,13 +198,8 @@ class Lab:
 
 
 def write_pictures(folder: Path, *labels: str) -> tuple[str, ...]:
-    """Write 64 pictures of noise in a folder for each label; the settings of a run with this data set."""
-    random = np.random.default_rng(0)
-    for label in labels:
-        (folder / label).mkdir(parents=True)
-        for each in range(64):
-            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / label / f"{each}.png")
+    """Write 64 pictures in a folder for each label; the settings of a run with this data set."""
+    write_photos(folder, labels, 64)
     return "data.name=folder", f"data.root={folder}", "data.image_size=32", "data.limit=null"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from photos import write_photos
 from PIL import Image
 
 from densenet_dist.data.augment import Augmentation, Parameters
@@ -50,14 +51,7 @@ def numbered(count: int) -> Split:
 
 def write_pictures(root: Path, classes: int, of_each: int, image_size: int) -> Split:
     """Pictures of several sizes and kinds in class folders: those of class c are rows from `c * of_each` on."""
-    rng = np.random.default_rng(6)
-    for label in range(classes):
-        (root / str(label)).mkdir(parents=True)
-        for number in range(of_each):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            width, height = (int(side) for side in rng.integers(20, 90, 2))
-            path = root / str(label) / f"{number:02d}.{('jpg', 'png', 'webp')[number % 3]}"
-            coarse.resize((width, height)).save(path)
+    write_photos(root, map(str, range(classes)), of_each)
     folder = read_folder(root, image_size=image_size)
     return Split(folder.files, folder.labels)
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from distributed import run_ranks
-from PIL import Image
+from photos import write_photos
 from runs import job_of, records, run_of, tiny, train
 from torch.multiprocessing import ProcessRaisedException
 
-from densenet_dist.cli import main
 from densenet_dist.train.evaluation import evaluate, prepare_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -27,36 +26,20 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three classes of 24 pictures of many sizes and kinds; the classes differ in colour."""
-    root, random = tmp_path / "my photos", np.random.default_rng(0)
-    for label, name in enumerate(("apple", "bär", "cat")):
-        (root / name).mkdir(parents=True)
-        for number in range(24):
-            pixels = random.integers(0, 120, (random.integers(12, 60), random.integers(12, 60), 3))
-            pixels[..., label] += 120
-            picture = Image.fromarray(pixels.astype(np.uint8))
-            kind = ("jpg", "png", "webp")[number % 3]
-            picture.save(root / name / f"{number:02}.{kind}")
-    return root
+    """Three classes of 24 pictures."""
+    write_photos(tmp_path / "my photos", ("apple", "bär", "cat"), 24)
+    return tmp_path / "my photos"
 
 
 def settings(photos: Path, *more: str) -> list[str]:
     return [*SETTINGS, f"data.root={photos}", *more]
 
 
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["train", *arguments])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
-
-
-def test_the_command_trains_on_a_folder(photos, tmp_path, capsys):
+def test_the_command_trains_on_a_folder(photos, tmp_path, command):
     small = ["model.variant=densenet", "model.num_layers=[1,1]", "model.growth_rate=4", "data.image_size=32"]
     small += ["train.epochs=4", "train.lr=0.05", "train.global_batch_size=8", "data.loader=torch"]
     place = [f"data.root={photos}", f"storage={tmp_path}", "cluster.engine=local"]
-    code = run(str(ROOT / "configs/folder.yaml"), *small, *place)
-    out, err = capsys.readouterr()
+    code, out, err = command("train", ROOT / "configs/folder.yaml", *small, *place)
     assert code == 0, err
     assert "folder, 59 training and 6 validation images\n3 classes: apple, bär, cat\n" in out
     assert "\nonly 6 validation pictures\nonly 7 test pictures\n" in out
