@@ -66,22 +66,6 @@ def test_folders_are_published_fetched_and_removed_whole(storage):
     assert RunFolder(storage, "run").exists("single")
 
 
-def test_checkpoints_travel(storage):
-    writer = CheckpointStore(RunFolder(storage, "run"))
-    for step, top1 in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.2)):
-        save(writer, snapshot(step, top1))
-    reader = CheckpointStore(RunFolder(storage, "run"))
-    latest, best = reader.load_latest(), reader.load_best()
-    assert latest is not None
-    assert best is not None
-    assert latest.position == Position(0, 4, 4)
-    assert torch.equal(latest.model["weight"], torch.full((3, 4), 4.0))
-    assert best.position == Position(0, 2, 2)
-    assert best.metrics == {"val/top1": 0.9}
-    fresh = RunFolder(storage, "run")
-    assert fresh.names("checkpoints") == {"manifest.json", "step-00000002", "step-00000004"}
-
-
 def test_without_a_list_only_a_checkpoint_that_was_uploaded_completely_counts(s3, monkeypatch):
     storage, publish = s3 % f"/{uuid.uuid4().hex}", RunFolder.publish
     for cut, listed in (("state.pt", []), ("manifest.json", ["step-00000001"])):

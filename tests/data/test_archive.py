@@ -91,6 +91,7 @@ class TestNotThere:
                 load_dataset("cifar10", root, download=True)
 
 
+@pytest.mark.slow
 class TestSeveralProcesses:
     def test_four_at_once(self, official: Path, official_archive: Path, tmp_path: Path) -> None:
         (tmp_path / CIFAR10.archive).symlink_to(official_archive)

@@ -1,5 +1,6 @@
 """CIFAR on an object store: put there once, taken once a node, kept, verified, mended. A real S3 server."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from s3_store import Store, four_at_once
 from toy_cifar import Toy
 
 from densenet_dist import doctor
-from densenet_dist.cli import main
 from densenet_dist.config import load_config
 from densenet_dist.data import cifar
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
@@ -46,13 +46,6 @@ def packed(toy: Toy, tmp_path: Path) -> bytes:
     return toy.write_archive(tmp_path / "packed.tar.gz").read_bytes()
 
 
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
-
-
 def train_images(toy: Toy) -> np.ndarray[Any, Any]:
     data = b"".join(toy.files[name] for name in toy.spec.train)
     return cifar.parse_records(toy.spec, data)[0]
@@ -60,11 +53,12 @@ def train_images(toy: Toy) -> np.ndarray[Any, Any]:
 
 class TestPublish:
     def test_once_from_the_origin(
-        self, toy: Toy, store: Store, origin: Path, packed: bytes, capsys: pytest.CaptureFixture[str]
+        self, toy: Toy, store: Store, origin: Path, packed: bytes, command: Callable[..., Any]
     ) -> None:
         for told in ("has been put into", "is in"):
-            assert run("data", "prepare", "cifar10", "--root", store.uri, "--url", origin.as_uri()) == 0
-            first, second = capsys.readouterr().out.splitlines()
+            code, out, _ = command("data", "prepare", "cifar10", "--root", store.uri, "--url", origin.as_uri())
+            first, second = out.splitlines()
+            assert code == 0
             assert first == f"cifar10: {toy.spec.archive} {told} s3://{store.prefix}"
             assert second.startswith(f"cifar10: verified in {cache_of(store.uri) / toy.spec.folder}: 10 classes: ")
             assert store.names() == {toy.spec.archive}
@@ -159,16 +153,16 @@ class TestErrors:
 class TestCommands:
     @pytest.mark.slow
     def test_train_and_evaluate(
-        self, toy: Toy, store: Store, origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, toy: Toy, store: Store, origin: Path, tmp_path: Path, command: Callable[..., Any]
     ) -> None:
         settings = ["model.growth_rate=4", "model.num_layers=1", "train.epochs=1", "cluster.engine=local"]
         data = ["data.name=cifar10", f"data.root={store.uri}", f"data.url={origin.as_uri()}", "data.loader=torch"]
         place = [f"storage={tmp_path / 'runs'}", "name=run", "train.global_batch_size=32"]
-        assert run("train", *settings, *data, *place) == 0, capsys.readouterr().err
+        code, _, err = command("train", *settings, *data, *place)
+        assert code == 0, err
         assert store.names() == {toy.spec.archive}
         asked = store.counter.requests
-        assert run("evaluate", str(tmp_path / "runs/run")) == 0
-        assert "of 20 images" in capsys.readouterr().out
+        assert "of 20 images" in command("evaluate", tmp_path / "runs/run")[1]
         assert store.counter.requests == asked
 
     def test_doctor(self, toy: Toy, store: Store, packed: bytes) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from densenet_dist.cache_folder import cache_folder
-from densenet_dist.cli import main
 
 MARKER = "MARKER7f3a91c5"
 NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD",
@@ -33,16 +32,14 @@ def holding(folder: Path, *secrets: str) -> list[str]:
     ]
 
 
-def test_a_run_in_this_process(tmp_path: Path, monkeypatch, capsys):
+def test_a_run_in_this_process(tmp_path: Path, monkeypatch, command):
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
-    monkeypatch.chdir(tmp_path)
-    for command in (["train", *QUICK, "cluster.engine=local", "name=here"], ["report", "runs/here"],
-                    ["doctor", "cluster.engine=local"]):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            main(command)
-        assert stop.value.code == 0
-    assert MARKER not in "".join(capsys.readouterr())
+    for arguments in (["train", *QUICK, "cluster.engine=local", "name=here"], ["report", "runs/here"],
+                      ["doctor", "cluster.engine=local"]):  # fmt: skip
+        code, *said = command(*arguments)
+        assert code == 0
+        assert MARKER not in "".join(said)
     assert len(list((tmp_path / "runs" / "here").rglob("*"))) > 10
     assert holding(tmp_path, MARKER) == []
 

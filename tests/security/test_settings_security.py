@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from fuzzing import alias_bomb, merge_bomb
 
-from densenet_dist.cli import main
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
 from densenet_dist.sweep.definition import load_sweep
@@ -54,13 +53,11 @@ def test_nothing_reaches_paths_and_the_terminal_but_text(tmp_path: Path):
     assert "\x1b" not in refusal("\x1b[2J\rwiped=1")
 
 
-def test_what_doctor_finds_is_shown_as_text(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_what_doctor_finds_is_shown_as_text(command):
     for root in ("[/]", "[link=https://example.org]here"):  # markup of what draws its table
-        with pytest.raises(SystemExit) as stop:
-            main(["doctor", "data.name=folder", f'data.root="{root}"', "cluster.engine=local"])
-        assert stop.value.code == 3
-        assert root in "".join(capsys.readouterr().out.split())
+        code, out, _ = command("doctor", "data.name=folder", f'data.root="{root}"', "cluster.engine=local")
+        assert code == 3
+        assert root in "".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -75,21 +72,16 @@ def test_what_doctor_finds_is_shown_as_text(tmp_path: Path, monkeypatch, capsys)
         ("data.url", f"https://mirror.example/c.tar.gz?X-Amz-Signature={MARKER}&X-Amz-Expires=60"),
     ],
 )
-def test_addresses_with_credentials_are_refused_and_not_repeated(key, address, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_addresses_with_credentials_are_refused_and_not_repeated(key, address, command, tmp_path, monkeypatch):
     monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path / "cache"))
-    for command in ("config", "train", "doctor"):
-        with pytest.raises(SystemExit) as stop:
-            main([command, f"{key}={address}", "name=x"])
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2
+    for name in ("config", "train", "doctor"):
+        code, out, err = command(name, f"{key}={address}", "name=x")
+        assert code == 2
         assert f"error: {key}: holds credentials" in err
         assert "by the environment" in err
         assert MARKER not in out + err
     if key == "data.url":
-        with pytest.raises(SystemExit):
-            main(["data", "prepare", "cifar10", "--root", "data", "--url", address])
-        assert MARKER not in "".join(capsys.readouterr())
+        assert MARKER not in str(command("data", "prepare", "cifar10", "--root", "data", "--url", address))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and MARKER.encode() in path.read_bytes()]
 
 

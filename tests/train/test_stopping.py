@@ -87,6 +87,7 @@ def test_a_checkpoint_within_an_epoch_is_of_one_order_of_images(tmp_path):
     for setting, difference in (
         ("model.growth_rate=6", "model.growth_rate: 4 there, 6 here"),
         ("data.limit=60", "data.limit: 75 there, 60 here"),
+        ("data.val_fraction=0.2", "data.val_fraction: 0.1 there, 0.2 here"),
         ("train.global_batch_size=8", "train.global_batch_size: 16 there, 8 here"),
         ("seed=1", "seed: 0 there, 1 here"),
     ):
