@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
-from ray_runs import records
 from wandb_files import wandb_run
 
 pytestmark = [
@@ -41,24 +39,6 @@ def runs_at(server: str, experiment: str) -> list:
 
 def assert_keeps_the_key(folder: Path) -> None:
     assert [path for path in folder.rglob("*") if path.is_file() and MARKER.encode() in path.read_bytes()] == []
-
-
-def test_rank_0_on_a_ray_worker_sends(start, mlflow_server):
-    run = start(*SETTINGS, "log.mlflow.experiment=ray")
-    assert run.wait(1500) == 0, run.text()
-    lines = records(run.folder)
-    (sent,) = runs_at(mlflow_server, "ray")
-    assert sent.info.status == "FINISHED"
-    assert sent.data.params["cluster.engine"] == "ray"
-    assert sent.data.metrics["test/loss"] == lines[-1]["test/loss"]
-    url = f"{mlflow_server}/#/experiments/{sent.info.experiment_id}/runs/{sent.info.run_id}"
-    assert re.search(rf"^  MLflow +{re.escape(url)}$", run.text(), re.MULTILINE), "in the last words"
-    (path,) = run.folder.glob("wandb/offline-run-*/*.wandb")
-    _, rows = wandb_run(path)
-    assert [(row["global_step"], row.get("val/loss")) for row in rows] == [
-        (line["global_step"], line.get("val/loss")) for line in lines
-    ]
-    assert_keeps_the_key(run.folder)
 
 
 def test_trials_are_grouped_under_their_sweep(start_sweep, mlflow_server):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_server import free_port
+from ray_runs import free_ports
 from runs import run_of, tiny, train
 from wandb_files import wandb_run
 
@@ -16,6 +16,7 @@ from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.display.ending import Ending
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.trackers.tracker import without_secrets
+from densenet_dist.trackers.wandb_session import _SETTINGS
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
@@ -33,7 +34,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends wait for as long as a busy machine needs."""
+    """Wait for as long as a busy machine needs: what W&B does not finish in time is not in its file."""
+    for timeout in ("init_timeout", "finish_timeout", "x_service_wait"):
+        monkeypatch.setitem(_SETTINGS, timeout, 120)
     monkeypatch.setattr("densenet_dist.trackers.tracker._END_S", 120.0)
     monkeypatch.setattr("densenet_dist.trackers.tracker._CUT_OFF_S", 120.0)
 
@@ -97,7 +100,7 @@ def test_a_run_without_a_server_is_trained_all_the_same_and_sent_later(mlflow_se
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", MARKER)
 
-    gone = f"http://127.0.0.1:{free_port()}"
+    gone = f"http://127.0.0.1:{free_ports(1)[0]}"
     config = tiny(tmp_path, "train.epochs=1", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={gone}")
     (note,) = [note for note in told(config) if "MLflow" in note]
     assert "MLflow cannot be reached; training goes on" in note
