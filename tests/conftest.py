@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fault_proxy import FaultProxy
 from mlflow_server import mlflow_server as start_mlflow
+from s3_server import FaultyServer
 
 from densenet_dist.data import cifar
 
@@ -133,29 +133,20 @@ def official_archive(official: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def s3_port() -> Iterator[int]:
-    """The port of an S3 server on this machine; credentials for it are in the environment."""
-    from moto.server import ThreadedMotoServer
+def s3() -> Iterator[str]:
+    """``s3://bucket%s?...`` of an S3 server with the one bucket ``bucket``; its credentials are in the environment."""
+    from pyarrow import fs
 
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
+    server = FaultyServer()
+    address = _s3_address(server.port)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "id")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield server.get_host_and_port()[1]
-        server.stop()
-
-
-@pytest.fixture(scope="session")
-def s3(s3_port: int) -> str:
-    """``s3://bucket%s?...`` of an S3 server with the one bucket ``bucket``."""
-    from pyarrow import fs
-
-    address = _s3_address(s3_port)
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
-    filesystem.create_dir("bucket")
-    return f"s3://bucket%s?{address}"
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket%s?{address}"
+    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -166,16 +157,16 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def faults(s3_port: int) -> Iterator[FaultProxy]:
-    """What stands between the client and the server of `faulty_s3`."""
-    proxy = FaultProxy(s3_port)
-    yield proxy
-    proxy.close()
+def faults() -> Iterator[FaultyServer]:
+    """The server of `faulty_s3`."""
+    server = FaultyServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def faulty_s3(s3: str, faults: FaultProxy) -> str:
-    """``s3://bucket%s?...`` of the same bucket through `faults`."""
+def faulty_s3(s3: str, faults: FaultyServer) -> str:
+    """``s3://bucket%s?...`` of the same bucket at `faults`."""
     return f"s3://bucket%s?{_s3_address(faults.port)}"
 
 

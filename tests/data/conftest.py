@@ -1,11 +1,12 @@
 """Fixtures: small sets of the form of the official ones; a folder on an object store, and a node's cache for it."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from s3_store import Counter, Store
+from s3_server import FaultyServer
+from s3_store import Store
 from toy_cifar import Toy, make_toy
 
 from densenet_dist.data import cifar
@@ -50,8 +51,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def store(s3: str, s3_port: int, request: pytest.FixtureRequest) -> Iterator[Store]:
+def store(s3: str, faults: FaultyServer, request: pytest.FixtureRequest) -> Store:
     """A folder of the test's own on an S3 server."""
-    counter = Counter(s3_port)
-    yield Store(s3, counter, f"{zlib.crc32(request.node.nodeid.encode())}/data")
-    counter.close()
+    return Store(s3, faults, f"{zlib.crc32(request.node.nodeid.encode())}/data")

@@ -45,8 +45,8 @@ def sync(store: Store) -> dict[str, bytes]:
 
 def taken(store: Store) -> list[str]:
     """Pictures that have been asked for since the last call."""
-    names = [path.removeprefix(f"/{store.prefix}/") for method, path in store.counter.seen if method == "GET"]
-    store.counter.seen.clear()
+    names = [path.removeprefix(f"/{store.prefix}/") for method, path in store.server.seen if method == "GET"]
+    store.server.seen.clear()
     return sorted(name for name in names if name.endswith(".png"))
 
 
@@ -106,9 +106,9 @@ class TestSync:
         sync(store)
         stamp = cache_of(store.uri) / ".compared"
         os.utime(stamp, (2**33, 2**33))  # as if another process had done so between our asking and our turn
-        asked = store.counter.requests
+        asked = len(store.server.seen)
         assert sync(store) == photos
-        assert store.counter.requests == asked
+        assert len(store.server.seen) == asked
 
 
 class TestErrors:
@@ -120,10 +120,10 @@ class TestErrors:
 
     def test_the_store_goes_away_in_the_middle(self, store: Store, photos: dict[str, bytes]) -> None:
         """What came is kept; the next try takes the rest."""
-        store.counter.refuses_names = "dog/2.png"
+        store.server.refuses_names = "dog/2.png"
         with pytest.raises(DataError, match=r"cannot read dog/2\.png in data\.root=s3://.*ACCESS_DENIED"):
             sync(store)
-        store.counter.refuses_names = None
+        store.server.refuses_names = ()
         before = set(here(cache_of(store.uri) / "files"))
         assert "dog/2.png" not in before
         taken(store)

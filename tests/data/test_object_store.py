@@ -64,7 +64,7 @@ class TestPublish:
             assert store.names() == {toy.spec.archive}
             assert store.read(toy.spec.archive) == packed
             origin.unlink(missing_ok=True)
-        assert store.counter.count("GET", toy.spec.archive) == 0
+        assert store.server.count("GET", toy.spec.archive) == 0
 
     def test_nothing_damaged_is_put_there(self, toy: Toy, store: Store, tmp_path: Path) -> None:
         files = {**toy.files, "test_batch.bin": bytes(len(toy.files["test_batch.bin"]))}
@@ -85,15 +85,15 @@ class TestTake:
             for name, data in toy.files.items():
                 store.write(f"{toy.spec.folder}/{name}" if layout == "folder" else name, data)
         np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
-        asked = store.counter.requests
+        asked = len(store.server.seen)
         np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
-        assert store.counter.requests == asked
+        assert len(store.server.seen) == asked
 
     @pytest.mark.slow
     def test_once_a_node(self, toy: Toy, store: Store, packed: bytes) -> None:
         store.write(toy.spec.archive, packed)
         assert len(set(four_at_once(LOAD, store.uri, str(SUPPORT)))) == 1
-        assert store.counter.count("GET", toy.spec.archive) == 1
+        assert store.server.count("GET", toy.spec.archive) == 1
 
     def test_workers_never_go_to_the_origin(self, toy: Toy, store: Store, origin: Path) -> None:
         with pytest.raises(DataError, match=r"run|put it there.*densenet-dist data prepare cifar10 --root"):
@@ -110,7 +110,7 @@ class TestTake:
             file.write_bytes(data)
         np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
         assert file.read_bytes() == toy.files["data_batch_2.bin"]
-        assert store.counter.count("GET", toy.spec.archive) == 2
+        assert store.server.count("GET", toy.spec.archive) == 2
 
     @pytest.mark.parametrize("layout", ["archive", "folder"])
     def test_a_damaged_origin_is_refused(self, toy: Toy, store: Store, packed: bytes, layout: str) -> None:
@@ -140,11 +140,11 @@ class TestErrors:
                 load_dataset(name, uri)
 
     def test_an_upload_that_is_refused(self, toy: Toy, store: Store, origin: Path) -> None:
-        store.counter.refuses_writing = True
+        store.server.refuses_writing = True
         said = r"cannot write cifar-10-binary\.tar\.gz to s3://.*ACCESS_DENIED.*come from the environment \(AWS_ACC"
         with pytest.raises(StorageError, match=said):
             publish_dataset("cifar10", store.uri, url=origin.as_uri(), progress=False)
-        store.counter.refuses_writing = False
+        store.server.refuses_writing = False
         origin.unlink()  # the node has it by now
         publish_dataset("cifar10", store.uri, url=origin.as_uri(), progress=False)
         assert store.names() == {toy.spec.archive}
@@ -161,9 +161,9 @@ class TestCommands:
         code, _, err = command("train", *settings, *data, *place)
         assert code == 0, err
         assert store.names() == {toy.spec.archive}
-        asked = store.counter.requests
+        asked = len(store.server.seen)
         assert "of 20 images" in command("evaluate", tmp_path / "runs/run")[1]
-        assert store.counter.requests == asked
+        assert len(store.server.seen) == asked
 
     def test_doctor(self, toy: Toy, store: Store, packed: bytes) -> None:
         def look(**settings: object) -> tuple[str, str]:
@@ -181,4 +181,4 @@ class TestCommands:
                 look(**settings)
         store.write(toy.spec.archive, packed)
         assert look() == ("ok", f"{toy.spec.archive} is in {where}; this node takes it into {cache_of(store.uri)}")
-        assert store.counter.count("GET", toy.spec.archive) == 0
+        assert store.server.count("GET", toy.spec.archive) == 0

@@ -1,56 +1,23 @@
-"""A folder on an S3 server, reached by a proxy that knows what has been asked."""
+"""A folder on an S3 server that knows what has been asked."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from fault_proxy import FaultProxy
 from pyarrow import fs
-
-
-def deny(handler: BaseHTTPRequestHandler) -> None:
-    body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-    handler.send_response_only(403)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(b"" if handler.command == "HEAD" else body)
-
-
-class Counter(FaultProxy):
-    """Knows which requests have come; and refuses some, as a store does whose credentials do not allow them."""
-
-    def __init__(self, port: int) -> None:
-        super().__init__(port)
-        self.seen: list[tuple[str, str]] = []
-        self.refuses_reading = self.refuses_writing = False
-        self.refuses_names: str | None = None  # and all objects whose key ends so
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        name = handler.path.partition("?")[0]
-        self.seen.append((handler.command, name))
-        refuses = self.refuses_reading if handler.command in ("GET", "HEAD") else self.refuses_writing
-        if refuses or (self.refuses_names and name.endswith(self.refuses_names)):
-            self._body(handler)
-            deny(handler)
-        else:
-            super().answer(handler)
-
-    def count(self, method: str, name: str) -> int:
-        """Requests for the objects whose key ends so."""
-        return sum(command == method and path.endswith(name) for command, path in self.seen)
+from s3_server import FaultyServer
 
 
 class Store:
     """A folder of its own on the S3 server, with what has been asked of it."""
 
-    def __init__(self, s3: str, counter: Counter, name: str) -> None:
+    def __init__(self, s3: str, server: FaultyServer, name: str) -> None:
         self.prefix = f"bucket/{name}"
         self.direct, _ = fs.FileSystem.from_uri(s3 % "")
-        self.counter = counter
-        query = f"scheme=http&endpoint_override=127.0.0.1:{counter.port}&region=us-east-1"
+        self.server = server
+        query = f"scheme=http&endpoint_override=127.0.0.1:{server.port}&region=us-east-1"
         self.uri = f"s3://{self.prefix}?{query}"
 
     def write(self, name: str, data: bytes) -> None:
