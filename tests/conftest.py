@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 from mlflow_server import mlflow_server as start_mlflow
-from s3_server import FaultyServer
+from s3_server import FaultyServer, bucket
+from toy_cifar import Toy, make_toy
 
 from densenet_dist.data import cifar
 
@@ -132,21 +133,26 @@ def official_archive(official: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Toy]:
+    """Both sets made small, by name; `load_dataset` takes them for the official ones."""
+    made = {name: make_toy(spec) for name, spec in cifar.SPECS.items()}
+    for name, toy in made.items():
+        monkeypatch.setitem(cifar.SPECS, name, toy.spec)
+    return made.__getitem__
+
+
+@pytest.fixture
+def toy(toys: Callable[[str], Toy]) -> Toy:
+    """CIFAR-10 made small."""
+    return toys("cifar10")
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """``s3://bucket%s?...`` of an S3 server with the one bucket ``bucket``; its credentials are in the environment."""
-    from pyarrow import fs
-
-    server = FaultyServer()
-    address = _s3_address(server.port)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket%s?{address}"
-    server.close()
+    """``s3://bucket%s?...`` of an S3 server; its credentials are in the environment."""
+    with bucket() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -167,8 +173,4 @@ def faults() -> Iterator[FaultyServer]:
 @pytest.fixture
 def faulty_s3(s3: str, faults: FaultyServer) -> str:
     """``s3://bucket%s?...`` of the same bucket at `faults`."""
-    return f"s3://bucket%s?{_s3_address(faults.port)}"
-
-
-def _s3_address(port: int) -> str:
-    return f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+    return f"s3://bucket%s?{faults.query}"

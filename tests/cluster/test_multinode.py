@@ -11,14 +11,13 @@ import select
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray_nodes import BIN, OUTSIDE, Cluster, two_hosts, two_nodes
 from ray_runs import until
+from s3_server import bucket
 
 from densenet_dist.run_folder import RunFolder
 
@@ -99,33 +98,12 @@ def test_interrupting_asks_and_stops(nodes, tmp_path):
     assert json.loads((tmp_path / "asked" / "checkpoints" / "manifest.json").read_text())["checkpoints"]
 
 
-def status(url: str, token: str | None, body: object = None) -> int:
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    if token is not None:
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
-
-
-def test_the_jobs_api_asks_for_the_token(nodes, tmp_path):
-    url, token = f"{nodes.address}/api/jobs/", nodes.environment["RAY_AUTH_TOKEN"]
-    job = {"entrypoint": f"touch {tmp_path}/ran"}
-    assert status(url, None) == 401
-    assert status(url, None, job) == 401
-    assert status(url, "", job) in (401, 403)
-    assert status(url, "0" * 64, job) in (401, 403)
-    assert status(url, token) == 200
-    assert not (tmp_path / "ran").exists()
+def test_a_wrong_token_is_refused_and_the_right_one_not_shown(nodes, tmp_path):
     without = {key: value for key, value in nodes.environment.items() if not key.startswith("RAY_AUTH")}
     without |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     text = finished(submit(nodes, "doctor", env=without, cwd=tmp_path), 3)
     assert "RAY_AUTH_TOKEN" in text
-    assert token not in text
+    assert nodes.environment["RAY_AUTH_TOKEN"] not in text
 
 
 def test_a_job_takes_no_secrets_along(nodes, tmp_path):
@@ -159,19 +137,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, P
 @pytest.fixture(scope="module")
 def store(hosts) -> Iterator[str]:
     """``s3://bucket%s?...`` of a server that both hosts reach."""
-    from moto.server import ThreadedMotoServer
-    from pyarrow import fs
-
-    cluster, _ = hosts
-    server = ThreadedMotoServer(OUTSIDE, port=0, verbose=False)
-    server.start()
-    address = f"scheme=http&endpoint_override={OUTSIDE}:{server.get_host_and_port()[1]}&region=us-east-1"
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, cluster.environment[key])
-        fs.FileSystem.from_uri(f"s3://bucket?{address}&allow_bucket_creation=true")[0].create_dir("bucket")
-        yield f"s3://bucket%s?{address}"
-    server.stop()
+    with bucket(OUTSIDE) as address:
+        yield address
 
 
 @pytest.mark.nightly

@@ -34,20 +34,6 @@ def test_room(room: TrialRoom, concurrent: int, per_worker: dict[str, float]):
     assert room.settings["cluster.device"] == ("cuda" if "GPU" in per_worker else "cpu")
 
 
-def test_what_trials_and_tune_are_told():
-    room = plan(64, 8, workers=4, cpus_per_worker=2, max_failures=5)
-    assert room.settings == {
-        "cluster.workers": 4,
-        "cluster.cpus_per_worker": 2,
-        "cluster.device": "cuda",
-        "cluster.engine": "ray",
-        "cluster.max_failures": 5,
-    }
-    assert (room.threads, room.gpus_per_trial) == (2, 4)
-    assert (room.per_trial["CPU"], "GPU" in room.per_trial) == (0, False), "Ray Train asks for the workers' own"
-    assert plan(8, cpus_per_worker=2).per_trial == {"CPU": 2}
-
-
 def test_no_room_for_one_trial():
     asked, expected = {"cpus": 64, "gpus": 1, "workers": 2}, "a trial needs 2 GPUs, the cluster has 1"
     with pytest.raises(EnvironmentProblem, match=expected) as caught:

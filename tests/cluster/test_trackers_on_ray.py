@@ -1,4 +1,4 @@
-"""W&B and MLflow where rank 0 is a Ray worker, and where the run is a trial of a sweep."""
+"""W&B and MLflow where the run is a trial of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from wandb_files import wandb_run
 
 pytestmark = [
-    pytest.mark.nightly,  # tests/train/test_trackers.py has all that does not need Ray
+    pytest.mark.nightly,  # tests/trackers has all that does not need Ray
     pytest.mark.skipif(
         importlib.util.find_spec("mlflow") is None or importlib.util.find_spec("wandb") is None,
         reason="mlflow or wandb is not installed",

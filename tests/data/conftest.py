@@ -1,15 +1,12 @@
 """Fixtures: small sets of the form of the official ones; a folder on an object store, and a node's cache for it."""
 
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from s3_server import FaultyServer
 from s3_store import Store
-from toy_cifar import Toy, make_toy
 
-from densenet_dist.data import cifar
 from densenet_dist.data.engines import ENGINES
 
 
@@ -17,21 +14,6 @@ from densenet_dist.data.engines import ENGINES
 def kind(request: pytest.FixtureRequest) -> str:
     """Each engine's name."""
     return str(request.param)
-
-
-@pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Toy]:
-    """Both sets made small, by name; `load_dataset` takes them for the official ones."""
-    made = {name: make_toy(spec) for name, spec in cifar.SPECS.items()}
-    for name, toy in made.items():
-        monkeypatch.setitem(cifar.SPECS, name, toy.spec)
-    return made.__getitem__
-
-
-@pytest.fixture
-def toy(toys: Callable[[str], Toy]) -> Toy:
-    """CIFAR-10 made small."""
-    return toys("cifar10")
 
 
 @pytest.fixture(autouse=True)

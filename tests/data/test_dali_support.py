@@ -2,11 +2,8 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
@@ -30,21 +27,6 @@ def problem(device: torch.device = CPU, *, decoding: bool = False) -> str:
     assert raised.value.exit_code == 3
     assert "data.loader=torch" in str(raised.value)
     return str(raised.value)
-
-
-@pytest.mark.slow
-def test_is_imported_only_when_named() -> None:
-    code = """
-        import sys
-        from image_loaders import train_loader
-        assert len(list(train_loader("torch").epoch(0))) == 7
-        assert not any(name.startswith("nvidia") for name in sys.modules)
-        train_loader("dali")
-        assert "nvidia.dali.fn" in sys.modules
-    """
-    support = next(path for path in sys.path if path.endswith("tests/support"))
-    code = f"import sys; sys.path.insert(0, {support!r})\n{dedent(code)}"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_training_goes_on_without_it(

@@ -210,14 +210,6 @@ class TestRecipes:
             assert recipes is not None
             assert_same((recipe.batch() for recipe in recipes), loader.epoch(2, 1))
 
-    def test_one_makes_all_batches_of_its_size(self) -> None:
-        """It is captured once, and its inputs change."""
-        loader = train_loader("torch", augmentation=MIXED)
-        first, *others = list(loader.recipes(0) or []) + list(loader.recipes(1) or [])
-        alike = [recipe for recipe in others if recipe.global_size == first.global_size]
-        assert len(alike) > 4
-        assert_same((first.make(*recipe.inputs) for recipe in alike), (recipe.batch() for recipe in alike))
-
     def test_there_are_none_where_the_host_has_a_part(self, pictures: Split) -> None:
         assert train_loader("torch", pictures).recipes(0) is None
         assert train_loader("dali").recipes(0) is None

@@ -1,4 +1,4 @@
-"""Splits and orders are pure functions of (seed, epoch, index), and never change silently."""
+"""Splits, orders and the generated set are pure functions of (seed, epoch, index), and never change silently."""
 
 import hashlib
 
@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from densenet_dist.data import shapes
 from densenet_dist.data.plan import (
     BatchPlan,
     Stream,
@@ -15,6 +16,7 @@ from densenet_dist.data.plan import (
 from densenet_dist.errors import ConfigError
 
 LABELS = np.arange(1000) % 10
+MEANS = [66.648, 180.464, 149.284, 90.747, 92.508, 206.532, 174.726, 92.961, 146.889, 92.018]
 SIZES = [(1, 64), (64, 64), (71, 64), (72, 64), (1000, 96)]
 
 
@@ -30,6 +32,21 @@ def test_golden() -> None:
     assert sha(split_indices(LABELS, 0.1, 42, stream=test_split)[1]) == "87826d9dc35f1ec5"
     assert sha(split_indices(LABELS, 0.1, 42, stratified=True, stream=test_split)[1]) == "17eaa3b474f6620e"
     assert sha(epoch_order(np.arange(50_000), 42, 7)) == "7f67f07ddf4bfd94"
+
+
+def test_golden_shapes() -> None:
+    """What the generated set looked like then, coarsely: a pixel may round differently elsewhere."""
+    images, _ = shapes.generate(10, seed=0, part=0)
+    assert images.reshape(10, -1).mean(axis=1) == pytest.approx(MEANS, abs=0.01)
+
+
+def test_a_generated_image_depends_on_seed_part_and_number_alone() -> None:
+    images, labels = shapes.generate(300, seed=9, part=1)
+    more, more_labels = shapes.generate(700, seed=9, part=1)
+    assert np.array_equal(images, more[:300])
+    assert np.array_equal(labels, more_labels[:300])
+    sets = [shapes.generate(20, seed=seed, part=part)[0] for seed in (0, 1) for part in (0, 1)]
+    assert len({images.tobytes() for images in sets}) == 4
 
 
 class TestSplit:

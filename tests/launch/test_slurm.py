@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from ray.scripts.scripts import start
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
+from ray_runs import until
 
 from densenet_dist.config import load_config
 
@@ -67,11 +68,7 @@ class Turn:
 
     def wait_for(self, name: str) -> str:
         """What a stand-in wrote, once it is there."""
-        deadline = time.monotonic() + 60
-        while not (self.log / name).exists() or not (text := (self.log / name).read_text()):
-            assert time.monotonic() < deadline, f"{name} did not come"
-            time.sleep(0.05)
-        return text
+        return str(until(lambda: (self.log / name).exists() and (self.log / name).read_text(), 60))
 
 
 @pytest.fixture

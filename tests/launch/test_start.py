@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray_runs import until
 
 from densenet_dist.run_folder import RunFolder
 
@@ -92,11 +93,7 @@ def test_locally_two_workers_train_and_nothing_is_left_behind(local, epochs, cod
 @pytest.mark.nightly
 def test_locally_an_interrupted_job_leaves_nothing_behind(local):
     process = local.start("train.epochs=500")
-    deadline = time.monotonic() + 240
-    while "epoch   1/500" not in local.output.read_text():
-        assert process.poll() is None, local.output.read_text()
-        assert time.monotonic() < deadline, local.output.read_text()
-        time.sleep(0.2)
+    until(lambda: "epoch   1/500" in local.output.read_text() or process.poll() is not None, 240)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 143
+    assert process.wait(120) == 143, local.output.read_text()
     assert local.left_behind() == []

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from densenet_dist.model import densenet
-from densenet_dist.model.fused import convolutions
 
 
 def bytes_saved(model: nn.Module, x: Tensor) -> int:
@@ -70,13 +69,8 @@ both_kinds = pytest.mark.parametrize("bn_size", [None, 4], ids=["plain", "bottle
 
 
 @both_kinds
-@pytest.mark.parametrize("pieces", [False, True], ids=["", "one image at a time"])
-def test_the_most_alive_in_a_step_is_linear_in_depth(
-    monkeypatch: pytest.MonkeyPatch, bn_size: int | None, pieces: bool
-) -> None:
+def test_the_most_alive_in_a_step_is_linear_in_depth(bn_size: int | None) -> None:
     """Gradients of parameters apart: of these there are as many as parameters, in either form."""
-    if pieces:
-        monkeypatch.setattr(convolutions, "PIECE_BYTES", 1)
     most = {}
     for form in ("reference", "fused"):
         for layers in (12, 24):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from fused import Block, assert_same, small_net, state_of
+from fused import assert_same, small_net, state_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,28 +103,3 @@ def test_statistics_of_all_ranks_survive_a_mean_far_from_zero() -> None:
         # Ranks hand on float32: of a mean of 1e4 no more than 5e-4 is known, of one of 10 no more than 5e-7.
         torch.testing.assert_close(var.double()[varies], exact[varies], rtol=1e-3, atol=0)
         assert 0 <= var[3] < 1e-12
-
-
-def unequal_to_the_extreme() -> dict[str, Any]:
-    """All images on one rank, in both forms; and one pixel on every rank."""
-    x, weights = (tensor.float() for tensor in images())
-    own = [slice(0, 0), slice(0, IMAGES)][dist.get_rank()]
-    found: dict[str, Any] = {}
-    for form in ("reference", "fused"):
-        model = DistributedDataParallel(synchronise_batchnorm(small_net(form, "densenet_bc").float()))
-        found[form] = step(model, x[own], weights[own], 2.0)
-        del found[form]["logits"], found[form]["x"]
-    block = synchronise_batchnorm(Block("fused"))
-    pixel = images(CHANNELS)[0][dist.get_rank(), :, :1, :1][None].requires_grad_()
-    block(pixel).sum().backward()
-    found["one pixel"] = {"x": pixel.grad, **state_of(block)}
-    return found
-
-
-def test_a_rank_without_images_changes_nothing_and_one_value_on_each_is_enough() -> None:
-    whole = step(small_net("reference", "densenet_bc").float(), *(tensor.float() for tensor in images()))
-    for rank in run_ranks(unequal_to_the_extreme, 2):
-        for form in ("reference", "fused"):
-            assert_same(rank[form], {name: whole[name] for name in rank[form]}, 1e-3)
-        # One process alone would refuse one value a channel.
-        assert all(tensor.isfinite().all() for tensor in rank["one pixel"].values())

@@ -174,47 +174,6 @@ def test_the_gradient_passes_exactly_where_the_rectified_map_is_positive(name: s
     assert out[:, :, :, ::2].abs().max() < 1e-4
 
 
-@with_names
-def test_maps_in_another_layout_or_type_are_refused(name: str) -> None:
-    """Pointers go to code that trusts them."""
-    draw, kernels = Draw(device_of(name)), make_kernels(name)
-    x, norm = draw.maps(4, 6, 8, 5), draw.norm(6)
-    kernels.bn_relu(x, norm, torch.empty_like(x))
-    expanded = x[:1].expand(4, -1, -1, -1)
-    for spoilt in (x.contiguous(), x[:, :, ::2], x[:, ::2], x.transpose(2, 3), expanded):
-        with pytest.raises((AssertionError, ValueError), match="strides"):
-            kernels.bn_relu(spoilt, norm.narrow(0, spoilt.shape[1]), torch.empty_like(spoilt).contiguous())
-    with pytest.raises((AssertionError, ValueError)):
-        kernels.bn_relu(x, double(norm), torch.empty_like(x))
-    for wrong in (torch.zeros(2, 6, dtype=torch.float64), torch.zeros(2, 7), torch.zeros(6, 2).T):
-        with pytest.raises((AssertionError, ValueError)):
-            kernels.gather(x, [Consumer(x, norm, wrong.to(x.device))], None, torch.empty_like(x))
-
-
-def all_passes(kernels: Kernels, draw: Draw, shape: tuple[int, int, int, int]) -> list[Tensor]:
-    maps, norm, mask = draw.maps(*shape), draw.norm(shape[1]), draw.mask(*shape)
-    rectified, slot, total, finished = (draw.maps(*shape) for _ in range(4))
-    mean, var, sums = draw.normal(shape[1]), draw.normal(shape[1]), draw.normal(2, 2, shape[1])
-    kernels.bn_relu(maps, norm, rectified)
-    kernels.write(maps, mask, 0.7, slot, mean, var)
-    consumers = [Consumer(draw.maps(*shape), draw.norm(shape[1]), into) for into in sums]
-    kernels.gather(maps, consumers, draw.maps(*shape), total)
-    kernels.finish(total, maps, (norm.mean, norm.beta, norm.gamma), mask, 0.7, finished)
-    return [rectified, slot, mean, var, total, sums, finished]
-
-
-@with_names
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_again_and_with_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    found = []
-    for number in (1, 1) if INTERPRETED else (1, 2, 3, 1):
-        torch.set_num_threads(number)
-        found.append(all_passes(make_kernels(name), Draw(device_of(name), dtype), MANY_PIXELS))
-    for other in found[1:]:
-        for one, tensor in zip(found[0], other, strict=True):
-            assert torch.equal(one, tensor)
-
-
 class Padded(convolutions.Convolutions):
     """Those of a GPU, on any device: channels in multiples of eight."""
 

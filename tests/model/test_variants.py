@@ -7,7 +7,6 @@ import torch
 
 from densenet_dist.errors import ConfigError
 from densenet_dist.model import DenseNet, ParameterCount, count_parameters, densenet, variant_architecture
-from densenet_dist.model.architecture import Architecture
 
 
 def on_meta(variant: str, **options: Any) -> DenseNet:
@@ -40,16 +39,6 @@ def test_exact_size(variant: str, options: dict[str, Any], trainable: int, stati
     assert count == ParameterCount(trainable, statistics)
     assert count.total == trainable + statistics
     assert f"{count.trainable / 1e6:.1f}M" == published
-
-
-def test_what_is_asked_for_replaces_the_preset() -> None:
-    arch = variant_architecture(
-        "densenet_bc", num_classes=7, growth_rate=20, num_layers=[2, 3], compression=0.3, drop_rate=0.2
-    )
-    assert (arch.growth_rate, arch.num_layers, arch.compression, arch.drop_rate) == (20, (2, 3), 0.3, 0.2)
-    assert (arch.num_classes, arch.stem_channels, arch.bn_size) == (7, 40, 4)
-    assert variant_architecture("notebook", num_classes=10, num_layers=2).num_layers == (2, 2, 2, 2)
-    assert variant_architecture("densenet_bc", num_classes=10, depth=22).num_layers == (3, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,17 +104,3 @@ def test_smallest_image(variant: str, blocks: int, smallest: int) -> None:
         assert net(torch.empty(2, 3, side, side, device="meta")).shape == (2, 10)
     (problem,) = problems_of(variant, image_size=smallest - 1, **options)
     assert problem.endswith(f"images of at least {smallest}x{smallest}")
-
-
-def test_a_net_of_ones_own_is_checked_too() -> None:
-    made_up: Any = {"stem": "vgg", "head": "max", "init": "ones", "compression_of": "depth"}
-    architecture = Architecture(
-        growth_rate=4, num_layers=(1,), num_classes=10, stem_channels=0, bn_size=0, norm_momentum=1.5, norm_eps=0.0,
-        in_channels=0, **made_up,
-    )  # fmt: skip
-    with pytest.raises(ConfigError) as caught:
-        DenseNet(architecture)
-    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
-        *("model.stem_channels", "model.in_channels", "model.bn_size", "model.norm_momentum", "model.norm_eps"),
-        *("model.stem", "model.compression_of", "model.head", "model.init"),
-    ]

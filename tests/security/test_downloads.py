@@ -9,21 +9,13 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from toy_cifar import Toy, make_toy
+from toy_cifar import Toy
 
-from densenet_dist.data import archive, cifar
+from densenet_dist.data import archive
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.datasets import load_dataset
 from densenet_dist.data.download import fetch
 from densenet_dist.errors import ConfigError, DataError
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
-    """CIFAR-10 made small."""
-    toy = make_toy(cifar.CIFAR10)
-    monkeypatch.setitem(cifar.SPECS, "cifar10", toy.spec)
-    return toy
 
 
 def member(name: str, *, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> tarfile.TarInfo:

@@ -60,10 +60,3 @@ def test_a_run_on_a_cluster_of_its_own(tmp_path: Path):
     assert secret not in done.stdout + done.stderr
     assert (tmp_path / "runs" / "there" / "summary.json").exists()
     assert holding(tmp_path / "runs", MARKER, secret) == []
-
-
-def test_nothing_of_the_environment_is_sent_with_a_job():
-    from densenet_dist.cluster import connection, submit
-
-    assert not {name for name in connection.WORKER_ENV | connection.DRIVER_ENV if "TOKEN" in name or "KEY" in name}
-    assert {".env", ".netrc", ".aws/", ".ssh/", "*.pem", "*.key", ".git/"} <= set(submit.EXCLUDED)

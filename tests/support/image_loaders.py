@@ -130,9 +130,8 @@ def engine_of(kind: str, split: Split = SPLIT, **options: Any) -> Engine:
 
 def train_loader(
     engine: str | Engine,
-    split: Split | None = None,
+    split: Split = SPLIT,
     augmentation: Augmentation = NOTEBOOK,
-    indices: npt.NDArray[np.int64] | None = None,
     *,
     batch: int = 32,
     seed: int = 3,
@@ -141,10 +140,9 @@ def train_loader(
     **options: Any,
 ) -> TrainLoader:
     """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
-    split = split or SPLIT
     return TrainLoader(
         split,
-        np.arange(len(split.labels)) if indices is None else indices,
+        np.arange(len(split.labels)),
         engine=engine_of(engine, split, **options) if isinstance(engine, str) else engine,
         global_batch_size=batch,
         augmentation=augmentation,
@@ -157,7 +155,7 @@ def train_loader(
 
 def eval_loader(
     engine: str | Engine,
-    split: Split | None = None,
+    split: Split = SPLIT,
     indices: npt.NDArray[np.int64] | None = None,
     *,
     batch: int = 32,
@@ -167,7 +165,6 @@ def eval_loader(
     **options: Any,
 ) -> EvalLoader:
     """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
-    split = split or SPLIT
     return EvalLoader(
         split,
         np.arange(len(split.labels)) if indices is None else indices,

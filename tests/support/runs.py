@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray_runs
 import torch
 import torch.distributed as dist
@@ -55,6 +56,24 @@ def train(
     if context.rank == 0:
         context.run.write(CONFIG_FILE, to_yaml(config))
     return fit(config, context)
+
+
+def notes_of(config: Config) -> list[str]:
+    """Train, or go on with, a run; what was noted."""
+    notes: list[str] = []
+    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
+    return notes
+
+
+def stop_after(epoch: int, config: Config) -> None:
+    """Train until an epoch is over, and stop as Ctrl-C does."""
+
+    def listener(event: Event) -> None:
+        if event["kind"] == "epoch" and event["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listener=listener)
 
 
 def save(store: CheckpointStore, snapshot: Snapshot) -> None:

@@ -1,4 +1,4 @@
-"""An S3 server in this process, whose faults a test sets: requests fail or are refused, or the server is gone."""
+"""An S3 server in this process that a test can make fail or refuse requests."""
 
 from __future__ import annotations
 
@@ -6,41 +6,44 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 class FaultyServer:
-    """Listens on a port of its own; all servers of this process have the same buckets.
+    """Listen on a port of its own. All servers in this process share their buckets.
 
     Args:
-        seed: of the lot that decides which requests fail.
+        host: The address to listen on.
 
     Attributes:
-        port: its own.
-        failing: share of requests that fail: half of them with status 503, half by a connection that is reset, after
-            the server has done what was asked for every other time.
-        down: while this is set, no connection gets an answer: each is reset.
-        refuses_writing: while this is set, it answers as a store does whose credentials do not allow to write.
-        refuses_names: likewise for objects whose key ends so.
-        seen: method and path of every request so far.
-        failed: how many of those have failed.
+        query: The query of an address ``s3://bucket/path?query`` on this server.
+        failing: The share of requests that fail: half of them with status 503, half with a reset connection, where
+            every other request was carried out before.
+        down: Reset every connection.
+        refuses_writing: Answer all writes with "access denied".
+        refuses_names: Answer likewise where the object's key ends with this.
+        seen: The method and the path of each request so far.
+        failed: The number of requests that have failed.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         from moto.moto_server import werkzeug_app as moto  # here, because it takes a second
         from werkzeug.serving import make_server
 
         self.failing, self.down, self.failed = 0.0, False, 0
         self.refuses_writing, self.refuses_names = False, ()
         self.seen: list[tuple[str, str]] = []
-        self._lot, self._lock = random.Random(seed), threading.Lock()
+        self._random, self._lock = random.Random(0), threading.Lock()
         self._app = moto.DomainDispatcherApplication(moto.create_backend_app)
         handler = moto.MotoRequestHandler
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=handler)
-        self.port = self._server.port
+        self._server = make_server(host, 0, self._answer, threaded=True, request_handler=handler)
+        self.query = f"scheme=http&endpoint_override={host}:{self._server.port}&region=us-east-1"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -48,19 +51,19 @@ class FaultyServer:
         self._server.server_close()
 
     def count(self, method: str, name: str) -> int:
-        """Requests for the objects whose key ends so."""
+        """Count the requests for objects whose key ends with `name`."""
         return sum(command == method and path.endswith(name) for command, path in self.seen)
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         with self._lock:
             self.seen.append((method, path))
-            lot = self._lot.random() if self.failing else 1.0
-            fault = self.down or lot < self.failing
+            drawn = self._random.random() if self.failing else 1.0
+            fault = self.down or drawn < self.failing
             self.failed += fault
-        if fault and (self.down or lot < self.failing / 2):
-            if not self.down and lot < self.failing / 4:
-                list(self._app(environ, lambda *_: None))  # done, but the answer is lost
+        if fault and (self.down or drawn < self.failing / 2):
+            if not self.down and drawn < self.failing / 4:
+                list(self._app(environ, lambda *_: None))  # carried out, but the answer is lost
             reset(environ["werkzeug.socket"])
         if fault:
             start_response("503 Slow Down", [("Content-Length", "0")])
@@ -71,8 +74,24 @@ class FaultyServer:
         return self._app(environ, start_response)
 
 
+@contextmanager
+def bucket(host: str = "127.0.0.1") -> Iterator[str]:
+    """Serve one bucket; yields ``s3://bucket%s?...`` and sets its credentials in the environment."""
+    from pyarrow import fs
+
+    server = FaultyServer(host)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{server.query}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket%s?{server.query}"
+    server.close()
+
+
 def reset(connection: socket.socket) -> None:
-    """End a connection as a server does that was killed: with SO_LINGER at zero, closing sends RST instead of FIN."""
+    """Break a connection: with SO_LINGER at zero, closing sends RST instead of FIN."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.shutdown(socket.SHUT_RD)
     raise ConnectionResetError

@@ -17,8 +17,7 @@ class Store:
         self.prefix = f"bucket/{name}"
         self.direct, _ = fs.FileSystem.from_uri(s3 % "")
         self.server = server
-        query = f"scheme=http&endpoint_override=127.0.0.1:{server.port}&region=us-east-1"
-        self.uri = f"s3://{self.prefix}?{query}"
+        self.uri = f"s3://{self.prefix}?{server.query}"
 
     def write(self, name: str, data: bytes) -> None:
         with self.direct.open_output_stream(f"{self.prefix}/{name}", compression=None) as stream:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ray_runs import free_ports
-from runs import run_of, tiny, train
+from runs import notes_of, run_of, stop_after, tiny
 from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
@@ -41,24 +40,6 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("densenet_dist.trackers.tracker._CUT_OFF_S", 120.0)
 
 
-def told(config) -> list[str]:
-    """Train; what was noted."""
-    notes: list[str] = []
-    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
-    return notes
-
-
-def cut_after(epoch: int, config) -> None:
-    """Train until an epoch is over, and stop as Ctrl-C does."""
-
-    def listener(event: dict[str, Any]) -> None:
-        if event["kind"] == "epoch" and event["epoch"] == epoch:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=listener)
-
-
 def everything_in(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
@@ -70,12 +51,12 @@ def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.replace("//", f"//user:{MARKER}@"))
     settings = ("train.epochs=3", "log.mlflow.enabled=true", "log.mlflow.experiment=mine")
     config = tiny(tmp_path, *settings)
-    cut_after(2, config)
+    stop_after(2, config)
     client = MlflowClient(mlflow_server)
     experiment = client.get_experiment_by_name("mine")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "KILLED"
-    notes = told(config)
+    notes = notes_of(config)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "tiny"
@@ -102,11 +83,11 @@ def test_a_run_without_a_server_is_trained_all_the_same_and_sent_later(mlflow_se
 
     gone = f"http://127.0.0.1:{free_ports(1)[0]}"
     config = tiny(tmp_path, "train.epochs=1", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={gone}")
-    (note,) = [note for note in told(config) if "MLflow" in note]
+    (note,) = [note for note in notes_of(config) if "MLflow" in note]
     assert "MLflow cannot be reached; training goes on" in note
     (run_of(config).path / "summary.json").unlink()  # it is to go on
     later = tiny(tmp_path, "train.epochs=2", "log.mlflow.enabled=true", f"log.mlflow.tracking_uri={mlflow_server}")
-    told(later)
+    notes_of(later)
     client = MlflowClient(mlflow_server)
     runs = client.search_runs([client.get_experiment_by_name("densenet-dist").experiment_id])
     (run,) = (run for run in runs if run.data.tags["densenet_dist.folder"] == run_of(config).uri)
@@ -122,8 +103,8 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     config = tiny(tmp_path, "train.epochs=2", "log.wandb.enabled=true", "log.wandb.project=mine")
     (run_of(config).path).mkdir(parents=True)
     (run_of(config).path / "trial.json").write_text("{}")  # it is a trial of a sweep
-    cut_after(1, config)
-    assert [note for note in told(config) if "W&B" in note] == []
+    stop_after(1, config)
+    assert [note for note in notes_of(config) if "W&B" in note] == []
     parts = [wandb_run(path) for path in sorted(run_of(config).path.glob("wandb/offline-run-*/*.wandb"))]
     (first, _), (second, _) = parts
     assert (first.project, first.display_name, first.run_group) == ("mine", "tiny", tmp_path.name)
@@ -159,7 +140,7 @@ def test_what_is_missing_is_said_and_nobody_is_asked(tmp_path, monkeypatch):
         assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []  # before any work
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    notes = told(tiny(tmp_path, "train.epochs=1", "log.wandb.enabled=true"))
+    notes = notes_of(tiny(tmp_path, "train.epochs=1", "log.wandb.enabled=true"))
     assert [note for note in notes if "W&B cannot be reached" in note and "set WANDB_API_KEY" in note]
     monkeypatch.setenv("WANDB_API_KEY", MARKER)
     assert without_secrets(f"GET https://me:pw@host/x failed with {MARKER}") == "GET https://host/x failed with ..."

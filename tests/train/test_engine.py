@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import job_of, records, run_of, tiny, train, weights_of
+from runs import job_of, notes_of, records, run_of, tiny, train, weights_of
 from torch import nn
 
 from densenet_dist.errors import TrainingError
@@ -305,7 +305,5 @@ def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_pa
     for block, form in (("auto", "FusedDenseBlock"), ("reference", "DenseBlock")):
         assert type(job_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__ == form
     monkeypatch.setattr("densenet_dist.train.network.unavailable", lambda _: "no C++ compiler is found (c++)")
-    events: list[dict[str, object]] = []
-    train(tiny(tmp_path, "model.block=auto", "train.epochs=1"), listener=events.append)
-    notes = [event["text"] for event in events if event["kind"] == "note"]
+    notes = notes_of(tiny(tmp_path, "model.block=auto", "train.epochs=1"))
     assert "dense blocks are computed in the reference form: no C++ compiler is found (c++)" in notes

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from distributed import run_ranks
 from photos import write_photos
-from runs import job_of, records, run_of, tiny, train
+from runs import job_of, notes_of, records, run_of, tiny, train
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.train.evaluation import evaluate, prepare_evaluation
@@ -64,9 +64,7 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
         for path in sorted((photos / name).iterdir())[count:]:
             path.unlink()
     config = tiny(tmp_path / "runs", *settings(photos, "seed=0", "train.epochs=1"))
-    events: list[dict[str, Any]] = []
-    train(config, listener=events.append)
-    assert [event["text"] for event in events if event["kind"] == "note"] == [
+    assert notes_of(config) == [
         "only 22 training pictures",
         "2 of 3 classes have no validation pictures: apple, bär",
         "only 2 validation pictures",
@@ -105,9 +103,7 @@ def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path):
     for epochs, changed in ((2, False), (3, True)):
         if changed:
             shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
-        events: list[dict[str, Any]] = []
-        train(tiny(tmp_path / "runs", *settings(photos, f"train.epochs={epochs}")), listener=events.append)
-        notes = [event["text"] for event in events if event["kind"] == "note"]
+        notes = notes_of(tiny(tmp_path / "runs", *settings(photos, f"train.epochs={epochs}")))
         assert sum("no longer exactly" in note for note in notes) == changed
 
 

@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from runs import run_of, tiny, train, weights_of
+from runs import notes_of, run_of, stop_after, tiny, train, weights_of
 
 from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.errors import ConfigError
@@ -28,17 +28,10 @@ def profiles(config) -> dict[str, list[int]]:
 def test_a_profile_has_its_steps_changes_nothing_and_goes_on_in_a_resumed_run(tmp_path):
     settings = ("train.epochs=3", "model.drop_rate=0.1")
     plain, config = tiny(tmp_path / "plain", *settings), tiny(tmp_path, *settings, "train.profile=[3, 12]")
-    notes = []
-
-    def stop_after_an_epoch(event):
-        if event["kind"] == "epoch":
-            raise KeyboardInterrupt
-
     train(plain)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, listener=stop_after_an_epoch)
+    stop_after(1, config)
     assert profiles(config) == {"steps-3-5": [3, 4]}
-    train(config, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
+    notes = notes_of(config)
     # A part ends with its epoch.
     assert profiles(config) == {"steps-3-5": [3, 4], "steps-5-10": [5, 6, 7, 8, 9], "steps-10-12": [10, 11]}
     assert weights_of(plain) == weights_of(config)
