@@ -190,9 +190,11 @@ def test_one_value_a_channel_is_refused_in_training(which: str) -> None:
 
 
 @both_kinds
-def test_norms_that_the_operator_does_not_know_are_computed_as_usual(bn_size: int | None) -> None:
+@pytest.mark.parametrize("number", [1, None], ids=["one", "all"])
+def test_norms_that_the_operator_does_not_know_are_computed_as_usual(bn_size: int | None, number: int | None) -> None:
     def average_all_batches(model: Block) -> None:
-        norms_of(model)[1].momentum = None
+        for norm in norms_of(model)[:number]:
+            norm.momentum = None
 
     assert_same_step(average_all_batches, bn_size=bn_size, tail="norm and conv")
 
