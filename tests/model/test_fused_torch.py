@@ -52,9 +52,10 @@ def test_the_operators_keep_the_rules(
     torch.library.opcheck(forward, calls["dense_block"], test_utils=tests)
     torch.library.opcheck(backward, calls["dense_block_backward"], test_utils=["test_schema", "test_faketensor"])
     for function, given in ((forward, calls["dense_block"]), (backward, calls["dense_block_backward"])):
+        detached = tree_map_only(Tensor, Tensor.detach, given)
         with FakeTensorMode() as mode:
-            fake = function(*tree_map_only(Tensor, lambda tensor: mode.from_tensor(tensor.detach()), given))
-        strides, expected = (tree_map_only(Tensor, Tensor.stride, made) for made in (fake, function(*given)))
+            fake = function(*tree_map_only(Tensor, mode.from_tensor, detached))
+        strides, expected = (tree_map_only(Tensor, Tensor.stride, made) for made in (fake, function(*detached)))
         assert strides == expected  # of which `opcheck` says nothing
 
 
