@@ -16,6 +16,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.yaml_settings import flatten, read_yaml
+from densenet_dist.yaml_settings import to_yaml as dump_yaml
 
 SWEEP_FILE: Final = "sweep.yaml"
 RESULTS_FILE: Final = "sweep.json"
@@ -224,12 +225,12 @@ def best_yaml(sweep: Sweep, trial: Trial) -> str:
     config = sweep.config(f"{sweep.settings.name}-best", trial.overrides, storage=sweep.settings.storage)
     settings = sweep.settings
     said = [
-        f"# The best of {settings.name}: {trial.name}, {settings.metric} {trial.metric:.4f}, epoch {trial.best_epoch}.",
-        *(f"#   {key}: {value}" for key, value in trial.overrides.items()),
+        f"The best of {settings.name}: {trial.name}, {settings.metric} {trial.metric:.4f}, epoch {trial.best_epoch}.",
+        *(f"  {line}" for line in dump_yaml(trial.overrides).splitlines()),
     ]
     if trial.origin is not None:
-        said.append(f"# Its settings changed on the way, and its weights came from {trial.origin}: see sweep.json.")
-    return "\n".join(said) + "\n" + to_yaml(config)
+        said.append(f"Its settings changed on the way, and its weights came from {trial.origin}: see sweep.json.")
+    return "".join(f"# {line}\n" for line in said) + to_yaml(config)
 
 
 def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:
@@ -237,10 +238,15 @@ def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["trial", "status", *sweep.space, "parameters", "epochs", "seconds", "best_epoch", *figures, "cause"]
-    writer.writerow(columns)
+    writer.writerow(map(_as_text, columns))
     for trial in trials:
         values = [trial.overrides.get(key) for key in sweep.space]
         measured = [trial.figures.get(key) for key in figures]
         row = [trial.name, trial.status, *values, trial.parameters, trial.epochs, round(trial.seconds, 3)]
-        writer.writerow([*row, trial.best_epoch, *measured, trial.cause])
+        writer.writerow(map(_as_text, [*row, trial.best_epoch, *measured, trial.cause]))
     return text.getvalue().encode(errors="replace").decode()  # a cause may name a file whose name is no UTF-8
+
+
+def _as_text(value: Any) -> Any:
+    """The value of a cell; text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value

@@ -79,22 +79,24 @@ def test_files(sweep, folder):
     assert json.loads((folder.path / RESULTS_FILE).read_text())["best"] is None
     assert not (folder.path / BEST_FILE).exists()
     failed = trial("001", status="failed", lr=0.7)
-    failed.cause = "the loss, or what not, is NaN"
-    write_results(folder, sweep, [trial("000", 0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)])
+    failed.cause = '=HYPERLINK("http://x", "the loss is NaN")'
+    write_results(folder, sweep, [trial("000", -0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)])
     content = json.loads((folder.path / RESULTS_FILE).read_text())
     trials = content.pop("trials")
     assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"}
     assert [entry["name"] for entry in trials] == ["trial-000", "trial-001", "trial-002"]
     assert (trials[1]["cause"], trials[2]["history"]) == (failed.cause, {"1": 0.2, "2": 0.4})
     with open(folder.path / TABLE_FILE, newline="") as file:
-        best, *_, last = csv.DictReader(file)
+        best, other, last = csv.DictReader(file)
     columns = ("trial", "train.lr", "model.num_layers", "val/top1", "cause")
     assert [best[key] for key in columns] == ["trial-002", "0.3", "[2, 2]", "0.4", ""]
-    assert [last[key] for key in columns] == ["trial-001", "0.7", "[1, 1]", "", failed.cause]
+    assert [last[key] for key in columns] == ["trial-001", "0.7", "[1, 1]", "", f"'{failed.cause}"]  # no formula
+    assert other["val/top1"] == "-0.1"
 
 
 def test_best_yaml_is_a_configuration(sweep, folder):
     best = trial("002", 0.2, 0.4, lr=0.3, layers=2)
+    best.overrides["data.root"] = "two\nlines \u2028\ufffe"
     best.origin = "trial-000"
     write_results(folder, sweep, [best, trial("000", 0.1)])
     config = load_config(folder.path / BEST_FILE)
@@ -111,7 +113,7 @@ def test_trials_on_record(sweep, folder):
         write_note(run, overrides={"train.lr": 0.1}, **note)
         run.write("config.yaml", "train: {lr: 0.2}\n")
         lines = [
-            {"epoch": epoch, "seconds": 1.0, "train/loss": 2.0, "val/top1": value}
+            {"global_step": epoch, "epoch": epoch, "seconds": 1.0, "train/loss": 2.0, "val/top1": value}
             for epoch, value in enumerate(values, 1)
         ]
         (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -120,7 +122,7 @@ def test_trials_on_record(sweep, folder):
     finished = left("trial-002", 0.1, 0.3, parameters=77)
     (finished / "summary.json").write_text("{}")
     with open(finished / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"epoch": 2, "test/top1": 0.25}) + "\n")
+        file.write(json.dumps({"global_step": 2, "epoch": 2, "test/top1": 0.25}) + "\n")
     left("trial-000", 0.2, status="stopped")
     left("trial-001", status="failed", cause="NaN")
     broken = left("trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])
