@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 import densenet_dist
 from densenet_dist import bundled
+from densenet_dist.train.lease import Holder
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "train.epochs=1", "cluster.engine=local")
@@ -168,9 +170,14 @@ def test_train_evaluate_resume(command, quickstart):
     code, out, _ = command("evaluate", str(folder), "--split", "val", "--json")
     assert json.loads(out)["top1"] == summary["best"]["val/top1"]
 
+    # As a process leaves it that is killed after summary.json was written.
+    (folder / "report.html").unlink()
+    (folder / "lease.json").write_text(json.dumps(asdict(replace(Holder.here(), born="1"))))
     code, out, _ = command("train", "--resume", "quickstart")
     assert code == 0
     assert "finished already" in out
+    assert "Confusion matrix" in (folder / "report.html").read_text()
+    assert not (folder / "lease.json").exists()
     code, _, err = command("train", "--resume", "quickstart", "train.lr=0.5", "cluster.max_failures=1")
     assert code == 2
     assert "a resumed run cannot change:\n  train.lr: 0.05 -> 0.5\n" in err

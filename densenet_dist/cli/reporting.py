@@ -45,7 +45,8 @@ def report(
     densenet-dist report s3://bucket/runs/k24    (the page goes there)
     densenet-dist report runs/seed0 runs/seed1 runs/k24 --out compared.html
     """
-    from densenet_dist.report.writing import PAGE_FILE, write_report
+    from densenet_dist.report.writing import write_report
+    from densenet_dist.run_folder import PAGE_FILE
 
     if out is not None and "://" in out:
         raise ConfigError(f"--out {out}: is a file of this machine; a run on an object store has its page there anyway")

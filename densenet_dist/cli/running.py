@@ -114,19 +114,12 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
 
 def _resume(run: str, settings: list[str], console: Any) -> None:
     from densenet_dist.cluster.resuming import resume_config
-    from densenet_dist.display.ending import Ending
-    from densenet_dist.run_folder import SUMMARY_FILE, open_run
+    from densenet_dist.run_folder import open_run
 
     for text in settings:
         if "=" not in text:
             raise ConfigError(f"{text}: a resumed run has its own config.yaml; only key=value settings can follow")
-    folder = open_run(run)
-    config = resume_config(folder, settings)
-    if folder.exists(SUMMARY_FILE):
-        console({"kind": "note", "text": f"the run {folder.uri} is finished already"})
-        console.finish(Ending.of(folder, folder.read_json(SUMMARY_FILE)))
-        return
-    _fit(config, console, resume=True)
+    _fit(resume_config(open_run(run), settings), console, resume=True)
 
 
 def raise_interrupt(number: int, frame: Any) -> NoReturn:

@@ -23,6 +23,7 @@ from densenet_dist.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     ENV_FILE,
+    PAGE_FILE,
     SUMMARY_FILE,
     TENSORBOARD_FOLDER,
     TEST_RESULTS_FILE,
@@ -32,7 +33,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import require_trackers
 from densenet_dist.train.context import Event, LocalContext, Stopped
 from densenet_dist.train.environment import LOADER_KEY, describe_environment
-from densenet_dist.train.lease import Lease, hold
+from densenet_dist.train.lease import LEASE_FILE, Lease, hold
 from densenet_dist.train.network import check_model
 from densenet_dist.train.pulse import Pulse, Wish
 
@@ -65,22 +66,26 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         with console() as shown:
             return fit(config, resume=resume, listener=shown)
     config = absolute(config)
-    check_model(config)
-    require_trackers(config)
     run = RunFolder(config.storage, config.name)
     resume = resume and run.exists()
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
+        if _is_writer() and (run.exists(LEASE_FILE) or not run.exists(PAGE_FILE)):  # its process was killed before that
+            with hold(run, listener):
+                _write_page(run, listener)
         return Result(run.location, run.read_json(SUMMARY_FILE))
+    check_model(config)
+    require_trackers(config)
     with handled_by():  # a notebook's process lives on
-        summary = _train(config, run, resume, listener)
-    if _is_writer():
-        from densenet_dist.report import report_at_end
+        return Result(run.location, _train(config, run, resume, listener))
 
-        problem = report_at_end(run)
-        if problem is not None:
-            listener({"kind": "note", "text": problem, "warning": True})
-    return Result(run.location, summary)
+
+def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
+    from densenet_dist.report import report_at_end
+
+    problem = report_at_end(run)
+    if problem is not None:
+        listener({"kind": "note", "text": problem, "warning": True})
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
         if not resume:
             _refuse_used_name(run)
         run.create()
-        held = hold(run, lambda text: listener({"kind": "note", "text": text}))
+        held = hold(run, listener)
     with held as lease:
         if _is_writer():
             prepare_data(config)
@@ -100,8 +105,12 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
             if config.cluster.engine == "ray":
                 from densenet_dist.cluster.ray_train import fit_on_ray
 
-                return fit_on_ray(config, run, listener, lease)
-            return _fit_here(config, run, listener, lease)
+                summary = fit_on_ray(config, run, listener, lease)
+            else:
+                summary = _fit_here(config, run, listener, lease)
+            if _is_writer():
+                _write_page(run, listener)  # before the lease is given back: while it is there, the page may be missing
+            return summary
         except (KeyboardInterrupt, TrainingError):
             if lease is not None:
                 lease.check()

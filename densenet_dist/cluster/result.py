@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, open_run
+from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, SUMMARY_FILE, open_run
 from densenet_dist.schema import Config
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ class Result:
     @property
     def page(self) -> str:
         """Where the run's report.html is, a path or URI."""
-        from densenet_dist.report.writing import PAGE_FILE
-
         folder = self.run.partition("?")[0] if "://" in self.run else self.run
         return f"{folder}/{PAGE_FILE}"
 

@@ -59,7 +59,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
     if not resume:
         _refuse_used_name(folder)
     folder.create()
-    with hold(folder, lambda text: listener({"kind": "note", "text": text})):
+    with hold(folder, listener):
         return _tune(sweep, folder, resume, listener)
 
 

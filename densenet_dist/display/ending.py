@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from densenet_dist.display.progress_view import clock_time
-from densenet_dist.run_folder import RunFolder, join_location
+from densenet_dist.run_folder import PAGE_FILE, RunFolder, join_location
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Ending:
 
     def files(self) -> dict[str, str]:
         """Where to look."""
-        return {"run folder": self.run, "page": f"{self.run}/report.html", "curves": f"{self.run}/curves.png"}
+        return {"run folder": self.run, "page": f"{self.run}/{PAGE_FILE}", "curves": f"{self.run}/curves.png"}
 
     def commands(self) -> dict[str, str]:
         """What to do next."""

@@ -14,10 +14,9 @@ from densenet_dist.report.figures import curves_figure, titled_confusion
 from densenet_dist.report.groups import group
 from densenet_dist.report.page import run_page
 from densenet_dist.report.record import RunRecord, read_run
-from densenet_dist.run_folder import RunFolder
+from densenet_dist.run_folder import PAGE_FILE, RunFolder
 from densenet_dist.train.evaluation import load_test_results
 
-PAGE_FILE: Final = "report.html"
 CURVES_FILE: Final = "curves.png"
 CONFUSION_FILE: Final = "confusion.png"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
 
 from densenet_dist.errors import StorageError
@@ -68,12 +68,12 @@ class Lease:
     """A hold on a folder; `hold` gives it.
 
     Attributes:
-        lost: whether another job took the folder over, while this one stood still for long.
+        lost: why the folder is no longer held; None while it is.
         guard: for whoever else writes to the folder on behalf of this process.
     """
 
     def __init__(self, folder: RunFolder, holder: Holder) -> None:
-        self.lost = False
+        self.lost: StorageError | None = None
         self._folder, self._holder = folder, holder
         self._leave: Callable[[], None] = lambda: None
         folder.guard = self.guard = Guard(folder, holder.key)
@@ -82,35 +82,31 @@ class Lease:
         self._thread.start()
 
     def when_lost(self, leave: Callable[[], None]) -> None:
-        """What to call, in a thread, once the folder is another's: nothing more may be written to it."""
+        """What to call, in a thread, once the folder is no longer held: nothing more may be written to it."""
         self._leave = leave
 
     def check(self) -> None:
-        """Nothing where the folder is still held.
+        """Check that the folder was held all the time.
 
         Raises:
-            StorageError: naming who has it now.
+            StorageError: saying who has taken it over, or that lease.json is gone.
         """
-        if self.lost:
-            raise _taken_over(self._folder, _read(self._folder))
+        if self.lost is not None:
+            raise self.lost
 
     def release(self) -> None:
         """Give the folder back."""
         self._end.set()
         self._thread.join()
         with suppress(StorageError):
-            if not self.lost and self._mine():
+            if self.lost is None and _loss(self._folder, self._holder.key) is None:
                 self._folder.remove(LEASE_FILE)
-
-    def _mine(self) -> bool:
-        found = _read(self._folder)
-        return found is not None and found.key == self._holder.key
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT_S):
             with suppress(StorageError):  # of the moment, or the checkpoints will say so
-                if not self._mine():
-                    self.lost = True
+                self.lost = _loss(self._folder, self._holder.key)
+                if self.lost is not None:
                     self._leave()
                     return
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
@@ -134,31 +130,31 @@ class Guard:
         self._folder = folder
 
     def __call__(self) -> None:
-        """Nothing where all is well, or where that cannot be seen now.
+        """Check that the folder is still held; passes if lease.json cannot be read now.
 
         Raises:
-            StorageError: naming who has the folder now.
+            StorageError: saying who has taken it over, or that lease.json is gone.
         """
-        found = None
+        lost = None
         if self.key is not None:
             with suppress(StorageError):  # writing will say so
-                found = _read(self._folder)
-        if found is not None and found.key != self.key:
-            raise _taken_over(self._folder, found)
+                lost = _loss(self._folder, self.key)
+        if lost is not None:
+            raise lost
 
 
 @contextmanager
-def hold(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[Lease]:
+def hold(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> Iterator[Lease]:
     """Hold a folder for this process alone.
 
     Args:
         folder: it exists.
-        tell: called with a line where it takes a while: where the holder, on another machine, may be dead.
+        listener: called with a ``note`` event if it has to wait: a holder on another machine may be dead.
 
     Raises:
         StorageError: where a job that lives holds it.
     """
-    _wait_until_free(folder, tell)
+    _wait_until_free(folder, listener)
     holder = Holder.here()
     _write(folder, holder)
     time.sleep(_SETTLE_S)
@@ -172,13 +168,14 @@ def hold(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[Lease]:
         lease.release()
 
 
-def _wait_until_free(folder: RunFolder, tell: Callable[[str], None]) -> None:
+def _wait_until_free(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> None:
     first = _read(folder)
     if first is None or first.gone:
         return
     if first.here_and_alive:
         raise _taken(folder, first)
-    tell(f"{folder.uri} was held by {first}: waiting {STALE_S:g} s to see whether it still is")
+    text = f"{folder.uri} was held by {first}: waiting {STALE_S:g} s to see whether it still is"
+    listener({"kind": "note", "text": text})
     end = time.monotonic() + STALE_S
     while time.monotonic() < end:
         time.sleep(min(1.0, STALE_S / 4))
@@ -189,10 +186,20 @@ def _wait_until_free(folder: RunFolder, tell: Callable[[str], None]) -> None:
             raise _taken(folder, now)
 
 
-def _taken_over(folder: RunFolder, holder: Holder | None) -> StorageError:
+def _loss(folder: RunFolder, key: str) -> StorageError | None:
+    """The error if the folder is no longer held under that key."""
+    found = _read(folder)
+    if found is not None and found.key != key:
+        return StorageError(
+            f"{folder.uri} was taken over by {found}, while this one stood still for long\n"
+            "  nothing is lost: that one goes on from the last checkpoint"
+        )
+    if found is not None or folder.exists(LEASE_FILE):  # a damaged file is replaced at the next beat
+        return None
+    # Not written again: a job that took the folder over, and has finished since, leaves it like this, too.
     return StorageError(
-        f"{folder.uri} was taken over by {holder or 'another job'}, while this one stood still for long\n"
-        "  nothing is lost: that one goes on from the last checkpoint"
+        f"{folder.uri}/{LEASE_FILE}, which says that this job holds the folder, was deleted\n"
+        "  what was saved is kept: go on from the last checkpoint with --resume"
     )
 
 

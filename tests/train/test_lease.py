@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,8 @@ def give_to_another_machine(folder: RunFolder, beat: int = 0) -> None:
     folder.write(LEASE_FILE, json.dumps(asdict(holder)))
 
 
-def no_wait(text: str) -> None:
-    raise AssertionError(f"nothing to wait for: {text}")
+def no_wait(event: dict[str, Any]) -> None:
+    raise AssertionError(f"nothing to wait for: {event}")
 
 
 def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_once_it_is_killed(folder):
@@ -85,11 +86,12 @@ def test_a_torn_lease_is_no_lease(folder):
 
 def test_a_job_on_another_machine_that_does_not_renew_its_lease_is_gone(folder):
     give_to_another_machine(folder)
-    told: list[str] = []
+    told: list[dict[str, Any]] = []
     began = time.monotonic()
     with hold(folder, told.append):
         assert 0.8 <= time.monotonic() - began < 3
-    assert told == [f"{folder.uri} was held by process {os.getpid()} on far: waiting 0.8 s to see whether it still is"]
+    text = f"{folder.uri} was held by process {os.getpid()} on far: waiting 0.8 s to see whether it still is"
+    assert told == [{"kind": "note", "text": text}]
 
 
 def test_one_that_renews_it_is_alive_whatever_its_clock_says(folder):
@@ -99,11 +101,23 @@ def test_one_that_renews_it_is_alive_whatever_its_clock_says(folder):
         give_to_another_machine(folder, beat=1)
         os.utime(folder.path / LEASE_FILE, times=(time.time() + 3600,) * 2)
 
-    def tell(text: str) -> None:
+    def tell(event: dict[str, Any]) -> None:
         threading.Timer(0.2, renew).start()
 
     with pytest.raises(StorageError, match=r"is in use by process .* on far"), hold(folder, tell):
         pass
+
+
+def test_a_job_whose_lease_is_deleted_leaves_and_blames_no_other_job(folder):
+    left = threading.Event()
+    with hold(folder, no_wait) as lease:
+        lease.when_lost(left.set)
+        while not left.wait(0.2):
+            (folder.path / LEASE_FILE).unlink(missing_ok=True)
+        for check in (lease.check, folder.guard):
+            with pytest.raises(StorageError, match=r"lease\.json, .* was deleted\n.*--resume"):
+                check()
+    assert not folder.exists(LEASE_FILE)
 
 
 def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_nothing(folder):
