@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ CONFIG_FILE = "config.yaml"
 ENV_FILE = "env.json"
 CLASSES_FILE = "classes.json"
 METRICS_FILE = "metrics.jsonl"
+PAGE_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
 TEST_RESULTS_FILE = "test_results.json"
 TRIAL_FILE = "trial.json"
@@ -211,23 +212,24 @@ class RunFolder:
         return found
 
     def read_records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, in order; a last line torn by a crash is left out.
+        """The records of metrics.jsonl, in order; damaged lines are left out.
 
         Raises:
-            StorageError: the file is damaged, or cannot be read.
+            StorageError: the file cannot be read, or holds something else.
         """
         if not self.exists(METRICS_FILE):
             return []
         records = []
-        try:
-            for line in self.fetch(METRICS_FILE).read_text(encoding="utf-8").splitlines():
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise StorageError(f"{self.uri}/{METRICS_FILE} is damaged: {error}\n  bring back a copy") from error
-        return [record for record in records if isinstance(record, dict)]
+        with self._errors("cannot be read"):
+            lines = self.fetch(METRICS_FILE).read_bytes().splitlines()
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict) and all(type(found.get(key)) is int for key in ("epoch", "global_step")):
+                    records.append(found)
+        if not records and len(lines) > 1:  # a single line may have been torn by a crash
+            raise StorageError(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  bring back a copy")
+        return records
 
     @contextmanager
     def _errors(self, what: str, mend: str = _LATER) -> Iterator[None]:

@@ -91,7 +91,8 @@ class DataConfig:
     image_size: Annotated[int, Field(ge=8)] | None = None
     """folder: side in pixels of the square images that pictures are cut and resized to; null: 224."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """folder: whether pictures that cannot be read end the run, all of them named, or are left out."""
+    """folder: whether pictures that cannot be read end the run, all of them named, or are left out. Either way,
+    the run ends if no picture of a class, or none of the validation part, can be read."""
     test_fraction: Probability = 0.1
     """folder: share of the pictures held out as the test part where there is no folder test."""
     normalize: Literal["standard", "unit"] = "standard"

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -125,7 +125,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         entry = CheckpointStore(run).latest()
         assert entry is not None  # every epoch of a trial saves
         shutil.copytree(run.fetch(f"{CHECKPOINTS_FOLDER}/{entry.name}"), Path(checkpoint_dir) / entry.name)
-        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"trial": run.name, "entry": asdict(entry)}))
+        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"trial": run.name, "checkpoint": entry.name}))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Take over another trial's weights and state, with this trial's settings; its own are on its run's record."""
@@ -134,16 +134,14 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         if pointer["trial"] == run.name:
             return
         note = read_note(run)
-        taken = [pointer["trial"], pointer["entry"]["name"], self._overrides]
+        name = pointer["checkpoint"]
+        taken = [pointer["trial"], name, self._overrides]
         if note.get("taken") == taken:
             return  # a crash since then: this trial has its own checkpoints after the hand-over
-        entry = pointer["entry"]
         run.remove(CHECKPOINTS_FOLDER)
-        target = run.path / CHECKPOINTS_FOLDER / entry["name"]
-        shutil.copytree(Path(checkpoint_dir) / entry["name"], target)
-        run.publish(f"{CHECKPOINTS_FOLDER}/{entry['name']}")
-        manifest = {"format": 1, "best": entry["name"], "checkpoints": [entry]}
-        run.write(f"{CHECKPOINTS_FOLDER}/manifest.json", json.dumps(manifest, indent=1) + "\n")
+        shutil.copytree(Path(checkpoint_dir) / name, run.path / CHECKPOINTS_FOLDER / name)
+        run.publish(f"{CHECKPOINTS_FOLDER}/{name}")
+        CheckpointStore(run).write_list()  # of this one alone
         write_note(run, taken=taken)
 
     def _run(self) -> RunFolder:

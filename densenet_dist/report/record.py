@@ -11,8 +11,7 @@ from densenet_dist.errors import DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
 from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.metrics import best_record
+from densenet_dist.train.checkpoint import CheckpointStore, best_record
 from densenet_dist.train.results import TestResults, read_test_results
 
 

@@ -7,8 +7,11 @@ hides what the one before wrote of steps that come again.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -56,13 +59,22 @@ class Board:
         folder: for the files of events.
         hides_from: the step from which on what earlier processes wrote is hidden. Every process has to say one:
             where TensorBoard runs without its data server, the first that it reads hides nothing.
+        earlier: names of the files of events of earlier processes.
     """
 
-    def __init__(self, folder: Path, hides_from: int = 0) -> None:
+    def __init__(self, folder: Path, hides_from: int = 0, earlier: Iterable[str] = ()) -> None:
+        from tensorboard.summary.writer import event_file_writer
         from torch.utils.tensorboard import SummaryWriter  # a second to import: only rank 0 pays it
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(folder), purge_step=hides_from, flush_secs=10)
+        # TensorBoard reads files in the order of the times in their names, and the clock may have been ahead before.
+        times = [int(found[1]) + 1 for name in earlier if (found := re.match(r"events\.out\.tfevents\.(\d+)\.", name))]
+        named = max([int(time.time()), *times])
+        event_file_writer.time = SimpleNamespace(time=lambda: named)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=hides_from, flush_secs=10)
+        finally:
+            event_file_writer.time = time
 
     def scalars(self, values: dict[str, Any], step: int) -> None:
         """Show each number under its own tag."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync
-from densenet_dist.train.metrics import best_record
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
 _WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
@@ -74,15 +74,6 @@ class Entry:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A checkpoint about to be written, and what the manifest says once it is: all complete ones, and the best."""
-
-    entry: Entry
-    entries: tuple[Entry, ...]
-    best: str | None
-
-
 @dataclass
 class Snapshot:
     """What a checkpoint holds.
@@ -119,7 +110,7 @@ class CheckpointStore:
         else:
             self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
 
-    def plan(self, snapshot: Snapshot) -> Planned:
+    def plan(self, snapshot: Snapshot) -> Entry:
         """Decide which checkpoints there are once this one is written; `entries` and `best` say so at once."""
         # Names are used once: a folder is never replaced by another while the manifest lists it.
         name = f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
@@ -127,16 +118,16 @@ class CheckpointStore:
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
         self.best = self._judge()
         self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
-        return Planned(entry, tuple(self.entries), self.best)
+        return entry
 
-    def write(self, snapshot: Snapshot, planned: Planned) -> None:
-        """Do what was planned.
+    def write(self, snapshot: Snapshot, planned: Entry) -> None:
+        """Write a checkpoint and the list as planned; until that is done, nothing else may be planned.
 
         Raises:
             StorageError: where it cannot be written, or the folder is another job's by now; the checkpoints before it
                 stay whole.
         """
-        folder = f"{CHECKPOINTS_FOLDER}/{planned.entry.name}"
+        folder = f"{CHECKPOINTS_FOLDER}/{planned.name}"
         self.run.guard()
         try:
             _write_folder(self.run.path / folder, snapshot)
@@ -147,17 +138,17 @@ class CheckpointStore:
             ) from error
         # The description comes last: on an object store it says that the upload is complete.
         self.run.publish(*(f"{folder}/{name}" for name in (*_FILES, _META)))
-        self.write_list(planned.entries, planned.best)
-        self._sweep(planned)
+        self.write_list()
+        self._sweep()
 
-    def write_list(self, entries: Sequence[Entry], best: str | None) -> None:
+    def write_list(self) -> None:
         """Write manifest.json.
 
         Raises:
             StorageError: it cannot be written, or another job has taken over the folder.
         """
         self.run.guard()  # writing a checkpoint may have taken long
-        content = {"format": 1, "best": best, "checkpoints": [asdict(entry) for entry in entries]}
+        content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
         self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def latest(self) -> Entry | None:
@@ -236,9 +227,9 @@ class CheckpointStore:
         best = best_record([{**entry.metrics, "name": entry.name} for entry in self.entries], self.monitor)
         return None if best is None else best["name"]
 
-    def _sweep(self, planned: Planned) -> None:
+    def _sweep(self) -> None:
         """Delete the checkpoints that are not in the list, those that a killed process left as well."""
-        for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in planned.entries}:
+        for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in self.entries}:
             if name.startswith(("step-", ".step-")):
                 self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
@@ -265,6 +256,13 @@ class CheckpointStore:
         self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
         self.best = self._judge()
         self.rebuilt = problem if self.entries else None
+
+
+def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
+    """The first record with the best ``val/top1`` or ``val/loss``; None if none has a finite one."""
+    validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
+    pick = max if monitor.endswith("top1") else min
+    return pick(validated, key=lambda record: record[monitor]) if validated else None
 
 
 def _entry(name: str, said: dict[str, Any]) -> Entry:

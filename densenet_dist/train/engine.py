@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.data.requests import Engine
-from densenet_dist.run_folder import SUMMARY_FILE
+from densenet_dist.errors import DataError
+from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
@@ -62,6 +63,9 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         restore(job)
         if context.rank == 0:
             log = RunLog(context.run, job.position.global_step, config.checkpoint.monitor)
+            if missing := log.missing_epochs(job.position.epoch):
+                what = f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged"
+                _tell(job, what, [f"epoch {epoch}" for epoch in missing])
         return _fit(job, log)
     except BaseException as error:
         if log is not None:  # this process may go on to another run
@@ -182,10 +186,14 @@ def evaluate_model(
     device: torch.device,
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
+    split: str = "test",
 ) -> dict[str, float]:
     """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches.
 
-    `on_batch` is called with the logits and the batch.
+    `on_batch` is called with the logits and the batch; `split` names the images in the error.
+
+    Raises:
+        DataError: on every rank, if no image could be read.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
@@ -196,7 +204,10 @@ def evaluate_model(
         metrics.update(F.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch.labels)
         if on_batch is not None:
             on_batch(logits, batch)
-    return metrics.compute()
+    totals = metrics.compute()
+    if not totals["images"]:
+        raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
+    return totals
 
 
 def evaluate_test_set(
@@ -273,7 +284,13 @@ def _validate(job: Job) -> dict[str, float]:
         return {}
     before = job.snapshot(validated=False)  # refers to the state, which validation leaves as it is
     batches = watched(job, job.val_loader, lambda: leave_run(job, before))
-    totals = evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
+    try:
+        precision = job.config.train.precision
+        totals = evaluate_model(job.eval_model, batches, job.context.device, precision, split="validation")
+    except DataError:
+        save(job, before)  # training goes on from here once the files are back
+        job.saver.wait()
+        raise
     if not math.isfinite(totals["loss"]):
         raise diverged(job, "validation loss is", job.position.global_step - 1)
     return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
@@ -290,7 +307,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         assert snapshot is not None  # the last epoch always saves
         if job.store.damaged:
             report_damage(job)
-            job.store.write_list(job.store.entries, job.store.best)
+            job.store.write_list()
         load_weights(job.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
         best = [{"epoch": snapshot.position.epoch, **snapshot.metrics}]
     if dist.is_initialized():
@@ -299,6 +316,8 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     engine = engine_of(config, context.device, job.dataset, job.dataset.test, job.loader)
     watch = partial(watched, job, leave=lambda: leave_run(job))
     results = evaluate_test_set(job.eval_model, config, context, job.dataset, engine, watch)
+    if not math.isfinite(results.loss):
+        raise diverged(job, "test loss is", job.position.global_step - 1)
     test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
     summary = {
         "status": "early stop" if job.course.stopped else "finished",

@@ -14,7 +14,7 @@ from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.data.requests import Engine
-from densenet_dist.errors import CheckpointError
+from densenet_dist.errors import CheckpointError, ConfigError
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
@@ -51,7 +51,7 @@ def evaluate(
     """
     evaluation = prepare_evaluation(run, split=split, checkpoint=checkpoint, device=device, overrides=overrides)
     return evaluate_model(
-        evaluation.model, evaluation.loader(), evaluation.context.device, evaluation.config.train.precision
+        evaluation.model, evaluation.loader(), evaluation.context.device, evaluation.config.train.precision, split=split
     )
 
 
@@ -146,6 +146,8 @@ def prepare_evaluation(
         "train": (dataset.train, train),
     }
     images, indices = parts[split]
+    if not len(indices):
+        raise ConfigError(f"the run {folder.uri} has no images of this split (data.val_fraction=0): --split {split}")
     # One pass is not worth a measurement: torch needs none of DALI's imports.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
     return Evaluation(config, context, dataset, model.to(context.device), images, indices, engine)

@@ -13,7 +13,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import open_trackers
 from densenet_dist.trackers.tracker import Tracker
 from densenet_dist.train.board import Board
-from densenet_dist.train.metrics import best_record
+from densenet_dist.train.checkpoint import best_record
 
 
 class RunLog:
@@ -35,12 +35,16 @@ class RunLog:
         self._records = self._keep_until(global_step)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
-        again = run.exists(TENSORBOARD_FOLDER)
+        earlier = run.names(TENSORBOARD_FOLDER)
         # A test that was cut off stands at the last epoch's step: that is hidden too, and its epoch shown again.
-        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step)
-        if again and self._records and self._records[-1]["global_step"] == global_step:
+        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step, earlier)
+        if earlier and self._records and self._records[-1]["global_step"] == global_step:
             self.board.scalars(self._records[-1] | best_scalars(self._records, monitor), global_step)
         self.publish()  # from here on the run's name is taken
+
+    def missing_epochs(self, epochs: int) -> list[int]:
+        """The epochs of the first `epochs` without a record: their lines were lost or damaged."""
+        return sorted(set(range(1, epochs + 1)) - {record["epoch"] for record in self._records})
 
     def track(self, config: Config, tell: Callable[[str], None]) -> None:
         """Send the records to the configured services too; `tell` hears of them, in the thread that records.

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -55,13 +51,6 @@ class Metrics:
         loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
         count = max(images, 1.0)
         return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
-
-
-def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
-    """The first record with the best ``val/top1`` or ``val/loss``; None if none has a finite one."""
-    validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
-    pick = max if monitor.endswith("top1") else min
-    return pick(validated, key=lambda record: record[monitor]) if validated else None
 
 
 def gather_ranks(tensor: Tensor) -> Tensor:

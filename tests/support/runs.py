@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,6 @@ def save(store: CheckpointStore, snapshot: Snapshot) -> None:
 def job_of(config: Config) -> Job:
     """One rank's job, before its first step."""
     return build_job(config, context_of(config))
-
-
-def next_second() -> None:
-    """Wait until the clock shows another second: TensorBoard reads the files of a folder in the order of theirs."""
-    time.sleep(1.01 - time.time() % 1)
 
 
 def records(config: Config) -> list[dict[str, Any]]:

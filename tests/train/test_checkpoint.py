@@ -19,7 +19,7 @@ from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.checkpoint import CheckpointStore, Planned, Position, Snapshot, load_weights
+from densenet_dist.train.checkpoint import CheckpointStore, Entry, Position, Snapshot, load_weights
 from densenet_dist.train.pulse import Pulse
 from densenet_dist.train.saver import Saver
 
@@ -86,7 +86,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit_and_the_umask_gives_the_mod
 @pytest.mark.parametrize(
     ("monitor", "values", "best"),
     [
-        ("val/top1", [0.1, 0.5, 0.3, None], 2),  # one without validation is never the best
+        ("val/top1", [math.nan, 0.5, 0.3, None], 2),  # one that is NaN or without validation is never the best
         ("val/loss", [0.5, 0.5, 0.5, 0.5], 1),  # the first of equals
         ("val/loss", [None, None, None, None], 4),  # none is: the newest stands in
     ],
@@ -222,7 +222,7 @@ class SlowStore(CheckpointStore):
 
     may_write = threading.Event()
 
-    def write(self, snapshot: Snapshot, planned: Planned) -> None:
+    def write(self, snapshot: Snapshot, planned: Entry) -> None:
         assert self.may_write.wait(10)
         super().write(snapshot, planned)
 

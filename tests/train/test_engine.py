@@ -233,12 +233,20 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, 
     assert records(config) == lines[:-1]  # without the test of the first, which was the end of another run
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
-    # One step an epoch: its own loss is finite, and only validation sees the weights that it leaves.
-    config = tiny(tmp_path, "data.limit=18", "train.lr=1e30", "train.schedule.name=constant")
-    with pytest.raises(TrainingError, match=r"the validation loss is NaN or infinite at step 0 \(epoch 1\)"):
+@pytest.mark.parametrize(
+    ("split", "settings"),
+    [
+        ("validation", ["data.limit=18", "train.lr=1e30"]),
+        ("test", ["data.limit=16", "train.lr=1e15", "data.val_fraction=0", "train.epochs=1"]),
+    ],
+)
+def test_a_loss_that_is_not_finite_in_an_evaluation_ends_the_run(tmp_path, split, settings):
+    # One step an epoch: its own loss is finite, and only an evaluation sees the weights that it leaves.
+    config = tiny(tmp_path, *settings, "train.schedule.name=constant")
+    with pytest.raises(TrainingError, match=rf"the {split} loss is NaN or infinite at step 0 \(epoch 1\)"):
         train(config)
-    assert not weights_of(config)
+    assert bool(weights_of(config)) == (split == "test")
+    assert not run_of(config).exists("summary.json")
 
 
 def test_the_average_of_the_weights_is_what_is_validated_and_saved_beside(tmp_path):

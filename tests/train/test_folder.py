@@ -13,7 +13,9 @@ from photos import write_photos
 from runs import job_of, notes_of, records, run_of, tiny, train
 from torch.multiprocessing import ProcessRaisedException
 
+from densenet_dist.errors import ConfigError, DataError
 from densenet_dist.train.evaluation import evaluate, prepare_evaluation
+from densenet_dist.train.inputs import train_and_val
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["data.name=folder", "data.limit=null", "data.image_size=16", "train.eval_batch_size=7"]
@@ -96,6 +98,31 @@ def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(p
     assert "1 picture cannot be used and is left out" in notes
     assert "cat/empty.jpg: empty file" in notes
     assert f"{len(broken)} pictures can no longer be read; others of their classes stand in for them" in notes
+
+
+def test_without_a_readable_validation_picture_there_is_no_validation_loss(photos, tmp_path):
+    config = tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip", "checkpoint.monitor=val/loss"))
+    dataset = job_of(config).dataset
+    _, places = train_and_val(config, dataset)
+    paths = [dataset.train.images.path(place) for place in places]
+    kept = [path.read_bytes() for path in paths]
+
+    def lose(event: dict[str, Any]) -> None:
+        if event["kind"] == "start":
+            for path in paths:
+                path.write_bytes(b"")
+
+    with pytest.raises(DataError, match="none of the validation images can be read any more"):
+        train(config, listener=lose)
+    assert run_of(config).read_records() == []
+    for path, content in zip(paths, kept, strict=True):
+        path.write_bytes(content)
+    starts: list[dict[str, Any]] = []
+    assert train(config, listener=starts.append)["best"]["val/loss"] > 0
+    start = next(event for event in starts if event["kind"] == "start")
+    assert start["global_step"] == start["steps_per_epoch"]  # what was trained was kept
+    with pytest.raises(ConfigError, match="no images of this split"):
+        evaluate(run_of(config).path, split="val", overrides=("data.val_fraction=0",))
 
 
 def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path):

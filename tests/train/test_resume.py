@@ -1,6 +1,7 @@
 """A run that dies and goes on ends in the same bits as one that was left alone."""
 
 import json
+import re
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_a_finished_run_is_left_as_it_is_unless_it_is_made_longer(tmp_path):
     train(short)
     train(long)
     assert_same_run(short, long)
+
+
+def test_a_damaged_line_of_the_record_costs_its_epoch_alone(tmp_path):
+    config, longer = (tiny(tmp_path, "train.schedule.name=constant", f"train.epochs={epochs}") for epochs in (4, 5))
+    train(config)
+    path = run_of(config).path / "metrics.jsonl"
+    first, second, third, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, second[:50] + b"\n", b"\xff" + third, *others]))
+    notes = []
+    train(longer, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
+    assert [record["epoch"] for record in records(longer)[:-1]] == [1, 4, 5]
+    assert any(re.search(r"metrics\.jsonl: .*\n  epoch 2\n  epoch 3$", note) for note in notes)
 
 
 def test_a_run_on_an_object_store_goes_on(tmp_path, s3):
