@@ -1,6 +1,6 @@
 """The data sets by name: verified uint8 arrays in memory, or pictures in files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -147,18 +147,18 @@ def prepare_dataset(
     _check_name(name)
     if name in GENERATED:
         return Path(root), "generated when used"
+    left_out: tuple[str, ...] = ()
     if name == "folder":
         path = _pictures(root, progress)
         folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
-        return path, "\n  ".join([_classes(folder.class_names), *folder.skipped])
-    spec = cifar.SPECS[name]
-    if is_uri(str(root)):
-        remote_cifar.publish(spec, str(root), download=download, url=url, progress=progress)
-        path, (names, *_) = remote_cifar.read(spec, str(root), progress=progress)
+        names, left_out = folder.class_names, folder.skipped
+    elif is_uri(str(root)):
+        remote_cifar.publish(cifar.SPECS[name], str(root), download=download, url=url, progress=progress)
+        path, (names, *_) = remote_cifar.read(cifar.SPECS[name], str(root), progress=progress)
     else:
-        path = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
-        names, *_ = cifar.read_folder(spec, path)
-    return path, _classes(names)
+        path = archive.obtain(cifar.SPECS[name], Path(root), download=download, url=url, progress=progress)
+        names, *_ = cifar.read_folder(cifar.SPECS[name], path)
+    return path, "\n  ".join([f"{len(names):,} classes: {image_folder.few(names)}", *left_out])
 
 
 def publish_dataset(
@@ -189,10 +189,6 @@ def publish_dataset(
 def _pictures(root: str | Path, progress: bool) -> Path:
     """The local folder with a user's own pictures, made the same as what is on an object store first."""
     return remote_folder.sync(str(root), progress=progress) if is_uri(str(root)) else Path(root)
-
-
-def _classes(names: Sequence[str]) -> str:
-    return f"{len(names):,} classes: {image_folder.few(names)}"
 
 
 def _check_name(name: str) -> None:

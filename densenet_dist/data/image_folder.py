@@ -161,8 +161,11 @@ def _look_through(root: Path, folder: Path) -> tuple[Path, list[str]]:
 
 def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[str, dict[str, int]]]:
     """The class names; and by part the labels of the files that look like pictures, by name, in byte order."""
-    train = folders["train"]
-    inside = {name: _look_through(root, train / name)[1] for name in _subfolders(train)}
+    found = {
+        part: {name: _look_through(root, folder / name) for name in _subfolders(folder)}
+        for part, folder in folders.items()
+    }
+    train, inside = folders["train"], {name: names for name, (_, names) in found["train"].items()}
     if len(inside) < 2:
         raise DataError(f"{train} has {len(inside)} class folders, but at least 2 are needed: {_EXPECTED}")
     copies = [name for name, names in inside.items() if len(names) > 1]
@@ -177,11 +180,11 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
     label_of = {name: label for label, name in enumerate(inside)}
     parts = {}
     for part, folder in folders.items():
-        present = [name for name in _subfolders(folder) if name in label_of or _has_pictures(root, folder / name)]
-        if unknown := [name for name in present if name not in label_of]:
+        if unknown := [name for name in found[part] if name not in label_of and _has_pictures(root, folder / name)]:
             lacks = f"{folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
             raise DataError(f"{lacks}; rename these folders, or take them away")
-        labels = {name: label_of[of] for of in present for name in _walk(root, _look_through(root, folder / of)[0])}
+        classes = {name: place for name, (place, _) in found[part].items() if name in label_of}
+        labels = {name: label_of[of] for of, place in classes.items() for name in _walk(root, place)}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))
     return list(inside), parts
 
