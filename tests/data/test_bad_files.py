@@ -34,7 +34,10 @@ def cut_short(path: Path) -> None:
 
 
 def zeroed(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
+    """Damage that leaves size and time as they were: DALI's decoder must never meet it."""
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def another(path: Path) -> None:
@@ -199,16 +202,6 @@ class TestEvaluation:
         assert [len(batch.labels) for batch in loader] == [6, 5, 6, 6, 6, 6, 5]
         assert engine.substitutes is not None
         assert len(engine.substitutes.news()) == 2
-
-    def test_damage_that_leaves_size_and_time_as_they_were(self, kind: str, split: Split) -> None:
-        """DALI's decoder must never meet it: beside many sound pictures it would end the process."""
-        for row in range(3):  # a JPEG, a PNG, a WebP
-            path = path_of(split, row)
-            before = path.stat()
-            path.write_bytes(bytes(before.st_size))
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        (found,) = eval_loader(engine_of(kind, split), split, batch=COUNT)
-        assert len(found.labels) == COUNT - 3
 
 
 @pytest.mark.parametrize("training", [True, False])

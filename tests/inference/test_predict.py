@@ -84,9 +84,9 @@ def test_kinds_of_pictures(tmp_path, photo):
     ink.save(tmp_path / "ink.png")
     palette = ink.convert("RGBA").quantize(2)
     palette.save(tmp_path / "palette.png")
-    pixels = np.asarray(ink.convert("RGBA"))
-    kinds = [ink, palette, pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1)]
-    for given in (*kinds, *(tmp_path / name for name in ("ink.png", "palette.png"))):
+    pixels = np.array(ink.convert("RGBA"))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for given in (ink, palette, pixels, tensor, tmp_path / "ink.png", tmp_path / "palette.png"):
         assert pictures._decode(given).tolist() == [[[191, 255]]] * 3
     photo.save(tmp_path / "a.webp", lossless=True)
     assert torch.equal(prepare(tmp_path / "a.webp", 32, 1.0), wanted)
@@ -103,9 +103,7 @@ def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(20)])
     os.mkfifo(tmp_path / "pipe.png")
     photo.save(tmp_path / "odd.jpg")
-    with open(tmp_path / "odd.jpg", "r+b") as file:
-        file.seek(-2, os.SEEK_END)
-        file.write(bytes(9) + b"\xff\xd9")
+    (tmp_path / "odd.jpg").write_bytes((tmp_path / "odd.jpg").read_bytes()[:-2] + bytes(9) + b"\xff\xd9")
     names = ["cut.png", "text.png", "moving.gif", "pipe.png", "none.png", "odd.jpg"]
     found = list(load_classifier(original).stream([tmp_path / "whole.png", *(tmp_path / name for name in names)]))
     assert [type(item).__name__ for item in found] == ["Prediction"] + ["Unreadable"] * len(names)
