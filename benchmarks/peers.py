@@ -1,8 +1,8 @@
 """How fast this project's DenseNets train, and in how much memory, beside torchvision's, timm's and Keras'.
 
     .venv/bin/pip install -r benchmarks/requirements-peers.txt
-    python benchmarks/peers.py --nets notebook bc100 --batch 32 --rounds 3 --out benchmarks/results/peers_cpu.json
-    python benchmarks/peers.py --device cuda --batch 256 --rounds 5 --out benchmarks/results/peers_gpu.json
+    python benchmarks/peers.py --nets notebook bc100 --batch 32 --rounds 3 --out peers.json
+    python benchmarks/peers.py --device cuda --batch 256 --rounds 5 --out peers_gpu.json
 
 Nets (--nets): `notebook`, 4 blocks of 12 layers without bottlenecks, k = 35; `bc100`, DenseNet-BC 100/12 for CIFAR,
 for which torchvision and timm get one 3x3 convolution as their stem; `densenet121` at 224x224 for 1000 classes. The

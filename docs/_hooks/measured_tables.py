@@ -28,29 +28,20 @@ _INPUTS = {
 }
 
 
-def block_forms() -> str:
-    """The dense block's two forms."""
-    rows = []
-    for name, title in (("notebook", "notebook, L=12, k=35"), ("bc100", "DenseNet-BC (100, 12)")):
-        found = _read(f"model_{name}_cpu.json")
-        for row in found["rows"]:
-            cells = [title, row["arm"], f"{row['images_per_s']:.1f}", f"{row['step_ms']:,.0f} ms"]
-            rows.append(
-                [*cells, f"{row['peak_mib']:,.0f} MiB", f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}"]
-            )
-    head = ["net", "form", "images/s", "step", "peak memory", "time", "memory"]
-    return _table(head, rows) + _source("model_notebook_cpu.json", "model_bc100_cpu.json")
-
-
 def peers() -> str:
-    """Other implementations of DenseNet, each in the faster of its memory layouts."""
-    found = _read("peers_cpu.json")
-    rows = []
-    for name, title in _PEERS.items():
-        cells = [_fastest(found["nets"][net]["rounds"], name) for net in ("bc100", "notebook")]
-        if any(cells):
-            rows.append([title, *(f"{cell[0]:.1f}, {cell[1]:,.0f} MiB" if cell else "-" for cell in cells)])
-    return _table(["images/s, peak memory", "DenseNet-BC (100, 12)", "notebook"], rows) + _source("peers_cpu.json")
+    """Other implementations of DenseNet by instruction set, each in the faster of its memory layouts."""
+    tables = []
+    for isa in ("AVX-512", "AVX2"):
+        file = f"peers_{isa.replace('-', '').lower()}.json"
+        found = _read(file)
+        rows = []
+        for name, title in _PEERS.items():
+            cells = [_fastest(found["nets"][net]["rounds"], name) for net in ("bc100", "notebook")]
+            if any(cells):
+                rows.append([title, *(f"{cell[0]:.1f}, {cell[1]:,.0f} MiB" if cell else "-" for cell in cells)])
+        head = [f"{isa}, {found['settings']['threads']} threads", "DenseNet-BC (100, 12)", "notebook"]
+        tables.append(_table(head, rows) + _source(file))
+    return "\n\n".join(tables)
 
 
 def _fastest(rounds: Sequence[dict[str, Any]], name: str) -> tuple[float, float] | None:

@@ -35,7 +35,6 @@ GENERATED: Final[dict[str, Callable[[], str]]] = {
     "commands": commands,
     "variants": variants,
     "configurations": configurations,
-    "block-forms": measured_tables.block_forms,
     "peers": measured_tables.peers,
     "inputs": measured_tables.inputs,
     "loaders": measured_tables.loaders,
