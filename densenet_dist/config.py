@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from densenet_dist import yaml_settings
-from densenet_dist.object_store import held_credentials
 from densenet_dist.schema import Config, impossible
 from densenet_dist.typed_settings import Settings
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml
 
-
-def _impossible(config: Config) -> Iterator[str]:
-    yield from impossible(config)
-    yield from held_credentials("storage", config.storage)
-    yield from held_credentials("data.root", config.data.root)
-    yield from held_credentials("data.url", config.data.url)
-    yield from held_credentials("log.mlflow.tracking_uri", config.log.mlflow.tracking_uri)
-
-
-SETTINGS: Final = Settings(Config, _impossible)
+SETTINGS: Final = Settings(Config, impossible)
 
 
 def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:

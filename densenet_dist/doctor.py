@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from densenet_dist.credentials import without_credentials
 from densenet_dist.data import cifar, remote_cifar
 from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
@@ -64,9 +65,9 @@ def examine(config: Config, console: Console | None = None) -> bool:
         except Exception as error:  # a check that breaks is a finding, not the end of the others
             finding = Finding("bad", f"{type(error).__name__}: {error}")
         # As text: a folder's name may look like Rich's own markup.
-        table.add_row(marks[finding.state], name, Text(finding.text))
+        table.add_row(marks[finding.state], name, Text(without_credentials(finding.text)))
         if finding.hint:
-            table.add_row("", "", Text(f"-> {finding.hint}"))
+            table.add_row("", "", Text(f"-> {without_credentials(finding.hint)}"))
         if finding.state == "bad":
             bad.append(name)
     console.print(table)

@@ -7,11 +7,16 @@ prints it alone; the traceback appears only with ``--debug``.
 import shlex
 import signal
 
+from densenet_dist.credentials import without_credentials
+
 
 class DenseNetDistError(Exception):
     """Base class of every error this package raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_credentials(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[type["DenseNetDistError"], tuple[object, ...]]:
         # Errors travel between processes: rebuild from the message alone, whatever a subclass' constructor takes.

@@ -10,24 +10,21 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
-from urllib.parse import parse_qsl, urlsplit
 
+from densenet_dist.credentials import held_credentials
 from densenet_dist.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
-_SECRET: Final = re.compile(r"key|secret|token|passw|pwd|signature|^sig$|credential(?!_kind)", re.IGNORECASE)
-_AWS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _HINTS: Final = {
     "NO_SUCH_BUCKET": "there is no such bucket: make it, or name another",
     "NETWORK_CONNECTION": "it cannot be reached from here: see whether endpoint_override and scheme in the address "
     "are right, and that the network lets this machine through",
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN": "the "
-    f"credentials do not allow it: they come from the environment ({_AWS}, "
+    "credentials do not allow it: they come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "AWS_PROFILE, or the machine's role)",
 }
 
@@ -35,28 +32,6 @@ _HINTS: Final = {
 def is_uri(place: str) -> bool:
     """Whether a place is an address such as ``s3://bucket/path``, and no path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
-
-
-def held_credentials(key: str, address: str | None) -> Iterator[str]:
-    """What is wrong with an address that holds credentials; `key` is the setting that it is the value of.
-
-    A run's folder, its page and its logs show every setting, so no message repeats them either.
-    """
-    if address is None or "://" not in address:
-        return
-    try:
-        parts = urlsplit(address)
-        names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)]
-        user = parts.username is not None and not parts.scheme.startswith("abfs")  # there it is the container
-        held = (["a password"] if parts.password is not None else ["a user"] if user else []) + names
-    except ValueError:
-        return  # no address at all, which is said where it is opened
-    if held:
-        service = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if "mlflow" in key else _AWS
-        yield (
-            f"{key}: holds credentials ({', '.join(held)[:80]}), which run folders and logs would show; "
-            f"give them by the environment ({service})"
-        )
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:

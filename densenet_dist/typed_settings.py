@@ -10,6 +10,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from densenet_dist.credentials import held_credentials
 from densenet_dist.errors import ConfigError
 
 T = TypeVar("T")
@@ -52,6 +53,11 @@ class Settings(Generic[T]):
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
         problems = list(self._impossible(settings)) if combinations else []
+        plain = self.to_dict(settings)
+        for key in _all_keys(plain):
+            value = _at(plain, key.split("."))
+            if isinstance(value, str | list):
+                problems += held_credentials(key, str(value))
         if problems:
             raise ConfigError(join_problems(problems))
         return settings

@@ -18,6 +18,7 @@ from densenet_dist.cli.predicting import export, predict
 from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
+from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.train.environment import package_version
 
@@ -175,7 +176,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except typer.Abort:  # Ctrl-C, where a command has nothing to say of it
         code = 130
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the parser's own usage errors
+        if hasattr(error, "exit_code") and hasattr(error, "show") and hasattr(error, "message"):  # a usage error
+            error.message = without_credentials(error.message)
             error.show()
             code = error.exit_code
         else:
@@ -185,6 +187,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _fail(message: str, code: int, arguments: list[str]) -> NoReturn:
     if "--debug" in arguments:
-        traceback.print_exc()
-    typer.echo(f"error: {message}", err=True)
+        typer.echo(without_credentials(traceback.format_exc()), err=True, nl=False)
+    typer.echo(f"error: {without_credentials(message)}", err=True)
     raise SystemExit(code)

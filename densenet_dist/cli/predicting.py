@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from densenet_dist.cli.options import Checkpoint, Debug, Run
+from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def predict(
     checkpoint: Checkpoint = "best",
     debug: Debug = False,
 ) -> None:
-    """Classify pictures of any size: JPEG, PNG, WebP, and what else Pillow reads.
+    """Classify pictures of any size: JPEG, PNG, WebP, AVIF, BMP, GIF, ICO, JPEG 2000, PPM, PSD, TIFF.
 
     Pictures that cannot be used are named on standard error, the others are classified, and the exit code is 4.
 
@@ -56,7 +57,7 @@ def predict(
     for item in classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta):
         if isinstance(item, Unreadable):
             bad += 1
-            typer.echo(f"{printable(item.source)}: {item.reason}", err=True)
+            typer.echo(without_credentials(f"{printable(item.source)}: {item.reason}"), err=True)
             continue
         good += 1
         if table is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from densenet_dist.cli.options import Debug
+from densenet_dist.credentials import without_credentials
 
 if TYPE_CHECKING:
     from densenet_dist.cluster.submit import Interrupts, Job
@@ -74,7 +75,7 @@ def _run(job: Job, wait: bool, interrupts: Interrupts) -> int:
     sending: Future[None] = Future()
     try:
         interrupts.wait(in_thread(lambda: send(job), sending))
-        typer.echo(f"job {job.id} on {job.address}", err=True)
+        typer.echo(f"job {job.id} on {without_credentials(job.address)}", err=True)
         if not wait:
             _show_commands(job)
             return 0

@@ -20,8 +20,8 @@ from typing import Any, NoReturn, TypeVar
 from densenet_dist import bundled
 from densenet_dist.cluster.launch import require_lasting
 from densenet_dist.config import load_config
+from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
-from densenet_dist.object_store import held_credentials
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.train.network import check_model
@@ -57,12 +57,12 @@ class Job:
     @property
     def follow_command(self) -> str:
         """What shows its output again."""
-        return f"ray job logs --follow --address {shlex.quote(self.address)} {self.id}"
+        return f"ray job logs --follow --address {shlex.quote(without_credentials(self.address))} {self.id}"
 
     @property
     def stop_command(self) -> str:
         """What ends it."""
-        return f"ray job stop --address {shlex.quote(self.address)} {self.id}"
+        return f"ray job stop --address {shlex.quote(without_credentials(self.address))} {self.id}"
 
 
 class Interrupts:
@@ -233,10 +233,8 @@ def _prepared(arguments: list[str], folder: Path) -> tuple[list[str], str]:
     if not arguments or arguments[0] not in COMMANDS:
         raise ConfigError(f"say what the cluster is to run: {', '.join(COMMANDS)}, and what follows it")
     for argument in arguments:
-        key, _, value = (
-            argument.rpartition("=") if "=" in argument.partition("://")[0] else ("an argument", "", argument)
-        )
-        if problem := next(held_credentials(key, value), None):
+        key = argument.partition("=")[0]
+        if problem := next(held_credentials("an argument" if "://" in key else key, argument), None):
             raise ConfigError(f"{problem}\n  a cluster shows the command lines of its jobs")
     command, rest = arguments[0], [_inside(argument, folder) for argument in arguments[1:]]
     if command not in ("train", "tune") or any(argument.startswith("--resume") for argument in rest):

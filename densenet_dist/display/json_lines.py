@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
+from densenet_dist.credentials import without_credentials
 from densenet_dist.display.console import forget
 from densenet_dist.errors import DenseNetDistError
 
@@ -53,7 +54,7 @@ class JsonLines:
     ) -> None:
         if isinstance(value, Exception):
             ours = isinstance(value, DenseNetDistError)
-            message = str(value) if ours else f"{type(value).__name__}: {value}"
+            message = str(value) if ours else without_credentials(f"{type(value).__name__}: {value}")
             self.emit("error", type=type(value).__name__, message=message, exit_code=getattr(value, "exit_code", 1))
         sys.stdout = self._before
         if self._kept is not None:

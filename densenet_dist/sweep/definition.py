@@ -14,7 +14,6 @@ from densenet_dist import bundled
 from densenet_dist import config as run_config
 from densenet_dist.config import load_config, name_of_file
 from densenet_dist.errors import ConfigError
-from densenet_dist.object_store import held_credentials
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
@@ -23,13 +22,7 @@ from densenet_dist.sweep.space import Domain, Value, read_domain
 from densenet_dist.typed_settings import Settings, join_problems
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
 
-
-def _impossible(settings: SweepConfig) -> Iterator[str]:
-    yield from impossible(settings)
-    yield from held_credentials("storage", settings.storage)
-
-
-SETTINGS: Final = Settings(SweepConfig, _impossible)
+SETTINGS: Final = Settings(SweepConfig, impossible)
 DEFAULT_TRIALS: Final = 16
 _CHECKED_COMBINATIONS: Final = 200
 _LARGEST_GRID: Final = 10_000

@@ -44,7 +44,7 @@ class MlflowSession:
         if self.is_new:
             self._create(config, run)
         experiment = self._client.get_run(self.id).info.experiment_id
-        base = without_secrets(address).rstrip("/")
+        base = without_secrets(address).replace("***@", "").rstrip("/")
         self.url = f"{base}/#/experiments/{experiment}/runs/{self.id}" if base.startswith("http") else None
 
     def send(self, record: Record) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from densenet_dist.config import to_dict
+from densenet_dist.credentials import without_credentials
 from densenet_dist.run_folder import TRIAL_FILE, RunFolder, split_location
 from densenet_dist.schema import Config
 from densenet_dist.yaml_settings import flatten
@@ -148,11 +148,11 @@ def _state_file(name: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A message without what stands before the host in addresses, and without W&B's key."""
-    text = re.sub(r"//[^/@\s]*@", "//", text)
+    """Mask the credentials of addresses, and the keys that the services themselves use."""
+    text = without_credentials(text)
     for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
         if os.environ.get(name):
-            text = text.replace(os.environ[name], "...")
+            text = text.replace(os.environ[name], "***")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

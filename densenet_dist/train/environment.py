@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.credentials import without_credentials
+
 LOADER_KEY = "loader"
 """Where env.json holds what makes the batches, so that a resumed run keeps it: torch and DALI differ in last bits."""
 
@@ -24,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join(sys.argv),
+        "command": without_credentials(" ".join(sys.argv)),
         "host": platform.node(),
         "platform": platform.platform(),
         "cpu": cpu_name(),

@@ -144,7 +144,8 @@ def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
         ("train {folder}/mine.yaml storage=/shared", "mine.yaml is not in"),
         ("dance", "say what the cluster is to run"),
         ("evaluate s3://bucket/runs/x?secret_key=MARKER", "holds credentials"),
-        ("evaluate x data.root=s3://a:MARKER@b/c", "holds credentials"),
+        ("evaluate x data.root=s3://a:MARKER@b/c?scheme=http", "data.root: holds credentials"),
+        ("evaluate x data={{root:s3://a:MARKER@b/c}}", "data: holds credentials"),
     ],
 )
 def test_what_cannot_work_is_not_sent(tmp_path, monkeypatch, command, problem):
@@ -155,6 +156,9 @@ def test_what_cannot_work_is_not_sent(tmp_path, monkeypatch, command, problem):
     assert "MARKER" not in str(caught.value)
 
 
-def test_a_cluster_that_is_not_there(tmp_path):
-    with pytest.raises(EnvironmentProblem, match=r"there is no Ray cluster at http://127.0.0.1:9(.|\n)*RAY_AUTH_TOKEN"):
-        send(prepare(["doctor"], tmp_path, "http://127.0.0.1:9"))
+def test_a_cluster_that_is_not_there_and_no_password_in_what_is_said_of_it(tmp_path):
+    job = prepare(["doctor"], tmp_path, "http://me:MARKER@127.0.0.1:9")
+    said = r"there is no Ray cluster at http://\*\*\*@127.0.0.1:9(.|\n)*RAY_AUTH_TOKEN"
+    with pytest.raises(EnvironmentProblem, match=said) as caught:
+        send(job)
+    assert "MARKER" not in f"{caught.value!r} {job.follow_command} {job.stop_command}"

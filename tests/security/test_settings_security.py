@@ -9,6 +9,7 @@ import pytest
 from fuzzing import alias_bomb, merge_bomb
 
 from densenet_dist.config import load_config
+from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError
 from densenet_dist.sweep.definition import load_sweep
 
@@ -68,6 +69,7 @@ def test_what_doctor_finds_is_shown_as_text(command):
         ("storage", f"abfs://box@account.dfs.core.windows.net/runs?client_secret={MARKER}"),
         ("data.root", f"s3://bucket/data?AWS_SECRET_ACCESS_KEY={MARKER}"),
         ("log.mlflow.tracking_uri", f"http://me:{MARKER}@host"),
+        ("cluster.address", f"ray://me:{MARKER}@host:10001"),
         ("data.url", f"https://{MARKER}@mirror.example/cifar.tar.gz"),
         ("data.url", f"https://mirror.example/c.tar.gz?X-Amz-Signature={MARKER}&X-Amz-Expires=60"),
     ],
@@ -85,12 +87,43 @@ def test_addresses_with_credentials_are_refused_and_not_repeated(key, address, c
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and MARKER.encode() in path.read_bytes()]
 
 
+def test_other_mistakes_are_named_without_credentials(capsys):
+    address = f"s3://me:{MARKER}@bucket/c.yaml"
+    for source in (f"data.limit={address}", f'data.root="{address}', f"storage=[{address}]", address, f"{address}.x=1"):
+        assert MARKER not in refusal(source)
+        with pytest.raises(SystemExit):
+            main(["train", source, "--debug"])
+        assert MARKER not in "".join(capsys.readouterr())
+
+
+def test_credentials_are_found_anywhere_in_a_text():
+    for text, shown in (
+        (f"no answer from 'http://me:{MARKER}@host:80/x' now", "no answer from 'http://***@host:80/x' now"),
+        (f"s3://AKIA:a/b?{MARKER}+c@bucket/x?scheme=http", "s3://***@bucket/x?scheme=http"),
+        (f"[s3:/me:{MARKER}@bucket, s3://other/x]", "[s3:/***@bucket, s3://other/x]"),
+        (f"http:///x?X-Amz-Signature={MARKER}&X-Amz-Expires=60", "http:///x?X-Amz-Signature=***&X-Amz-Expires=60"),
+    ):
+        assert without_credentials(text) == shown
+        assert list(held_credentials("key", text))
+    for text in (
+        "http://host:8265/a@b",
+        "abfs://box@account/x",
+        "http://[::1]:9/x and me@host",
+        "s3://b/x?scheme=http",
+    ):
+        assert without_credentials(text) == text
+        assert not list(held_credentials("key", text))
+
+
 def test_addresses_without_are_taken_and_a_sweeps_storage_is_checked_too():
     for address in ("s3://bucket/x?endpoint_override=HOST:9000&scheme=http", "abfs://box@account.dfs.core.windows.net/x",
                     "abfs://box@account/runs?credential_kind=environment", "/a/with:colon@sign?key=1"):  # fmt: skip
         assert load_config({"storage": address}).storage == address
     with pytest.raises(ConfigError, match="storage: holds credentials") as caught:
         load_sweep(f"storage=s3://bucket/x?secret_key={MARKER}", "space.train.lr=[0.1, 0.2]")
+    assert MARKER not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"space.data.root: holds credentials") as caught:
+        load_sweep(f"space.data.root={{choice: [a, 's3://me:{MARKER}@bucket/x']}}")
     assert MARKER not in str(caught.value)
 
 

@@ -143,4 +143,4 @@ def test_what_is_missing_is_said_and_nobody_is_asked(tmp_path, monkeypatch):
     notes = notes_of(tiny(tmp_path, "train.epochs=1", "log.wandb.enabled=true"))
     assert [note for note in notes if "W&B cannot be reached" in note and "set WANDB_API_KEY" in note]
     monkeypatch.setenv("WANDB_API_KEY", MARKER)
-    assert without_secrets(f"GET https://me:pw@host/x failed with {MARKER}") == "GET https://host/x failed with ..."
+    assert without_secrets(f"GET https://me:pw@host/x failed with {MARKER}") == "GET https://***@host/x failed with ***"
