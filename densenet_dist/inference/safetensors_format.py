@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +15,9 @@ from densenet_dist.errors import CheckpointError
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.inference.network import Network, empty_net, to_bfloat16
 from densenet_dist.model import DenseNet
+from densenet_dist.train.checkpoint import Kind, kinds_of, require_same_tensors
 
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
-_MOST_SHOWN: Final = 8
-
-_Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
-"""A tensor's dtype and shape."""
 
 
 def write(model: DenseNet, header: Header, path: Path) -> None:
@@ -41,7 +38,8 @@ def read(path: Path) -> tuple[Header, Network]:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = header_of((file.metadata() or {}).get(HEADER_KEY), str(path))
             model = empty_net(header)
-            _require_same(_found(file), _weights(model), str(path))
+            problem = f"{path} does not hold the model that its metadata names"
+            require_same_tensors(_found(file), kinds_of(_weights(model)), problem)  # before any is read
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
@@ -54,7 +52,7 @@ def _weights(model: DenseNet) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
 
 
-def _found(file: Any) -> dict[str, _Kind]:
+def _found(file: Any) -> dict[str, Kind]:
     found = {}
     for name in file.keys():  # noqa: SIM118
         tensor = file.get_slice(name)
@@ -65,26 +63,6 @@ def _found(file: Any) -> dict[str, _Kind]:
     return found
 
 
-def _require_same(found: Mapping[str, _Kind], weights: Mapping[str, Tensor], path: str) -> None:
-    """Make sure that a file holds the tensors of the net that its header names and no others, before any is read.
-
-    Raises:
-        CheckpointError: naming those that are missing, superfluous or of another kind.
-    """
-    wanted: dict[str, _Kind] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-    problems = [f"missing: {name}" for name in wanted if name not in found]
-    problems += [f"not in this net: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
-    problems += [
-        f"{name}: {_said(found[name])} there, {_said(kind)} in this net"
-        for name, kind in wanted.items()
-        if name in found and found[name] != kind
-    ]
-    if problems:
-        more = [f"... and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
-        shown = "\n  ".join(problems[:_MOST_SHOWN] + more)
-        raise CheckpointError(f"{path} does not hold the net that its metadata names:\n  {shown}")
-
-
 def _filled(model: DenseNet, weights: Mapping[str, Tensor]) -> DenseNet:
     """An `empty_net` with these weights, which have been made sure to fit, ready to classify."""
     counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name not in weights}
@@ -92,8 +70,3 @@ def _filled(model: DenseNet, weights: Mapping[str, Tensor]) -> DenseNet:
     model.requires_grad_(False)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
     return model.eval()
-
-
-def _said(kind: _Kind) -> str:
-    dtype, shape = kind
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

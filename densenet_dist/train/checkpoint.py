@@ -20,11 +20,13 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -39,9 +41,12 @@ _WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "sta
 _FILES = (_WEIGHTS, _AVERAGE, _STATE)
 _UNREADABLE = (
     *(OSError, StorageError, SafetensorError),
-    *(pickle.UnpicklingError, RuntimeError, EOFError),  # torch.load
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),  # torch.load
     *(ValueError, KeyError, TypeError, AttributeError),  # JSON that is not what was written
 )
+
+Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,8 @@ class CheckpointStore:
                 if name not in _FILES or _sha256(folder / name) != meta["sha256"][name]:
                     raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{name} is damaged")
             average = load_file(folder / _AVERAGE) if _AVERAGE in meta["sha256"] else None
+            if _unpacked_size(folder / _STATE) > (folder / _STATE).stat().st_size:
+                raise ValueError(f"{_STATE} is compressed, and could unpack to any size")
             state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
             return Snapshot(load_file(folder / _WEIGHTS), average, state, entry.position, entry.metrics)
         except _UNREADABLE as error:
@@ -270,8 +277,8 @@ def _entry(name: str, said: dict[str, Any]) -> Entry:
     entry = Entry(name, Position(**said["position"]), said["metrics"])
     if not re.fullmatch(r"step-[0-9a-z-]+", name):
         raise ValueError(f"{name[:80]!r} is no name of a checkpoint")
-    if not all(type(value) is int for value in asdict(entry.position).values()):
-        raise ValueError(f"the position of {name} is none")
+    if not all(type(value) is int and 0 <= value <= sys.maxsize for value in asdict(entry.position).values()):
+        raise ValueError(f"the position of {name} is not three counts of epochs and steps")
     if not all(type(value) in (int, float) for value in entry.metrics.values()):
         raise ValueError(f"the metrics of {name} are no numbers")
     return entry
@@ -281,20 +288,41 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
     """Load a state dict, or say exactly how it does not fit.
 
     Raises:
-        CheckpointError: naming the parameters that are missing, superfluous or of another shape.
+        CheckpointError: naming the tensors that are missing, unexpected, of another shape or dtype, or negative.
     """
     own = model.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in weights]
-    problems += [f"not in this model: {name}" for name in weights if name not in own]
-    problems += [
-        f"{name}: {tuple(weights[name].shape)} there, {tuple(own[name].shape)} in this model"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if problems:
-        shown = problems[:8] + ([f"... and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CheckpointError(f"{origin} does not fit this model:\n  " + "\n  ".join(shown))
+    require_same_tensors(kinds_of(weights), kinds_of(own), f"{origin} does not fit this model")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and (tensor < 0).any():
+            raise CheckpointError(f"{origin} is damaged: {name} is negative")
     model.load_state_dict(dict(weights))
+
+
+def kinds_of(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
+    """The dtype and shape of each tensor, as `require_same_tensors` compares them."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+def require_same_tensors(found: Mapping[str, Kind], wanted: Mapping[str, Kind], problem: str) -> None:
+    """Check that a file holds exactly the tensors of a model.
+
+    Raises:
+        CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.
+    """
+    lines = [f"missing: {name}" for name in wanted if name not in found]
+    lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
+    lines += [
+        f"{name}: {_said(found[name])} there, {_said(kind)} in this model"
+        for name, kind in wanted.items()
+        if name in found and found[name] != kind
+    ]
+    if lines:
+        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
+        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
+
+
+def _said(kind: Kind) -> str:
+    return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:
@@ -326,6 +354,12 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
 
 def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _unpacked_size(path: Path) -> int:
+    """The bytes in the records of a file of `torch.save`, which does not compress them."""
+    with zipfile.ZipFile(path) as archive:
+        return sum(record.file_size for record in archive.infolist())
 
 
 def _sha256(path: Path) -> str:

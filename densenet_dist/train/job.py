@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.requests import Engine
+from densenet_dist.errors import CheckpointError
 from densenet_dist.model import DenseNet, count_parameters
 from densenet_dist.schema import Config
 from densenet_dist.train.agreement import Agreement
@@ -23,7 +26,7 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.identity import digest_of_files, identity_of, require_same
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.network import autocast
-from densenet_dist.train.optim import Course, WeightAverage
+from densenet_dist.train.optim import Course, WeightAverage, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.saver import Saver
 from densenet_dist.train.step_graph import StepGraph
@@ -152,31 +155,59 @@ class Job:
         return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {}, validated)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take up a checkpoint.
+        """Load a checkpoint.
 
         Raises:
-            CheckpointError: where it does not fit this model.
+            CheckpointError: it does not fit this model, or holds values that training cannot continue from.
         """
         origin = f"the checkpoint of step {snapshot.position.global_step}"
+        try:
+            self._restore(snapshot, origin)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{origin} is damaged: {type(error).__name__}: {error}\n"
+                "  delete its folder to continue from the checkpoint before it, or bring back a copy"
+            ) from error
+
+    def _restore(self, snapshot: Snapshot, origin: str) -> None:
+        state = snapshot.state
         require_same(snapshot, identity_of(self.config, self.dataset), origin)
+        _require_possible(state)
+        if snapshot.position.step > self.train_loader.steps_per_epoch:
+            raise ValueError(f"an epoch has {self.train_loader.steps_per_epoch} steps, not {snapshot.position.step}")
         load_weights(self.model, snapshot.model, origin)
         if self.average:
             load_weights(self.average.model, snapshot.average or snapshot.model, origin)
-        settings = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(snapshot.state["optimizer"])
-        # A checkpoint holds state; settings are the configuration's (a trial may inherit weights).
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        self.scaler.load_state_dict(snapshot.state["scaler"])
-        self.course.load_state_dict(snapshot.state["course"])
-        self.metrics.restore(snapshot.state["sums"], self.context.rank, self.context.world_size)
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        # A checkpoint holds state; settings are the configuration's.
+        scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
+        self.scaler.load_state_dict(self.scaler.state_dict() | scale)
+        self.course.load_state_dict(state["course"])
+        self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
         self.position = snapshot.position
-        clock = snapshot.state["clock"]
-        self.seconds, self.epoch_time = clock["seconds"], clock["epoch_time"]
-        self.context.goodput.load_state_dict(clock["goodput"])
+        self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]
+        self.context.goodput.load_state_dict(state["clock"]["goodput"])
         self.saved_step = snapshot.position.global_step
+
+
+def _require_possible(state: Mapping[str, Any]) -> None:
+    """Check the numbers in a checkpoint's state; NaN passes none of the comparisons.
+
+    Raises:
+        ValueError: a count is negative, or another number is impossible.
+    """
+    course, scaler, sums, clock = (state[part] for part in ("course", "scaler", "sums", "clock"))
+    if (sums.dtype, sums.shape[1:], sums.is_contiguous()) != (torch.float64, (4,), True):
+        raise ValueError("the sums of loss, hits and images have another form")
+    counts = [course["plateau.waited"], course["early.waited"], scaler.get("_growth_tracker", 0)]
+    times = [clock["seconds"], *clock["epoch_time"], *clock["goodput"]["seconds"].values()]
+    if not (
+        all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
+        and all(map(math.isfinite, times))
+        and 0 <= course["scale"] <= 1
+        and 0 < scaler.get("scale", 1) <= torch.finfo(torch.float32).max
+    ):
+        raise ValueError("it holds an impossible count, time or scale")
 
 
 def describe(job: Job) -> dict[str, Any]:

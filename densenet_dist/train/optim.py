@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_dist.schedules import SCHEDULES, Moment, settings_of
 from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -34,6 +35,38 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return adam(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load the state of an optimizer, which keeps its own settings (a trial may inherit weights).
+
+    PyTorch's fused kernels trust these tensors: with one of another shape or layout they write out of bounds.
+
+    Raises:
+        ValueError: the state does not fit the optimizer's parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
+    parameters = enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
+    wanted = {(number, key): parameter for number, parameter in parameters for key in keys}
+    found = {(number, key): value for number, values in saved["state"].items() for key, value in values.items()}
+    same_groups = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in own]
+    if not same_groups or (found and found.keys() != wanted.keys()):
+        raise ValueError("the state is that of another optimizer, or not complete")
+    for (number, key), value in found.items():
+        is_step = key == "step"
+        if not _fits(value, torch.zeros(()) if is_step else wanted[number, key]) or (is_step and not value >= 0):
+            raise ValueError(f"the optimizer's {key} of parameter {number} does not fit")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
+def _fits(value: Any, like: Tensor) -> bool:
+    """Whether a value is a tensor of the same dtype, shape and order in memory."""
+    if not isinstance(value, Tensor) or value.layout != like.layout or value.is_meta:
+        return False
+    # The stride of a dimension of size 1 means nothing.
+    found, wanted = ([s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1] for t in (value, like))
+    return (value.dtype, value.shape, found) == (like.dtype, like.shape, wanted)
 
 
 @dataclass(frozen=True)

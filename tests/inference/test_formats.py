@@ -118,7 +118,7 @@ def test_files_of_others_are_refused(exported, tmp_path, command):
     for name, said in (
         ("plain.safetensors", "was not written by densenet-dist export"),
         ("int8.safetensors", "has int8 weights, which are not supported any more"),
-        ("other.safetensors", "not in this net: more"),
+        ("other.safetensors", "not in this model: more"),
         ("missing.onnx", "cannot be read: No such file"),
     ):
         code, out, err = command("predict", name, "x.png")

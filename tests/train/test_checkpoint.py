@@ -10,6 +10,7 @@ import resource
 import shutil
 import stat
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,8 @@ def test_a_damaged_or_missing_list_of_checkpoints_is_rebuilt(run):
     save(CheckpointStore(run), snapshot(1, {"val/top1": 0.5}))
     path = run.path / "checkpoints" / "manifest.json"
     whole = path.read_text()
-    edited = whole.replace("epoch", "epok"), whole.replace('"best": "step', '"best": "stop')
-    for damaged in (None, whole[:40], "[]", *edited):
+    changes = ("epoch", "epok"), ('"best": "step', '"best": "stop'), ('"step": 1', '"step": -1')
+    for damaged in (None, whole[:40], "[]", *(whole.replace(*change) for change in changes)):
         assert damaged != whole
         path.unlink() if damaged is None else path.write_text(damaged)
         again = CheckpointStore(run)
@@ -182,13 +183,23 @@ class Payload:
         return Path.touch, (self.target,)
 
 
+def compressed(value: object, path: Path) -> None:
+    """What `torch.load` would unpack to a thousand times its size."""
+    torch.save(torch.zeros(1 << 18), path)
+    with zipfile.ZipFile(path) as plain:
+        records = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+
+
 def test_objects_in_a_state_are_refused_and_never_built(run, tmp_path):
     store = CheckpointStore(run)
     save(store, snapshot(1))
     folder = run.path / "checkpoints" / "step-00000001"
     ran = tmp_path / "ran"
     meta = json.loads((folder / "checkpoint.json").read_text())
-    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
+    for write in (torch.save, compressed, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
         write(Payload(ran), folder / "state.pt")
         # Whoever can write the state can write its digest too.
         meta["sha256"]["state.pt"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
@@ -259,6 +270,8 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing():
     weights = {name: tensor.clone() + 1 for name, tensor in model.state_dict().items()}
     weights["0.weight"] = torch.zeros(5, 3, 3, 3)
     weights["3.weight"] = weights.pop("2.weight")
+    weights["1.weight"] = weights["1.weight"].to(torch.int8)
+    weights["2.bias"] = weights["2.bias"].bool()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, weights, "the checkpoint of step 7")
@@ -266,6 +279,8 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing():
         "the checkpoint of step 7 does not fit this model:",
         "  missing: 2.weight",
         "  not in this model: 3.weight",
-        "  0.weight: (5, 3, 3, 3) there, (4, 3, 3, 3) in this model",
+        "  0.weight: float32 [5, 3, 3, 3] there, float32 [4, 3, 3, 3] in this model",
+        "  1.weight: int8 [4] there, float32 [4] in this model",
+        "  2.bias: bool [2] there, float32 [2] in this model",
     ]
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)

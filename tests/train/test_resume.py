@@ -1,21 +1,26 @@
 """A run that dies and goes on ends in the same bits as one that was left alone."""
 
+import copy
 import json
+import math
 import re
 import uuid
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from runs import records, run_of, tiny, train, weights_of
+from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
 from torch.multiprocessing import ProcessRaisedException
 
+from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.checkpoint import CheckpointStore, Position
+from densenet_dist.train.engine import train_step
 
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [
@@ -175,3 +180,43 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     for found, expected in zip(records(torn), records(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
     assert records(torn) != records(whole)  # it was another sum, after all
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_with_it(tmp_path, optimizer):
+    """PyTorch's fused optimizers write beyond a momentum buffer that is smaller than its parameter."""
+    config = tiny(tmp_path, f"train.optimizer.name={optimizer}", "train.ema_decay=0.9", "train.precision=fp16")
+    job, fresh = job_of(config), job_of(config)
+    train_step(job, next(iter(job.train_loader.epoch(0))))
+    sound = copy.deepcopy(job.snapshot())
+    fresh.restore(copy.deepcopy(sound))
+    damages: list[tuple[tuple[Any, ...], Any]] = [
+        (("position",), Position(0, STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH + 1)),
+        (("state",), {}),
+        (("state", "optimizer", "state"), {0: sound.state["optimizer"]["state"][0]}),
+        (("state", "optimizer", "param_groups"), sound.state["optimizer"]["param_groups"][::-1]),
+        *((("state", "sums"), value) for value in (-sound.state["sums"], sound.state["sums"][:, :3], None)),
+        *((("state", "course", key), -1.0) for key in ("plateau.waited", "early.waited", "scale")),
+        *((("state", "scaler", key), -1) for key in ("scale", "_growth_tracker")),
+        (("state", "clock", "seconds"), None),
+    ]
+    for key, tensor in sound.state["optimizer"]["state"][0].items():
+        wrong = [tensor.double(), tensor.to("meta"), None]
+        if key == "step":
+            wrong += [-tensor, tensor * math.nan, tensor.expand(2)]
+        else:
+            wrong += [tensor[:1], tensor.contiguous(), tensor[:1, :1, :1, :1].expand_as(tensor), tensor.to_sparse()]
+        damages += [(("state", "optimizer", "state", 0, key), value) for value in wrong]
+    classifier = sound.model["classifier.weight"]
+    counter = next(key for key in sound.model if key.endswith("num_batches_tracked"))
+    for weights in ("model", "average"):
+        damages += [((weights, "classifier.weight"), value) for value in (classifier.to(torch.int8), classifier > 0)]
+        damages += [((weights, counter), torch.tensor(-1))]
+    for path, value in damages:
+        damaged = copy.deepcopy(sound)
+        holder = reduce(lambda part, key: part[key], path[:-1], vars(damaged))
+        assert path[-1] in holder
+        holder[path[-1]] = value
+        with pytest.raises(CheckpointError) as caught:
+            fresh.restore(damaged)
+        assert caught.value.exit_code == 6
