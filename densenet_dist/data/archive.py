@@ -22,7 +22,7 @@ from densenet_dist.errors import DataError, StorageError
 from densenet_dist.run_folder import sync
 
 MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
-_MAX_EXTRACTED_BYTES = 1 << 30  # and hold 184 MB
+_MAX_EXTRACTED_BYTES = 256 << 20  # and hold 184 MB
 
 
 def obtain(spec: CifarSpec, root: Path, *, download: bool, url: str | None, progress: bool) -> Path:
@@ -144,7 +144,7 @@ def extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, mend: st
                 f"{source} is not safe to extract: {error}; nothing was extracted. "
                 "Delete the archive and get it from a source you trust"
             ) from error
-        except (tarfile.TarError, gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, RecursionError, ValueError, zlib.error) as error:
             raise DataError(f"{source} is damaged or truncated ({error}); {mend}") from error
         rival = cifar.other(spec)
         if f"{rival.folder}/{rival.test}" in seen:
@@ -174,12 +174,17 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 class _BoundedGzip(gzip.GzipFile):
-    """Fails past a number of bytes: an archive of a few MB can unpack to any size."""
+    """Fails past a number of bytes, and at the end: an archive of a few MB can unpack to any size, or declare any.
+
+    `tarfile` reads all that a member declares without noticing the end, but nothing after the end of a sound archive.
+    """
 
     _left = _MAX_EXTRACTED_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
+        if not data:
+            raise EOFError("it ends within a member")
         self._left -= len(data)
         if self._left < 0:
             raise tarfile.ReadError(f"it unpacks to more than {_MAX_EXTRACTED_BYTES} bytes")

@@ -24,6 +24,8 @@ REFUSED_SUFFIXES = (
     *(".rw2", ".srw"),
 )
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # as Pillow calls them; MPO is a JPEG with more pictures behind the first
+# What Pillow decodes itself: it would hand EPS files, for example, to Ghostscript.
+_READABLE = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "ICO", "JPEG2000", "PPM", "PSD", "TIFF")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (b"\xff\xd8\xff", _PNG, b"RIFF")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
@@ -104,7 +106,7 @@ class ImageFiles:
 
 
 def decode_any(path: Path) -> "Tensor":
-    """One picture as `ImageFiles.decode`, also of kinds that training refuses, as far as Pillow reads them.
+    """Decode one picture as `ImageFiles.decode` does, also of the other formats in `_READABLE`.
 
     Raises:
         BadImage: it cannot be read or decoded, is damaged, or is an animation; with the reason.
@@ -176,7 +178,7 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str
 
     Image.init()  # all its formats, so that no thread looks through them while another still loads some
     try:
-        with Image.open(io.BytesIO(data.data)) as picture:
+        with Image.open(io.BytesIO(data.data), formats=_READABLE) as picture:
             kind = picture.format or "this format"
             frames = 1 if kind in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
             if kind == "PNG":
@@ -221,7 +223,7 @@ def _pixels(data: npt.NDArray[np.uint8]) -> "Tensor":
         raise BadImage(_DAMAGED)  # torchvision would show what there is of it, DALI would not
     try:
         if not data[:16].tobytes().startswith(_MAGIC) or _is_transparent(data):
-            with Image.open(io.BytesIO(data.data)) as picture:
+            with Image.open(io.BytesIO(data.data), formats=_READABLE) as picture:
                 return pixels_of(picture)
         pixels: Tensor = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
     except BadImage:
@@ -246,7 +248,7 @@ def _webp_orientation(data: npt.NDArray[np.uint8]) -> int:
     if data[:4].tobytes() == b"RIFF" and data[12:16].tobytes() == b"VP8X" and data[20] & 8:
         from PIL import Image
 
-        with suppress(Exception), Image.open(io.BytesIO(data.data)) as picture:
+        with suppress(Exception), Image.open(io.BytesIO(data.data), formats=["WEBP"]) as picture:
             return int(picture.getexif().get(0x0112, 1))
     return 1
 

@@ -182,7 +182,7 @@ def _mistakes_figure(mistakes: Sequence[Mistake], names: Sequence[str]) -> Figur
     for tile in axes:
         tile.set_axis_off()
     for tile, mistake in zip(axes, mistakes, strict=False):
-        tile.imshow(Image.open(io.BytesIO(mistake.png or b"")))
+        tile.imshow(Image.open(io.BytesIO(mistake.png or b""), formats=["PNG"]))
         predicted, label = (shortened(names[found]) for found in (mistake.predicted, mistake.label))
         tile.set_title(f"{predicted} {mistake.confidence:.0%}\nis {label}", fontsize=8)
     return figure

@@ -88,8 +88,9 @@ def test_kinds_of_pictures(tmp_path, photo):
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     for given in (ink, palette, pixels, tensor, tmp_path / "ink.png", tmp_path / "palette.png"):
         assert pictures._decode(given).tolist() == [[[191, 255]]] * 3
-    photo.save(tmp_path / "a.webp", lossless=True)
-    assert torch.equal(prepare(tmp_path / "a.webp", 32, 1.0), wanted)
+    for name in ("a.webp", "a.bmp", "a.tif", "a.ppm"):
+        photo.save(tmp_path / name, lossless=True)
+        assert torch.equal(prepare(tmp_path / name, 32, 1.0), wanted)
     grey = np.asarray(photo.convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert torch.equal(prepare(tmp_path / "16.png", 32, 1.0), prepare(grey, 32, 1.0))
@@ -101,15 +102,16 @@ def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("hello")
     photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(20)])
+    photo.save(tmp_path / "postscript.png", "EPS")  # which Pillow would hand to Ghostscript
     os.mkfifo(tmp_path / "pipe.png")
     photo.save(tmp_path / "odd.jpg")
     (tmp_path / "odd.jpg").write_bytes((tmp_path / "odd.jpg").read_bytes()[:-2] + bytes(9) + b"\xff\xd9")
-    names = ["cut.png", "text.png", "moving.gif", "pipe.png", "none.png", "odd.jpg"]
+    names = ["cut.png", "text.png", "postscript.png", "moving.gif", "pipe.png", "none.png", "odd.jpg"]
     found = list(load_classifier(original).stream([tmp_path / "whole.png", *(tmp_path / name for name in names)]))
     assert [type(item).__name__ for item in found] == ["Prediction"] + ["Unreadable"] * len(names)
     assert found.pop().reason.startswith("damaged: Corrupt JPEG data: ")
     assert [item.reason for item in found[1:]] == [
-        "cut short or damaged", "not a picture", "an animation of 2 frames", "not a file",
+        "cut short or damaged", "not a picture", "not a picture", "an animation of 2 frames", "not a file",
         "cannot be read: it is not there, or is a link to nothing",
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: cannot be read: it is not there"):

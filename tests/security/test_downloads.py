@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -94,3 +95,20 @@ def test_a_bomb_is_stopped(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert path.stat().st_size < 1 << 20
     with pytest.raises(DataError, match="unpacks to more than"):
         load_dataset("cifar10", tmp_path, download=False)
+
+
+def test_a_member_larger_than_its_archive_is_refused(toy: Toy, tmp_path: Path):
+    """`tarfile` would read 2^60 bytes past the end, to skip it."""
+    large = member("x", size=1 << 60)
+    declared = member("x")
+    declared.pax_headers = {"size": str(1 << 60)}
+    sparse, extended = member("x", kind=tarfile.GNUTYPE_SPARSE, size=1 << 60), member("x", kind=tarfile.XHDTYPE, size=1)
+    endless = extended.tobuf(tarfile.GNU_FORMAT) + b"6 a=b\n".ljust(512, b"\0")
+    for content in (
+        *(info.tobuf(tarfile.GNU_FORMAT) for info in (large, sparse)),
+        declared.tobuf(tarfile.PAX_FORMAT),
+        2000 * endless,
+    ):
+        (tmp_path / toy.spec.archive).write_bytes(gzip.compress(content))
+        with pytest.raises(DataError, match="damaged or truncated"):
+            load_dataset("cifar10", tmp_path, download=False)
