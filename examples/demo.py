@@ -1,44 +1,95 @@
-"""Serves a page on which pictures can be tried: drop one, see its most probable classes.
+"""Serve a page on which pictures can be tried: drop one, see its most probable classes.
 
     pip install 'densenet-dist[demo]'
     python examples/demo.py runs/k24                    # then open http://127.0.0.1:7860
     python examples/demo.py k24.safetensors --port 8000
 
 The page is for the users of this machine: it listens on 127.0.0.1 and asks for no password. It loads nothing from
-elsewhere. Uploads are deleted after ten minutes, and all of them when it ends (Ctrl-C).
+elsewhere. Uploads are deleted after ten minutes, the oldest earlier once all together exceed 200 MB, and all of them
+when it ends (Ctrl-C).
 """
 
 import argparse
 import os
 import tempfile
-
-from PIL import Image, UnidentifiedImageError
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from densenet_dist import Classifier, load_classifier
-from densenet_dist.errors import DataError
+from densenet_dist.inference.pictures import Unreadable
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not EPS, for example, which Pillow hands to Ghostscript
-LARGEST_UPLOAD = "20mb"
+LARGEST_UPLOAD = 20 << 20
+LARGEST_TOTAL = 200 << 20
+SMALLEST_COUNTED = 64 << 10  # many small files fill a disk too
 DELETE_CACHE = (60, 600)  # every minute, what is older than ten
 
 
-def serve(classifier: Classifier, port: int | None) -> None:
-    """Serve the page with Gradio's own checks: it reads and serves nothing but what was uploaded to it."""
-    import gradio
+class BoundedUploads:
+    """ASGI middleware that refuses large requests, and deletes the oldest uploads to keep the total below a limit."""
+
+    def __init__(self, app: Any, folder: Path) -> None:
+        self._app, self._folder, self._coming = app, folder, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["method"] == "GET":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        size = int(headers.get(b"content-length", 0))
+        if size > LARGEST_UPLOAD or self._coming + size > LARGEST_TOTAL or b"transfer-encoding" in headers:
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+            await send({"type": "http.response.body", "body": b"at most %d bytes at a time" % LARGEST_UPLOAD})
+            return
+        self._coming += size
+        try:
+            self._make_room(LARGEST_TOTAL - self._coming)
+            await self._app(scope, receive, send)
+        finally:
+            self._coming -= size
+
+    def _make_room(self, room: int) -> None:
+        found = []
+        for path in self._folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                about = path.stat()
+                found.append((about.st_mtime, path, max(about.st_size, SMALLEST_COUNTED)))
+        total = sum(size for _, _, size in found)
+        for _, path, size in sorted(found):
+            if total <= room:
+                return
+            with suppress(OSError):  # a folder that is not empty
+                path.rmdir() if path.is_dir() else path.unlink()
+                total -= size
+
+
+def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
+    """Serve the page; it reads and serves nothing but what was uploaded to it."""
+    import gradio  # it makes its folders when it is imported
+    from starlette.middleware import Middleware
+
+    async def uploaded(path: str) -> str:
+        """What a request calls `path`, after Gradio has checked that it was uploaded; it would also download."""
+        if not os.path.isfile(path):
+            raise gradio.Error("This picture is not there any more: upload it again")
+        return path
 
     def classify(path: str | None) -> dict[str, float] | None:
         if path is None:
             return None
-        try:
-            with Image.open(path, formats=FORMATS):
-                (prediction,) = classifier.predict(path)
-        except (DataError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise gradio.Error(f"This picture cannot be used: {type(error).__name__}") from error
-        return {guess.name: guess.probability for guess in prediction.top}
+        (found,) = classifier.stream([path])
+        if isinstance(found, Unreadable):
+            raise gradio.Error(f"This picture cannot be used: {found.reason}")
+        return {guess.name: guess.probability for guess in found.top}
 
+    picture = gradio.Image(sources=["upload", "clipboard"], label="Picture")
+    # Gradio's own code for images lets a request without `meta` name any file, and opens every format that Pillow
+    # knows, some of them with Ghostscript. For `FileData` it insists on an upload, and the path is all that is needed.
+    picture.data_model = gradio.FileData
+    picture.preprocess = lambda payload: payload and payload.path
+    picture.async_move_resource_to_block_cache = uploaded
     header = classifier.header
-    # image_mode=None: the file comes as it was sent, and is decoded as those that the network was trained on.
-    picture = gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture")
     page = gradio.Interface(
         classify,
         picture,
@@ -56,6 +107,7 @@ def serve(classifier: Classifier, port: int | None) -> None:
         max_file_size=LARGEST_UPLOAD,
         ssr_mode=False,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [Middleware(BoundedUploads, uploads)]},
     )
 
 
@@ -67,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="densenet_dist-demo-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        serve(load_classifier(arguments.run), arguments.port)
+        serve(load_classifier(arguments.run), arguments.port, Path(uploads))
 
 
 if __name__ == "__main__":

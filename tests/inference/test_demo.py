@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -21,6 +25,7 @@ from densenet_dist.inference.classifier import Classifier, load_classifier
 pytest.importorskip("gradio", reason="gradio is not installed", exc_type=ImportError)
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 SECONDS = 300
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +62,12 @@ def upload(address: str, name: str, content: bytes) -> str:
     return str(path)
 
 
-def classify(address: str, path: str) -> str:
-    """What the server says of a file: its last event."""
-    data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
-    call = requests.post(f"{address}/call/predict", json=data, timeout=60).json()["event_id"]
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+def classify(address: str, picture: dict[str, Any]) -> str:
+    """What the server says of a picture: its last event."""
+    call = requests.post(f"{address}/call/predict", json={"data": [picture]}, timeout=60).json()["event_id"]
     return requests.get(f"{address}/call/predict/{call}", timeout=60).text
 
 
@@ -68,7 +75,7 @@ def test_an_upload_is_classified(address, classifier):
     picture = Image.merge("LA", [Image.new("L", (256, 256)), Image.linear_gradient("L")])  # the shape is in alpha alone
     file = io.BytesIO()
     picture.save(file, "PNG")
-    answer = classify(address, upload(address, "x.png", file.getvalue()))
+    answer = classify(address, {"path": upload(address, "x.png", file.getvalue())} | META)
     assert answer.startswith("event: complete")
     (found,) = json.loads(answer.partition("data: ")[2])
     (wanted,) = classifier.predict(ImageOps.invert(Image.linear_gradient("L")))
@@ -76,19 +83,49 @@ def test_an_upload_is_classified(address, classifier):
     assert found["confidences"][0]["confidence"] == pytest.approx(wanted.top[0].probability)
 
 
-def test_no_other_file_can_be_read(address):
-    for path in ("/etc/hostname", str(DEMO)):
-        answer = classify(address, path)
-        assert answer.startswith("event: error")
-        for name in (path, answer.partition("data: ")[2].strip().strip('"')):
+def test_no_other_file_can_be_read(address, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    inline = f"data:image/png;base64,{base64.b64encode((tmp_path / 'x.png').read_bytes()).decode()}"
+    paths = ("/etc/hostname", "/dev/zero", str(tmp_path / "x.png"), f"{address}/x.png")
+    # Gradio's own component reads any picture without meta; and pictures in a request with Ghostscript, if need be.
+    others = {"path": str(tmp_path / "x.png")}, {"path": None, "url": inline} | META
+    for picture in (*({"path": path} | META for path in paths), *others):
+        answer = classify(address, picture)
+        assert answer.startswith("event: error"), picture
+        for name in (picture["path"], answer.partition("data: ")[2].strip().strip('"')):
             assert requests.get(f"{address}/file={name}", timeout=60).status_code in (403, 404)
 
 
 def test_uploads_are_bounded_never_shown_as_pages_and_opened_as_photos_only(address):
     too_large = requests.post(f"{address}/upload", files={"files": ("x.png", bytes(21 << 20))}, timeout=60)
     assert too_large.status_code == 413
-    path = upload(address, "x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
-    shown = requests.get(f"{address}/file={path}", timeout=60)
-    assert shown.headers["content-disposition"].startswith("attachment")
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    assert classify(address, upload(address, "x.png", postscript)).startswith("event: error")
+    assert requests.post(f"{address}/upload", data=iter([b"of any length"]), timeout=60).status_code == 413
+    for name, page in (
+        ("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"),
+        ("x.html", b"<script>alert(1)</script>"),
+    ):
+        path = upload(address, name, page)
+        for headers in ({}, {"Range": "bytes=0-99"}):
+            shown = requests.get(f"{address}/file={path}", headers=headers, timeout=60)
+            assert shown.headers["content-disposition"].startswith("attachment")
+            assert shown.headers["content-type"] == "application/octet-stream"
+    for name in ("x.png", "x.eps"):
+        assert classify(address, {"path": upload(address, name, POSTSCRIPT)} | META).startswith("event: error")
+
+
+def test_the_oldest_uploads_make_room_for_new_ones(tmp_path, monkeypatch):
+    demo = runpy.run_path(str(DEMO))
+    limits = demo["BoundedUploads"].__call__.__globals__
+    monkeypatch.setitem(limits, "LARGEST_TOTAL", 10_000)
+    monkeypatch.setitem(limits, "SMALLEST_COUNTED", 100)
+
+    async def app(upload: Any, receive: Any, send: Any) -> None:
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 10_000 - upload["size"]
+        (tmp_path / upload["name"]).write_bytes(bytes(upload["size"]))
+        os.utime(tmp_path / upload["name"], (upload["time"], upload["time"]))
+
+    bounded = demo["BoundedUploads"](app, tmp_path)
+    for time, (name, size) in enumerate([("a", 4000), ("b", 4000), ("c", 10), ("d", 4000)]):
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-length", b"%d" % size)]}
+        asyncio.run(bounded(scope | {"name": name, "size": size, "time": time}, None, None))
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "c", "d"}
