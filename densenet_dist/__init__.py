@@ -14,6 +14,8 @@ Names are imported when first used, so that ``import densenet_dist`` costs nothi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from densenet_dist.cache_folder import provide_user
+
 if TYPE_CHECKING:
     from densenet_dist.cluster.launch import fit
     from densenet_dist.cluster.result import Result, load_run
@@ -64,6 +66,8 @@ _HOMES = {
     "summary": "report.summary",
     "tune": "cluster.sweep",
 }
+
+provide_user()  # here, since it must come before PyTorch and Ray ask, in Ray's workers too
 
 
 def __getattr__(name: str) -> Any:

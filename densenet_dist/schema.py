@@ -346,6 +346,13 @@ class Config:
     """Where figures go besides metrics.jsonl and TensorBoard."""
 
 
+def without_validation(train: TrainConfig) -> Iterator[str]:
+    """Name what cannot work without validation images."""
+    if train.early_stopping.enabled or train.schedule.name == "plateau":
+        what = "train.early_stopping" if train.early_stopping.enabled else "train.schedule.name: plateau"
+        yield f"data.val_fraction: 0 leaves nothing to validate on, but {what} watches the validation loss"
+
+
 def impossible(config: Config) -> Iterator[str]:
     """Combinations that are each legal alone but cannot work together."""
     train, data, schedule = config.train, config.data, config.train.schedule
@@ -355,9 +362,8 @@ def impossible(config: Config) -> Iterator[str]:
         yield "data.flip: alternating changes nothing with data.augment=none; choose crop_flip, for example"
     if data.cutout > data.side:
         yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
-    if data.val_fraction == 0 and (train.early_stopping.enabled or schedule.name == "plateau"):
-        what = "train.early_stopping" if train.early_stopping.enabled else "train.schedule.name: plateau"
-        yield f"data.val_fraction: 0 leaves nothing to validate on, but {what} watches the validation loss"
+    if data.val_fraction == 0 and data.name != "folder":
+        yield from without_validation(train)
     if schedule.name == "multistep" and list(schedule.milestones) != sorted(set(schedule.milestones)):
         yield f"train.schedule.milestones: must rise, not {list(schedule.milestones)}"
     if schedule.name != "one_cycle" and schedule.warmup_epochs >= train.epochs and schedule.warmup_epochs > 0:

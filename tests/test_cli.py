@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import densenet_dist
-from densenet_dist import bundled
+from densenet_dist import bundled, load_config
+from densenet_dist.cluster.launch import is_writer
 from densenet_dist.train.lease import Holder
 
 ROOT = Path(__file__).parent.parent
@@ -124,16 +125,36 @@ def test_no_gpu(command, quickstart):
     assert "cluster.device=cpu" in err
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"RANK": "3"},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+        {"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+    ],
+)
+def test_an_environment_that_torchrun_does_not_make(command, quickstart, monkeypatch, said):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = command("train", quickstart, *QUICK)
+    assert (code, "start them with torchrun" in err, Path("runs").exists()) == (3, True, False)
+    assert is_writer(load_config(quickstart)), "Ray has ranks of its own"
+
+
 def test_what_failed_before_its_first_step_can_be_started_again(command, quickstart):
-    code, _, err = command("train", quickstart, *QUICK, "data.name=cifar10", "data.download=false")
+    storage, quick = "what? runs", (*QUICK, "storage=what? runs")
+    code, _, err = command("train", quickstart, *quick, "data.name=cifar10", "data.download=false")
     assert code == 4
     assert "cifar-10-binary.tar.gz" in err
     assert "data prepare cifar10" in err
-    assert command("train", quickstart, *QUICK)[0] == 0
-    assert yaml.safe_load(Path("runs/quickstart/config.yaml").read_text())["data"]["name"] == "shapes"
-    code, _, err = command("train", quickstart, *QUICK)
+    assert command("train", quickstart, *quick)[0] == 0
+    assert yaml.safe_load(Path(storage, "quickstart/config.yaml").read_text())["data"]["name"] == "shapes"
+    code, _, err = command("train", quickstart, *quick)
     assert code == 5
-    assert "exists already" in err
+    assert f"exists already\n  go on with it: densenet-dist train --resume '{Path(storage).absolute()}/quick" in err
 
 
 def test_relative_storage_in_a_submitted_job(command, quickstart, tmp_path, monkeypatch):

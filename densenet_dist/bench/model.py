@@ -26,7 +26,7 @@ from densenet_dist.errors import DenseNetDistError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.environment import describe_environment
-from densenet_dist.train.network import check_model
+from densenet_dist.train.network import check_run
 
 DEFINITIONS = {
     "arm": "how the net is run",
@@ -74,7 +74,7 @@ def bench_model(
         ConfigError: the net cannot be built.
         EnvironmentProblem: there is no such device.
     """
-    check_model(config)
+    check_run(config)
     device = choose_device(config.cluster.device)
     used, notes = dict(variants), []
     for name, variant in variants.items():

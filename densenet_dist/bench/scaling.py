@@ -19,7 +19,7 @@ from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config
 from densenet_dist.train.environment import describe_environment
-from densenet_dist.train.network import check_model
+from densenet_dist.train.network import check_run
 
 MODES: Final = ("weak", "strong")
 
@@ -70,7 +70,7 @@ def bench_scaling(
             f"--workers: {counts[-1]} workers cannot share train.global_batch_size={config.train.global_batch_size}\n"
             "  raise it, or measure weak scaling alone with --mode weak"
         )
-    check_model(config)
+    check_run(config)
     results: dict[int, list[RankMeasurements]] = {}
     with measuring_workers(config.cluster, config.storage) as cluster:
         for count in counts:

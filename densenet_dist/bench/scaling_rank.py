@@ -91,7 +91,8 @@ def _build_job(config: Config, context: LocalContext, num_classes: int, images: 
     """Training's own job for any number of steps, on random images; weights stay about where they are."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
     train = replace(train, epochs=1, cuda_graph=False, profile=None)
-    config = replace(config, train=train, data=replace(config.data, loader="torch", val_fraction=0.0, prefetch=1))
+    data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1)
+    config = replace(config, train=train, data=data, cluster=replace(config.cluster, workers="auto"))
     side, random = config.data.side, np.random.default_rng(config.seed)
     pixels = random.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     split = Split(pixels, random.integers(0, num_classes, images))

@@ -123,7 +123,7 @@ def config(
     densenet-dist config sweep_cifar10
     """
     from densenet_dist.config import to_yaml
-    from densenet_dist.train.network import check_model
+    from densenet_dist.train.network import check_run
 
     if list_them:
         for name in bundled.names():
@@ -136,7 +136,7 @@ def config(
         typer.echo(load_sweep(*(sources or [])).to_yaml(), nl=False)
         return
     resolved = load(sources)
-    check_model(resolved)
+    check_run(resolved)
     typer.echo(to_yaml(resolved), nl=False)
 
 

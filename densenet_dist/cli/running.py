@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -35,12 +34,9 @@ def train(
     from densenet_dist.display.json_lines import RunJsonLines
 
     signal.signal(signal.SIGTERM, raise_interrupt)
-    silent = os.environ.get("RANK", "0") != "0"  # under torchrun every rank runs this; one of them speaks
-    with RunJsonLines(silent) if as_json else Console(quiet, silent) as console:
-        if resume is not None:
-            _resume(resume, sources or [], console)
-        else:
-            _fit(load(sources), console)
+    with RunJsonLines() if as_json else Console(quiet) as console:
+        config = load(sources) if resume is None else _config_of(resume, sources or [])
+        _fit(config, console, resume=resume is not None)
 
 
 def tune(
@@ -85,11 +81,13 @@ def tune(
         _tune(open_sweep(resume), console, resume=True)
 
 
-def _fit(config: Config, console: Any, *, resume: bool = False) -> None:
-    from densenet_dist.cluster.launch import fit
+def _fit(config: Config, console: Any, *, resume: bool) -> None:
+    from densenet_dist.cluster.launch import fit, is_writer
     from densenet_dist.display.ending import Ending
     from densenet_dist.run_folder import RunFolder, join_location
 
+    if not is_writer(config):
+        console.mute()
     location = join_location(config.storage, config.name)
     console({"kind": "run", "name": config.name, "run": location, "resumed": resume})
     try:
@@ -112,14 +110,14 @@ def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:
         raise TrainingError(f"no trial of {result.folder} came to its first figure; see their causes above")
 
 
-def _resume(run: str, settings: list[str], console: Any) -> None:
+def _config_of(run: str, settings: list[str]) -> Config:
     from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.run_folder import open_run
 
     for text in settings:
         if "=" not in text:
             raise ConfigError(f"{text}: a resumed run has its own config.yaml; only key=value settings can follow")
-    _fit(resume_config(open_run(run), settings), console, resume=True)
+    return resume_config(open_run(run), settings)
 
 
 def raise_interrupt(number: int, frame: Any) -> NoReturn:

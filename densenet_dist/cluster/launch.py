@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
 from densenet_dist.cluster.resuming import is_finished, tell_of_changes
 from densenet_dist.cluster.signals import handled_by
@@ -31,10 +33,10 @@ from densenet_dist.run_folder import (
 )
 from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import require_trackers
-from densenet_dist.train.context import Event, LocalContext, Stopped
+from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
 from densenet_dist.train.environment import LOADER_KEY, describe_environment
 from densenet_dist.train.lease import LEASE_FILE, Lease, hold
-from densenet_dist.train.network import check_model
+from densenet_dist.train.network import check_run
 from densenet_dist.train.pulse import Pulse, Wish
 
 
@@ -70,12 +72,16 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     resume = resume and run.exists()
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
-        if _is_writer() and (run.exists(LEASE_FILE) or not run.exists(PAGE_FILE)):  # its process was killed before that
+        if is_writer(config) and (
+            run.exists(LEASE_FILE) or not run.exists(PAGE_FILE)
+        ):  # its process was killed before that
             with hold(run, listener):
                 _write_page(run, listener)
         return Result(run.location, run.read_json(SUMMARY_FILE))
-    check_model(config)
+    check_run(config)
     require_trackers(config)
+    if config.cluster.engine == "ray":
+        require_cluster(config.cluster)
     with handled_by():  # a notebook's process lives on
         return Result(run.location, _train(config, run, resume, listener))
 
@@ -90,13 +96,13 @@ def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
     held: AbstractContextManager[Lease | None] = nullcontext()
-    if _is_writer():
+    if is_writer(config):
         if not resume:
             _refuse_used_name(run)
         run.create()
         held = hold(run, listener)
     with held as lease:
-        if _is_writer():
+        if is_writer(config):
             prepare_data(config)
             if resume:
                 tell_of_changes(run, config, listener)
@@ -108,7 +114,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
                 summary = fit_on_ray(config, run, listener, lease)
             else:
                 summary = _fit_here(config, run, listener, lease)
-            if _is_writer():
+            if is_writer(config):
                 _write_page(run, listener)  # before the lease is given back: while it is there, the page may be missing
             return summary
         except (KeyboardInterrupt, TrainingError):
@@ -145,17 +151,22 @@ def require_lasting(storage: str) -> None:
         )
 
 
-def _is_writer() -> bool:
-    # Under torchrun every rank runs this code, and one of them prepares the folder.
-    return int(os.environ.get("RANK", 0)) == 0
+def is_writer(config: Config) -> bool:
+    """Return whether this process prepares the run's folder and speaks: under ``torchrun``, one of them does.
+
+    Raises:
+        EnvironmentProblem: the variables of torchrun do not fit together.
+    """
+    return config.cluster.engine == "ray" or torchrun_rank()[0] == 0
 
 
 def _refuse_used_name(run: RunFolder) -> None:
     # What failed before its first step (no data, no GPU) has left nothing worth keeping, and may be started again.
     if run.exists(TENSORBOARD_FOLDER) or run.exists(CHECKPOINTS_FOLDER):
+        again = f"densenet-dist train --resume {shlex.quote(run.location)}"
         raise StorageError(
             f"the run {run.uri} exists already\n"
-            f"  go on with it: densenet-dist train --resume {run.uri}   (in Python: fit(config, resume=True))\n"
+            f"  go on with it: {again}   (in Python: fit(config, resume=True))\n"
             "  or choose another name: name=NEW"
         )
 
@@ -194,7 +205,7 @@ def prepare_data(config: Config) -> None:
 
 def _joins(config: Config) -> bool:
     """Whether it runs on a cluster that others have started."""
-    return config.cluster.engine == "ray" and bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    return config.cluster.engine == "ray" and address_of(config.cluster)[0] is not None
 
 
 def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,7 +129,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise EnvironmentProblem(
                 f"the cluster failed the sweep: {explain(error, 'the sweep')}\n"
-                f"  go on with it when the cluster is back: densenet-dist tune --resume {sweep.folder}"
+                f"  go on with it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
             ) from error
         finally:
             ray.kill(state)  # what Tune has kept of the plan holds on to it

@@ -10,12 +10,15 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from densenet_dist import bundled
 from densenet_dist.cluster.launch import require_lasting
@@ -24,7 +27,7 @@ from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import load_sweep
-from densenet_dist.train.network import check_model
+from densenet_dist.train.network import check_run
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
 EXCLUDED = (
@@ -34,7 +37,11 @@ EXCLUDED = (
 _OUR_CODES = range(1, 7)
 _AGENT_S = 60.0
 _LOST_S = 120.0
+_ANSWER_S = 30.0
+_QUIET_S = 60.0
 _CHECK_S = 0.5
+_POLL_S = 5.0
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 T = TypeVar("T")
 
 
@@ -130,7 +137,7 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     import ray.job_submission  # noqa: F401  # here, since no thread may be in the middle of it when the process ends
 
     sent, name = _prepared(list(arguments), folder)
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    address = address or next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
     return Job(
         id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         address=address or "http://127.0.0.1:8265",
@@ -250,7 +257,7 @@ def _prepared(arguments: list[str], folder: Path) -> tuple[list[str], str]:
 
 
 def _checked(config: Config) -> str:
-    check_model(config)
+    check_run(config)
     require_lasting(config.storage)
     return config.name
 
@@ -278,41 +285,68 @@ def _inside(argument: str, folder: Path) -> str:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray's classes are untyped
+        def _do_request(self, method: str, endpoint: str, **given: Any) -> Any:
+            timeout_s = None if method == "PUT" else _ANSWER_S  # an upload may take long
+            return super()._do_request(method, endpoint, timeout=timeout_s, **given)
+
     try:
-        client = JobSubmissionClient(address)
+        client = Client(address)
     except Exception as error:  # ConnectionError, AuthenticationError, and what requests raises
         raise EnvironmentProblem(
             f"there is no Ray cluster at {address}: {_last_line(error)}\n"
             "  give its dashboard's address with --address or RAY_API_SERVER_ADDRESS, and its token with RAY_AUTH_TOKEN"
+            + "".join(f"\n  {hint}" for hint in _hints(address))
         ) from error
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.ERROR)  # else it tells what it packs and leaves out, file by file
     return client
 
 
+def _hints(address: str) -> Iterator[str]:
+    """Say which variables have led to an address and away from it."""
+    for name in _ADDRESS_VARIABLES:
+        if os.environ.get(name) == address:
+            yield f"the address comes from {name}"
+    if address.startswith("ray://"):
+        yield "ray:// is the port of Ray Client; the dashboard of the same cluster is http://HEAD:8265"
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    for kind in (parts.scheme, "all"):
+        if kind in getproxies() and not proxy_bypass(parts.hostname or ""):
+            yield f"{kind}_proxy sends requests through a proxy; without it: no_proxy={parts.hostname}"
+
+
 async def _tail(job: Job, write: Callable[[str], object], left: threading.Event) -> Any:
     client = _client(job.address)
     shown, answered = 0, time.monotonic()
     while not left.is_set():
+        passed, streamed = 0, False  # every connection begins with the first line
+        with suppress(Exception):  # of aiohttp, asyncio and Ray: the connection, or that nothing has come for a minute
+            async with asyncio.timeout(_QUIET_S) as limit:
+                async for piece in client.tail_job_logs(job.id):
+                    if left.is_set():
+                        return None
+                    write(piece[max(0, shown - passed) :])
+                    passed += len(piece)
+                    shown = max(shown, passed)
+                    limit.reschedule(asyncio.get_running_loop().time() + _QUIET_S)
+            streamed = True
         try:
-            passed = 0  # every connection begins with the first line
-            async for piece in client.tail_job_logs(job.id):
-                if left.is_set():
-                    return None
-                write(piece[max(0, shown - passed) :])
-                passed += len(piece)
-                shown, answered = max(shown, passed), time.monotonic()
             details = client.get_job_info(job.id)
+            if not streamed:  # by a plain request: a proxy may not let WebSockets through
+                text = client.get_job_logs(job.id)
+                write(text[shown:])
+                shown = max(shown, len(text))
             answered = time.monotonic()
             if details.status.is_terminal():
                 return details
-        except Exception as error:  # of aiohttp, requests and Ray: the connection, or the head for a moment
+        except Exception as error:  # the connection, or the head for a moment
             if time.monotonic() - answered > _LOST_S:
                 raise EnvironmentProblem(
                     f"{job.address} does not answer any more: {_last_line(error)}\n"
                     f"  the job may go on; see what it says with: {job.follow_command}"
                 ) from error
-        await asyncio.sleep(_CHECK_S)
+        await asyncio.sleep(_CHECK_S if streamed else _POLL_S)
     return None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.cluster.connection import require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder, open_run
@@ -54,7 +56,9 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         with SweepConsole() as console:
             return tune(sweep, resume=resume, listener=console)
     sweep = _absolute(sweep)
-    require_trackers(sweep.config("log", {}))
+    config = sweep.config("base", {})
+    require_trackers(config)
+    require_cluster(config.cluster)
     folder = RunFolder(sweep.settings.storage, sweep.settings.name)
     if not resume:
         _refuse_used_name(folder)
@@ -89,7 +93,8 @@ def _refuse_used_name(folder: RunFolder) -> None:
     if folder.exists() or any(name.startswith(TRIAL_PREFIX) for name in folder.names("")):
         raise StorageError(
             f"the sweep {folder.uri} exists already\n"
-            f"  go on with it: densenet-dist tune --resume {folder.uri}\n  or choose another name: name=NEW"
+            f"  go on with it: densenet-dist tune --resume {shlex.quote(folder.location)}\n"
+            "  or choose another name: name=NEW"
         )
 
 

@@ -31,7 +31,7 @@ from densenet_dist.cluster.mailbox import Pace
 from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
-from densenet_dist.errors import DataError, DenseNetDistError, EnvironmentProblem, StorageError
+from densenet_dist.errors import ConfigError, DataError, DenseNetDistError, EnvironmentProblem, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
@@ -284,6 +284,11 @@ class _Work:
         self._telemetry(event)
         if event["kind"] == "start":
             self._parameters = event["parameters"]
+            metric = self._plan.sweep.settings.metric
+            if metric.startswith("val/") and not event["val_images"]:
+                problem = f"metric: {metric} needs validation images: set data.val_fraction, or add a folder val"
+                self._news.put(("error", ConfigError(problem)))
+                return False
         if event["kind"] == "epoch":
             figures = {key: value for key, value in event.items() if not key.startswith(_NOT_OF_TRIALS)}
             figures["parameters"] = self._parameters

@@ -6,6 +6,7 @@ and right. A lock lets one process do it while others wait; those who find the f
 """
 
 import gzip
+import shlex
 import shutil
 import tarfile
 import zlib
@@ -66,23 +67,25 @@ def _find(spec: CifarSpec, root: Path) -> Path | None:
 
 
 def _not_found(spec: CifarSpec, root: Path) -> str:
-    """Where was looked in vain, and what lies there instead, as an error message."""
+    """Say where the set was looked for in vain."""
     if not root.exists():
         return f"{spec.title} is not there: {root} does not exist; {_ways_to_get(spec, root)}"
     looked = f"neither {root / spec.folder} nor {root / spec.archive}, nor {spec.test} in {root}"
-    rival, pickled = cifar.other(spec), spec.folder.replace("-batches-bin", "-batches-py").replace("-binary", "-python")
-    hint = ""
-    if any((root / name).exists() for name in (rival.folder, rival.archive)):
-        hint = f"there is {rival.title} (data.name={rival.name}); "
-    elif (root / pickled).exists():
-        hint = f"{pickled} is the pickled version, which is never read: the binary version is needed; "
-    return f"{spec.title} is not in {root}: there is {looked}; {hint}{_ways_to_get(spec, root)}"
+    return f"{spec.title} is not in {root}: there is {looked}; {_ways_to_get(spec, root)}"
 
 
 def _ways_to_get(spec: CifarSpec, root: Path) -> str:
+    """Say how to get the set, and which other one lies in its place."""
+    rival, hint = cifar.other(spec), ""
+    folder, archive = (name.replace("-binary", "-python") for name in (spec.folder, spec.archive))
+    pickled = [name for name in (folder.replace("-bin", "-py"), archive) if (root / name).exists()]
+    if any((root / name).exists() for name in (rival.folder, rival.archive)):
+        hint = f"there is {rival.title} (data.name={rival.name}); "
+    elif pickled:
+        hint = f"{pickled[0]} is the pickled version, which is never read: the binary version is needed; "
     return (
-        f"run `densenet-dist data prepare {spec.name}`, put {spec.archive} from {spec.url} into {root}, "
-        "or name a folder that has it: data.root=..."
+        f"{hint}run `densenet-dist data prepare {spec.name} --root {shlex.quote(str(root))}`, "
+        f"put {spec.archive} from {spec.url} into {root}, or name a folder that has it: data.root=..."
     )
 
 

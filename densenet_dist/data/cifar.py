@@ -19,6 +19,7 @@ Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
 _BATCH = 10_000
+TRAIN_IMAGES = 5 * _BATCH  # of both sets
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,12 @@ def load_dataset(
     return Dataset(name, class_names, _split(*train, limit), _split(*test, limit), spec.mean, spec.std)
 
 
+def train_size(name: str, limit: int | None) -> int | None:
+    """Count the images of a data set's training split, or return None where that is not known without reading it."""
+    sizes = {"shapes": shapes.TRAIN_IMAGES} | dict.fromkeys(cifar.SPECS, cifar.TRAIN_IMAGES)
+    return min(limit or sizes[name], sizes[name]) if name in sizes else None
+
+
 def prepare_dataset(
     name: str,
     root: str | Path,

@@ -21,7 +21,6 @@ from densenet_dist.data.datasets import Split
 from densenet_dist.data.plan import BatchPlan, epoch_order
 from densenet_dist.data.requests import Batches, Engine, Epoch, Request, upload
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
-from densenet_dist.errors import ConfigError
 
 
 class Batch(NamedTuple):
@@ -79,9 +78,7 @@ class TrainLoader:
         engine: of that split.
         global_batch_size: images a step over all ranks.
         num_classes: of the data set; needed only where images are mixed.
-
-    Raises:
-        ConfigError: some global batch has too few images to give each rank one.
+        world_size: at most as many ranks as the smallest global batch has images.
     """
 
     def __init__(
@@ -98,12 +95,6 @@ class TrainLoader:
         world_size: int = 1,
     ) -> None:
         self._plan = BatchPlan(len(indices), global_batch_size)
-        if self._plan.smallest < world_size:
-            raise ConfigError(
-                f"{len(indices)} training images in global batches of {global_batch_size} leave a batch of "
-                f"{self._plan.smallest} for {world_size} ranks: choose a batch size of at least {8 * world_size}, "
-                "or use fewer ranks"
-            )
         self._split, self._indices, self._engine = split, indices, engine
         self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
         self._rank, self._world_size = rank, world_size

@@ -150,3 +150,8 @@ class BatchPlan:
     def smallest(self) -> int:
         """Images in the smallest global batch of the epoch."""
         return min(stop - start for start, stop in (self.bounds(0), self.bounds(self.steps - 1)))
+
+    def smallest_part(self, world_size: int, grad_accum_steps: int) -> int:
+        """Count the images that a rank has at least in one forward pass of training; 0 where a rank has none."""
+        share = self.smallest // world_size
+        return share // max(1, min(grad_accum_steps, share))

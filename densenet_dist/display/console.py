@@ -30,12 +30,11 @@ class Console:
 
     Args:
         quiet: show nothing but warnings, on standard error.
-        silent: not even those: a rank that is not to speak.
     """
 
-    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
-        self._silent = silent
-        self._console = LastingConsole(highlight=False, quiet=quiet or silent, soft_wrap=True, force_jupyter=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self._muted = False
+        self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, force_jupyter=False)
         self._progress = RunProgress(self._console)
         self._workers: int | None = None
 
@@ -60,7 +59,11 @@ class Console:
             self._progress.ended(event)
             self._epoch(event)
         elif kind == "note":
-            self._console.note(event, warns=not self._silent)
+            self._console.note(event, warns=not self._muted)
+
+    def mute(self) -> None:
+        """Show nothing from now on: another rank speaks."""
+        self._muted = self._console.quiet = True
 
     def finish(self, ending: Ending) -> None:
         """Say how the run ended, where all of it lies, and what can be done with it."""

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from densenet_dist.display.progress_view import clock_time
-from densenet_dist.run_folder import PAGE_FILE, RunFolder, join_location
+from densenet_dist.run_folder import PAGE_FILE, RunFolder
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class Ending:
         records = folder.read_records()
         rates = [line["perf/images_per_s"] for line in records if "perf/images_per_s" in line]
         shares = [line["goodput/ratio"] for line in records if "goodput/ratio" in line]
-        location = join_location(folder.storage, folder.name)
         speed, share = median(rates) if rates else None, shares[-1] if shares else None
-        return cls(folder.uri, location, summary, speed, share, links(folder))
+        return cls(folder.uri, folder.location, summary, speed, share, links(folder))
 
     @property
     def title(self) -> str:

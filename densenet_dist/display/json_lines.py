@@ -25,14 +25,10 @@ PROGRESS_EVERY_S: Final = 5.0
 
 
 class JsonLines:
-    """Writes events as lines; within its context, what anything else prints goes to standard error.
+    """Writes events as lines; within its context, what anything else prints goes to standard error."""
 
-    Args:
-        silent: write nothing: a rank that is not to speak.
-    """
-
-    def __init__(self, silent: bool = False) -> None:
-        self._silent = silent
+    def __init__(self) -> None:
+        self._muted = False
         self._lock = threading.Lock()  # events of a run on Ray come in threads of their own
         self._out: TextIO = sys.stdout
         self._kept: int | None = None
@@ -64,13 +60,17 @@ class JsonLines:
             os.close(self._kept)
             self._kept = None
 
+    def mute(self) -> None:
+        """Write nothing from now on: another rank speaks, or nobody reads."""
+        self._muted = True
+
     def note(self, event: Event) -> None:
         """Write a ``note`` event."""
         self.emit("note", level="warning" if event.get("warning") else "info", text=event["text"])
 
     def emit(self, event: str, **values: Any) -> None:
         """Write one line and have it sent at once; where nobody reads any more, the run goes on without."""
-        if self._silent:
+        if self._muted:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(values)})
         with self._lock:
@@ -78,7 +78,7 @@ class JsonLines:
                 self._out.write(line + "\n")
                 self._out.flush()
             except BrokenPipeError:
-                self._silent = True
+                self.mute()
                 forget(self._out)
 
 

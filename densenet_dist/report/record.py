@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
     if not epochs:
         raise StorageError(
             f"the run {folder.uri} has no epochs yet, and so nothing to report\n"
-            f"  wait for the end of its first, or go on with it: densenet-dist train --resume {folder.uri}"
+            "  wait for the end of its first, or go on with it: "
+            f"densenet-dist train --resume {shlex.quote(folder.location)}"
         )
     path = folder.fetch(CONFIG_FILE)
     config = load_config(path)

@@ -201,7 +201,8 @@ def _judge(sweep: Sweep) -> list[str]:
                 f"space: pbt hands weights over in the middle of training, and {', '.join(fixed)} cannot change there; "
                 f"it can search {', '.join(_PBT_MAY_CHANGE)}"
             )
-    if settings.metric.startswith("val/") and sweep.base["data"]["val_fraction"] == 0:
+    data = sweep.base["data"]
+    if settings.metric.startswith("val/") and data["val_fraction"] == 0 and data["name"] != "folder":
         problems.append(f"metric: {settings.metric} needs validation images, but data.val_fraction is 0")
     return problems or _judge_combinations(sweep)
 
@@ -220,10 +221,10 @@ def _judge_combinations(sweep: Sweep) -> list[str]:
 
 def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
     """Raise where a trial of these values could not even start."""
-    from densenet_dist.train.network import check_model
+    from densenet_dist.train.network import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
-    check_model(sweep.config("trial", overrides, **cluster))
+    check_run(sweep.config("trial", overrides, **cluster))
 
 
 def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:

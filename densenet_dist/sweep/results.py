@@ -107,7 +107,8 @@ class SweepResult:
 
     @property
     def _best_file(self) -> str:
-        return "".join((self.folder, "/", BEST_FILE, *self.sweep.settings.storage.partition("?")[1:]))
+        query = self.sweep.settings.storage.partition("?")[1:] if "://" in self.folder else ()
+        return "".join((self.folder, "/", BEST_FILE, *query))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the trials, the best one in bold."""

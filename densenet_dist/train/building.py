@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.errors import ConfigError
-from densenet_dist.schema import Config
+from densenet_dist.schema import Config, WorkerRange, without_validation
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import wrap
@@ -18,7 +18,7 @@ from densenet_dist.train.identity import require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
 from densenet_dist.train.job import Job
 from densenet_dist.train.loader_choice import choose_loader
-from densenet_dist.train.network import autocast, build_model, usable
+from densenet_dist.train.network import autocast, build_model, check_batches, usable
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.step_graph import StepGraph
@@ -35,6 +35,11 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
     dataset = load_dataset_of(config) if dataset is None else dataset
     require_same_files(dataset, context)
     train_indices, val_indices = train_and_val(config, dataset)
+    for problem in () if len(val_indices) else without_validation(config.train):
+        raise ConfigError(f"{problem}\n  set it, or add a folder val beside train and test")
+    workers = config.cluster.workers  # a run must not come to its end where it gets more of them
+    ranks = {context.world_size, *(config.cluster.worker_range if isinstance(workers, WorkerRange) else ())}
+    check_batches(config, len(train_indices), ranks)
     loader = choose_loader(config, context, dataset, train_indices)
     engine = engine_of(config, context.device, dataset, dataset.train, loader)
     batches = train_loader(config, context, dataset, engine, train_indices)

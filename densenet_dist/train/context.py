@@ -84,10 +84,10 @@ class LocalContext(RunContext):
         """Join the process group that the environment describes (RANK, WORLD_SIZE, ...), if it does.
 
         Raises:
-            EnvironmentProblem: where a GPU is asked for and there is none.
+            EnvironmentProblem: where a GPU is asked for and there is none; as `torchrun_rank`.
         """
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        rank, world_size = torchrun_rank()
+        chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0)
         if world_size > 1 and not dist.is_initialized():
             timeout = timedelta(seconds=timeout_s)
             if chosen.type == "cuda":
@@ -95,6 +95,25 @@ class LocalContext(RunContext):
             else:
                 dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
         return cls(run, chosen, rank, world_size, listener=listener)
+
+
+def torchrun_rank() -> tuple[int, int]:
+    """Read this process' rank and the world size from the environment: (0, 1) where neither is set.
+
+    Raises:
+        EnvironmentProblem: what ``torchrun`` sets is there in part only, or makes no sense.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in names}
+    if not given["RANK"] and not given["WORLD_SIZE"]:
+        return 0, 1
+    rank, world_size, port = (int(given[key]) if given[key].isdecimal() else -1 for key in (*names[:2], names[3]))
+    if 0 <= rank < world_size and (world_size == 1 or (given["MASTER_ADDR"] and 0 < port < 2**16)):
+        return rank, world_size
+    raise EnvironmentProblem(
+        f"the environment does not describe one of several processes: {given}\n"
+        f"  start them with torchrun, which sets all of these; for one process alone: unset {' '.join(names)}"
+    )
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:

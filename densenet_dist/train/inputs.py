@@ -95,11 +95,7 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
 def train_loader(
     config: Config, context: RunContext, dataset: Dataset, engine: Engine, indices: Indices
 ) -> TrainLoader:
-    """The loader of the training images at `indices`, augmented as configured.
-
-    Raises:
-        ConfigError: some global batch has too few images to give each rank one.
-    """
+    """The loader of the training images at `indices`, augmented as configured."""
     data = config.data
     augmentation = Augmentation(
         data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip

@@ -179,7 +179,9 @@ def killed(started: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed
             lost[0].send_signal(signal.SIGKILL)
 
     config = load_config(str(folder / "tiny.yaml"), *UNDISTURBED, f"storage={folder}", "name=killed")
-    fit(config, listener=kill_a_worker)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "3")  # of something else
+        fit(config, listener=kill_a_worker)
     figures = started.figures_at(4, "killed")
     return Killed(folder / "killed", events, figures, {sample.name for sample in started.samples()})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,23 @@ from densenet_dist.cluster.resources import TrialRoom, plan_resources, plan_tria
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
 from densenet_dist.sweep.schema import SchedulerConfig, SweepConfig
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", "Connection refused"),
+        ("127.0.0.1:{silent}", "timed out"),
+        ("ray://127.0.0.1:10001", "densenet-dist submit --address http://"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_named_at_once(command, monkeypatch, address, said):
+    with socket.create_server(("", 0)) as server:  # it never answers
+        monkeypatch.setenv("RAY_ADDRESS", address := address.format(silent=server.getsockname()[1]))
+        for line in (["train", "quickstart"], ["tune", "sweep_quickstart"]):
+            code, _, err = command(*line, "cluster.timeout_s=0.2")
+            assert (code, f"RAY_ADDRESS={address}: " in err, said in err) == (3, True, True), err
+            assert not Path("runs").exists()
 
 
 def plan(cpus: float, gpus: float = 0, *, trials: int = 16, device: str = "auto", fixed: bool = True, **asked: Any):

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -34,7 +35,7 @@ class FakeClient:
         self.status: str | None = None
         self.exit_code: int | None = None
         self.stops = 0
-        self.block_sending = self.silent = False
+        self.block_sending = self.silent = self.plain = False
         self.interrupt_at = ""
         self.forever = threading.Event()
 
@@ -46,6 +47,8 @@ class FakeClient:
         self.status = "FAILED" if self.exit_code else "RUNNING"
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        if self.plain:
+            raise RuntimeError("501, message='Invalid response status'")  # a proxy that knows no WebSockets
         yield "epoch 1\n"
         if self.interrupt_at == "follow":
             self.interrupt_at = ""
@@ -57,8 +60,13 @@ class FakeClient:
             await asyncio.sleep(0.01)
 
     def get_job_info(self, job: str) -> Any:
-        status = SimpleNamespace(value=self.status, is_terminal=lambda: self.status != "RUNNING")
+        ended = self.status != "RUNNING"
+        status = SimpleNamespace(value=self.status, is_terminal=lambda: ended)
         return SimpleNamespace(status=status, message="", driver_exit_code=self.exit_code)
+
+    def get_job_logs(self, job: str) -> str:
+        before, self.status = self.status, "SUCCEEDED"
+        return "epoch 1\n" if before == "RUNNING" else "epoch 1\nepoch 2\n"
 
     def stop_job(self, job: str) -> bool:
         self.stops += 1
@@ -92,6 +100,14 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch, client):
     assert re.search(r"job densenet-doctor-\S+ failed", text)
 
 
+def test_without_websockets_the_output_and_the_end_are_asked_for(monkeypatch, client):
+    client.plain = True
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    code, text = run(monkeypatch, answer=None)
+    assert code == 0, text
+    assert re.search(r"^epoch 1\nepoch 2\njob densenet-doctor-\S+ succeeded$", text, re.MULTILINE), text
+
+
 @pytest.mark.parametrize(("moment", "silent"), [("send", False), ("follow", False), ("follow", True)])
 def test_an_interrupted_job_is_ended_where_that_is_wanted(monkeypatch, client, moment, silent):
     client.interrupt_at, client.silent = moment, silent
@@ -100,19 +116,15 @@ def test_an_interrupted_job_is_ended_where_that_is_wanted(monkeypatch, client, m
     assert client.stops == 3, "until the cluster says that it was asked to end"
 
 
-def test_a_job_that_goes_on_is_named(monkeypatch, client):
-    client.interrupt_at = "follow"
-    code, text = run(monkeypatch, answer=False)
-    assert (code, client.status) == (130, "RUNNING"), text
-    assert "the job goes on" in text
-    assert "ray job stop --address http://nowhere densenet-doctor-" in text
-
-
-def test_a_job_that_may_have_been_taken_is_named(monkeypatch, client):
-    client.interrupt_at, client.block_sending = "send", True
-    code, text = run(monkeypatch, answer=True)
-    assert code == 130
-    assert "it is not known whether the cluster has taken the job" in text
+@pytest.mark.parametrize(
+    ("moment", "blocked", "said"),
+    [("follow", False, "the job goes on"), ("send", True, "it is not known whether the cluster has taken the job")],
+)
+def test_a_job_that_may_go_on_is_named(monkeypatch, client, moment, blocked, said):
+    client.interrupt_at, client.block_sending = moment, blocked
+    code, text = run(monkeypatch, answer=blocked)
+    assert (code, client.status) == (130, None if blocked else "RUNNING"), text
+    assert said in text
     assert "ray job stop --address http://nowhere densenet-doctor-" in text
 
 
@@ -162,3 +174,25 @@ def test_a_cluster_that_is_not_there_and_no_password_in_what_is_said_of_it(tmp_p
     with pytest.raises(EnvironmentProblem, match=said) as caught:
         send(job)
     assert "MARKER" not in f"{caught.value!r} {job.follow_command} {job.stop_command}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, "with RAY_AUTH_TOKEN\n.*comes from RAY_API_SERVER_ADDRESS$"),
+        ({"RAY_ADDRESS": "http://127.0.0.1:{silent}"}, "timed out(.|\n)*comes from RAY_ADDRESS$"),
+        (
+            {"RAY_ADDRESS": "ray://127.0.0.1:10001"},
+            "ray:// is .*the dashboard of the same cluster is http://HEAD:8265$",
+        ),
+        ({"RAY_ADDRESS": "http://10.0.0.9:8265", "http_proxy": "http://u:MARKER@127.0.0.1:9"}, "no_proxy=10.0.0.9$"),
+    ],
+)
+def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch, variables, said):
+    monkeypatch.setattr(submit, "_ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it never answers
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value.format(silent=server.getsockname()[1]))
+        with pytest.raises(EnvironmentProblem, match=f"there is no Ray cluster at (.|\n)*{said}") as caught:
+            send(prepare(["doctor"], tmp_path))
+    assert "MARKER" not in str(caught.value)

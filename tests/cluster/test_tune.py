@@ -12,12 +12,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from ray_runs import RAY_NOISE, Run, assert_gone, bytes_of, epochs_of, is_ray_process, until
+from ray_runs import RAY_NOISE, SWEEP, Run, assert_gone, bytes_of, epochs_of, is_ray_process, until
 
 from densenet_dist.cluster.sweep import tune
+from densenet_dist.cluster.trial import TrialPlan, _Work
 from densenet_dist.cluster.tune_events import Ending
 from densenet_dist.config import load_config
-from densenet_dist.errors import StorageError
+from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.train.evaluation import evaluate
@@ -159,6 +161,17 @@ def test_trials_that_run_out_of_memory(start_sweep, monkeypatch):
         assert trial["cause"].startswith("out of memory: the node had none left")
         assert trial["cause"] in re.sub(r"\s+", " ", run.text())
     assert "no trial of" in run.text()
+
+
+def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its_start(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    sweep = load_sweep(tmp_path / "sweep.yaml", f"storage={tmp_path}", "data.name=folder", "data.val_fraction=0")
+    run = RunFolder(sweep.folder, "trial-000")
+    work = _Work(sweep.config(run.name, {}), run, TrialPlan(sweep, {}, 1, False, None))
+    assert not work._heard({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
+    kind, error = work._news.get(timeout=0)
+    assert (kind, type(error)) == ("error", ConfigError)
+    assert "metric: val/top1 needs validation images" in str(error)
 
 
 def test_hours_of_the_clock():

@@ -73,13 +73,15 @@ class TestNotThere:
         for place in ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "test_batch.bin", "data.root="):
             assert place in str(caught.value)
         assert list(tmp_path.iterdir()) == []
-        with pytest.raises(DataError, match=r"nowhere does not exist; run `densenet-dist data prepare cifar10`"):
+        with pytest.raises(DataError, match=r"nowhere does not exist; run `densenet-dist data prepare cifar10 --root"):
             load(tmp_path / "nowhere")
 
     def test_names_what_is_there_instead(self, tmp_path: Path) -> None:
         (tmp_path / "cifar-10-batches-py").mkdir()
-        with pytest.raises(DataError, match="cifar-10-batches-py is the pickled version, which is never read"):
-            load(tmp_path)
+        said = "cifar-10-batches-py is the pickled version, which is never read: the binary version is needed"
+        for options in ({"download": False}, {"download": True, "url": (tmp_path / "no-network").as_uri()}):
+            with pytest.raises(DataError, match=said):
+                load_dataset("cifar10", tmp_path, **options)
         (tmp_path / "cifar-100-binary.tar.gz").touch()
         with pytest.raises(DataError, match=r"there is CIFAR-100 \(data\.name=cifar100\)"):
             load(tmp_path)

@@ -26,7 +26,6 @@ from densenet_dist.data import augment
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.loader import Batch
-from densenet_dist.errors import ConfigError
 
 MIXED = Augmentation("notebook", mixup=0.4, cutmix=1.0)
 EVERYTHING = Augmentation("notebook", trivial_augment=True, cutout=8, mixup=0.4, cutmix=1.0)
@@ -161,10 +160,6 @@ class TestTrainLoader:
             assert_same(evaluation, expected_evaluation)
         assert_same(found, expected)
         assert_same(found_other, expected_other)
-
-    def test_too_many_ranks_for_a_batch(self) -> None:
-        with pytest.raises(ConfigError, match=r"a batch of 4 for 5 ranks.*at least 40"):
-            train_loader("torch", numbered(36), batch=32, world_size=5)
 
 
 class TestMixing:

@@ -102,6 +102,10 @@ def test_combinations_that_cannot_work(problems):
     assert found[1].startswith("  model.num_layers: images of 32x32 are too small for 7 blocks")
     found = problems("workers: 3\nspace: {train.global_batch_size: [2, 64]}")
     assert "cluster.workers: 3 workers cannot share train.global_batch_size=2" in found[1]
+    model = "settings: {data.name: cifar10, model.variant: densenet121}"
+    found = problems(f"workers: 8\nspace: {{train.global_batch_size: [64, 65]}}\n{model}")
+    assert found[0] == "space: some combinations cannot work, such as train.global_batch_size=64"
+    assert "45,000 training images in batches of 64 leave a batch of 8, too few for world size 8 and" in found[1]
 
 
 def test_settings_go_where_they_belong(load):

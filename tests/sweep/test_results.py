@@ -35,7 +35,7 @@ def sweep(tmp_path: Path) -> Sweep:
     (tmp_path / "mine.yaml").write_text(
         "settings: {train: {epochs: 3}}\nspace: {train.lr: {loguniform: [0.01, 1]}, model.num_layers: [[1, 1], [2, 2]]}"
     )
-    return load_sweep(tmp_path / "mine.yaml", f"storage={tmp_path}")
+    return load_sweep(tmp_path / "mine.yaml", f"storage={tmp_path}/what?")
 
 
 @pytest.fixture

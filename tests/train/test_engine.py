@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from runs import job_of, notes_of, records, run_of, tiny, train, weights_of
 from torch import nn
 
-from densenet_dist.errors import TrainingError
+from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Position
@@ -19,7 +20,7 @@ from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
 from densenet_dist.train.evaluation import evaluate
 from densenet_dist.train.job import Job
-from densenet_dist.train.network import build_model
+from densenet_dist.train.network import build_model, check_batches
 
 
 def state(job: Job) -> dict[str, torch.Tensor]:
@@ -86,6 +87,40 @@ def test_a_step_in_parts_is_the_step_as_a_whole(tmp_path, parts):
     assert_close(state(in_parts), state(whole), 2e-6)
     torch.testing.assert_close(in_parts.metrics.sums, whole.metrics.sums, rtol=1e-5, atol=0)
     assert in_parts.position == whole.position
+
+
+ONE_PIXEL = ("model.variant=densenet", "model.num_layers=[1, 1, 1, 1, 1, 1]")  # 32 pixels, halved five times
+
+
+DENSENET121 = ("model.variant=densenet121", "model.num_layers=[6, 12, 24, 16]", "train.global_batch_size=64")
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "settings", "ways"),
+    [
+        (45_000, 8, DENSENET121, ["batch_size=65", "sync_bn=true"]),
+        (9, 1, [*ONE_PIXEL, "train.global_batch_size=8", "train.sync_bn=true"], ["batch_size=9"]),
+        (48, 2, [*ONE_PIXEL, "train.grad_accum_steps=5"], ["batch_size=20"]),
+        (36, 5, ["train.global_batch_size=32"], ["batch_size=33"]),  # of any model: a rank without images
+        (1, 1, ONE_PIXEL, []),
+    ],
+)
+def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, images, ranks, settings, ways):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size: .* leave a batch of") as caught:
+        check_batches(tiny(tmp_path, *settings), images, [ranks])
+    offered = re.findall(r"train\.\S+=[^\s,]+", str(caught.value).splitlines()[1])
+    assert [way.removeprefix("train.").removeprefix("global_") for way in offered] == ways
+    for way in offered:
+        check_batches(tiny(tmp_path, *settings, way), images, [ranks])
+
+
+def test_a_model_that_ends_in_one_pixel_trains_where_no_batch_has_one_image(tmp_path):
+    config = [*ONE_PIXEL, "data.limit=10", "train.epochs=1", "train.global_batch_size=8"]
+    with pytest.raises(
+        ConfigError, match="9 training images in batches of 8 leave a batch of 1, too few for world size 1 "
+    ):
+        job_of(tiny(tmp_path, *config))
+    assert train(tiny(tmp_path, *config, "train.global_batch_size=9"))["global_step"] == 1
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
     ]
     found = prepare_evaluation(run_of(config), split="train")
     assert np.bincount(found.split.labels[found.indices]).tolist() == [1, 2, 19]
+
+
+def test_validation_images_may_be_a_folder_of_their_own(photos, tmp_path):
+    config = tiny(tmp_path, *settings(photos, "data.val_fraction=0", "train.early_stopping.enabled=true"))
+    with pytest.raises(ConfigError, match=r"val_fraction: 0 leaves nothing .*train\.early_stopping.*\n.* a folder val"):
+        job_of(config)
+    for name in ("train", "test", "val"):
+        shutil.copytree(photos, tmp_path / "parts" / name)
+    assert job_of(replace(config, data=replace(config.data, root=str(tmp_path / "parts")))).num_images[1] == 72
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
