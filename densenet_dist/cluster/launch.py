@@ -192,7 +192,7 @@ def prepare_data(config: Config) -> None:
     from densenet_dist.data.datasets import prepare_dataset, publish_dataset
 
     data = config.data
-    joined = _joins(config)
+    joined = config.cluster.engine == "ray" and address_of(config.cluster)[0] is not None
     if joined and is_uri(data.root):
         publish_dataset(data.name, data.root, download=data.download, url=data.url)
         return
@@ -201,11 +201,6 @@ def prepare_data(config: Config) -> None:
     except (DataError, StorageError):
         if not joined:
             raise
-
-
-def _joins(config: Config) -> bool:
-    """Whether it runs on a cluster that others have started."""
-    return config.cluster.engine == "ray" and address_of(config.cluster)[0] is not None
 
 
 def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | None) -> dict[str, Any]:
