@@ -100,7 +100,7 @@ DENSENET121 = ("model.variant=densenet121", "model.num_layers=[6, 12, 24, 16]", 
     [
         (45_000, 8, DENSENET121, ["batch_size=65", "sync_bn=true"]),
         (9, 1, [*ONE_PIXEL, "train.global_batch_size=8", "train.sync_bn=true"], ["batch_size=9"]),
-        (48, 2, [*ONE_PIXEL, "train.grad_accum_steps=5"], ["batch_size=20"]),
+        (48, 2, [*ONE_PIXEL, "train.grad_accum_steps=5"], ["batch_size=23", "sync_bn=true"]),
         (36, 5, ["train.global_batch_size=32"], ["batch_size=33"]),  # of any model: a rank without images
         (1, 1, ONE_PIXEL, []),
     ],
