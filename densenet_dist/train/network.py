@@ -67,7 +67,8 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
         raise ConfigError(
             f"train.global_batch_size: {num_images:,} training images in batches of {size} leave a batch of "
             f"{BatchPlan(num_images, size).smallest}, too few for world size {ranks} and train.grad_accum_steps="
-            f"{train.grad_accum_steps}{reason}\n  use {' or '.join(ways)}, fewer workers or a lower train.grad_accum_steps"
+            f"{train.grad_accum_steps}{reason}\n"
+            f"  use {' or '.join(ways)}, fewer workers or a lower train.grad_accum_steps"
         )
 
 
