@@ -1,7 +1,8 @@
 """DenseNet: one class for the notebook's net, the paper's (Huang et al. 2017, arXiv:1608.06993) and torchvision's."""
 
+import re
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.model.architecture import Architecture, Init
 from densenet_dist.model.dense_block import DenseBlock, NormFactory
 from densenet_dist.model.fused_block import FusedDenseBlock
+
+_WRAPPERS: Final = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
+_OLD_NAMES: Final = re.compile(r"(?<=\.)(norm|conv)\.([12]\.)")
 
 
 class DenseNet(nn.Module):
@@ -53,6 +57,15 @@ class DenseNet(nn.Module):
         x = F.avg_pool2d(x, 2) if self.architecture.head == "pool2" else F.adaptive_avg_pool2d(x, 1)
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # Also take the names in torchvision's published files (norm.1 for norm1), and those that DataParallel, DDP and
+        # torch.compile make (module., _orig_mod.). `load_state_dict` passes a copy.
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            renamed = prefix + _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name.removeprefix(prefix)))
+            if renamed not in state_dict:
+                state_dict[renamed] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class Features(nn.Sequential):

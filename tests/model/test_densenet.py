@@ -1,5 +1,6 @@
 """The whole net: against its definition and torchvision, its names, its first weights, and the ways it is run."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -82,14 +83,33 @@ def test_logits_and_gradients_equal_the_definition(variant: str, blocks: int, ep
         torch.testing.assert_close(p.grad, params[name].grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("variant", ["densenet121", "densenet161"])
-def test_torchvision_weights_give_torchvision_logits(variant: str) -> None:
+def published(net: nn.Module) -> dict[str, Tensor]:
+    """Name weights as in torchvision's published files, which torch 0.3 wrote."""
+    weights = {re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", name): w for name, w in net.state_dict().items()}
+    return {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    ("variant", "written"),
+    [
+        ("densenet161", nn.Module.state_dict),
+        ("densenet121", published),
+        ("densenet121", lambda net: nn.DataParallel(net).state_dict()),
+        ("densenet121", lambda net: torch.compile(nn.DataParallel(net)).state_dict()),
+    ],
+    ids=["as is", "published", "DataParallel", "compiled"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # Inductor's own use
+def test_torchvision_weights_give_torchvision_logits(variant: str, written: Callable[..., dict[str, Tensor]]) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(variant, weights=None, num_classes=10)
     with torch.no_grad():
         theirs.train()(images(64) * 2 + 1)  # Running statistics that are not 0 and 1.
     ours = densenet(variant, num_classes=10, image_size=64)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    weights = written(theirs)
+    names = list(weights)
+    ours.load_state_dict(weights, strict=True)
+    assert list(weights) == names
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
     x = images(64)
@@ -97,6 +117,8 @@ def test_torchvision_weights_give_torchvision_logits(variant: str) -> None:
         expected, logits = theirs.eval()(x), ours.eval()(x)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ours.load_state_dict({**weights, "module.classifier.weights": torch.zeros(1)})
 
 
 def test_names_of_the_state() -> None:
