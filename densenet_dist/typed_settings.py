@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -47,7 +48,7 @@ class Settings(Generic[T]):
         """
         try:
             # JSON's strict mode takes lists for tuples and mappings for groups, and nothing else for something else.
-            settings = self.adapter.validate_json(json.dumps(values, default=str))
+            settings = self.adapter.validate_json(json.dumps(values, default=lambda path: str(PurePath(path))))
         except ValidationError as error:
             raise ConfigError(self._problems(error)) from None
         except (ValueError, TypeError, RecursionError) as error:
@@ -102,7 +103,10 @@ class Settings(Generic[T]):
             return f"{_dotted(path)}: holds {shown}, but is a group of settings: {', '.join(group)}"
         first, *others = dict.fromkeys(item["msg"] for item in items)
         wanted = " or ".join([first, *(message.removeprefix("Input should be ") for message in others)])
-        return f"{_dotted(path)}: {wanted}; got {shown}"
+        key = _dotted(path)
+        if kind == "string_type" and isinstance(value, (bool, int, float)):
+            shown += f'; put text in quotes: {key}: "..." in a file, {key}=\'"..."\' on the command line'
+        return f"{key}: {wanted}; got {shown}"
 
     def _unknown(self, path: _Path) -> str:
         *group, key = (str(part) for part in path)

@@ -17,18 +17,27 @@ from densenet_dist.errors import ConfigError
 
 _MOST_VALUES: Final = 10_000
 _DEEPEST: Final = 40
+_TAG: Final = "tag:yaml.org,2002:"
+_INT: Final = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
+_FLOAT: Final = re.compile(r"[-+]?((\.[0-9]|[0-9][0-9_]*\.?)[0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses duplicate keys, characters that no text has and what aliases blow up, and reads
-    1e-3 as a number, as YAML 1.2 does."""
+    """`yaml.SafeLoader` that reads numbers as YAML 1.2 does: 010 is 10, 1e-3 is a number, 1:30 and 2026-01-01 are text.
+
+    It refuses tags, duplicate keys, characters that no text has and what aliases blow up.
+    """
 
     composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         self.composed += 1
         if self.composed > _MOST_VALUES:  # before all of a large file is read, which takes a minute
             raise yaml.composer.ComposerError(None, None, f"it holds more than {_MOST_VALUES} values", None)
+        if tag := getattr(event, "tag", None):
+            what = f"the tag {tag.replace(_TAG, '!!')} cannot be used; put text in quotes"
+            raise yaml.composer.ComposerError(None, None, what, event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_document(self, node: yaml.Node) -> Any:
@@ -47,40 +56,36 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # a list under the tag !!map
+        for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands here a second time", key.start_mark
-                )
+                what = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[:2] in ("0b", "0x") else 10)
+
 
 class _Dumper(yaml.SafeDumper):
-    """`yaml.SafeDumper` that quotes every text which `_Loader` would read as something else."""
+    """`yaml.SafeDumper` that quotes every text which `_Loader` or another YAML reader would read as something else."""
 
 
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}bool", f"{_TAG}merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-        list("-+.0123456789"),
-    )
+    _kind.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+    _kind.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
 
 
 def _parsed(text: str) -> Any:
-    """Plain values of YAML.
-
-    Raises:
-        yaml.YAMLError: it is none, or more than plain values.
-        ValueError, RecursionError: a date or a number that cannot be, or far too many brackets.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # PyYAML's own, such as of !!int ''
-        raise yaml.YAMLError(f"a value is not what its tag (!!...) says: {error}") from error
+    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
 
 
 def _extent(node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
@@ -104,13 +109,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _parsed(path.read_text(encoding="utf-8"))
         values = nest(values) if isinstance(values, dict) else values
+    except ConfigError as error:
+        raise ConfigError(f"the config file {path}: {error}") from None
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}{_similar_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the config file {path} is not valid YAML: {error}") from None
-    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
         raise ConfigError(f"the config file {path} cannot be understood: {error}") from None
     if values is None:
         return {}
@@ -152,25 +159,31 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as levels: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
+def nest(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys as levels: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``; `prefix` is for errors.
+
+    Raises:
+        ConfigError: a key is given twice, dotted and nested, or has too many parts.
+    """
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = str(key).split(".")
         if len(parents) > _DEEPEST:
             raise ConfigError(f"the key {str(key)[:40]}... has {len(parents) + 1} parts; no setting lies so deep")
-        layer: dict[str, Any] = {last: nest(value) if isinstance(value, Mapping) else value}
+        layer: dict[str, Any] = {last: nest(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value}
         for parent in reversed(parents):
             layer = {parent: layer}
-        merge(nested, layer)
+        merge(nested, layer, once=prefix)
     return nested
 
 
-def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Lay nested values over others, in place."""
+def merge(into: dict[str, Any], layer: Mapping[str, Any], *, once: str | None = None) -> None:
+    """Lay nested values over others, in place; with `once`, the prefix of their keys, refuse to replace any."""
     for key, value in layer.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            merge(into[key], value)
+            merge(into[key], value, once=None if once is None else f"{once}{key}.")
+        elif once is not None and key in into:
+            raise ConfigError(f"the key {once + key!r} is given twice; dotted and nested keys name the same setting")
         else:
             into[key] = copy.deepcopy(value)
 

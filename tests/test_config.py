@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
@@ -56,6 +57,8 @@ def test_keys_may_be_nested_or_dotted(tmp_path):
         ("model.num_layers=[2, 3]", "model.num_layers", (2, 3)),
         ("cluster.workers={min: 1, max: 4}", "cluster.workers", WorkerRange(1, 4)),
         ("data.root=/a=b", "data.root", "/a=b"),
+        ("seed=010", "seed", 10),
+        ("data.root=2026-01-01T10:00:00Z", "data.root", "2026-01-01T10:00:00Z"),
     ],
 )
 def test_values_are_read_as_yaml_and_keep_their_types(text, key, value):
@@ -85,6 +88,7 @@ def test_the_name_is_the_one_given_or_the_last_files(tmp_path, monkeypatch):
         [],
         ["train.lr=1", "train.optimizer.eps=1e-12", "model.num_layers=[2,3]", "checkpoint.every_steps=5"],
         ["name=1-e5", "data.root='null'", "storage='1e-3'"],
+        ["name='09'", "data.root='1:30'", "storage='2026-01-01'"],
     ],
 )
 def test_the_yaml_reads_back_to_an_equal_configuration(tmp_path, sources):
@@ -93,6 +97,7 @@ def test_the_yaml_reads_back_to_an_equal_configuration(tmp_path, sources):
     again = load_config(write(tmp_path / "x.yaml", text))
     assert again == config
     assert to_yaml(again) == text
+    assert yaml.safe_load(text) == to_dict(config), "other programs read it, too"
     assert load_config(to_dict(config)) == config
     assert load_config(flatten(to_dict(config))) == config
 
@@ -106,6 +111,10 @@ def test_the_yaml_reads_back_to_an_equal_configuration(tmp_path, sources):
         ("train.lr=fast", "train.lr: Input should be a valid number; got 'fast' (str)"),
         ("train.lr=0", "train.lr: Input should be greater than 0; got 0 (int)"),
         ("train.lr=.nan", "train.lr: Input should be a finite number; got nan (float)"),
+        ("train.epochs=1:30", "train.epochs: Input should be a valid integer; got '1:30' (str)"),
+        ("name=7", 'name: Input should be a valid string; got 7 (int); put text in quotes: name: "..." in a file, '),
+        ("data.root=no", "data.root: Input should be a valid string; got False (bool); put text in quotes"),
+        ("train={optimizer.name: sgd, optimizer: {name: adam}}", "the key 'train.optimizer.name' is given twice"),
         ("train.epochs=2.0", "train.epochs: Input should be a valid integer; got 2.0 (float)"),
         ("data.name=mnist", "data.name: Input should be 'shapes', 'cifar10', 'cifar100' or 'folder'; got 'mnist'"),
         ("cluster.workers=two", "cluster.workers: Input should be a valid integer or an object or 'auto'; got 'two'"),
@@ -157,7 +166,12 @@ def test_settings_that_are_not_used_are_not_held_against_others():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("train: {lr: 1, lr: 2}", "'lr' stands here a second time"),
+        ("train: {lr: 1, lr: 2}", "the key 'lr' is given twice"),
+        ("train.lr: 0.1\ntrain: {lr: 0.2}", "the key 'train.lr' is given twice"),
+        ("train: {lr: 0.1}\ntrain.lr: 0.2", "the key 'train.lr' is given twice"),
+        ("train.lr: 0.1\ntrain: ", "the key 'train' is given twice"),
+        ("data: {root: !!binary aGk=}", "the tag !!binary cannot be used; put text in quotes"),
+        ("data: {root: !!set {a, b}}", "the tag !!set cannot be used"),
         ("? [a, b]\n: 1", "a key must be a single word"),
         ("- train", "holds a list; it must hold keys and values"),
         ("name: !!python/object/apply:os.system ['touch ran']", "is not valid YAML"),
