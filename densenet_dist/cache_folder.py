@@ -10,12 +10,14 @@ CACHE_ENV = "DENSENET_DIST_CACHE"
 
 
 def cache_folder() -> Path:
-    """``$DENSENET_DIST_CACHE``, else ``densenet_dist`` under ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist.
+    """Return ``$DENSENET_DIST_CACHE``, else ``densenet_dist`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    What lies there may be deleted whenever nothing runs.
+    A missing one is made, for this user alone, if possible. What lies there may be deleted whenever nothing runs.
     """
     own, base = os.environ.get(CACHE_ENV), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own).expanduser() if own else Path(base or Path.home() / ".cache") / "densenet_dist"
+    with suppress(OSError):  # whoever writes there will say so
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder.absolute()
 
 

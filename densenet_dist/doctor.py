@@ -119,6 +119,7 @@ def _block(config: Config) -> Finding:
     device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
     if (reason := unavailable(device)) is not None:
         hint = "install a C++ compiler (Debian: apt install g++)" if device == "cpu" else "install Triton: make setup"
+        hint = "" if "chmod" in reason else hint
         return Finding("note", f"{reason}; the reference form of the dense block is used", hint)
     return Finding("ok", "kernels in Triton" if device == "cuda" else "kernels in C++, built for this CPU")
 

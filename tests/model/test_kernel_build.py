@@ -1,8 +1,9 @@
 """Building the passes for CPUs: what is kept, what is said where it cannot be done, and what happens then."""
 
+import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +20,13 @@ Script = Callable[[str], str]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no compiler named."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, no compiler named, and a umask that protects nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    return tmp_path / "cache" / "densenet_dist"
+    umask = os.umask(0)
+    yield tmp_path / "cache" / "densenet_dist"
+    os.umask(umask)
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_it_is_built_once(
 ) -> None:
     monkeypatch.setenv("CXX", script(f'exec {compiler()} "$@"') + " -O1 '-DNAME=two words'")  # options are allowed
     kept = cache / f"native-{build._fingerprint(build.compiler())}.so"
-    cache.mkdir(parents=True)
+    cache.mkdir(mode=0o700, parents=True)
     kept.write_bytes(b"\x7fELF, but no more")  # damaged, it is made anew
     first, second = load(), load()
     assert first.one() == second.one() == 1
@@ -146,6 +149,24 @@ def test_what_a_compiler_failed_at_is_said_in_one_line(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
     with pytest.raises(BuildError, match=r"^/proc/densenet_dist/native-.* cannot be written or loaded"):
+        load()
+
+
+OPEN = (lambda path: path.chmod(0o777), lambda path: path.chmod(0o770), lambda path: os.chown(path, 12345, -1))
+
+
+@pytest.mark.parametrize("open_to_others", OPEN if os.geteuid() == 0 else OPEN[:2])
+def test_a_cache_that_others_can_write_to_is_not_used(
+    open_to_others: Callable[[Path], None], cache: Path, source: Path
+) -> None:
+    library = Path(load()._name)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, library)] == [0o700, 0o700]
+    made = library.stat().st_ino
+    open_to_others(library)
+    assert load().one() == 1
+    assert library.stat().st_ino != made, "one that others could have written is made anew"
+    open_to_others(cache)
+    with pytest.raises(BuildError, match=f"other users can write to {cache}: chmod go-w it, or set DENSENET"):
         load()
 
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from densenet_dist.cache_folder import cache_folder
+from densenet_dist.cache_folder import CACHE_ENV, cache_folder
 from densenet_dist.errors import StorageError
 
 SOURCE: Final = Path(__file__).with_name("native.cpp")
@@ -40,7 +40,7 @@ def native_library() -> ctypes.CDLL:
     compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path; it gets `FLAGS`, then ``CXXFLAGS``.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler, it fails, or other users can write to the folder.
     """
     command = compiler()
     try:
@@ -48,13 +48,21 @@ def native_library() -> ctypes.CDLL:
     except StorageError as error:
         raise BuildError(str(error)) from error
     try:
-        if library.exists():
+        if not _is_own(library.parent):
+            raise BuildError(f"other users can write to {library.parent}: chmod go-w it, or set {CACHE_ENV}")
+        if library.exists() and _is_own(library):
             with suppress(OSError):  # damaged, or made for another C library
                 return ctypes.CDLL(str(library))
         _compile(command, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"{library} cannot be written or loaded: {error}") from error
+
+
+def _is_own(path: Path) -> bool:
+    """Whether only this user and root can write to it."""
+    found = path.stat()
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & 0o022
 
 
 def _words(variable: str) -> list[str]:
@@ -100,7 +108,6 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, "native.so")
         done = _run([*compiler, *flags(), str(SOURCE), "-o", str(made)])
@@ -108,6 +115,7 @@ def _compile(compiler: list[str], library: Path) -> None:
             said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
             first = next((line for line in said if "error" in line), said[0])
             raise BuildError(f"{' '.join(compiler)} cannot compile {SOURCE.name}: {first}")
+        made.chmod(0o700)
         made.rename(library)  # atomic: another process may be doing the same
 
 
