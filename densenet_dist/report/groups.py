@@ -14,10 +14,11 @@ from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten
 
 _NO_MATTER: Final = (
-    *("name", "storage", "seed", "cluster.", "checkpoint."),
-    *("data.root", "data.url", "data.download", "data.loader", "data.prefetch"),
+    *("name", "storage", "seed", "fault.", "log.", "checkpoint.every_steps", "checkpoint.keep"),
+    *("data.root", "data.url", "data.download", "data.prefetch"),
+    *("cluster.address", "cluster.max_failures", "cluster.timeout_s"),
 )
-"""Settings that do not make two runs different experiments, by how their keys begin."""
+"""Settings that change no figure of a run, by how their keys begin."""
 _LONGEST_LABEL: Final = 80
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +35,12 @@ def write_report(
     Beside the page of one run are curves.png and, with test results, confusion.png.
 
     Args:
-        runs: their folders, paths, URIs or names under ``runs/``.
+        runs: their folders, paths, URIs or names under ``runs/``; a run that is named twice, or a copy, counts once.
         out: the page's file; by default report.html, in the run's folder (on an object store too), or of several runs
             in the working directory.
         evaluate: evaluate the test set of a run without stored test results; that alone needs the data set.
         overrides: changes to the runs' configurations for the evaluation, such as ``data.root=...``.
-        notify: called with a message before a test set is evaluated.
+        notify: called with a message before a test set is evaluated, and where a run counts once.
 
     Returns:
         Where the page is: a path or a URI.
@@ -48,7 +49,13 @@ def write_report(
         ConfigError: the runs are of different data sets, or a configuration is wrong.
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
-    records = [read_run(run) for run in runs]
+    found: dict[tuple[str, str], RunRecord] = {}
+    for record in map(read_run, runs):
+        # Settings hold a run's name and place; its environment, when it was started.
+        found.setdefault((record.settings, json.dumps(record.environment)), record)
+    records = list(found.values())
+    if len(records) < len(runs):
+        notify(f"{len(runs) - len(records)} of the runs are named twice, or copies; each counts once")
     group(records)  # says what cannot be compared before anything is evaluated
     if evaluate:
         records = [_evaluated(record, overrides, notify) for record in records]

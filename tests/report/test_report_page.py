@@ -76,6 +76,7 @@ def test_a_run_ends_with_its_page(finished, page_of):
 
 @pytest.mark.nightly
 def test_pages_open_in_a_browser(finished, run, tmp_path, opened):
+    _change(run, "seed: 1", 0.0)
     write_report([finished, run], tmp_path / "compared.html")
     for page, titles in (
         (finished / "report.html", [*RECORDS, *TESTED, *SETUP]),
@@ -96,7 +97,8 @@ def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, comma
     assert "no checkpoint yet" in page.text
     assert (run / "report.html").read_bytes() != before
     assert command("report", "tiny", "--out", "x.html") == (0, "page: x.html\n", "")
-    assert command("report", "tiny", run) == (0, "page: report.html\n", "")
+    twice = "1 of the runs are named twice, or copies; each counts once\n"
+    assert command("report", "tiny", run) == (0, "page: report.html\n", twice)
     names = {path.name for path in run.parent.parent.glob("*.*")}
     assert names == {"x.html", "curves.png", "confusion.png", "report.html"}
     code, _, err = command("report", "nowhere")
@@ -148,7 +150,11 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     other = shutil.copytree(run, tmp_path / "runs" / "other")
     _change(other, "train.lr: 0.01")
     out = tmp_path / "compared.html"
-    assert write_report([*folders, other], out) == str(out)
+    link, copy = tmp_path / "link", shutil.copytree(run, tmp_path / "copy")
+    link.symlink_to(run)
+    said: list[str] = []
+    assert write_report([*folders, other, link, f"{other}/", copy], out, notify=said.append) == str(out)
+    assert said == ["3 of the runs are named twice, or copies; each counts once"]
     page = page_of(out)
     assert page.titles == ["Results", "Validation and training", "Runs", "Accuracy of each class"]
     assert page.needs_nothing_else()
