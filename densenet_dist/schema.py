@@ -18,8 +18,10 @@ STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, 
 Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Index: TypeAlias = Annotated[int, Field(ge=0)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
+Index: TypeAlias = Annotated[int, Field(ge=0, le=10**9)]
+Workers: TypeAlias = Annotated[int, Field(ge=1, le=100_000)]
+Seconds: TypeAlias = Annotated[float, Field(gt=0, le=1e9)]
 if TYPE_CHECKING:
     ScheduleName: TypeAlias = str
 else:
@@ -88,7 +90,7 @@ class DataConfig:
     cutmix: NonNegative = 0.0
     """alpha likewise, for a box of one image pasted into the other (1 in the paper); with both, half of the images get
     each; 0: off."""
-    image_size: Annotated[int, Field(ge=8)] | None = None
+    image_size: Annotated[int, Field(ge=8, le=10**9)] | None = None
     """folder: side in pixels of the square images that pictures are cut and resized to; null: 224."""
     on_bad_image: Literal["error", "skip"] = "error"
     """folder: whether pictures that cannot be read end the run, all of them named, or are left out. Either way,
@@ -99,7 +101,7 @@ class DataConfig:
     """standard: the set's own mean and standard deviation (folder: ImageNet's); unit: pixel / 255 and nothing else."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """What makes the batches, the same ones but for rounding; auto measures both when a run starts."""
-    prefetch: Count = 2
+    prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """Batches prepared ahead, except from images that lie on a GPU already."""
 
     @property
@@ -240,9 +242,9 @@ class CheckpointConfig:
 class WorkerRange:
     """As many workers as the cluster has room for."""
 
-    min: Count
+    min: Workers
     """Below that the run waits."""
-    max: Count
+    max: Workers
     """Never more than that."""
 
 
@@ -252,7 +254,7 @@ class ClusterConfig:
 
     engine: Literal["ray", "local"] = "ray"
     """ray: Ray Train; local: this process alone, or the ranks that torchrun started."""
-    workers: Count | WorkerRange | Literal["auto"] = "auto"
+    workers: Workers | WorkerRange | Literal["auto"] = "auto"
     """DDP workers; auto: one a GPU of the cluster, or two on CPUs; {min: 1, max: 4}: as many as there is room for,
     fewer when nodes are lost and more when they come, the same images in every step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -263,7 +265,7 @@ class ClusterConfig:
     """A running Ray cluster, as for ray.init; null: the one in RAY_ADDRESS, else one of this process' own."""
     max_failures: Index = 3
     """How often a run is restarted from its last checkpoint after a lost worker or node."""
-    timeout_s: Positive = 600.0
+    timeout_s: Seconds = 600.0
     """How long to wait for resources, and for a collective operation, before giving up."""
 
     @property
@@ -279,10 +281,10 @@ class ClusterConfig:
 class FaultConfig:
     """What is done when something goes wrong on a cluster."""
 
-    hang_timeout_s: Positive = 60.0
+    hang_timeout_s: Seconds = 60.0
     """A worker that sends no sign of life, or takes no step, for so long is ended and replaced; where steps are slow,
     ten times the longest one counts."""
-    grace_s: Positive = 15.0
+    grace_s: Seconds = 15.0
     """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills pods after 30 s."""
 
 

@@ -124,8 +124,8 @@ def bench_scaling(
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers above zero, as an option lists them."""
+    """Numbers from 1 to a million, as an option lists them."""
     for number in text.split(","):
-        if not number.strip().isdecimal() or int(number) == 0:
-            raise ConfigError(f"{option}: {number!r} is no number above zero; write them as 1,2,4")
+        if not number.strip().isdecimal() or not 1 <= int(number) <= 10**6:
+            raise ConfigError(f"{option}: {number!r} is no number from 1 to 1,000,000; write them as 1,2,4")
     return tuple(map(int, text.split(",")))

@@ -33,7 +33,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders of them, or patterns.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to give for each picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a picture, a line each.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the net sees at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures that the net sees at a time.")] = 64,
     tta: Annotated[bool, typer.Option("--tta", help="Mean with the mirror image: slower, a little better.")] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one.")] = "auto",
     checkpoint: Checkpoint = "best",

@@ -59,12 +59,13 @@ class Workers:
             What each rank returned, by rank.
 
         Raises:
-            EnvironmentProblem: there are fewer GPUs than workers, or a worker was lost.
+            EnvironmentProblem: there are far fewer cores, or fewer GPUs, than workers, or a worker was lost.
             DenseNetDistError: what a worker raised on purpose.
         """
-        if self.on_gpus and workers > self.room:
+        cpus, gpus = (self.available.get(name, 0.0) for name in ("CPU", "GPU"))
+        if workers > (gpus if self.on_gpus else 16 * cpus) or self._cores > cpus:
             raise EnvironmentProblem(
-                f"{workers} workers need {workers} GPUs, the cluster has {self.room}\n"
+                f"{workers} workers of {self._cores} CPUs are too many: there are {cpus:g} CPUs, {gpus:g} GPUs\n"
                 "  ask for fewer, or join a larger cluster with cluster.address"
             )
         failure, results = self._fit(workers, {"work": work, "arguments": arguments, "threads": self._cores})

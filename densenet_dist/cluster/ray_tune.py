@@ -146,14 +146,16 @@ def _points(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:
     before = [trial.overrides for trial in recorded]
     if settings.search.name == "optuna":
         return before
-    if settings.scheduler.name == "pbt" and before:
-        drawn: list[dict[str, Any]] = list(before)  # their settings have changed on the way
-    elif settings.search.name == "grid":
+    if settings.search.name == "grid":
         drawn = list(spaces.grid(sweep.space))
     else:
         drawn = spaces.samples(sweep.space, random.Random(settings.search.seed), sweep.trials)
-    new = [point for point in drawn if point not in before]
-    return before + new[: max(0, sweep.trials - len(before))]
+    if settings.scheduler.name == "pbt":  # settings have changed on the way
+        return before + drawn[len(before) :]
+    for point in before:
+        if point in drawn:
+            drawn.remove(point)
+    return before + drawn[: max(0, sweep.trials - len(before))]
 
 
 def _first_values(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

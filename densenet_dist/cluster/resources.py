@@ -166,7 +166,12 @@ def share_of_cores(workers: int) -> int:
 
 
 def local_threads(config: ClusterConfig, processes: int = 1) -> int:
-    """Torch threads for one of `processes` processes on this machine."""
-    if config.cpus_per_worker != "auto":
-        return config.cpus_per_worker
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    """Torch threads for one of `processes` processes on this machine.
+
+    Raises:
+        EnvironmentProblem: the machine has not as many cores as ``cluster.cpus_per_worker`` asks for.
+    """
+    cores, threads = len(os.sched_getaffinity(0)), config.cpus_per_worker
+    if threads != "auto" and threads > cores:
+        raise EnvironmentProblem(f"cluster.cpus_per_worker: {threads} are too many, this machine has {cores} cores")
+    return max(1, cores // processes) if threads == "auto" else threads

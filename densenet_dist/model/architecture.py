@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
+_MOST_PARAMETERS: Final = 10**10
+"""With gradients and momentum they take 112 GiB."""
 # What they mean: see `Architecture`.
 Stem = Literal["cifar", "imagenet"]
 CompressionOf = Literal["channels", "growth_rate"]
@@ -76,6 +78,22 @@ class Architecture:
         positions = (self.block_sides()[-1] // 2) ** 2 if self.head == "pool2" else 1
         return self.block_widths()[-1][1] * positions
 
+    def parameters(self) -> int:
+        """Count the trainable parameters."""
+        widths, k = self.block_widths(), self.growth_rate
+        area, norm = (7 * 7, 2) if self.stem == "imagenet" else (3 * 3, 0)
+        total = self.stem_channels * (self.in_channels * area + norm)
+        narrow = (self.bn_size or 0) * k
+        for (entering, _), layers in zip(widths, self.num_layers, strict=True):
+            read = layers * entering + k * layers * (layers - 1) // 2  # by all layers together
+            total += read * (2 + (narrow or 9 * k)) + layers * narrow * (2 + 9 * k)
+        total += sum(leaving * (2 + entering) for (_, leaving), (entering, _) in pairwise(widths))
+        return total + 2 * widths[-1][1] + (self.head_features() + 1) * self.num_classes
+
+    def block_values(self) -> list[int]:
+        """Count the values of all maps that an image has in each block."""
+        return [leaving * side**2 for (_, leaving), side in zip(self.block_widths(), self.block_sides(), strict=True)]
+
     def problems(self) -> list[str]:
         """List everything that keeps this net from being built, one line each with the key, the reason and a remedy.
 
@@ -84,7 +102,7 @@ class Architecture:
         """
         found = [*self._value_problems(), *self._choice_problems()]
         # Widths and sides mean nothing before the values they are computed from do.
-        return found or [*self._width_problems(), *self._side_problems()]
+        return found or [*self._width_problems(), *self._side_problems(), *self._size_problems()]
 
     def _value_problems(self) -> Iterator[str]:
         for key in ("growth_rate", "num_classes", "stem_channels", "image_size", "in_channels"):
@@ -97,17 +115,14 @@ class Architecture:
             )
         if self.bn_size is not None and self.bn_size < 1:
             yield f"model.bn_size: {self.bn_size} is too small; it must be at least 1 (4 in the paper), or none"
-        if not 0 < self.compression <= 1:
-            yield (
-                f"model.compression: {self.compression} is out of range; it must be more than 0 and at most 1 "
-                "(0.5 in DenseNet-BC)"
-            )
-        if not 0 <= self.drop_rate < 1:
-            yield f"model.drop_rate: {self.drop_rate} is out of range; it must be at least 0 and less than 1"
-        if not 0 <= self.norm_momentum <= 1:
-            yield f"model.norm_momentum: {self.norm_momentum} is out of range; it must be from 0 to 1"
-        if not self.norm_eps > 0:
-            yield f"model.norm_eps: {self.norm_eps} is out of range; it must be more than 0"
+        for key, fits, wanted in (
+            ("compression", 0 < self.compression <= 1, "more than 0 and at most 1 (0.5 in DenseNet-BC)"),
+            ("drop_rate", 0 <= self.drop_rate < 1, "at least 0 and less than 1"),
+            ("norm_momentum", 0 <= self.norm_momentum <= 1, "from 0 to 1"),
+            ("norm_eps", self.norm_eps > 0, "more than 0"),
+        ):
+            if not fits:
+                yield f"model.{key}: {getattr(self, key)} is out of range; it must be {wanted}"
 
     def _choice_problems(self) -> Iterator[str]:
         kinds = {"stem": Stem, "compression_of": CompressionOf, "head": Head, "init": Init, "block": BlockForm}
@@ -142,6 +157,13 @@ class Architecture:
             f"{sides[-1]}x{sides[-1]} would remain in the last one, which needs {smallest}x{smallest}; "
             f"{fewer}images of at least {needed}x{needed}"
         )
+
+    def _size_problems(self) -> Iterator[str]:
+        if (parameters := self.parameters()) > _MOST_PARAMETERS:
+            yield (
+                f"model.num_layers, model.growth_rate: {parameters:,} parameters ({parameters // 2**28:,} GiB) are too "
+                f"many; lower them to {_MOST_PARAMETERS:,} parameters or fewer"
+            )
 
 
 def _blocks(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from densenet_dist.schema import STRICT, Count, Index, Positive
+from densenet_dist.schema import STRICT, Count, Index, Positive, Workers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -20,7 +20,7 @@ class SchedulerConfig:
     median of the others; pbt: population based training (Jaderberg et al. 2017, arXiv:1711.09846)."""
     grace_epochs: Count = 1
     """asha, median: epochs that every trial gets."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    reduction_factor: Annotated[int, Field(ge=2, le=10**9)] = 3
     """asha: one of so many goes on from each rung; rungs are this factor apart in epochs."""
     min_trials: Count = 3
     """median: how many must have come as far before any is stopped."""
@@ -58,7 +58,7 @@ class SweepConfig:
     """What is best, at a trial's best epoch."""
     mode: Literal["auto", "max", "min"] = "auto"
     """max or min; auto: the lowest loss, the highest accuracy."""
-    trials: Count | None = None
+    trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """How many; null: 16, or all of a grid."""
     max_hours: Positive | None = None
     """The sweep ends after this time, whatever is running then is stopped; null: no limit."""
@@ -66,7 +66,7 @@ class SweepConfig:
     """The same for GPU hours of all trials together (of CPU workers on a cluster without GPUs)."""
     concurrent: Count | Literal["auto"] = "auto"
     """Most trials at a time; auto: as many as the cluster has room for."""
-    workers: Count = 1
+    workers: Workers = 1
     """DDP workers a trial; one trains in the trial's own process, more are started by Ray Train."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """auto: one where the cluster has GPUs; a fraction lets trials of one worker share a GPU; 0: train on CPUs."""

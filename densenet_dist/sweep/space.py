@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -37,9 +37,9 @@ class Choice:
         """How many values there are."""
         return len(self.values)
 
-    def every(self) -> list[Value] | None:
-        """All values, for a grid."""
-        return list(self.values)
+    def at(self, i: int) -> Value:
+        """One value of a grid."""
+        return self.values[i]
 
     def has(self, value: Value) -> bool:
         """Whether it is one of the values."""
@@ -74,20 +74,16 @@ class Range:
 
     def sample(self, rng: random.Random) -> Number:
         """A value, uniformly (in its logarithm where `log`)."""
-        if self.count is not None:
-            return self._at(rng.randrange(self.count))
-        if self.integer:
-            drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1)))
-            return min(int(drawn), int(self.high))
         if self.log:
-            return min(max(math.exp(rng.uniform(math.log(self.low), math.log(self.high))), self.low), self.high)
-        return rng.uniform(self.low, self.high)
+            drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + self.integer)))
+            return self.clip(int(drawn) if self.integer else drawn)
+        return rng.uniform(self.low, self.high) if self.count is None else self.at(rng.randrange(self.count))
 
     def clip(self, value: Number) -> Number:
         """The nearest value of the range."""
         value = min(max(value, self.low), self.high)
         if self.count is not None:
-            return self._at(min(round((value - self.low) / (self.step or 1)), self.count - 1))
+            return self.at(min(round((value - self.low) / (self.step or 1)), self.count - 1))
         return round(value) if self.integer else value
 
     def has(self, value: Value) -> bool:
@@ -106,20 +102,17 @@ class Range:
     @property
     def ends(self) -> tuple[Number, ...]:
         """The lowest and the highest."""
-        return (self.low, self.high if self.count is None else self._at(self.count - 1))
+        return (self.low, self.high if self.count is None else self.at(self.count - 1))
 
     @property
     def count(self) -> int | None:
         """How many values there are; None where there are too many to name."""
         if self.step is not None:
             return math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return int(self.high) - int(self.low) + 1 if self.integer and not self.log else None
+        return int(self.high) - int(self.low) + 1 if self.integer else None
 
-    def every(self) -> list[Number] | None:
-        """All values, for a grid; None where there are too many to name."""
-        return None if self.count is None else [self._at(i) for i in range(self.count)]
-
-    def _at(self, i: int) -> Number:
+    def at(self, i: int) -> Number:
+        """One value of a grid."""
         value = self.low + i * (self.step or 1)
         return value if self.integer else float(f"{value:.12g}")
 
@@ -159,10 +152,9 @@ def _read_choice(value: Mapping[str, Any]) -> Choice:
         raise ConfigError(f"choice needs a list of at least one value, not {_shown(values)}")
     if "step" in value:
         raise ConfigError("a choice has no step")
-    shown = [json.dumps(item, sort_keys=True, default=str) for item in values]
-    twice = next((text for text in shown if shown.count(text) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"the choice {twice} stands there twice")
+    for number, item in enumerate(values):
+        if item in values[:number]:
+            raise ConfigError(f"the choice {_shown(item)} is given twice")
     return Choice(tuple(values))
 
 
@@ -172,24 +164,16 @@ def _read_range(kind: str, ends: Any, step: Any) -> Range:
     if not isinstance(ends, list) or len(ends) != 2 or not all(type(end) in allowed for end in ends):
         raise ConfigError(f"{kind} needs [low, high] in {'whole ' * integer}numbers, not {_shown(ends)}")
     low, high = ends
-    if not _is_finite(lambda: float(high) - float(low)) or low >= high:
+    if not -1e300 < low < high < 1e300:  # integers may be larger than any float
         raise ConfigError(f"{kind} needs a low end below its high end, not {_shown(ends)}")
     if log and low <= 0:
         raise ConfigError(f"{kind} needs a low end above 0, not {low:g}")
-    if step is not None and (
-        log or type(step) not in allowed or not 0 < step <= high - low or not _is_finite(lambda: (high - low) / step)
-    ):
+    finest = 0 if integer else 1e-11 * max(abs(low), abs(high))  # values have 12 digits, and must differ
+    if step is not None and (log or type(step) not in allowed or not finest < step <= high - low):
         raise ConfigError(f"a step (uniform, integer) must be above 0 and fit into {_shown(ends)}, not {_shown(step)}")
     if not integer:
         low, high = float(low), float(high)
     return Range(low, high, integer, log, step)
-
-
-def _is_finite(compute: Callable[[], float]) -> bool:
-    try:
-        return math.isfinite(compute())
-    except OverflowError:  # of an integer beyond all floating-point numbers
-        return False
 
 
 def size(space: Space) -> int | None:
@@ -200,9 +184,8 @@ def size(space: Space) -> int | None:
 
 def grid(space: Space) -> Iterator[dict[str, Value]]:
     """Every combination, the last key varying fastest."""
-    every: Sequence[list[Value]] = [domain.every() or [] for domain in space.values()]
-    for values in itertools.product(*every):
-        yield dict(zip(space, values, strict=True))
+    for places in itertools.product(*(range(domain.count or 0) for domain in space.values())):
+        yield {key: domain.at(i) for (key, domain), i in zip(space.items(), places, strict=True)}
 
 
 def sample(space: Space, rng: random.Random) -> dict[str, Value]:
@@ -214,9 +197,11 @@ def samples(space: Space, rng: random.Random, count: int) -> list[dict[str, Valu
     """So many combinations; of a finite number of them, none twice as long as there are others."""
     combinations = size(space)
     found: list[dict[str, Value]] = []
+    seen: set[str] = set()
     while len(found) < count:
         point = sample(space, rng)
-        if combinations is None or len(found) >= combinations or point not in found:
+        seen.add(json.dumps(point))
+        if len(seen) > len(found) or len(seen) == combinations:
             found.append(point)
     return found
 

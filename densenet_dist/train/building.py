@@ -18,7 +18,7 @@ from densenet_dist.train.identity import require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
 from densenet_dist.train.job import Job
 from densenet_dist.train.loader_choice import choose_loader
-from densenet_dist.train.network import autocast, build_model, check_batches, usable
+from densenet_dist.train.network import autocast, build_model, check_batches, require_memory, usable
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.step_graph import StepGraph
@@ -29,7 +29,7 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
 
     Raises:
         DataError: where the data set is missing or damaged.
-        ConfigError: where model, data and number of workers do not fit together.
+        ConfigError: where model, data, number of workers and memory do not fit together.
     """
     _choose_kernels(config, context)
     dataset = load_dataset_of(config) if dataset is None else dataset
@@ -40,6 +40,10 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
     workers = config.cluster.workers  # a run must not come to its end where it gets more of them
     ranks = {context.world_size, *(config.cluster.worker_range if isinstance(workers, WorkerRange) else ())}
     check_batches(config, len(train_indices), ranks)
+    train, world_size = config.train, context.world_size
+    trained = min(train.global_batch_size, len(train_indices)) // world_size // train.grad_accum_steps
+    evaluated = min(train.eval_batch_size, max(len(val_indices), len(dataset.test.labels)) // world_size)
+    require_memory(config, dataset.num_classes, context.device, trained, evaluated)
     loader = choose_loader(config, context, dataset, train_indices)
     engine = engine_of(config, context.device, dataset, dataset.train, loader)
     batches = train_loader(config, context, dataset, engine, train_indices)

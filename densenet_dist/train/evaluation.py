@@ -22,7 +22,7 @@ from densenet_dist.train.checkpoint import CheckpointStore, Snapshot, load_weigh
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
-from densenet_dist.train.network import build_model
+from densenet_dist.train.network import build_model, require_memory
 from densenet_dist.train.results import TestResults, read_test_results
 
 
@@ -138,7 +138,6 @@ def prepare_evaluation(
     snapshot = load_checkpoint(folder, checkpoint, config)
     context = LocalContext(folder, choose_device(device))
     dataset = load_dataset_of(config)
-    model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)
     train, val = train_and_val(config, dataset)
     parts = {
         "test": (dataset.test, np.arange(len(dataset.test.labels))),
@@ -148,6 +147,9 @@ def prepare_evaluation(
     images, indices = parts[split]
     if not len(indices):
         raise ConfigError(f"the run {folder.uri} has no images of this split (data.val_fraction=0): --split {split}")
+    evaluated = min(config.train.eval_batch_size, len(indices))
+    require_memory(config, dataset.num_classes, context.device, 0, evaluated)
+    model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)
     # One pass is not worth a measurement: torch needs none of DALI's imports.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
     return Evaluation(config, context, dataset, model.to(context.device), images, indices, engine)

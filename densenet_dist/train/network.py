@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import psutil
 import torch
 
 from densenet_dist.data.datasets import train_size
@@ -74,6 +77,33 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
 
 def _architecture(config: Config) -> Architecture:
     return variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
+
+
+def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
+    """Refuse, before anything is built, what certainly needs more memory than `device` has.
+
+    Counted are weights, gradients, the optimizer's state, and the maps of `trained` images in all dense blocks, or of
+    `evaluated` images in the largest one.
+
+    Raises:
+        ConfigError: naming parameters, images and memory.
+    """
+    train, side = config.train, config.data.side
+    net = variant_architecture(**asdict(config.model), num_classes=num_classes, image_size=side)
+    state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
+    values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
+    needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
+    memory = psutil.virtual_memory().total
+    with suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if device.type == "cuda":
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+    if needed > memory:
+        raise ConfigError(
+            f"{net.parameters():,} parameters and {max(trained, evaluated):,} images of {side}x{side} at a time need "
+            f"{needed / 2**30:,.1f} GiB of memory or more, {device} has {memory / 2**30:,.1f} GiB\n"
+            "  lower model.num_layers or growth_rate, data.image_size, train.global_batch_size or eval_batch_size"
+        )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

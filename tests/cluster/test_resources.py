@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from densenet_dist.cluster.resources import TrialRoom, plan_resources, plan_trials
+from densenet_dist.cluster.measured import Workers
+from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
 from densenet_dist.sweep.schema import SchedulerConfig, SweepConfig
@@ -88,6 +90,18 @@ def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
     planned = plan_resources(ClusterConfig(workers=workers, device="cpu"), {"CPU": cpus}, fixed=True)
     assert (planned.fewest, planned.workers) == expected
     assert planned.lacking == ""
+
+
+def test_more_than_a_machine_has(monkeypatch):
+    monkeypatch.setattr(Workers, "_fit", None)
+    cores = len(os.sched_getaffinity(0))
+    with pytest.raises(EnvironmentProblem, match=f"1000000000 are too many, this machine has {cores} cores"):
+        local_threads(ClusterConfig(cpus_per_worker=10**9))
+    assert local_threads(ClusterConfig(cpus_per_worker=cores), 2) == cores
+    for cpus, workers in ((10**9, 1), (1, 33)):
+        cluster = ClusterConfig(device="cpu", cpus_per_worker=cpus)
+        with pytest.raises(EnvironmentProblem, match=f"{workers} workers of {cpus} CPUs are too many: there are 2"):
+            Workers(cluster, "runs", {"CPU": 2.0}, own=True).run(workers, print)
 
 
 def test_more_than_a_cluster_has():

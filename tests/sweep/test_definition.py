@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from densenet_dist.cluster.ray_tune import _points
 from densenet_dist.errors import ConfigError
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import DEFAULT_TRIALS, Sweep, load_sweep
+from densenet_dist.sweep.results import Trial
 from densenet_dist.sweep.space import Range, read_domain
 
 LR = "space: {train.lr: {loguniform: [0.01, 1]}}\n"
@@ -63,7 +65,7 @@ space:
         f"space.train.optimizer.name: must be {forms}; uniform and integer with a step: if wanted; not 'sgd'",
         "space.model.growth_rate: loginteger needs a low end above 0, not 0",
         "space.data.mixup: integer needs [low, high] in whole numbers, not [0, 0.5]",
-        "space.seed: the choice 1 stands there twice",
+        "space.seed: the choice 1 is given twice",
     ]
     assert sorted(found) == sorted(expected)
 
@@ -86,6 +88,9 @@ space:
             "scheduler.name: pbt\nspace: {model.growth_rate: [4, 8], train.epochs: [2, 3], train.lr: [0.1, 0.2]}",
             "space: pbt hands weights over in the middle of training, and model.growth_rate, train.epochs cannot",
         ),
+        (LR + "trials: 1000000000", "trials: Input should be less than or equal to 10000; got 1000000000 (int)"),
+        ("space: {seed: [010, 1:30]}", "space.seed: Input should be a valid integer; got '1:30' (str)"),
+        ("space: {train.lr: [1, 1.0]}", "space.train.lr: the choice 1.0 is given twice"),
         (LR + "settings: {data.val_fraction: 0}", "metric: val/top1 needs validation images, but data.val_fraction"),
         (LR + "gpus_per_worker: 0.5\nworkers: 2", "gpus_per_worker: 0.5; a worker uses 0 or 1, and only trials of"),
     ],
@@ -100,6 +105,8 @@ def test_combinations_that_cannot_work(problems):
     found = problems("space: {model.num_layers: [[1, 1], [1, 1, 1, 1, 1, 1, 1]]}\nsettings.model.variant: densenet_bc")
     assert found[0] == "space: some combinations cannot work, such as model.num_layers=[1, 1, 1, 1, 1, 1, 1]"
     assert found[1].startswith("  model.num_layers: images of 32x32 are too small for 7 blocks")
+    found = problems("space: {model.growth_rate: {integer: [4, 100000]}}")
+    assert found[1].startswith("  model.num_layers, model.growth_rate: ")
     found = problems("workers: 3\nspace: {train.global_batch_size: [2, 64]}")
     assert "cluster.workers: 3 workers cannot share train.global_batch_size=2" in found[1]
     model = "settings: {data.name: cifar10, model.variant: densenet121}"
@@ -181,7 +188,7 @@ def test_ranges(said, values):
     domain, rng = read_domain(said), random.Random(0)
     assert isinstance(domain, Range)
     assert domain.describe() == said
-    assert domain.every() == values
+    assert [domain.at(number) for number in range(domain.count)] == values
     drawn = [domain.sample(rng) for _ in range(300)]
     assert all(domain.low <= value <= domain.high and domain.clip(value) == value for value in drawn)
     assert domain.clip(-99) == domain.ends[0] == domain.low
@@ -191,8 +198,27 @@ def test_ranges(said, values):
 
 
 def test_random_search_repeats_nothing_while_there_is_something_new():
-    space = {"a": read_domain([1, [2], "x"]), "b": read_domain({"integer": [1, 4]})}
-    drawn = spaces.samples(space, random.Random(0), 14)
-    assert sorted(map(str, drawn[:12])) == sorted(map(str, spaces.grid(space)))
-    assert drawn == spaces.samples(space, random.Random(0), 14)
+    space = {
+        "a": read_domain([1, [2], "x"]),
+        "b": read_domain({"loginteger": [1, 4]}),
+        "c": read_domain({"uniform": [0, 0.3], "step": 0.3}),
+    }
+    drawn = spaces.samples(space, random.Random(0), 30)
+    assert sorted(map(str, drawn[:24])) == sorted(map(str, spaces.grid(space)))
+    assert drawn == spaces.samples(space, random.Random(0), 30)
     assert [spaces.decode(spaces.encode(point)) for point in drawn] == drawn
+    with_numbers = spaces.samples(space | {"d": read_domain({"uniform": [0, 1]})}, random.Random(0), 200)
+    assert len({str(point) for point in with_numbers}) == 200
+
+
+@pytest.mark.parametrize(("search", "trials"), [("random", 9), ("random", 15), ("grid", 12)])
+def test_a_resumed_search_tries_what_is_left(load, search, trials):
+    text = "space: {seed: [1, 2, 3], data.cutout: {integer: [0, 3]}}"
+    sweep = load(text, f"search.name={search}", f"trials={trials}")
+    points = _points(sweep, [])
+    assert len(points) == trials
+    assert len({str(point) for point in points}) == min(trials, 12)
+    for begun in (points[:5], points[3:6], points):
+        resumed = _points(sweep, [Trial(f"trial-{number}", point) for number, point in enumerate(begun)])
+        assert resumed[: len(begun)] == begun
+        assert sorted(map(str, resumed)) == sorted(map(str, points))

@@ -20,7 +20,7 @@ from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
 from densenet_dist.train.evaluation import evaluate
 from densenet_dist.train.job import Job
-from densenet_dist.train.network import build_model, check_batches
+from densenet_dist.train.network import build_model, check_batches, require_memory
 
 
 def state(job: Job) -> dict[str, torch.Tensor]:
@@ -37,6 +37,22 @@ PLAIN = {
     "adam": lambda parameters: torch.optim.Adam(parameters, betas=(0.8, 0.99), eps=1e-3, **COMMON),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, betas=(0.8, 0.99), eps=1e-3, **COMMON),
 }
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "precision", "need"),
+    [
+        # Blocks of 12 maps of 32x32 and 10 of 16x16: 14,848 values of an image, 12,288 of them in the larger block.
+        (10**9, 500, "fp32", "1,000,000,000 images of 32x32 at a time need 55,313.1 GiB"),
+        (10**9, 500, "bf16", "1,000,000,000 images of 32x32 at a time need 27,656.6 GiB"),
+        (64, 10**9, "fp32", "1,000,000,000 images of 32x32 at a time need 45,776.4 GiB"),
+    ],
+)
+def test_batches_larger_than_memory_are_refused(tmp_path, trained, evaluated, precision, need):
+    config, cpu = tiny(tmp_path, f"train.precision={precision}"), torch.device("cpu")
+    require_memory(config, 10, cpu, 64, 500)
+    with pytest.raises(ConfigError, match=need):
+        require_memory(config, 10, cpu, trained, evaluated)
 
 
 @pytest.mark.parametrize("name", PLAIN)

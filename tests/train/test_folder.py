@@ -38,6 +38,14 @@ def settings(photos: Path, *more: str) -> list[str]:
     return [*SETTINGS, f"data.root={photos}", *more]
 
 
+def test_images_larger_than_memory_are_refused_before_anything_is_built(photos, tmp_path, command):
+    place = [f"storage={tmp_path}", "cluster.engine=local"]
+    code, _, said = command("train", "quickstart", *settings(photos), "data.image_size=1000000", *place)
+    assert code == 2
+    assert "parameters and 32 images of 1000000x1000000 at a time need" in said
+    assert not (tmp_path / "quickstart" / "checkpoints").exists()
+
+
 def test_the_command_trains_on_a_folder(photos, tmp_path, command):
     small = ["model.variant=densenet", "model.num_layers=[1,1]", "model.growth_rate=4", "data.image_size=32"]
     small += ["train.epochs=4", "train.lr=0.05", "train.global_batch_size=8", "data.loader=torch"]
