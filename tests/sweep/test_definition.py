@@ -198,11 +198,8 @@ def test_ranges(said, values):
 
 
 def test_random_search_repeats_nothing_while_there_is_something_new():
-    space = {
-        "a": read_domain([1, [2], "x"]),
-        "b": read_domain({"loginteger": [1, 4]}),
-        "c": read_domain({"uniform": [0, 0.3], "step": 0.3}),
-    }
+    said = {"a": [1, [2], "x"], "b": {"loginteger": [1, 4]}, "c": {"uniform": [0, 0.3], "step": 0.3}}
+    space = {key: read_domain(value) for key, value in said.items()}
     drawn = spaces.samples(space, random.Random(0), 30)
     assert sorted(map(str, drawn[:24])) == sorted(map(str, spaces.grid(space)))
     assert drawn == spaces.samples(space, random.Random(0), 30)

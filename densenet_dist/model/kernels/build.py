@@ -45,9 +45,6 @@ def native_library() -> ctypes.CDLL:
     command = compiler()
     try:
         library = cache_folder() / f"native-{_fingerprint(command)}.so"
-    except StorageError as error:
-        raise BuildError(str(error)) from error
-    try:
         if not _is_own(library.parent):
             raise BuildError(f"other users can write to {library.parent}: chmod go-w it, or set {CACHE_ENV}")
         if library.exists() and _is_own(library):
@@ -55,6 +52,8 @@ def native_library() -> ctypes.CDLL:
                 return ctypes.CDLL(str(library))
         _compile(command, library)
         return ctypes.CDLL(str(library))
+    except StorageError as error:
+        raise BuildError(str(error)) from error
     except OSError as error:
         raise BuildError(f"{library} cannot be written or loaded: {error}") from error
 
