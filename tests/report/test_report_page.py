@@ -144,7 +144,7 @@ def test_a_run_on_an_object_store_has_its_page_there(s3, tmp_path, page_of):
 
 def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     folders = [run]
-    for seed, gain, place in ((1, 0.02, "timeout_s: 5"), (2, 0.04, "cpus_per_worker: 3")):
+    for seed, gain, place in ((1, 0.02, "timeout_s: 5"), (2, 0.04, "timeout_s: 6")):
         folders.append(shutil.copytree(run, tmp_path / "runs" / f"seed{seed}"))
         _change(folders[-1], f"{{seed: {seed}, cluster: {{{place}}}}}", gain)
     other = shutil.copytree(run, tmp_path / "runs" / "other")
@@ -189,7 +189,7 @@ def test_trained_again_page_and_test_results_are_new(run):
 
 @pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.jsonl", "summary.json"])
 def test_a_damaged_record_is_an_error(run, name):
-    (run / name).write_bytes(pickle.dumps({"epoch": 1}))  # what no record is
+    (run / name).write_bytes(b"\n".join([pickle.dumps({"epoch": 1})] * 2))  # no record
     with pytest.raises((ConfigError, StorageError), match=name):
         write_report([run])
 
