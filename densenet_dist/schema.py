@@ -47,8 +47,8 @@ class ModelConfig:
     drop_rate: Probability = 0.0
     """Probability that dropout zeroes a value."""
     block: Literal["auto", "fused", "reference"] = "auto"
-    """How dense blocks are computed, the same function every time: reference is the plain definition, fused is faster
-    and takes memory linear in depth; auto: fused where this machine can."""
+    """How dense blocks are computed, the same function every time: reference is the plain definition; fused takes
+    memory linear in depth and is usually faster; auto: the faster one, measured at the start (short runs: fused)."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -34,8 +34,9 @@ from densenet_dist.run_folder import (
 from densenet_dist.schema import Config
 from densenet_dist.trackers.opening import require_trackers
 from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
-from densenet_dist.train.environment import LOADER_KEY, describe_environment
+from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.lease import LEASE_FILE, Lease, hold
+from densenet_dist.train.measured_choice import CHOICES
 from densenet_dist.train.network import check_run
 from densenet_dist.train.pulse import Pulse, Wish
 
@@ -178,7 +179,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
         run.write(CONFIG_FILE, to_yaml(config))
     else:
         before = run.read_json(ENV_FILE)
-        environment |= {key: before[key] for key in (LOADER_KEY,) if key in before}
+        environment |= {key: before[key] for key in CHOICES if key in before}
     run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
     run.remove(SUMMARY_FILE)
     run.remove(TEST_RESULTS_FILE)

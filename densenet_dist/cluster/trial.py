@@ -39,7 +39,7 @@ from densenet_dist.sweep.results import read_note, write_note
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
-from densenet_dist.train.environment import LOADER_KEY
+from densenet_dist.train.measured_choice import CHOICES
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""
@@ -79,7 +79,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
     Results hold an epoch's figures; the last one has `OUTCOME`.
     """
 
-    _loader_choice: ClassVar[dict[str, Any] | None] = None
+    _choices: ClassVar[dict[str, Any]] = {}
 
     def setup(self, config: dict[str, Any], plan: TrialPlan) -> None:
         """Take up a trial; training starts with the first step, after a hand-over if there is one."""
@@ -157,7 +157,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             self._prepare(run, config, note)
             self._work = _Work(config, run, self._plan)
             for figures in self._work.results():
-                self._share_loader_choice(run)
+                self._share_choices(run)
                 yield figures
             yield from itertools.repeat({})  # the sweep ends, and no one listens
         except DenseNetDistError as error:  # another attempt would end the same
@@ -182,20 +182,21 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
     def _prepare(self, run: RunFolder, config: Config, note: Mapping[str, Any]) -> None:
         run.create()
         write_run(run, config, resume=run.exists())
-        self._share_loader_choice(run)
+        self._share_choices(run)
         if note.get("overrides") != self._overrides:
             run.write(CONFIG_FILE, to_yaml(config))  # other than before after a hand-over
             write_note(run, overrides=self._overrides)
 
-    def _share_loader_choice(self, run: RunFolder) -> None:
-        """Loaders are measured once a process, not once a trial, where trials do the same with their images."""
-        if any(key.startswith("data.") for key in self._overrides):
-            return
+    def _share_choices(self, run: RunFolder) -> None:
+        """Measure once per process, not once per trial, what does not depend on the trial's own settings."""
         environment = run.read_json(ENV_FILE)
-        if LOADER_KEY in environment:
-            type(self)._loader_choice = environment[LOADER_KEY]
-        elif self._loader_choice is not None:
-            run.write(ENV_FILE, json.dumps(environment | {LOADER_KEY: self._loader_choice}, indent=1) + "\n")
+        for key, settings in CHOICES.items():
+            if not any(name.startswith(settings) for name in self._overrides):
+                if key in environment:
+                    self._choices[key] = environment[key]
+                elif key in self._choices:
+                    environment[key] = self._choices[key]
+        run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
 
 
 class _Work:

@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config, WorkerRange, without_validation
+from densenet_dist.train.block_choice import choose_block
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import wrap
@@ -18,7 +19,7 @@ from densenet_dist.train.identity import require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
 from densenet_dist.train.job import Job
 from densenet_dist.train.loader_choice import choose_loader
-from densenet_dist.train.network import autocast, build_model, check_batches, require_memory, usable
+from densenet_dist.train.network import autocast, build_model, check_batches, require_memory
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.step_graph import StepGraph
@@ -47,7 +48,9 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
     loader = choose_loader(config, context, dataset, train_indices)
     engine = engine_of(config, context.device, dataset, dataset.train, loader)
     batches = train_loader(config, context, dataset, engine, train_indices)
-    model = build_model(usable(config.model, context), dataset.num_classes, dataset.image_size, config.seed)
+    total = config.train.epochs * len(train_indices)
+    settings = choose_block(config, context, dataset.num_classes, dataset.image_size, total)
+    model = build_model(settings, dataset.num_classes, dataset.image_size, config.seed)
     model = model.to(context.device)
     store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
     decay = config.train.ema_decay

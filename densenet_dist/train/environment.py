@@ -13,9 +13,6 @@ from typing import Any
 
 from densenet_dist.credentials import without_credentials
 
-LOADER_KEY = "loader"
-"""Where env.json holds what makes the batches, so that a resumed run keeps it: torch and DALI differ in last bits."""
-
 _PACKAGES = ("densenet-dist", "torch", "torchvision", "ray", "nvidia-dali-cuda130", "numpy", "tensorboard")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -15,9 +15,7 @@ from densenet_dist.data.plan import BatchPlan
 from densenet_dist.errors import ConfigError
 from densenet_dist.model import DenseNet, densenet, variant_architecture
 from densenet_dist.model.architecture import Architecture
-from densenet_dist.model.kernels.choice import unavailable
 from densenet_dist.schema import Config, ModelConfig
-from densenet_dist.train.context import RunContext
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,12 +108,3 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision on `device`; a context that does nothing for fp32."""
     dtype = AUTOCAST[precision]
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
-
-
-def usable(config: ModelConfig, context: RunContext) -> ModelConfig:
-    """The form of the dense block that this device has kernels for; says so where it is another than configured."""
-    reason = None if config.block == "reference" else unavailable(context.device.type)
-    if reason is None:
-        return config
-    context.report({"kind": "note", "text": f"dense blocks are computed in the reference form: {reason}"})
-    return replace(config, block="reference")

@@ -140,7 +140,7 @@ def test_a_quiet_console_shows_warnings_only(capsys):
     with Console(quiet=True) as console:
         console(START)
         console(EPOCH)
-        console({"kind": "note", "text": "batches are made by torch"})
+        console({"kind": "note", "text": "loader: torch"})
         console({"kind": "note", "text": "a worker was lost", "warning": True})
         console.finish(ENDING)
     assert capsys.readouterr() == ("", "warning: a worker was lost\n")

@@ -6,17 +6,23 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from runs import job_of, run_of, tiny
+from runs import job_of, run_of, tiny, train
 
 from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.data.speed import Speed
+from densenet_dist.model.fused_block import FusedDenseBlock
 from densenet_dist.run_folder import ENV_FILE, SUMMARY_FILE
+from densenet_dist.train import block_choice
 from densenet_dist.train.loader_choice import compare
 
 
 def environment(config: Any) -> dict[str, Any]:
-    return json.loads((run_of(config).path / ENV_FILE).read_text())
+    return run_of(config).read_json(ENV_FILE)
+
+
+def fused(job: Any) -> bool:
+    return any(isinstance(module, FusedDenseBlock) for module in job.model.modules())
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_auto_measures_both_says_so_writes_it_down_and_a_resumed_run_keeps_it(tm
     assert choice["torch_images_per_cpu_s"] > 0
     assert choice["dali_images_per_cpu_s"] > 0
     (note,) = [event["text"] for event in events if event["kind"] == "note"]
-    assert note.startswith(f"batches are made by {choice['name']}: ")
+    assert note == f"loader: {choice['name']} ({choice['reason']})"
     assert [event["loader"] for event in events if event["kind"] == "start"] == [choice["name"]]
     assert written["packages"]["torch"] == torch.__version__.partition("+")[0]  # the rest is still there
 
@@ -67,3 +73,32 @@ def choice(storage: str) -> str:
 
 def test_all_ranks_take_the_same_loader(tmp_path):
     assert len(set(run_ranks(choice, 2, str(tmp_path)))) == 1
+
+
+@pytest.mark.parametrize("faster", ["fused", "reference"])
+def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_path, monkeypatch, faster):
+    config = tiny(tmp_path, "data.loader=torch", "model.block=auto")
+    assert fused(job_of(config))
+    assert "block" not in environment(config)  # the run is too short to measure
+    monkeypatch.setattr(block_choice, "WORTH_IT", 1)
+    monkeypatch.setattr(block_choice, "SECONDS", 0.1)
+    measured, seconds = block_choice._Step.seconds, []
+
+    def slow_down(step, count):
+        seconds.append(measured(step, count))
+        return 1.0 if isinstance(step._model.features[1], FusedDenseBlock) == (faster == "fused") else 2.0
+
+    monkeypatch.setattr(block_choice._Step, "seconds", slow_down)
+    assert fused(job_of(config)) == (faster == "fused")
+    choice = environment(config)["block"]
+    assert choice["name"] == faster
+    assert (
+        choice[f"{faster}_images_per_s"] == 2 * choice[f"{'reference' if faster == 'fused' else 'fused'}_images_per_s"]
+    )
+    assert min(seconds) > 0
+
+    monkeypatch.setattr(block_choice, "_measure", pytest.fail)  # it is not called again
+    assert fused(job_of(config)) == (faster == "fused")
+    # A run that began before the choice was measured keeps the form it had.
+    train(tiny(tmp_path / "old", "data.loader=torch", "model.block=fused", "train.epochs=1"))
+    assert fused(job_of(tiny(tmp_path / "old", "data.loader=torch", "model.block=auto")))
