@@ -129,6 +129,14 @@ def test_disk_full(lab: Lab) -> None:
     lab.observe(f"exit 5, step {saved} is whole; then equal")
 
 
+@pytest.mark.fault("the run's folder cannot be written", "exit 5 before any data is read or any step is taken")
+def test_storage_read_only(lab: Lab) -> None:
+    run = lab.begin(*LOCAL, storage="/proc/runs")  # in /proc not even root can make a folder
+    run.fail(5, "/proc/runs")
+    assert "images a step" not in run.text, "it began to train"
+    lab.observe("exit 5 at once")
+
+
 @pytest.mark.fault(
     "the driver is killed, and every file that Ray itself keeps of the run is emptied",
     "Ray's files do not matter: resumed, equal bit for bit",

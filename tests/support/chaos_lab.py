@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,7 @@ class Lab:
         name: str | None = None,
         storage: str | None = None,
         environment: Mapping[str, str] | None = None,
+        launcher: Iterable[str] = (),
     ) -> Started:
         """Start a run of the tiny configuration with these settings, or resume one."""
         name = name or (str(resume).rpartition("/")[2] if resume else f"run-{len(self._started)}")
@@ -158,8 +159,13 @@ class Lab:
             config = self.folder / f"{name}.yaml"
             config.write_text("{}\n")
             what = [str(config), f"name={name}", f"storage={storage or self.folder}", *TINY]
-        command = [sys.executable, "-m", "densenet_dist", "train", *what, *settings]
+        command = [*(launcher or [sys.executable]), "-m", "densenet_dist", "train", *what, *settings]
         return self.run(command, self.folder / name, environment)
+
+    def begin_ranks(self, number: int, *settings: str, resume: Path | None = None) -> Started:
+        """The same with so many ranks of torchrun."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        return self.begin(*settings, resume=resume, launcher=launcher, environment={"OMP_NUM_THREADS": "1"})
 
     def run(self, command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> Started:
         """Start any command; the folder is that of its run."""
