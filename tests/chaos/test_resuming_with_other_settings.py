@@ -3,7 +3,30 @@
 import shutil
 
 import pytest
-from chaos_lab import LOCAL, Lab, write_pictures
+from chaos_lab import LOCAL, Lab, cases, write_pictures
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "after"),
+    cases(
+        "refused with exit 6, the difference shown, before any step",
+        ("model", "the checkpoint is another model's", "model.growth_rate", 4, 6),
+        ("split", "the checkpoint is another split's", "data.val_fraction", 0.1, 0.2),
+        ("batch-size", "the checkpoint is another batch size's", "train.global_batch_size", 64, 32),
+        ("seed", "the checkpoint is another seed's", "seed", 0, 1),
+    ),
+)
+def test_edited_configuration(lab: Lab, setting: str, before: float, after: float) -> None:
+    run = lab.begin_and_kill(13)
+    config = run.folder / "config.yaml"
+    content = config.read_text()
+    key = setting.rpartition(".")[2]
+    assert f"{key}: {before}\n" in content
+    config.write_text(content.replace(f"{key}: {before}\n", f"{key}: {after}\n"))
+    lab.begin(resume=run.folder).fail(6, f"{setting}: {before} there, {after}")
+    config.write_text(content)
+    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL))
+    lab.observe("exit 6; with its own config.yaml, equal")
 
 
 @pytest.mark.fault(
@@ -16,6 +39,17 @@ def test_another_data_set(lab: Lab) -> None:
     write_pictures(lab.folder / "pictures", "three")
     lab.begin(resume=run.folder).fail(6, "classes: 2 there, 3 here")
     lab.observe("exit 6")
+
+
+@pytest.mark.fault(
+    "--resume with another learning rate and another number of workers",
+    "exit 2: says which of them it may change",
+)
+def test_settings_refused(lab: Lab) -> None:
+    run = lab.begin_and_kill(13)
+    words = ("a resumed run cannot change:", "train.lr: 0.05 -> 0.1", "it may change:", "cluster.cpus_per_worker")
+    lab.begin("train.lr=0.1", "cluster.cpus_per_worker=1", resume=run.folder).fail(2, *words)
+    lab.observe("exit 2, both lists shown")
 
 
 @pytest.mark.fault("--resume with settings that it may change", "they are shown; equal bit for bit")
