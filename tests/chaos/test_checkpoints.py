@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from chaos_lab import LOCAL, Lab, cases, manifest
+from chaos_lab import LOCAL, STEPS, Lab, cases, manifest
 from runs import job_of, run_of
 
 from densenet_dist.config import load_config
@@ -135,6 +135,20 @@ def test_storage_read_only(lab: Lab) -> None:
     run.fail(5, "/proc/runs")
     assert "images a step" not in run.text, "it began to train"
     lab.observe("exit 5 at once")
+
+
+@pytest.mark.fault(
+    f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three are kept, and the best one"
+)
+def test_rotation(lab: Lab) -> None:
+    run = lab.begin(*LOCAL, "checkpoint.keep=3")
+    run.succeed()
+    listed = manifest(run.folder)
+    names = {entry["name"] for entry in listed["checkpoints"]}
+    there = {path.name for path in (run.folder / "checkpoints").iterdir()} - {"manifest.json"}
+    last = {f"step-{step:08d}" for step in range(STEPS - 2, STEPS + 1)}
+    assert names == there == last | {listed["best"]}, f"there are {sorted(there)}, listed are {sorted(names)}"
+    lab.observe("so it is")
 
 
 @pytest.mark.fault(
