@@ -4,8 +4,11 @@ A message says what is wrong, where, and how to mend it, in words for the person
 prints it alone; the traceback appears only with ``--debug``.
 """
 
+import errno
 import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from densenet_dist.credentials import without_credentials
 
@@ -57,6 +60,10 @@ class StorageError(DenseNetDistError):
     exit_code = 5
 
 
+class DamagedRecord(StorageError):
+    """A file of a run's folder is not what was written."""
+
+
 class CheckpointError(DenseNetDistError):
     """A checkpoint is damaged or does not fit the model or data it is loaded into."""
 
@@ -81,3 +88,19 @@ class Interrupted(DenseNetDistError):
 
     def __reduce__(self) -> tuple[type[DenseNetDistError], tuple[object, ...]]:
         return type(self), (self.run, self.number, self.command)
+
+
+@contextmanager
+def storage_errors(place: object = None) -> Iterator[None]:
+    """Turn an OSError into a StorageError.
+
+    Args:
+        place: what cannot be written. Without it, only errors of a disk that is full, read-only or failing are turned.
+    """
+    try:
+        yield
+    except OSError as error:
+        if place is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        place = place or error.filename or "a file, or the standard output,"
+        raise StorageError(f"{place} cannot be written: {error.strerror or error}") from error

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
-from densenet_dist.errors import StorageError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from densenet_dist.errors import DamagedRecord, StorageError
 from densenet_dist.object_store import open_filesystem
 
 if TYPE_CHECKING:
@@ -33,7 +36,43 @@ TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
 CHECKPOINTS_FOLDER = "checkpoints"
 _ELSEWHERE = "choose another place with storage=PATH_OR_URI"
-_LATER = "what was saved is there: when that is mended, go on with --resume"
+_LATER = "what was saved before is safe: fix this, then go on with --resume"
+_COPY = "delete it, or restore a copy"
+T = TypeVar("T")
+
+
+_Count: TypeAlias = Annotated[int, Field(ge=0, le=10**12)]
+_Number: TypeAlias = Annotated[float, AfterValidator(lambda value: value if abs(value) < 1e15 else math.nan)]
+"""Larger ones are no figures of a run, and cannot be drawn."""
+
+
+class _Summary(BaseModel, extra="allow"):
+    """summary.json."""
+
+    status: str
+    epochs: _Count
+    global_step: _Count
+    train_seconds: _Number
+    best: dict[str, _Count | _Number]
+    loss: _Number = Field(alias="test/loss")
+    top1: _Number = Field(alias="test/top1")
+    top5: _Number = Field(alias="test/top5")
+
+
+class _Line(BaseModel, extra="allow"):
+    """A line of metrics.jsonl: an epoch's, or the test's."""
+
+    __pydantic_extra__: dict[str, _Number]
+    epoch: _Count
+    global_step: _Count
+
+    @model_validator(mode="after")
+    def _complete(self) -> _Line:
+        splits = {key.partition("/")[0] for key in self.__pydantic_extra__} & {"train", "val", "test"}
+        needed = {f"{split}/{name}" for split in splits for name in ("loss", "top1", "top5")}
+        if missing := needed - self.__pydantic_extra__.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return self
 
 
 class RunFolder:
@@ -81,7 +120,7 @@ class RunFolder:
             StorageError: where it cannot.
         """
         probe = ".write-test"
-        with self._errors("cannot be written", _ELSEWHERE):
+        with self._errors("cannot be written", mend=_ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / probe).write_text("ok")
             self._upload(probe)
@@ -89,9 +128,9 @@ class RunFolder:
 
     def exists(self, relative: str = CONFIG_FILE) -> bool:
         """Whether the file or folder is there; by default, whether a run has ever started here."""
-        if self._remote is None:
-            return (self.path / relative).exists()
-        with self._errors("cannot be read"):
+        with self._errors("cannot be read", relative):
+            if self._remote is None:
+                return (self.path / relative).exists()
             info: Any = self._remote.get_file_info(f"{self._prefix}/{relative}")
             return bool(info.type.value)
 
@@ -102,7 +141,7 @@ class RunFolder:
             StorageError: where it cannot be read.
         """
         local = self.path / relative
-        with self._errors("cannot be read"):
+        with self._errors("cannot be read", relative):
             found = set(os.listdir(local)) if local.is_dir() else set()
             if self._remote is not None:
                 from pyarrow import fs
@@ -115,18 +154,22 @@ class RunFolder:
         """The local path of a file or folder of the run, downloaded first from an object store.
 
         Raises:
+            DamagedRecord: where it is, or holds, something else than files and folders: a pipe would be read for ever.
             StorageError: where it cannot be read.
         """
         local = self.path / relative
-        if self._remote is not None:
-            from pyarrow import fs
+        with self._errors("cannot be read", relative):
+            if self._remote is not None:
+                from pyarrow import fs
 
-            with self._errors("cannot be read"):
                 source = f"{self._prefix}/{relative}"
                 if self._remote.get_file_info(source).type == fs.FileType.Directory:
                     local.mkdir(parents=True, exist_ok=True)
                 local.parent.mkdir(parents=True, exist_ok=True)
                 fs.copy_files(source, str(local), self._remote, fs.LocalFileSystem())
+            for path in (local, *local.rglob("*")):
+                if path.exists() and not (path.is_file() or path.is_dir()):
+                    raise DamagedRecord(f"{path} is not a regular file\n  {_COPY}")
         return local
 
     def publish(self, *relative: str) -> None:
@@ -135,13 +178,13 @@ class RunFolder:
         Raises:
             StorageError: where they cannot be written.
         """
-        with self._errors("cannot be written"):
-            for item in relative:
+        for item in relative:
+            with self._errors("cannot be written", item):
                 self._upload(item)
 
     def remove(self, relative: str) -> None:
         """Delete a file or folder of the run, here and on the object store; a missing one is no error."""
-        with self._errors("cannot be written"):
+        with self._errors("cannot be written", relative):
             self._delete(relative)
 
     def _upload(self, relative: str) -> None:
@@ -176,7 +219,7 @@ class RunFolder:
         Raises:
             StorageError: where it cannot be written.
         """
-        with self._errors("cannot be written"):
+        with self._errors("cannot be written", relative):
             target = self.path / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -188,28 +231,51 @@ class RunFolder:
             sync(target.parent)
         self.publish(relative)
 
-    def read_json(self, relative: str, *, if_damaged: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The object in a JSON file; empty where there is no file.
-
-        Args:
-            if_damaged: what to return where the file is damaged, instead of an error.
+    def append(self, relative: str, text: str) -> None:
+        """Append to a text file in place; `publish` uploads it.
 
         Raises:
-            StorageError: the file is damaged, or cannot be read.
+            StorageError: where it cannot be written.
+        """
+        with self._errors("cannot be written", relative), open(self.path / relative, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def read(self, relative: str, kind: type[T], *, strict: bool = True, mend: str = _COPY) -> T | None:
+        """Read a JSON file of the run.
+
+        Args:
+            relative: the file.
+            kind: what it must hold: a dataclass, or any other type that pydantic knows.
+            strict: whether a damaged file is an error; otherwise it counts as missing.
+            mend: what to do about a damaged file, for the message.
+
+        Returns:
+            None where there is no file.
+
+        Raises:
+            DamagedRecord: the file is torn, of another type, or not a regular file.
+            StorageError: the file cannot be read.
         """
         if not self.exists(relative):
-            return {}
+            return None
         try:
-            found = json.loads(self.fetch(relative).read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError(f"it holds a {type(found).__name__}")
-        except (OSError, ValueError, RecursionError) as error:
-            if if_damaged is not None:
-                return if_damaged
-            raise StorageError(
-                f"{self.uri}/{relative} is damaged: {error}\n  delete it, or bring back a copy"
-            ) from error
-        return found
+            return TypeAdapter(kind).validate_python(json.loads(self._content(relative)))
+        except (DamagedRecord, ValueError, TypeError, OverflowError, RecursionError) as error:
+            if not strict:
+                return None
+            if isinstance(error, DamagedRecord):
+                raise
+            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise DamagedRecord(f"{self.uri}/{relative} is damaged: {problem}\n  {mend}") from error
+
+    def read_json(self, relative: str, *, strict: bool = True) -> dict[str, Any]:
+        """The object in a JSON file; empty where there is no file. Arguments and errors are those of `read`."""
+        return self.read(relative, dict[str, Any], strict=strict) or {}
+
+    def read_summary(self) -> dict[str, Any]:
+        """What summary.json holds; empty while the run has not finished. Errors are those of `read`."""
+        found = self.read(SUMMARY_FILE, _Summary)
+        return {} if found is None else found.model_dump(by_alias=True)
 
     def read_records(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, in order; damaged lines are left out.
@@ -220,24 +286,26 @@ class RunFolder:
         if not self.exists(METRICS_FILE):
             return []
         records = []
-        with self._errors("cannot be read"):
-            lines = self.fetch(METRICS_FILE).read_bytes().splitlines()
+        lines = self._content(METRICS_FILE).splitlines()
         for line in lines:
-            with suppress(ValueError, RecursionError):
-                found = json.loads(line)
-                if isinstance(found, dict) and all(type(found.get(key)) is int for key in ("epoch", "global_step")):
-                    records.append(found)
+            with suppress(ValueError, OverflowError, RecursionError):
+                records.append(_Line.model_validate(json.loads(line)).model_dump())
         if not records and len(lines) > 1:  # a single line may have been torn by a crash
-            raise StorageError(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  bring back a copy")
+            raise DamagedRecord(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  {_COPY}")
         return records
 
+    def _content(self, relative: str) -> bytes:
+        path = self.fetch(relative)
+        with self._errors("cannot be read", relative):
+            return path.read_bytes()
+
     @contextmanager
-    def _errors(self, what: str, mend: str = _LATER) -> Iterator[None]:
+    def _errors(self, what: str, relative: str = "", mend: str = _LATER) -> Iterator[None]:
         try:
             yield
         except OSError as error:  # pyarrow's errors of storage are OSErrors too
-            reason = error.strerror or str(error)
-            raise StorageError(f"the run folder {self.uri} {what}: {reason}\n  {mend}") from error
+            place = f"{self.uri}/{relative}" if relative else f"the run folder {self.uri}"
+            raise StorageError(f"{place} {what}: {error.strerror or error}\n  {mend}") from error
 
 
 def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -> RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -205,6 +206,16 @@ def test_train_evaluate_resume(command, quickstart):
     code, _, err = command("train", "--resume", "elsewhere")
     assert code == 5
     assert "there is no run at" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_on_a_full_disk_ends_a_command_with_5_but_no_training(command, quickstart, monkeypatch):
+    train = ("train", quickstart, *QUICK)
+    for wanted, *arguments in ((5, "config", "--list"), (2, "x"), (0, *train), (0, *train, "--json", "name=json")):
+        with open("/dev/full", "w") as out, open("/dev/full", "w") as err:
+            monkeypatch.setattr("sys.stdout", out)
+            monkeypatch.setattr("sys.stderr", err)
+            assert command(*arguments)[0] == wanted
 
 
 @pytest.mark.slow

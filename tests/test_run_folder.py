@@ -1,5 +1,6 @@
 """A run's folder on a disk and on an object store (a real server that speaks S3)."""
 
+import json
 import os
 import uuid
 from pathlib import Path
@@ -8,9 +9,18 @@ import pytest
 import torch
 from runs import save
 
+from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
+from densenet_dist.sweep.results import Note, read_note
+from densenet_dist.trackers.tracker import links
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.train.classes import classes_of
+from densenet_dist.train.lease import hold
+from densenet_dist.train.results import read_test_results
+
+DAMAGED = {"empty": b"\n\n", "torn": b'{"a":\n1', "list": b"[]\n[]", "bytes": b"\xff\n\xff", "deep": b"[\n" * 10**5}
+DAMAGED["pipe"] = None
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -103,6 +113,46 @@ def test_a_full_disk_leaves_the_old_text(tmp_path):
     with pytest.raises(StorageError, match="No space left on device"):
         run.write("config.yaml", "new")
     assert run.fetch("config.yaml").read_text() == "old"
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"run/metrics.jsonl cannot be written: No space left on device"):
+        run.append("metrics.jsonl", "{}\n")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_and_a_pipe_is_not_waited_for(tmp_path, content):
+    run = RunFolder(str(tmp_path), "run")
+    readers = {
+        "env.json": lambda: run.read_json("env.json"),
+        "summary.json": run.read_summary,
+        "metrics.jsonl": run.read_records,
+        "classes.json": lambda: classes_of(run, load_config()),
+        "test_results.json": lambda: read_test_results(run),
+    }
+    for name in (*readers, "trial.json", "lease.json", "trackers/wandb.json"):
+        path = run.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path) if content is None else path.write_bytes(content)
+    for name, read in readers.items():
+        with pytest.raises(StorageError, match=rf"run/{name}\S* .*is (damaged: |not a regular file)") as caught:
+            read()
+        assert caught.value.exit_code == 5
+    assert read_note(run) == Note()
+    assert links(run) == {}
+    with hold(run, lambda text: None):
+        pass
+
+
+def test_a_line_of_other_types_is_left_out(tmp_path):
+    run = RunFolder(str(tmp_path), "run")
+    whole = {"epoch": 1, "global_step": 5, "lr": 0.1, "train/loss": 2, "train/top1": 0.5, "train/top5": 0.9}
+    changes = ({"epoch": None}, {"global_step": "many"}, {"lr": [1]}, {"lr": 10**400}, {"val/loss": 1.0})
+    lines = [json.dumps(whole | change) for change in changes]
+    run.write("metrics.jsonl", "\n".join([*lines, json.dumps(whole), "[1]", '{"epoch": 2, "glo']))
+    assert run.read_records() == [whole]
+    run.write("metrics.jsonl", "\n".join(lines))
+    with pytest.raises(StorageError, match=r"metrics.jsonl is damaged: no line is a record"):
+        run.read_records()
 
 
 # On an object store

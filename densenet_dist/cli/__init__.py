@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
 import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -19,7 +21,7 @@ from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
 from densenet_dist.credentials import without_credentials
-from densenet_dist.errors import DenseNetDistError
+from densenet_dist.errors import DenseNetDistError, storage_errors
 from densenet_dist.train.environment import package_version
 
 app = typer.Typer(
@@ -30,7 +32,7 @@ app = typer.Typer(
     Whether this machine can do it: densenet-dist doctor
     """,
     epilog="Exit codes: 0 done, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
-    "6 checkpoint does not fit, 130 or 143 interrupted.",
+    "6 checkpoint does not fit, 129, 130 or 143 interrupted.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -167,8 +169,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a tenth of a millisecond: from one pass to the next, no longer
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names and bars that its encoding lacks
     try:
-        code = app(arguments, prog_name="densenet-dist", standalone_mode=False)
+        with storage_errors():
+            code = app(arguments, prog_name="densenet-dist", standalone_mode=False)
     except DenseNetDistError as error:
         _fail(str(error), error.exit_code, arguments)
     except typer.Exit as stop:
@@ -178,15 +184,28 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show") and hasattr(error, "message"):  # a usage error
             error.message = without_credentials(error.message)
-            error.show()
+            with suppress(OSError):
+                error.show()
             code = error.exit_code
         else:
             _fail(f"{type(error).__name__}: {error}\n  this is a fault of the program: see --debug", 1, arguments)
-    raise SystemExit(code or 0)
+    _exit(code or 0)
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> NoReturn:
-    if "--debug" in arguments:
-        typer.echo(without_credentials(traceback.format_exc()), err=True, nl=False)
-    typer.echo(f"error: {without_credentials(message)}", err=True)
+    with suppress(OSError):
+        if "--debug" in arguments:
+            typer.echo(without_credentials(traceback.format_exc()), err=True, nl=False)
+        typer.echo(f"error: {without_credentials(message)}", err=True)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again, and exit with 120
+            from densenet_dist.display.console import forget
+
+            forget(stream)
     raise SystemExit(code)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from densenet_dist import bundled
-from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.errors import ConfigError, storage_errors
 from densenet_dist.object_store import fetch_file, is_uri
 
 if TYPE_CHECKING:
@@ -73,21 +73,16 @@ def require_writable(path: Path | None) -> None:
     """Say so before the work, not after it, where a result could not be written."""
     if path is None:
         return
-    try:
+    with storage_errors(path):
         new = not path.exists()
         with path.open("a"):
             pass
         if new:
             path.unlink()
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_json(found: dict[str, Any], path: Path | None) -> None:
     """Write what was measured, where that was asked for."""
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+    if path is not None:
+        with storage_errors(path):
+            path.write_text(json.dumps(found, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -142,10 +143,11 @@ def _add(table: Table, item: Prediction) -> None:
 
     from densenet_dist.data.image_folder import printable
 
+    block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     for place, guess in enumerate(item.top):
         name = printable(item.source) if place == 0 else ""
         style = "bold" if place == 0 else None
-        bar = "█" * round(guess.probability * _BAR)
+        bar = block * round(guess.probability * _BAR)
         table.add_row(Text(name), Text(guess.name), f"{guess.probability:.2%}", bar, style=style)
     if len(item.top) > 1:
         table.add_section()

@@ -30,10 +30,11 @@ def train(
     densenet-dist train configs/cifar10_notebook.yaml model.growth_rate=24 name=k24
     densenet-dist train --resume runs/k24
     """
+    from densenet_dist.cluster.signals import handle
     from densenet_dist.display.console import Console
     from densenet_dist.display.json_lines import RunJsonLines
 
-    signal.signal(signal.SIGTERM, raise_interrupt)
+    handle(raise_interrupt)
     with RunJsonLines() if as_json else Console(quiet) as console:
         config = load(sources) if resume is None else _config_of(resume, sources or [])
         _fit(config, console, resume=resume is not None)
@@ -64,12 +65,13 @@ def tune(
     densenet-dist tune configs/sweep_cifar10.yaml trials=32 name=wide
     densenet-dist tune --resume runs/wide
     """
+    from densenet_dist.cluster.signals import handle
     from densenet_dist.cluster.sweep import open_sweep
     from densenet_dist.sweep.console import SweepConsole
     from densenet_dist.sweep.definition import load_sweep
     from densenet_dist.sweep.json_lines import SweepJsonLines
 
-    signal.signal(signal.SIGTERM, raise_interrupt)
+    handle(raise_interrupt)
     with SweepJsonLines() if as_json else SweepConsole(quiet) as console:
         if resume is None:
             if not sources:

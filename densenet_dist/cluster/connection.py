@@ -50,6 +50,8 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     own = address is None
     if own:
         _make_private_token()
+    # A closing terminal signals all processes of a command: Ray's, which inherit this mask, must outlive the saving.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if own else ())
     try:
         # A cluster left over on this machine must not be joined by accident: "local" always starts a new one.
         with _on_loopback() if own else nullcontext(), handled_by():
@@ -66,6 +68,8 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         raise EnvironmentProblem(
             f"Ray cannot {where}: {error}\n  try cluster.engine=local to train without Ray, or set cluster.address"
         ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield own
     finally:

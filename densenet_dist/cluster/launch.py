@@ -56,7 +56,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError, CheckpointError: before any work is lost.
         TrainingError: when training itself fails.
-        KeyboardInterrupt: on SIGINT (a notebook's stop button) or SIGTERM, once the run is saved.
+        KeyboardInterrupt: on SIGINT (a notebook's stop button), SIGTERM or SIGHUP, once the run is saved.
 
     Examples:
         >>> from densenet_dist import fit, load_config
@@ -78,7 +78,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         ):  # its process was killed before that
             with hold(run, listener):
                 _write_page(run, listener)
-        return Result(run.location, run.read_json(SUMMARY_FILE))
+        return Result(run.location, run.read_summary())
     check_run(config)
     require_trackers(config)
     if config.cluster.engine == "ray":
@@ -230,7 +230,7 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
 
 @contextmanager
 def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
-    """Have the run saved and ended on SIGINT or SIGTERM; a second one ends it at once, as one does before it trains.
+    """Have the run saved and ended on a signal; a second one ends it at once, as does one before it trains.
 
     Raises:
         KeyboardInterrupt: with the signal.

@@ -18,11 +18,13 @@ from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
+from densenet_dist.cluster.signals import NUMBERS, handle
+
 _SAVE_WITHIN_S = 30.0
 
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
-    """A TorchTrainer whose `fit` raises KeyboardInterrupt on SIGINT and SIGTERM, the workers stopped.
+    """A TorchTrainer whose `fit` raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, the workers stopped.
 
     Ray's own handler knows SIGINT only, and leaves by ``sys.exit(0)`` or an actor error, which tells nobody why.
     """
@@ -77,18 +79,16 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
             self.stopped_by = number
             save, self.save = self.save, None
             if save is not None:
-                for handled in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(handled, signal.default_int_handler)  # a second one cuts the saving short
+                handle(signal.default_int_handler)  # a second one cuts the saving short
                 with suppress(KeyboardInterrupt, ray.exceptions.RayError):
                     save()
-            for handled in (signal.SIGINT, signal.SIGTERM):
+            for handled in NUMBERS:
                 signal.signal(handled, signal.SIG_IGN)  # one is enough: another would cut the cleaning short
             with suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=10)
             raise KeyboardInterrupt
 
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        handle(stop)
 
 
 class _OnThisMachine(FixedScalingPolicy):  # type: ignore[misc]

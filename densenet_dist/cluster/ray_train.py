@@ -96,7 +96,7 @@ def fit_on_ray(
         EnvironmentProblem: where the cluster has not what is asked for.
         TrainingError: where workers failed more often than ``cluster.max_failures``.
         DenseNetDistError: what a worker raised on purpose.
-        KeyboardInterrupt: on SIGINT or SIGTERM, once the workers are stopped.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once the workers are stopped.
     """
     with connected(config.cluster) as own_cluster:
         import ray

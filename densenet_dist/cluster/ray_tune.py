@@ -50,7 +50,7 @@ def run_trials(sweep: Sweep, recorded: Sequence[Trial], listener: Callable[[Even
     Raises:
         EnvironmentProblem: where the cluster has not what a trial needs.
         DenseNetDistError: what made a trial fail, where all others would fail as well.
-        KeyboardInterrupt: on SIGINT or SIGTERM, once all is given back.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all is given back.
     """
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
@@ -143,7 +143,7 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
 def _points(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:
     """What is tried, as far as that is known beforehand: first what was tried before, in its order."""
     settings = sweep.settings
-    before = [trial.overrides for trial in recorded]
+    before = [trial.overrides for trial in recorded if trial.overrides]
     if settings.search.name == "optuna":
         return before
     if settings.search.name == "grid":

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, SUMMARY_FILE, open_run
+from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, open_run
 from densenet_dist.schema import Config
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def load_run(run: str | Path) -> Result:
         'quickstart'
     """
     folder = open_run(run)
-    return Result(folder.location, folder.read_json(SUMMARY_FILE))
+    return Result(folder.location, folder.read_summary())
 
 
 def _shown(place: str) -> str:

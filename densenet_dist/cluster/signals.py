@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, which ask a command to end."""
+"""SIGINT, SIGTERM and SIGHUP (the terminal is closed), which ask a command to end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
-NUMBERS: Final = (signal.SIGINT, signal.SIGTERM)
+NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Have a handler called on these signals; SIGHUP stays ignored if it is, as under nohup."""
+    for number in NUMBERS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], Any] | None = None) -> Iterator[None]:
-    """Have a handler called on SIGINT and SIGTERM meanwhile; afterwards they are handled as before.
+    """Have a handler called on these signals within the context; afterwards they are handled as before.
 
     Outside the main thread, which alone can handle signals, nothing changes.
 
@@ -27,8 +34,7 @@ def handled_by(handler: Callable[[int, FrameType | None], Any] | None = None) ->
     before = {number: signal.getsignal(number) for number in NUMBERS}
     try:
         if handler is not None:
-            for number in NUMBERS:
-                signal.signal(number, handler)
+            handle(handler)
         yield
     finally:
         for number, previous in before.items():

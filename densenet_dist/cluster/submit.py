@@ -22,6 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from densenet_dist import bundled
 from densenet_dist.cluster.launch import require_lasting
+from densenet_dist.cluster.signals import NUMBERS
 from densenet_dist.config import load_config
 from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
@@ -73,7 +74,7 @@ class Job:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM for a command whose main thread only waits.
+    """SIGINT, SIGTERM and SIGHUP for a command whose main thread only waits.
 
     A signal raises KeyboardInterrupt in the main thread. Python drops an exception that is raised in a destructor or a
     callback from C, and an import may catch it; then the next `check` raises it again, within half a second.
@@ -87,7 +88,7 @@ class Interrupts:
         self._pending = False
 
     def hear(self, number: int, frame: FrameType | None) -> NoReturn:
-        """The handler of both."""
+        """The handler of all of them."""
         self.number, self._pending = number, True
         raise KeyboardInterrupt(number)
 
@@ -232,7 +233,7 @@ def exit_code(details: Any) -> int:
     if status == "STOPPED":
         return 128 + signal.SIGINT
     code = details.driver_exit_code
-    return int(code) if code in (*_OUR_CODES, 128 + signal.SIGINT, 128 + signal.SIGTERM) else 1
+    return int(code) if code in (*_OUR_CODES, *(128 + number for number in NUMBERS)) else 1
 
 
 def _prepared(arguments: list[str], folder: Path) -> tuple[list[str], str]:

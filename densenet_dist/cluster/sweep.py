@@ -11,7 +11,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
-from densenet_dist.errors import StorageError
+from densenet_dist.errors import DamagedRecord, StorageError
 from densenet_dist.run_folder import RunFolder, open_run
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
 from densenet_dist.sweep.page import write_page
@@ -48,7 +48,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
 
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError: before any work is lost.
-        KeyboardInterrupt: on SIGINT or SIGTERM, once all is given back; the record is whole.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all is given back; the record is whole.
     """
     if listener is None:
         from densenet_dist.sweep.console import SweepConsole
@@ -167,7 +167,10 @@ class Record:
     def _end(self, trial: Trial, status: Any) -> None:
         run = RunFolder(self._sweep.folder, trial.name)
         if run.exists():
-            read_figures(trial, self._sweep)
+            try:
+                read_figures(trial, self._sweep)
+            except DamagedRecord as error:
+                status, trial.cause = "failed", str(error)
             write_note(run, overrides=trial.overrides, parameters=trial.parameters)
             if status in ("stopped", "failed"):
                 write_note(run, status=status, cause=trial.cause)

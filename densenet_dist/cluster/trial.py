@@ -31,11 +31,18 @@ from densenet_dist.cluster.mailbox import Pace
 from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
-from densenet_dist.errors import ConfigError, DataError, DenseNetDistError, EnvironmentProblem, StorageError
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.errors import (
+    ConfigError,
+    DamagedRecord,
+    DataError,
+    DenseNetDistError,
+    EnvironmentProblem,
+    StorageError,
+)
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, ENV_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import read_note, write_note
+from densenet_dist.sweep.results import Note, read_note, write_note
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
@@ -135,8 +142,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             return
         note = read_note(run)
         name = pointer["checkpoint"]
-        taken = [pointer["trial"], name, self._overrides]
-        if note.get("taken") == taken:
+        taken = (pointer["trial"], name, self._overrides)
+        if note.taken == taken:
             return  # a crash since then: this trial has its own checkpoints after the hand-over
         run.remove(CHECKPOINTS_FOLDER)
         shutil.copytree(Path(checkpoint_dir) / name, run.path / CHECKPOINTS_FOLDER / name)
@@ -148,11 +155,11 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         return RunFolder(self._plan.sweep.folder, self.trial_name)
 
     def _all_results(self) -> Generator[Figures]:
-        run, note = self._run(), {}
-        if run.exists():
-            note = read_note(run)
-            yield from self._past(run, note)
+        run = self._run()
         try:
+            note = read_note(run)
+            if run.exists():
+                yield from self._past(run, note)
             config = self._plan.sweep.config(run.name, self._overrides, **self._plan.cluster)
             self._prepare(run, config, note)
             self._work = _Work(config, run, self._plan)
@@ -161,17 +168,18 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
                 yield figures
             yield from itertools.repeat({})  # the sweep ends, and no one listens
         except DenseNetDistError as error:  # another attempt would end the same
-            fatal = type(error).__name__ if isinstance(error, _FATAL) else None
+            damaged = isinstance(error, DamagedRecord)  # a file of this trial alone
+            fatal = type(error).__name__ if isinstance(error, _FATAL) and not damaged else None
             yield {"done": True, OUTCOME: "failed", CAUSE: str(error), FATAL: fatal}
 
-    def _past(self, run: RunFolder, note: Mapping[str, Any]) -> Iterator[Figures]:
+    def _past(self, run: RunFolder, note: Note) -> Iterator[Figures]:
         """What is on the run's record already."""
         epochs = [record for record in run.read_records() if "train/loss" in record]
         end: Figures | None = None
-        if note.get("status") in ("stopped", "failed"):
-            end = {OUTCOME: note["status"], CAUSE: note.get("cause")}
-        elif run.exists(SUMMARY_FILE):
-            end = {OUTCOME: "finished", **_tested(run.read_json(SUMMARY_FILE))}
+        if note.status in ("stopped", "failed"):
+            end = {OUTCOME: note.status, CAUSE: note.cause}
+        elif summary := run.read_summary():
+            end = {OUTCOME: "finished", **_tested(summary)}
         if end is None:
             return  # it goes on; told of its past in another order, a scheduler might judge it anew and stop it
         last = epochs.pop() if epochs else {}
@@ -179,11 +187,11 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             yield from epochs
         yield last | end | {"done": True}
 
-    def _prepare(self, run: RunFolder, config: Config, note: Mapping[str, Any]) -> None:
+    def _prepare(self, run: RunFolder, config: Config, note: Note) -> None:
         run.create()
         write_run(run, config, resume=run.exists())
         self._share_choices(run)
-        if note.get("overrides") != self._overrides:
+        if note.overrides != self._overrides:
             run.write(CONFIG_FILE, to_yaml(config))  # other than before after a hand-over
             write_note(run, overrides=self._overrides)
 

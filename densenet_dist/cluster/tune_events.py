@@ -25,7 +25,7 @@ class Names:
     """Names trials: those of before by their settings, new ones by number."""
 
     def __init__(self, recorded: Sequence[Trial]) -> None:
-        self._known = [(trial.overrides, trial.name) for trial in recorded]
+        self._known = [(trial.overrides, trial.name) for trial in recorded if trial.overrides]
         numbers = [int(trial.name.removeprefix(TRIAL_PREFIX)) for trial in recorded]
         self._next = max(numbers, default=-1) + 1
 
@@ -197,4 +197,4 @@ def _last_failure(trial: Any) -> Any:
     path = trial.error_file
     if path is None or not os.path.exists(path):
         return trial.get_error()
-    return Path(path).read_text().rpartition("Failure # ")[2]
+    return Path(path).read_text(encoding="utf-8", errors="replace").rpartition("Failure # ")[2]

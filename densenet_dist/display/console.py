@@ -96,7 +96,8 @@ class Console:
 
 
 class LastingConsole(RichConsole):
-    """One that outlives its reader: a run that may have cost hours does not end because ``| head`` has seen enough."""
+    """A console that outlives its reader: no run ends because ``| head`` has seen enough, or because its log's disk is
+    full."""
 
     @property
     def animates(self) -> bool:
@@ -118,13 +119,20 @@ class LastingConsole(RichConsole):
         """Show a ``note`` event; where nothing else is shown, warnings still are, on standard error."""
         warning = bool(event.get("warning"))
         if self.quiet and warning and warns:
-            print(f"warning: {event['text']}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"warning: {event['text']}", file=sys.stderr, flush=True)
         self.say(event["text"], "yellow" if warning else None)
 
     def on_broken_pipe(self) -> None:
         """Go on without a word."""
         self.quiet = True
         forget(self.file)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # rich itself handles closed pipes only
+            self.on_broken_pipe()
 
 
 def print_closing(

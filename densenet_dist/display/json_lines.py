@@ -69,7 +69,7 @@ class JsonLines:
         self.emit("note", level="warning" if event.get("warning") else "info", text=event["text"])
 
     def emit(self, event: str, **values: Any) -> None:
-        """Write one line and have it sent at once; where nobody reads any more, the run goes on without."""
+        """Write one line and have it sent at once; where it cannot be written any more, the run goes on without."""
         if self._muted:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(values)})
@@ -77,7 +77,7 @@ class JsonLines:
             try:
                 self._out.write(line + "\n")
                 self._out.flush()
-            except BrokenPipeError:
+            except OSError:  # nobody reads it, or it is a file on a full disk
                 self.mute()
                 forget(self._out)
 

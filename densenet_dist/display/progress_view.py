@@ -90,7 +90,7 @@ class RunProgress(Progress):
         yield self.make_tasks_table(self.tasks)
         if self._figures:
             for line in packed([*self._figures, *filter(None, [self._best])], self.console.width):
-                yield Text(line, no_wrap=True, overflow="ellipsis")
+                yield Text(line, no_wrap=True, overflow="crop")
 
 
 def packed(parts: Sequence[str], width: int, indent: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.engines import make_engine
 from densenet_dist.data.loader import EvalLoader
-from densenet_dist.errors import CheckpointError, ConfigError, StorageError
+from densenet_dist.errors import CheckpointError, ConfigError, StorageError, storage_errors
 from densenet_dist.inference.classifier import SUFFIXES, open_exported
 from densenet_dist.inference.header import Header, Precision
 from densenet_dist.inference.trained import Trained, open_trained
@@ -103,8 +104,11 @@ def export(
     header = dataclasses.replace(trained.header, precision=precision)
     dataset = load_dataset_of(trained.config) if check else None
     beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
+    module = import_module(f"densenet_dist.inference.{format.replace('-', '_')}_format")
+    contents: bytes = module.to_bytes(trained.network, header)
     try:
-        _write(format, trained, header, beside)
+        with storage_errors(path):
+            beside.write_bytes(contents)
         found = None
         if dataset is not None:
             # Opened once more, in its own form: writing changes it.
@@ -116,9 +120,8 @@ def export(
                     f"{path} is not kept: its logits differ from those of the run by up to {found.largest:.2g}, more "
                     f"than {LARGEST_DIFFERENCE:g}\n  write it all the same with --no-check"
                 )
-        os.replace(beside, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+        with storage_errors(path):
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     return Exported(path, format, header, path.stat().st_size, found)
@@ -168,29 +171,13 @@ def grey_levels(config: Config, split: Split, places: npt.NDArray[np.int64]) -> 
         yield batch.images, batch.labels
 
 
-def _write(format: Format, trained: Trained, header: Header, path: Path) -> None:
-    if format == "safetensors":
-        from densenet_dist.inference import safetensors_format
-
-        safetensors_format.write(trained.network.model, header, path)
-    elif format == "torch-export":
-        from densenet_dist.inference import torch_export_format
-
-        torch_export_format.write(trained.network, header, path)
-    else:
-        from densenet_dist.inference import onnx_format
-
-        onnx_format.imported("onnxruntime")
-        onnx_format.write(trained.network, header, path)
-
-
 def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:
     (ending,) = [suffix for suffix, known in SUFFIXES.items() if known == format]
-    if out is None:
-        return Path(name + ("" if precision == "fp32" else f"-{precision}") + ending)
-    path = Path(out).expanduser()
+    path = Path(out or name + ("" if precision == "fp32" else f"-{precision}") + ending).expanduser()
     if path.suffix != ending:
         raise ConfigError(f"--out {path}: a file in the format {format} must end in {ending}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise StorageError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "no such folder"))
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = "it is a folder" if path.is_dir() else "read-only folder" if folder.is_dir() else "no such folder"
+        raise StorageError(f"{path} cannot be written: {problem}")
     return path

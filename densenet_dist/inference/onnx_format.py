@@ -24,25 +24,26 @@ OPSET: Final = 20
 _MOST_BYTES: Final = (1 << 31) - 1  # of any protobuf
 
 
-def write(network: Network, header: Header, path: Path) -> None:
-    """Write a trained network in float32. Its weights become contiguous.
+def to_bytes(network: Network, header: Header) -> bytes:
+    """A file of a trained network in float32. Its weights become contiguous.
 
     Raises:
         EnvironmentProblem: a package is missing.
     """
     onnx = imported("onnx")
     imported("onnxscript")
+    imported("onnxruntime")  # the file is compared with the run
     with quiet(), _no_log():
         program = torch.onnx.export(
             traced(network, header), (), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
-            external_data=False, verbose=False,
+            external_data=False, verbose=False, dynamic_shapes=({0: "batch"},),
         )  # fmt: skip
     assert program is not None
     graph = program.model_proto
     _strip(graph)
     graph.producer_name, graph.producer_version = "densenet-dist", header.version
     onnx.helper.set_model_props(graph, {HEADER_KEY: header.to_json()})
-    path.write_bytes(graph.SerializeToString())
+    return bytes(graph.SerializeToString())
 
 
 def read(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
@@ -52,7 +53,7 @@ def read(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
         Its header, and its program, run on the CPU: (n, 3, H, W) float32 grey levels to (n, classes) float32.
 
     Raises:
-        CheckpointError: it is damaged, or not what `write` makes; the program raises it, too.
+        CheckpointError: it is damaged, or not what `to_bytes` makes; the program raises it, too.
         EnvironmentProblem: onnxruntime is missing.
     """
     runtime = imported("onnxruntime")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from densenet_dist.errors import CheckpointError
@@ -20,19 +20,20 @@ from densenet_dist.train.checkpoint import Kind, kinds_of, require_same_tensors
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
-def write(model: DenseNet, header: Header, path: Path) -> None:
-    """Write a trained net in float32, in the precision that the header says. `model` is changed."""
+def to_bytes(network: Network, header: Header) -> bytes:
+    """A file of a trained network in float32, in the header's precision. `network` is changed."""
+    model = network.model
     if header.precision == "bf16":
         to_bfloat16(model)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(model).items()}
-    save_file(weights, path, metadata={"format": "pt", HEADER_KEY: header.to_json()})
+    return save(weights, metadata={"format": "pt", HEADER_KEY: header.to_json()})
 
 
 def read(path: Path) -> tuple[Header, Network]:
     """Read a file that anybody may have written.
 
     Raises:
-        CheckpointError: it is damaged, or not what `write` makes.
+        CheckpointError: it is damaged, or not what `to_bytes` makes.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -6,6 +6,7 @@ evaluates its size expressions as Python, so it is not fit for a file from a str
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ MOST_IMAGES: Final = 1 << 16
 """In a batch of an exported program."""
 
 
-def write(network: Network, header: Header, path: Path) -> None:
-    """Write a trained network in float32, in the precision that the header says. `network` is changed."""
+def to_bytes(network: Network, header: Header) -> bytes:
+    """A file of a trained network in float32, in the header's precision. `network` is changed."""
     if header.precision == "bf16":
         to_bfloat16(network.model)
+    file = io.BytesIO()
     with quiet():
-        torch.export.save(traced(network, header), path, extra_files={f"{HEADER_KEY}.json": header.to_json()})
+        torch.export.save(traced(network, header), file, extra_files={f"{HEADER_KEY}.json": header.to_json()})
+    return file.getvalue()
 
 
 def traced(network: Network, header: Header) -> torch.export.ExportedProgram:

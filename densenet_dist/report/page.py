@@ -54,7 +54,8 @@ def _goodput(last: dict[str, Any]) -> str | None:
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    gpus = [str(gpu) for gpu in environment.get("gpus") or []]
+    found = environment.get("gpus")
+    gpus = list(map(str, found)) if isinstance(found, list) else []
     kinds = ", ".join(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus))
     host, cpus, cpu = (environment.get(key, "unknown") for key in ("host", "cpus", "cpu"))
     return f"{host}: {kinds or 'no GPU'}; {cpus} CPUs, {cpu}"

@@ -10,7 +10,7 @@ from typing import Any
 from densenet_dist.config import load_config
 from densenet_dist.errors import DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
-from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, SUMMARY_FILE, RunFolder, open_run
+from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, best_record
 from densenet_dist.train.results import TestResults, read_test_results
@@ -79,7 +79,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
         environment=folder.read_json(ENV_FILE),
         epochs=epochs,
         test=next((record for record in reversed(records) if "test/loss" in record), None),
-        summary=folder.read_json(SUMMARY_FILE),
+        summary=folder.read_summary(),
         results=read_test_results(folder),
         model=_model(folder, config),
     )

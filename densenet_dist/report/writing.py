@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from densenet_dist.errors import DataError, StorageError
+from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.pages.confusion import MOST_CLASSES, printed
 from densenet_dist.report.comparison import comparison_page
 from densenet_dist.report.figures import curves_figure, titled_confusion
@@ -63,10 +63,8 @@ def write_report(
         return _write_into_folder(records[0])
     path = out or Path(PAGE_FILE)
     page = run_page(records[0]) if len(records) == 1 else comparison_page(records)
-    try:
+    with storage_errors(path):
         path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}\n  choose another --out") from error
     if len(records) == 1:
         _draw(records[0], path.parent)
     return str(path)
@@ -101,13 +99,11 @@ def _write_into_folder(record: RunRecord) -> str:
 
 def _draw(record: RunRecord, folder: Path) -> list[str]:
     names, results = [CURVES_FILE], record.results
-    try:
+    with storage_errors(folder):
         curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
         if results is not None and len(results.class_names) <= MOST_CLASSES:
             figure = titled_confusion(results.confusion, results.class_names, record.name)
             with printed():
                 figure.savefig(folder / CONFUSION_FILE, dpi=120)
             names.append(CONFUSION_FILE)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
     return names

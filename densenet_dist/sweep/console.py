@@ -64,7 +64,7 @@ class SweepConsole:
             self._console.print(self._line(trial, event["best"]), markup=False)
         if self._console.animates:
             if self._status is None:
-                self._status = self._console.status("")
+                self._status = self._console.status("", spinner="line")
                 self._status.start()
             self._status.update(self._summary(event["all"], event["best"]))
 

@@ -9,11 +9,12 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
-from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, TRIAL_FILE, RunFolder
+from densenet_dist.errors import ConfigError, DamagedRecord
+from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.yaml_settings import flatten, read_yaml
 from densenet_dist.yaml_settings import to_yaml as dump_yaml
@@ -141,22 +142,38 @@ def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bo
 
 
 def read_figures(trial: Trial, sweep: Sweep) -> None:
-    """Take a trial's figures anew from its run folder, which is the truth whatever was reported."""
+    """Take a trial's figures anew from its run folder, which is the truth whatever was reported.
+
+    Raises:
+        DamagedRecord: a file in it is damaged.
+    """
     run = RunFolder(sweep.folder, trial.name)
     trial.epochs, trial.seconds, trial.metric, trial.best_epoch = 0, 0.0, None, None
     trial.history, trial.figures = {}, {}
-    trial.origin = (read_note(run).get("taken") or [None])[0]
+    taken = read_note(run).taken
+    trial.origin = None if taken is None else taken[0]
     for record in run.read_records():
         if "train/loss" in record:
             add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximise)
         trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}
-    if run.exists(SUMMARY_FILE):
+    if run.read_summary():
         trial.status = "finished"
 
 
-def read_note(run: RunFolder) -> dict[str, Any]:
-    """What a trial's folder says of it as one: ``overrides`` and, where it ended so, ``status`` and ``cause``."""
-    return run.read_json(TRIAL_FILE, if_damaged={})
+@dataclass(frozen=True)
+class Note:
+    """trial.json: what the sweep knows of a run; `taken` is the trial and checkpoint it took over, its overrides."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    status: Status | None = None
+    cause: str | None = None
+    parameters: int | None = None
+    taken: tuple[str, str, dict[str, Any]] | None = None
+
+
+def read_note(run: RunFolder) -> Note:
+    """Read trial.json; a missing or damaged one says nothing."""
+    return run.read(TRIAL_FILE, Note, strict=False) or Note()
 
 
 def write_note(run: RunFolder, **changes: Any) -> None:
@@ -165,21 +182,28 @@ def write_note(run: RunFolder, **changes: Any) -> None:
     Raises:
         StorageError: where it cannot be written.
     """
-    run.write(TRIAL_FILE, json.dumps(read_note(run) | changes, indent=1) + "\n")
+    run.write(TRIAL_FILE, json.dumps(asdict(replace(read_note(run), **changes)), indent=1) + "\n")
 
 
 def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
-    """All trials that have a folder in the sweep's, in order of their names; those that did not end are interrupted."""
+    """All trials that have a folder in the sweep's, in order of their names.
+
+    Those that did not end are interrupted. One whose files are damaged has failed; without overrides, if they are lost.
+    """
     trials = []
     for name in sorted(name for name in folder.names("") if re.fullmatch(rf"{TRIAL_PREFIX}\d+", name)):
         run = RunFolder(sweep.folder, name)
         note = read_note(run)
         if run.exists():
-            values = flatten(read_yaml(run.fetch(CONFIG_FILE)))  # where its note is damaged
-            overrides = note.get("overrides") or {key: values.get(key) for key in sweep.space}
-            trial = Trial(name, overrides, note.get("status", "interrupted"), note.get("cause"))
-            trial.parameters = note.get("parameters")
-            read_figures(trial, sweep)
+            trial = Trial(name, {}, note.status or "interrupted", note.cause, note.parameters)
+            try:
+                values = {} if note.overrides else flatten(read_yaml(run.fetch(CONFIG_FILE)))
+                overrides = note.overrides or {key: values.get(key) for key in sweep.space}
+                sweep.config(name, overrides)
+                trial.overrides = overrides
+                read_figures(trial, sweep)
+            except (DamagedRecord, ConfigError) as error:
+                trial.status, trial.cause = "failed", str(error)
             trials.append(trial)
     return trials
 

@@ -65,8 +65,10 @@ class Tracker:
         self._name, self._open, self._run = name, opener, run
         self._file = _state_file(name)
         self._records = list(records)
-        self._state = run.read_json(self._file, if_damaged={})
-        self._sent = min(self._state.get("sent", 0), len(records))  # what is done once more is sent once more
+        self._state = run.read_json(self._file, strict=False)
+        sent = self._state.get("sent")
+        # What is done once more is sent once more.
+        self._sent = max(0, min(sent, len(records))) if isinstance(sent, int) else 0
         self._session: Session | None = None
         self._end: tuple[End, Record] | None = None
         self._warned = self._left = False
@@ -139,7 +141,7 @@ class Tracker:
 
 def links(run: RunFolder) -> dict[str, str]:
     """Where people see a run, by service; those that were never reached, or have no address, are left out."""
-    states = {name: run.read_json(_state_file(name), if_damaged={}) for name in (WANDB, MLFLOW)}
+    states = {name: run.read_json(_state_file(name), strict=False) for name in (WANDB, MLFLOW)}
     return {name: state["url"] for name, state in states.items() if isinstance(state.get("url"), str)}
 
 

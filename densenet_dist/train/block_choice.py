@@ -50,7 +50,7 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
     if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
         return replace(model, block="fused")
-    name = measured_choice(context, "block", partial(_measure, config, context, num_classes, image_size))
+    name = measured_choice(context, "block", FORMS, partial(_measure, config, context, num_classes, image_size))
     return replace(model, block="fused" if name == "fused" else "reference")
 
 

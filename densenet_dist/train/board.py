@@ -75,6 +75,10 @@ class Board:
             self._writer = SummaryWriter(str(folder), purge_step=hides_from, flush_secs=10)
         finally:
             event_file_writer.time = time
+        # In this thread, where an error can be handled: TensorBoard's own would print a traceback.
+        events = self._writer._get_file_writer().event_writer
+        events._async_writer._worker.stop()
+        events._async_writer = events._async_writer._writer
 
     def scalars(self, values: dict[str, Any], step: int) -> None:
         """Show each number under its own tag."""

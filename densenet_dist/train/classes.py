@@ -8,10 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from pydantic import TypeAdapter, ValidationError
-
 from densenet_dist.data.datasets import Channels, Dataset
-from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import CLASSES_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.inputs import load_dataset_of, normalisation
@@ -51,12 +48,5 @@ def classes_of(run: RunFolder, config: Config) -> Classes:
         StorageError: the file is damaged.
         DataError: there is none, and the data set is not there either.
     """
-    if not run.exists(CLASSES_FILE):
-        return classes_in(config, load_dataset_of(config))
-    try:
-        return TypeAdapter(Classes).validate_json(run.fetch(CLASSES_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise StorageError(
-            f"{run.uri}/{CLASSES_FILE} is damaged: {problem}\n  delete it: it is made anew from the run's data set"
-        ) from error
+    found = run.read(CLASSES_FILE, Classes, mend="delete it: the data set has the classes too")
+    return found or classes_in(config, load_dataset_of(config))

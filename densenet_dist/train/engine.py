@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.data.requests import Engine
-from densenet_dist.errors import DataError
+from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
+from densenet_dist.train.board import Board
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.classes import note_classes
@@ -43,6 +44,7 @@ from densenet_dist.train.step_graph import StepGraph
 PROGRESS_EVERY_S = 0.5
 
 
+@storage_errors()
 def fit(config: Config, context: RunContext) -> dict[str, Any]:
     """Train as configured, from the run's latest checkpoint if it has one; then test the best model once.
 
@@ -80,9 +82,9 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     config, context = job.config, job.context
     if log is not None and job.position.global_step == 0:
-        _beside(job, "TensorBoard's settings and graph", lambda: log.board.introduce(config, job.dataset))
+        log.show(Board.introduce, config, job.dataset)
     if log is not None:
-        log.track(config, lambda text: context.report({"kind": "note", "text": text}))
+        log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
     if context.rank == 0:
         note_classes(context.run, config, job.dataset)
         context.report(describe(job))
@@ -113,7 +115,7 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
         pulse.enter("train")
         if log is not None and job.position.global_step == 0:
             first = batch.batch() if isinstance(batch, BatchRecipe) else batch
-            log.board.images("train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
+            log.show(Board.images, "train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         with nullcontext() if job.profiler is None else job.profiler.step(job.position.global_step):
             train_step(job, batch)
         pulse.moved(job.position.global_step)
@@ -329,9 +331,8 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     }
     if log is not None:
         log.record({"epoch": best[0]["epoch"], **test}, job.position.global_step)
-        step = job.position.global_step
-        _beside(job, "TensorBoard's view of the test", lambda: log.board.test_results(results, step))
-        log.board.finished(step)
+        log.show(Board.test_results, results, job.position.global_step)
+        log.show(Board.finished, job.position.global_step)
         log.close()
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")

@@ -210,11 +210,8 @@ def _taken(folder: RunFolder, holder: Holder | None) -> StorageError:
 
 
 def _read(folder: RunFolder) -> Holder | None:
-    """The holder; None where there is none, or where the file says nothing that this version understands."""
-    try:
-        return Holder(**folder.read_json(LEASE_FILE, if_damaged={}))
-    except TypeError:
-        return None
+    """The holder; None where there is none, or where the file is damaged."""
+    return folder.read(LEASE_FILE, Holder, strict=False)
 
 
 def _write(folder: RunFolder, holder: Holder) -> None:

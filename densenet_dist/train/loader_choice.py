@@ -26,7 +26,7 @@ def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices
     """
     if config.data.loader != "auto":
         return config.data.loader
-    return measured_choice(context, "loader", partial(_measure, config, context, dataset, indices))
+    return measured_choice(context, "loader", ("torch", "dali"), partial(_measure, config, context, dataset, indices))
 
 
 def _measure(config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> Choice:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
@@ -23,31 +22,40 @@ class RunLog:
         run: the run's folder.
         global_step: steps already taken; records of later ones, left by a process that died, are dropped.
         monitor: what makes an epoch the best, see `densenet_dist.schema.CheckpointConfig`.
-
-    Attributes:
-        board: its TensorBoard.
     """
 
     def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
-        self.run, self._monitor = run, monitor
+        self.run, self._first_step, self._monitor = run, global_step, monitor
         self._trackers: list[Tracker] = []
-        self._tell: Callable[[str], None] = lambda text: None
+        self._tell: Callable[[str, bool], None] = lambda text, warning: None
+        self._board: Board | None = None
+        self._problems: dict[str, bool] = {}  # TensorBoard's, and whether they were told
         self._records = self._keep_until(global_step)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
-        earlier = run.names(TENSORBOARD_FOLDER)
+        self._earlier = run.names(TENSORBOARD_FOLDER)
         # A test that was cut off stands at the last epoch's step: that is hidden too, and its epoch shown again.
-        self.board = Board(run.path / TENSORBOARD_FOLDER, global_step, earlier)
-        if earlier and self._records and self._records[-1]["global_step"] == global_step:
-            self.board.scalars(self._records[-1] | best_scalars(self._records, monitor), global_step)
+        if self._earlier and self._records and self._records[-1]["global_step"] == global_step:
+            self.show(Board.scalars, self._records[-1] | best_scalars(self._records, monitor), global_step)
         self.publish()  # from here on the run's name is taken
 
     def missing_epochs(self, epochs: int) -> list[int]:
         """The epochs of the first `epochs` without a record: their lines were lost or damaged."""
         return sorted(set(range(1, epochs + 1)) - {record["epoch"] for record in self._records})
 
-    def track(self, config: Config, tell: Callable[[str], None]) -> None:
-        """Send the records to the configured services too; `tell` hears of them, in the thread that records.
+    def show(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Call a method of `Board`. The run does not need it: an error becomes a warning, given once."""
+        try:
+            if self._board is None:
+                self._board = Board(self.run.path / TENSORBOARD_FOLDER, self._first_step, self._earlier)
+            method(self._board, *arguments)
+        except Exception as error:
+            self._problems.setdefault(f"TensorBoard is incomplete: {type(error).__name__}: {error}", False)
+
+    def track(self, config: Config, tell: Callable[[str, bool], None]) -> None:
+        """Send the records to the configured services too.
+
+        `tell` is called with news, of TensorBoard too, and whether it is a warning, in the thread that records.
 
         Raises:
             EnvironmentProblem: the package of one is missing here.
@@ -58,23 +66,20 @@ class RunLog:
         """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
         self.run.guard()
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
-        with open(self.run.path / METRICS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.run.append(METRICS_FILE, json.dumps(line) + "\n")
         self._records.append(line)
-        self.board.scalars(values | best_scalars(self._records, self._monitor), global_step)
+        self.show(Board.scalars, values | best_scalars(self._records, self._monitor), global_step)
         for tracker in self._trackers:
             tracker.add(line)
 
     def publish(self) -> None:
         """Flush, and bring both up to date on an object store."""
-        self.board.flush()
-        self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
+        self._publish(Board.flush)
         self._tell_news()
 
     def close(self) -> None:
         """Write out and close everything."""
-        self.board.close()
-        self.run.publish(METRICS_FILE, TENSORBOARD_FOLDER)
+        self._publish(Board.close)
 
     def end_tracking(self, summary: dict[str, Any]) -> None:
         """Tell the services that the run is finished, last of all: they may be slow."""
@@ -87,15 +92,22 @@ class RunLog:
 
         `leaves`: the run goes on elsewhere, so that no service is told of an end.
         """
-        with suppress(OSError):
-            self.board.close()
+        self.show(Board.close)
         for tracker in self._trackers:
             tracker.leave() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
+    def _publish(self, write_out: Callable[[Board], None]) -> None:
+        self.show(write_out)
+        self.show(lambda board: self.run.publish(TENSORBOARD_FOLDER))
+        self.run.publish(METRICS_FILE)
+
     def _tell_news(self) -> None:
+        for text in [text for text, told in self._problems.items() if not told]:
+            self._tell(text, True)
+            self._problems[text] = True
         for tracker in self._trackers:
             for text in tracker.news():
-                self._tell(text)
+                self._tell(text, False)
 
     def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
         """The records of steps up to that one; metrics.jsonl holds no others from here on."""

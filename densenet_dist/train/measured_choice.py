@@ -29,16 +29,19 @@ class Choice(NamedTuple):
     figures: dict[str, float]
 
 
-def measured_choice(context: RunContext, key: str, measure: Callable[[], Choice]) -> str:
+def measured_choice(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:
     """Return the name that env.json records under `key` for this type of device, or that `measure` finds.
+
+    Records of anything but `names` are damaged, and measured again.
 
     A collective call; rank 0 alone measures, reports the result and records it.
     """
     name: list[Any] = [None]
     if context.rank == 0:
-        recorded = context.run.read_json(ENV_FILE).get(key, {})
-        name[0] = recorded.get("name") if recorded.get("device") == context.device.type else None
-        if name[0] is None:
+        recorded = context.run.read_json(ENV_FILE).get(key)
+        if isinstance(recorded, dict) and recorded.get("device") == context.device.type:
+            name[0] = recorded.get("name")
+        if name[0] not in names:
             choice = measure()
             name[0] = choice.name
             record = {"name": choice.name, "device": context.device.type, "reason": choice.reason, **choice.figures}

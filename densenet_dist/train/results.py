@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pydantic import Base64Bytes, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic import Base64Bytes, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter
 from torch import Tensor
 
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.data.requests import Engine
-from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.inputs import normalisation
@@ -255,12 +254,4 @@ def read_test_results(run: RunFolder) -> TestResults | None:
     Raises:
         StorageError: the file is damaged or cannot be read.
     """
-    if not run.exists(TEST_RESULTS_FILE):
-        return None
-    try:
-        return TypeAdapter(TestResults).validate_json(run.fetch(TEST_RESULTS_FILE).read_bytes())
-    except (ValueError, TypeError, OverflowError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise StorageError(
-            f"{run.uri}/{TEST_RESULTS_FILE} is damaged: {problem}\n  delete it: the test set is then evaluated again"
-        ) from error
+    return run.read(TEST_RESULTS_FILE, TestResults, mend="delete it: the test set is then evaluated again")

@@ -147,6 +147,22 @@ def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
     assert [type(each.exc_value) for each in dropped] == [KeyboardInterrupt]
 
 
+def test_a_closed_terminal_interrupts_but_not_under_nohup(monkeypatch):
+    heard: list[int] = []
+    before = signal.getsignal(signal.SIGHUP)
+    with handled_by(lambda number, frame: heard.append(number)):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert heard == [signal.SIGHUP]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled_by(lambda number, frame: heard.append(number)):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == [signal.SIGHUP, signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
     ("command", "problem"),
     [

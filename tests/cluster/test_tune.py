@@ -134,7 +134,7 @@ def test_interruption_and_what_was_stopped_stays_stopped(start_sweep):
 
 @pytest.mark.parametrize(
     ("workers", "number", "code"),
-    [pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.nightly), (2, signal.SIGTERM, 143)],
+    [pytest.param(1, signal.SIGHUP, 129, marks=pytest.mark.nightly), (2, signal.SIGTERM, 143)],
 )
 def test_interruption_in_the_middle_of_an_epoch(start_sweep, workers, number, code):
     long = ("data.limit=5000", "train.global_batch_size=2", "train.epochs=100", f"workers={workers}", "trials=2")
@@ -142,7 +142,7 @@ def test_interruption_in_the_middle_of_an_epoch(start_sweep, workers, number, co
     until(lambda: list(run.folder.glob("trial-000/tb/events.*")))
     time.sleep(2)  # training by now, and far from the end of an epoch
     family = run.descendants()
-    run.process.send_signal(number)
+    run.interrupt(number)
     assert run.wait(60) == code, run.text()
     assert_gone(family)
     assert not has_trained(run.folder / "trial-000")

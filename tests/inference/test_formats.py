@@ -33,6 +33,18 @@ def test_a_file_classifies_as_the_run_does(original, exported, images, format):
     assert classifier.header.metrics.keys() >= {"val/top1"}
 
 
+@pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
+def test_a_file_has_the_mode_of_other_files_and_no_folder_that_cannot_take_it(original, exported, tmp_path, format):
+    (tmp_path / "other").touch()
+    file = exported(format)
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+    with pytest.raises(StorageError, match=r"^/proc/x\..* cannot be written: "):  # not even root can
+        export(original, format=format, out=f"/proc/x{file.suffix}", check=False)
+    if format == "onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(file)
+        assert [each.shape[0] for each in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
+
+
 def test_pytorch_alone_runs_a_program_and_predict_refuses_it(original, exported, images, command):
     with torch_export_format.quiet():
         program = torch.export.load(exported("torch-export")).module()
@@ -76,14 +88,14 @@ def test_export_checks_and_names_the_file(original, command, tmp_path):
 
 @pytest.mark.parametrize("change", [0.001, float("nan")])
 def test_a_file_that_differs_is_not_kept(original, monkeypatch, tmp_path, change):
-    write = safetensors_format.write
+    to_bytes = safetensors_format.to_bytes
 
-    def broken(model, header, path):
+    def broken(network, header):
         with torch.no_grad():
-            model.classifier.bias[0] += change
-        write(model, header, path)
+            network.model.classifier.bias[0] += change
+        return to_bytes(network, header)
 
-    monkeypatch.setattr(safetensors_format, "write", broken)
+    monkeypatch.setattr(safetensors_format, "to_bytes", broken)
     with pytest.raises(CheckpointError, match=r"(?s)differ from those of the run by up to (0\.001|nan).*--no-check"):
         export(original, out=tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

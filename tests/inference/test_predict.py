@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -56,6 +57,17 @@ def test_pictures_in_folders_are_cut_as_in_evaluation(tmp_path):
     )
     shutil.rmtree(tmp_path / "photos")
     assert load_classifier(run_of(config).path).class_names == ("cat", "dog")  # without the data set
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_has_any_encoding(original, photo, command, tmp_path, monkeypatch, encoding):
+    photo.save(tmp_path / "größe 猫.png")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert command("predict", original, "größe 猫.png")[0] == 0
+    text = written.getvalue().decode(encoding)
+    assert r"e \u732b.png" in text
+    assert "#" in text  # its bars
 
 
 def test_classes_json_of_an_old_or_damaged_run(run, original, command):

@@ -61,6 +61,10 @@ class Run:
 
         until(printed, 400)
 
+    def interrupt(self, number: int) -> None:
+        """Send it a signal; SIGHUP to all its processes, as a closing terminal does."""
+        os.killpg(self.process.pid, number) if number == signal.SIGHUP else self.process.send_signal(number)
+
     def wait(self, seconds: float = 400) -> int:
         """Wait for its exit code."""
         return self.process.wait(seconds)
@@ -87,7 +91,8 @@ def starter(place: Path, subcommand: str, text: str) -> Iterator[Start]:
         output = place / f"output-{len(started)}.txt"
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         with open(output, "w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment)
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, text=True, env=environment, process_group=0, **streams)
         started.append(Run(process, folder, output))
         return started[-1]
 
