@@ -28,7 +28,7 @@ def find(source: str | Path) -> Path:
     A file that is there is taken as it is. Else ``quickstart``, ``quickstart.yaml`` and ``configs/quickstart.yaml`` (as
     documentation and help say it) are the configuration of that name that comes with the package.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     # Unlike Path.is_file, isfile has no error for what can be no name (too long, a zero byte).
     if os.path.isfile(path) or str(path.parent) not in (".", "configs") or path.suffix not in ("", ".yaml"):
         return path

@@ -5,11 +5,13 @@ What reads them from YAML and the command line, and what is said of wrong ones, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from densenet_dist.schedules import SCHEDULES
 
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
     ScheduleName: TypeAlias = str
 else:
     ScheduleName = Literal[tuple(SCHEDULES)]
+
+
+def _expand_home(place: str) -> str:
+    expanded = os.path.expanduser(place)
+    if expanded.startswith("~"):
+        raise PydanticCustomError("home", "there is no such home folder, give the whole path")
+    return expanded
+
+
+Place: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
+"""A path, which may start with ``~`` or ``~user``, or the URI of an object store."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,7 +71,7 @@ class DataConfig:
     name: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
     """shapes is generated; the CIFAR sets are downloaded when they are not in root; folder is pictures of your own in
     root: a folder for each class, or such folders below train and test (and val)."""
-    root: str = "data"
+    root: Place = "data"
     """Folder that holds the data sets; relative paths are taken from where the command is started. Or an object store,
     s3://bucket/path (credentials from the environment only): each node takes the set from there once, into its cache
     ($DENSENET_DIST_CACHE, else densenet_dist under $XDG_CACHE_HOME or ~/.cache)."""
@@ -306,7 +319,7 @@ class MlflowConfig:
 
     enabled: bool = False
     """Whether the run's figures are sent there too; needs the extra mlflow."""
-    tracking_uri: str | None = None
+    tracking_uri: Place | None = None
     """The tracking server, such as http://mlflow:5000; null: MLFLOW_TRACKING_URI."""
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "densenet-dist"
     """The experiment there."""
@@ -328,7 +341,7 @@ class Config:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
     """The run's name, and its folder's; by default the config file's name."""
-    storage: str = "runs"
+    storage: Place = "runs"
     """Where run folders are: a path (shared by all nodes, where there are several) or s3://bucket/path."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes the split, the order, every augmentation, the initial weights and dropout."""

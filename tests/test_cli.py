@@ -263,6 +263,24 @@ def test_unknown_data_set(command):
     assert command("data", "prepare", "shapes")[0] == 0
 
 
+def test_home_folder(command, tmp_path, monkeypatch):
+    """The shell expands ``~`` only where an argument begins with it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.yaml").write_text("train: {epochs: 77}")
+    assert "epochs: 77" in command("config", "~/mine.yaml")[1]
+    for arguments, code in (
+        (["data", "prepare", "cifar10", "--no-download", "--root=~/x"], 4),
+        (["train", "quickstart", *QUICK, "data.name=cifar10", "data.download=false", "data.root=~/x"], 4),
+        (["evaluate", "~/x"], 5),
+        (["predict", "~/x.onnx", "a.png"], 6),
+    ):
+        found, _, err = command(*arguments)
+        assert (found, f"{tmp_path}/home/x" in err) == (code, True), err
+    assert command("data", "prepare", "cifar10", "--root=~no-such-user/x")[0] == 2
+    assert not Path("~").exists()
+
+
 def test_doctor(command):
     code, out, err = command("doctor", "cluster.engine=local")
     assert code == 0, out + err

@@ -59,6 +59,7 @@ def test_keys_may_be_nested_or_dotted(tmp_path):
         ("data.root=/a=b", "data.root", "/a=b"),
         ("seed=010", "seed", 10),
         ("data.root=2026-01-01T10:00:00Z", "data.root", "2026-01-01T10:00:00Z"),
+        ("data.root=~/a", "data.root", f"{Path.home()}/a"),
     ],
 )
 def test_values_are_read_as_yaml_and_keep_their_types(text, key, value):
@@ -120,6 +121,7 @@ def test_the_yaml_reads_back_to_an_equal_configuration(tmp_path, sources):
         ("cluster.workers=two", "cluster.workers: Input should be a valid integer or an object or 'auto'; got 'two'"),
         ("model.num_layers=[2, 0]", "model.num_layers[1]: Input should be greater than or equal to 1; got 0 (int)"),
         ("name=../up", "name: String should match pattern"),
+        ("data.root=~no-such-user/x", "data.root: there is no such home folder, give the whole path"),
         ("train.optimizer=adam", "train.optimizer: holds 'adam' (str), but is a group of settings: name, momentum"),
         ("train.epoch=3", "train.epoch: unknown key; did you mean train.epochs?"),
         ("lr=3", "lr: unknown key; did you mean train.lr?"),

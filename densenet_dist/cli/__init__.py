@@ -9,6 +9,7 @@ import platform
 import sys
 import traceback
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -72,15 +73,16 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a run's checkpoint again: loss, top-1 and top-5.
+    """Evaluate a run's checkpoint again: loss, top-1 and top-5.
 
     densenet-dist evaluate runs/k24
     densenet-dist evaluate k24 --split val --checkpoint last --json
     densenet-dist evaluate s3://bucket/runs/k24 data.root=/data
     """
-    from densenet_dist.train.evaluation import evaluate as judge
+    from densenet_dist.train.evaluation import evaluate as figures_of
 
-    figures = judge(run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()))
+    notify = partial(typer.echo, err=True)
+    figures = figures_of(run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()), notify=notify)
     if as_json:
         typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **figures}))
     else:
@@ -104,9 +106,11 @@ def prepare(
     densenet-dist data prepare folder --root my_photos
     densenet-dist data prepare cifar10 --root s3://bucket/data    (puts it there, for nodes to take it)
     """
+    from densenet_dist.config import load_config
     from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
     from densenet_dist.object_store import is_uri
 
+    root = load_config({"data.root": root}).data.root
     if is_uri(root) and name not in GENERATED:
         typer.echo(f"{name}: {publish_dataset(name, root, download=download, url=url)}")
     folder, found = prepare_dataset(name, root, download=download, url=url, progress=True)

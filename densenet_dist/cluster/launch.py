@@ -130,12 +130,11 @@ def absolute(config: Config) -> Config:
     Raises:
         ConfigError: where the run's folder would lie in the temporary folder of a submitted job.
     """
-    local = "://" not in config.storage
     if "runtime_resources" in Path.cwd().parts:
         require_lasting(config.storage)
-    storage = str(Path(config.storage).expanduser().absolute()) if local else config.storage
-    root = config.data.root
-    root = root if is_uri(root) else str(Path(root).expanduser().absolute())
+    storage, root = config.storage, config.data.root
+    storage = storage if "://" in storage else str(Path(storage).absolute())
+    root = root if is_uri(root) else str(Path(root).absolute())
     return replace(config, storage=storage, data=replace(config.data, root=root))
 
 
@@ -145,7 +144,7 @@ def require_lasting(storage: str) -> None:
     Raises:
         ConfigError: where its folder would lie in the job's own.
     """
-    if "://" not in storage and not Path(storage).expanduser().is_absolute():
+    if "://" not in storage and not Path(storage).is_absolute():
         raise ConfigError(
             f"storage: {storage} is relative, but the working directory of a submitted job is a temporary one: "
             "the run would be deleted with it\n  give a folder that all nodes share, or s3://bucket/path"

@@ -1,7 +1,7 @@
 """The data sets by name: verified uint8 arrays in memory, or pictures in files."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from densenet_dist.data import archive, cifar, image_folder, remote_cifar, remote_folder, shapes
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.plan import Stream, split_indices
-from densenet_dist.errors import ConfigError
+from densenet_dist.errors import ConfigError, DataError
 from densenet_dist.object_store import is_uri
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -79,7 +79,7 @@ def load_dataset(
     image_size: int = 224,
     test_fraction: float = 0.1,
     on_bad_image: Literal["error", "skip"] = "error",
-    keeps_classes: bool = True,
+    split: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> Dataset:
     """Loads a data set, after making sure that its files are the official ones, or pictures that can be read.
@@ -98,7 +98,8 @@ def load_dataset(
         image_size: side of the square images made of pictures in a folder.
         test_fraction: share of the pictures of a folder without a test part that become one.
         on_bad_image: what becomes of pictures in a folder that cannot be read.
-        keeps_classes: never draw the last training picture of a class in a folder; false for a run of an older version.
+        split: train, val or test for each picture of a folder that a run uses, by name; other pictures are left out.
+            Where the folder has none of them, the parts are drawn; if it is empty, as older versions did.
         progress: whether to show a bar while downloading or reading.
 
     Raises:
@@ -114,7 +115,8 @@ def load_dataset(
     if name == "folder":
         path = _pictures(root, progress)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image, progress=progress)
-        return _folder(folder, limit, test_fraction, keeps_classes)
+        # Older versions could leave a class without a training picture.
+        return _folder(_keep_split(folder, split or {}, limit), limit, test_fraction, keeps_classes=split != {})
     spec = cifar.SPECS[name]
     if is_uri(str(root)):
         _, (class_names, train, test) = remote_cifar.read(spec, str(root), progress=progress)
@@ -206,6 +208,25 @@ def _shapes(seed: int, limit: int | None) -> Dataset:
     train = shapes.generate(min(limit or shapes.TRAIN_IMAGES, shapes.TRAIN_IMAGES), seed=seed, part=0)
     test = shapes.generate(min(limit or shapes.TEST_IMAGES, shapes.TEST_IMAGES), seed=seed, part=1)
     return Dataset("shapes", shapes.CLASS_NAMES, Split(*train), Split(*test), shapes.MEAN, shapes.STD)
+
+
+def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: int | None) -> image_folder.Folder:
+    """Divide the pictures as in `split`; a test folder that there is stays as it is."""
+    files, labels = folder.files, folder.labels
+    parts = np.array([split.get(name, "new") for name in files.names])
+    if (parts == "new").all():
+        return folder
+    # A limit leaves pictures out as well: which of them are new is not known.
+    new = [files.names[row] for row in np.flatnonzero(parts == "new")] if limit is None else []
+    skipped = (*(f"{image_folder.printable(name)}: not in the run's split" for name in new), *folder.skipped)
+    used, test = np.flatnonzero(np.isin(parts, ("train", "val"))), np.flatnonzero(parts == "test")
+    val = np.flatnonzero(parts[used] == "val")
+    kept = replace(folder, files=files.subset(used), labels=labels[used], val=val, skipped=skipped)
+    if folder.test_files is not None:
+        return kept
+    if not len(test):
+        raise DataError(f"{files.root} has none of the run's test pictures any more: bring them back")
+    return replace(kept, test_files=files.subset(test), test_labels=labels[test])
 
 
 def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float, keeps_classes: bool) -> Dataset:

@@ -199,7 +199,7 @@ def _exported_file(path: str | Path) -> Path | None:
     text = str(path)
     if is_uri(text):
         return fetch_file(text) if Path(text.partition("?")[0]).suffix in SUFFIXES else None
-    local = Path(text).expanduser()
+    local = Path(os.path.expanduser(text))
     if local.is_file() or (local.suffix in SUFFIXES and not local.is_dir()):
         return local
     return None

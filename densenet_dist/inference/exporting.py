@@ -22,8 +22,9 @@ from densenet_dist.errors import CheckpointError, ConfigError, StorageError, sto
 from densenet_dist.inference.classifier import SUFFIXES, open_exported
 from densenet_dist.inference.header import Header, Precision
 from densenet_dist.inference.trained import Trained, open_trained
+from densenet_dist.run_folder import open_run
 from densenet_dist.schema import Config
-from densenet_dist.train.inputs import load_dataset_of
+from densenet_dist.train.classes import load_data_of
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
@@ -102,7 +103,7 @@ def export(
     trained = open_trained(run, checkpoint=checkpoint, device="cpu", block="reference", overrides=overrides)
     path = _path(out, trained.config.name, format, precision)
     header = dataclasses.replace(trained.header, precision=precision)
-    dataset = load_dataset_of(trained.config) if check else None
+    dataset = load_data_of(trained.config, open_run(run)) if check else None
     beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
     module = import_module(f"densenet_dist.inference.{format.replace('-', '_')}_format")
     contents: bytes = module.to_bytes(trained.network, header)
@@ -173,7 +174,7 @@ def grey_levels(config: Config, split: Split, places: npt.NDArray[np.int64]) -> 
 
 def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:
     (ending,) = [suffix for suffix, known in SUFFIXES.items() if known == format]
-    path = Path(out or name + ("" if precision == "fp32" else f"-{precision}") + ending).expanduser()
+    path = Path(os.path.expanduser(out or name + ("" if precision == "fp32" else f"-{precision}") + ending))
     if path.suffix != ending:
         raise ConfigError(f"--out {path}: a file in the format {format} must end in {ending}")
     folder = path.absolute().parent

@@ -40,7 +40,7 @@ class Unreadable:
 
 def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
     """The files that a command line names: files themselves, what looks like pictures below folders, and patterns."""
-    for argument in arguments:
+    for argument in map(os.path.expanduser, arguments):
         path = Path(argument)
         if path.is_dir():
             yield from _below(path)
@@ -55,10 +55,17 @@ def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
 
 def _below(folder: Path) -> Iterator[Path | Unreadable]:
     problems: list[Unreadable] = []
+    seen: set[str] = set()
     count = 0
     for place, folders, names in os.walk(
-        folder, onerror=lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror)))
+        folder,
+        onerror=lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror))),
+        followlinks=True,
     ):
+        if (real := os.path.realpath(place)) in seen:  # reached through another link
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not is_ignored(name))
         for name in sorted(names):
             if named_as_picture(name) and not is_ignored(name):

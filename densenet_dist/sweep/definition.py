@@ -138,7 +138,7 @@ def _read(source: str | Path) -> dict[str, Any]:
 
 def _beside(file: Path, base: str) -> Path:
     """The base that a sweep file names: beside it, or one that comes with the package."""
-    path = bundled.find(file).parent / base
+    path = bundled.find(file).parent / os.path.expanduser(base)
     return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from densenet_dist.schema import STRICT, Count, Index, Positive, Workers
+from densenet_dist.schema import STRICT, Count, Index, Place, Positive, Workers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,7 +50,7 @@ class SweepConfig:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "sweep"
     """The sweep's name, and its folder's; by default the sweep file's name."""
-    storage: str = "runs"
+    storage: Place = "runs"
     """Where the sweep's folder is, as for a run; its trials' run folders are in it."""
     base: str = ""
     """The configuration file that every trial starts from, relative to the sweep file; empty: the defaults."""

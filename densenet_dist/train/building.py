@@ -13,10 +13,11 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config, WorkerRange, without_validation
 from densenet_dist.train.block_choice import choose_block
 from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import wrap
 from densenet_dist.train.identity import require_same_files
-from densenet_dist.train.inputs import engine_of, eval_loader, load_dataset_of, train_and_val, train_loader
+from densenet_dist.train.inputs import engine_of, eval_loader, train_and_val, train_loader
 from densenet_dist.train.job import Job
 from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.network import autocast, build_model, check_batches, require_memory
@@ -30,10 +31,11 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
 
     Raises:
         DataError: where the data set is missing or damaged.
+        CheckpointError: where the run has begun on other classes.
         ConfigError: where model, data, number of workers and memory do not fit together.
     """
     _choose_kernels(config, context)
-    dataset = load_dataset_of(config) if dataset is None else dataset
+    dataset = load_data_of(config, context.run) if dataset is None else dataset
     require_same_files(dataset, context)
     train_indices, val_indices = train_and_val(config, dataset)
     for problem in () if len(val_indices) else without_validation(config.train):

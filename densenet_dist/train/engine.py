@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -28,10 +28,10 @@ from densenet_dist.schema import Config
 from densenet_dist.train.board import Board
 from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
-from densenet_dist.train.classes import note_classes
+from densenet_dist.train.classes import note_data
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
-from densenet_dist.train.inputs import engine_of, eval_loader, normalisation, part_warnings
+from densenet_dist.train.inputs import engine_of, eval_loader, normalisation, part_warnings, tell_lines
 from densenet_dist.train.job import Job, describe
 from densenet_dist.train.keeping import after_step, decide, diverged, leave_run, report_damage, restore, save, watched
 from densenet_dist.train.logs import RunLog
@@ -65,9 +65,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         restore(job)
         if context.rank == 0:
             log = RunLog(context.run, job.position.global_step, config.checkpoint.monitor)
-            if missing := log.missing_epochs(job.position.epoch):
-                what = f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged"
-                _tell(job, what, [f"epoch {epoch}" for epoch in missing])
+            missing = [f"epoch {epoch}" for epoch in log.missing_epochs(job.position.epoch)]
+            tell_lines(job.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
         return _fit(job, log)
     except BaseException as error:
         if log is not None:  # this process may go on to another run
@@ -81,19 +80,15 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
 def _fit(job: Job, log: RunLog | None) -> dict[str, Any]:
     config, context = job.config, job.context
-    if log is not None and job.position.global_step == 0:
-        log.show(Board.introduce, config, job.dataset)
     if log is not None:
+        if job.position.global_step == 0:
+            log.show(Board.introduce, config, job.dataset)
         log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
-    if context.rank == 0:
-        note_classes(context.run, config, job.dataset)
+        note_data(context.run, config, job.dataset)
         context.report(describe(job))
         for text in part_warnings(config, job.dataset):
-            context.report({"kind": "note", "text": text, "warning": True})
-        if job.dataset.skipped:
-            count = len(job.dataset.skipped)
-            left_out = "picture cannot be used and is" if count == 1 else "pictures cannot be used and are"
-            _tell(job, f"{count} {left_out} left out", job.dataset.skipped)
+            job.warn(text)
+        tell_lines(job.warn, job.dataset.skipped)
     while job.position.epoch < config.train.epochs and not job.course.stopped:
         _run_epoch(job, log)
     return _finish(job, log)
@@ -337,7 +332,6 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         log.end_tracking(summary)
-    if context.rank == 0:
         context.report({"kind": "end", **summary})
     return summary
 
@@ -352,8 +346,7 @@ def _tell_of_lost_files(job: Job) -> None:
         found = [None] * job.context.world_size
         dist.all_gather_object(found, news)
     lines = sorted({line for news in found for line in news})
-    if lines and job.context.rank == 0:
-        _tell(job, f"{len(lines)} pictures can no longer be read; others of their classes stand in for them", lines)
+    tell_lines(job.warn, lines, "pictures that can no longer be read, and are replaced")
 
 
 def _profile(job: Job, *, ends: bool = False) -> None:
@@ -370,11 +363,6 @@ def _beside(job: Job, what: str, show: Callable[[], None]) -> None:
         show()
     except Exception as error:
         job.context.report({"kind": "note", "text": f"{what} could not be made: {type(error).__name__}: {error}"})
-
-
-def _tell(job: Job, what: str, lines: Sequence[str]) -> None:
-    more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
-    job.context.report({"kind": "note", "text": "\n  ".join([f"{what}:", *lines[:5], *more]), "warning": True})
 
 
 def _show_progress(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Snapshot, load_weights
+from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import LocalContext, choose_device
 from densenet_dist.train.engine import evaluate_model, evaluate_test_set
-from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_dataset_of, train_and_val
+from densenet_dist.train.identity import digest_of_files, require_same
+from densenet_dist.train.inputs import Indices, engine_of, eval_loader, tell_lines, train_and_val
 from densenet_dist.train.network import build_model, require_memory
 from densenet_dist.train.results import TestResults, read_test_results
 
@@ -33,6 +36,7 @@ def evaluate(
     checkpoint: Literal["best", "last"] = "best",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overrides: tuple[str, ...] = (),
+    notify: Callable[[str], object] = warnings.warn,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 of a run's checkpoint, every image seen once, unaugmented.
 
@@ -42,6 +46,7 @@ def evaluate(
         checkpoint: best (by ``checkpoint.monitor``) or last.
         device: auto takes a GPU if there is one.
         overrides: changes to the run's configuration, such as ``data.root=...``.
+        notify: called with a message where pictures are left out, or are not those of the run.
 
     Returns:
         ``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images``.
@@ -49,7 +54,9 @@ def evaluate(
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
-    evaluation = prepare_evaluation(run, split=split, checkpoint=checkpoint, device=device, overrides=overrides)
+    evaluation = prepare_evaluation(
+        run, split=split, checkpoint=checkpoint, device=device, overrides=overrides, notify=notify
+    )
     return evaluate_model(
         evaluation.model, evaluation.loader(), evaluation.context.device, evaluation.config.train.precision, split=split
     )
@@ -85,7 +92,7 @@ def load_test_results(
 
     Args:
         overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-        notify: called with a message before the test set is evaluated.
+        notify: called with a message before the test set is evaluated, and where pictures are left out.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
@@ -94,7 +101,7 @@ def load_test_results(
     if stored is not None:
         return stored
     notify("No stored test results; evaluating the test set once")
-    found = prepare_evaluation(run, overrides=tuple(overrides))
+    found = prepare_evaluation(run, overrides=tuple(overrides), notify=notify)
     return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
 
 
@@ -131,13 +138,18 @@ def prepare_evaluation(
     checkpoint: Literal["best", "last"] = "best",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overrides: tuple[str, ...] = (),
+    notify: Callable[[str], object] = warnings.warn,
 ) -> Evaluation:
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
     folder = run if isinstance(run, RunFolder) else open_run(run)
     config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
     context = LocalContext(folder, choose_device(device))
-    dataset = load_dataset_of(config)
+    dataset = load_data_of(config, folder)
+    require_same(snapshot, {"always": {"class names": list(dataset.class_names)}}, f"the checkpoint of {folder.uri}")
+    tell_lines(notify, dataset.skipped)
+    if snapshot.state.get("pictures") != digest_of_files(dataset):
+        notify("these are not the pictures that the run began with: it may have been trained on some of them")
     train, val = train_and_val(config, dataset)
     parts = {
         "test": (dataset.test, np.arange(len(dataset.test.labels))),

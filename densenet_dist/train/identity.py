@@ -26,7 +26,7 @@ _CHANGEABLE: Final = ("block", "drop_rate")
 def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What must be the same: ``always``, and ``within an epoch``, where the order of the images matters too."""
     model = {f"model.{key}": value for key, value in to_dict(config)["model"].items() if key not in _CHANGEABLE}
-    images = {"data set": dataset.name, "classes": dataset.num_classes, "image side": dataset.image_size}
+    images = {"data set": dataset.name, "class names": list(dataset.class_names), "image side": dataset.image_size}
     order = {
         "seed": config.seed,
         "data.limit": config.data.limit,
@@ -51,7 +51,8 @@ def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: st
     if there is None:
         return  # written before there was one
     kinds = ("always", "within an epoch") if snapshot.position.step else ("always",)
-    pairs = [(key, there[kind].get(key), value) for kind in kinds for key, value in here[kind].items()]
+    # What an older version did not write is not compared.
+    pairs = [(key, there[kind].get(key, value), value) for kind in kinds for key, value in here.get(kind, {}).items()]
     different = [f"  {key}: {_shown(one)} there, {_shown(other)} here" for key, one, other in pairs if one != other]
     if different:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -23,8 +23,8 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 _FEW = 30  # pictures: each is more than 3 % of a part's accuracy
 
 
-def load_dataset_of(config: Config) -> Dataset:
-    """The configured data set, verified."""
+def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
+    """The configured data set, verified; `split` as for `load_dataset`."""
     data = config.data
     return load_dataset(
         data.name,
@@ -36,7 +36,15 @@ def load_dataset_of(config: Config) -> Dataset:
         image_size=data.side,
         test_fraction=data.test_fraction,
         on_bad_image=data.on_bad_image,
+        split=split,
     )
+
+
+def tell_lines(tell: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
+    """Say how many there are of something, with the first five lines; nothing where there are none."""
+    if lines:
+        more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
+        tell("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
 
 
 def normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

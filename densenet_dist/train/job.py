@@ -88,6 +88,11 @@ class Job:
         """The model to judge: the weight average where there is one."""
         return self.average.model if self.average else self.model
 
+    def warn(self, text: str) -> None:
+        """Show a warning; rank 0 does."""
+        if self.context.rank == 0:
+            self.context.report({"kind": "note", "text": text, "warning": True})
+
     def forward_backward(self, images: Tensor, aims: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Add to the gradients those of ``scale`` times the summed loss.
 

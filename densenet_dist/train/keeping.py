@@ -102,7 +102,7 @@ def diverged(job: Job, what: str, step: int) -> TrainingError:
 def report_damage(job: Job) -> None:
     """Say which checkpoints were found damaged while loading."""
     for problem in job.store.damaged:
-        job.context.report({"kind": "note", "text": f"{problem}; it is left out", "warning": True})
+        job.warn(f"{problem}; it is left out")
 
 
 def restore(job: Job) -> None:
@@ -112,8 +112,7 @@ def restore(job: Job) -> None:
         snapshot = job.store.load_latest()
         chosen[0] = snapshot.position if snapshot else None
         if job.store.rebuilt:
-            text = f"{job.store.rebuilt}; it is rebuilt from the checkpoints' folders"
-            job.context.report({"kind": "note", "text": text, "warning": True})
+            job.warn(f"{job.store.rebuilt}; it is rebuilt from the checkpoints' folders")
         report_damage(job)
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, src=0)
@@ -121,6 +120,5 @@ def restore(job: Job) -> None:
         if entry.position == chosen[0]:
             snapshot = job.store.load(entry)
             job.restore(snapshot)
-            if snapshot.state.get("pictures") != digest_of_files(job.dataset) and job.context.rank == 0:
-                text = "the pictures are not those that the run began with: it goes on with them, but no longer exactly"
-                job.context.report({"kind": "note", "text": text, "warning": True})
+            if snapshot.state.get("pictures") != digest_of_files(job.dataset):
+                job.warn("the pictures are not those that the run began with: it goes on, but no longer exactly")

@@ -37,7 +37,7 @@ def test_another_data_set(lab: Lab) -> None:
     settings = write_pictures(lab.folder / "pictures", "one", "two")
     run = lab.begin_and_kill(8, *settings, "train.global_batch_size=16")
     write_pictures(lab.folder / "pictures", "three")
-    lab.begin(resume=run.folder).fail(6, "classes: 2 there, 3 here")
+    lab.begin(resume=run.folder).fail(6, "['one', 'two', '-']", "['one', 'three', 'two']")
     lab.observe("exit 6")
 
 

@@ -152,6 +152,9 @@ def test_files_folders_and_patterns(tmp_path, photo):
         (str(tmp_path / "x*"), "no file is called like that"),
         (str(tmp_path / "bare"), "has no pictures in it"),
     ]
+    (tmp_path / "bare" / "linked").symlink_to(tmp_path / "deep")  # as training follows it
+    (tmp_path / "deep" / "er" / "back").symlink_to(tmp_path / "bare")
+    assert names("bare") == ["bare/linked/er/c.webp"]
 
 
 def test_predict_command(original, tmp_path, photo, command):

@@ -41,6 +41,7 @@ def test_every_problem_is_named_at_once(problems):
     text = """
 trials: 0
 wrokers: 2
+storage: ~no-such-user/runs
 settings: {train: {lr: fast}}
 space:
   train.lrr: [1]
@@ -57,6 +58,7 @@ space:
     expected = [
         "trials: Input should be greater than or equal to 1; got 0 (int)",
         "wrokers: unknown key; did you mean workers?",
+        "storage: there is no such home folder, give the whole path; got '~no-such-user/runs' (str)",
         "train.lr: Input should be a valid number; got 'fast' (str)",
         "space.train.lrr: unknown key; did you mean train.lr?",
         "space.name: is the same for all trials; see the sweep's own settings",

@@ -1,5 +1,6 @@
 """A person's own pictures: the same command, what cannot be used is said first, and what breaks later is lived with."""
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
@@ -11,11 +12,13 @@ import pytest
 import torch.distributed as dist
 from distributed import run_ranks
 from photos import write_photos
-from runs import job_of, notes_of, records, run_of, tiny, train
+from runs import job_of, notes_of, records, run_of, save, tiny, train, weights_of
 from torch.multiprocessing import ProcessRaisedException
 
-from densenet_dist.errors import ConfigError, DataError
-from densenet_dist.train.evaluation import evaluate, prepare_evaluation
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
+from densenet_dist.inference.exporting import export
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.evaluation import evaluate, load_test_results, prepare_evaluation
 from densenet_dist.train.inputs import train_and_val
 
 ROOT = Path(__file__).parents[2]
@@ -113,9 +116,8 @@ def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(p
     assert summary["status"] == "finished"
     assert [record["train/loss"] > 0 for record in records(config) if "train/loss" in record] == [True] * 3
     notes = "\n".join(event["text"] for event in events if event["kind"] == "note")
-    assert "1 picture cannot be used and is left out" in notes
-    assert "cat/empty.jpg: empty file" in notes
-    assert f"{len(broken)} pictures can no longer be read; others of their classes stand in for them" in notes
+    assert "left out of data.root: 1\n  cat/empty.jpg: empty file" in notes
+    assert f"pictures that can no longer be read, and are replaced: {len(broken)}\n" in notes
 
 
 def test_without_a_readable_validation_picture_there_is_no_validation_loss(photos, tmp_path):
@@ -139,17 +141,95 @@ def test_without_a_readable_validation_picture_there_is_no_validation_loss(photo
     assert train(config, listener=starts.append)["best"]["val/loss"] > 0
     start = next(event for event in starts if event["kind"] == "start")
     assert start["global_step"] == start["steps_per_epoch"]  # what was trained was kept
+    run_of(config).remove("split.json.gz")
     with pytest.raises(ConfigError, match="no images of this split"):
         evaluate(run_of(config).path, split="val", overrides=("data.val_fraction=0",))
 
 
-def test_a_run_that_goes_on_with_other_pictures_says_so(photos, tmp_path):
-    train(tiny(tmp_path / "runs", *settings(photos, "train.epochs=1")))
-    for epochs, changed in ((2, False), (3, True)):
-        if changed:
-            shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
-        notes = notes_of(tiny(tmp_path / "runs", *settings(photos, f"train.epochs={epochs}")))
-        assert sum("no longer exactly" in note for note in notes) == changed
+def parts_of(run: Path) -> dict[str, list[str]]:
+    """The names of the pictures in each part of a run's split."""
+    found = {part: prepare_evaluation(run, split=part, notify=str) for part in ("train", "val", "test")}
+    return {part: [each.split.images.names[row] for row in each.indices] for part, each in found.items()}
+
+
+@pytest.mark.parametrize("with_parts", [False, True], ids=["flat", "train and test"])
+def test_pictures_that_come_later_change_neither_evaluation_nor_training(photos, tmp_path, with_parts, command):
+    for name in ("apple", "bär", "cat") if with_parts else ():
+        (photos / "test" / name).mkdir(parents=True)
+        (photos / "train").mkdir(exist_ok=True)
+        (photos / name / "00.jpg").rename(photos / "test" / name / "00.jpg")
+        (photos / name).rename(photos / "train" / name)
+    more = ["train.schedule.name=constant", "data.val_fraction=0.2"]
+    short, long = (settings(photos, *more, f"train.epochs={epochs}") for epochs in (1, 2))
+    undisturbed = tiny(tmp_path / "undisturbed", *long)
+    train(undisturbed)
+    config = tiny(tmp_path / "runs", *short)
+    train(config)
+    run = run_of(config).path
+    parts, figures = parts_of(run), evaluate(run)
+    assert [len(parts[part]) for part in parts] == ([55, 14, 3] if with_parts else [52, 13, 7])
+    for picture in sorted(photos.glob("train/*/0*" if with_parts else "*/0*")):
+        shutil.copy(picture, picture.with_name(f"0 new {picture.name}"))  # before all others
+    assert parts_of(run) == parts
+    with pytest.warns(UserWarning, match=r"left out of data.root: \d\d\n  (train/)?apple/0 new .*split"):
+        assert evaluate(run) == figures
+    code, out, err = command("evaluate", run, "--json")
+    assert (code, json.loads(out)["top1"], "not in the run's split" in err) == (0, figures["top1"], True)
+    train(tiny(tmp_path / "runs", *long))
+    assert weights_of(config) == weights_of(undisturbed)
+
+    (photos / parts["train"][0]).unlink()  # which cannot be helped, and is said
+    notes = notes_of(tiny(tmp_path / "runs", *settings(photos, *more, "train.epochs=3")))
+    assert "no longer exactly" in "".join(notes)
+    if not with_parts:
+        for name in parts["test"]:
+            (photos / name).unlink()
+        with pytest.raises(DataError, match="has none of the run's test pictures any more"):
+            evaluate(run)
+    for damaged in (gzip.compress(b"[]"), (run / "split.json.gz").read_bytes()[:-20]):
+        (run / "split.json.gz").write_bytes(damaged)
+        with pytest.raises(StorageError, match=r"split\.json\.gz is damaged"):
+            evaluate(run)
+
+
+def test_weights_meet_only_the_classes_they_were_trained_on(photos, tmp_path, command):
+    config = tiny(tmp_path / "runs", *settings(photos, "train.epochs=1"))
+    train(config)
+    run, figures = run_of(config).path, evaluate(run_of(config).path)
+    (run / "test_results.json").unlink()
+    classes = (run / "classes.json").read_text()
+    (photos / "cat").rename(photos / "Cat")  # comes before apple now
+    both = r"(?s)\['apple', 'bär', 'cat'\].*\['Cat', 'apple', 'bär'\]"
+    go_on = tiny(tmp_path / "runs", *settings(photos, "train.epochs=2"))
+    for meet in (evaluate, export, lambda run: train(go_on), lambda run: load_test_results(run_of(config))):
+        with pytest.raises(CheckpointError, match=both):
+            meet(run)
+    code, _, err = command("report", run)
+    assert (code, "'Cat', 'apple'" in err) == (6, True)
+    assert (run / "classes.json").read_text() == classes
+    # Handed over to another run, which knows the new names.
+    other = replace(go_on, name="other")
+    shutil.copytree(run, run_of(other).path)
+    names = {"names": ["Cat", "apple", "bär"]}
+    run_of(other).write("classes.json", json.dumps(json.loads(classes) | names))
+    for meet in (evaluate, lambda run: train(other)):
+        with pytest.raises(CheckpointError, match=both):
+            meet(run_of(other).path)
+    # A run of an older version, whose checkpoint has no names.
+    (photos / "Cat").rename(photos / "cat")
+    store = CheckpointStore(run_of(config))
+    (entry,) = store.entries
+    snapshot = store.load(entry)
+    del snapshot.state["identity"]["always"]["class names"]
+    snapshot.state["identity"]["always"]["classes"] = 3
+    save(store, snapshot)
+    (run / "split.json.gz").unlink()
+    assert evaluate(run) == figures
+    train(go_on)
+    (run / "split.json.gz").unlink()
+    shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
+    with pytest.warns(UserWarning, match="not the pictures that the run began with"):
+        evaluate(run)
 
 
 def other_files(storage: str, photos: str) -> None:
