@@ -1,6 +1,7 @@
 """Fixtures for all tests: the official CIFAR files, where they lie beside the repository; servers of S3 and MLflow."""
 
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,8 @@ from s3_server import FaultyServer, bucket
 from toy_cifar import Toy, make_toy
 
 from densenet_dist.data import cifar
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the commands that tests start
 
 PACK = Path(__file__).parents[2] / "shared" / "data"
 

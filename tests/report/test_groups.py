@@ -23,7 +23,7 @@ def made(tmp_path):
         folder.create()
         folder.write("config.yaml", to_yaml(tiny(tmp_path, *settings)))
         lines = [
-            {"epoch": 1, "global_step": 5, "lr": 0.05, "train/loss": 2.0, "train/top1": 0.3, "seconds": 1.0},
+            {"epoch": 1, "global_step": 5, "train/loss": 2.0, "train/top1": 0.3, "train/top5": 0.8, "seconds": 1.0},
             {"epoch": 1, "global_step": 5, "test/loss": 1.5, "test/top1": top1, "test/top5": 0.9},
         ]
         folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
