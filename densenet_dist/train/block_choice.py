@@ -21,11 +21,12 @@ from densenet_dist.train.network import autocast, build_model
 
 FORMS: Final = ("fused", "reference")
 SECONDS: Final = 2.0
-"""About how long both forms are measured, without their first step."""
+SHARE: Final = 0.01
+"""How long both forms are measured at most: seconds, and a share of the run, after two steps of two images each."""
 MOST_IMAGES: Final = 32
 """In a measured step on a CPU, where the reference form may take several times the memory of the fused one."""
 WORTH_IT: Final = 10_000
-"""Training images of a rank, over all epochs, that make a measurement cost less than a hundredth of the run."""
+"""Training images of a rank, over all epochs, below which nothing is measured."""
 
 
 def choose_block(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> ModelConfig:
@@ -50,27 +51,35 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
     if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
         return replace(model, block="fused")
-    name = measured_choice(context, "block", FORMS, partial(_measure, config, context, num_classes, image_size))
+    measure = partial(_measure, config, context, num_classes, image_size, images // context.world_size)
+    name = measured_choice(context, "block", FORMS, measure)
     return replace(model, block="fused" if name == "fused" else "reference")
 
 
-def _measure(config: Config, context: RunContext, num_classes: int, image_size: int) -> Choice:
+def _measure(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> Choice:
     share = max(1, config.train.global_batch_size // (context.world_size * config.train.grad_accum_steps))
     models = {form: build_model(replace(config.model, block=form), num_classes, image_size) for form in FORMS}
     steps = {form: _Step(model, image_size, config.train.precision, context) for form, model in models.items()}
+    rates = dict.fromkeys(FORMS, 0.0)
+
+    def measure(count: int) -> None:
+        for form, step in steps.items():
+            rates[form] = max(rates[form], count / step.seconds(count))
+
     try:
-        first = sum(step.seconds(2) for step in steps.values())  # builds kernels; the next ones are the measurement
-        per_image = sum(step.seconds(2) for step in steps.values()) / 2
+        for step in steps.values():
+            step.seconds(2)  # builds kernels and allocates
+        measure(2)
+        per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
+        remaining = min(SECONDS, SHARE * images * min(1 / rate for rate in rates.values()))
         most = share if context.device.type == "cuda" else min(share, MOST_IMAGES)
-        count = max(2, min(most, int(SECONDS / 2 / max(per_image, 1e-9))))
-        best = dict.fromkeys(FORMS, float("inf"))
-        started = time.perf_counter()
-        while time.perf_counter() - started < SECONDS - min(first, SECONDS / 2):
-            for form, step in steps.items():
-                best[form] = min(best[form], step.seconds(count))
+        count = max(2, min(most, int(remaining / 2 / per_image)))
+        while remaining > count * per_image:
+            started = time.perf_counter()
+            measure(count)
+            remaining -= time.perf_counter() - started
     except torch.OutOfMemoryError:
         return Choice("fused", "the reference form does not fit into memory", {})
-    rates = {form: count / seconds for form, seconds in best.items()}
     name, other = sorted(FORMS, key=lambda form: -rates[form])
     reason = f"{rates[name]:,.0f} images/s; {other}: {rates[other]:,.0f}"
     return Choice(name, reason, {f"{form}_images_per_s": round(rate, 1) for form, rate in rates.items()})
