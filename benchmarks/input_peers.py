@@ -114,7 +114,7 @@ def torchvision_batches(form: str, folder: str, batch_size: int) -> Iterator[Any
 def project_batches(kind: str, folder: str, batch_size: int) -> Iterator[Any]:
     """This project's training loader as one rank on the CPU; nothing else here knows its interface."""
     from densenet_dist.data.augment import Augmentation
-    from densenet_dist.data.engines import make_engine
+    from densenet_dist.data.engine import make_engine
     from densenet_dist.data.loader import TrainLoader
 
     data = cifar10(folder)

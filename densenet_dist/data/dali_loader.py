@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.dali_support import explain, require_dali
+from densenet_dist.data.engine import Batches, Engine, Request, upload
 from densenet_dist.data.image_files import BadImage, ImageFiles
-from densenet_dist.data.requests import Batches, Engine, Request, upload
 from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
@@ -48,7 +48,7 @@ class DaliEngine(Engine):
             self._resident = upload(dense, self.device) if self.device.type == "cuda" else dense
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
-        """As `requests.Engine.batches`: one pipeline for each loader, built when first used."""
+        """As `engine.Engine.batches`: one pipeline for each loader, built when first used."""
         return _Pipeline(self, request, largest).batches
 
     def sources(self, request: Request) -> list[Any]:
@@ -88,7 +88,7 @@ class _Pipeline:
         self._next = 0
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """As `requests.Batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
+        """As `engine.Batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
         for number in range(first, last):
             if self._pipeline is None or self._next != number:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)

@@ -18,8 +18,8 @@ from torch import Tensor
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.datasets import Split
+from densenet_dist.data.engine import Batches, Engine, Epoch, Request, upload
 from densenet_dist.data.plan import BatchPlan, epoch_order
-from densenet_dist.data.requests import Batches, Engine, Epoch, Request, upload
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
+from densenet_dist.data.engine import Batches, Engine, Recipe, Request, upload
 from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.requests import Batches, Engine, Recipe, Request, upload
 from densenet_dist.data.substitutes import read_all
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class TorchEngine(Engine):
         self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
-        """As `requests.Engine.batches`, without any state."""
+        """As `engine.Engine.batches`, without any state."""
 
         def make(number: int) -> Tensor:
             return self._pixels(request(number))
@@ -72,7 +72,7 @@ class TorchEngine(Engine):
         return images
 
     def recipe(self, request: Request) -> Recipe | None:
-        """As `requests.Engine.recipe`, of images that lie on the device; tones are sorted on the host."""
+        """As `engine.Engine.recipe`, of images that lie on the device; tones are sorted on the host."""
         source, todo = self._source, request.parameters
         if not isinstance(source, _Resident) or todo.tone is not None:
             return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.datasets import Dataset, Split
-from densenet_dist.data.engines import make_engine
+from densenet_dist.data.engine import make_engine
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, StorageError, storage_errors
 from densenet_dist.inference.classifier import SUFFIXES, open_exported

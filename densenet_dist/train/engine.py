@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.data.requests import Engine
 from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config

@@ -13,8 +13,8 @@ from torch import nn
 
 from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
-from densenet_dist.data.requests import Engine
 from densenet_dist.errors import CheckpointError, ConfigError
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run

@@ -11,11 +11,10 @@ import torch
 
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Dataset, Split, load_dataset
-from densenet_dist.data.engines import make_engine
+from densenet_dist.data.engine import Engine, make_engine
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
-from densenet_dist.data.requests import Engine
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.engine import Engine
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
-from densenet_dist.data.requests import Engine
 from densenet_dist.errors import CheckpointError
 from densenet_dist.model import DenseNet, count_parameters
 from densenet_dist.schema import Config

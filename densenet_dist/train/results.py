@@ -19,8 +19,8 @@ from pydantic import Base64Bytes, ConfigDict, Field, PlainSerializer, PlainValid
 from torch import Tensor
 
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
-from densenet_dist.data.requests import Engine
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.inputs import normalisation

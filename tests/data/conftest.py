@@ -7,7 +7,7 @@ import pytest
 from s3_server import FaultyServer
 from s3_store import Store
 
-from densenet_dist.data.engines import ENGINES
+from densenet_dist.data.engine import ENGINES
 
 
 @pytest.fixture(params=ENGINES)

@@ -10,7 +10,7 @@ import torch
 from image_loaders import STD, engine_of, eval_loader, train_loader
 
 from densenet_dist.data.augment import GEOMETRIES, Augmentation
-from densenet_dist.data.requests import Request
+from densenet_dist.data.engine import Request
 from densenet_dist.data.torch_loader import TorchEngine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -16,10 +16,9 @@ from PIL import Image
 
 from densenet_dist.data.augment import Augmentation, Parameters
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.engines import make_engine
+from densenet_dist.data.engine import Engine, Epoch, Request, make_engine
 from densenet_dist.data.image_folder import read_folder
 from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
-from densenet_dist.data.requests import Engine, Epoch, Request
 
 NOTEBOOK = Augmentation("notebook")
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from densenet_dist.data import augment
 from densenet_dist.data.augment import Parameters
+from densenet_dist.data.datasets import Split
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.substitutes import Substitutes
+
+ENGINES: Final = ("torch", "dali")
 
 
 class Epoch:
@@ -166,3 +169,35 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     # torch takes no negative strides and warns of memory that cannot be written: such an array is copied.
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def make_engine(
+    name: str,
+    split: Split,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+    prefetch: int = 2,
+    threads: int = 1,
+    on_bad_image: Literal["error", "skip"] = "error",
+) -> Engine:
+    """Create the engine called `name`, one of `ENGINES`, for the images of `split`.
+
+    Args:
+        mean, std, prefetch, threads: see `Engine`.
+        device: where batches are made.
+        on_bad_image: what to do with image files that can no longer be read.
+
+    Raises:
+        EnvironmentProblem: DALI is selected, but is not installed or cannot run on the device.
+    """
+    substitutes = None
+    if isinstance(split.images, ImageFiles):
+        substitutes = Substitutes(split.images, split.labels, on_bad_image)
+    make: type[Engine]
+    if name == "dali":  # imported only when it is selected
+        from densenet_dist.data.dali_loader import DaliEngine as make
+    else:
+        from densenet_dist.data.torch_loader import TorchEngine as make
+    return make(split.images, mean, std, torch.device(device), prefetch, threads, substitutes)
