@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
+from densenet_dist.inference import formats
 from densenet_dist.inference.header import Header
+from densenet_dist.inference.network import open_trained
 from densenet_dist.inference.pictures import Picture, Unreadable, prepared
-from densenet_dist.inference.trained import open_trained
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.train.context import choose_device
 
@@ -177,9 +178,7 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
             "  name the run, or export it as safetensors; torch.export.load runs it, if you trust the file"
         )
     if start[8:9] == b"{":
-        from densenet_dist.inference import safetensors_format
-
-        header, network = safetensors_format.read(file)
+        header, network = formats.read_safetensors(file)
         chosen = choose_device(device)
         return Classifier(header, network.to(chosen), chosen)
     if file.suffix != ".onnx":
@@ -188,9 +187,7 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
         )
     if device == "cuda":
         raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
-    from densenet_dist.inference import onnx_format
-
-    header, run = onnx_format.read(file)
+    header, run = formats.read_onnx(file)
     return Classifier(header, run, torch.device("cpu"))
 
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import make_engine
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, StorageError, storage_errors
 from densenet_dist.inference.classifier import SUFFIXES, open_exported
+from densenet_dist.inference.formats import WRITERS
 from densenet_dist.inference.header import Header, Precision
-from densenet_dist.inference.trained import Trained, open_trained
+from densenet_dist.inference.network import Trained, open_trained, to_bfloat16
 from densenet_dist.run_folder import open_run
-from densenet_dist.schema import Config
 from densenet_dist.train.classes import load_data_of
 
 Format = Literal["safetensors", "torch-export", "onnx"]
@@ -105,8 +104,9 @@ def export(
     header = dataclasses.replace(trained.header, precision=precision)
     dataset = load_data_of(trained.config, open_run(run)) if check else None
     beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
-    module = import_module(f"densenet_dist.inference.{format.replace('-', '_')}_format")
-    contents: bytes = module.to_bytes(trained.network, header)
+    if precision == "bf16":
+        to_bfloat16(trained.network.model)
+    contents = WRITERS[format](trained.network, header)
     try:
         with storage_errors(path):
             beside.write_bytes(contents)
@@ -132,20 +132,21 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
     """Load a file that this process wrote, and compare it with the run's own net in float32 on test images."""
     run: Callable[[Tensor], Tensor]
     if format == "torch-export":
-        from densenet_dist.inference.torch_export_format import load_own
-
-        run = load_own(file)
+        with warnings.catch_warnings(action="ignore"):  # PyTorch's, about its own internals
+            run = torch.export.load(file).module()
     else:
         run = open_exported(file).logits
-    count = len(dataset.test.labels)
-    if header.precision == "fp32":
-        count = min(count, _COMPARED)
-    places = np.arange(count) * len(dataset.test.labels) // count
+    test = dataset.test
+    count = len(test.labels) if header.precision == "bf16" else min(len(test.labels), _COMPARED)
+    indices = np.arange(count) * len(test.labels) // count
+    # Images as evaluation shows them, but not normalised: grey levels, 0 to 255.
+    engine = make_engine(
+        "torch", test, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
+        on_bad_image=trained.config.data.on_bad_image,
+    )  # fmt: skip
+    loader = EvalLoader(test, indices, engine=engine, batch_size=_BATCH, geometry=trained.config.data.augment)
     with torch.no_grad():
-        batches = [
-            (trained.network(pixels), run(pixels), labels)
-            for pixels, labels in grey_levels(trained.config, dataset.test, places)
-        ]
+        batches = [(trained.network(batch.images), run(batch.images), batch.labels) for batch in loader]
     wanted, found, labels = map(torch.cat, zip(*batches, strict=True))
     first, exported_first = wanted.argmax(1), found.argmax(1)
 
@@ -156,20 +157,6 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
     return Check(
         count, largest, share(first == exported_first), share(first == labels), share(exported_first == labels)
     )
-
-
-def grey_levels(config: Config, split: Split, places: npt.NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images of a data set as evaluation shows them, not normalised, and their labels.
-
-    Returns:
-        Batches of (n, 3, H, W) float32, 0 to 255, and (n,) int64.
-    """
-    engine = make_engine(
-        "torch", split, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
-        on_bad_image=config.data.on_bad_image,
-    )  # fmt: skip
-    for batch in EvalLoader(split, places, engine=engine, batch_size=_BATCH, geometry=config.data.augment):
-        yield batch.images, batch.labels
 
 
 def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:

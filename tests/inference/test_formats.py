@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import densenet_dist
 from densenet_dist.data import shapes
 from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, StorageError
-from densenet_dist.inference import safetensors_format, torch_export_format
+from densenet_dist.inference import formats
 from densenet_dist.inference.classifier import load_classifier
 from densenet_dist.inference.exporting import LARGEST_DIFFERENCE, export
-from densenet_dist.inference.trained import open_trained
+from densenet_dist.inference.network import open_trained
 from densenet_dist.train.evaluation import evaluate, prepare_evaluation
 
 
@@ -46,7 +47,7 @@ def test_a_file_has_the_mode_of_other_files_and_no_folder_that_cannot_take_it(or
 
 
 def test_pytorch_alone_runs_a_program_and_predict_refuses_it(original, exported, images, command):
-    with torch_export_format.quiet():
+    with warnings.catch_warnings(action="ignore"):
         program = torch.export.load(exported("torch-export")).module()
     run = open_trained(original, device="cpu")
     for count in (1, 5):
@@ -88,14 +89,12 @@ def test_export_checks_and_names_the_file(original, command, tmp_path):
 
 @pytest.mark.parametrize("change", [0.001, float("nan")])
 def test_a_file_that_differs_is_not_kept(original, monkeypatch, tmp_path, change):
-    to_bytes = safetensors_format.to_bytes
-
     def broken(network, header):
         with torch.no_grad():
             network.model.classifier.bias[0] += change
-        return to_bytes(network, header)
+        return formats.safetensors_bytes(network, header)
 
-    monkeypatch.setattr(safetensors_format, "to_bytes", broken)
+    monkeypatch.setitem(formats.WRITERS, "safetensors", broken)
     with pytest.raises(CheckpointError, match=r"(?s)differ from those of the run by up to (0\.001|nan).*--no-check"):
         export(original, out=tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

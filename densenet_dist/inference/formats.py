@@ -1,0 +1,183 @@
+"""The formats of exported files: safetensors for this package, torch-export for PyTorch alone, ONNX for other engines.
+
+Every format holds a `Network` and its `Header`. Nothing in a safetensors or ONNX file can run. A torch-export file is
+not read back: `torch.export.load` unpickles what an archive declares as a pickle and evaluates its size expressions as
+Python, so it is not safe for untrusted files.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from densenet_dist.errors import CheckpointError, EnvironmentProblem
+from densenet_dist.inference.header import HEADER_KEY, Header, header_of
+from densenet_dist.inference.network import Network, empty_net
+from densenet_dist.model import DenseNet
+from densenet_dist.train.checkpoint import Kind, kinds_of, require_same_tensors
+
+_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
+_INPUT, _OUTPUT = "pixels", "logits"
+_MAX_ONNX_BYTES: Final = (1 << 31) - 1  # of any protobuf message
+_MAX_BATCH: Final = 1 << 16
+
+
+def safetensors_bytes(network: Network, header: Header) -> bytes:
+    """Serialize the weights, with the header in the file's own metadata."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(network.model).items()}
+    return save(weights, metadata={"format": "pt", HEADER_KEY: header.to_json()})
+
+
+def read_safetensors(path: Path) -> tuple[Header, Network]:
+    """Read an untrusted file.
+
+    Raises:
+        CheckpointError: it is damaged, or not what `safetensors_bytes` writes.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = header_of((file.metadata() or {}).get(HEADER_KEY), str(path))
+            model = empty_net(header)
+            problem = f"{path} does not hold the model that its metadata names"
+            require_same_tensors(_kinds_in(file), kinds_of(_weights(model)), problem)  # before any is read
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name not in weights}
+    model.load_state_dict(weights | counters, assign=True)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
+    return header, Network(model, header.mean, header.std).eval().requires_grad_(False)
+
+
+def _weights(model: DenseNet) -> dict[str, Tensor]:
+    """The model's tensors without the counters of training steps, which no prediction needs."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
+
+
+def _kinds_in(file: Any) -> dict[str, Kind]:
+    kinds = {}
+    for name in file.keys():  # noqa: SIM118
+        tensor = file.get_slice(name)
+        dtype = tensor.get_dtype()
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name!a} is of type {dtype}")
+        kinds[name] = _DTYPES[dtype], tuple(tensor.get_shape())
+    return kinds
+
+
+def torch_export_bytes(network: Network, header: Header) -> bytes:
+    """Serialize a ``.pt2`` archive. The network's weights become contiguous."""
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, about its own internals
+        torch.export.save(_traced(network, header), file, extra_files={f"{HEADER_KEY}.json": header.to_json()})
+    return file.getvalue()
+
+
+def onnx_bytes(network: Network, header: Header) -> bytes:
+    """Serialize an ONNX graph. The network's weights become contiguous.
+
+    Raises:
+        EnvironmentProblem: a package is missing.
+    """
+    onnx = _imported("onnx")
+    _imported("onnxscript")
+    _imported("onnxruntime")  # the file is compared with the run
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            _traced(network, header), (), dynamo=True, opset_version=20, input_names=[_INPUT], output_names=[_OUTPUT],
+            external_data=False, verbose=False, dynamic_shapes=({0: "batch"},),
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    # The exporter records where its code lies: paths of this machine, and many bytes.
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    model.producer_name, model.producer_version = "densenet-dist", header.version
+    onnx.helper.set_model_props(model, {HEADER_KEY: header.to_json()})
+    return bytes(model.SerializeToString())
+
+
+def _traced(network: Network, header: Header) -> torch.export.ExportedProgram:
+    network = network.eval().requires_grad_(False)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's stubs lack the keyword
+    # Two images: with one, the tracer would take the batch size for a constant.
+    example = torch.zeros(2, 3, header.image_size, header.image_size)
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    with torch.no_grad():
+        return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+
+
+def read_onnx(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
+    """Read an untrusted file.
+
+    Returns:
+        Its header, and its program, run on the CPU: (n, 3, H, W) float32 grey levels to (n, classes) float32.
+
+    Raises:
+        CheckpointError: it is damaged, or not what `onnx_bytes` writes; the program raises it, too.
+        EnvironmentProblem: onnxruntime is missing.
+    """
+    runtime = _imported("onnxruntime")
+    if path.stat().st_size > _MAX_ONNX_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than an ONNX file can have")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        # From memory, so that it cannot name other files of this machine as its weights.
+        session = runtime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged, or no ONNX file: {_first_line(error)}") from error
+    header = header_of(session.get_modelmeta().custom_metadata_map.get(HEADER_KEY), str(path))
+    inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
+    size = header.image_size
+    if inputs != [(_INPUT, "tensor(float)", [3, size, size])] or _OUTPUT not in {o.name for o in session.get_outputs()}:
+        raise CheckpointError(f"{path} does not take the images that its metadata names")
+
+    def run(pixels: Tensor) -> Tensor:
+        try:
+            (logits,) = session.run([_OUTPUT], {_INPUT: pixels.numpy()})
+        except Exception as error:  # onnxruntime has a dozen kinds, all of them RuntimeErrors or Exceptions of its own
+            raise CheckpointError(f"the exported program fails: {_first_line(error)}") from error
+        if not isinstance(logits, np.ndarray) or logits.shape != (len(pixels), len(header.class_names)):
+            raise CheckpointError("the exported program does not give a logit for each class of its metadata")
+        return torch.from_numpy(logits.astype(np.float32, copy=False))
+
+    return header, run
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"ONNX files need the package {name}, which is not installed ({error})\n"
+            "  install it: pip install 'densenet-dist[onnx]'"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+WRITERS: Final[dict[str, Callable[[Network, Header], bytes]]] = {
+    "safetensors": safetensors_bytes,
+    "torch-export": torch_export_bytes,
+    "onnx": onnx_bytes,
+}
