@@ -23,7 +23,7 @@ from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.opening import require_trackers
+from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.environment import cpu_name, package_version
 
 

@@ -32,7 +32,7 @@ from densenet_dist.run_folder import (
     RunFolder,
 )
 from densenet_dist.schema import Config
-from densenet_dist.trackers.opening import require_trackers
+from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
 from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.lease import LEASE_FILE, Lease, hold

@@ -27,7 +27,7 @@ from densenet_dist.sweep.results import (
     write_note,
     write_results,
 )
-from densenet_dist.trackers.opening import require_trackers
+from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.context import Event
 from densenet_dist.train.lease import hold
 

@@ -1,4 +1,4 @@
-"""A run at an MLflow tracking server; mlflow-skinny is enough for that."""
+"""A run at an MLflow tracking server; the package mlflow-skinny is enough."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Final
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import End, Record, settings_of, sweep_of, without_secrets
+from densenet_dist.trackers.tracker import Record, Status, settings_of, sweep_of, without_secrets
 
 _DEFAULTS: Final = {
-    # MLflow's own are two minutes and seven tries, each later than the one before.
+    # MLflow's defaults are a timeout of two minutes and seven retries with backoff.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _STATUS: Final[dict[str, str]] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_AT_ONCE: Final = 100
-_LONGEST: Final = 500
+_MAX_BATCH: Final = 100
+_MAX_VALUE: Final = 500
 
 
 class MlflowSession:
@@ -40,7 +40,7 @@ class MlflowSession:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                self.is_new = True  # another server, or it was deleted there
+                self.is_new = True  # another server, or deleted there
         if self.is_new:
             self._create(config, run)
         experiment = self._client.get_run(self.id).info.experiment_id
@@ -48,18 +48,18 @@ class MlflowSession:
         self.url = f"{base}/#/experiments/{experiment}/runs/{self.id}" if base.startswith("http") else None
 
     def send(self, record: Record) -> None:
-        """Send a record's figures at its global step."""
+        """Send a record's metrics at its global step."""
         from mlflow.entities import Metric
 
         stamp, step = round(record["time"] * 1000), record["global_step"]
-        metrics = [Metric(key, value, stamp, step) for key, value in record.items() if _is_figure(key, value)]
+        metrics = [Metric(key, value, stamp, step) for key, value in record.items() if _is_metric(key, value)]
         self._client.log_batch(self.id, metrics=metrics)
 
-    def end(self, how: End, summary: Record) -> None:
-        """Set the run's status, and the best epoch's figures as ``best/...``."""
+    def end(self, status: Status, summary: Record) -> None:
+        """Set the run's status, and log the best epoch's metrics as ``best/...``."""
         for key, value in (summary.get("best") or {}).items():
             self._client.log_metric(self.id, f"best/{key}", value, step=summary["global_step"])
-        self._client.set_terminated(self.id, _STATUS[how])
+        self._client.set_terminated(self.id, _STATUS[status])
 
     def _create(self, config: Config, run: RunFolder) -> None:
         from mlflow.entities import Param
@@ -68,9 +68,9 @@ class MlflowSession:
         tags = {"densenet_dist.folder": run.uri} | ({"densenet_dist.sweep": sweep} if sweep else {})
         name = f"{sweep}/{config.name}" if sweep else config.name
         self.id = self._client.create_run(self._experiment(config), tags=tags, run_name=name).info.run_id
-        params = [Param(key, str(value)[:_LONGEST]) for key, value in settings_of(config).items()]
-        for start in range(0, len(params), _AT_ONCE):
-            self._client.log_batch(self.id, params=params[start : start + _AT_ONCE])
+        params = [Param(key, str(value)[:_MAX_VALUE]) for key, value in settings_of(config).items()]
+        for start in range(0, len(params), _MAX_BATCH):
+            self._client.log_batch(self.id, params=params[start : start + _MAX_BATCH])
 
     def _experiment(self, config: Config) -> str:
         from mlflow.exceptions import MlflowException
@@ -80,7 +80,7 @@ class MlflowSession:
         if found is None:
             try:
                 return str(self._client.create_experiment(name))
-            except MlflowException:  # another trial was faster
+            except MlflowException:  # another trial created it
                 time.sleep(0.1)
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
@@ -88,5 +88,5 @@ class MlflowSession:
         return str(found.experiment_id)
 
 
-def _is_figure(key: str, value: Any) -> bool:
+def _is_metric(key: str, value: Any) -> bool:
     return key not in ("time", "global_step") and isinstance(value, (int, float)) and math.isfinite(value)

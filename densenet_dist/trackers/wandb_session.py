@@ -1,4 +1,4 @@
-"""A run at Weights & Biases, or in its offline files; WANDB_API_KEY, WANDB_MODE and WANDB_BASE_URL are its own."""
+"""A run at Weights & Biases or in its offline files; it reads WANDB_API_KEY, WANDB_MODE and WANDB_BASE_URL."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import End, Record, settings_of, sweep_of
+from densenet_dist.trackers.tracker import Record, Status, settings_of, sweep_of
 
 _SETTINGS: Final[dict[str, Any]] = {
-    # Only what is sent on purpose: no console, code, git, packages, command line or machine.
+    # Send only metrics and settings: no console output, code, git state, packages, command line or machine details.
     **{"console": "off", "disable_code": True, "disable_git": True, "x_save_requirements": False},
     **{"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True},
     **{"silent": True, "init_timeout": 20, "finish_timeout": 20, "reinit": "create_new"},
@@ -45,20 +45,20 @@ class WandbSession:
         self._run.define_metric("*", step_metric="global_step")
 
     def send(self, record: Record) -> None:
-        """Send a record, to be shown at its global step."""
+        """Send a record at its global step."""
         self._run.log({key: value for key, value in record.items() if key != "time"})
 
-    def end(self, how: End, summary: Record) -> None:
-        """Write the summary and wait until all is sent."""
+    def end(self, status: Status, summary: Record) -> None:
+        """Write the summary and wait until everything is sent."""
         best = {f"best/{key}": value for key, value in (summary.get("best") or {}).items()}
         self._run.summary.update({key: value for key, value in summary.items() if key != "best"} | best)
-        self._run.finish(exit_code=1 if how == "failed" else 0)
+        self._run.finish(exit_code=1 if status == "failed" else 0)
         if self._folder is not None:
             self._folder.publish("wandb")
 
 
 def require_key() -> None:
-    """Whether there is a key where one is needed; W&B would ask for it on the terminal.
+    """Check that there is a key if one is needed; W&B would prompt for it on the terminal.
 
     Raises:
         PermissionError: there is none.

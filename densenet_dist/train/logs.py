@@ -9,8 +9,7 @@ from typing import Any
 
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.opening import open_trackers
-from densenet_dist.trackers.tracker import Tracker
+from densenet_dist.trackers.tracker import Tracker, open_trackers
 from densenet_dist.train.board import Board
 from densenet_dist.train.checkpoint import best_record
 
@@ -94,7 +93,7 @@ class RunLog:
         """
         self.show(Board.close)
         for tracker in self._trackers:
-            tracker.leave() if leaves else tracker.finish("failed" if failed else "stopped", {})
+            tracker.detach() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
     def _publish(self, write_out: Callable[[Board], None]) -> None:
         self.show(write_out)
@@ -106,7 +105,7 @@ class RunLog:
             self._tell(text, True)
             self._problems[text] = True
         for tracker in self._trackers:
-            for text in tracker.news():
+            for text in tracker.messages():
                 self._tell(text, False)
 
     def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
