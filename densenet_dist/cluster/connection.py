@@ -19,7 +19,7 @@ from densenet_dist.schema import ClusterConfig, Config
 
 # Spinning OpenMP threads of two workers on shared cores slow each other down thirtyfold.
 WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
-# report() waits for the controller's next poll, 2 s by default; a dead worker is noticed at the same pace.
+# A dead worker is noticed at the controller's next poll, 2 s apart by default.
 # Ray would nice workers to 15.
 DRIVER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
@@ -21,7 +18,7 @@ from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageError, TrainingError
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, RunFolder, join_location
+from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
 from densenet_dist.train.lease import Guard, Lease
@@ -42,39 +39,20 @@ class RayContext(RunContext):
     mailbox: Any = None
 
     def report(self, event: Event) -> None:
-        """Send the event to the driver; at an epoch's end, tell Ray Train too, on every rank.
+        """Send the event to the driver.
 
         Raises:
             Stopped: on every rank, where the driver paces the run and has heard enough.
         """
-        if self.rank == 0:
-            import ray
+        import ray
 
+        if self.rank == 0:
             sent = self.mailbox.put.remote(event)
             if event["kind"] == "end":
                 ray.get(sent)  # this process may be gone in a moment
-        if event["kind"] == "epoch":
-            self._report_to_ray(event)
-            if self.hands_over:
-                import ray
-
-                if not ray.get(self.mailbox.may_go_on.remote(event["global_step"])):
-                    raise Stopped
-
-    def _report_to_ray(self, event: Event) -> None:
-        # Ray drops metrics that come without a checkpoint. Ours is already safe in the run's folder (its manifest is
-        # the truth), so Ray gets a pointer to it: a few bytes to keep, and enough for Result.checkpoint and the UI.
-        import ray.train
-
-        metrics = {key: value for key, value in event.items() if key != "kind"}
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self.rank == 0 and event["checkpoint"]:
-                uri = f"{self.run.uri}/{CHECKPOINTS_FOLDER}/{event['checkpoint']}"
-                (Path(folder) / "pointer.json").write_text(json.dumps({"uri": uri}))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            name = f"{event['global_step']:08d}-{os.getpid()}"
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        waits = event["kind"] == "epoch" and self.hands_over
+        if waits and not ray.get(self.mailbox.may_go_on.remote(event["global_step"])):
+            raise Stopped
 
 
 def fit_on_ray(
@@ -187,7 +165,7 @@ def _run_trainer(
     pace: Pace | None,
     lease: Lease | None,
 ) -> tuple[BaseException | None, dict[str, Any] | None]:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
 
     from densenet_dist.cluster.ray_backend import (
@@ -227,7 +205,6 @@ def _run_trainer(
                 max_failures=config.cluster.max_failures,
                 controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,
             # A cluster of our own has inherited it; there, asking for it would only start further processes.
             worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},

@@ -7,8 +7,7 @@ import os
 import random
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -123,7 +122,9 @@ def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Cal
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    with _quiet(), handled_by(ending.hear):
+    for name in ("ray.tune", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is in the events
+    with handled_by(ending.hear):
         try:
             tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
@@ -235,17 +236,3 @@ def _into_space(space: Mapping[str, Domain], config: dict[str, Any]) -> dict[str
         key: value if isinstance(space[key], Choice) else space[key].clip(value)  # type: ignore[union-attr]
         for key, value in config.items()
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray's own words are for its developers; what matters is in the events."""
-    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray._private")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
