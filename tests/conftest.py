@@ -23,10 +23,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would t
 
 PACK = Path(__file__).parents[2] / "shared" / "data"
 
-
 STARTS_RAY = ("tests/cluster/", "tests/launch/test_start.py")
 """On two cores they run one after another: in one process of pytest-xdist, which begins with them."""
-
 
 SLOW = (
     *(*STARTS_RAY, "tests/bench/", "tests/chaos/", "tests/docs/test_extending.py", "tests/docs/test_site.py"),

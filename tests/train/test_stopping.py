@@ -39,8 +39,7 @@ class Asking(Pulse):
 def asked(config: Config, at: int, wish: Wish) -> list[dict[str, Any]]:
     """Train with that asked for; the events."""
     events: list[dict[str, Any]] = []
-    plain = context_of(config)
-    context = replace(plain, listener=events.append, pulse=Asking(at, wish))
+    context = replace(context_of(config), listener=events.append, pulse=Asking(at, wish))
     if context.rank == 0:
         context.run.write(CONFIG_FILE, to_yaml(config))
     try:
