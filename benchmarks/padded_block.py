@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densenet_dist.bench.model import bench_model
-from densenet_dist.bench.tables import print_model
+from densenet_dist.bench.model import bench_model, print_model
 from densenet_dist.bench.training_step import VARIANTS, Variant
 from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config

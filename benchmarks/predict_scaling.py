@@ -32,11 +32,8 @@ import torch.distributed as dist
 from communication import FABRICS, Bucket, Fabric, Step, all_reduce_s, fit_ring, predict_on
 from roofline import count_flops, net_on_meta, traffic
 
-from densenet_dist.bench.model import num_classes
-from densenet_dist.bench.process import median_and_spread, rounded
-from densenet_dist.bench.scaling import MODES, bench_scaling
-from densenet_dist.bench.scaling_rank import barrier, longest
-from densenet_dist.bench.tables import number, print_scaling, print_table
+from densenet_dist.bench.common import median_and_spread, num_classes, number, print_table, rounded
+from densenet_dist.bench.scaling import MODES, barrier, bench_scaling, longest, print_scaling
 from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch

@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from densenet_dist.bench.tables import number, print_table
+from densenet_dist.bench.common import number, print_table
 from densenet_dist.model import DenseNet, densenet
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.train.network import AUTOCAST

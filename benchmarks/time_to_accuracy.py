@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import torch
 
-from densenet_dist.bench.tables import print_table
+from densenet_dist.bench.common import print_table
 from densenet_dist.cli.options import write_json
 from densenet_dist.cluster.launch import prepare_data
 from densenet_dist.config import load_config, to_dict

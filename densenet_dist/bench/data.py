@@ -1,8 +1,8 @@
-"""``densenet-dist bench data``: how fast each loader makes the batches of a configuration on this machine.
+"""``densenet-dist bench data``: how fast each loader produces the batches of a configuration on this machine.
 
-Each loader works in a process of its own, so that its memory can be told, and waits while another one is measured; the
-rounds go through all of them in turn, and the medians count. Nobody uses the batches: this is the most that the
-loaders can give, not what a training run sees.
+Each loader runs in its own process, so that its memory can be measured, and is idle while another one is measured. The
+rounds alternate between loaders, and medians are reported. Nothing consumes the batches: this is the maximum rate of
+the loaders, not the rate of a training run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from densenet_dist.bench.process import MeasuringProcess, peak_bytes, reset_peak
+from densenet_dist.bench.common import (
+    MeasuringProcess,
+    conditions,
+    conditions_line,
+    peak_bytes,
+    print_table,
+    reset_peak,
+)
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict, validate
 from densenet_dist.data.dali_support import require_dali
@@ -27,27 +34,25 @@ from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import LocalContext, choose_device
-from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.inputs import engine_of, load_dataset_of, train_and_val, train_loader
 
 Measurement: TypeAlias = tuple[Speed, float, float | None]
-"""A speed, the process' peak memory in MiB, and torch's on the GPU."""
+"""A speed, the process' peak memory in MiB, and that of torch's tensors on the GPU."""
 
 
 def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1.0, rounds: int = 3) -> dict[str, Any]:
     """Measure every loader at every batch size.
 
     Args:
-        config: whose data set and augmentation are used, on its ``cluster.device``.
-        batch_sizes: images a batch.
-        seconds: how long each measurement takes, about.
-        rounds: of which the medians count.
+        config: the data set, the augmentation and ``cluster.device`` to use.
+        batch_sizes: images per batch.
+        seconds: approximate duration of each measurement.
+        rounds: number of measurements; medians are reported.
 
     Returns:
-        ``rows``: of each loader and batch size the median ``images_per_s`` with its ``spread`` (lowest, highest),
+        ``rows``: for each loader and batch size the median ``images_per_s`` with its ``spread`` (lowest, highest),
         ``images_per_cpu_s`` over all threads of the process, ``peak_mib`` of the process with data set and libraries,
-        and ``gpu_peak_mib`` of torch's tensors (DALI's own memory is not in it); ``notes``, and what they were measured
-        on and with.
+        and ``gpu_peak_mib`` of torch's tensors (without DALI's own memory); ``notes``, and the `conditions`.
 
     Raises:
         DataError, ConfigError, EnvironmentProblem: as for training.
@@ -58,8 +63,8 @@ def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1
         require_dali(device, decoding=config.data.name == "folder")
     except EnvironmentProblem as error:
         loaders.remove("dali")
-        notes.append(f"dali is left out: {str(error).splitlines()[0]}")
-    load_dataset_of(config)  # says what is wrong with it before any process is started
+        notes.append(f"dali skipped: {str(error).splitlines()[0]}")
+    load_dataset_of(config)  # raises its errors before any process is started
     results: dict[tuple[str, int], list[Measurement]] = {}
     processes = {name: MeasuringProcess(_prepare, name, to_dict(config), str(device)) for name in loaders}
     try:
@@ -73,12 +78,8 @@ def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1
     return {
         "rows": [_row(*key, of_key) for key, of_key in results.items()],
         "notes": notes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": local_threads(config.cluster),
-        "seconds": seconds,
-        "rounds": rounds,
         "data": to_dict(config)["data"],
-        "environment": describe_environment(),
+        **conditions(config, device, seconds, rounds),
     }
 
 
@@ -115,3 +116,16 @@ def _measure(
     speed = measure_speed(endless(batches), device, seconds=seconds)
     gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return speed, peak_bytes() / 2**20, gpu
+
+
+def print_data(found: dict[str, Any]) -> None:
+    """Print the result of `bench_data`."""
+    gpu = found["device"] != "CPU"
+    headings = ["loader", "batch", "images/s", "lowest", "highest", "images/CPU-s", "peak MiB"]
+    rows = []
+    for row in found["rows"]:
+        figures = [row["images_per_s"], *row["spread"], row["images_per_cpu_s"], row["peak_mib"]]
+        figures += [row["gpu_peak_mib"]] if gpu else []
+        rows.append([row["loader"], str(row["batch_size"]), *(f"{figure:,.0f}" for figure in figures)])
+    title = f"{found['data']['name']}, {found['data']['augment']}; {conditions_line(found)}"
+    print_table(title, [*headings, "GPU MiB (torch)"] if gpu else headings, rows, found["notes"])

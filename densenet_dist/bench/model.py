@@ -1,8 +1,8 @@
-"""``densenet-dist bench model``: how fast a configuration's net trains on this machine, and in how much memory.
+"""``densenet-dist bench model``: how fast a configuration's model trains on this machine, and in how much memory.
 
-The net is run in several variants, each in a process of its own, so that its memory can be told, and waits while
-another one is measured; the rounds go through all of them in turn, and the medians count. Images are random and lie on
-the device: this is the net's and the optimizer's own speed on one device, without loading and without other workers.
+Each variant of the model runs in its own process, so that its memory can be measured, and is idle while another one is
+measured. The rounds alternate between variants, and medians are reported. Images are random and already on the device:
+this measures the model and the optimizer on one device, without data loading and communication.
 """
 
 from __future__ import annotations
@@ -13,38 +13,44 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
-import torch
-
-from densenet_dist.bench.process import MeasuringProcess, median_and_spread, rounded
+from densenet_dist.bench.common import (
+    MeasuringProcess,
+    conditions,
+    conditions_line,
+    interval,
+    median_and_spread,
+    num_classes,
+    number,
+    print_table,
+    rounded,
+    with_spread,
+)
 from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, prepare_variant
-from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
-from densenet_dist.data.cifar import SPECS
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
-from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.network import check_run
 
-DEFINITIONS = {
-    "arm": "how the net is run",
-    "reference": "model.block=reference, as PyTorch runs it",
-    "compiled": "the same under torch.compile, compiled anew for every batch size",
+DEFINITIONS: Final = {
+    "arm": "the variant of the model",
+    "reference": "model.block=reference, eager",
+    "compiled": "reference with torch.compile, recompiled for every batch size",
     "fused": "model.block=fused",
     "graph": "model.block=fused, the whole step in one CUDA graph",
     "compiled_graph": "compiled, the whole step in one CUDA graph",
-    "step_ms": "forward, cross entropy, backward, optimizer, gradients to zero",
+    "step_ms": "forward, cross entropy, backward, optimizer step, zeroing the gradients",
     "spreads": "lowest and highest of the rounds",
-    "peak_mib": "most memory of a step: on a GPU all of torch's tensors, on a CPU what the step added to the process",
-    "time_ratio, memory_ratio": "against reference at the same batch size; of times round by round",
-    "loss": "of the first step, the same in all variants but for rounding and dropout",
+    "peak_mib": "peak memory of a step: on a GPU of all tensors, on a CPU what the step added to the process",
+    "time_ratio, memory_ratio": "relative to reference at the same batch size; of times round by round",
+    "loss": "of the first step, equal in all variants except for rounding and dropout",
 }
-
-
-_FIGURES = ("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss")
-_RATIOS = ("time_ratio", "time_ratio_spread", "memory_ratio")
+_FIGURES: Final = (
+    *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),
+    *("time_ratio", "time_ratio_spread", "memory_ratio"),
+)
 
 
 def bench_model(
@@ -59,19 +65,18 @@ def bench_model(
     """Measure every variant at every batch size.
 
     Args:
-        config: whose model, precision and optimizer are used, on its ``cluster.device``.
+        config: the model, precision, optimizer and ``cluster.device`` to use.
         variants: what to measure, such as some of `VARIANTS`.
-        batch_sizes: images a step.
-        seconds: how long each measurement takes, about, warm-up not counted.
-        rounds: of which the medians count.
-        on_progress: told what is being measured.
+        batch_sizes: images per step.
+        seconds: approximate duration of each measurement, without warm-up.
+        rounds: number of measurements; medians are reported.
+        on_progress: called with a description of the current measurement.
 
     Returns:
-        ``rows``, with the figures of `DEFINITIONS` or None and a ``note`` that says why; ``notes``, and what they were
-        measured on and with.
+        ``rows``, with the figures of `DEFINITIONS`, or None and a reason in ``note``; ``notes``, and the `conditions`.
 
     Raises:
-        ConfigError: the net cannot be built.
+        ConfigError: the model cannot be built.
         EnvironmentProblem: there is no such device.
     """
     check_run(config)
@@ -79,10 +84,10 @@ def bench_model(
     used, notes = dict(variants), []
     for name, variant in variants.items():
         if variant.cuda_graph and device.type != "cuda":
-            notes.append(f"{name} is left out: it needs a GPU")
+            notes.append(f"{name} skipped: it needs a GPU")
             del used[name]
     if config.data.name == "folder":
-        notes.append(f"the classes of a folder are not looked for: measured with {num_classes(config)}")
+        notes.append(f"the folder is not read: measured with {num_classes(config)} classes")
     sizes, plain = tuple(dict.fromkeys(batch_sizes)), to_dict(config)
     results: dict[tuple[str, int], list[Measurement]] = {(name, size): [] for name in used for size in sizes}
     failures: dict[tuple[str, int], str] = {}
@@ -91,19 +96,19 @@ def bench_model(
         for name, variant in used.items()
     }
     try:
-        on_progress("getting ready")
+        on_progress("preparing")
         for process in processes.values():
             with suppress(DenseNetDistError):  # `measure` raises it again
                 process.wait()
-        for number, size, name in itertools.product(range(1, rounds + 1), sizes, used):
+        for current, size, name in itertools.product(range(1, rounds + 1), sizes, used):
             if (name, size) in failures:
                 continue
-            on_progress(f"round {number} of {rounds}: {name}, batches of {size}")
+            on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
             try:
                 results[name, size].append(processes[name].measure(size, seconds))
             except OutOfMemory as error:
                 failures[name, size] = str(error)
-            except DenseNetDistError as error:  # a process in which a kernel failed may be of no more use
+            except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
                 failures.update({(name, other): str(error) for other in sizes})
     finally:
         for process in processes.values():
@@ -114,7 +119,7 @@ def bench_model(
                 "arm": name,
                 "batch_size": size,
                 "note": failures.get((name, size), ""),
-                **dict.fromkeys((*_FIGURES, *_RATIOS)),
+                **dict.fromkeys(_FIGURES),
                 **_figures(size, found, results.get(("reference", size), [])),
                 "rounds": [{key: _finite(value) for key, value in asdict(one).items()} for one in found],
             }
@@ -126,18 +131,9 @@ def bench_model(
         "image_size": config.data.side,
         "classes": num_classes(config),
         "notes": notes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": local_threads(config.cluster),
-        "seconds": seconds,
-        "rounds": rounds,
         "definitions": DEFINITIONS,
-        "environment": describe_environment(),
+        **conditions(config, device, seconds, rounds),
     }
-
-
-def num_classes(config: Config) -> int:
-    """How many classes the data set has; a folder's are not looked for."""
-    return SPECS[config.data.name].num_classes if config.data.name in SPECS else 10
 
 
 def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequence[Measurement]) -> dict[str, Any]:
@@ -163,5 +159,21 @@ def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequenc
 
 
 def _finite(value: float | None) -> float | None:
-    """None for what JSON has no number for."""
+    """None for values that JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def print_model(found: dict[str, Any]) -> None:
+    """Print the result of `bench_model`."""
+    headings = ["variant", "batch", "images/s", "lowest-\nhighest", "step\nms", "peak\nMiB"]
+    headings += ["time/ref.\n(low-high)", "mem.\n/ref."]
+    rows = []
+    for row in found["rows"]:
+        figures = [number(row["images_per_s"]), interval(row["images_per_s_spread"])]
+        figures += [number(row["step_ms"]), number(row["peak_mib"])]
+        ratio = "-" if row["time_ratio"] is None else with_spread(row["time_ratio"], row["time_ratio_spread"])
+        memory = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
+        rows.append([row["arm"], str(row["batch_size"]), *figures, ratio, memory])
+    failed = [f"{row['arm']}, batch {row['batch_size']}: {row['note']}" for row in found["rows"] if row["note"]]
+    title = f"{found['model']['variant']} on {found['image_size']}x{found['image_size']}, {found['precision']}"
+    print_table(f"{title}; {conditions_line(found)}", headings, rows, [*failed, *found["notes"]])

@@ -1,38 +1,85 @@
-"""``densenet-dist bench scaling``: how training speeds up with workers.
+"""``densenet-dist bench scaling``: how training speeds up with the number of workers.
 
-Measured is training's own step, on images that lie ready, on 1, 2, ... Ray Train workers. Weak scaling gives every
-worker the same number of images: efficiency is T(1) / T(n). Strong scaling shares one batch: T(1) / (n T(n)).
+The training step is measured on random images in memory, on 1, 2, ... Ray Train workers. Weak scaling gives every
+worker the same number of images: the efficiency is T(1) / T(n). Strong scaling splits one batch: T(1) / (n T(n)).
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Final, TypeAlias
 
-from densenet_dist.bench.model import num_classes
-from densenet_dist.bench.process import median_and_spread, rounded
-from densenet_dist.bench.scaling_rank import Probe, RankMeasurements, measure_rank
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from densenet_dist.bench.common import (
+    conditions_line,
+    interval,
+    median_and_spread,
+    num_classes,
+    number,
+    print_table,
+    rounded,
+    with_spread,
+)
 from densenet_dist.cluster.launch import absolute
 from densenet_dist.cluster.measured import measuring_workers
-from densenet_dist.config import to_dict
+from densenet_dist.config import to_dict, validate
+from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.data.loader import Batch
+from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import ConfigError
-from densenet_dist.schema import Config
+from densenet_dist.run_folder import RunFolder
+from densenet_dist.schema import Config, ScheduleConfig
+from densenet_dist.train.building import build_job
+from densenet_dist.train.context import LocalContext
+from densenet_dist.train.ddp import no_sync
+from densenet_dist.train.engine import train_step
 from densenet_dist.train.environment import describe_environment
+from densenet_dist.train.job import Job
 from densenet_dist.train.network import check_run
 
 MODES: Final = ("weak", "strong")
 
 DEFINITIONS: Final = {
     "images": "of the global batch",
-    "oversubscribed": "more workers than cores: the times say how cores are shared, not how training scales",
-    "step_ms": "a training step of the slowest rank: forward, loss, backward with the exchange of gradients, optimizer",
-    "local_ms": "the same step where gradients stay on their rank (no_sync)",
-    "exposed_ms": "step_ms - local_ms: communication during which nothing is computed, and what it slows down",
+    "oversubscribed": "more workers than cores: the times show how cores are shared, not how training scales",
+    "step_ms": "a training step of the slowest rank: forward, loss, backward with gradient all-reduce, optimizer step",
+    "local_ms": "the same step without the all-reduce (no_sync)",
+    "exposed_ms": "step_ms - local_ms: communication not overlapped with computation, and the slowdown that it causes",
     "efficiency": "weak: T(1) / T(n); strong: T(1) / (n T(n)); T is step_ms",
-    "compute_efficiency": "the same of local_ms: what is lost to shared cores, caches and memory, not to communication",
+    "compute_efficiency": "the same for local_ms: the loss due to shared cores, caches and memory, not communication",
     "spreads": "lowest and highest of the rounds",
 }
+
+Probe: TypeAlias = Callable[[Job, dict[int, Batch]], Any]
+"""An additional measurement of a job; it gets this rank's share of a batch by size of the global batch."""
+
+
+@dataclass(frozen=True)
+class RankMeasurements:
+    """The measurements of one rank.
+
+    Attributes:
+        timings: seconds per training step in each round, by size of the global batch and whether gradients are
+            all-reduced or stay on their rank (DDP's ``no_sync``).
+        parameters: number of trainable parameters.
+        device: the GPU's name, or CPU.
+        backend: of the process group.
+        probed: the result of the probe.
+    """
+
+    timings: dict[tuple[int, bool], list[float]]
+    parameters: int
+    device: str
+    backend: str
+    probed: Any = None
 
 
 def bench_scaling(
@@ -45,24 +92,24 @@ def bench_scaling(
     on_progress: Callable[[str], None] = lambda text: None,
     probe: Probe | None = None,
 ) -> dict[str, Any]:
-    """Measure every number of workers.
+    """Measure with every number of workers.
 
     Args:
-        config: whose net, loss, optimizer and exchange of gradients are run. Weak scaling gives each worker
-            ``train.global_batch_size`` images, strong scaling all workers together.
-        workers: how many; 1 is measured always.
+        config: the model, loss, optimizer and gradient communication to run. ``train.global_batch_size`` is the number
+            of images per worker in weak scaling, and of all workers together in strong scaling.
+        workers: the numbers of workers; 1 is always measured.
         modes: weak, strong.
-        seconds: how long each measurement takes, about.
-        rounds: of which the medians count.
-        on_progress: told what is being measured.
-        probe: what else every rank measures.
+        seconds: approximate duration of each measurement.
+        rounds: number of measurements; medians are reported.
+        on_progress: called with a description of the current measurement.
+        probe: an additional measurement on every rank.
 
     Returns:
-        Plain values: ``rows``, with the figures of `DEFINITIONS`, and what they were measured on and with; ``probed``:
-        what the probe returned on rank 0, by number of workers.
+        Plain values: ``rows``, with the figures of `DEFINITIONS`, and the conditions; ``probed``: the result of the
+        probe on rank 0, by number of workers.
 
     Raises:
-        ConfigError, EnvironmentProblem: as for training; and more workers than images, or than GPUs.
+        ConfigError, EnvironmentProblem: as for training, or for more workers than images or GPUs.
     """
     config, counts = absolute(config), sorted({1, *workers})
     if "strong" in modes and counts[-1] > config.train.global_batch_size:
@@ -74,13 +121,13 @@ def bench_scaling(
     results: dict[int, list[RankMeasurements]] = {}
     with measuring_workers(config.cluster, config.storage) as cluster:
         for count in counts:
-            on_progress(f"{count} workers of {', '.join(map(str, counts))}")
+            on_progress(f"{count} workers (of {', '.join(map(str, counts))})")
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
             arguments = (to_dict(config), num_classes(config), sizes, seconds, rounds, probe)
             results[count] = cluster.run(count, measure_rank, *arguments)
         room, threads = cluster.room, config.cluster.cpus_per_worker
     first = results[1][0]
-    outcome = {
+    found = {
         "rows": rows(config, results, modes, room),
         "notes": [f"*: {DEFINITIONS['oversubscribed']}"] if counts[-1] > room else [],
         "name": config.name,
@@ -99,19 +146,19 @@ def bench_scaling(
         "environment": describe_environment(),
     }
     if probe is not None:
-        outcome["probed"] = {count: ranks[0].probed for count, ranks in results.items()}
-    return outcome
+        found["probed"] = {count: ranks[0].probed for count, ranks in results.items()}
+    return found
 
 
 def _images(config: Config, mode: str, workers: int) -> int:
-    """Of the global batch."""
+    """The size of the global batch."""
     return config.train.global_batch_size * (workers if mode == "weak" else 1)
 
 
 def rows(
     config: Config, results: dict[int, list[RankMeasurements]], modes: Sequence[str], room: int
 ) -> list[dict[str, Any]]:
-    """The figures of each number of workers in each mode, from what their ranks measured; see `DEFINITIONS`."""
+    """The figures of `DEFINITIONS` for each mode and number of workers, from the measurements of the ranks."""
     made = []
     for mode in modes:
         alone = statistics.median(_slowest(results[1], _images(config, mode, 1)))
@@ -142,5 +189,121 @@ def rows(
 
 
 def _slowest(ranks: Sequence[RankMeasurements], images: int, *, exchange: bool = True) -> list[float]:
-    """Seconds of a step, round by round, of whichever rank took longest."""
+    """Seconds per step of the slowest rank, in each round."""
     return [max(times) for times in zip(*(rank.timings[images, exchange] for rank in ranks), strict=True)]
+
+
+def print_scaling(found: dict[str, Any]) -> None:
+    """Print the result of `bench_scaling`."""
+    headings = ["mode", "workers", "images", "images/s", "lowest-\nhighest", "step\nms", "without\nexchange"]
+    headings += ["exposed\nms", "efficiency\n(low-high)", "of com-\nputing"]
+    cells = []
+    for row in found["rows"]:
+        workers = f"{row['workers']}{'*' if row['oversubscribed'] else ''}"
+        speed = [number(row["images_per_s"]), interval(row["images_per_s_spread"])]
+        times = [number(row[name]) for name in ("step_ms", "local_ms", "exposed_ms")]
+        efficiency = [with_spread(row["efficiency"], row["efficiency_spread"]), f"{row['compute_efficiency']:.2f}"]
+        cells.append([row["mode"], workers, str(row["images"]), *speed, *times, *efficiency])
+    title = f"{found['name']}: {found['model']['variant']}, {found['parameters']:,} parameters"
+    line = conditions_line(found, device_suffix=f" per worker, {found['backend']}")
+    print_table(f"{title}, {found['precision']}; {line}", headings, cells, found["notes"])
+
+
+def measure_rank(
+    device: torch.device,
+    plain: dict[str, Any],
+    num_classes: int,
+    global_sizes: Sequence[int],
+    seconds: float,
+    rounds: int,
+    probe: Probe | None = None,
+) -> RankMeasurements:
+    """Measure on one rank, together with the other ranks of the process group.
+
+    Args:
+        device: of this rank.
+        plain: the configuration as plain values.
+        num_classes: of the model.
+        global_sizes: sizes of the global batches, each at least one image per rank.
+        seconds: approximate duration of each measurement.
+        rounds: number of measurements.
+        probe: an additional measurement at the end, on all ranks at once.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with tempfile.TemporaryDirectory() as folder:
+        context = LocalContext(RunFolder(folder, "run"), device, rank, world_size)
+        job = _build_job(validate(plain), context, num_classes, max(global_sizes))
+        try:
+            whole = next(iter(job.train_loader.epoch(0)))
+            batches = {size: _share(job, whole, size) for size in global_sizes}
+            return RankMeasurements(
+                _time_rounds(job, batches, seconds, rounds),
+                sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad),
+                torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+                dist.get_backend(),
+                probe(job, batches) if probe else None,
+            )
+        finally:
+            job.saver.close()
+
+
+def _build_job(config: Config, context: LocalContext, num_classes: int, images: int) -> Job:
+    """A training job on random images, with a learning rate that barely changes the weights."""
+    train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
+    train = replace(train, epochs=1, cuda_graph=False, profile=None)
+    data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1)
+    config = replace(config, train=train, data=data, cluster=replace(config.cluster, workers="auto"))
+    side, random = config.data.side, np.random.default_rng(config.seed)
+    pixels = random.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
+    split = Split(pixels, random.integers(0, num_classes, images))
+    names = tuple(map(str, range(num_classes)))
+    job = build_job(config, context, Dataset("random", names, split, split, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    job.forward.train()
+    return job
+
+
+def _time_rounds(
+    job: Job, batches: dict[int, Batch], seconds: float, rounds: int
+) -> dict[tuple[int, bool], list[float]]:
+    orders = ((True, False), (False, True)) if job.context.world_size > 1 else ((True,), (True,))
+    timings: dict[tuple[int, bool], list[float]] = {(size, exchange): [] for size in batches for exchange in orders[0]}
+    for size, exchange in timings:
+        time_steps(job, batches[size], 1, exchange)  # warms up
+    for current in range(rounds):
+        for size, batch in batches.items():
+            count = max(2, int(seconds / longest(time_steps(job, batch, 1, True), job.context.device)))
+            # Alternate the order, so that a drift of the machine's speed does not bias the difference.
+            for exchange in orders[current % 2]:
+                timings[size, exchange].append(time_steps(job, batch, count, exchange))
+    return timings
+
+
+def _share(job: Job, whole: Batch, global_size: int) -> Batch:
+    """This rank's share of a global batch."""
+    count = len(range(job.context.rank, global_size, job.context.world_size))
+    targets = None if whole.targets is None else whole.targets[:count]
+    return Batch(whole.images[:count], whole.labels[:count], global_size, targets)
+
+
+def time_steps(job: Job, batch: Batch, count: int, exchange: bool) -> float:
+    """Run `count` steps, with or without the all-reduce; return the seconds per step."""
+    with nullcontext() if exchange else no_sync(job.forward):
+        barrier(job.context.device)
+        started = perf_counter()
+        for _ in range(count):
+            train_step(job, batch)
+        synchronize(job.context.device)
+        return (perf_counter() - started) / count
+
+
+def longest(seconds: float, device: torch.device) -> float:
+    """The maximum over all ranks."""
+    longest = torch.tensor([seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return float(longest)
+
+
+def barrier(device: torch.device) -> None:
+    """Synchronize the device, then all ranks."""
+    synchronize(device)
+    dist.barrier()

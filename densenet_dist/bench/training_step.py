@@ -1,4 +1,4 @@
-"""The training step of a net on random images, in one of several variants, and what it takes: time and memory."""
+"""The training step of a model on random images, in one of several variants: time and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
-from densenet_dist.bench.process import peak_bytes, reset_peak
+from densenet_dist.bench.common import peak_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
@@ -32,13 +32,13 @@ from densenet_dist.train.step_graph import WARM_UP_STEPS, StepGraph
 
 
 class Variant(NamedTuple):
-    """How a net is run.
+    """How a model is run.
 
     Attributes:
         block: the form of its dense blocks.
-        compile: whether under `torch.compile`.
+        compile: whether to use `torch.compile`.
         cuda_graph: whether the whole step is one CUDA graph, as with ``train.cuda_graph``.
-        convert: what else is done with the net before it is used; a function of a module.
+        convert: a module-level function applied to the model first.
     """
 
     block: str
@@ -57,19 +57,19 @@ VARIANTS: Final = {
 
 
 class OutOfMemory(EnvironmentProblem):
-    """A batch is too large for this machine; smaller ones may not be."""
+    """A batch size is too large for this machine."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant at one batch size, once.
+    """One measurement of a variant at a batch size.
 
     Attributes:
-        step_ms: forward, cross entropy, backward, optimizer and gradients set to zero; the mean of `steps` steps.
-        steps: how many were timed.
-        peak_bytes: most memory of a step. On a GPU of all tensors; on a CPU of the process, less what it had just
-            before the step (weights, optimizer, images); NaN where that cannot be told.
-        loss: of the first step: the same in all variants but for rounding, and the order in which dropout draws.
+        step_ms: mean time of forward, cross entropy, backward, optimizer step and zeroing the gradients.
+        steps: number of timed steps.
+        peak_bytes: peak memory of a step. On a GPU of all tensors; on a CPU of the process, minus its memory just
+            before the step (weights, optimizer, images); NaN if unknown.
+        loss: of the first step, equal in all variants except for rounding and the order of dropout's random numbers.
     """
 
     step_ms: float
@@ -81,29 +81,29 @@ class Measurement:
 def prepare_variant(
     variant: Variant, plain: dict[str, Any], num_classes: int, device_name: str
 ) -> Callable[[int, float], Measurement]:
-    """Build the net of a configuration (as plain values) in this process, which measures nothing else.
+    """Build the model of a configuration (as plain values) in this process, which measures nothing else.
 
     Returns:
-        What measures its training step, given a batch size and about how many seconds to take.
+        A function that measures the training step, given a batch size and an approximate duration in seconds; it may
+        raise the same errors.
 
     Raises:
-        ConfigError, EnvironmentProblem: why the variant cannot work here.
-        OutOfMemory: raised by what is returned, too.
+        ConfigError, EnvironmentProblem, OutOfMemory: the variant cannot work here.
     """
     config, device = validate(plain), torch.device(device_name)
     torch.set_num_threads(local_threads(config.cluster))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # compiling on a CPU it misses CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA on a CPU
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # as training does
-    # Without kernels the fused form falls back to the reference form: the row would not be what it says.
+    # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
     if variant.block == "fused" and (reason := unavailable(device.type)):
         raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
     return partial(explained, explained(TrainingStep, variant, config, num_classes, device).measure)
 
 
 class TrainingStep:
-    """A configuration's net on its device, with what trains it; `variant` says how it is run."""
+    """A model on its device with its optimizer, run as `variant` specifies."""
 
     def __init__(self, variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
         self._variant, self._config, self._num_classes, self._device = variant, config, num_classes, device
@@ -112,21 +112,21 @@ class TrainingStep:
         model = densenet(**{**settings, "block": variant.block})
         self._model = (variant.convert(model) if variant.convert else model).to(device).train()
         self._forward: nn.Module = self._model
-        # A learning rate of zero: all of the work, and weights that stay the same however long it is measured.
+        # With a learning rate of zero the work is the same, but the weights do not change during the measurement.
         self._optimizer = build_optimizer(self._model, config.train.optimizer, lr=0.0)
         self._scaler = GradScaler(device.type, enabled=config.train.precision == "fp16")
-        self._bytes_per_image = 0.0  # of a step, as far as is known
+        self._bytes_per_image = 0.0  # of the last measured step
         if variant.compile:
             from torch._dynamo import config as dynamo
 
-            dynamo.recompile_limit = 64  # beyond it a net would silently run uncompiled
+            dynamo.recompile_limit = 64  # beyond it the model would silently run uncompiled
             self._forward = cast(nn.Module, torch.compile(self._model, dynamic=False))
 
     def measure(self, batch_size: int, seconds: float) -> Measurement:
-        """Warm up, and measure time and memory at one batch size."""
+        """Warm up, then measure time and memory at one batch size."""
         on_gpu = self._device.type == "cuda"
         if on_gpu:
-            torch.cuda.empty_cache()  # after the last measurement, and what it left when it failed
+            torch.cuda.empty_cache()  # of the last measurement, which may have failed
         else:
             self._require_memory(batch_size)
         images, labels = self._batch(batch_size)
@@ -147,7 +147,7 @@ class TrainingStep:
         step_s = self._time(step, steps)
         if on_gpu:
             del step, images, labels
-            torch.cuda.empty_cache()  # other processes want it
+            torch.cuda.empty_cache()  # for other processes
         return Measurement(1e3 * step_s, steps, peak, loss)
 
     def _batch(self, size: int) -> tuple[Tensor, Tensor]:
@@ -164,12 +164,12 @@ class TrainingStep:
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        if not self._variant.cuda_graph:  # a graph clears them itself
+        if not self._variant.cuda_graph:  # the graph zeroes them
             self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def _capture(self, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-        """The step as training captures it (``train.cuda_graph``), the copies into the graph's own memory included."""
+        """The step as training captures it (``train.cuda_graph``), including the copies into the graph's inputs."""
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             loss = self._step(images, labels)
@@ -183,7 +183,7 @@ class TrainingStep:
         return lambda: graph(recipe).loss
 
     def _time(self, step: Callable[[], Tensor], steps: int) -> float:
-        """Seconds of a step, the mean of so many."""
+        """The mean time of a step in seconds."""
         synchronize(self._device)
         started = perf_counter()
         for _ in range(steps):
@@ -195,19 +195,19 @@ class TrainingStep:
         needed, available = self._bytes_per_image * batch_size, psutil.virtual_memory().available
         if needed > 0.8 * available:
             raise OutOfMemory(
-                f"not tried: it would take about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
+                f"skipped: needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available"
             )
 
 
 def explained(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`; what compilers, kernels and allocators raise becomes an `EnvironmentProblem` of one line."""
+    """Call `work`; turn errors of compilers, kernels and allocators into an `EnvironmentProblem` of one line."""
     try:
         return work(*arguments)
     except DenseNetDistError:
         raise
     except Exception as error:
         problem = _problem(error)
-    if torch.cuda.is_initialized():  # the failed step's tensors went with its error: other processes want the memory
+    if torch.cuda.is_initialized():  # the tensors of the failed step are gone with its error; free their memory
         gc.collect()
         torch.cuda.empty_cache()
     raise problem

@@ -38,7 +38,7 @@ def bench_data(
     densenet-dist bench data configs/cifar10_notebook.yaml --out loaders.json
     """
     from densenet_dist.bench.data import bench_data as measure
-    from densenet_dist.bench.tables import print_data
+    from densenet_dist.bench.data import print_data
 
     config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
     require_writable(out)
@@ -69,7 +69,7 @@ def bench_model(
     from rich.console import Console
 
     from densenet_dist.bench.model import bench_model as measure
-    from densenet_dist.bench.tables import print_model
+    from densenet_dist.bench.model import print_model
     from densenet_dist.bench.training_step import VARIANTS
 
     config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
@@ -108,9 +108,8 @@ def bench_scaling(
     """
     from rich.console import Console
 
-    from densenet_dist.bench.scaling import MODES
+    from densenet_dist.bench.scaling import MODES, print_scaling
     from densenet_dist.bench.scaling import bench_scaling as measure
-    from densenet_dist.bench.tables import print_scaling
 
     config, counts = load(sources), parse_numbers("--workers", workers)
     modes = MODES if mode == "both" else (mode,)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from densenet_dist.bench import model as bench_of_model
-from densenet_dist.bench.process import MeasuringProcess
+from densenet_dist.bench.common import MeasuringProcess
 from densenet_dist.bench.training_step import VARIANTS, Measurement, OutOfMemory
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
@@ -63,7 +63,7 @@ def test_variants_of_a_model_and_the_roofline(tmp_path, command, script, capsys)
     assert code == 0
     rows = rows_of(out)
     assert set(rows) == {(variant, size) for variant in ("reference", "fused") for size in (16, 256)}
-    assert "graph is left out: it needs a GPU" in shown
+    assert "graph skipped: it needs a GPU" in shown
     for (_, size), row in rows.items():
         reference = rows["reference", size]
         assert row["note"] == ""
@@ -124,6 +124,6 @@ def test_a_measuring_process_answers_or_reports_that_it_died():
     assert process.measure(7, 2) == (3, 1)
     process.stop()
     process = MeasuringProcess(partial, os._exit)
-    with pytest.raises(EnvironmentProblem, match="the measuring process ended: it was killed, perhaps"):
+    with pytest.raises(EnvironmentProblem, match="the measuring process was killed, perhaps"):
         process.measure(3)
     process.stop()

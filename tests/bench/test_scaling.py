@@ -9,8 +9,7 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from densenet_dist.bench.scaling import rows
-from densenet_dist.bench.scaling_rank import RankMeasurements, measure_rank
+from densenet_dist.bench.scaling import RankMeasurements, measure_rank, rows
 from densenet_dist.config import load_config, to_dict
 
 ROOT = Path(__file__).parents[2]

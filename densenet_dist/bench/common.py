@@ -1,0 +1,172 @@
+"""What the measurements share: a process for each thing measured, its peak memory, medians, tables for the terminal."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from densenet_dist.cluster.resources import local_threads
+from densenet_dist.data.cifar import SPECS
+from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.schema import Config
+from densenet_dist.train.environment import describe_environment
+
+
+class MeasuringProcess:
+    """A process that prepares something to measure, measures it on request, and is idle in between.
+
+    Its exceptions are raised here; if it dies, `EnvironmentProblem` is raised.
+
+    Args:
+        prepare: a module-level function, called once in the process; it returns the function that `measure` calls.
+        arguments: of `prepare`; they are pickled.
+    """
+
+    def __init__(self, prepare: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
+        # Ctrl-C reaches the whole process group: with the default handler this process would print a traceback.
+        self._pool = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+        )
+        self._pid = self._pool.submit(os.getpid)
+        self._prepared = self._last = self._pool.submit(_prepare, prepare, arguments)
+
+    def wait(self) -> None:
+        """Wait until it is prepared, so that preparing disturbs no measurement."""
+        _result(self._prepared)
+
+    def measure(self, *arguments: Any) -> Any:
+        """Measure once."""
+        self.wait()
+        self._last = self._pool.submit(_measure, arguments)
+        return _result(self._last)
+
+    def stop(self) -> None:
+        """End the process, even during a measurement."""
+        if not self._last.done():
+            with suppress(BrokenProcessPool, ProcessLookupError):
+                os.kill(self._pid.result(), signal.SIGKILL)
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise EnvironmentProblem("the measuring process was killed, perhaps because memory ran out") from None
+
+
+_prepared: Callable[..., Any]
+"""In a measuring process: the function that measures."""
+
+
+def _prepare(prepare: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
+    global _prepared
+    _prepared = prepare(*arguments)
+
+
+def _measure(arguments: tuple[Any, ...]) -> Any:
+    gc.collect()  # remains of the last measurement
+    return _prepared(*arguments)
+
+
+def reset_peak() -> float:
+    """Reset `peak_bytes`; return the resident memory of this process in bytes, NaN where Linux refuses."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
+    resident = psutil.Process().memory_info().rss
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return float(resident)
+
+
+def peak_bytes() -> float:
+    """The peak resident memory of this process since `reset_peak`; NaN where Linux does not report it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) * 1024
+    return float("nan")
+
+
+def conditions(config: Config, device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:
+    """How and where something was measured, for the result."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": local_threads(config.cluster),
+        "seconds": seconds,
+        "rounds": rounds,
+        "environment": describe_environment(),
+    }
+
+
+def num_classes(config: Config) -> int:
+    """The number of classes of the data set; 10 for a folder, which is not read."""
+    return SPECS[config.data.name].num_classes if config.data.name in SPECS else 10
+
+
+def median_and_spread(values: Sequence[float], digits: int = 5) -> tuple[float, tuple[float, float]]:
+    """The median, and the lowest and highest value, each to `digits` significant digits."""
+    return rounded(statistics.median(values), digits), (rounded(min(values), digits), rounded(max(values), digits))
+
+
+def rounded(value: float, digits: int = 5) -> float:
+    """Round to `digits` significant digits, for a file that people read too."""
+    return float(f"{value:.{digits}g}")
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """Print a title, a table with columns as wide as their contents, and notes below it."""
+    console = Console(highlight=False)
+    console.width = max(console.width, 140)  # a file has no width; a narrow terminal wraps lines
+    table = Table(box=None, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    """Format to three significant digits, or as an integer from 100; a dash for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def interval(spread: Sequence[float] | None) -> str:
+    """Format the lowest and highest value; a dash for None."""
+    return "-" if spread is None else "-".join(map(number, spread))
+
+
+def with_spread(value: float, spread: Sequence[float]) -> str:
+    """Format a ratio with its lowest and highest value."""
+    return f"{value:.2f} ({spread[0]:.2f}-{spread[1]:.2f})"
+
+
+def conditions_line(found: dict[str, Any], device_suffix: str = "") -> str:
+    """The `conditions` of a result, for the title of its table."""
+    device = str(found["device"])
+    if device == "CPU":
+        device = f"{found['environment']['cpu']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    rounds = "one round" if found["rounds"] == 1 else f"medians of {found['rounds']} rounds"
+    return f"{device}{device_suffix}; {rounds}"
