@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from densenet_dist.credentials import without_credentials
-from densenet_dist.data import cifar, remote_cifar
+from densenet_dist.data import cifar, cifar_source
 from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
 from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
@@ -206,7 +206,7 @@ def _data_on_store(config: Config) -> Finding:
     name, root = config.data.name, config.data.root
     if config.data.download and name != "folder":
         store = DataStore(root)
-        if not remote_cifar.find(cifar.SPECS[name], store):
+        if not cifar_source.find_on_store(cifar.SPECS[name], store):
             return Finding("note", f"{name} is not in {store.place}; it will be downloaded, once, and put there")
     found = publish_dataset(name, root, download=False, progress=False)
     with locked_cache(root) as entry:

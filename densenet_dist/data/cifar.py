@@ -1,8 +1,8 @@
-"""CIFAR-10 and CIFAR-100 in their official binary form: what the files are, and how they become arrays.
+"""The official binary files of CIFAR-10 and CIFAR-100, and how to read them.
 
 Learning Multiple Layers of Features from Tiny Images, Alex Krizhevsky, 2009; https://www.cs.toronto.edu/~kriz/cifar.html.
 A record is one label byte (CIFAR-100: two, coarse then fine) and 3072 pixel bytes: 1024 red, 1024 green, 1024 blue,
-each plane row by row. Every file is checked against the SHA-256 of the official one before it is used.
+each plane row by row. Every file is checked against its official SHA-256 before it is used.
 """
 
 import hashlib
@@ -15,6 +15,10 @@ import numpy.typing as npt
 from densenet_dist.errors import DataError
 
 Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+"""Images (n, 32, 32, 3) uint8 and labels (n,) int64."""
+
+Contents = tuple[tuple[str, ...], Arrays, Arrays]
+"""Class names, training and test images."""
 
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
@@ -36,24 +40,21 @@ class CifarSpec:
 
     Attributes:
         name: as in `data.name`.
-        title: as people write it.
-        folder: what the archive extracts to.
+        title: the usual spelling, for messages.
+        folder: the folder in the archive.
         archive: file name of the archive.
-        url: the archive's official address.
         label_bytes: bytes before the pixels of a record; the last of them is the label used.
         train: names of the files with the training records, in order.
         test: name of the file with the test records.
         names: name of the file with the class names.
         members: every file that is needed, by name.
-        mean: red, green, blue mean of the training images in [0, 1].
-        std: standard deviation, likewise.
+        mean, std: of the red, green and blue channels of the training images in [0, 1].
     """
 
     name: str
     title: str
     folder: str
     archive: str
-    url: str
     label_bytes: int
     train: tuple[str, ...]
     test: str
@@ -62,6 +63,11 @@ class CifarSpec:
     members: dict[str, Member]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def url(self) -> str:
+        """The official address of the archive."""
+        return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
 
     @property
     def record_bytes(self) -> int:
@@ -78,7 +84,6 @@ CIFAR10 = CifarSpec(
     title="CIFAR-10",
     folder="cifar-10-batches-bin",
     archive="cifar-10-binary.tar.gz",
-    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     label_bytes=1,
     train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     test="test_batch.bin",
@@ -102,7 +107,6 @@ CIFAR100 = CifarSpec(
     title="CIFAR-100",
     folder="cifar-100-binary",
     archive="cifar-100-binary.tar.gz",
-    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     label_bytes=2,
     train=("train.bin",),
     test="test.bin",
@@ -121,12 +125,12 @@ SPECS = {spec.name: spec for spec in (CIFAR10, CIFAR100)}
 
 
 def other(spec: CifarSpec) -> CifarSpec:
-    """The data set that `spec` is most easily mistaken for."""
+    """Return the data set that `spec` is most easily mistaken for."""
     return SPECS["cifar100" if spec.name == "cifar10" else "cifar10"]
 
 
-def remedy(spec: CifarSpec, damaged: Path) -> str:
-    """How to mend a damaged file or folder, as the end of an error message."""
+def how_to_replace(spec: CifarSpec, damaged: Path) -> str:
+    """Say how to replace a damaged file or folder, as the end of an error message."""
     return (
         f"delete {damaged} and run `densenet-dist data prepare {spec.name}` again, "
         "or name a folder with a sound copy: data.root=..."
@@ -134,7 +138,7 @@ def remedy(spec: CifarSpec, damaged: Path) -> str:
 
 
 def refuse_other(spec: CifarSpec, folder: Path) -> None:
-    """Makes sure that `folder` does not hold the data set that `spec` is most easily mistaken for.
+    """Check that `folder` does not hold the other data set.
 
     Raises:
         DataError: it does.
@@ -146,8 +150,8 @@ def refuse_other(spec: CifarSpec, folder: Path) -> None:
         )
 
 
-def read_folder(spec: CifarSpec, folder: Path) -> tuple[tuple[str, ...], Arrays, Arrays]:
-    """Class names, training and test records of an extracted data set, every file checked.
+def read_folder(spec: CifarSpec, folder: Path) -> Contents:
+    """Read and verify an extracted data set.
 
     Raises:
         DataError: a file is missing, cannot be read, or is not the official one.
@@ -155,52 +159,49 @@ def read_folder(spec: CifarSpec, folder: Path) -> tuple[tuple[str, ...], Arrays,
     missing = [name for name in spec.members if not (folder / name).is_file()]
     if missing:
         refuse_other(spec, folder)
-        raise DataError(f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {remedy(spec, folder)}")
+        raise DataError(
+            f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"
+        )
+
+    def records(*names: str) -> Arrays:
+        data = b"".join(read_member(spec, folder / name) for name in names)
+        images, labels = parse_records(spec, data)
+        return np.ascontiguousarray(images), labels
+
     class_names = read_member(spec, folder / spec.names).decode("ascii").split()
-    return tuple(class_names), _read_records(spec, folder, spec.train), _read_records(spec, folder, (spec.test,))
+    return tuple(class_names), records(*spec.train), records(spec.test)
 
 
-def _read_records(spec: CifarSpec, folder: Path, files: tuple[str, ...]) -> Arrays:
-    """The records of some files, one after the other."""
-    count = sum(spec.members[name].size for name in files) // spec.record_bytes
-    images = np.empty((count, _SIDE, _SIDE, 3), dtype=np.uint8)
-    labels = np.empty(count, dtype=np.int64)
-    start = 0
-    for name in files:
-        part_images, part_labels = parse_records(spec, read_member(spec, folder / name))
-        stop = start + len(part_labels)
-        images[start:stop], labels[start:stop] = part_images, part_labels
-        start = stop
-    return images, labels
-
-
-def read_member(spec: CifarSpec, path: Path, *, source: str | Path | None = None, mend: str | None = None) -> bytes:
-    """The bytes of the official file of that name.
+def read_member(spec: CifarSpec, path: Path, *, source: str = "", remedy: str = "") -> bytes:
+    """Read the official file that `path` is named after.
 
     Args:
-        source: what to call the file in messages; its path if not told otherwise.
-        mend: what to do if it is another one, for messages.
+        source: how to call the file in messages; its path by default.
+        remedy: what to do if it is another file, for messages.
 
     Raises:
         DataError: it cannot be read, or is not the official one.
     """
-    expected, source, mend = spec.members[path.name], source or path, mend or remedy(spec, path.parent)
+    expected, source = spec.members[path.name], source or str(path)
+    remedy = remedy or how_to_replace(spec, path.parent)
     try:
         size = path.stat().st_size
         if size != expected.size:
             state = "truncated" if size < expected.size else "too long"
-            raise DataError(f"{source} is {state}: {size} bytes instead of {expected.size}; {mend}")
+            raise DataError(f"{source} is {state}: {size} bytes instead of {expected.size}; {remedy}")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror}") from error
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != expected.sha256:
-        raise DataError(f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {expected.sha256[:16]}...; {mend}")
+        raise DataError(
+            f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {expected.sha256[:16]}...; {remedy}"
+        )
     return data
 
 
 def parse_records(spec: CifarSpec, data: bytes) -> Arrays:
-    """Records as images (n, 32, 32, 3) uint8, a view of `data`, and labels (n,) int64; for CIFAR-100 the fine ones."""
+    """View records as images (n, 32, 32, 3) uint8, and return them with their labels; for CIFAR-100 the fine ones."""
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.record_bytes)
     labels = records[:, spec.label_bytes - 1].astype(np.int64)
     planes = records[:, spec.label_bytes :].reshape(-1, 3, _SIDE, _SIDE)

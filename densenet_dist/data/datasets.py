@@ -8,7 +8,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data import archive, cifar, image_folder, remote_cifar, remote_folder, shapes
+from densenet_dist.data import cifar, cifar_source, image_folder, shapes, store
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.plan import Stream, split_indices
 from densenet_dist.errors import ConfigError, DataError
@@ -118,11 +118,8 @@ def load_dataset(
         # Older versions could leave a class without a training picture.
         return _folder(_keep_split(folder, split or {}, limit), limit, test_fraction, keeps_classes=split != {})
     spec = cifar.SPECS[name]
-    if is_uri(str(root)):
-        _, (class_names, train, test) = remote_cifar.read(spec, str(root), progress=progress)
-    else:
-        path = archive.obtain(spec, Path(root), download=download, url=url, progress=progress)
-        class_names, train, test = cifar.read_folder(spec, path)
+    _, contents = cifar_source.load(spec, root, download=download, url=url, progress=progress)
+    class_names, train, test = contents
     return Dataset(name, class_names, _split(*train, limit), _split(*test, limit), spec.mean, spec.std)
 
 
@@ -160,12 +157,10 @@ def prepare_dataset(
         path = _pictures(root, progress)
         folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
         names, left_out = folder.class_names, folder.skipped
-    elif is_uri(str(root)):
-        remote_cifar.publish(cifar.SPECS[name], str(root), download=download, url=url, progress=progress)
-        path, (names, *_) = remote_cifar.read(cifar.SPECS[name], str(root), progress=progress)
     else:
-        path = archive.obtain(cifar.SPECS[name], Path(root), download=download, url=url, progress=progress)
-        names, *_ = cifar.read_folder(cifar.SPECS[name], path)
+        if is_uri(str(root)):
+            cifar_source.publish(cifar.SPECS[name], str(root), download=download, url=url, progress=progress)
+        path, (names, *_) = cifar_source.load(cifar.SPECS[name], root, download=download, url=url, progress=progress)
     return path, "\n  ".join([f"{len(names):,} classes: {image_folder.few(names)}", *left_out])
 
 
@@ -190,13 +185,13 @@ def publish_dataset(
     if name in GENERATED:
         return f"{name} is generated when used"
     if name == "folder":
-        return remote_folder.require(root)
-    return remote_cifar.publish(cifar.SPECS[name], root, download=download, url=url, progress=progress)
+        return store.require_pictures(root)
+    return cifar_source.publish(cifar.SPECS[name], root, download=download, url=url, progress=progress)
 
 
 def _pictures(root: str | Path, progress: bool) -> Path:
     """The local folder with a user's own pictures, made the same as what is on an object store first."""
-    return remote_folder.sync(str(root), progress=progress) if is_uri(str(root)) else Path(root)
+    return store.sync_pictures(str(root), progress=progress) if is_uri(str(root)) else Path(root)
 
 
 def _check_name(name: str) -> None:

@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from densenet_dist.cache_folder import cache_folder
+from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import (
     REFUSED_SUFFIXES,
     UNREADABLE,
@@ -23,12 +23,11 @@ from densenet_dist.data.image_files import (
     suffix,
     unreadable,
 )
-from densenet_dist.data.progress import progress_bar
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 
 _BAR_FROM = 300
-_CHUNK = 1024  # files that wait for a thread at a time
+_QUEUED = 1024  # files that wait for a thread
 _CACHE_VERSION = 3
 
 
@@ -73,13 +72,12 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
     with (
         warnings.catch_warnings(action="ignore"),  # Pillow's; out here because filters are those of all threads
         progress_bar("checking pictures", progress and len(names) >= _BAR_FROM, unit="files") as advance,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
-        for start in range(0, len(names), _CHUNK):
-            some = names[start : start + _CHUNK]
-            for name, verdict in zip(some, pool.map(examine, [root / name for name in some]), strict=True):
-                verdicts[name] = verdict
-                advance(1, len(names))
+        paths = (root / name for name in names)
+        found = map_ahead(examine, paths, _QUEUED, len(os.sched_getaffinity(0)))
+        for name, verdict in zip(names, found, strict=True):
+            verdicts[name] = verdict
+            advance(1, len(names))
 
 
 def _cache(root: Path) -> tuple[RunFolder, str]:

@@ -1,6 +1,7 @@
-"""Data sets on an object store: what is there, its bytes, and what is put there; and where a node keeps its copies.
+"""Data sets on an object store, and each node's copies of them.
 
-A node has a folder for each address in ``data`` in `cache_folder`, with a lock in it, and keeps it from run to run.
+A node keeps one folder per address in ``data`` below `cache_folder`, from run to run. A lock lets one process at a
+time change it.
 """
 
 from __future__ import annotations
@@ -8,14 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from filelock import FileLock
 
 from densenet_dist.cache_folder import CACHE_ENV, cache_folder
+from densenet_dist.data.background import map_ahead, progress_bar
+from densenet_dist.data.image_files import named_as_picture
+from densenet_dist.data.image_folder import is_ignored
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.object_store import explain, open_filesystem
 
@@ -23,20 +29,22 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 Stamp: TypeAlias = tuple[int, int]
-"""Size in bytes and time of change in nanoseconds since 1970."""
+"""Size in bytes and modification time in nanoseconds since 1970."""
 
 _CHUNK = 16 << 20  # each is a request of its own
+_THREADS = 8
+_QUEUED = 256  # files that wait for a thread
 
 
 class DataStore:
-    """The folder at an address.
+    """The folder at an address of an object store.
 
     Args:
-        uri: any that pyarrow knows; with its query.
+        uri: any that pyarrow supports, with its query.
 
     Attributes:
-        uri: as given, for commands that people repeat.
-        place: without the query, for people to read.
+        uri: as given, for commands to copy.
+        place: without the query, for messages.
 
     Raises:
         ConfigError, StorageError: the address cannot be used, see `open_filesystem`.
@@ -47,32 +55,31 @@ class DataStore:
         self._files: fs.FileSystem
         self._files, self._prefix = open_filesystem(uri)
 
-    def entries(self, folder: str = "") -> dict[str, int | None]:
-        """What lies directly in a folder of it: the size in bytes of each file by name, and None for each folder.
+    def list(self, folder: str = "", *, recursive: bool = False) -> dict[str, Stamp | None]:
+        """List a folder: the stamp of each file, and None for each folder, by name relative to `folder`.
 
         Raises:
-            DataError: that cannot be told, or there is no such bucket.
+            DataError: it cannot be read, or there is no such bucket.
         """
-        return {info.base_name: info.size for info in self._list(folder, recursive=False)}
+        from pyarrow import fs
 
-    def listing(self) -> dict[str, Stamp]:
-        """Every file in it and below, by its name relative to it.
-
-        Raises:
-            DataError: that cannot be told, or there is no such bucket.
-        """
-        infos = self._list("", recursive=True)
-        start = len(self._prefix) + 1
-        return {info.path[start:]: (info.size, info.mtime_ns) for info in infos if info.size is not None}
+        path = f"{self._prefix}/{folder}".rstrip("/")
+        with self._reading():
+            try:
+                infos = self._files.get_file_info(fs.FileSelector(path, recursive=recursive))
+            except FileNotFoundError:  # a missing bucket raises another error
+                return {}
+        start = len(path) + 1
+        return {info.path[start:]: None if info.size is None else (info.size, info.mtime_ns) for info in infos}
 
     def copy(self, name: str, target: Path, advance: Callable[[int], object] = lambda size: None) -> None:
-        """Copy a file to the local file `target`, through to the disk.
+        """Copy a file to the local file `target`, and flush it to the disk.
 
         Args:
-            advance: called with the size of every piece that has come.
+            advance: called with the size of each chunk received.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the file cannot be read.
             OSError: `target` cannot be written.
         """
         with open(target, "wb") as file:
@@ -83,43 +90,30 @@ class DataStore:
             os.fsync(file.fileno())
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a local file there, whole or not at all.
+        """Copy a local file to the store atomically.
 
         Raises:
             StorageError: it cannot be written.
         """
-        data = source.read_bytes()  # before: a stream whose source fails would be closed, and so complete
-        path, local = self._path(name), self._files.type_name == "local"
-        beside = f"{path}.{os.getpid()}.partial" if local else path  # an object appears when it is complete
+        data = source.read_bytes()  # first: closing the stream of a source that fails would publish a part of it
+        path, local = f"{self._prefix}/{name}", self._files.type_name == "local"
+        partial = f"{path}.{os.getpid()}.partial" if local else path  # an object appears when it is complete
         try:
             if local:
                 self._files.create_dir(path.rpartition("/")[0], recursive=True)
-            with self._files.open_output_stream(beside, compression=None) as stream:
+            with self._files.open_output_stream(partial, compression=None) as stream:
                 stream.write(data)
             if local:
-                self._files.move(beside, path)
+                self._files.move(partial, path)
         except OSError as error:
             raise StorageError(f"cannot write {name} to {self.place}: {explain(error)}") from error
 
-    def _list(self, folder: str, *, recursive: bool) -> list[fs.FileInfo]:
-        from pyarrow import fs
-
-        selector = fs.FileSelector(self._path(folder).rstrip("/"), recursive=recursive)
-        with self._reading():
-            try:
-                return list(self._files.get_file_info(selector))
-            except FileNotFoundError:  # another error than that of a bucket that does not exist
-                return []
-
     def _chunks(self, name: str) -> Iterator[bytes]:
-        source = self._path(name)
-        # Otherwise a name that ends in .gz is unpacked on the way.
-        with self._reading(f"{name} in "), self._files.open_input_stream(source, compression=None) as stream:
+        path = f"{self._prefix}/{name}"
+        # Without compression=None, pyarrow decompresses names that end in .gz.
+        with self._reading(f"{name} in "), self._files.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk
-
-    def _path(self, name: str) -> str:
-        return f"{self._prefix}/{name}"
 
     @contextmanager
     def _reading(self, what: str = "") -> Iterator[None]:
@@ -130,34 +124,123 @@ class DataStore:
 
 
 def cache_of(uri: str) -> Path:
-    """The folder on this node for what lies at an address; it need not exist.
+    """Return this node's folder for an address; it may not exist yet."""
+    address, _, query = uri.partition("?")
+    address = address.rstrip("/")
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", address.partition("://")[2]).strip("-.")[-60:]
+    digest = hashlib.blake2b(f"{address}?{query}".encode(), digest_size=8).hexdigest()
+    return cache_folder() / "data" / f"{readable}-{digest}"
+
+
+@contextmanager
+def locked_folder(folder: Path, lock_name: str, remedy: str) -> Iterator[None]:
+    """Create `folder` if it is missing, and hold its lock: one process at a time stores a data set in it.
 
     Raises:
-        StorageError: there is no place for a cache.
+        StorageError: something in it cannot be written; the message ends with `remedy`.
     """
-    folder = cache_folder()
-    address = uri.partition("?")[0].rstrip("/")
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", address.partition("://")[2]).strip("-.")[-60:]
-    digest = hashlib.blake2b(f"{address}?{uri.partition('?')[2]}".encode(), digest_size=8).hexdigest()
-    return folder / "data" / f"{readable}-{digest}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / lock_name
+        lock.touch()  # fail here: FileLock may wait for ever for a file that cannot be created
+        with FileLock(lock):
+            yield
+    except OSError as error:
+        raise StorageError(f"cannot store the data set in {folder}: {error}; {remedy}") from error
 
 
 @contextmanager
 def locked_cache(uri: str) -> Iterator[Path]:
-    """The folder for what lies at an address, made if need be, held by one process of the node at a time.
+    """Hold this node's folder for an address, see `locked_folder`."""
+    folder = cache_of(uri)
+    with locked_folder(folder, ".lock", f"make room there, or choose a folder on another disk: {CACHE_ENV}=FOLDER"):
+        yield folder
+
+
+def sync_pictures(uri: str, *, progress: bool) -> Path:
+    """Bring this node's copy of the pictures at an address up to date, and return its folder.
+
+    Only files whose size or modification time differs are copied; a copy gets the time of its original, as in rsync.
+    Processes of a node that start at once wait for the first one, and use its result.
 
     Raises:
-        StorageError: it, or something in it, cannot be written.
+        DataError: the store cannot be read, has no pictures, or has a name that is no valid file name.
+        StorageError: the cache cannot be written, or the address cannot be used.
     """
-    entry = cache_of(uri)
-    try:
-        entry.mkdir(parents=True, exist_ok=True)
-        lock = entry / ".lock"
-        lock.touch()  # where no file can be made FileLock may wait for ever: fail here
-        with FileLock(lock):
-            yield entry
-    except OSError as error:
-        raise StorageError(
-            f"cannot keep the data set in {entry}: {error}; make room there, or name a folder on another disk: "
-            f"{CACHE_ENV}=FOLDER"
-        ) from error
+    asked = time.time()
+    store = DataStore(uri)
+    with locked_cache(uri) as entry:
+        folder, synced = entry / "files", entry / ".compared"
+        if not (synced.is_file() and synced.stat().st_mtime > asked):  # else another process synced while we waited
+            _copy_changed(store, _list_pictures(store), folder, entry / ".partial", progress)
+            synced.touch()
+            os.utime(synced)
+    return folder
+
+
+def require_pictures(uri: str) -> str:
+    """Check that an address has folders, without copying anything; return what was found, for people to read.
+
+    Raises:
+        DataError: it has none, or the store cannot be read.
+    """
+    store = DataStore(uri)
+    folders = [name for name, stamp in store.list().items() if stamp is None and not is_ignored(name)]
+    if not folders:
+        raise DataError(_no_pictures(store))
+    return f"{len(folders)} folders are in {store.place}"
+
+
+def _no_pictures(store: DataStore) -> str:
+    return (
+        f"there are no pictures in data.root={store.place}: they are looked for in <class>/ or train/<class>/ there; "
+        "put them there, or name the place that holds your class folders"
+    )
+
+
+def _list_pictures(store: DataStore) -> dict[str, Stamp]:
+    """The files on the store that look like pictures."""
+    found = {}
+    for name, stamp in store.list(recursive=True).items():
+        parts = name.split("/")
+        # Ignoring what begins with a dot also ignores names that lead out of the folder through "..".
+        if stamp is None or not named_as_picture(name) or any(map(is_ignored, parts)):
+            continue
+        if "" in parts or "\0" in name:
+            raise DataError(f"{name!r} in {store.place} cannot be the name of a file here: rename it there")
+        found[name] = stamp
+    if not found:
+        raise DataError(_no_pictures(store))
+    return found
+
+
+def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, partial: Path, progress: bool) -> None:
+    """Make `folder` hold the wanted files and no others. The caller holds the lock."""
+    missing = dict(wanted)
+    for place, _, names in os.walk(folder, topdown=False):
+        for path in (os.path.join(place, name) for name in names):
+            name, status = os.path.relpath(path, folder), os.stat(path)
+            if name not in wanted:
+                os.unlink(path)
+            elif wanted[name] == (status.st_size, status.st_mtime_ns):
+                del missing[name]
+        with suppress(OSError):
+            os.rmdir(place)  # only if it is empty: a class without pictures would be an error
+    for parent in {os.path.dirname(name) for name in missing}:
+        (folder / parent).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir()
+
+    def copy(numbered: tuple[int, str]) -> int:
+        number, name = numbered
+        size, modified = wanted[name]
+        store.copy(name, partial / str(number))
+        os.utime(partial / str(number), ns=(modified, modified))
+        (partial / str(number)).replace(folder / name)
+        return size
+
+    total = sum(size for size, _ in missing.values())
+    with progress_bar(f"downloading {len(missing)} pictures", progress and bool(missing)) as advance:
+        for size in map_ahead(copy, enumerate(missing), _QUEUED, _THREADS):
+            advance(size, total)
+    shutil.rmtree(partial, ignore_errors=True)

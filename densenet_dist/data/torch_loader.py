@@ -8,10 +8,8 @@ start. On a CPU, or where files are read, one background thread works ahead of t
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +18,11 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
+from densenet_dist.data.background import map_ahead
 from densenet_dist.data.engine import Batches, Engine, Recipe, Request, upload
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.substitutes import read_all
 
-T = TypeVar("T")
-R = TypeVar("R")
 _CPU_PIECE = 64
 """Images that a CPU works on at a time: few enough for its cache, whatever the batch's size (docs/log.md)."""
 
@@ -52,7 +49,7 @@ class TorchEngine(Engine):
         def make(number: int) -> Tensor:
             return self._pixels(request(number))
 
-        return lambda first, last: made_ahead(make, range(first, last), self.prefetch)
+        return lambda first, last: map_ahead(make, range(first, last), self.prefetch)
 
     def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
         """(3,) values repeated for every pixel of a row, (W * 3,) float32 on the device."""
@@ -146,25 +143,3 @@ class _Files:
         with ThreadPoolExecutor(self._threads, "densenet-dist-decode") as pool:
             read_all(rows, load, pool.map)
         return images.to(self._device, non_blocking=True)
-
-
-def made_ahead(make: Callable[[T], R], items: Iterable[T], depth: int, threads: int = 1) -> Iterator[R]:
-    """`make(item)` for each item, in order; with `depth` > 0 threads keep so many ready ahead of the consumer.
-
-    An error in a thread is raised where its result is asked for. A consumer that stops early ends the threads: each
-    finishes at most what it has in hand.
-    """
-    if depth == 0:
-        yield from map(make, items)
-        return
-    pool = ThreadPoolExecutor(threads, "densenet-dist-data")
-    ahead: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            ahead.append(pool.submit(make, item))
-            if len(ahead) > depth:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import central_windows
+from densenet_dist.data.background import map_ahead
 from densenet_dist.data.image_files import BadImage, decode_any, named_as_picture, on_white, pixels_of
 from densenet_dist.data.image_folder import is_ignored
-from densenet_dist.data.torch_loader import made_ahead
 from densenet_dist.errors import DataError
 
 Picture: TypeAlias = Any
@@ -112,7 +112,7 @@ def prepared(
             return name, Unreadable(name, str(error))
 
     with warnings.catch_warnings(action="ignore"):  # Pillow's
-        yield from made_ahead(make, enumerate(pictures), ahead, threads)
+        yield from map_ahead(make, enumerate(pictures), ahead, threads)
 
 
 def _decode(picture: Picture) -> Tensor:

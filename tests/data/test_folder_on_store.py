@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 from s3_store import Store
 
-from densenet_dist.data import remote_folder
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
 from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.store import cache_of
+from densenet_dist.data.store import cache_of, sync_pictures
 from densenet_dist.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -40,7 +39,7 @@ def here(folder: Path) -> dict[str, bytes]:
 
 def sync(store: Store) -> dict[str, bytes]:
     """The node's pictures, brought up to date."""
-    return here(remote_folder.sync(store.uri, progress=False))
+    return here(sync_pictures(store.uri, progress=False))
 
 
 def taken(store: Store) -> list[str]:
@@ -84,7 +83,7 @@ class TestSync:
 
     @pytest.mark.parametrize("damage", ["missing", "rewritten", "added"])
     def test_a_damaged_copy_is_mended(self, store: Store, photos: dict[str, bytes], damage: str) -> None:
-        folder = remote_folder.sync(store.uri, progress=False)
+        folder = sync_pictures(store.uri, progress=False)
         taken(store)
         copy = folder / ("dog/1.png" if damage != "added" else "dog/other.png")
         copy.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 from toy_cifar import Toy
 
-from densenet_dist.data import archive
+from densenet_dist.data import cifar_source
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.datasets import load_dataset
 from densenet_dist.data.download import fetch
@@ -29,7 +29,7 @@ def test_what_is_never_asked(tmp_path: Path):
     for url in ("http://example.org/x", "http://10.0.0.1/x", "http://127.0.0.1.example.org/x", "HTTP://example.org/x",
                 "ftp://example.org/x", "data:text/plain,x", "http://[::1", "//example.org/x"):  # fmt: skip
         with pytest.raises(ConfigError, match=r"data\.url"):
-            fetch(url, tmp_path / "x", title="it", limit=100, mend="", progress=False)
+            fetch(url, tmp_path / "x", title="it", limit=100, remedy="", progress=False)
     assert not (tmp_path / "x").exists()
 
 
@@ -90,7 +90,7 @@ def test_nothing_but_the_official_files_is_written(toy: Toy, tmp_path: Path):
 
 
 def test_a_bomb_is_stopped(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(archive._BoundedGzip, "_left", 1 << 20)
+    monkeypatch.setattr(cifar_source._BoundedGzip, "_left", 1 << 20)
     path = toy.write_archive(tmp_path / toy.spec.archive, extra=[member("cifar-10-batches-bin/zeros", size=2 << 20)])
     assert path.stat().st_size < 1 << 20
     with pytest.raises(DataError, match="unpacks to more than"):

@@ -1,0 +1,292 @@
+"""Where the files of a CIFAR set come from: a local folder, the official archive, a download, or an object store.
+
+An archive does not decide what is written: only regular files with the names, sizes and SHA-256 of the official ones
+are. They are written to a temporary folder, which is renamed when all of them are complete and correct. A lock lets one
+process do so while others wait; a complete folder is used without the lock.
+"""
+
+import gzip
+import shlex
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeAlias
+
+from densenet_dist.data import cifar
+from densenet_dist.data.background import progress_bar
+from densenet_dist.data.cifar import CifarSpec, Contents
+from densenet_dist.data.download import fetch
+from densenet_dist.data.store import DataStore, cache_of, locked_cache, locked_folder
+from densenet_dist.errors import DataError
+from densenet_dist.object_store import is_uri
+from densenet_dist.run_folder import sync
+
+Sizes: TypeAlias = dict[str, int]
+"""The size in bytes of each file, by name."""
+
+_MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
+_MAX_EXTRACTED_BYTES = 256 << 20  # and contain 184 MB
+
+
+def load(
+    spec: CifarSpec, root: str | Path, *, download: bool, url: str | None, progress: bool
+) -> tuple[Path, Contents]:
+    """Return the local folder with the files of a data set, and what they contain; obtain them first if missing.
+
+    Args:
+        root: a folder, in which `root/<folder>`, the files themselves and `root/<archive>` are looked for, in this
+            order; else the archive is downloaded to it. Or the URI of an object store, whose data set is copied to this
+            node's cache once; a damaged copy is replaced, and `download` and `url` are ignored.
+        download: whether a missing archive may be downloaded.
+        url: where from, instead of the official address.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: `url` cannot be used.
+        DataError: the data set is missing, damaged or unsafe to extract, or the download failed.
+        StorageError: `root`, or this node's cache, cannot be written.
+    """
+    if not is_uri(str(root)):
+        folder = _find_or_make(spec, Path(root), download=download, url=url, progress=progress)
+        return folder, cifar.read_folder(spec, folder)
+    uri = str(root)
+    folder = cache_of(uri) / spec.folder
+    if contents := _read_cached(spec, folder):
+        return folder, contents
+    with locked_cache(uri):
+        contents = _read_cached(spec, folder)  # another process may have copied it while we waited
+        if contents is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _copy_from_store(spec, DataStore(uri), folder, progress)
+    return folder, contents or cifar.read_folder(spec, folder)
+
+
+def _read_cached(spec: CifarSpec, folder: Path) -> Contents | None:
+    """The contents of an extracted folder; None if it is missing or damaged."""
+    with suppress(DataError):
+        if folder.is_dir():
+            return cifar.read_folder(spec, folder)
+    return None
+
+
+def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | None, progress: bool) -> Path:
+    if folder := _find_folder(spec, root):
+        return folder
+    if not download and not (root / spec.archive).is_file():
+        there = f"there is neither {root / spec.folder} nor {root / spec.archive}, nor {spec.test} in {root}"
+        missing = f"{spec.title} is not in {root}: {there if root.exists() else f'{root} does not exist'}"
+        raise DataError(f"{missing}; {_ways_to_get(spec, root)}")
+    with locked_folder(root, f".{spec.name}.lock", "choose a folder that can be written: data.root=..."):
+        # Another process may have made the folder while we waited.
+        folder = _find_folder(spec, root)
+        return folder or _make_folder(spec, root, url=url, remedy=_ways_to_get(spec, root), progress=progress)
+
+
+def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
+    """The folder with the extracted data set, or None."""
+    if (root / spec.folder).is_dir():
+        return root / spec.folder
+    if any((root / name).is_file() for name in (*spec.train, spec.test)):
+        return root
+    cifar.refuse_other(spec, root)
+    return None
+
+
+def _ways_to_get(spec: CifarSpec, root: Path) -> str:
+    """Say how to get the set, and what is there instead."""
+    rival, hint = cifar.other(spec), ""
+    folder, archive = (name.replace("-binary", "-python") for name in (spec.folder, spec.archive))
+    pickled = [name for name in (folder.replace("-bin", "-py"), archive) if (root / name).exists()]
+    if any((root / name).exists() for name in (rival.folder, rival.archive)):
+        hint = f"there is {rival.title} (data.name={rival.name}); "
+    elif pickled:
+        hint = f"{pickled[0]} is the pickled version, which is never read: the binary version is needed; "
+    return (
+        f"{hint}run `densenet-dist data prepare {spec.name} --root {shlex.quote(str(root))}`, "
+        f"put {spec.archive} from {spec.url} into {root}, or name a folder that has it: data.root=..."
+    )
+
+
+def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str, progress: bool) -> Path:
+    """Extract the archive in `root`, which is downloaded first if missing. The caller holds the lock."""
+    archive = root / spec.archive
+    if archive.is_file():
+        return _extract(spec, archive, root, source=str(archive), remedy=cifar.how_to_replace(spec, archive))
+    url = url or spec.url
+    with _partial(archive) as partial:
+        fetch(url, partial, title=spec.title, limit=_MAX_ARCHIVE_BYTES, remedy=remedy, progress=progress)
+        folder = _extract(spec, partial, root, source=url.partition("?")[0], remedy=remedy)
+        partial.replace(archive)  # only now: the next run must not find a damaged download
+    return folder
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """The name of an incomplete file, which is deleted at the end if it is still there."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy: str) -> Path:
+    """Extract the official files of an archive into `root/<folder>`, all or none. The caller holds the lock.
+
+    Args:
+        source: how to call the archive in messages.
+        remedy: what to do if it is damaged, for messages.
+
+    Raises:
+        DataError: it is damaged, unsafe, or another archive.
+        OSError: `root` cannot be written.
+    """
+    seen = set()
+    with _new_folder(root / spec.folder) as partial:
+        try:
+            with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+                for member in tar:
+                    tarfile.data_filter(member, str(partial))  # also refuses unsafe members that are not needed
+                    seen.add(member.name)
+                    folder, _, name = member.name.partition("/")
+                    if folder == spec.folder and name in spec.members and member.isreg():
+                        official = member.replace(name=name, mtime=0, mode=0o644, deep=False)
+                        tar.extract(official, partial, filter="data")
+        except tarfile.FilterError as error:
+            raise DataError(
+                f"{source} is not safe to extract: {error}; nothing was extracted. "
+                "Delete the archive and get it from a source you trust"
+            ) from error
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, RecursionError, ValueError, zlib.error) as error:
+            raise DataError(f"{source} is damaged or truncated ({error}); {remedy}") from error
+        rival = cifar.other(spec)
+        if f"{rival.folder}/{rival.test}" in seen:
+            raise DataError(f"{source} looks like {rival.title}, not {spec.title}; set data.name={rival.name}")
+        missing = [name for name in spec.members if not (partial / name).exists()]
+        if missing:
+            raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(missing)}; {remedy}")
+        for name in spec.members:
+            cifar.read_member(spec, partial / name, source=f"{name} in {source}", remedy=remedy)
+    return root / spec.folder
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder, which is renamed to `folder` when the block ends without an error."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Fails at the end of the data, and past a limit: a small archive may unpack to any size, or declare any.
+
+    `tarfile` does not notice the end while it skips a member, but reads nothing after the end of a sound archive.
+    """
+
+    _left = _MAX_EXTRACTED_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        if not data:
+            raise EOFError("it ends within a member")
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.ReadError(f"it unpacks to more than {_MAX_EXTRACTED_BYTES} bytes")
+        return data
+
+
+def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None, progress: bool) -> str:
+    """Make sure that the data set is on an object store; otherwise download it to this node's cache, and upload it.
+
+    Returns:
+        What is on the store, for people to read.
+
+    Raises:
+        ConfigError, DataError, StorageError: as for `load`; or the store cannot be read or written.
+    """
+    store = DataStore(uri)
+    if found := find_on_store(spec, store):
+        return f"{_describe(spec, found)} is in {store.place}"
+    if not download:
+        raise DataError(_not_on_store(spec, store))
+    with locked_cache(uri) as entry:
+        folder, archive = entry / spec.folder, entry / spec.archive
+        if _read_cached(spec, folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            remedy = f"put {spec.archive} from {spec.url} into {store.place}"
+            _make_folder(spec, entry, url=url, remedy=remedy, progress=progress)
+        extracted = {f"{spec.folder}/{name}": folder / name for name in spec.members}
+        files = {spec.archive: archive} if archive.is_file() else extracted
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        with progress_bar(f"uploading {spec.title}", progress) as advance:
+            for name, path in files.items():
+                store.put(path, name)
+                advance(sizes[name], sum(sizes.values()))
+        archive.unlink(missing_ok=True)
+    return f"{_describe(spec, sizes)} has been put into {store.place}"
+
+
+def find_on_store(spec: CifarSpec, store: DataStore) -> Sizes:
+    """Find the archive, or all extracted files, on an object store; an incomplete set counts as missing.
+
+    Raises:
+        DataError: the store cannot be read.
+    """
+    listed = store.list()
+    if stamp := listed.get(spec.archive):
+        return {spec.archive: stamp[0]}
+    for prefix, entries in (("", listed), (f"{spec.folder}/", store.list(spec.folder))):
+        sizes = {f"{prefix}{name}": stamp[0] for name in spec.members if (stamp := entries.get(name))}
+        if len(sizes) == len(spec.members):
+            return sizes
+    return {}
+
+
+def _copy_from_store(spec: CifarSpec, store: DataStore, folder: Path, progress: bool) -> None:
+    """Make `folder` from what is on the store. The caller holds the lock."""
+    sizes = find_on_store(spec, store)
+    if not sizes:
+        raise DataError(_not_on_store(spec, store))
+    remedy = (
+        f"delete it there and run `densenet-dist data prepare {spec.name} --root '{store.uri}'`, "
+        "or name a place with a sound copy: data.root=..."
+    )
+    total = sum(sizes.values())
+    if total > _MAX_ARCHIVE_BYTES:
+        found = _describe(spec, sizes)
+        raise DataError(f"{found} in {store.place} has {total} bytes, so it is something else; {remedy}")
+    with progress_bar(f"downloading {spec.title}", progress) as advance:
+        if spec.archive in sizes:
+            with _partial(folder.with_name(spec.archive)) as archive:
+                store.copy(spec.archive, archive, lambda size: advance(size, total))
+                source = f"{spec.archive} in {store.place}"
+                _extract(spec, archive, folder.parent, source=source, remedy=remedy)
+            return
+        with _new_folder(folder) as partial:
+            for name in sizes:
+                target = partial / name.rpartition("/")[2]
+                store.copy(name, target, lambda size: advance(size, total))
+                cifar.read_member(spec, target, source=f"{name} in {store.place}", remedy=remedy)
+
+
+def _describe(spec: CifarSpec, names: Sizes) -> str:
+    return spec.archive if spec.archive in names else f"{spec.title} in {len(names)} files"
+
+
+def _not_on_store(spec: CifarSpec, store: DataStore) -> str:
+    return (
+        f"{spec.title} is not in data.root={store.place}: there is neither {spec.archive} nor all of {spec.folder}; "
+        f"put it there, once for all nodes: densenet-dist data prepare {spec.name} --root '{store.uri}'"
+    )
