@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.train.context import RunContext
 from densenet_dist.train.pulse import Pulse, Wish
 
+if TYPE_CHECKING:
+    from densenet_dist.train.context import RunContext
+
 _EVERY_S: Final = 1.0
-_WORLD_OF_ONE_SECOND: Final = 64  # a larger world beats less often, so that the mailbox hears as much
+_WORLD_OF_ONE_SECOND: Final = 64  # a larger world beats less often, so that the coordinator hears as much
 _PACKAGE: Final = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The state of one worker.
 
     Attributes:
@@ -51,7 +53,7 @@ class Beat:
 
 
 @contextmanager
-def beating(context: RunContext, mailbox: Any) -> Iterator[None]:
+def beating(context: RunContext, coordinator: Any) -> Iterator[None]:
     """Send beats meanwhile, from a thread, and pass on to the loop what is asked for in return."""
     end, trains = threading.Event(), threading.get_ident()
     every_s = _EVERY_S * max(1.0, context.world_size / _WORLD_OF_ONE_SECOND)
@@ -59,10 +61,10 @@ def beating(context: RunContext, mailbox: Any) -> Iterator[None]:
     def beat() -> None:
         import ray
 
-        with suppress(ray.exceptions.RayError):  # without a mailbox there is no driver, and Ray ends this process
+        with suppress(ray.exceptions.RayError):  # without a coordinator there is no driver, and Ray ends this process
             who = _identity(context)
             while not end.wait(every_s):
-                wish: Wish = ray.get(mailbox.beat.remote(_beat(context.pulse, who, trains)))
+                wish: Wish = ray.get(coordinator.heartbeat.remote(_beat(context.pulse, who, trains)))
                 if context.rank == 0 and _node_is_leaving(preempted):
                     wish = max(wish, Wish.SAVE)
                 context.pulse.ask(wish)
@@ -91,9 +93,9 @@ def _identity(context: RunContext) -> dict[str, Any]:
     }
 
 
-def _beat(pulse: Pulse, who: dict[str, Any], thread: int) -> Beat:
+def _beat(pulse: Pulse, who: dict[str, Any], thread: int) -> Heartbeat:
     still = pulse.still
-    return Beat(
+    return Heartbeat(
         **who,
         step=pulse.step,
         saved=pulse.saved,

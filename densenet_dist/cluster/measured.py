@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from densenet_dist.cluster.connection import WORKER_ENV, connected
-from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.resources import plan_resources
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.errors import EnvironmentProblem, TrainingError
 from densenet_dist.schema import ClusterConfig
 
 Work: TypeAlias = Callable[..., Any]
@@ -68,17 +67,12 @@ class Workers:
                 f"{workers} workers of {self._cores} CPUs are too many: there are {cpus:g} CPUs, {gpus:g} GPUs\n"
                 "  ask for fewer, or join a larger cluster with cluster.address"
             )
-        failure, results = self._fit(workers, {"work": work, "arguments": arguments, "threads": self._cores})
-        if failure is None:
-            return list(results)
-        causes = [error for _, error in sorted(getattr(failure, "worker_failures", {}).items())]
-        for cause in causes:
-            if isinstance(raised := getattr(cause, "_base_exc", cause), DenseNetDistError):
-                raise raised
-        reason = explain(causes[0] if causes else failure, "a worker")
-        raise EnvironmentProblem(f"the measurement on {workers} workers did not finish: {reason}") from failure
+        try:
+            return self._fit(workers, {"work": work, "arguments": arguments, "threads": self._cores})
+        except TrainingError as error:
+            raise EnvironmentProblem(f"the measurement on {workers} workers did not finish: {error}") from error
 
-    def _fit(self, workers: int, payload: dict[str, Any]) -> tuple[BaseException | None, Any]:
+    def _fit(self, workers: int, payload: dict[str, Any]) -> list[Any]:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.v2.api.config import LoggingConfig
 
@@ -103,8 +97,9 @@ class Workers:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
+        trainer.wait_s = self.cluster.timeout_s
         try:
-            return trainer.run()
+            return list(trainer.run())
         finally:
             if "://" not in self.storage:
                 shutil.rmtree(os.path.join(self.storage, name), ignore_errors=True)

@@ -1,9 +1,10 @@
-"""Corrections to Ray Train and its torch backend; imports Ray, so it is imported only by what launches."""
+"""Ray Train with this package's restarts, waits and signals; imports Ray, so only what launches imports it."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -14,17 +15,23 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, ScalingPolicy
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.signals import NUMBERS, handle
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 
 _SAVE_WITHIN_S = 30.0
+_START_ATTEMPT_S = 60.0
+"""Longest wait for the room of a worker group before Ray looks at the cluster again."""
 
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
-    """A TorchTrainer whose `fit` raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, the workers stopped.
+    """A TorchTrainer whose `run` raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, the workers stopped.
 
     Ray's own handler knows SIGINT only, and leaves by ``sys.exit(0)`` or an actor error, which tells nobody why.
     """
@@ -32,35 +39,43 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     alone: bool = False
     """Whether the cluster is this machine and ours: then neither an autoscaler nor who takes nodes away is asked for
     anything. Each has an actor, a process more to start before the first step."""
+    wait_s: float = 600.0
+    """Longest wait for the room of the workers, at the start and after each loss."""
+    coordinator: Any = None
+    """The `Coordinator` that is told of restarts and waits."""
     stopped_by: int | None = None
     save: Callable[[], None] | None = None
     """Called on the first signal, to have the run saved before the workers are stopped; a second one cuts it short."""
 
-    def run(self) -> tuple[BaseException | None, Any]:
+    def run(self) -> Any:
         """Run to the end.
 
         Returns:
-            What made it fail, if anything did, and what the training function returned on rank 0.
+            What the training function returned on rank 0.
 
         Raises:
+            DenseNetDistError: what a worker raised on purpose, or what became of the workers.
             KeyboardInterrupt: with the signal, once the workers are stopped.
         """
-        unwatched = self.alone and ENABLE_PREEMPTION_WATCHER_ENV_VAR not in os.environ
-        if unwatched:
-            os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
-        failure, returned = None, None
+        settings = {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(min(_START_ATTEMPT_S, self.wait_s))}
+        if self.alone:
+            settings[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
+        settings = {name: value for name, value in settings.items() if name not in os.environ}
+        os.environ |= settings
         try:
             returned = self.fit().return_value
         except (KeyboardInterrupt, Exception) as error:
-            failure = error
+            if self.stopped_by is not None:  # whatever became of the exception on its way through Ray
+                raise KeyboardInterrupt(self.stopped_by) from None
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise _problem_of(error) from error
         finally:
-            if unwatched:  # a notebook's process may join another cluster next
-                del os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR]
-        if self.stopped_by is not None:  # whatever became of the exception on its way through Ray
+            for name in settings:  # a notebook's process may start other runs next
+                del os.environ[name]
+        if self.stopped_by is not None:
             raise KeyboardInterrupt(self.stopped_by)
-        if isinstance(failure, KeyboardInterrupt):
-            raise failure
-        return failure, returned
+        return returned
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
@@ -70,8 +85,9 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        if self.alone and type(given["scaling_policy"]) is FixedScalingPolicy:
-            given["scaling_policy"] = _OnThisMachine(self.scaling_config)
+        policy = _Elastic if isinstance(given["scaling_policy"], ElasticScalingPolicy) else _Fixed
+        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self.alone)
+        given["failure_policy"] = RestartPolicy(self.run_config.failure_config, self.coordinator)
         return super()._initialize_and_run_controller(**given)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -91,25 +107,124 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         handle(stop)
 
 
-class _OnThisMachine(FixedScalingPolicy):  # type: ignore[misc]
-    """Asks no autoscaler for the workers' room."""
+def _raised(failure: Any) -> DenseNetDistError | None:
+    """What a worker of lowest rank, or the controller, raised on purpose."""
+    causes = [cause for _, cause in sorted(getattr(failure, "worker_failures", {}).items())]
+    causes.append(getattr(failure, "controller_failure", None))
+    return next((cause for cause in causes if isinstance(cause, DenseNetDistError)), None)
+
+
+def _problem_of(failure: Any) -> DenseNetDistError:
+    """Ray's failure in one message: what the first worker raised, not the wrapping around it."""
+    if (raised := _raised(failure)) is not None:
+        return raised
+    if isinstance(failure, ControllerError):
+        return EnvironmentProblem(
+            f"the cluster could not start the workers: {failure.controller_failure}\n"
+            "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"
+        )
+    if isinstance(failure, WorkerGroupError):
+        rank, cause = min(failure.worker_failures.items())
+        return TrainingError(
+            f"training failed on rank {rank}: {explain(cause, 'the worker')}\n"
+            "  see the traceback with --debug; go on from the last checkpoint with --resume"
+        )
+    return TrainingError(f"training failed: {failure}")
+
+
+class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
+    """Restarts workers that are lost, and says so; what a worker raises on purpose no restart can fix.
+
+    Startup failures are retried without limit: the scaling policy ends a wait that takes too long.
+    """
+
+    def __init__(self, failure_config: Any, coordinator: Any) -> None:
+        super().__init__(failure_config)
+        self._coordinator = coordinator
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Runs in the controller."""
+        if _raised(training_failed_error) is not None:
+            return FailureDecision.RAISE
+        losses, preemptions = self._worker_group_failures, self._preemption_failures
+        decision = super().make_decision(training_failed_error)
+        if decision is FailureDecision.RETRY and self._worker_group_failures > losses:
+            times = f"{self._worker_group_failures} of at most {self.failure_config.max_failures} times"
+            _note(self._coordinator, f"a worker was lost: all are started again ({times})", warning=True)
+        elif decision is FailureDecision.RETRY and self._preemption_failures > preemptions:
+            text = "a node was taken away, as was announced: all workers are started again; this is no failure"
+            _note(self._coordinator, text, warning=True)
+        return decision
+
+
+def _note(coordinator: Any, text: str, *, warning: bool = False) -> None:
+    if coordinator is not None:
+        coordinator.put.remote({"kind": "note", "text": text, "warning": warning})
+
+
+class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
+    """Ends a wait for room, at the start or after a loss, that takes too long.
+
+    Args:
+        scaling_config: of the run.
+        wait_s: the longest wait.
+        alone: whether there is no autoscaler to be asked.
+    """
+
+    def __init__(self, scaling_config: Any, wait_s: float, alone: bool) -> None:
+        super().__init__(scaling_config)
+        self._wait_s, self._alone = wait_s, alone
+        self._waits_since: float | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Runs in the controller, as all of these, before every attempt to start workers.
+
+        Raises:
+            EnvironmentProblem: there has been no room for too long.
+        """
+        now = time.monotonic()
+        self._waits_since = self._waits_since or now
+        if now - self._waits_since > self._wait_s:
+            config = self.scaling_config
+            raise EnvironmentProblem(
+                f"no room for {config.min_workers} workers with {config._resources_per_worker_not_none} each after "
+                f"{self._wait_s:g} s\n  ask for less with cluster.workers or cluster.cpus_per_worker, see who uses the "
+                "rest with 'ray status', or wait longer with cluster.timeout_s"
+            )
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, *state: Any, **named: Any) -> Any:
+        """Called again and again while the workers run."""
+        self._waits_since = None
+        return super().make_decision_for_running_worker_group(*state, **named)
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Runs in the controller."""
+        """Register with the autoscaler."""
+        if not self._alone:
+            super().after_controller_start(train_run_context)
 
     def _maybe_send_resource_request(self) -> None:
-        """Likewise."""
+        if not self._alone:
+            super()._maybe_send_resource_request()
+
+
+class _Fixed(_WithDeadline, FixedScalingPolicy):  # type: ignore[misc]
+    """A fixed number of workers."""
+
+
+class _Elastic(_WithDeadline, ElasticScalingPolicy):  # type: ignore[misc]
+    """As many workers as there is room for."""
 
 
 class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Tells a mailbox which actor controls a run: in a thread, as in a trial, `fit` has no other way of being ended.
+    """Tells a coordinator which actor controls a run: in a thread, as in a trial, nothing else can end `fit`.
 
     And tells a sweep's driver, through an actor of its own, what room the workers have: if the trial's process is lost,
     nobody else gives it back.
     """
 
-    def __init__(self, mailbox: Any, placements: Any, owner: str) -> None:
-        self._mailbox, self._placements, self._owner = mailbox, placements, owner
+    def __init__(self, coordinator: Any, placements: Any, owner: str) -> None:
+        self._coordinator, self._placements, self._owner = coordinator, placements, owner
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Runs in the controller."""
@@ -118,14 +233,14 @@ class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs in the controller."""
-        ray.get(self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor))
+        ray.get(self._coordinator.controlled_by.remote(ray.get_runtime_context().current_actor))
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Has a run saved before its workers are replaced by more or fewer of them, so that no step is taken twice."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox, self._trains = mailbox, False
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator, self._trains = coordinator, False
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """Runs in the controller, as all of these."""
@@ -139,8 +254,10 @@ class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore
         """Also before the first start of workers, and after a loss."""
         if self._trains:
             self._trains = False
+            text = f"the room has changed: all workers are started again, now {resize_decision.num_workers}"
+            _note(self._coordinator, text)
             with suppress(ray.exceptions.RayError):
-                ray.get(self._mailbox.save.remote(), timeout=_SAVE_WITHIN_S)
+                ray.get(self._coordinator.save.remote(), timeout=_SAVE_WITHIN_S)
 
 
 class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]

@@ -10,14 +10,13 @@ from typing import Any, Final
 from uuid import uuid4
 
 from densenet_dist.cluster.connection import WORKER_ENV, connected
-from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.coordinator import EpochBarrier, drained, start_coordinator
 from densenet_dist.cluster.heartbeat import beating
-from densenet_dist.cluster.mailbox import Mailbox, Pace, announcing_restarts, drained
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
 from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageError, TrainingError
+from densenet_dist.errors import StorageError, TrainingError
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
@@ -33,37 +32,39 @@ class RayContext(RunContext):
     """What one Ray Train worker tells the training loop of its world.
 
     Attributes:
-        mailbox: to the driver, which paces the run where it is of a sweep: `hands_over` says so.
+        coordinator: to the driver, for which a trial of a sweep waits after each epoch: `hands_over` says so.
     """
 
-    mailbox: Any = None
+    coordinator: Any = None
 
     def report(self, event: Event) -> None:
         """Send the event to the driver.
 
         Raises:
-            Stopped: on every rank, where the driver paces the run and has heard enough.
+            Stopped: on every rank, where the driver is to be waited for and ends the run.
         """
         import ray
 
-        if self.rank == 0:
-            sent = self.mailbox.put.remote(event)
+        waits = event["kind"] == "epoch" and self.hands_over
+        if waits:
+            news = event if self.rank == 0 else None
+            if not ray.get(self.coordinator.may_go_on.remote(event["global_step"], news)):
+                raise Stopped
+        elif self.rank == 0:
+            sent = self.coordinator.put.remote(event)
             if event["kind"] == "end":
                 ray.get(sent)  # this process may be gone in a moment
-        waits = event["kind"] == "epoch" and self.hands_over
-        if waits and not ray.get(self.mailbox.may_go_on.remote(event["global_step"])):
-            raise Stopped
 
 
 def fit_on_ray(
-    config: Config, run: RunFolder, listener: Callable[[Event], None] | Pace, lease: Lease | None
+    config: Config, run: RunFolder, listener: Callable[[Event], None] | EpochBarrier, lease: Lease | None
 ) -> dict[str, Any]:
     """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
 
     Args:
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
-        listener: called with every event, in a thread of its own; a `Pace` also says when to go on.
+        listener: called with every event, in a thread of its own; an `EpochBarrier` also says when to go on.
         lease: on the run's folder; where it is lost, the workers end and write nothing more. None where another
             process holds the folder for this one.
 
@@ -82,25 +83,17 @@ def fit_on_ray(
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if resources.lacking:
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
-        # Beside the driver: a node that is lost must not take it along.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
+        coordinator = start_coordinator()
         if lease is not None:
-            lease.when_lost(lambda: mailbox.ask.remote(Wish.LEAVE))
+            lease.when_lost(lambda: coordinator.ask.remote(Wish.LEAVE))
         show_in_dashboard()
-        if isinstance(listener, Pace):  # its trial hears for itself
-            listener.open(mailbox)
+        barrier = listener if isinstance(listener, EpochBarrier) else None
+        if barrier is not None:  # its trial hears for itself
+            barrier.open(coordinator)
         else:
             listener = Telemetry(config.name, listener=listener)
-        announce = announcing_restarts(listener, config.cluster.max_failures)
-        with drained(mailbox, announce), watched(mailbox, config.fault.hang_timeout_s, announce):
-            pace = listener if isinstance(listener, Pace) else None
-            failure, summary = _run_trainer(config, run, resources, mailbox, own_cluster, pace, lease)
-        error = ray.get(mailbox.error.remote())
-    if error is not None:
-        raise error
-    if failure is not None:
-        raise _explain(failure) from failure
+        with drained(coordinator, listener), watched(coordinator, config.fault.hang_timeout_s, listener):
+            summary = _run_trainer(config, run, resources, coordinator, own_cluster, barrier, lease)
     if summary is None:
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
     return dict(summary)
@@ -110,10 +103,6 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     """What each Ray Train worker runs; returns the summary of a run that came to its end."""
     import ray
     import ray.train.torch
-
-    mailbox = payload["mailbox"]
-    if ray.get(mailbox.error.remote()) is not None:
-        return None  # restarted after an error that a restart cannot mend
     import torch
 
     from densenet_dist.train.engine import fit
@@ -124,27 +113,23 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     run = RunFolder(config.storage, config.name)
     launch, launched = payload["launch"]
     run.guard = Guard(run, payload["lease"])
+    _require_shared(run)
+    worker = RayContext(
+        run=run,
+        device=ray.train.torch.get_device(),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        hands_over=payload["waits"],
+        launch=launch,
+        launched=launched,
+        coordinator=payload["coordinator"],
+    )
     try:
-        _require_shared(run)
-        worker = RayContext(
-            run=run,
-            device=ray.train.torch.get_device(),
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            hands_over=payload["paced"],
-            launch=launch,
-            launched=launched,
-            mailbox=mailbox,
-        )
-        with beating(worker, mailbox):
+        with beating(worker, worker.coordinator):
             return fit(config, worker)
     except Stopped:
-        if context.get_world_rank() == 0:
-            ray.get(mailbox.leave.remote())
-    except DenseNetDistError as error:
-        ray.get(mailbox.fail.remote(error))
-        if not isinstance(error, TrainingError):  # one rank's alone: raise, so that Ray stops the others
-            raise
+        if worker.rank == 0:
+            ray.get(worker.coordinator.leave.remote())
     return None
 
 
@@ -160,11 +145,12 @@ def _run_trainer(
     config: Config,
     run: RunFolder,
     resources: Resources,
-    mailbox: Any,
+    coordinator: Any,
     own_cluster: bool,
-    pace: Pace | None,
+    barrier: EpochBarrier | None,
     lease: Lease | None,
-) -> tuple[BaseException | None, dict[str, Any] | None]:
+) -> Any:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
 
@@ -176,20 +162,19 @@ def _run_trainer(
     )
 
     elastic = resources.fewest < resources.workers
-    callbacks: list[Any] = [SaveBeforeResize(mailbox)] if elastic else []
-    if pace is not None:
-        callbacks.append(ControllerNotice(mailbox, pace.placements, pace.owner))
-    payload = {
-        "config": to_dict(config),
-        "mailbox": mailbox,
-        "threads": resources.threads,
-        "paced": pace is not None,
-        "lease": None if lease is None else lease.guard.key,
-        "launch": (uuid4().hex, time.time()),
-    }
+    callbacks: list[Any] = [SaveBeforeResize(coordinator)] if elastic else []
+    if barrier is not None:
+        callbacks.append(ControllerNotice(coordinator, barrier.placements, barrier.owner))
     trainer = InterruptibleTrainer(
         _train_worker,
-        train_loop_config=payload,
+        train_loop_config={
+            "config": to_dict(config),
+            "coordinator": coordinator,
+            "threads": resources.threads,
+            "waits": barrier is not None,
+            "lease": None if lease is None else lease.guard.key,
+            "launch": (uuid4().hex, time.time()),
+        },
         scaling_config=ScalingConfig(
             num_workers=(resources.fewest, resources.workers) if elastic else resources.workers,
             use_gpu=resources.use_gpu,
@@ -201,42 +186,15 @@ def _run_trainer(
             # A name of its own for every start: Ray would silently take up its own torn or finished state again.
             name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=join_location(run.location, "ray"),
-            failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures,
-                controller_failure_limit=max(1, round(config.cluster.timeout_s / 60)),
-            ),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=-1),
             callbacks=callbacks,
             # A cluster of our own has inherited it; there, asking for it would only start further processes.
             worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    trainer.alone = own_cluster
-    trainer.save = lambda: _have_saved(mailbox, config.fault.grace_s)
+    trainer.alone = own_cluster and not elastic
+    trainer.wait_s = config.cluster.timeout_s
+    trainer.coordinator = coordinator
+    trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
     return trainer.run()
-
-
-def _have_saved(mailbox: Any, within_s: float) -> None:
-    """Ask the run to save and end, and wait until it has, if it trains at all."""
-    import ray
-
-    if ray.get(mailbox.ask.remote(Wish.STOP), timeout=5):
-        ray.get(mailbox.left.remote(), timeout=within_s)
-
-
-def _explain(failure: BaseException) -> DenseNetDistError:
-    """Ray's failure in one message: the first worker's own error, not the wrapping around it."""
-    workers = getattr(failure, "worker_failures", None)
-    if workers:
-        rank, cause = min(workers.items())
-        return TrainingError(
-            f"training failed on rank {rank}: {explain(cause, 'the worker')}\n"
-            "  see the traceback with --debug; go on from the last checkpoint with --resume"
-        )
-    controller = getattr(failure, "controller_failure", None)
-    if controller is not None:
-        return EnvironmentProblem(
-            f"the cluster could not start the workers: {controller}\n"
-            "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"
-        )
-    return TrainingError(f"training failed: {failure}")

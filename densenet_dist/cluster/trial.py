@@ -26,8 +26,8 @@ import ray
 from ray import tune
 
 from densenet_dist.cluster.connection import DRIVER_ENV, WORKER_ENV
+from densenet_dist.cluster.coordinator import EpochBarrier
 from densenet_dist.cluster.launch import write_run
-from densenet_dist.cluster.mailbox import Pace
 from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
 from densenet_dist.config import to_yaml
@@ -215,7 +215,7 @@ class _Work:
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._turn = threading.Semaphore(0)
         self._ending = threading.Event()
-        self._pace = Pace(self._heard, plan.state, run.name)
+        self._barrier = EpochBarrier(self._heard, plan.state, run.name)
         self._telemetry = Telemetry(plan.sweep.settings.name, run.name)
         self._parameters: int | None = None
         self._last_epoch: Figures = {}
@@ -249,7 +249,7 @@ class _Work:
             return
         self._thread.join(_STOP_S if self._alone else 1.0)
         if self._thread.is_alive() and not self._alone:
-            self._pace.abort(_STOP_S)
+            self._barrier.abort(_STOP_S)
             self._thread.join(_STOP_S)
 
     def _sweep_ends(self) -> bool:
@@ -264,7 +264,7 @@ class _Work:
 
     def _train(self) -> None:
         try:
-            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._pace, None)
+            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._barrier, None)
             self._news.put(("end", summary))
         except Stopped:
             pass

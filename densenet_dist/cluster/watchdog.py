@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.cluster.heartbeat import Beat
-from densenet_dist.train.context import Event
+from densenet_dist.cluster.heartbeat import Heartbeat
+
+if TYPE_CHECKING:
+    from densenet_dist.train.context import Event
 
 _FIRST_TIME_S: Final = 600.0
 """For what a process does for the first time: it may compile, or choose kernels by measuring them."""
@@ -29,7 +31,7 @@ class Hung:
         silent_s: seconds since that; of a worker that does send beats, next to nothing.
     """
 
-    beat: Beat
+    beat: Heartbeat
     silent_s: float
 
     def __str__(self) -> str:
@@ -41,7 +43,7 @@ class Hung:
 
 
 @dataclass
-class Beats:
+class Heartbeats:
     """The last beat of every rank, and when it came, by the clock of this process alone.
 
     Args:
@@ -49,11 +51,11 @@ class Beats:
     """
 
     clock: Callable[[], float] = time.monotonic
-    _last: dict[int, tuple[Beat, float]] = field(default_factory=dict)
+    _last: dict[int, tuple[Heartbeat, float]] = field(default_factory=dict)
     _looked: float | None = None
 
-    def heard(self, beat: Beat) -> None:
-        """One came."""
+    def record(self, beat: Heartbeat) -> None:
+        """Take one that has just come."""
         self._last[beat.rank] = beat, self.clock()
         for rank in [rank for rank in self._last if rank >= beat.world_size]:
             del self._last[rank]  # of a larger world before
@@ -84,19 +86,19 @@ class Beats:
         return found
 
 
-def _may_wait_for_others(beat: Beat) -> bool:
+def _may_wait_for_others(beat: Heartbeat) -> bool:
     """In the exchange of gradients, or where ranks gather figures."""
     return beat.phase == "train" or beat.where.startswith("metrics.py")
 
 
-def _limit(beat: Beat, timeout_s: float) -> float:
+def _limit(beat: Heartbeat, timeout_s: float) -> float:
     if beat.phase in _UNLIMITED:
         return float("inf")
     return max(timeout_s, _FIRST_TIME_S if beat.usual_s is None else 10 * beat.usual_s)
 
 
 @contextmanager
-def watched(mailbox: Any, timeout_s: float, listener: Callable[[Event], None]) -> Iterator[None]:
+def watched(coordinator: Any, timeout_s: float, listener: Callable[[Event], None]) -> Iterator[None]:
     """Look for workers that hang, in a thread, and end them; the listener is told which, and where they were."""
     import ray
 
@@ -105,7 +107,7 @@ def watched(mailbox: Any, timeout_s: float, listener: Callable[[Event], None]) -
     def watch() -> None:
         with suppress(ray.exceptions.RayError):
             while not end.wait(min(2.0, timeout_s / 10)):
-                for hung in ray.get(mailbox.hung.remote(timeout_s)):
+                for hung in ray.get(coordinator.hung.remote(timeout_s)):
                     if _killed(hung.beat):
                         text = f"{hung}: it is ended, and the run goes on without it"
                         listener({"kind": "note", "text": text, "warning": True})
@@ -119,7 +121,7 @@ def watched(mailbox: Any, timeout_s: float, listener: Callable[[Event], None]) -
         thread.join()
 
 
-def _killed(beat: Beat) -> bool:
+def _killed(beat: Heartbeat) -> bool:
     """End the worker, on its node; False where there is no such process any more, or no such node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -188,7 +188,7 @@ def killed(started: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, killed):
     notes = [event["text"] for event in killed.events if event["kind"] == "note"]
-    assert "a worker was lost: all were started again (1 of at most 3 times)" in notes
+    assert "a worker was lost: all are started again (1 of at most 3 times)" in notes
     assert weights(killed.folder) == weights(undisturbed.folder)
     assert records(killed.folder) == records(undisturbed.folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 
 import psutil
@@ -63,3 +64,16 @@ def test_interruption_leaves_no_process(start, number, code):
     assert run.wait(90) == code, run.text()
     assert f"train --resume {run.folder}" in run.text()
     assert_gone(family)
+
+
+def test_a_lost_coordinator_is_replaced(start):
+    run = start("train.epochs=500")
+    run.wait_for("epoch   2/500")
+    [coordinator] = [process for process in run.descendants() if is_ray_process(process, "Coordinator")]
+    assert coordinator.memory_info().rss < 200 * 2**20, "it does without torch"
+    coordinator.kill()
+    shown = len(records(run.folder))
+    run.wait_for(f"epoch {shown + 3:3}/500")
+    run.interrupt(signal.SIGINT)
+    assert run.wait(90) == 130, run.text()
+    assert re.search(r"stopped; the checkpoint of step \d+ is saved", run.text()), run.text()

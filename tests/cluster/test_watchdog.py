@@ -9,11 +9,11 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from densenet_dist.cluster.heartbeat import Beat
-from densenet_dist.cluster.watchdog import Beats, kill_process
+from densenet_dist.cluster.heartbeat import Heartbeat
+from densenet_dist.cluster.watchdog import Heartbeats, kill_process
 
 WORKER = {"node": "n", "host": "far", "pid": 1, "born": 0.0}
-BEAT = Beat(**WORKER, rank=0, world_size=2, step=40, saved=0, moves=40, phase="train", still_s=0.1, usual_s=0.5,
+BEAT = Heartbeat(**WORKER, rank=0, world_size=2, step=40, saved=0, moves=40, phase="train", still_s=0.1, usual_s=0.5,
             where="")  # fmt: skip
 
 
@@ -29,19 +29,19 @@ def clock() -> Clock:
     return Clock()
 
 
-def look(beats: Beats, clock: Clock, seconds: float, *sent: Beat) -> list[str]:
+def look(beats: Heartbeats, clock: Clock, seconds: float, *sent: Heartbeat) -> list[str]:
     """What is found while those beats come once a second."""
     found: list[str] = []
     for _ in range(int(seconds)):
         clock.now += 1
         for beat in sent:
-            beats.heard(beat)
+            beats.record(beat)
         found += map(str, beats.hung(10))
     return found
 
 
 def test_a_silent_worker_is_found_in_time_and_told_once(clock):
-    beats = Beats(clock)
+    beats = Heartbeats(clock)
     assert look(beats, clock, 100, BEAT, replace(BEAT, rank=1)) == []
     assert look(beats, clock, 9, BEAT) == []
     assert look(beats, clock, 3, BEAT) == ["rank 1 on far has not been heard of for 11 s after step 40"]
@@ -52,7 +52,7 @@ def test_of_those_that_stand_still_the_one_that_is_furthest_behind_is_named(cloc
     """It stands in the input pipeline; the others wait for it in the exchange of gradients, one step ahead."""
     waits = replace(BEAT, still_s=11.0, moves=41, step=41)
     hangs = replace(BEAT, rank=1, still_s=11.5, phase="wait", where="loader.py:90")
-    assert look(Beats(clock), clock, 2, waits, hangs) == [
+    assert look(Heartbeats(clock), clock, 2, waits, hangs) == [
         "rank 1 on far stands still (wait at loader.py:90) for 12 s after step 40"
     ]
 
@@ -61,7 +61,7 @@ def test_in_an_evaluation_the_one_that_does_not_wait_for_others_is_named(clock):
     """Ranks have shares of their own there, so that the number of batches says nothing."""
     waits = replace(BEAT, still_s=11.0, phase="test", moves=38, where="metrics.py:61")
     hangs = replace(BEAT, rank=1, still_s=11.5, phase="test", moves=45, where="image_folder.py:7")
-    (found,) = look(Beats(clock), clock, 2, waits, hangs)
+    (found,) = look(Heartbeats(clock), clock, 2, waits, hangs)
     assert found.startswith("rank 1 on far stands still (test at image_folder.py:7)")
 
 
@@ -77,17 +77,17 @@ def test_in_an_evaluation_the_one_that_does_not_wait_for_others_is_named(clock):
     ],
 )
 def test_how_long_is_long_depends_on_what_it_does(clock, changes, found):
-    assert bool(look(Beats(clock), clock, 2, replace(BEAT, **changes))) is found
+    assert bool(look(Heartbeats(clock), clock, 2, replace(BEAT, **changes))) is found
 
 
 def test_ranks_of_a_larger_world_before_are_forgotten(clock):
-    beats = Beats(clock)
+    beats = Heartbeats(clock)
     look(beats, clock, 2, *(replace(BEAT, rank=rank, world_size=4) for rank in range(4)))
     assert look(beats, clock, 30, BEAT, replace(BEAT, rank=1)) == []
 
 
 def test_it_accuses_nobody_after_it_stood_still_itself(clock):
-    beats = Beats(clock)
+    beats = Heartbeats(clock)
     look(beats, clock, 3, BEAT)
     clock.now += 1000
     assert beats.hung(10) == []
