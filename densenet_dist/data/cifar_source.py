@@ -149,6 +149,8 @@ def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy:
         try:
             with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
                 for member in tar:
+                    if member.issparse():  # may declare any size without holding it
+                        raise tarfile.ReadError(f"{member.name!r} is a sparse file")
                     tarfile.data_filter(member, str(partial))  # also refuses unsafe members that are not needed
                     seen.add(member.name)
                     folder, _, name = member.name.partition("/")

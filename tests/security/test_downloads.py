@@ -102,11 +102,14 @@ def test_a_member_larger_than_its_archive_is_refused(toy: Toy, tmp_path: Path):
     large = member("x", size=1 << 60)
     declared = member("x")
     declared.pax_headers = {"size": str(1 << 60)}
+    holes = member("cifar-10-batches-bin/data_batch_1.bin", size=512)
+    holes.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 60)}
     sparse, extended = member("x", kind=tarfile.GNUTYPE_SPARSE, size=1 << 60), member("x", kind=tarfile.XHDTYPE, size=1)
     endless = extended.tobuf(tarfile.GNU_FORMAT) + b"6 a=b\n".ljust(512, b"\0")
     for content in (
         *(info.tobuf(tarfile.GNU_FORMAT) for info in (large, sparse)),
         declared.tobuf(tarfile.PAX_FORMAT),
+        holes.tobuf(tarfile.PAX_FORMAT) + bytes(512),
         2000 * endless,
     ):
         (tmp_path / toy.spec.archive).write_bytes(gzip.compress(content))
