@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import queue
 import shlex
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,9 +36,9 @@ _OUR_CODES = range(1, 7)
 _AGENT_S = 60.0
 _LOST_S = 120.0
 _ANSWER_S = 30.0
-_QUIET_S = 60.0
+_LETTERS_PER_S = 100_000
+"""Of output, which every request brings as a whole: longer output is asked for less often."""
 _CHECK_S = 0.5
-_POLL_S = 5.0
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 T = TypeVar("T")
 
@@ -182,23 +179,26 @@ def follow(job: Job, write: Callable[[str], object], interrupts: Interrupts) -> 
         EnvironmentProblem: where the cluster has not answered for two minutes.
         KeyboardInterrupt: a signal came.
     """
-    # The connection is in a thread of its own: as an exception in its midst, a signal could be taken for a fault of it.
-    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    left = threading.Event()
-    details = in_thread(lambda: asyncio.run(_tail(job, pieces.put, left)))
-    details.add_done_callback(lambda _: pieces.put(None))
-    try:
-        while True:
-            interrupts.check()
-            try:
-                piece = pieces.get(timeout=_CHECK_S)
-            except queue.Empty:
-                continue
-            if piece is None:
-                return details.result()
-            write(piece)
-    finally:
-        left.set()
+    client = _client(job.address)
+    shown, answered = 0, time.monotonic()
+    while True:
+        interrupts.check()
+        try:
+            details = client.get_job_info(job.id)  # before its output, so that the last lines come with its end
+            text = client.get_job_logs(job.id)
+        except Exception as error:  # the connection, or the head for a moment
+            if time.monotonic() - answered > _LOST_S:
+                raise EnvironmentProblem(
+                    f"{job.address} does not answer any more: {_last_line(error)}\n"
+                    f"  the job may go on; see what it says with: {job.follow_command}"
+                ) from error
+        else:
+            answered = time.monotonic()
+            write(text[shown:])
+            shown = max(shown, len(text))
+            if details.status.is_terminal():
+                return details
+        time.sleep(max(_CHECK_S, shown / _LETTERS_PER_S))
 
 
 def stop(job: Job) -> None:
@@ -315,40 +315,6 @@ def _hints(address: str) -> Iterator[str]:
     for kind in (parts.scheme, "all"):
         if kind in getproxies() and not proxy_bypass(parts.hostname or ""):
             yield f"{kind}_proxy sends requests through a proxy; without it: no_proxy={parts.hostname}"
-
-
-async def _tail(job: Job, write: Callable[[str], object], left: threading.Event) -> Any:
-    client = _client(job.address)
-    shown, answered = 0, time.monotonic()
-    while not left.is_set():
-        passed, streamed = 0, False  # every connection begins with the first line
-        with suppress(Exception):  # of aiohttp, asyncio and Ray: the connection, or that nothing has come for a minute
-            async with asyncio.timeout(_QUIET_S) as limit:
-                async for piece in client.tail_job_logs(job.id):
-                    if left.is_set():
-                        return None
-                    write(piece[max(0, shown - passed) :])
-                    passed += len(piece)
-                    shown = max(shown, passed)
-                    limit.reschedule(asyncio.get_running_loop().time() + _QUIET_S)
-            streamed = True
-        try:
-            details = client.get_job_info(job.id)
-            if not streamed:  # by a plain request: a proxy may not let WebSockets through
-                text = client.get_job_logs(job.id)
-                write(text[shown:])
-                shown = max(shown, len(text))
-            answered = time.monotonic()
-            if details.status.is_terminal():
-                return details
-        except Exception as error:  # the connection, or the head for a moment
-            if time.monotonic() - answered > _LOST_S:
-                raise EnvironmentProblem(
-                    f"{job.address} does not answer any more: {_last_line(error)}\n"
-                    f"  the job may go on; see what it says with: {job.follow_command}"
-                ) from error
-        await asyncio.sleep(_CHECK_S if streamed else _POLL_S)
-    return None
 
 
 def _last_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import signal
@@ -10,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +33,7 @@ class FakeClient:
         self.status: str | None = None
         self.exit_code: int | None = None
         self.stops = 0
-        self.block_sending = self.silent = self.plain = False
+        self.block_sending = self.silent = self.ends = False
         self.interrupt_at = ""
         self.forever = threading.Event()
 
@@ -46,26 +44,21 @@ class FakeClient:
             self.forever.wait()
         self.status = "FAILED" if self.exit_code else "RUNNING"
 
-    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-        if self.plain:
-            raise RuntimeError("501, message='Invalid response status'")  # a proxy that knows no WebSockets
-        yield "epoch 1\n"
-        if self.interrupt_at == "follow":
-            self.interrupt_at = ""
-            os.kill(os.getpid(), signal.SIGINT)
-        silent, self.silent = self.silent, False
-        if silent:
-            self.forever.wait()
-        while self.status == "RUNNING":
-            await asyncio.sleep(0.01)
-
     def get_job_info(self, job: str) -> Any:
         ended = self.status != "RUNNING"
         status = SimpleNamespace(value=self.status, is_terminal=lambda: ended)
         return SimpleNamespace(status=status, message="", driver_exit_code=self.exit_code)
 
     def get_job_logs(self, job: str) -> str:
-        before, self.status = self.status, "SUCCEEDED"
+        interrupted, self.interrupt_at = self.interrupt_at == "follow", ""
+        if interrupted and self.silent:  # while the request waits
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            self.forever.wait()
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        before = self.status
+        if self.ends:
+            self.status = "SUCCEEDED"
         return "epoch 1\n" if before == "RUNNING" else "epoch 1\nepoch 2\n"
 
     def stop_job(self, job: str) -> bool:
@@ -100,9 +93,8 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch, client):
     assert re.search(r"job densenet-doctor-\S+ failed", text)
 
 
-def test_without_websockets_the_output_and_the_end_are_asked_for(monkeypatch, client):
-    client.plain = True
-    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+def test_all_output_is_shown_to_the_end(monkeypatch, client):
+    client.ends = True
     code, text = run(monkeypatch, answer=None)
     assert code == 0, text
     assert re.search(r"^epoch 1\nepoch 2\njob densenet-doctor-\S+ succeeded$", text, re.MULTILINE), text
