@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from densenet_dist.cluster.watchdog import Heartbeats, Hung
-from densenet_dist.train.pulse import Wish
+from densenet_dist.train.control import StopRequest
 
 if TYPE_CHECKING:  # torch would make this process several times as large
     from densenet_dist.cluster.heartbeat import Heartbeat
@@ -30,7 +30,7 @@ class Coordinator:
         self._answers: dict[int, asyncio.Future[bool]] = {}
         self._heartbeats = Heartbeats()
         self._heard = asyncio.Event()
-        self._wish = Wish.NOTHING
+        self._request = StopRequest.NONE
         self._saved = 0
         self._left = asyncio.Event()
 
@@ -54,30 +54,30 @@ class Coordinator:
         """End the waiting in `drain`."""
         self._news.set()
 
-    async def heartbeat(self, heartbeat: Heartbeat) -> Wish:
+    async def heartbeat(self, heartbeat: Heartbeat) -> StopRequest:
         """Record the state of a worker; returns what is requested of it."""
         self._heartbeats.record(heartbeat)
         self._heard.set()
         if heartbeat.rank == 0:
             self._saved = heartbeat.saved
-            if self._wish is Wish.SAVE:
-                self._wish = Wish.NOTHING  # one checkpoint is requested
-                return Wish.SAVE
-        return Wish.NOTHING if self._wish is Wish.SAVE else self._wish
+            if self._request is StopRequest.SAVE:
+                self._request = StopRequest.NONE  # one checkpoint is requested
+                return StopRequest.SAVE
+        return StopRequest.NONE if self._request is StopRequest.SAVE else self._request
 
     async def hung(self, timeout_s: float) -> list[Hung]:
         """Return the workers that hang, each once."""
         return self._heartbeats.hung(timeout_s)
 
-    async def ask(self, wish: Wish) -> bool:
+    async def ask(self, request: StopRequest) -> bool:
         """Request something of the workers; returns whether they have begun to train."""
-        self._wish = max(self._wish, wish)
+        self._request = max(self._request, request)
         return self._heartbeats.moving
 
     async def save(self) -> None:
         """Have a checkpoint written, and wait for it."""
         before = self._saved
-        if await self.ask(Wish.SAVE):
+        if await self.ask(StopRequest.SAVE):
             while self._saved == before:
                 await asyncio.sleep(0.1)
 
@@ -87,7 +87,7 @@ class Coordinator:
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
             await self._heard.wait()  # else the workers would seem not to have begun
-        if await self.ask(Wish.STOP):
+        if await self.ask(StopRequest.STOP):
             await self._left.wait()
 
     async def leave(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.train.pulse import Pulse, Wish
+from densenet_dist.train.control import StopRequest, WorkerStatus
 
 if TYPE_CHECKING:
     from densenet_dist.train.context import RunContext
@@ -64,10 +64,10 @@ def beating(context: RunContext, coordinator: Any) -> Iterator[None]:
         with suppress(ray.exceptions.RayError):  # without a coordinator there is no driver, and Ray ends this process
             who = _identity(context)
             while not end.wait(every_s):
-                wish: Wish = ray.get(coordinator.heartbeat.remote(_beat(context.pulse, who, trains)))
+                request: StopRequest = ray.get(coordinator.heartbeat.remote(_beat(context.status, who, trains)))
                 if context.rank == 0 and _node_is_leaving(preempted):
-                    wish = max(wish, Wish.SAVE)
-                context.pulse.ask(wish)
+                    request = max(request, StopRequest.SAVE)
+                context.status.request(request)
 
     preempted: list[Any] = [None]
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -93,16 +93,17 @@ def _identity(context: RunContext) -> dict[str, Any]:
     }
 
 
-def _beat(pulse: Pulse, who: dict[str, Any], thread: int) -> Heartbeat:
-    still = pulse.still
+def _beat(status: WorkerStatus, who: dict[str, Any], thread: int) -> Heartbeat:
+    still = status.idle_s
+    known = status.phase in status.known_phases or (status.phase == "wait" and status.progress > 0)
     return Heartbeat(
         **who,
-        step=pulse.step,
-        saved=pulse.saved,
-        moves=pulse.moves,
-        phase=pulse.phase,
+        step=status.step,
+        saved=status.saved,
+        moves=status.progress,
+        phase=status.phase,
         still_s=still,
-        usual_s=pulse.longest if pulse.phase in pulse.known or (pulse.phase == "wait" and pulse.moves) else None,
+        usual_s=status.longest_idle_s if known else None,
         where=_line_of(thread) if still > 5 else "",
     )
 

@@ -34,11 +34,11 @@ from densenet_dist.run_folder import (
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
+from densenet_dist.train.control import StopRequest, WorkerStatus
 from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.lease import LEASE_FILE, Lease, hold
 from densenet_dist.train.measured_choice import CHOICES
 from densenet_dist.train.network import check_run
-from densenet_dist.train.pulse import Pulse, Wish
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
@@ -213,11 +213,11 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     context = LocalContext.from_environment(run, config.cluster.device, listener, config.cluster.timeout_s)
     if lease is not None:
-        lease.when_lost(lambda: context.pulse.ask(Wish.LEAVE))
+        lease.when_lost(lambda: context.status.request(StopRequest.LEAVE))
     try:
         if context.world_size > 1:
             dist.barrier()  # rank 0 has prepared folder and data
-        with _stopped_by_signals(context.pulse):
+        with _stopped_by_signals(context.status):
             return train(config, context)
     finally:
         if dist.is_initialized():
@@ -228,7 +228,7 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
 
 
 @contextmanager
-def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
+def _stopped_by_signals(status: WorkerStatus) -> Iterator[None]:
     """Have the run saved and ended on a signal; a second one ends it at once, as does one before it trains.
 
     Raises:
@@ -237,10 +237,10 @@ def _stopped_by_signals(pulse: Pulse) -> Iterator[None]:
     heard: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if heard or not pulse.moves:
+        if heard or not status.progress:
             raise KeyboardInterrupt(number)
         heard.append(number)
-        pulse.ask(Wish.STOP)
+        status.request(StopRequest.STOP)
 
     with handled_by(ask):
         try:

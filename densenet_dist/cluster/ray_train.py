@@ -20,8 +20,8 @@ from densenet_dist.errors import StorageError, TrainingError
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
+from densenet_dist.train.control import StopRequest
 from densenet_dist.train.lease import Guard, Lease
-from densenet_dist.train.pulse import Wish
 
 _RESIZE_EVERY_S: Final = 20.0
 """A resize costs a start of the workers."""
@@ -85,7 +85,7 @@ def fit_on_ray(
             listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
         coordinator = start_coordinator()
         if lease is not None:
-            lease.when_lost(lambda: coordinator.ask.remote(Wish.LEAVE))
+            lease.when_lost(lambda: coordinator.ask.remote(StopRequest.LEAVE))
         show_in_dashboard()
         barrier = listener if isinstance(listener, EpochBarrier) else None
         if barrier is not None:  # its trial hears for itself

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.pulse import Goodput, Pulse
+from densenet_dist.train.control import Goodput, WorkerStatus
 
 Event: TypeAlias = dict[str, Any]
 """Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it.
@@ -40,7 +40,7 @@ class RunContext:
         world_size: how many processes train together.
         hands_over: whether the checkpoint that an epoch's event names must lie in the run's folder by then.
         launch: what tells one start of the command from another, and `launched` when that was; see `Goodput`.
-        pulse: what this rank is doing, and what is asked of it.
+        status: what this rank is doing, and what is asked of it.
         goodput: what the run's time went to; rank 0's counts.
     """
 
@@ -51,11 +51,11 @@ class RunContext:
     hands_over: bool = False
     launch: str = ""
     launched: float | None = None
-    pulse: Pulse = field(default_factory=Pulse)
+    status: WorkerStatus = field(default_factory=WorkerStatus)
     goodput: Goodput = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "goodput", Goodput(self.pulse, self.launch, self.launched, self.world_size))
+        object.__setattr__(self, "goodput", Goodput(self.status, self.launch, self.launched, self.world_size))
 
     def report(self, event: Event) -> None:
         """Tell whoever watches the run. For ``epoch`` events every rank calls it, for others rank 0 alone."""

@@ -6,6 +6,7 @@ buckets of 25 MiB are larger than most DenseNets: the notebook's 14 MB would go 
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
@@ -19,10 +20,15 @@ from densenet_dist.model import DenseNet
 from densenet_dist.model.sync_bn import synchronise_batchnorm
 from densenet_dist.schema import Config, TrainConfig
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.control import StopRequest
+from densenet_dist.train.metrics import FiniteWatch, gather_ranks
 
 SMALLEST_BUCKET: Final = 2**20
 """Bytes below which a block's gradients join the next one's: such a message takes the latency, whatever its size. DDP's
 own first bucket is as large (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
+MAX_SYNC_STEPS: Final = 50
+"""Steps between two calls of `RankSync.exchange` at most: each is a host sync and a collective call."""
+_SYNC_EVERY_S: Final = 0.5
 
 
 def wrap(model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]) -> nn.Module:
@@ -137,3 +143,44 @@ def sync_from_rank0(tensors: list[Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+class RankSync:
+    """Exchanges stop requests and non-finite losses, so that all ranks act on them at the same step.
+
+    The ranks exchange after the first step of the process, then about twice a second by rank 0's clock, and at least
+    every `MAX_SYNC_STEPS` steps.
+    """
+
+    def __init__(self, context: RunContext, finite: FiniteWatch) -> None:
+        self._context, self._finite = context, finite
+        self._interval = 1
+        self._steps = 0
+        self._exchanged = time.perf_counter()
+
+    def due(self) -> bool:
+        """Return whether to exchange after this step: the same on every rank. To be called once per step."""
+        self._steps += 1
+        alone = self._context.world_size == 1
+        return self._steps >= self._interval or (alone and self._context.status.requested is not StopRequest.NONE)
+
+    def exchange(self, request: StopRequest = StopRequest.NONE) -> tuple[int | None, StopRequest]:
+        """Exchange this rank's pending request, or a greater one of its own. A collective call.
+
+        Returns:
+            The first step with a NaN or infinite loss on any rank, or None; the greatest request of any rank.
+        """
+        status = self._context.status
+        own = torch.tensor([max(request, status.requested), self._next_interval()], device=self._context.device)
+        rows = gather_ranks(torch.cat([self._finite.step[None], own])).tolist()
+        self._interval, self._steps = rows[0][2], 0
+        if status.requested is StopRequest.SAVE:
+            status.requested = StopRequest.NONE  # the caller saves
+        step = min(row[0] for row in rows)
+        return None if step == FiniteWatch.NEVER else step, StopRequest(max(row[1] for row in rows))
+
+    def _next_interval(self) -> int:
+        now = time.perf_counter()
+        step_s = (now - self._exchanged) / max(self._steps, 1)
+        self._exchanged = now
+        return max(1, min(2 * self._interval, int(_SYNC_EVERY_S / step_s), MAX_SYNC_STEPS))

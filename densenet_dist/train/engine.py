@@ -30,6 +30,7 @@ from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import Position, load_weights
 from densenet_dist.train.classes import note_data
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.control import StopRequest
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.inputs import engine_of, eval_loader, normalisation, part_warnings, tell_lines
 from densenet_dist.train.job import Job, describe
@@ -37,7 +38,6 @@ from densenet_dist.train.keeping import after_step, decide, diverged, leave_run,
 from densenet_dist.train.logs import RunLog
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast
-from densenet_dist.train.pulse import Wish
 from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, write_test_results
 from densenet_dist.train.step_graph import StepGraph
 
@@ -56,7 +56,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
     Raises:
         TrainingError: when a loss is NaN or infinite, on every rank at the same step.
-        Stopped: when the context's pulse was asked for that, and all is saved.
+        Stopped: when the context's status was asked for that, and all is saved.
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     job = build_job(config, context)
@@ -70,10 +70,10 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         return _fit(job, log)
     except BaseException as error:
         if log is not None:  # this process may go on to another run
-            log.abandon(failed=isinstance(error, Exception), leaves=context.pulse.wish is Wish.LEAVE)
+            log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
         raise
     finally:
-        if context.pulse.wish is not Wish.LEAVE:  # the folder is still this run's
+        if context.status.requested is not StopRequest.LEAVE:  # the folder is still this run's
             _profile(job, ends=True)
         job.saver.close()
 
@@ -102,28 +102,28 @@ def train_epoch(job: Job, log: RunLog | None = None) -> dict[str, float]:
         ``perf/data_wait`` (share of time) of rank 0.
     """
     job.forward.train()
-    pulse = job.context.pulse
-    pulse.enter("wait")
+    status = job.context.status
+    status.enter("wait")
     shown = time.perf_counter()
     _profile(job)
     for batch in _batches(job):
-        pulse.enter("train")
+        status.enter("train")
         if log is not None and job.position.global_step == 0:
             first = batch.batch() if isinstance(batch, BatchRecipe) else batch
             log.show(Board.images, "train/augmented", first.images, *normalisation(job.config, job.dataset), 0)
         with nullcontext() if job.profiler is None else job.profiler.step(job.position.global_step):
             train_step(job, batch)
-        pulse.moved(job.position.global_step)
+        status.advance(job.position.global_step)
         after_step(job)
         _profile(job, ends=job.position.step == job.train_loader.steps_per_epoch)
         now = time.perf_counter()
         if job.context.rank == 0 and now - shown > PROGRESS_EVERY_S:
             shown = now
             _show_progress(job)
-        pulse.enter("wait")
-    pulse.enter("train")
+        status.enter("wait")
+    status.enter("train")
     totals = job.metrics.compute()  # waits for the device, so that the time below is that of the work
-    pulse.enter("validate")
+    status.enter("validate")
     trained, waited = job.count_time()
     figures = {f"train/{name}": totals[name] for name in ("loss", "top1", "top5")}
     return figures | {"perf/images_per_s": job.num_images[0] / trained, "perf/data_wait": waited / trained}
@@ -248,7 +248,7 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
         "lr": job.course.lr(job.position.global_step - job.position.step),
     }
     record |= train_epoch(job, log)
-    wish = decide(job)
+    request = decide(job)
     validation = _validate(job)
     job.end_epoch(validation.get("val/loss"))
     record |= validation | job.context.goodput.figures() | {"seconds": time.perf_counter() - started}
@@ -258,7 +258,7 @@ def _run_epoch(job: Job, log: RunLog | None) -> None:
         log.publish()
     _tell_of_lost_files(job)
     last = job.position.epoch == job.config.train.epochs or job.course.stopped
-    if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last or wish is Wish.SAVE:
+    if job.position.epoch % job.config.checkpoint.every_epochs == 0 or last or request is StopRequest.SAVE:
         save(job, job.snapshot(validation))
     if job.context.hands_over or last:
         job.saver.wait()
@@ -296,7 +296,7 @@ def _validate(job: Job) -> dict[str, float]:
 def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     """Test the best model once, on every rank's share of the test images, and write the summary."""
     config, context = job.config, job.context
-    context.pulse.enter("test")
+    context.status.enter("test")
     job.saver.wait()
     best: list[Any] = [None]
     if context.rank == 0:
@@ -353,7 +353,7 @@ def _profile(job: Job, *, ends: bool = False) -> None:
     """Begin or end what is recorded of the steps, between two of them; a part ends with its epoch."""
     profiler, taken = job.profiler, job.position.global_step
     if profiler is not None:
-        with job.context.pulse.during("save"):
+        with job.context.status.during("save"):
             _beside(job, "the profile", lambda: profiler.finish(taken) if ends else profiler.between_steps(taken))
 
 

@@ -20,9 +20,9 @@ from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.errors import CheckpointError
 from densenet_dist.model import DenseNet, count_parameters
 from densenet_dist.schema import Config
-from densenet_dist.train.agreement import Agreement
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.ddp import RankSync
 from densenet_dist.train.identity import digest_of_files, identity_of, require_same
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.network import autocast
@@ -68,7 +68,7 @@ class Job:
     saver: Saver = field(init=False)
     metrics: Metrics = field(init=False)
     finite: FiniteWatch = field(init=False)
-    agreement: Agreement = field(init=False)
+    rank_sync: RankSync = field(init=False)
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     seconds: float = 0.0
@@ -78,10 +78,10 @@ class Job:
     _counted: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.store, self.context.pulse)
+        self.saver = Saver(self.store, self.context.status)
         self.metrics = Metrics(self.context.device)
         self.finite = FiniteWatch(self.context.device)
-        self.agreement = Agreement(self.context, self.finite)
+        self.rank_sync = RankSync(self.context, self.finite)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -121,12 +121,12 @@ class Job:
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
     def count_time(self) -> tuple[float, float]:
-        """Add what the pulse has counted since the last call to `seconds` and `epoch_time`.
+        """Add what the status has counted since the last call to `seconds` and `epoch_time`.
 
         Returns:
             `epoch_time`.
         """
-        spent = self.context.pulse.seconds()
+        spent = self.context.status.seconds()
         waited, trained = spent.get("wait", 0.0), spent.get("wait", 0.0) + spent.get("train", 0.0)
         news = trained - self._counted[0], waited - self._counted[1]
         self._counted = trained, waited

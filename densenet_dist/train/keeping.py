@@ -12,9 +12,9 @@ from densenet_dist.data.loader import Batch
 from densenet_dist.errors import TrainingError
 from densenet_dist.train.checkpoint import Snapshot
 from densenet_dist.train.context import Stopped
+from densenet_dist.train.control import StopRequest
 from densenet_dist.train.identity import digest_of_files
 from densenet_dist.train.job import Job
-from densenet_dist.train.pulse import Wish
 
 
 def after_step(job: Job) -> None:
@@ -28,24 +28,24 @@ def after_step(job: Job) -> None:
     if job.position.step == job.train_loader.steps_per_epoch:
         return  # all is looked at and saved once the epoch is over
     due = isinstance(every, int) and step % every == 0
-    if due or job.agreement.due():
+    if due or job.rank_sync.due():
         auto = every == "auto" and job.context.rank == 0 and job.saver.due()
-        wish = decide(job, Wish.SAVE if auto else Wish.NOTHING)
-        if wish is Wish.LEAVE:
+        request = decide(job, StopRequest.SAVE if auto else StopRequest.NONE)
+        if request is StopRequest.LEAVE:
             raise Stopped
-        if due or wish is not Wish.NOTHING:
+        if due or request is not StopRequest.NONE:
             job.count_time()
             save(job, job.snapshot())
-        if wish is Wish.STOP:
+        if request is StopRequest.STOP:
             leave_run(job)
 
 
-def decide(job: Job, wish: Wish = Wish.NOTHING) -> Wish:
+def decide(job: Job, request: StopRequest = StopRequest.NONE) -> StopRequest:
     """Look together with the other ranks at the losses so far, and at what is asked of the run."""
-    decision = job.agreement.look(wish)
-    if decision.not_finite is not None:
-        raise diverged(job, "loss is", decision.not_finite)
-    return decision.wish
+    not_finite, request = job.rank_sync.exchange(request)
+    if not_finite is not None:
+        raise diverged(job, "loss is", not_finite)
+    return request
 
 
 def save(job: Job, snapshot: Snapshot) -> None:
@@ -60,20 +60,20 @@ def save(job: Job, snapshot: Snapshot) -> None:
     if not norms.isfinite().all():
         raise diverged(job, "norm of the weights is", job.position.global_step - 1)
     if job.context.rank == 0:
-        with job.context.pulse.during("save"):
+        with job.context.status.during("save"):
             job.saver.save(snapshot)
     job.saved_step = job.position.global_step
 
 
 def watched(job: Job, batches: Iterable[Batch], leave: Callable[[], None]) -> Iterator[Batch]:
     """The batches of an evaluation. Rank 0 leaves between two of them when it is asked to stop."""
-    pulse = job.context.pulse
+    status = job.context.status
     for batch in batches:
         yield batch
-        pulse.moved()
-        if pulse.wish is Wish.LEAVE:
+        status.advance()
+        if status.requested is StopRequest.LEAVE:
             raise Stopped
-        if job.context.rank == 0 and pulse.wish is Wish.STOP:
+        if job.context.rank == 0 and status.requested is StopRequest.STOP:
             leave()
 
 

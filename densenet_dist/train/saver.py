@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.train.checkpoint import CheckpointStore, Snapshot
-from densenet_dist.train.pulse import Pulse
+from densenet_dist.train.control import WorkerStatus
 
 LEAST_S: Final = 30.0
 SHARE: Final = 0.01
@@ -27,8 +27,8 @@ class Saver:
         spent: those of all of them.
     """
 
-    def __init__(self, store: CheckpointStore, pulse: Pulse) -> None:
-        self.store, self._pulse = store, pulse
+    def __init__(self, store: CheckpointStore, status: WorkerStatus) -> None:
+        self.store, self._status = store, status
         self.cost = self.spent = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
@@ -50,7 +50,7 @@ class Saver:
         def write() -> None:
             began = time.perf_counter()
             self.store.write(copy, planned)
-            self._pulse.saved += 1
+            self._status.saved += 1
             self.cost = pause + time.perf_counter() - began
             self.spent += self.cost
 

@@ -206,7 +206,7 @@ def test_cost_of_auto(lab: Lab) -> None:
         if time.perf_counter() - began > 180:
             break
     job.saver.wait()
-    share, saved = job.saver.spent / (time.perf_counter() - began), job.context.pulse.saved
+    share, saved = job.saver.spent / (time.perf_counter() - began), job.context.status.saved
     job.saver.close()
     assert saved >= 3, f"only {saved} checkpoints were written"
     assert share < 0.01, f"{share:.2%} of the time"

@@ -21,7 +21,7 @@ from torch import nn
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore, Entry, Position, Snapshot, load_weights
-from densenet_dist.train.pulse import Pulse
+from densenet_dist.train.control import WorkerStatus
 from densenet_dist.train.saver import Saver
 
 
@@ -239,23 +239,23 @@ class SlowStore(CheckpointStore):
 
 
 def test_what_is_written_is_what_there_was_when_it_was_saved(run):
-    store, pulse = SlowStore(run), Pulse()
-    saver = Saver(store, pulse)
+    store, status = SlowStore(run), WorkerStatus()
+    saver = Saver(store, status)
     saved = snapshot(1)
     saver.save(saved)
     saved.model["half"] += 100  # training goes on
     saved.state["optimizer"]["state"][0]["momentum_buffer"] += 100
     assert store.latest() is not None  # known at once
     assert not run.exists("checkpoints/step-00000001")  # but not there yet
-    assert pulse.saved == 0
+    assert status.saved == 0
     store.may_write.set()
     saver.close()
-    assert pulse.saved == 1
+    assert status.saved == 1
     assert_same(CheckpointStore(run).load_latest(), snapshot(1))
 
 
 def test_what_goes_wrong_is_raised_at_the_next_save_but_not_on_closing(run):
-    saver = Saver(CheckpointStore(run), Pulse())
+    saver = Saver(CheckpointStore(run), WorkerStatus())
     (run.path / "checkpoints").write_text("a file where the folder should be")
     saver.save(snapshot(1))
     with pytest.raises(StorageError, match="cannot be written"):

@@ -15,31 +15,31 @@ from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import CONFIG_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Stopped
+from densenet_dist.train.control import StopRequest, WorkerStatus
 from densenet_dist.train.engine import fit
-from densenet_dist.train.pulse import Pulse, Wish
 
 # Each epoch: 5 steps and a batch of validation; then 4 batches of the test.
 MOVES = 3 * 6 + 1
 SETTINGS = ("model.drop_rate=0.2", "train.ema_decay=0.9", "train.schedule.name=plateau", "data.mixup=0.2")
 
 
-class Asking(Pulse):
+class Asking(WorkerStatus):
     """Asks for something itself after so many moves."""
 
-    def __init__(self, at: int, wish: Wish) -> None:
+    def __init__(self, at: int, request: StopRequest) -> None:
         super().__init__()
-        self.at, self.asked = at, wish
+        self.at, self.asked = at, request
 
-    def moved(self, step: int | None = None) -> None:
-        super().moved(step)
-        if self.moves == self.at:
-            self.ask(self.asked)
+    def advance(self, step: int | None = None) -> None:
+        super().advance(step)
+        if self.progress == self.at:
+            self.request(self.asked)
 
 
-def asked(config: Config, at: int, wish: Wish) -> list[dict[str, Any]]:
+def asked(config: Config, at: int, request: StopRequest) -> list[dict[str, Any]]:
     """Train with that asked for; the events."""
     events: list[dict[str, Any]] = []
-    context = replace(context_of(config), listener=events.append, pulse=Asking(at, wish))
+    context = replace(context_of(config), listener=events.append, status=Asking(at, request))
     if context.rank == 0:
         context.run.write(CONFIG_FILE, to_yaml(config))
     try:
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.mark.parametrize("at", [3, 5, 6, MOVES])
 def test_stopped_at_any_move_and_resumed_it_ends_as_if_it_had_not_been(tmp_path, undisturbed, at):
     config = tiny(tmp_path, *SETTINGS)
-    events = asked(config, at, Wish.STOP)
+    events = asked(config, at, StopRequest.STOP)
     assert events[-1]["kind"] == "stopped"
     saved = max(weights_of(config))
     assert saved.endswith("-trained") == (at in (5, 6))  # an epoch whose validation is still to come
@@ -74,15 +74,15 @@ def test_stopped_at_any_move_and_resumed_it_ends_as_if_it_had_not_been(tmp_path,
 
 def test_asked_to_save_it_saves_once_and_goes_on_and_without_its_folder_it_writes_nothing_more(tmp_path):
     config = tiny(tmp_path / "saves", "checkpoint.keep=20", "checkpoint.every_epochs=3")
-    assert asked(config, 2, Wish.SAVE)[-1]["kind"] == "end"
+    assert asked(config, 2, StopRequest.SAVE)[-1]["kind"] == "end"
     assert set(weights_of(config)) == {"step-00000002", "step-00000015"}
     config = tiny(tmp_path / "leaves", "train.epochs=1")
-    assert asked(config, 2, Wish.LEAVE)[-1]["kind"] == "stopped"
+    assert asked(config, 2, StopRequest.LEAVE)[-1]["kind"] == "stopped"
     assert not weights_of(config)
 
 
 def test_a_checkpoint_within_an_epoch_is_of_one_order_of_images(tmp_path):
-    asked(tiny(tmp_path), 3, Wish.STOP)
+    asked(tiny(tmp_path), 3, StopRequest.STOP)
     for setting, difference in (
         ("model.growth_rate=6", "model.growth_rate: 4 there, 6 here"),
         ("data.limit=60", "data.limit: 75 there, 60 here"),
@@ -100,7 +100,7 @@ def test_a_checkpoint_within_an_epoch_is_of_one_order_of_images(tmp_path):
 def stop_on_one_rank(storage: str, rank_asked: int) -> list[str]:
     config = tiny(storage, "data.limit=300")
     rank = torch.distributed.get_rank()
-    events = asked(config, 4 if rank == rank_asked else 10**6, Wish.STOP)
+    events = asked(config, 4 if rank == rank_asked else 10**6, StopRequest.STOP)
     return [event["kind"] for event in events[-2:]] + sorted(weights_of(config))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from densenet_dist.train import pulse as module
-from densenet_dist.train.pulse import Goodput, Pulse
+from densenet_dist.train import control as module
+from densenet_dist.train.control import Goodput, WorkerStatus
 
 
 class Clock:
@@ -27,29 +27,29 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def spend(pulse: Pulse, clock: Clock, phase: str, seconds: float) -> None:
-    pulse.enter(phase)  # type: ignore[arg-type]
+def spend(status: WorkerStatus, clock: Clock, phase: str, seconds: float) -> None:
+    status.enter(phase)  # type: ignore[arg-type]
     clock.now += seconds
 
 
 def test_it_remembers_the_longest_pause_between_two_steps_but_the_first(clock):
-    pulse = Pulse()
+    status = WorkerStatus()
     for step, seconds in enumerate((100.0, 3.0, 7.0, 1.0), start=1):  # the first one compiles
         clock.now += seconds
-        pulse.moved(step)
-    assert (pulse.step, pulse.moves, pulse.longest) == (4, 4, 7.0)
+        status.advance(step)
+    assert (status.step, status.progress, status.longest_idle_s) == (4, 4, 7.0)
     clock.now += 2.5
-    assert pulse.still == 2.5
+    assert status.idle_s == 2.5
 
 
 def test_shares_of_goodput_add_up_to_all_time(clock):
-    pulse = Pulse()
-    goodput = Goodput(pulse)
+    status = WorkerStatus()
+    goodput = Goodput(status)
     for phase, seconds in (("start", 4.0), ("wait", 1.0), ("train", 10.0), ("validate", 3.0)):
-        spend(pulse, clock, phase, seconds)
-    with pulse.during("save"):
+        spend(status, clock, phase, seconds)
+    with status.during("save"):
         clock.now += 2
-    assert pulse.phase == "validate"
+    assert status.phase == "validate"
     figures = goodput.figures()
     assert figures["goodput/ratio"] == goodput.ratio == 0.5
     assert (figures["goodput/lost_to_start"], figures["goodput/lost_to_save"]) == (0.2, 0.1)
@@ -57,7 +57,7 @@ def test_shares_of_goodput_add_up_to_all_time(clock):
 
 
 def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery(clock):
-    first = Pulse()
+    first = WorkerStatus()
     goodput = Goodput(first, "launch", 1_000_000.0, workers=2)
     clock.now += 5
     spend(first, clock, "train", 10)
@@ -65,7 +65,7 @@ def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery
     assert goodput.device_hours * 3600 == pytest.approx(30)
     spend(first, clock, "train", 7)  # lost, at 22 s
     clock.now += 3
-    second = Pulse()  # begins at 25 s
+    second = WorkerStatus()  # begins at 25 s
     again = Goodput(second, "launch", 1_000_000.0, workers=1)
     clock.now += 4
     again.load_state_dict(state)  # at 29 s
@@ -78,12 +78,12 @@ def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery
 
 
 def test_the_time_between_a_stop_and_a_resume_counts_for_nothing(clock):
-    first = Pulse()
+    first = WorkerStatus()
     goodput = Goodput(first, "one", 1_000_000.0)
     spend(first, clock, "train", 10)
     state = goodput.state_dict()
     clock.now += 3600
-    second = Pulse()
+    second = WorkerStatus()
     again = Goodput(second, "two", 1_000_000.0 + clock.now - 2)
     clock.now += 1
     again.load_state_dict(state)
