@@ -106,7 +106,7 @@ def ours(net: Net, form: str = "reference") -> nn.Module:
     from densenet_dist.model import densenet
 
     warnings.filterwarnings("error", FALLS_BACK, RuntimeWarning)
-    block = "reference" if form == "checkpointed" else form
+    block: Any = "reference" if form == "checkpointed" else form
     try:
         model = densenet(net.variant, num_classes=net.num_classes, image_size=net.image_size, block=block)
     except ConfigError as error:

@@ -30,7 +30,7 @@ augment = v2.Compose(
 images = Subset(CIFAR10(root, download=True, transform=augment), range(45_000))
 loader = DataLoader(images, batch_size=128, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
 model = densenet(variant="densenet", growth_rate=16, num_layers=[2, 4, 6], compression=0.5, num_classes=10)
-model = model.to(memory_format=torch.channels_last)
+model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs * len(loader), pct_start=0.2)
 for epoch in range(epochs):

@@ -95,7 +95,7 @@ def main() -> None:
         data = torch.from_numpy(held[form]).to(device) if device.type == "cuda" else held[form]
         pipelines[form] = build(form, data, matrices, arguments.batch_size, device)
     first = [np.array(pipelines[form].run()[0].as_cpu().as_tensor()) for form in FORMS]
-    assert np.array_equal(*first), "both must make the same pixels"
+    assert np.array_equal(first[0], first[1]), "both must make the same pixels"
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rounds = [
         {form: measure(pipelines[form], arguments.batch_size, arguments.seconds, wait) for form in FORMS}

@@ -113,6 +113,7 @@ class Visit:
     def __init__(self, out: Path, runs: Path, data: str, small: bool) -> None:
         self.out, self.runs, self.data, self.small = out, runs, data, small
         self._state = self.runs / "visit.json"
+        self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
         self.runs.mkdir(parents=True, exist_ok=True)
         self.done: dict[str, dict[str, object]] = json.loads(self._state.read_text()) if self._state.exists() else {}
@@ -123,7 +124,7 @@ class Visit:
         left = [step for step in STEPS if step.name not in self.done and (not only or step.name in only)]
         for step in left:
             seconds = end - time.monotonic()
-            if seconds < 60 * (0 if self.small else step.minutes):
+            if seconds < 60 * (0 if self.small else min(step.minutes, minutes - 0.1)):
                 print(f"{step.name}: begins next time, {seconds:.0f} s are too few")
                 return False
             print(f"== {step.name}: {step.shows}", flush=True)
@@ -138,6 +139,9 @@ class Visit:
         self._keep(step)
         if code == INTERRUPTED or (step.kind == "seeds" and code == 0 and not self._all_seeds(step)):
             return False
+        if code != 0:
+            self.failed.append(step.name)
+            return True
         self.done[step.name] = {"exit": code, "seconds": round(time.monotonic() - began, 1)}
         for path in (self._state, self.out / "visit.json"):
             path.write_text(json.dumps(self.done, indent=1) + "\n")
@@ -184,7 +188,11 @@ class Visit:
                 code = process.wait(max(1.0, seconds - 20))  # which it may take to save
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGINT)
-                process.wait()
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
                 code = INTERRUPTED
         print(f"  exit {code}: " + " | ".join(output.read_text().splitlines()[-2:]), flush=True)
         return code
@@ -252,11 +260,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     visit = Visit(asked.out.absolute(), asked.runs.absolute(), os.path.abspath(asked.data), asked.small)
     through = visit.go_on(asked.minutes, asked.only)
-    failed = [name for name, how in visit.done.items() if how["exit"] != 0]
-    print("all done" if through else "to be continued: the same command again")
-    if failed:
-        print(f"failed: {', '.join(failed)} (see their .txt); remove them from {visit.runs}/visit.json to try again")
-    raise SystemExit(bool(failed))
+    print("all done" if through and not visit.failed else "to be continued: the same command again")
+    if visit.failed:
+        print(f"failed: {', '.join(visit.failed)} (see their .txt); the same command tries them again")
+    raise SystemExit(bool(visit.failed))
 
 
 if __name__ == "__main__":

@@ -113,3 +113,5 @@ def _choose_kernels(config: Config, context: RunContext) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, later than this
     torch.backends.cudnn.benchmark = not config.train.deterministic
     torch.use_deterministic_algorithms(config.train.deterministic)
+    # That would also fill all new memory with NaN, which is slow and makes no result more deterministic.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

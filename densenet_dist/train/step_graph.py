@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, NamedTuple, TypeAlias
 
 import torch
@@ -55,7 +56,10 @@ class StepGraph:
         self._step, self._optimizer, self._device = step, optimizer, device
         self._seen: dict[_Shapes, int] = {}
         self._captured: dict[_Shapes, _Captured] = {}
-        self._stream = torch.cuda.Stream(device)
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
     def __call__(self, recipe: BatchRecipe) -> Made:
         """Take a step on a batch; what is given back is overwritten by the next step on a batch of the same shapes."""
@@ -73,7 +77,8 @@ class StepGraph:
     def set_learning_rate(self, value: float) -> None:
         """Set every group's learning rate where a captured step reads it."""
         for group in self._optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor) or group["lr"].device != self._device:
+            # The type alone: "cuda" differs from "cuda:0", and a new tensor would not be the one that a graph reads.
+            if not isinstance(group["lr"], Tensor) or group["lr"].device.type != self._device.type:
                 group["lr"] = torch.tensor(value, device=self._device)
             group["lr"].fill_(value)
             if "capturable" in group:
@@ -93,7 +98,8 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         held = recipe._replace(inputs=tuple(tensor.clone() for tensor in recipe.inputs))
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients in memory of its own
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Other threads (a loader's, DALI's) may allocate and wait meanwhile: only this one's calls are captured.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             made = self._whole_step(held)
         return _Captured(graph, list(held.inputs), made)
 

@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
+from gpu import without_waiting
 from image_loaders import STD, engine_of, eval_loader, train_loader
 
 from densenet_dist.data.augment import GEOMETRIES, Augmentation
@@ -75,9 +76,6 @@ class TestGpu:
     def test_never_waits_for_the_device(self) -> None:
         engine = engine_of("torch", device="cuda")
         train, evaluation = train_loader(engine), eval_loader(engine)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             assert len(list(train.epoch(0))) == train.steps_per_epoch
             assert len(list(evaluation)) == len(evaluation)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

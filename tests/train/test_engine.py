@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gpu import without_waiting
 from runs import job_of, notes_of, records, run_of, tiny, train, weights_of
 from torch import nn
 
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
-from densenet_dist.train.building import build_job
+from densenet_dist.train.building import _choose_kernels, build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Position
 from densenet_dist.train.context import LocalContext
 from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
@@ -334,12 +335,9 @@ def test_a_step_never_waits_for_the_device(tmp_path, settings):
     job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
     for batch in job.train_loader.epoch(0):  # kernels are chosen, the optimizer makes its state
         train_step(job, batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         for batch in job.train_loader.epoch(1):
             train_step(job, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
@@ -358,3 +356,14 @@ def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_pa
     monkeypatch.setattr("densenet_dist.train.block_choice.unavailable", lambda _: "no C++ compiler is found (c++)")
     notes = notes_of(tiny(tmp_path, "model.block=auto", "train.epochs=1"))
     assert "block: reference (no C++ compiler is found (c++))" in notes
+
+
+def test_deterministic_training_does_not_fill_memory(tmp_path):
+    config = tiny(tmp_path, "train.deterministic=true")
+    try:
+        _choose_kernels(config, LocalContext(run_of(config), torch.device("cuda")))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True

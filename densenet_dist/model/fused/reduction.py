@@ -28,7 +28,7 @@ class Reduction:
         local, square = mean.double(), var.double()
         if count == 0:  # a rank may be without images: its NaN must not count
             local, square = torch.zeros_like(local), torch.zeros_like(square)
-        sums = torch.cat([local * count, (square + local.square()) * count, local.new_tensor([count])])
+        sums = torch.cat([local * count, (square + local.square()) * count, local.new_full((1,), count)])
         dist.all_reduce(sums)
         total = sums / sums[-1]
         middle, second = total[:-1].chunk(2)
@@ -39,7 +39,7 @@ class Reduction:
         """Divide sums (2, C) over this rank's `count` values by that, or those over all ranks' by all ranks' count."""
         if not self.synchronised:
             return sums / max(count, 1)
-        flat = torch.cat([sums.double().flatten(), sums.new_tensor([count], dtype=torch.float64)])
+        flat = torch.cat([sums.double().flatten(), sums.new_full((1,), count, dtype=torch.float64)])
         dist.all_reduce(flat)
         return (flat[:-1] / flat[-1]).to(sums.dtype).view_as(sums)
 
@@ -47,6 +47,6 @@ class Reduction:
         """How many values a statistic is over, all ranks together: (1,), float64; empty where not synchronised."""
         if not self.synchronised:
             return torch.empty(0, dtype=torch.float64, device=device)
-        total = torch.tensor([values], dtype=torch.float64, device=device)
+        total = torch.full((1,), values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total
