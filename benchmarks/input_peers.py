@@ -114,14 +114,13 @@ def torchvision_batches(form: str, folder: str, batch_size: int) -> Iterator[Any
 def project_batches(kind: str, folder: str, batch_size: int) -> Iterator[Any]:
     """This project's training loader as one rank on the CPU; nothing else here knows its interface."""
     from densenet_dist.data.augment import Augmentation
-    from densenet_dist.data.engine import make_engine
+    from densenet_dist.data.engine import engine_class
     from densenet_dist.data.loader import TrainLoader
 
     data = cifar10(folder)
     loader = TrainLoader(
-        data.train,
+        engine_class(kind)(data.train, mean=data.mean, std=data.std),
         np.arange(len(data.train.labels)),
-        engine=make_engine(kind, data.train, mean=data.mean, std=data.std, threads=1),
         global_batch_size=batch_size,
         augmentation=Augmentation("notebook"),
     )

@@ -281,8 +281,7 @@ def _time_rounds(
 def _share(job: Job, whole: Batch, global_size: int) -> Batch:
     """This rank's share of a global batch."""
     count = len(range(job.context.rank, global_size, job.context.world_size))
-    targets = None if whole.targets is None else whole.targets[:count]
-    return Batch(whole.images[:count], whole.labels[:count], global_size, targets)
+    return Batch(whole.images[:count], whole.targets[:count], global_size)
 
 
 def time_steps(job: Job, batch: Batch, count: int, exchange: bool) -> float:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.dali_support import explain, require_dali
+from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import Batches, Engine, Request, upload
 from densenet_dist.data.image_files import BadImage, ImageFiles
 from densenet_dist.data.substitutes import UnreadableFiles, read_all
@@ -31,24 +32,24 @@ _READERS = 8
 
 
 class DaliEngine(Engine):
-    """Makes pixels with DALI, whose pipeline runs on its own.
+    """See the module.
 
     Raises:
-        EnvironmentProblem: DALI is not installed, or cannot work on the device.
+        EnvironmentProblem: DALI is not installed, or cannot run on the device.
     """
 
-    def __post_init__(self) -> None:
-        self.files = self.images if isinstance(self.images, ImageFiles) else None
+    def __init__(self, split: Split, **options: Any) -> None:
+        super().__init__(split, **options)
         require_dali(self.device, decoding=self.files is not None)
         self.prefetch = max(1, self.prefetch)
         self._readers = ThreadPoolExecutor(_READERS, "densenet-dist-read")
         self._resident: Any = None
-        if not isinstance(self.images, ImageFiles):
-            dense = np.ascontiguousarray(self.images)
-            self._resident = upload(dense, self.device) if self.device.type == "cuda" else dense
+        if not isinstance(split.images, ImageFiles):
+            images = np.ascontiguousarray(split.images)
+            self._resident = upload(images, self.device) if self.device.type == "cuda" else images
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
-        """As `engine.Engine.batches`: one pipeline for each loader, built when first used."""
+        """See `Engine.batches`; each loader has a pipeline of its own, built when first used."""
         return _Pipeline(self, request, largest).batches
 
     def sources(self, request: Request) -> list[Any]:

@@ -31,6 +31,11 @@ class Split:
     images: npt.NDArray[np.uint8] | ImageFiles
     labels: npt.NDArray[np.int64]
 
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.images.image_size if isinstance(self.images, ImageFiles) else int(self.images.shape[1])
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -64,8 +69,7 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Side of the square images in pixels."""
-        images = self.train.images
-        return images.image_size if isinstance(images, ImageFiles) else int(images.shape[1])
+        return self.train.image_size
 
 
 def load_dataset(

@@ -1,9 +1,8 @@
-"""What a loader asks an engine for: some rows of an epoch, with everything that is to be done to each image."""
+"""The interface between loaders and engines: a loader requests images of an epoch, an engine produces their pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -22,20 +21,16 @@ ENGINES: Final = ("torch", "dali")
 
 
 class Epoch:
-    """One epoch's images in their order: everything an engine needs to know of each, on the host and on its device.
+    """The images of one epoch in order, with everything an engine needs to know about each of them.
 
     Attributes:
-        rows: (n,) int64, places in the split.
+        rows: (n,) int64, indices into the split.
         labels: (n,) int64.
-        parameters: a row an image, in the same order.
+        parameters: of the augmentation, in the same order.
     """
 
     def __init__(
-        self,
-        rows: npt.NDArray[np.int64],
-        labels: npt.NDArray[np.int64],
-        parameters: Parameters,
-        image_size: int,
+        self, rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], parameters: Parameters, image_size: int
     ) -> None:
         self.rows, self.labels, self.parameters = rows, labels, parameters
         self._image_size = image_size
@@ -43,32 +38,32 @@ class Epoch:
 
     @cached_property
     def theta(self) -> npt.NDArray[np.float32]:
-        """The warps as torch wants them."""
+        """The warps for torch, see `augment.torch_theta`."""
         return augment.torch_theta(self.parameters.affine, self._image_size)
 
     @cached_property
     def matrix(self) -> npt.NDArray[np.float32]:
-        """The warps as DALI wants them."""
+        """The warps for DALI, see `augment.dali_matrix`."""
         return augment.dali_matrix(self.parameters.affine, self._image_size)
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """An array by its name: of this object, or of its parameters."""
+        """Return the attribute `name` of this object or of its parameters."""
         found = getattr(self, name) if hasattr(self, name) else getattr(self.parameters, name)
         assert isinstance(found, np.ndarray)
         return found
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """The same on the engine's device: one copy an epoch, not waited for."""
+        """Return the same on the engine's device; it is copied once per epoch, without waiting."""
         if name not in self._tensors:
             self._tensors[name] = upload(self.array(name), device)
         return self._tensors[name]
 
 
 class Request(NamedTuple):
-    """Some rows of an epoch, in the order in which an engine shall make them.
+    """Some images of an epoch.
 
     Attributes:
-        parts: slices, one after the other; one alone is a view, which costs nothing.
+        parts: slices of the epoch's order, one after the other; a single one costs no copy.
     """
 
     epoch: Epoch
@@ -76,42 +71,42 @@ class Request(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Images asked for."""
-        return sum(len(whole) for whole in self._ranges())
+        """Number of images."""
+        return sum(len(positions) for positions in self._ranges())
 
     def pieces(self, size: int) -> list[Request]:
-        """The same in requests of at most `size` images."""
-        cut = [whole[start : start + size] for whole in self._ranges() for start in range(0, len(whole), size)]
-        return [Request(self.epoch, (slice(few.start, few.stop, few.step),)) for few in cut]
+        """Split into requests of at most `size` images."""
+        pieces = [whole[start : start + size] for whole in self._ranges() for start in range(0, len(whole), size)]
+        return [Request(self.epoch, (slice(piece.start, piece.stop, piece.step),)) for piece in pieces]
 
     def _ranges(self) -> list[range]:
         return [range(*part.indices(len(self.epoch.rows))) for part in self.parts]
 
     @property
     def parameters(self) -> Parameters:
-        """Those of the whole epoch: what there is of them says what is to be done."""
+        """Those of the whole epoch: the ones that are not None tell what to do."""
         return self.epoch.parameters
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """The request's rows of one of the epoch's arrays."""
+        """Return the rows of `Epoch.array` that belong to this request."""
         whole = self.epoch.array(name)
-        picked = [whole[part] for part in self.parts]
-        return picked[0] if len(picked) == 1 else np.concatenate(picked)
+        parts = [whole[part] for part in self.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """The same on a device."""
+        """Return the same on a device."""
         whole = self.epoch.tensor(name, device)
-        picked = [whole[part] for part in self.parts]
-        return picked[0] if len(picked) == 1 else torch.cat(picked)
+        parts = [whole[part] for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Recipe(NamedTuple):
-    """Pixels not made yet: a pure function, on the device alone, that a CUDA graph can hold.
+    """Pixels to compute later: a pure function that runs on the device alone, so that a CUDA graph can contain it.
 
     Attributes:
-        inputs: tensors on the engine's device, whose first size is that of the request.
-        make: of those, or of others in their places: (m, 3, H, W) float32 in channels_last memory. It depends on
-            shapes only, so that one serves all requests of one size.
+        inputs: tensors on the engine's device, of as many rows as the request has images.
+        make: computes (m, 3, H, W) float32 in channels_last memory from such tensors. It depends on shapes only: one
+            function serves all requests of one size.
     """
 
     inputs: tuple[Tensor, ...]
@@ -119,85 +114,74 @@ class Recipe(NamedTuple):
 
 
 Batches: TypeAlias = Callable[[int, int], Iterator[Tensor]]
-"""The pixels of requests `first` up to `last`, not included: (m, 3, H, W) float32 in channels_last memory for each.
+"""Yields the pixels of requests `first` to `last`, exclusive: (m, 3, H, W) float32 in channels_last memory for each.
 
-Raises `UnreadableFiles` for pictures in files that have become unreadable; no batch before them is lost.
+Raises `UnreadableFiles` for image files that have become unreadable; no batch before them is lost.
 """
 
 
-@dataclass(eq=False)
 class Engine:
-    """What makes pixels of the images of one split; several loaders may share it.
+    """Produces the pixels of the images of one split; several loaders may share it.
+
+    Args:
+        mean, std: of each channel, for images in [0, 1].
+        device: where the pixels are produced.
+        prefetch: number of batches produced ahead.
+        threads: threads that decode files, or all CPU threads of DALI.
+        on_bad_image: whether image files that can no longer be read are an error, or are replaced.
 
     Attributes:
-        images: (n, H, W, 3) uint8, H = W, or pictures in files.
-        mean: of each channel, for images in [0, 1].
-        std: likewise.
-        device: where the pixels are made.
-        prefetch: batches made ahead.
-        threads: that decode files, or all of DALI's on the CPU.
-        substitutes: for pictures in files that become unreadable; None for images in memory.
+        files: the split's images if they are files, else None.
+        image_size: side of the square images in pixels.
     """
 
-    images: npt.NDArray[np.uint8] | ImageFiles
-    mean: Sequence[float]
-    std: Sequence[float]
-    device: torch.device
-    prefetch: int = 2
-    threads: int = 1
-    substitutes: Substitutes | None = None
-
-    def __post_init__(self) -> None:
-        """Bring the images to the device, or whatever else is done once."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square images in pixels."""
-        return self.images.image_size if isinstance(self.images, ImageFiles) else int(self.images.shape[1])
+    def __init__(
+        self,
+        split: Split,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+        threads: int = 1,
+        on_bad_image: Literal["error", "skip"] = "error",
+    ) -> None:
+        self.split, self.mean, self.std = split, mean, std
+        self.device, self.prefetch, self.threads = torch.device(device), prefetch, threads
+        self.files = split.images if isinstance(split.images, ImageFiles) else None
+        self.image_size = split.image_size
+        self.substitutes = Substitutes(split, on_bad_image)
 
     def recipe(self, request: Request) -> Recipe | None:
-        """The request's pixels, to be made later; None where the host has a part in it."""
+        """Return the recipe of a request's pixels; None if the host takes part in producing them."""
         return None
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
-        """What makes the pixels of one loader, which asks `request(number)` what to make; at most `largest` images."""
+        """Return the function that produces the batches of one loader.
+
+        Args:
+            request: returns the request of a number.
+            largest: the maximum size of a request.
+        """
         raise NotImplementedError
 
 
+def engine_class(name: str) -> type[Engine]:
+    """Return the engine called `name`, one of `ENGINES`. DALI is imported only if it is selected.
+
+    Its constructor raises EnvironmentProblem if DALI is not installed or cannot run on the device.
+    """
+    if name == "dali":
+        from densenet_dist.data.dali_loader import DaliEngine
+
+        return DaliEngine
+    from densenet_dist.data.torch_loader import TorchEngine
+
+    return TorchEngine
+
+
 def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """`array` as a tensor on `device`, without waiting for the copy; on a CPU it shares the memory where it can."""
-    # torch takes no negative strides and warns of memory that cannot be written: such an array is copied.
+    """Return `array` as a tensor on `device`, without waiting for the copy; on a CPU it shares the memory if it can."""
+    # torch refuses negative strides, and warns about read-only memory: such arrays are copied.
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def make_engine(
-    name: str,
-    split: Split,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
-    prefetch: int = 2,
-    threads: int = 1,
-    on_bad_image: Literal["error", "skip"] = "error",
-) -> Engine:
-    """Create the engine called `name`, one of `ENGINES`, for the images of `split`.
-
-    Args:
-        mean, std, prefetch, threads: see `Engine`.
-        device: where batches are made.
-        on_bad_image: what to do with image files that can no longer be read.
-
-    Raises:
-        EnvironmentProblem: DALI is selected, but is not installed or cannot run on the device.
-    """
-    substitutes = None
-    if isinstance(split.images, ImageFiles):
-        substitutes = Substitutes(split.images, split.labels, on_bad_image)
-    make: type[Engine]
-    if name == "dali":  # imported only when it is selected
-        from densenet_dist.data.dali_loader import DaliEngine as make
-    else:
-        from densenet_dist.data.torch_loader import TorchEngine as make
-    return make(split.images, mean, std, torch.device(device), prefetch, threads, substitutes)

@@ -1,7 +1,7 @@
-"""The batches of one rank, whichever engine makes their pixels: torch (`torch_loader`) or DALI (`dali_loader`).
+"""The batches of one rank, for training and for evaluation.
 
-A loader turns the plan into requests, numbered without end: `epoch * steps + step`. An engine turns requests into
-pixels. So no engine has a state worth saving, and a run goes on from any step.
+A loader turns the plan into requests, numbered without end: `epoch * steps + step`. An engine, torch or DALI, turns
+requests into pixels. So neither has a state to save, and a run resumes from any step.
 """
 
 from __future__ import annotations
@@ -17,40 +17,32 @@ from torch import Tensor
 
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
-from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import Batches, Engine, Epoch, Request, upload
 from densenet_dist.data.plan import BatchPlan, epoch_order
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 
 class Batch(NamedTuple):
-    """What one rank gets of one global batch.
+    """One rank's part of a global batch.
 
     Attributes:
-        images: (n, 3, H, W) float32 in channels_last memory, normalised.
-        labels: (n,) int64.
-        global_size: images of the global batch, over all ranks.
-        targets: (n, classes) float32 probabilities where images are mixed, else None: the labels are the targets.
+        images: (n, 3, H, W) float32 in channels_last memory, normalized.
+        targets: the labels, (n,) int64; probabilities, (n, classes) float32, if images are mixed.
+        global_size: number of images in the global batch, over all ranks.
     """
 
     images: Tensor
-    labels: Tensor
+    targets: Tensor
     global_size: int
-    targets: Tensor | None = None
-
-    @property
-    def aims(self) -> Tensor:
-        """What the loss is taken against: the targets where there are any, else the labels."""
-        return self.labels if self.targets is None else self.targets
 
 
 class BatchRecipe(NamedTuple):
-    """A batch not made yet: a pure function, on the device alone, that a CUDA graph can hold.
+    """A batch to compute later: a pure function that runs on the device alone, so that a CUDA graph can contain it.
 
     Attributes:
         inputs: tensors on the device.
-        make: of those, or of others in their places, the batch. It depends on shapes only, so that with one rank one
-            serves all batches of one size.
+        make: computes the batch from such tensors. It depends on shapes only: with one rank, one function serves all
+            batches of one size.
         global_size: of the batch.
     """
 
@@ -60,12 +52,12 @@ class BatchRecipe(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> BatchRecipe:
-        """Of a batch that has been made: nothing is left to do."""
+        """Wrap a batch that is already computed."""
         size = batch.global_size
-        return cls((batch.images, batch.aims), lambda images, aims: Batch(images, aims, size), size)
+        return cls((batch.images, batch.targets), lambda images, targets: Batch(images, targets, size), size)
 
     def batch(self) -> Batch:
-        """Make it."""
+        """Compute it."""
         return self.make(*self.inputs)
 
 
@@ -73,20 +65,18 @@ class TrainLoader:
     """The training batches of one rank; the global batches are the same for every world size.
 
     Args:
-        split: the data set's whole training split; augmentation is drawn by an image's place in it.
+        engine: of the whole training split; augmentation depends on an image's index into it.
         indices: (n,) int64, the images to train on.
-        engine: of that split.
-        global_batch_size: images a step over all ranks.
-        num_classes: of the data set; needed only where images are mixed.
-        world_size: at most as many ranks as the smallest global batch has images.
+        global_batch_size: images per step over all ranks.
+        num_classes: needed only if images are mixed.
+        world_size: at most the number of images in the smallest global batch.
     """
 
     def __init__(
         self,
-        split: Split,
+        engine: Engine,
         indices: npt.NDArray[np.int64],
         *,
-        engine: Engine,
         global_batch_size: int,
         augmentation: Augmentation = NO_AUGMENTATION,
         seed: int = 0,
@@ -95,31 +85,31 @@ class TrainLoader:
         world_size: int = 1,
     ) -> None:
         self._plan = BatchPlan(len(indices), global_batch_size)
-        self._split, self._indices, self._engine = split, indices, engine
+        self._engine, self._indices = engine, indices
         self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
         self._rank, self._world_size = rank, world_size
-        self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead, into the next epoch
+        self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead into the next epoch
         share = -(-(global_batch_size + -(-global_batch_size // 8)) // world_size)
         self._pixels = engine.batches(self._request, share * (2 if augmentation.mixes else 1))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch, the same on every rank."""
+        """Global batches per epoch, the same on every rank."""
         return self._plan.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from global step `start_step` on; the same ones as after skipping so many.
+        """Yield the batches of `epoch` from global step `start_step` on.
 
         Raises:
             IndexError: the epoch has fewer steps.
-            DataError: a picture in a file has become unreadable, and is not to be skipped.
+            DataError: an image file has become unreadable, and must not be replaced.
         """
         numbers = self._numbers(epoch, start_step)
-        pixels = _whatever_files_do(self._pixels, numbers, self._engine.substitutes, self._epochs.cache_clear)
+        pixels = _replace_unreadable(self._pixels, numbers, self._engine.substitutes, self._epochs.cache_clear)
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
-        """The same batches, to be made later; None where the host has a part in making them.
+        """Yield the same batches as recipes; None if the host takes part in producing them.
 
         Raises:
             IndexError: the epoch has fewer steps.
@@ -136,21 +126,11 @@ class TrainLoader:
         return range(first + start_step, first + self.steps_per_epoch)
 
     def _make_epoch(self, epoch: int) -> Epoch:
-        order = epoch_order(self._indices, self._seed, epoch)
-        files = self._engine.substitutes
-        if files is not None:
-            order = files.resolve(order)
-        parameters = augment.draw(
-            self._augmentation,
-            self._seed,
-            epoch,
-            len(self._split.labels),
-            self._engine.image_size,
-            None if files is None else files.sizes,
-        )
-        return Epoch(
-            order, self._split.labels[order], parameters.map(lambda array: array[order]), self._engine.image_size
-        )
+        engine, labels = self._engine, self._engine.split.labels
+        order = engine.substitutes.resolve(epoch_order(self._indices, self._seed, epoch))
+        sizes = None if engine.files is None else engine.files.sizes
+        parameters = augment.draw(self._augmentation, self._seed, epoch, len(labels), engine.image_size, sizes)
+        return Epoch(order, labels[order], parameters.map(lambda array: array[order]), engine.image_size)
 
     def _request(self, number: int) -> Request:
         epoch, step = divmod(number, self.steps_per_epoch)
@@ -161,37 +141,37 @@ class TrainLoader:
         return Request(self._epochs(epoch), parts)
 
     def _partner_shift(self, size: int) -> int | None:
-        """How far this rank's images are from their partners, both being its own; None where some are not.
+        """The distance from this rank's images to their partners; None if some partners belong to other ranks.
 
-        The partner of the image at place p of a global batch of n is the one at (p + n // 2) % n: the order is random
-        already, so any fixed pairing is, and half a batch away it is mostly one of the same rank's.
+        The partner of image p of a global batch of n is image (p + n // 2) % n. The order is random, so any fixed
+        pairing is too; half a batch away, the partner mostly belongs to the same rank.
         """
         half, uneven = divmod(size // 2, self._world_size)
         return None if uneven or size % self._world_size else half
 
     def _partners(self, start: int, stop: int) -> tuple[slice, slice]:
-        """The places of the partners of this rank's images, in their order."""
+        """The positions of the partners of this rank's images, in order."""
         size, step, half = stop - start, self._world_size, (stop - start) // 2
         wrapped = self._rank + -(-max(0, size - half - self._rank) // step) * step  # the first image past the end
         return slice(start + self._rank + half, stop, step), slice(start + wrapped + half - size, start + half, step)
 
     def _batch(self, number: int, images: Tensor) -> Batch:
-        return self._mixed(self._global_size(number), images, *self._beside(number))
+        return self._mixed(self._global_size(number), images, *self._labels_and_mixing(number))
 
     def _recipe(self, number: int) -> BatchRecipe:
-        pixels, beside = self._engine.recipe(self._request(number)), self._beside(number)
-        assert pixels is not None  # as of the epoch's first batch
+        pixels, rest = self._engine.recipe(self._request(number)), self._labels_and_mixing(number)
+        assert pixels is not None  # the epoch's first batch has one
         make, count, size = pixels.make, len(pixels.inputs), self._global_size(number)
         return BatchRecipe(
-            (*pixels.inputs, *beside), lambda *inputs: self._mixed(size, make(*inputs[:count]), *inputs[count:]), size
+            (*pixels.inputs, *rest), lambda *inputs: self._mixed(size, make(*inputs[:count]), *inputs[count:]), size
         )
 
     def _global_size(self, number: int) -> int:
         start, stop = self._plan.bounds(number % self.steps_per_epoch)
         return stop - start
 
-    def _beside(self, number: int) -> tuple[Tensor, ...]:
-        """What a batch needs besides pixels: labels, and where images are mixed how, of this rank's own."""
+    def _labels_and_mixing(self, number: int) -> tuple[Tensor, ...]:
+        """The labels, and if images are mixed, the parameters of that for this rank's images."""
         request, device = self._request(number), self._engine.device
         labels = request.tensor("labels", device)
         if not self._augmentation.mixes:
@@ -199,55 +179,55 @@ class TrainLoader:
         own = Request(request.epoch, request.parts[:1])
         return labels, *(own.tensor(name, device) for name in ("blend", "box", "own"))
 
-    def _mixed(self, global_size: int, images: Tensor, labels: Tensor, *how: Tensor) -> Batch:
-        if not how:
+    def _mixed(self, global_size: int, images: Tensor, labels: Tensor, *mixing: Tensor) -> Batch:
+        if not mixing:
             return Batch(images, labels, global_size)
-        blend, box, share = how
+        blend, box, share = mixing
         shift = self._partner_shift(global_size)
         if shift is not None:
-            partners, others = images.roll(-shift, 0), labels.roll(-shift, 0)
+            partners, partner_labels = images.roll(-shift, 0), labels.roll(-shift, 0)
         else:
             count = len(blend)
-            (images, partners), (labels, others) = ((both[:count], both[count:]) for both in (images, labels))
-        targets = torch_ops.mixed_targets(labels, others, share, self._num_classes)
-        return Batch(torch_ops.mix(images, partners, blend, box), labels, global_size, targets)
+            images, partners = images[:count], images[count:]
+            labels, partner_labels = labels[:count], labels[count:]
+        targets = torch_ops.mixed_targets(labels, partner_labels, share, self._num_classes)
+        return Batch(torch_ops.mix(images, partners, blend, box), targets, global_size)
 
 
 class EvalLoader:
-    """Batches of one rank for evaluation: over all ranks every image once, in order, none augmented.
+    """The evaluation batches of one rank: over all ranks every image once, in order, without augmentation.
 
-    Rank r of w takes `[r::w]` of each stretch of `batch_size * w` images. At the end there may be nothing left for a
-    rank, which then has one batch fewer than others: no batch is empty.
+    Rank r of w takes `[r::w]` of each `batch_size * w` images. At the end a rank may have no image left: it then has
+    one batch fewer than others, since no batch is empty.
 
     Args:
-        split: the split to read from.
-        indices: (n,) int64, the images to evaluate, in this order.
-        engine: of that split.
-        batch_size: images a step on this rank.
+        engine: of the split to evaluate.
+        indices: (n,) int64, the images to evaluate, in this order; by default all of them.
+        batch_size: images per step on this rank.
         geometry: that of training, see `augment.evaluation_parameters`.
 
     Attributes:
-        places: (n,) int64, the places in the split of the images of the batch given last.
+        batch_indices: (n,) int64, indices into the split of the images of the last batch.
     """
 
     def __init__(
         self,
-        split: Split,
-        indices: npt.NDArray[np.int64],
-        *,
         engine: Engine,
+        indices: npt.NDArray[np.int64] | None = None,
+        *,
         batch_size: int,
         geometry: str = "none",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._split, self._indices, self._engine, self._geometry = split, indices, engine, geometry
+        self._indices = np.arange(len(engine.split.labels)) if indices is None else indices
+        self._engine, self._geometry = engine, geometry
         self._stride = batch_size * world_size
         self._rank, self._world_size = rank, world_size
-        self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead, into the next epoch
+        self._epoch = lru_cache(maxsize=1)(self._make_epoch)
         self._pixels = engine.batches(self._request, batch_size)
         self._passes = 0
-        self.places = indices[:0]
+        self.batch_indices = self._indices[:0]
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -257,25 +237,21 @@ class EvalLoader:
         first = self._passes * len(self)
         self._passes += 1
         numbers = range(first, first + len(self))
-        files = self._engine.substitutes
-        pixels = _whatever_files_do(self._pixels, numbers, files, self._epochs.cache_clear)
+        substitutes = self._engine.substitutes
+        pixels = _replace_unreadable(self._pixels, numbers, substitutes, self._epoch.cache_clear)
         for number, images in zip(numbers, pixels, strict=True):
             start, stop = self._bounds(number)
-            batch = Batch(images, self._request(number).tensor("labels", self._engine.device), stop - start)
-            self.places = self._indices[start + self._rank : stop : self._world_size]
-            if files is not None and len(files.unreadable):
-                batch = self._readable(batch, files)
-            if len(batch.labels):
+            labels = self._request(number).tensor("labels", self._engine.device)
+            self.batch_indices = self._indices[start + self._rank : stop : self._world_size]
+            batch = self._without_unreadable(Batch(images, labels, stop - start))
+            if len(batch.targets):
                 yield batch
 
-    def _make_epoch(self, epoch: int) -> Epoch:
-        files, rows = self._engine.substitutes, self._indices
-        sizes = None
-        if files is not None:
-            rows = files.resolve(rows)
-            sizes = files.sizes[rows]
+    def _make_epoch(self) -> Epoch:
+        engine, rows = self._engine, self._engine.substitutes.resolve(self._indices)
+        sizes = None if engine.files is None else engine.files.sizes[rows]
         parameters = augment.evaluation_parameters(self._geometry, sizes)
-        return Epoch(rows, self._split.labels[self._indices], parameters, self._engine.image_size)
+        return Epoch(rows, engine.split.labels[self._indices], parameters, engine.image_size)
 
     def _bounds(self, number: int) -> tuple[int, int]:
         start = number % len(self) * self._stride
@@ -283,30 +259,30 @@ class EvalLoader:
 
     def _request(self, number: int) -> Request:
         start, stop = self._bounds(number)
-        return Request(self._epochs(0), (slice(start + self._rank, stop, self._world_size),))
+        return Request(self._epoch(), (slice(start + self._rank, stop, self._world_size),))
 
-    def _readable(self, batch: Batch, files: Substitutes) -> Batch:
-        """The batch without what stands in for unreadable pictures: they are not counted, nor is another instead."""
-        kept = np.flatnonzero([place not in files.unreadable for place in self.places.tolist()])
-        if len(kept) == len(self.places):
+    def _without_unreadable(self, batch: Batch) -> Batch:
+        """The batch without the substitutes: images that cannot be read are not evaluated, nor are others instead."""
+        unreadable = self._engine.substitutes.unreadable
+        if not unreadable:
             return batch
-        self.places = self.places[kept]
+        kept = np.flatnonzero([row not in unreadable for row in self.batch_indices.tolist()])
+        self.batch_indices = self.batch_indices[kept]
         rows = upload(kept, self._engine.device)
         images = batch.images.index_select(0, rows).contiguous(memory_format=torch.channels_last)
-        return Batch(images, batch.labels.index_select(0, rows), batch.global_size)
+        return Batch(images, batch.targets.index_select(0, rows), batch.global_size)
 
 
-def _whatever_files_do(
-    make: Batches, numbers: range, files: Substitutes | None, replan: Callable[[], None]
+def _replace_unreadable(
+    batches: Batches, numbers: range, substitutes: Substitutes, replan: Callable[[], None]
 ) -> Iterator[Tensor]:
-    """The pixels of requests `numbers`; where files turn out to be unreadable, others stand in for them, if allowed."""
+    """Yield the pixels of requests `numbers`; if files turn out to be unreadable, replace them and continue."""
     done = numbers.start
     while done < numbers.stop:
         try:
-            for images in make(done, numbers.stop):
+            for images in batches(done, numbers.stop):
                 done += 1
                 yield images
         except UnreadableFiles as error:
-            assert files is not None
-            files.exclude(error.reasons)
+            substitutes.exclude(error.reasons)
             replan()

@@ -49,7 +49,7 @@ def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, w
     synchronize(device)
     started, worked = time.perf_counter(), time.process_time()
     for count, batch in enumerate(batches, start=1):
-        images += len(batch.labels)
+        images += len(batch.targets)
         if device.type == "cuda" and count % 16 == 0:
             synchronize(device)  # its queue would run ahead of the clock
         if time.perf_counter() - started > seconds:

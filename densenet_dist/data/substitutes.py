@@ -1,4 +1,4 @@
-"""Pictures in files that have become unreadable since they were verified, and which others stand in for them."""
+"""Image files that have become unreadable during a run, and the images that replace them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from densenet_dist.data.datasets import Split
 from densenet_dist.data.image_files import BadImage, ImageFiles
 from densenet_dist.errors import DataError
 
 
 class UnreadableFiles(Exception):
-    """Pictures could not be read.
+    """Some image files cannot be read.
 
     Attributes:
-        reasons: in plain words, by place in the split.
+        reasons: the reason for each, by index into the split.
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
@@ -25,78 +26,80 @@ class UnreadableFiles(Exception):
 
 
 def read_all(rows: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
-    """What `read(place, row)` gives for each row and its place in `rows`; `map` may use threads.
+    """Return `read(position, row)` for each of `rows` at its position; `map` may use threads.
 
     Raises:
-        UnreadableFiles: naming all for which it raises BadImage.
+        UnreadableFiles: all those for which `read` raises BadImage.
     """
     reasons: dict[int, str] = {}
 
-    def one(place: int, row: int) -> Any:
+    def read_one(position: int, row: int) -> Any:
         try:
-            return read(place, row)
+            return read(position, row)
         except BadImage as error:
             reasons[row] = str(error)
 
-    found = list(map(one, range(len(rows)), rows))
+    found = list(map(read_one, range(len(rows)), rows))
     if reasons:
         raise UnreadableFiles(reasons)
     return found
 
 
 class Substitutes:
-    """Which pictures of a split cannot be read any more, and what is shown in their place.
+    """The image files of a split that can no longer be read, and what replaces them.
 
-    The next readable picture of the same class stands in for one that is not, so batches keep their sizes on every
-    rank and the labels stay true.
+    The next readable image of the same class does: batch sizes stay the same on every rank, and labels stay correct.
 
     Args:
-        files: the pictures of the split.
-        labels: (n,) int64, their classes.
-        policy: skip lets others stand in; error does not.
+        policy: skip replaces images; error raises.
 
     Attributes:
-        sizes: (n, 2) int64, width and height of the pictures.
-        unreadable: the reasons, by place in the split.
+        unreadable: the reasons, by index into the split; always empty for images in memory.
     """
 
-    def __init__(self, files: ImageFiles, labels: npt.NDArray[np.int64], policy: Literal["error", "skip"]) -> None:
-        self._files, self._labels, self._policy = files, labels, policy
-        self.sizes = files.sizes
+    def __init__(self, split: Split, policy: Literal["error", "skip"]) -> None:
+        self._split, self._policy = split, policy
         self.unreadable: dict[int, str] = {}
-        self._told = 0
+        self._reported = 0
 
     def exclude(self, reasons: Mapping[int, str]) -> None:
-        """Take pictures out.
+        """Add unreadable images.
 
         Raises:
-            DataError: naming them, where the policy is error, or where nothing is left of a class.
+            DataError: naming them, if the policy is error, or if no image of a class is left.
         """
-        lines = [f"{self._files.path(row)}: {reason}" for row, reason in reasons.items()]
+        lines = "\n  ".join(self._lines(reasons))
         if self._policy == "error":
             raise DataError(
-                "pictures that were sound when the run started can no longer be read:\n  "
-                + "\n  ".join(lines)
-                + "\n  put them back and resume the run, or go on without them: data.on_bad_image=skip"
+                f"pictures that were sound when the run started can no longer be read:\n  {lines}\n"
+                "  put them back and resume the run, or continue without them: data.on_bad_image=skip"
             )
         self.unreadable.update(reasons)
-        for label in {int(self._labels[row]) for row in reasons}:
-            if all(int(row) in self.unreadable for row in np.flatnonzero(self._labels == label)):
-                raise DataError(f"no picture of class {label} can be read any more:\n  " + "\n  ".join(lines))
+        labels = self._split.labels
+        for label in {int(labels[row]) for row in reasons}:
+            if self.unreadable.keys() >= set(np.flatnonzero(labels == label).tolist()):
+                raise DataError(f"no picture of class {label} can be read any more:\n  {lines}")
 
     def resolve(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """`rows` (n,) with unreadable pictures replaced."""
+        """Return `rows` (n,) with unreadable images replaced."""
         if not self.unreadable:
             return rows
-        table = np.arange(len(self._labels))
+        labels = self._split.labels
+        table = np.arange(len(labels))
         for row in self.unreadable:
-            same = np.flatnonzero(self._labels == self._labels[row])
-            later = np.roll(same, -int(np.searchsorted(same, row)) - 1)
+            same_class = np.flatnonzero(labels == labels[row])
+            later = np.roll(same_class, -int(np.searchsorted(same_class, row)) - 1)
             table[row] = next(other for other in later.tolist() if other not in self.unreadable)
         return table[rows]
 
     def news(self) -> list[str]:
-        """What was taken out since this was last asked, a line each."""
-        lines = [f"{self._files.path(row)}: {reason}" for row, reason in list(self.unreadable.items())[self._told :]]
-        self._told = len(self.unreadable)
+        """Return the images that became unreadable since the last call, one line each."""
+        lines = self._lines(self.unreadable)[self._reported :]
+        self._reported = len(self.unreadable)
         return lines
+
+    def _lines(self, reasons: Mapping[int, str]) -> list[str]:
+        files = self._split.images
+        if not isinstance(files, ImageFiles):
+            return []
+        return [f"{files.path(row)}: {reason}" for row, reason in reasons.items()]

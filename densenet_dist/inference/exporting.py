@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.engine import make_engine
+from densenet_dist.data.engine import engine_class
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, StorageError, storage_errors
 from densenet_dist.inference.classifier import SUFFIXES, open_exported
@@ -140,13 +140,13 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
     count = len(test.labels) if header.precision == "bf16" else min(len(test.labels), _COMPARED)
     indices = np.arange(count) * len(test.labels) // count
     # Images as evaluation shows them, but not normalised: grey levels, 0 to 255.
-    engine = make_engine(
-        "torch", test, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
+    engine = engine_class("torch")(
+        test, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
         on_bad_image=trained.config.data.on_bad_image,
     )  # fmt: skip
-    loader = EvalLoader(test, indices, engine=engine, batch_size=_BATCH, geometry=trained.config.data.augment)
+    loader = EvalLoader(engine, indices, batch_size=_BATCH, geometry=trained.config.data.augment)
     with torch.no_grad():
-        batches = [(trained.network(batch.images), run(batch.images), batch.labels) for batch in loader]
+        batches = [(trained.network(batch.images), run(batch.images), batch.targets) for batch in loader]
     wanted, found, labels = map(torch.cat, zip(*batches, strict=True))
     first, exported_first = wanted.argmax(1), found.argmax(1)
 

@@ -69,7 +69,7 @@ def build_job(config: Config, context: RunContext, dataset: Dataset | None = Non
         loader=loader,
         engine=engine,
         train_loader=batches,
-        val_loader=eval_loader(config, context, dataset.train, engine, val_indices) if len(val_indices) else None,
+        val_loader=eval_loader(config, context, engine, val_indices) if len(val_indices) else None,
         num_images=(len(train_indices), len(val_indices)),
         store=store,
     )

@@ -159,7 +159,7 @@ def _step_in_parts(job: Job, batch: Batch) -> None:
     """Forward, backward and the optimizer's step; the parts (``grad_accum_steps``) add up to the whole."""
     parts = min(job.config.train.grad_accum_steps, batch.global_size // job.context.world_size)
     scale = job.context.world_size / batch.global_size
-    pieces = zip(batch.images.tensor_split(parts), batch.aims.tensor_split(parts), strict=True)
+    pieces = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
     for number, (images, aims) in enumerate(pieces, start=1):
         with no_sync(job.forward) if number < parts else nullcontext():
             loss, logits = job.forward_backward(images, aims, scale)
@@ -198,7 +198,7 @@ def evaluate_model(
     for batch in batches:
         with autocast(device, precision):
             logits = model(batch.images)
-        metrics.update(F.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch.labels)
+        metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
         if on_batch is not None:
             on_batch(logits, batch)
     totals = metrics.compute()
@@ -224,11 +224,11 @@ def evaluate_test_set(
     Returns:
         The same on every rank, but rank 0 alone has the images of the mistakes.
     """
-    loader = eval_loader(config, context, dataset.test, engine)
+    loader = eval_loader(config, context, engine)
     accumulator = ResultsAccumulator(dataset.num_classes)
 
     def add(logits: Tensor, batch: Batch) -> None:
-        accumulator.update(logits, batch.labels, loader.places)
+        accumulator.update(logits, batch.targets, loader.batch_indices)
 
     metrics = evaluate_model(model, watch(loader), context.device, config.train.precision, add)
     accumulator.reduce(context.device)
@@ -338,7 +338,7 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
 
 def _tell_of_lost_files(job: Job) -> None:
     """Say which pictures could not be read any more in this epoch, on any rank. A collective call."""
-    if job.engine.substitutes is None:
+    if job.engine.files is None:
         return
     news = job.engine.substitutes.news()
     found: list[Any] = [news]

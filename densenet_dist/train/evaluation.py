@@ -82,7 +82,7 @@ class Evaluation:
 
     def loader(self) -> EvalLoader:
         """Batches of the images, unaugmented."""
-        return eval_loader(self.config, self.context, self.split, self.engine, self.indices)
+        return eval_loader(self.config, self.context, self.engine, self.indices)
 
 
 def load_test_results(

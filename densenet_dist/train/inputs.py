@@ -11,7 +11,7 @@ import torch
 
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Dataset, Split, load_dataset
-from densenet_dist.data.engine import Engine, make_engine
+from densenet_dist.data.engine import Engine, engine_class
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
@@ -87,8 +87,7 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
         EnvironmentProblem: `loader` is dali, and DALI cannot work here.
     """
     mean, std = normalisation(config, dataset)
-    return make_engine(
-        loader,
+    return engine_class(loader)(
         split,
         mean=mean,
         std=std,
@@ -108,9 +107,8 @@ def train_loader(
         data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
     )
     return TrainLoader(
-        dataset.train,
+        engine,
         indices,
-        engine=engine,
         global_batch_size=config.train.global_batch_size,
         augmentation=augmentation,
         seed=config.seed,
@@ -120,14 +118,11 @@ def train_loader(
     )
 
 
-def eval_loader(
-    config: Config, context: RunContext, split: Split, engine: Engine, indices: Indices | None = None
-) -> EvalLoader:
-    """The loader that shows every image of `split` (or those at `indices`) once over all ranks, unaugmented."""
+def eval_loader(config: Config, context: RunContext, engine: Engine, indices: Indices | None = None) -> EvalLoader:
+    """Return the loader of all images of the engine's split, or of those at `indices`, without augmentation."""
     return EvalLoader(
-        split,
-        np.arange(len(split.labels)) if indices is None else indices,
-        engine=engine,
+        engine,
+        indices,
         batch_size=config.train.eval_batch_size,
         geometry=config.data.augment,
         rank=context.rank,

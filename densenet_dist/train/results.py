@@ -219,13 +219,13 @@ def add_images(results: TestResults, config: Config, dataset: Dataset, engine: E
     """
     indices = np.array([mistake.index for mistake in results.mistakes], dtype=np.int64)
     size, geometry = config.train.eval_batch_size, config.data.augment
-    loader = EvalLoader(dataset.test, indices, engine=engine, batch_size=size, geometry=geometry)
+    loader = EvalLoader(engine, indices, batch_size=size, geometry=geometry)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(config, dataset))
     images: dict[int, bytes] = {}
     for batch in loader if len(indices) else ():
         pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         pngs = [_png(image.numpy()) for image in pixels.permute(0, 2, 3, 1)]
-        images |= dict(zip(loader.places.tolist(), pngs, strict=True))
+        images |= dict(zip(loader.batch_indices.tolist(), pngs, strict=True))
     mistakes = tuple(replace(mistake, png=images.get(mistake.index)) for mistake in results.mistakes)
     return replace(results, mistakes=mistakes)
 

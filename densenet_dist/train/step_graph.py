@@ -105,4 +105,4 @@ class StepGraph:
 
     def _whole_step(self, recipe: BatchRecipe) -> Made:
         batch = recipe.batch()
-        return Made(*self._step(batch.images, batch.aims), batch.aims)
+        return Made(*self._step(batch.images, batch.targets), batch.targets)

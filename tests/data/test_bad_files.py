@@ -93,7 +93,7 @@ def assert_epoch(
     """An epoch as it was without bad pictures, to the bit, but for their stand-ins; `seen` may yet be themselves."""
     assert [batch.global_size for batch in found] == [batch.global_size for batch in undisturbed]
     assert [len(batch.images) for batch in found] == [len(batch.images) for batch in undisturbed]
-    assert torch.equal(*(torch.cat([batch.labels for batch in of]) for of in (found, undisturbed)))
+    assert torch.equal(*(torch.cat([batch.targets for batch in of]) for of in (found, undisturbed)))
     images, genuine = images_of(found), images_of(undisturbed)
     for place, row in enumerate(order):
         shown = genuine[order.index(stand_in(row, bad))] if row in bad else genuine[place]
@@ -110,7 +110,6 @@ class TestTraining:
         engine = engine_of(kind, split)
         loader = train_loader(engine, split)
         assert_epoch(list(loader.epoch(0)), undisturbed, order, bad)
-        assert engine.substitutes is not None
         assert sorted(engine.substitutes.unreadable) == sorted(bad)
         news = engine.substitutes.news()
         assert len(news) == len(bad)
@@ -133,7 +132,6 @@ class TestTraining:
         ahead = 2 * BATCH + (prefetch + 1) * BATCH
         # Nobody opens the first any more, so it stands in as its genuine self for nobody either.
         known = [row for row in bad[1:] if order.index(row) >= ahead]
-        assert engine.substitutes is not None
         assert set(known) <= set(engine.substitutes.unreadable) <= set(bad)
         assert_epoch(found, undisturbed, order, sorted(engine.substitutes.unreadable), seen=order[:ahead])
 
@@ -145,15 +143,7 @@ class TestTraining:
         whole = list(train_loader(engine_of(kind, split), split, MIXED).epoch(0))
         for rank in range(world_size):
             share = slice(rank, None, world_size)
-            expected = [
-                Batch(
-                    batch.images[share],
-                    batch.labels[share],
-                    batch.global_size,
-                    None if batch.targets is None else batch.targets[share],
-                )
-                for batch in whole
-            ]
+            expected = [Batch(batch.images[share], batch.targets[share], batch.global_size) for batch in whole]
             loader = train_loader(engine_of(kind, split), split, MIXED, rank=rank, world_size=world_size)
             assert_same(loader.epoch(0), expected)
 
@@ -171,36 +161,34 @@ class TestEvaluation:
     @pytest.mark.parametrize(("batch", "world_size"), [(6, 1), (5, 3)])
     def test_every_other_image_once(self, kind: str, split: Split, batch: int, world_size: int) -> None:
         genuine = images_of(list(eval_loader(engine_of(kind, split), split, batch=BATCH)))
-        numbers = Split(split.images, np.arange(COUNT))
-        classes = Split(split.images, split.labels)
         bad = [0, 1, 17, 18, 19, 20, 21, 22, 23, 41]  # a whole batch among them
         for row, harm in zip(bad, [*HARMS] * 3, strict=False):
             harm(path_of(split, row))
         expected = [row for row in range(COUNT) if row not in bad]
         found: list[int] = []
         for rank in range(world_size):
-            engine = engine_of(kind, classes)
-            # Labels that tell which image it is, beside an engine that knows the classes.
-            for part in eval_loader(engine, numbers, batch=batch, rank=rank, world_size=world_size):
-                assert 0 < len(part.images) == len(part.labels) <= batch
-                assert torch.equal(part.images, genuine[part.labels])
+            loader = eval_loader(engine_of(kind, split), split, batch=batch, rank=rank, world_size=world_size)
+            for part in loader:
+                rows = loader.batch_indices.tolist()
+                assert 0 < len(part.images) == len(rows) <= batch
+                assert torch.equal(part.images, genuine[rows])
+                assert part.targets.tolist() == split.labels[rows].tolist()
                 assert part.images.is_contiguous(memory_format=torch.channels_last)
-                found += part.labels.tolist()
+                found += rows
         assert sorted(found) == expected
 
     def test_again_and_again(self, kind: str, split: Split) -> None:
         """Each pass leaves out what cannot be read by then, also where it became so between or amid passes."""
         engine = engine_of(kind, split)
         loader = eval_loader(engine, split, batch=BATCH)
-        assert [len(batch.labels) for batch in loader] == [BATCH] * 7
+        assert [len(batch.targets) for batch in loader] == [BATCH] * 7
         path_of(split, 7).unlink()
-        assert [len(batch.labels) for batch in loader] == [6, 5, 6, 6, 6, 6, 6]
+        assert [len(batch.targets) for batch in loader] == [6, 5, 6, 6, 6, 6, 6]
         batches = iter(loader)
         next(batches)
         path_of(split, 41).unlink()
-        assert [len(batch.labels) for batch in batches] == [5, 6, 6, 6, 6, 5]
-        assert [len(batch.labels) for batch in loader] == [6, 5, 6, 6, 6, 6, 5]
-        assert engine.substitutes is not None
+        assert [len(batch.targets) for batch in batches] == [5, 6, 6, 6, 6, 5]
+        assert [len(batch.targets) for batch in loader] == [6, 5, 6, 6, 6, 6, 5]
         assert len(engine.substitutes.news()) == 2
 
 

@@ -53,8 +53,7 @@ def joined(ranks: list[list[Batch]]) -> Iterator[Batch]:
                 out[rank :: len(parts)] = piece
             return out
 
-        targets = None if parts[0].targets is None else whole("targets")
-        yield Batch(whole("images"), whole("labels"), size, targets)
+        yield Batch(whole("images"), whole("targets"), size)
 
 
 class TestBatch:
@@ -68,7 +67,7 @@ class TestBatch:
                 batch.images.zero_()
         for batch in eval_loader(kind, split):
             batch.images.zero_()
-            batch.labels.zero_()
+            batch.targets.zero_()
         assert np.array_equal(split.images, before)
 
     def test_threads_prefetch_and_autocast_leave_bits_alone(self, kind: str, pictures: Split) -> None:
@@ -86,8 +85,7 @@ class TestBatch:
         copies: list[Batch] = []
         for batch in (batch for epoch in range(3) for batch in loader.epoch(epoch)):
             kept.append(batch)
-            targets = None if batch.targets is None else batch.targets.clone()
-            copies.append(Batch(batch.images.clone(), batch.labels.clone(), batch.global_size, targets))
+            copies.append(Batch(batch.images.clone(), batch.targets.clone(), batch.global_size))
         assert_same(kept, copies)
         del loader
         assert_same(kept, copies)
@@ -101,7 +99,7 @@ class TestTrainLoader:
         for epoch in range(2):
             batches = list(loader.epoch(epoch))
             assert len(batches) == loader.steps_per_epoch
-            assert sorted(torch.cat([found.labels for found in batches]).tolist()) == list(range(count))
+            assert sorted(torch.cat([found.targets for found in batches]).tolist()) == list(range(count))
             assert [len(found.images) for found in batches] == [found.global_size for found in batches]
 
     @pytest.mark.parametrize("world_size", [2, 3])
@@ -177,10 +175,8 @@ class TestMixing:
         )
         for mixed, single in batches:
             size = mixed.global_size
-            assert torch.equal(mixed.labels, single.labels)
-            assert mixed.targets is not None
             targets = np.zeros((size, 203))
-            for place, row in enumerate(single.labels.tolist()):
+            for place, row in enumerate(single.targets.tolist()):
                 partner = (place + size // 2) % size
                 left, top, right, bottom = drawn.box[row]
                 inside = ((columns >= left) & (columns < right)) & ((columns >= top) & (columns < bottom))[:, None]
@@ -188,7 +184,7 @@ class TestMixing:
                 own, other = single.images[place].numpy(), single.images[partner].numpy()
                 np.testing.assert_allclose(mixed.images[place].numpy(), share * own + (1 - share) * other, atol=1e-5)
                 targets[place, row] += drawn.own[row]
-                targets[place, int(single.labels[partner])] += 1 - drawn.own[row]
+                targets[place, int(single.targets[partner])] += 1 - drawn.own[row]
             np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
             np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
             assert (mixed.targets >= 0.0).all()
@@ -217,14 +213,14 @@ class TestEvalLoader:
         split = numbered(count)
         loaders = [eval_loader(kind, split, batch=batch, rank=r, world_size=world_size) for r in range(world_size)]
         ranks = [list(loader) for loader in loaders]
-        assert sorted(label for rank in ranks for part in rank for label in part.labels.tolist()) == list(range(count))
+        assert sorted(label for rank in ranks for part in rank for label in part.targets.tolist()) == list(range(count))
         assert [len(rank) for rank in ranks] == [len(loader) for loader in loaders]
         expected = (split.images / 255.0 - MEAN) / STD
         for part in (part for rank in ranks for part in rank):
-            assert 0 < len(part.labels) == len(part.images) <= batch
-            assert part.labels.tolist() == sorted(part.labels.tolist())
+            assert 0 < len(part.targets) == len(part.images) <= batch
+            assert part.targets.tolist() == sorted(part.targets.tolist())
             found = part.images.permute(0, 2, 3, 1).numpy()
-            np.testing.assert_allclose(found, expected[part.labels.numpy()], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(found, expected[part.targets.numpy()], rtol=0, atol=1e-6)
         for step, part in enumerate(ranks[0]):
-            shares = [rank[step].labels for rank in ranks if step < len(rank)]
+            shares = [rank[step].targets for rank in ranks if step < len(rank)]
             assert part.global_size == sum(len(share) for share in shares)

@@ -70,7 +70,7 @@ class TestGpu:
         found = list(train_loader("torch", augmentation=Augmentation(augmentation), device="cuda").epoch(0))
         for one, other in zip(found, expected, strict=True):
             assert one.images.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(one.labels.cpu(), other.labels)
+            assert torch.equal(one.targets.cpu(), other.targets)
             assert (one.images.cpu() - other.images).abs().max() < 0.01 / 255 / min(STD)
 
     def test_never_waits_for_the_device(self) -> None:

@@ -65,7 +65,7 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     model = build_model(config.model, 10, 32, config.seed).to(memory_format=torch.contiguous_format)
     assert_close(dict(model.state_dict()), state(job_of(config)), 0)
     optimizer, losses, hits, clipped = PLAIN[name](model.parameters()), [], [], 0
-    for step, (images, labels, size, _) in enumerate(job_of(config).train_loader.epoch(0)):
+    for step, (images, labels, size) in enumerate(job_of(config).train_loader.epoch(0)):
         optimizer.param_groups[0]["lr"] = job.course.lr(step)
         log_probabilities = model(images.contiguous()).log_softmax(1)
         of_label = log_probabilities[torch.arange(size), labels]
