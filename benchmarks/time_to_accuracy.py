@@ -29,7 +29,7 @@ from densenet_dist.cli.options import write_json
 from densenet_dist.cluster.launch import prepare_data
 from densenet_dist.config import load_config, to_dict
 from densenet_dist.errors import ConfigError
-from densenet_dist.report.groups import interval
+from densenet_dist.report.comparison import interval
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.building import build_job

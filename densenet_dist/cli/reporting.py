@@ -45,7 +45,7 @@ def report(
     densenet-dist report s3://bucket/runs/k24    (the page goes there)
     densenet-dist report runs/seed0 runs/seed1 runs/k24 --out compared.html
     """
-    from densenet_dist.report.writing import write_report
+    from densenet_dist.report.page import write_report
     from densenet_dist.run_folder import PAGE_FILE
 
     if out is not None and "://" in out:

@@ -88,7 +88,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
 
 
 def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
-    from densenet_dist.report import report_at_end
+    from densenet_dist.report.page import report_at_end
 
     problem = report_at_end(run)
     if problem is not None:

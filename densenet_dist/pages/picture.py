@@ -1,23 +1,20 @@
-"""A figure that a notebook shows by itself; imports matplotlib, so it is imported by what draws."""
+"""A figure that notebooks display. It imports matplotlib, which takes almost a second: import it where you draw."""
 
 from __future__ import annotations
 
 import io
-from typing import Final
 
 from matplotlib.figure import Figure
 
-_SHOWN_DPI: Final = 80
-
 
 class Picture(Figure):
-    """A matplotlib figure without pyplot, and so without its backend, its list of figures, and its window.
+    """A matplotlib figure without pyplot, its backend and its windows.
 
-    In a notebook the last line of a cell shows it; ``savefig`` writes it to a file, as it does any figure.
+    A notebook displays it at the end of a cell; ``savefig`` writes it to a file.
     """
 
     def _repr_png_(self) -> bytes:
-        """What IPython shows."""
+        """What IPython displays."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=_SHOWN_DPI)
+        self.savefig(buffer, format="png", dpi=80)
         return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this module; a page needs nothing but itself."""
+"""Render self-contained HTML pages from the templates beside this module."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SPACE = "\N{NO-BREAK SPACE}"
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of a page; whatever text the values hold is escaped.
+    """Render a page; all text in the values is escaped.
 
     Args:
-        template: its file's name.
-        values: what the template names; a missing one is an error.
+        template: file name.
+        values: the template's variables; a missing one is an error.
     """
     return _environment().get_template(template).render(values)
 
@@ -45,7 +45,7 @@ def _environment() -> Environment:
 
 
 def printable(value: Any) -> Any:
-    """Text with U+FFFD for what cannot be shown, such as control characters; HTML and anything else as it is."""
+    """Replace control characters and the like in text by U+FFFD; return HTML and other types unchanged."""
     if not isinstance(value, str) or hasattr(value, "__html__") or value.isprintable():
         return value
     return "".join(
@@ -54,21 +54,21 @@ def printable(value: Any) -> Any:
 
 
 def escape(text: str) -> str:
-    """Text for HTML outside of a template, whatever it holds."""
+    """Escape text for HTML outside of a template."""
     return html.escape(printable(text))
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] in per cent."""
+    """Format a share in [0, 1] in per cent."""
     return f"{share * 100:.2f}{_SPACE}%"
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit that suits a time, and its length in seconds."""
+    """Choose a unit for a duration; return its name and its length in seconds."""
     return ("h", 3600.0) if seconds > 3 * 3600 else ("min", 60.0) if seconds > 600 else ("s", 1.0)
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Format a duration in a suitable unit."""
     unit, divisor = time_unit(seconds)
     return f"{seconds / divisor:,.1f}{_SPACE}{unit}"

@@ -1,5 +1,1 @@
-"""What a run looks like: its page, and pictures beside it."""
-
-from densenet_dist.report.writing import report_at_end, write_report
-
-__all__ = ["report_at_end", "write_report"]
+"""Reports of runs: HTML pages and figures."""

@@ -1,145 +1,216 @@
-"""The page of several runs: side by side, and where they differ in their seed alone, with means and intervals."""
+"""The page that compares runs: runs that differ only in their seed form a group with means and intervals."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeAlias
 
+from densenet_dist.config import to_dict
+from densenet_dist.errors import ConfigError
+from densenet_dist.pages.figures import RUNS, colour, drawing, new_figure, to_svg
 from densenet_dist.pages.render import render
-from densenet_dist.pages.svg import RUNS, colour, drawing, new_figure, to_svg
 from densenet_dist.report.figures import line, logarithmic, points_of, whole_epochs
-from densenet_dist.report.groups import Group, Interval, differences, group, interval
 from densenet_dist.report.record import RunRecord
+from densenet_dist.yaml_settings import flatten
+
+_IRRELEVANT: Final = (
+    *("name", "storage", "seed", "fault.", "log.", "checkpoint.every_steps", "checkpoint.keep"),
+    *("data.root", "data.url", "data.download", "data.prefetch"),
+    *("cluster.address", "cluster.max_failures", "cluster.timeout_s"),
+)
+"""Prefixes of the settings that do not affect the results of a run."""
+_MAX_LABEL: Final = 80
+
+Metric: TypeAlias = Callable[[RunRecord], float | None]
+
+
+class Interval(NamedTuple):
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the values.
+        half: half the width of its 95 % confidence interval, by Student's t; None for a single value.
+    """
+
+    mean: float
+    half: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        label: the settings that distinguish it from other groups.
+        members: its runs.
+        colour: a variable of the page's style sheet.
+    """
+
+    label: str
+    members: tuple[RunRecord, ...]
+    colour: str
+
+    def interval(self, metric: Metric) -> Interval | None:
+        """The mean of a metric over the members that have it; None if there are none."""
+        values = [value for member in self.members if (value := metric(member)) is not None and math.isfinite(value)]
+        return interval(values) if values else None
 
 
 class _Column(NamedTuple):
-    """A column of figures: its heading, unit, format, and where the figure comes from."""
+    """A column of numbers."""
 
     name: str
     unit: float
     format: str
-    value: Callable[[RunRecord], float | None]
+    value: Metric
 
 
-def _test(name: str) -> Callable[[RunRecord], float | None]:
-    return lambda member: None if member.test is None else member.test.get(f"test/{name}")
-
-
-def _parameters(member: RunRecord) -> float | None:
-    return None if isinstance(member.model, str) else member.model.parameters.trainable
+def _test(name: str) -> Metric:
+    return lambda run: None if run.test is None else run.test.get(f"test/{name}")
 
 
 _COLUMNS: Final = (
     _Column("test top-1 (%)", 100.0, ",.2f", _test("top1")),
     _Column("test top-5 (%)", 100.0, ",.2f", _test("top5")),
     _Column("test loss", 1.0, ",.4f", _test("loss")),
-    _Column("ECE (%)", 100.0, ",.2f", lambda member: member.results.calibration.ece if member.results else None),
-    _Column("best val top-1 (%)", 100.0, ",.2f", lambda member: (member.best or {}).get("val/top1")),
-    _Column("training (s)", 1.0, ",.1f", lambda member: member.summary.get("train_seconds")),
-    _Column("parameters", 1.0, ",.0f", _parameters),
+    _Column("ECE (%)", 100.0, ",.2f", lambda run: run.results.calibration.ece if run.results else None),
+    _Column("best val top-1 (%)", 100.0, ",.2f", lambda run: (run.best or {}).get("val/top1")),
+    _Column("training (s)", 1.0, ",.1f", lambda run: run.summary.get("train_seconds")),
+)
+_PARAMETERS: Final = _Column(
+    "parameters", 1.0, ",.0f", lambda run: None if isinstance(run.model, str) else run.model.parameters.trainable
 )
 
 
-def comparison_page(members: Sequence[RunRecord]) -> str:
-    """The page's HTML, from the template ``comparison.html``.
+def comparison_page(runs: Sequence[RunRecord]) -> str:
+    """Render the template ``comparison.html``.
 
     Raises:
-        ConfigError: the runs are of different data sets.
+        ConfigError: the runs use different data sets.
     """
-    groups = group(members)
+    groups = group(runs)
     data = [found.members[0].config.data for found in groups]
-    columns = [column for column in _COLUMNS if any(column.value(member) is not None for member in members)]
-    run_columns = [column for column in columns if column.value is not _parameters]
-    colours = [f"run{number % RUNS}" for number in range(len(groups))]
-    labels = [found.label for found in groups]
+    labels_show_settings = all("=" in found.label for found in groups)
+    columns = [column for column in _COLUMNS if any(column.value(run) is not None for run in runs)] + [_PARAMETERS]
     return render(
         "comparison.html",
-        title=f"{len(members)} runs on {data[0].name}",
+        title=f"{len(runs)} runs on {data[0].name}",
         of_shapes=data[0].name == "shapes",
         limits_differ=len({each.limit for each in data}) > 1,
-        columns=[column[:3] for column in columns],
+        columns=columns,
         headings=[(column.name, True) for column in columns],
-        groups=[
-            {
-                "label": found.label,
-                "colour": colours[number],
-                "size": len(found.members),
-                "means": {column.name: found.interval(column.value) for column in columns},
-            }
-            for number, found in enumerate(groups)
-        ],
-        group_headings=[(label, True) for label in labels],
-        # Where labels name the settings that differ, they say it all.
-        differences={} if all("=" in label for label in labels) else differences(groups),
-        curves=_curves(groups, colours),
-        legend=[(role, "●", label) for role, label in zip(colours, labels, strict=True)],
+        groups=groups,
+        group_headings=[(found.label, True) for found in groups],
+        differences={} if labels_show_settings else differences(groups),
+        curves=_curves(groups),
         repeat_after=RUNS,
-        total_seconds=sum(member.summary.get("train_seconds", 0.0) for member in members),
-        run_columns=[column[:3] for column in run_columns],
-        run_headings=[(column.name, True) for column in run_columns],
-        runs=[
-            _row(member, colours[number], run_columns)
-            for number, found in enumerate(groups)
-            for member in found.members
-        ],
-        classes=_classes(groups) if all(member.results is not None for member in members) else [],
+        total_seconds=sum(run.summary.get("train_seconds", 0.0) for run in runs),
+        legend=[(found.colour, "●", found.label) for found in groups],
+        runs=[(found, run) for found in groups for run in found.members],
+        classes=_classes(groups) if all(run.results is not None for run in runs) else [],
     )
 
 
-def _row(run: RunRecord, colour: str, columns: Sequence[_Column]) -> dict[str, Any]:
-    revision, dirty, _ = str(run.environment.get("git") or "").partition("+")
-    return {
-        "name": run.name,
-        "uri": run.folder.uri,
-        "colour": colour,
-        "seed": run.config.seed,
-        "status": run.summary.get("status", "not finished"),
-        "epochs": run.epochs[-1]["epoch"],
-        "figures": {column.name: column.value(run) for column in columns},
-        "commit": revision[:9] + dirty,
-    }
+def group(runs: Sequence[RunRecord]) -> list[Group]:
+    """Group the runs that differ only in settings that do not affect results, in the given order.
+
+    Raises:
+        ConfigError: they use different data sets, whose results cannot be compared.
+    """
+    _require_same_data(runs)
+    members: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        members.setdefault(repr(sorted(_settings(run).items())), []).append(run)
+    settings = [_settings(found[0]) for found in members.values()]
+    keys = _different_keys(settings)
+    groups = []
+    for number, (first, found) in enumerate(zip(settings, members.values(), strict=True)):
+        label = ", ".join(f"{key}={first.get(key)}" for key in keys)
+        label = label if 0 < len(label) <= _MAX_LABEL else found[0].name
+        groups.append(Group(label, tuple(found), f"run{number % RUNS}"))
+    return groups
 
 
-def _classes(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The accuracy of each class, by group."""
+def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """The settings that differ between groups: by key, the value of each group."""
+    settings = [_settings(found.members[0]) for found in groups]
+    return {key: [found.get(key) for found in settings] for key in _different_keys(settings)}
+
+
+def _settings(run: RunRecord) -> dict[str, Any]:
+    return {key: value for key, value in flatten(to_dict(run.config)).items() if not key.startswith(_IRRELEVANT)}
+
+
+def _different_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for found in settings for key in found)
+    return [key for key in keys if any(found.get(key) != settings[0].get(key) for found in settings)]
+
+
+def _require_same_data(runs: Sequence[RunRecord]) -> None:
+    by_data: dict[str, list[str]] = {}
+    for run in runs:
+        by_data.setdefault(run.config.data.name, []).append(run.name)
+    if len(by_data) > 1:
+        raise ConfigError(
+            "runs of different data sets cannot be compared:\n  "
+            + "\n  ".join(f"{name}: {', '.join(names)}" for name, names in by_data.items())
+            + "\n  write one report per data set"
+        )
+    if len({run.results.class_names for run in runs if run.results is not None}) > 1:
+        raise ConfigError("the runs have different classes: write one report per data set")
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % confidence interval, for normally distributed values with unknown variance."""
+    from scipy.stats import t
+
+    count, mean = len(values), statistics.fmean(values)
+    if count < 2:
+        return Interval(mean, None)
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Interval(mean, half)
+
+
+def _classes(groups: Sequence[Group]) -> list[tuple[str, list[Interval | None]]]:
+    """Each class and its accuracy in each group."""
     first = groups[0].members[0].results
     names = first.class_names if first is not None else ()
 
-    def accuracy(label: int) -> Callable[[RunRecord], float | None]:
-        return lambda member: None if member.results is None else float(member.results.class_accuracy[label])
+    def accuracy(label: int) -> Metric:
+        return lambda run: None if run.results is None else float(run.results.class_accuracy[label])
 
-    return [
-        {"name": name, "means": [found.interval(accuracy(label)) for found in groups]}
-        for label, name in enumerate(names)
-    ]
+    return [(name, [found.interval(accuracy(label)) for found in groups]) for label, name in enumerate(names)]
 
 
-def _curves(groups: Sequence[Group], roles: Sequence[str]) -> list[str]:
+def _curves(groups: Sequence[Group]) -> list[str]:
     with drawing():
         return [
-            _curve(groups, roles, key, unit, label)
+            _curve(groups, key, unit, label)
             for key, unit, label in (
                 ("val/top1", 100.0, "validation top-1 (%)"),
                 ("val/loss", 1.0, "validation loss (nats)"),
                 ("train/loss", 1.0, "training loss (nats)"),
             )
-            if any(key in record for found in groups for member in found.members for record in member.epochs)
+            if any(key in record for found in groups for run in found.members for record in run.epochs)
         ]
 
 
-def _curve(groups: Sequence[Group], roles: Sequence[str], key: str, unit: float, label: str) -> str:
+def _curve(groups: Sequence[Group], key: str, unit: float, label: str) -> str:
     figure = new_figure(3.95, 3.3)
     axes = figure.add_subplot()
-    middles: list[float] = []
-    for role, found in zip(roles, groups, strict=True):
+    values: list[float] = []
+    for found in groups:
         means = _means(found, key, unit)
-        line(axes, [(epoch, mean.mean) for epoch, mean in means], colour(role))
-        wide = [(epoch, mean.mean, mean.half) for epoch, mean in means if mean.half is not None]
-        if wide:
-            low, high = [mean - half for _, mean, half in wide], [mean + half for _, mean, half in wide]
-            axes.fill_between([epoch for epoch, *_ in wide], low, high, color=colour(role), alpha=0.18, lw=0)
-        middles += [mean.mean for _, mean in means]
-    if key.endswith("loss") and middles and min(middles) > 0 and max(middles) > 20 * min(middles):
+        line(axes, [(epoch, mean.mean) for epoch, mean in means], colour(found.colour))
+        band = [(epoch, mean.mean - mean.half, mean.mean + mean.half) for epoch, mean in means if mean.half is not None]
+        if band:
+            x, low, high = zip(*band, strict=True)
+            axes.fill_between(x, low, high, color=colour(found.colour), alpha=0.18, lw=0)
+        values += [mean.mean for _, mean in means]
+    if key.endswith("loss") and values and min(values) > 0 and max(values) > 20 * min(values):
         logarithmic(axes)
     whole_epochs(axes)
     axes.set(xlabel="epoch", ylabel=label)
@@ -148,7 +219,7 @@ def _curve(groups: Sequence[Group], roles: Sequence[str], key: str, unit: float,
 
 def _means(found: Group, key: str, unit: float) -> list[tuple[float, Interval]]:
     by_epoch: dict[float, list[float]] = {}
-    for member in found.members:
-        for epoch, value in points_of(member.epochs, key, unit):
+    for run in found.members:
+        for epoch, value in points_of(run.epochs, key, unit):
             by_epoch.setdefault(epoch, []).append(value)
     return [(epoch, interval(values)) for epoch, values in sorted(by_epoch.items())]

@@ -1,4 +1,4 @@
-"""The pictures of a run's page, as SVG that takes its colours from the page's style sheet."""
+"""The figures of a run's report, as SVG for its page or for files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from densenet_dist.pages.confusion import confusion_figure, printed, printed_confusion
+from densenet_dist.pages.figures import (
+    SHADES,
+    colour,
+    confusion_figure,
+    drawing,
+    new_figure,
+    printed,
+    printed_confusion,
+    to_svg,
+)
 from densenet_dist.pages.render import time_unit
-from densenet_dist.pages.svg import SHADES, colour, drawing, new_figure, to_svg
 from densenet_dist.train.results import BINS, Calibration, Counts
 
 if TYPE_CHECKING:
@@ -27,46 +35,29 @@ _RESULTS: Final = (
     ("top5", "top-5 accuracy (%)", 100.0),
 )
 """Metric, label and unit."""
-_PRINTED: Final = {"train": "tab:blue", "val": "tab:orange", "test": "tab:red"}
+_PRINTED_COLOURS: Final = {"train": "tab:blue", "val": "tab:orange", "test": "tab:red"}
 
-Records = Sequence[dict[str, Any]]
-Points = list[tuple[float, float]]
+Records: TypeAlias = Sequence[dict[str, Any]]
+Points: TypeAlias = list[tuple[float, float]]
 
 
-def result_pictures(epochs: Records, test: dict[str, Any] | None) -> tuple[str, ...]:
-    """Top-1, loss and top-5 of training and validation over the epochs, the test result as a star."""
+def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
+    """Plot top-1, loss and top-5 of training and validation against the epoch, with the test result as a star."""
+    colours = {role: colour(role) for role in _PRINTED_COLOURS}
+    figures = []
     with drawing():
-        return tuple(_result(*result, epochs, test) for result in _RESULTS)
-
-
-def progress_pictures(epochs: Records) -> tuple[str, ...]:
-    """Learning rate over the epochs; throughput, data wait and goodput over the time spent."""
-    ends = list(itertools.accumulate(float(record.get("seconds", 0.0)) for record in epochs))
-    unit, divisor = time_unit(ends[-1])
-    times = [end / divisor for end in ends]
-    curves = [
-        ("perf/images_per_s", 1.0, "training images/s"),
-        ("perf/data_wait", 100.0, "waiting for data (% of time)"),
-    ]
-    if any("goodput/ratio" in record for record in epochs):
-        curves.append(("goodput/ratio", 100.0, "goodput (% of time)"))
-    with drawing():
-        return (
-            _progress([float(record["epoch"]) for record in epochs], epochs, "lr", 1.0, "epoch", "learning rate"),
-            *(_progress(times, epochs, key, scale, f"time ({unit})", label) for key, scale, label in curves),
-        )
-
-
-def points_of(epochs: Records, key: str, unit: float) -> Points:
-    """A figure of the epochs that have it, where it is a number."""
-    return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
+        for name, label, unit in _RESULTS:
+            figure = new_figure(*_SIZE)
+            _plot_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
+            figures.append(to_svg(figure, f"{label} against epoch"))
+    return figures
 
 
 def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Picture:
-    """Top-1 and loss as in `result_pictures`, side by side; ``curves.png``."""
+    """Plot top-1 and loss as in `result_figures`, side by side, for ``curves.png``."""
     figure = new_figure(11, 4.2)
     for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
-        _draw_result(axes, *result, epochs, test, _PRINTED)
+        _plot_result(axes, *result, epochs, test, _PRINTED_COLOURS)
         axes.set_title(heading)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -74,14 +65,7 @@ def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> P
     return figure
 
 
-def _result(name: str, label: str, unit: float, epochs: Records, test: dict[str, Any] | None) -> str:
-    figure = new_figure(*_SIZE)
-    colours = {role: colour(role) for role in _PRINTED}
-    _draw_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
-    return to_svg(figure, f"{label} against epoch")
-
-
-def _draw_result(
+def _plot_result(
     axes: Axes,
     name: str,
     label: str,
@@ -101,27 +85,32 @@ def _draw_result(
         axes.scatter(test["epoch"], value, s=110, c=colours["test"], marker="*", zorder=4, label=text)
         values.append(value)
     if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
-        logarithmic(axes)  # one bad epoch must not flatten all the others
+        logarithmic(axes)  # a single bad epoch must not flatten the others
     whole_epochs(axes)
     axes.set(xlabel="epoch", ylabel=label)
 
 
+def points_of(epochs: Records, key: str, unit: float) -> Points:
+    """The finite values of a metric, by epoch."""
+    return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
+
+
 def line(axes: Axes, points: Points, color: str, label: str | None = None) -> None:
-    """A line, with dots where there are few of them."""
+    """Plot a line, with markers if there are few points."""
     if points:
-        dots = "o" if len(points) < 40 else ""
-        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=dots, markersize=3, label=label)
+        marker = "o" if len(points) < 40 else ""
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=3, label=label)
 
 
 def whole_epochs(axes: Axes) -> None:
-    """Ticks at whole epochs only."""
+    """Set ticks at whole epochs only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers."""
+    """Set a logarithmic scale with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set_yscale("log")
@@ -130,56 +119,77 @@ def logarithmic(axes: Axes) -> None:
     axes.minorticks_off()
 
 
-def _progress(places: Sequence[float], epochs: Records, key: str, unit: float, xlabel: str, label: str) -> str:
+def progress_figures(epochs: Records) -> list[str]:
+    """Plot the learning rate against the epoch, and throughput, data wait and goodput against time."""
+    ends = list(itertools.accumulate(float(record.get("seconds", 0.0)) for record in epochs))
+    unit, divisor = time_unit(ends[-1])
+    times = [end / divisor for end in ends]
+    with drawing():
+        figures = [
+            _progress(epochs, [float(record["epoch"]) for record in epochs], "epoch", "lr", 1.0, "learning rate")
+        ]
+        for key, scale, label in (
+            ("perf/images_per_s", 1.0, "training images/s"),
+            ("perf/data_wait", 100.0, "waiting for data (% of time)"),
+            ("goodput/ratio", 100.0, "goodput (% of time)"),
+        ):
+            if key != "goodput/ratio" or any(key in record for record in epochs):
+                figures.append(_progress(epochs, times, f"time ({unit})", key, scale, label))
+    return figures
+
+
+def _progress(epochs: Records, x: Sequence[float], xlabel: str, key: str, unit: float, ylabel: str) -> str:
     figure = new_figure(*_SIZE)
     axes = figure.add_subplot()
-    points = [(x, r[key] * unit) for x, r in zip(places, epochs, strict=True) if math.isfinite(r.get(key, math.nan))]
+    values = [record.get(key, math.nan) * unit for record in epochs]
+    points = [(place, value) for place, value in zip(x, values, strict=True) if math.isfinite(value)]
     line(axes, points, colour("train"))
-    values = [y for _, y in points] or [0.0]
-    if key == "lr" and min(values) > 0 and max(values) > 100 * min(values):
+    finite = [value for _, value in points] or [0.0]
+    if key == "lr" and min(finite) > 0 and max(finite) > 100 * min(finite):
         logarithmic(axes)
     else:
-        axes.set_ylim(0, 1.08 * max(values) or 1.0)
+        axes.set_ylim(0, 1.08 * max(finite) or 1.0)
     if xlabel == "epoch":
         whole_epochs(axes)
     else:
-        axes.set_xlim(0, 1.03 * places[-1] or 1.0)
-    axes.set(xlabel=xlabel, ylabel=label)
-    return to_svg(figure, f"{label} against {xlabel}")
+        axes.set_xlim(0, 1.03 * x[-1] or 1.0)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return to_svg(figure, f"{ylabel} against {xlabel}")
 
 
-def calibration_pictures(found: Calibration) -> tuple[str, ...]:
-    """The reliability diagram, and how many images there are at each confidence."""
+def calibration_figures(found: Calibration) -> list[str]:
+    """Plot the reliability diagram, and the number of images at each confidence."""
+    centres = (np.arange(BINS) + 0.5) / BINS * 100
+    used = found.images > 0
     with drawing():
-        figure = new_figure(4.3, 3.7)
-        axes = figure.add_subplot()
-        middles = (np.arange(BINS) + 0.5) / BINS * 100
-        some = found.images > 0
-        axes.bar(middles[some], found.accuracy[some] * 100, width=92 / BINS, color=colour("train"))
+        reliability = new_figure(4.3, 3.7)
+        axes = reliability.add_subplot()
+        axes.bar(centres[used], found.accuracy[used] * 100, width=92 / BINS, color=colour("train"))
         axes.plot([0, 100], [0, 100], color=colour("muted"), linewidth=1.4, linestyle="--")
-        axes.scatter(found.confidence[some] * 100, found.accuracy[some] * 100, s=16, c=colour("test"), zorder=4)
+        axes.scatter(found.confidence[used] * 100, found.accuracy[used] * 100, s=16, c=colour("test"), zorder=4)
         axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence (%)", ylabel="accuracy (%)")
-        reliability = to_svg(figure, "accuracy against confidence")
-        figure = new_figure(4.3, 3.7)
-        axes = figure.add_subplot()
-        axes.bar(middles, found.images, width=92 / BINS, color=colour("train"))
-        if max(found.images) > 20 * statistics.median(found.images[some].tolist()):
+        histogram = new_figure(4.3, 3.7)
+        axes = histogram.add_subplot()
+        axes.bar(centres, found.images, width=92 / BINS, color=colour("train"))
+        if max(found.images) > 20 * statistics.median(found.images[used].tolist()):
             logarithmic(axes)
-            axes.set_ylim(bottom=0.8)  # a single image is to be seen
+            axes.set_ylim(bottom=0.8)  # so that a single image is visible
         axes.set(xlim=(0, 100), xlabel="confidence (%)", ylabel="test images")
-        return reliability, to_svg(figure, "test images against confidence")
+        return [
+            to_svg(reliability, "accuracy against confidence"),
+            to_svg(histogram, "test images against confidence"),
+        ]
 
 
-def confusion_picture(confusion: Counts, names: Sequence[str]) -> str:
-    """The confusion matrix for the page; cells without images are left out."""
+def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
+    """Draw the confusion matrix for the page."""
     with drawing():
         shades = [colour(f"shade{i}") for i in range(SHADES)]
-        figure = confusion_figure(confusion, names, shades, [colour("ink")] * SHADES)
-        return to_svg(figure, "confusion matrix")
+        return to_svg(confusion_figure(confusion, names, shades, [colour("ink")] * SHADES), "confusion matrix")
 
 
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Picture:
-    """The confusion matrix as a figure; ``confusion.png``."""
+    """Draw the confusion matrix for ``confusion.png``."""
     with printed():
         figure = printed_confusion(confusion, names)
         figure.suptitle(title)

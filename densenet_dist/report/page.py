@@ -1,30 +1,130 @@
-"""The page of one run: everything in one HTML file, pictures included."""
+"""The report of a run: one self-contained HTML file in the run's folder, with figures as files beside it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from densenet_dist.pages.confusion import MOST_CLASSES, MOST_NAMES
+from densenet_dist.errors import DataError, storage_errors
+from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, printed
 from densenet_dist.pages.render import percent, render
-from densenet_dist.report.figures import calibration_pictures, confusion_picture, progress_pictures, result_pictures
-from densenet_dist.report.record import RunRecord
+from densenet_dist.report.comparison import comparison_page, group
+from densenet_dist.report.figures import (
+    calibration_figures,
+    confusion_svg,
+    curves_figure,
+    progress_figures,
+    result_figures,
+    titled_confusion,
+)
+from densenet_dist.report.record import RunRecord, read_run
+from densenet_dist.run_folder import PAGE_FILE, RunFolder
+from densenet_dist.train.evaluation import load_test_results
 from densenet_dist.train.results import BINS, TestResults
 
-_MOST_PAIRS: Final = 12
-_LOSSES: Final = {
-    "start": "starting",
+CURVES_FILE: Final = "curves.png"
+CONFUSION_FILE: Final = "confusion.png"
+_MAX_PAIRS: Final = 12
+_LOST_TIME: Final = {
+    "start": "start-up",
     "wait": "waiting for data",
     "validate": "validation",
     "save": "checkpoints",
-    "recovery": "recovery from losses",
+    "recovery": "recovery from failures",
 }
 
 
+def write_report(
+    runs: Sequence[str | Path | RunFolder],
+    out: Path | None = None,
+    *,
+    evaluate: bool = True,
+    overrides: Sequence[str] = (),
+    notify: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Write the report of a run, or one page that compares several runs.
+
+    The report of one run comes with curves.png and, if there are test results, confusion.png.
+
+    Args:
+        runs: their folders, paths, URIs or names under ``runs/``; duplicates and copies are counted once.
+        out: the HTML file; by default report.html, in the run's folder (also on an object store), or in the working
+            directory for several runs.
+        evaluate: evaluate the test set of a run without stored test results; only this needs the data set.
+        overrides: changes to the runs' configurations for the evaluation, such as ``data.root=...``.
+        notify: called with a message before a test set is evaluated, and about duplicates.
+
+    Returns:
+        The path or URI of the page.
+
+    Raises:
+        ConfigError: the runs use different data sets, or a configuration is wrong.
+        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+    """
+    found: dict[tuple[str, str], RunRecord] = {}
+    for record in map(read_run, runs):
+        # The settings contain the run's name and storage, the environment when it was started.
+        found.setdefault((record.settings, json.dumps(record.environment)), record)
+    records = list(found.values())
+    if len(records) < len(runs):
+        duplicates = len(runs) - len(records)
+        notify(f"{duplicates} duplicate run{'s are' if duplicates > 1 else ' is'} ignored")
+    group(records)  # raises its errors before anything is evaluated
+    if evaluate:
+        records = [_evaluated(record, overrides, notify) for record in records]
+    if len(records) == 1 and out is None:
+        return _write_into_folder(records[0])
+    path = out or Path(PAGE_FILE)
+    page = run_page(records[0]) if len(records) == 1 else comparison_page(records)
+    with storage_errors(path):
+        path.write_text(page, encoding="utf-8")
+    if len(records) == 1:
+        _write_figures(records[0], path.parent)
+    return str(path)
+
+
+def report_at_end(run: RunFolder) -> str | None:
+    """Write the report of a run that has just finished; return the problem if that fails, since the run is complete."""
+    try:
+        _write_into_folder(read_run(run))
+    except Exception as error:
+        return f"the run is complete, but its report could not be written: {error}"
+    return None
+
+
+def _evaluated(record: RunRecord, overrides: Sequence[str], notify: Callable[[str], None]) -> RunRecord:
+    try:
+        return replace(record, results=record.results or load_test_results(record.folder, overrides, notify))
+    except DataError as error:
+        raise DataError(f"{error}\n  or report without evaluating the test set: --no-evaluate") from error
+
+
+def _write_into_folder(record: RunRecord) -> str:
+    names = _write_figures(record, record.folder.path)
+    record.folder.publish(*names)
+    record.folder.write(PAGE_FILE, run_page(record))
+    return f"{record.folder.uri}/{PAGE_FILE}"
+
+
+def _write_figures(record: RunRecord, folder: Path) -> list[str]:
+    names, results = [CURVES_FILE], record.results
+    with storage_errors(folder):
+        curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
+        if results is not None and len(results.class_names) <= MAX_CLASSES:
+            figure = titled_confusion(results.confusion, results.class_names, record.name)
+            with printed():
+                figure.savefig(folder / CONFUSION_FILE, dpi=120)
+            names.append(CONFUSION_FILE)
+    return names
+
+
 def run_page(run: RunRecord) -> str:
-    """The page's HTML, from the template ``run.html``; without test results it lacks the sections about them."""
+    """Render the template ``run.html``; without test results it lacks their sections."""
     device = run.config.cluster.device
     return render(
         "run.html",
@@ -33,24 +133,22 @@ def run_page(run: RunRecord) -> str:
         goodput=_goodput(run.epochs[-1]),
         uses_gpus=device == "cuda" or (device == "auto" and bool(run.environment.get("gpus"))),
         machine=_machine(run.environment),
-        commit=_commit(run.environment),
         environment={name: _plain(value) for name, value in run.environment.items()},
         legend=_legend(run),
-        result_figures=result_pictures(run.epochs, run.test),
-        progress_figures=progress_pictures(run.epochs),
+        result_figures=result_figures(run.epochs, run.test),
+        progress_figures=progress_figures(run.epochs),
         results=run.results,
         **({} if run.results is None else _test_section(run.results)),
     )
 
 
 def _goodput(last: dict[str, Any]) -> str | None:
-    """The share of time in steps that count, and where the rest went, the largest share first; before the test."""
+    """The share of time in productive steps, and the other shares, largest first; before the test."""
     if "goodput/ratio" not in last:
         return None
-    lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOSSES.items()}
+    lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOST_TIME.items()}
     parts = [f"{percent(share)} {words}" for words, share in sorted(lost.items(), key=lambda item: -item[1]) if share]
-    rest = ", ".join(parts) or "nothing"
-    return f"{percent(last['goodput/ratio'])} of the time in steps that count; the rest: {rest}"
+    return ", ".join([f"{percent(last['goodput/ratio'])} of the time in productive steps", *parts])
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -59,11 +157,6 @@ def _machine(environment: dict[str, Any]) -> str:
     kinds = ", ".join(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus))
     host, cpus, cpu = (environment.get(key, "unknown") for key in ("host", "cpus", "cpu"))
     return f"{host}: {kinds or 'no GPU'}; {cpus} CPUs, {cpu}"
-
-
-def _commit(environment: dict[str, Any]) -> str:
-    revision, plus, _ = str(environment.get("git") or "unknown").partition("+")
-    return f"{revision}, with changes that were not committed" if plus else revision
 
 
 def _plain(value: object) -> str:
@@ -84,18 +177,18 @@ def _legend(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _test_section(results: TestResults) -> dict[str, Any]:
-    """What the sections about test images show."""
+    """The variables of the sections about test images."""
     confusion, names, calibration = results.confusion, results.class_names, results.calibration
-    images, right, predicted = confusion.sum(1).tolist(), np.diag(confusion).tolist(), confusion.sum(0).tolist()
+    images, correct, predicted = confusion.sum(1).tolist(), np.diag(confusion).tolist(), confusion.sum(0).tolist()
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]
     pairs = np.stack(np.unravel_index(order, wrong.shape), axis=1).tolist()
     return {
         "bins": BINS,
         "mean_confidence": float((calibration.images * calibration.confidence).sum() / calibration.images.sum()),
-        "confusion_figure": confusion_picture(confusion, names) if len(names) <= MOST_CLASSES else None,
-        "are_numbered": len(names) > MOST_NAMES,
+        "confusion_figure": confusion_svg(confusion, names) if len(names) <= MAX_CLASSES else None,
+        "are_numbered": len(names) > MAX_NAMES,
         "confusions": [
             {
                 "label": names[row],
@@ -110,10 +203,10 @@ def _test_section(results: TestResults) -> dict[str, Any]:
             {
                 "name": name,
                 "images": images[label],
-                "accuracy": right[label] / images[label] if images[label] else None,
-                "precision": right[label] / predicted[label] if predicted[label] else None,
+                "accuracy": correct[label] / images[label] if images[label] else None,
+                "precision": correct[label] / predicted[label] if predicted[label] else None,
             }
             for label, name in enumerate(names)
         ],
-        "calibration_figures": calibration_pictures(calibration),
+        "calibration_figures": calibration_figures(calibration),
     }

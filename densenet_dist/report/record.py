@@ -1,4 +1,4 @@
-"""A run as its own folder tells of it: settings, machine, epochs, test result; without a data set."""
+"""A run as read from its folder: settings, machine, epochs, test results; the data set is not needed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from densenet_dist.train.results import TestResults, read_test_results
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """What a run's files say.
+    """The contents of a run's files.
 
     Attributes:
         settings: config.yaml as text.
         environment: env.json; empty where it is missing.
-        epochs: the records of whole epochs, at least one, in order.
-        test: the record of the test result; None where the run has not come to it.
+        epochs: the records of complete epochs in order, at least one.
+        test: the record of the test result; None before the test.
         summary: summary.json; empty until the run has finished.
-        results: test_results.json; None until the run has finished, or if it was made by an older version.
-        model: its layers; or, as text, why they are not known.
+        results: test_results.json; None until the run has finished, or if an older version wrote the run.
+        model: its layers, or as text why they are unknown.
     """
 
     folder: RunFolder
@@ -42,23 +42,29 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's name, which is the run's unless the folder was renamed."""
+        """The folder's name, which is that of the run unless the folder was renamed."""
         return self.folder.name
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The record of the epoch that the monitored figure is best in; None without validation."""
+        """The record of the epoch with the best monitored metric; None without validation."""
         return best_record(self.epochs, self.config.checkpoint.monitor)
+
+    @property
+    def commit(self) -> tuple[str, bool]:
+        """The git commit, empty if unknown, and whether there were uncommitted changes."""
+        revision, plus, _ = str(self.environment.get("git") or "").partition("+")
+        return revision, bool(plus)
 
 
 def read_run(run: str | Path | RunFolder) -> RunRecord:
-    """Read a run's folder, wherever it lies.
+    """Read a run's folder.
 
     Args:
-        run: its path or URI, or its name under ``runs/``; or the folder itself.
+        run: its path, URI, name under ``runs/``, or the folder itself.
 
     Raises:
-        StorageError: there is no run, it has no epochs yet, or it cannot be read.
+        StorageError: the run does not exist, has no complete epoch, or cannot be read.
         ConfigError: its config.yaml is wrong.
     """
     folder = run if isinstance(run, RunFolder) else open_run(run)
@@ -66,9 +72,8 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
     epochs = tuple(record for record in records if "train/loss" in record)
     if not epochs:
         raise StorageError(
-            f"the run {folder.uri} has no epochs yet, and so nothing to report\n"
-            "  wait for the end of its first, or go on with it: "
-            f"densenet-dist train --resume {shlex.quote(folder.location)}"
+            f"the run {folder.uri} has no epochs yet, so there is nothing to report\n"
+            f"  wait for its first epoch, or resume it: densenet-dist train --resume {shlex.quote(folder.location)}"
         )
     path = folder.fetch(CONFIG_FILE)
     config = load_config(path)
@@ -86,11 +91,11 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
 
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
-    """The layers, for as many classes as the best checkpoint has logits: the data set need not be here."""
+    """The layers, with the number of classes of the best checkpoint, so that the data set is not needed."""
     try:
         snapshot = CheckpointStore(folder, monitor=config.checkpoint.monitor).load_best()
     except DenseNetDistError as error:
         return str(error)
     if snapshot is None:
-        return "the run has no checkpoint yet, which tells the number of classes"
+        return "the run has no checkpoint yet, so the number of classes is unknown"
     return summarise(config.model, len(snapshot.model["classifier.bias"]), config.data.side)

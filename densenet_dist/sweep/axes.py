@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from densenet_dist.pages.confusion import shortened
+from densenet_dist.pages.figures import shortened
 from densenet_dist.pages.render import printable
 from densenet_dist.sweep.console import shown as short_text
 from densenet_dist.sweep.space import Choice, Domain

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from densenet_dist.pages.figures import STATUSES
 from densenet_dist.pages.render import render
-from densenet_dist.pages.svg import STATUSES
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep

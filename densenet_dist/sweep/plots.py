@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from densenet_dist.pages.figures import SHADES, STATUSES, colour, drawing, new_figure, to_svg
 from densenet_dist.pages.render import time_unit
-from densenet_dist.pages.svg import SHADES, STATUSES, colour, drawing, new_figure, to_svg
 from densenet_dist.sweep.axes import ROUND, Axis, axis_of, is_number, number_axis, number_ticks
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.importance import Importance, importance

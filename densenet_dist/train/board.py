@@ -20,8 +20,7 @@ from torch import Tensor
 
 from densenet_dist.config import to_yaml
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.pages.confusion import MOST_CLASSES, printed, printed_confusion, shortened
-from densenet_dist.pages.svg import new_figure
+from densenet_dist.pages.figures import MAX_CLASSES, new_figure, printed, printed_confusion, shortened
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import settings_of
 from densenet_dist.train.board_graph import model_graph
@@ -125,7 +124,7 @@ class Board:
         self._precision_and_recall(results, step)
         names = results.class_names
         with printed():
-            if len(names) <= MOST_CLASSES:
+            if len(names) <= MAX_CLASSES:
                 self._figure("test/confusion", printed_confusion(results.confusion, names, _CELL_INCHES), step)
             if shown := [mistake for mistake in results.mistakes if mistake.png is not None]:
                 self._figure("test/worst_mistakes", _mistakes_figure(shown, names), step)

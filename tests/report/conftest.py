@@ -24,7 +24,7 @@ def finished(tmp_path_factory) -> Path:
     """The folder of a tiny run, made by the command's own function; not to be changed."""
     events: list[dict] = []
     result = fit(tiny(tmp_path_factory.mktemp("finished"), "train.epochs=2"), listener=events.append)
-    assert [event["text"] for event in events if event["kind"] == "note" and "page" in event["text"]] == []
+    assert [event["text"] for event in events if event["kind"] == "note" and "report" in event["text"]] == []
     return Path(result.run)
 
 

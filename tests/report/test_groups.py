@@ -9,7 +9,7 @@ from runs import tiny
 
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError
-from densenet_dist.report.groups import differences, group
+from densenet_dist.report.comparison import differences, group
 from densenet_dist.report.record import read_run
 from densenet_dist.run_folder import RunFolder
 

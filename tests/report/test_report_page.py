@@ -17,7 +17,7 @@ from runs import tiny
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.errors import ConfigError, DataError, StorageError
-from densenet_dist.report import report_at_end, write_report
+from densenet_dist.report.page import report_at_end, write_report
 from densenet_dist.run_folder import RunFolder, open_run
 
 RECORDS = ["Accuracy and loss", "Learning rate, throughput, data wait and goodput", "Test images"]
@@ -69,7 +69,7 @@ def test_a_run_ends_with_its_page(finished, page_of):
     assert "growth_rate: 4" in page.text
     hours = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])["perf/device_hours"]
     assert 0 < hours * 3600 < 600
-    assert re.search(rf"{hours:.3g}&nbsp;(worker|GPU)-hours of all workers", page.text)
+    assert re.search(rf"{hours:.3g}&nbsp;(worker|GPU)-hours in total", page.text)
     for picture in ("curves.png", "confusion.png"):
         assert imread(finished / picture).shape[2] == 4
 
@@ -97,7 +97,7 @@ def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, comma
     assert "no checkpoint yet" in page.text
     assert (run / "report.html").read_bytes() != before
     assert command("report", "tiny", "--out", "x.html") == (0, "page: x.html\n", "")
-    twice = "1 of the runs are named twice, or copies; each counts once\n"
+    twice = "1 duplicate run is ignored\n"
     assert command("report", "tiny", run) == (0, "page: report.html\n", twice)
     names = {path.name for path in run.parent.parent.glob("*.*")}
     assert names == {"x.html", "curves.png", "confusion.png", "report.html"}
@@ -154,7 +154,7 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     link.symlink_to(run)
     said: list[str] = []
     assert write_report([*folders, other, link, f"{other}/", copy], out, notify=said.append) == str(out)
-    assert said == ["3 of the runs are named twice, or copies; each counts once"]
+    assert said == ["3 duplicate runs are ignored"]
     page = page_of(out)
     assert page.titles == ["Results", "Validation and training", "Runs", "Accuracy of each class"]
     assert page.needs_nothing_else()

@@ -15,7 +15,7 @@ from html_page import Page
 from photos import write_photos
 
 from densenet_dist.config import to_yaml
-from densenet_dist.report import write_report
+from densenet_dist.report.page import write_report
 
 NASTY = "<img src=x onerror=alert(1)>"
 CLASSES = (NASTY, "\"' onload='alert(1)", "<b>bold", "&amp;")

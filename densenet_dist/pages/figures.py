@@ -1,0 +1,168 @@
+"""Figures for pages and files: SVG that takes its colours from a page's style sheet, and the confusion matrix."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from densenet_dist.pages.picture import Picture
+
+SHADES: Final = 7
+"""Number of colours from the worst value to the best."""
+STATUSES: Final = ("finished", "stopped", "interrupted", "running", "failed")
+RUNS: Final = 8
+"""Number of colours that distinguish runs or groups of runs."""
+MAX_CLASSES: Final = 200
+"""With more classes, no confusion matrix is drawn: its cells would be too small."""
+MAX_NAMES: Final = 40
+"""With more classes, their numbers replace their names."""
+_MAX_NUMBERS: Final = 20
+_ROLES: Final = (
+    *("ink", "muted", "grid", "best", *STATUSES, *(f"shade{i}" for i in range(SHADES))),
+    *("train", "val", "test", *(f"run{i}" for i in range(RUNS))),
+)
+_PAGE_STYLE: Final[dict[str, Any]] = {
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": False,
+    "text.parse_math": False,  # a value may contain dollar signs
+}
+_PRINTED_SHADES: Final = ("#ddeaf6", "#bcd6eb", "#92c1de", "#63a8d2", "#4289c4", "#2268ac", "#0a3d7a")
+_RECTANGLE: Final = (1, 2, 2, 2, 79)
+"""Path codes of matplotlib: MOVETO, three LINETO, CLOSEPOLY."""
+
+
+def colour(role: str) -> str:
+    """A placeholder for a colour variable of the page's style sheet; `to_svg` replaces it."""
+    return f"#0100{_ROLES.index(role):02x}"
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Set matplotlib's style for figures of a page."""
+    texts = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink"))
+    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted"))
+    return _styled(_PAGE_STYLE | texts | lines | {"grid.color": colour("grid")})
+
+
+def printed() -> AbstractContextManager[None]:
+    """Set matplotlib's style for figures in black on white."""
+    return _styled({"text.parse_math": False, "font.size": 9})
+
+
+@contextmanager
+def _styled(style: Mapping[str, Any]) -> Iterator[None]:
+    """Use matplotlib's defaults and a style, whatever the process has set, and restore everything afterwards."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser has other fonts
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)  # type: ignore[arg-type]
+        yield
+
+
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Picture:
+    """Make a figure of a size in inches, without pyplot and its global list of figures."""
+    from densenet_dist.pages.picture import Picture
+
+    return Picture(figsize=(width, height), layout=layout)
+
+
+def to_svg(figure: Picture, label: str) -> str:
+    """Convert a figure to an element of an HTML page, with an accessible label."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = label  # unique ids within a page that are the same in every process
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    text = re.sub(r"<!--.*?-->|<style.*?</style>|(?<=>)\s+(?=<)", "", buffer.getvalue(), flags=re.DOTALL)
+    body = re.sub(r"<[^>]+>", _shorten_tag, text[text.index("<g") :])
+    width, height = (72 * side for side in figure.get_size_inches())
+    wide = ' class="wide"' if width > 500 else ""  # not scaled down
+    start = f'<svg{wide} role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}"'
+    return f'{start} style="width:{width * 4 / 3:.0f}px">{body}'
+
+
+def _shorten_tag(tag: re.Match[str]) -> str:
+    """Remove unused ids, round coordinates to two decimals, and insert the colours of the page."""
+    text = re.sub(r'<g id="[^"]*"', "<g", tag[0]).replace(" xlink:href=", " href=")
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', _round_numbers, text)
+    return re.sub(r"#0100([0-9a-f]{2})", lambda found: f"var(--{_ROLES[int(found[1], 16)]})", text)
+
+
+def _round_numbers(attribute: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace(" \n", "")
+
+
+def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], cell: float = 0.42) -> Picture:
+    """Draw a confusion matrix in fixed colours; draw and save it within `printed`. See `confusion_figure`."""
+    return confusion_figure(confusion, names, _PRINTED_SHADES, ["black"] * 4 + ["white"] * 3, cell)
+
+
+def confusion_figure(
+    confusion: npt.NDArray[np.int64],
+    names: Sequence[str],
+    shades: Sequence[str],
+    inks: Sequence[str],
+    cell: float = 0.42,
+) -> Picture:
+    """Draw a confusion matrix; cells without images stay empty.
+
+    Args:
+        confusion: (classes, classes) int64, number of images by true class (row) and predicted class (column).
+        names: of the classes.
+        shades: colours from the smallest to the largest share of a row.
+        inks: colours of the numbers on each shade.
+        cell: side of a cell in inches, if there are few classes; texts keep their size.
+    """
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    count = len(names)
+    side = 2.2 + min(cell * count, 15 * cell)
+    figure = new_figure(side + 0.6, side)
+    axes = figure.add_subplot()
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    # On a square-root scale, so that rare mistakes are visible too.
+    levels = np.minimum(np.sqrt(shares) * len(shades), len(shades) - 1).astype(int)
+    for level, shade in enumerate(shades):
+        cells = [
+            Outline(
+                [(x - 0.5, y - 0.5), (x + 0.5, y - 0.5), (x + 0.5, y + 0.5), (x - 0.5, y + 0.5), (0, 0)], _RECTANGLE
+            )
+            for y, x in np.argwhere((levels == level) & (confusion > 0)).tolist()
+        ]
+        if cells:
+            axes.add_patch(PathPatch(Outline.make_compound_path(*cells), facecolor=shade, linewidth=0))
+    if count <= _MAX_NUMBERS:
+        for y, x in np.argwhere(confusion > 0).tolist():
+            axes.text(x, y, f"{confusion[y, x]}", ha="center", va="center", fontsize=8, color=inks[levels[y, x]])
+    axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
+    axes.set_aspect("equal")
+    axes.grid(False)
+    if count <= MAX_NAMES:
+        shown = list(map(shortened, names))
+        axes.set_xticks(range(count), shown, rotation=90)
+        axes.set_yticks(range(count), shown)
+    axes.tick_params(length=0)
+    return figure
+
+
+def shortened(name: str) -> str:
+    """Shorten a class name to the space beside a figure."""
+    return name if len(name) <= 18 else f"{name[:17]}…"
