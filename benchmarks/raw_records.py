@@ -39,7 +39,7 @@ def build(form: str, data: Any, matrices: Any, batch_size: int, device: torch.de
     def source(number: int) -> Any:
         return data[torch.from_numpy(pick(number)).to(device)] if where == "gpu" else data[pick(number)]
 
-    @pipeline_def(
+    @pipeline_def(  # type: ignore[untyped-decorator, unused-ignore]  # DALI's, known to mypy or not
         batch_size=batch_size,
         num_threads=1,
         device_id=(device.index or 0) if where == "gpu" else None,

@@ -202,8 +202,8 @@ class TrainConfig:
     lr: Positive = 0.1
     """The peak learning rate, for the global batch size as it stands."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: automatic mixed precision over fp32 weights; fp16 scales the loss. In fp32 a GPU's convolutions multiply
-    in TF32 (10 bits of mantissa), PyTorch's default; results differ by about 1e-3 from a CPU's."""
+    """bf16, fp16: automatic mixed precision over fp32 weights; fp16 scales the loss. In fp32 a GPU's convolutions
+    multiply in TF32 (10 bits of mantissa), PyTorch's default; results differ by about 1e-3 from a CPU's."""
     compile: bool = False
     """Whether torch.compile is used."""
     cuda_graph: bool = False
