@@ -207,8 +207,7 @@ def _now(job: Job) -> float:
 
 
 def evaluate_test(job: Job) -> dict[str, float]:
-    test = job.dataset.test
-    engine = engine_of(job.config, job.context.device, job.dataset, test, job.loader)
+    engine = engine_of(job.config, job.context.device, job.dataset, job.dataset.test, job.loader)
     batches = eval_loader(job.config, job.context, engine)
     return evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
 

@@ -209,7 +209,7 @@ def _exit(code: int) -> NoReturn:
         try:
             stream.flush()
         except OSError:  # Python would try again, and exit with 120
-            from densenet_dist.display.console import redirect_to_null
+            from densenet_dist.display.console import forget
 
-            redirect_to_null(stream)
+            forget(stream)
     raise SystemExit(code)

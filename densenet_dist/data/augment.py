@@ -1,9 +1,8 @@
-"""What is done to every image: parameters drawn as pure functions of (seed, epoch, dataset index).
+"""Augmentation parameters of every image, as pure functions of (seed, epoch, dataset index).
 
-The loaders apply these numbers and draw none of their own, so torch and DALI show the same images on any number of
-ranks, from any step on. In this order: a window of the picture is resized to a square (pictures in files only), tones
-are changed (`trivial_augment`), one bilinear warp does everything geometric, the result is normalised, a hole is cut,
-and two images are mixed.
+The engines only apply these numbers, so torch and DALI show the same images on any number of ranks, from any step on.
+In this order: a window of an image file is resized to a square, tones are changed (`trivial_augment`), one bilinear
+warp does everything geometric, the result is normalized, a hole is cut, and pairs of images are mixed.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ EVAL_CROP = 0.875  # of the shorter side, where training crops at random: 224 of
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which augmentations, each independent of the others.
+    """The augmentations, each independent of the others.
 
     Attributes:
         geometry: one of `GEOMETRIES`.
-        trivial_augment: one more operation an image, see `trivial_augment`.
+        trivial_augment: one more operation per image, see `trivial_augment`.
         cutout: side in pixels of the square hole (DeVries & Taylor 2017); 0 for none.
         mixup: alpha of Beta(alpha, alpha) for the share of the image itself (Zhang et al. 2018); 0 for none.
-        cutmix: likewise, for the area that a box of another image leaves (Yun et al. 2019). With both, each image gets
-            one of them, drawn evenly.
+        cutmix: likewise, for the area outside of a box from another image (Yun et al. 2019). With both, each image gets
+            one of them, with equal probability.
         crop_scale: smallest share of the area that a random resized crop shows.
-        flip: random, or alternating: drawn once, and from then on every other epoch (Jordan 2024, arXiv:2404.00498,
-            section 3.6), so that two epochs show each image both ways.
+        flip: random; or alternating: drawn for the first epoch, and the opposite in every other epoch (Jordan 2024,
+            arXiv:2404.00498, section 3.6), so that two epochs show each image both ways.
     """
 
     geometry: str = "none"
@@ -68,19 +67,19 @@ NO_AUGMENTATION = Augmentation()
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """What is done to each of n images: arrays with a row an image, or None where nothing of the kind is done.
+    """What is done to each of n images: arrays with one row per image, or None for operations that are not used.
 
     Attributes:
-        window: (n, 4) int64: left, top, width, height of the part of the picture in a file that is shown.
-        affine: (n, 2, 3) float32 [A | b]: the map from an output pixel to the place in the input that it shows, in
-            pixels (x, y) from the centre: `input = A @ output + b`.
-        padding: what the warp shows outside of the image: its border repeated, or zeros (black).
+        window: (n, 4) int64: left, top, width, height of the part of an image file that is shown.
+        affine: (n, 2, 3) float32 [A | b]: maps an output pixel to the position in the input that it shows, in pixels
+            (x, y) from the centre: `input = A @ output + b`.
         tone: (n,) int64, a `trivial_augment.Tone`.
         strength: (n,) float32.
-        hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalising.
+        hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalization.
         blend: (n,) float32: share of the image itself in each pixel; the rest is its partner's.
-        box: (n, 4) int64: left, top, right, bottom of the part that is wholly the partner's.
+        box: (n, 4) int64: left, top, right, bottom of the part that is entirely the partner's.
         own: (n,) float32: share of the image's own label in the target.
+        padding: what the warp shows outside of the image: its border repeated, or zeros (black).
     """
 
     window: Any = None
@@ -94,13 +93,13 @@ class Parameters:
     padding: Padding = "border"
 
     def map(self, function: Callable[[Any], Any]) -> Parameters:
-        """The same with `function` of every array that there is: rows picked, or a copy on another device."""
+        """Apply `function` to every array, for instance to select rows."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "padding"}
         return replace(self, **{name: function(array) for name, array in arrays.items() if array is not None})
 
 
 class _Warp(NamedTuple):
-    """`Parameters.affine` in the making: matrix (n, 2, 2) and offset (n, 2), float64."""
+    """`Parameters.affine` before rounding: matrix (n, 2, 2) and offset (n, 2), float64."""
 
     matrix: _Draws
     offset: _Draws
@@ -115,18 +114,18 @@ def draw(
     image_size: int,
     sizes: npt.NDArray[np.int64] | None = None,
 ) -> Parameters:
-    """The parameters of images 0 .. num_images - 1 of the data set in `epoch`.
+    """Draw the parameters of images 0 .. num_images - 1 of the data set in `epoch`.
 
-    Image i has draws of its own in each stream, so its parameters depend on (seed, epoch, i) alone: not on how many
-    images there are, nor on the order or batch in which it is seen.
+    Image i has its own draws in each stream, so its parameters depend on (seed, epoch, i) alone: not on the number of
+    images, and not on the order or batch in which it is seen.
 
     Args:
-        num_images: images of the whole data set, not of a part of it.
+        num_images: size of the whole data set.
         image_size: side of the square images in pixels.
-        sizes: (n, 2) int64, width and height of pictures in files; None for images that are square already.
+        sizes: (n, 2) int64, width and height of image files; None for images in memory, which are square.
 
     Raises:
-        ConfigError: there is no such geometry.
+        ConfigError: the geometry is unknown.
     """
 
     def uniform(stream: Stream, draws: int, epoch: int = epoch) -> _Draws:
@@ -142,7 +141,7 @@ def draw(
 
     if augmentation.geometry not in GEOMETRIES:
         raise ConfigError(f"augment={augmentation.geometry!r} must be one of {', '.join(GEOMETRIES)}")
-    window = None if sizes is None else central_windows(sizes)
+    arrays: dict[str, Any] = {"window": None if sizes is None else central_windows(sizes)}
     warp: _Warp | None = None
     if augmentation.geometry == "notebook":
         warp = _notebook(geometric(), image_size)
@@ -150,36 +149,31 @@ def draw(
         warp = _crop_flip(geometric())
     elif augmentation.geometry == "random_resized_crop":
         shown = np.full((num_images, 2), image_size) if sizes is None else sizes
-        random = random_windows(shown, seed, epoch, augmentation.crop_scale)
-        flip = _flip_sign(geometric())
-        if sizes is None:
-            warp = _enlarge(random, flip, image_size)
-        else:
-            window, warp = random, _enlarge(np.array([[0, 0, image_size, image_size]]), flip, image_size)
-    tone = strength = None
+        windows = random_windows(shown, seed, epoch, augmentation.crop_scale)
+        if sizes is not None:  # an image file is cropped when it is resized
+            arrays["window"], windows = windows, np.array([[0, 0, image_size, image_size]])
+        warp = _enlarge(windows, _flip_sign(geometric()), image_size)
     if augmentation.trivial_augment:
         drawn = trivial_augment.draw(uniform(Stream.TRIVIAL_AUGMENT, 3), image_size)
-        warp, tone, strength = _after(drawn, warp), drawn.tone, drawn.strength
-    parameters = Parameters(window=window, tone=tone, strength=strength)
+        warp = _after(drawn, warp)
+        arrays |= {"tone": drawn.tone, "strength": drawn.strength}
     if warp is not None:
         affine = np.concatenate([warp.matrix, warp.offset[:, :, None]], axis=2).astype(np.float32)
-        parameters = replace(parameters, affine=affine, padding=warp.padding)
+        arrays |= {"affine": affine, "padding": warp.padding}
     if augmentation.cutout > 0:
-        hole = _boxes(uniform(Stream.CUTOUT, 2), np.full(num_images, augmentation.cutout), image_size)
-        parameters = replace(parameters, hole=hole)
+        arrays["hole"] = _boxes(uniform(Stream.CUTOUT, 2), np.full(num_images, augmentation.cutout), image_size)
     if augmentation.mixes:
-        blend, box, own = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
-        parameters = replace(parameters, blend=blend, box=box, own=own)
-    return parameters
+        arrays["blend"], arrays["box"], arrays["own"] = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
+    return Parameters(**arrays)
 
 
 def evaluation_parameters(geometry: str, sizes: npt.NDArray[np.int64] | None) -> Parameters:
-    """What is done to images that are evaluated: pictures in files are cut to their central square, no more.
+    """Return the parameters for evaluation: image files are cropped to their central square, no more.
 
     Args:
-        geometry: that of training; where it crops pictures at random, evaluation shows `EVAL_CROP` of the square,
-            so that things look as large as in training.
-        sizes: as for `draw`.
+        geometry: that of training; after random crops, evaluation shows `EVAL_CROP` of the square, so that objects
+            look as large as in training.
+        sizes: see `draw`.
     """
     if sizes is None:
         return Parameters()
@@ -187,17 +181,18 @@ def evaluation_parameters(geometry: str, sizes: npt.NDArray[np.int64] | None) ->
 
 
 def torch_theta(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
-    """`Parameters.affine` for `torch.nn.functional.affine_grid(align_corners=False)`, (n, 2, 3) float32.
+    """Convert `Parameters.affine` for `torch.nn.functional.affine_grid(align_corners=False)`, (n, 2, 3) float32.
 
-    torch measures in half sides, [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H), W = H.
+    torch's coordinates are in [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H), W = H.
     """
     return np.concatenate([affine[:, :, :2], affine[:, :, 2:] * np.float32(2 / image_size)], axis=2)
 
 
 def dali_matrix(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
-    """`Parameters.affine` for `nvidia.dali.fn.warp_affine`, (n, 2, 3) float32.
+    """Convert `Parameters.affine` for `nvidia.dali.fn.warp_affine`, (n, 2, 3) float32.
 
-    DALI measures in pixels from the corner, pixel centres at +0.5: M = [A | b + c - A c] with c = (W / 2, H / 2).
+    DALI's coordinates are in pixels from the corner, with pixel centres at +0.5:
+    M = [A | b + c - A c] with c = (W / 2, H / 2).
     """
     matrix = affine[:, :, :2].astype(np.float64)
     centre = np.full(2, image_size / 2)
@@ -206,16 +201,16 @@ def dali_matrix(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray
 
 
 def central_windows(sizes: npt.NDArray[np.int64], share: float = 1.0) -> npt.NDArray[np.int64]:
-    """The largest square in the middle of pictures of these sizes (n, 2), or `share` of its side: (n, 4) int64."""
+    """Return the largest central square of images of these sizes (n, 2), or `share` of its side: (n, 4) int64."""
     side = np.maximum(1, np.rint(sizes.min(axis=1) * share).astype(np.int64))[:, None]
     return np.concatenate([(sizes - side) // 2, side, side], axis=1)
 
 
 def random_windows(sizes: npt.NDArray[np.int64], seed: int, epoch: int, smallest: float) -> npt.NDArray[np.int64]:
-    """The windows of a random resized crop (Szegedy et al. 2015, section 6) of pictures of these sizes, (n, 4) int64.
+    """Draw windows (n, 4) int64 of images of these sizes: a random resized crop (Szegedy et al. 2015, section 6).
 
-    As in torchvision: up to ten attempts at a window of between `smallest` and all of the area, its sides within 3:4
-    and 4:3; where none fits, the largest one in the middle whose sides are.
+    As in torchvision: up to ten attempts at a window of between `smallest` and all of the area, with an aspect ratio
+    between 3:4 and 4:3; if none fits, the largest central window with such a ratio.
     """
     count = len(sizes)
     width, height = sizes.T.astype(np.float64)
@@ -226,7 +221,7 @@ def random_windows(sizes: npt.NDArray[np.int64], seed: int, epoch: int, smallest
         words = random_words(4 * count, seed=seed, stream=Stream.RESIZED_CROP, epoch=epoch * CROP_ATTEMPTS + attempt)
         share, ratio, left, top = unit_floats(words).reshape(count, 4)[waiting].T
         area = width[waiting] * height[waiting] * (smallest + (1.0 - smallest) * share)
-        root = CROP_RATIO ** (ratio - 0.5)  # of the ratio of the sides, uniform in its logarithm
+        root = CROP_RATIO ** (ratio - 0.5)  # of the aspect ratio, uniform in its logarithm
         side = np.rint(np.sqrt(area)[:, None] * np.stack([root, 1.0 / root], axis=1)).astype(np.int64)
         room = sizes[waiting] - side
         fits = (side >= 1).all(axis=1) & (room >= 0).all(axis=1)
@@ -239,7 +234,7 @@ def random_windows(sizes: npt.NDArray[np.int64], seed: int, epoch: int, smallest
 
 
 def _notebook(draws: _Draws, image_size: int) -> _Warp:
-    """Keras' `ImageDataGenerator` as the notebook sets it, from draws (n, 6) in [0, 1).
+    """Keras' `ImageDataGenerator` with the notebook's settings, from draws (n, 6) in [0, 1).
 
     A = R(theta) diag(zx, zy) diag(+-1, 1) and b = R(theta) (tx, ty), with R = [[cos, -sin], [sin, cos]]: Keras warps
     by rotation @ shift @ zoom about the centre (`apply_affine_transform`) and flips last.
@@ -268,7 +263,7 @@ def _crop_flip(draws: _Draws) -> _Warp:
 
 
 def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _Warp:
-    """Windows (n or 1, 4) of square images made as large as the images, and flipped where `flip` (n,) is -1."""
+    """Resize windows (n or 1, 4) of square images to the image size, and flip those where `flip` (n,) is -1."""
     matrix = np.zeros((len(flip), 2, 2))
     matrix[:, 0, 0] = windows[:, 2] / image_size * flip
     matrix[:, 1, 1] = windows[:, 3] / image_size
@@ -277,12 +272,12 @@ def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _
 
 
 def _flip_sign(draws: _Draws) -> _Draws:
-    """-1 for the images that are mirrored left to right, 1 for the others, half each, (n,) float64."""
+    """-1 to mirror an image left to right, else 1, with equal probability, (n,) float64."""
     return np.where(draws[:, 5] < 0.5, -1.0, 1.0)
 
 
 def _after(drawn: trivial_augment.Drawn, warp: _Warp | None) -> _Warp:
-    """One warp that shows what `warp` would of the outcome of TrivialAugment's."""
+    """Combine two warps: TrivialAugment's is applied first, then `warp`."""
     if warp is None:
         return _Warp(drawn.matrix, drawn.offset, "zeros")
     offset = np.einsum("nij,nj->ni", drawn.matrix, warp.offset) + drawn.offset
@@ -290,7 +285,7 @@ def _after(drawn: trivial_augment.Drawn, warp: _Warp | None) -> _Warp:
 
 
 def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArray[np.int64]:
-    """Squares of `side` (n,) pixels about a random pixel, cut off at the border: (n, 4) left, top, right, bottom."""
+    """Squares of `side` (n,) pixels around a random pixel, cut off at the border: (n, 4) left, top, right, bottom."""
     corner = np.floor(draws * image_size).astype(np.int64) - (side[:, None] // 2).astype(np.int64)
     far = corner + side[:, None].astype(np.int64)
     return np.concatenate([corner, far], axis=1).clip(0, image_size)
@@ -299,7 +294,7 @@ def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArra
 def _mix(
     augmentation: Augmentation, draws: _Draws, image_size: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """`Parameters.blend`, `box` and `own` from draws (n, 4): which of the two, the share, the middle of the box."""
+    """`Parameters.blend`, `box` and `own` from draws (n, 4): which of the two, the share, the centre of the box."""
     if augmentation.mixup > 0 and augmentation.cutmix > 0:
         cut = draws[:, 0] < 0.5
     else:
@@ -315,7 +310,7 @@ def _mix(
 
 
 def _beta(alpha: float, draws: _Draws) -> _Draws:
-    """Beta(alpha, alpha) by inversion: one uniform draw makes one number, whatever alpha is."""
+    """Beta(alpha, alpha) by inversion: one uniform draw gives one number, whatever alpha is."""
     if alpha == 1.0 or len(draws) == 0:
         return draws
     from scipy.special import betaincinv

@@ -1,6 +1,6 @@
-"""What C libraries print on standard error, by thread: libjpeg has no other way to report that it guessed pixels.
+"""Captures what C libraries print on standard error, per thread: libjpeg reports damage in no other way.
 
-glibc documents both parts: `stderr` is a variable that may be set, and `fopencookie` makes a stream of callbacks.
+glibc documents both parts: `stderr` is a variable that may be set, and `fopencookie` creates a stream of callbacks.
 """
 
 import ctypes
@@ -30,12 +30,12 @@ def _write(cookie: object, data: int, size: int) -> int:
     return size
 
 
-_callback = _WRITE(_write)  # must live as long as the stream
+_callback = _WRITE(_write)  # must outlive the stream
 
 
 @cache
 def _streams() -> tuple[Any, int | None, int | None]:
-    """The C library's variable `stderr`, its own value, and a stream that calls `_write`."""
+    """The C variable `stderr`, its original value, and a stream that calls `_write`."""
     libc = ctypes.CDLL(None)
     libc.fopencookie.restype = ctypes.c_void_p
     stream = ctypes.c_void_p(libc.fopencookie(None, b"w", _Functions(None, _callback, None, None)))
@@ -46,7 +46,7 @@ def _streams() -> tuple[Any, int | None, int | None]:
 
 @contextmanager
 def printed_by_c() -> Iterator[list[str]]:
-    """Collect what C code prints on standard error in this thread; what it prints in others still goes there."""
+    """Yield the lines that C code prints on standard error in this thread; those of other threads still go there."""
     global _users
     with _lock:
         variable, own, ours = _streams()

@@ -1,11 +1,11 @@
-"""The same pixels as `torch_loader`'s, made by NVIDIA DALI: on a GPU, or in its CPU mode without one.
+"""The DALI engine: the same pixels as those of `torch_loader`, on a GPU, or on a CPU without one.
 
-An external source keyed by the number of the request feeds one endless pipeline: images in memory (on a GPU they lie
-there as a whole) or the bytes of files, which DALI decodes (`mixed` on a GPU), with the parameters that
-`augment` drew. Nothing random and no state is inside of DALI, which works ahead over the ends of epochs.
+One endless pipeline per loader reads from an external source by request number: images in memory (kept on the GPU if
+there is one), or the bytes of files, which DALI decodes, and the parameters that `augment` has drawn. DALI itself draws
+no random numbers and has no state, and works ahead across epochs.
 
-DALI's CPU operators work image by image; those on raw CIFAR records (slice, reinterpret, transpose) take more than
-half of all the time there, so the images are brought to HWC once, at load (docs/log.md).
+DALI's CPU operators process single images; those on raw CIFAR records (slice, reinterpret, transpose) take more than
+half of the time there, so the images are converted to HWC once, when they are loaded (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from densenet_dist.data.dali_support import explain, require_dali
+from densenet_dist.data.dali_support import dali_problem, require_dali
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import Batches, Engine, Request, upload
 from densenet_dist.data.image_files import BadImage, ImageFiles
@@ -27,8 +27,7 @@ from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 
-_READERS = 8
-"""Threads that read files: most of their time they wait for a disk or a network."""
+_READERS = 8  # threads that read files: they mostly wait for a disk or a network
 
 
 class DaliEngine(Engine):
@@ -49,39 +48,38 @@ class DaliEngine(Engine):
             self._resident = upload(images, self.device) if self.device.type == "cuda" else images
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
-        """See `Engine.batches`; each loader has a pipeline of its own, built when first used."""
+        """See `Engine.batches`; each loader has a pipeline of its own, built on first use."""
         return _Pipeline(self, request, largest).batches
 
     def sources(self, request: Request) -> list[Any]:
-        """The images of a request: from memory (a GPU's or the host's), or bytes and windows of pictures."""
+        """Return the images of a request; of image files, their bytes, and start and shape of their windows."""
         if (files := self.files) is not None:
             # Read here and not by DALI, which a broken file can crash.
             encoded = read_all(request.array("rows").tolist(), lambda _, row: files.encoded(row), self._readers.map)
             left, top, width, height = request.array("window").astype(np.int32).T
-            windows = [np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
-            return [encoded, *windows]
+            return [encoded, np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
         if self.device.type == "cuda":
             return [self._resident.index_select(0, request.tensor("rows", self.device))]
         return [self._resident[request.array("rows")]]
 
     @staticmethod
     def parameters(request: Request) -> dict[str, npt.NDArray[Any]]:
-        """What is done to the images of a request, by the names that `_build` knows; in the host's memory."""
-        todo = request.parameters
-        fed: dict[str, npt.NDArray[Any]] = {}
-        if todo.tone is not None:
-            fed |= {"tone": request.array("tone").astype(np.int32), "strength": request.array("strength")}
-        if todo.affine is not None:
-            fed["matrix"] = request.array("matrix")
-        if todo.hole is not None:
+        """Return the parameters of a request's images, by the names that `_build` uses, in host memory."""
+        drawn = request.parameters
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        if drawn.tone is not None:
+            arrays |= {"tone": request.array("tone").astype(np.int32), "strength": request.array("strength")}
+        if drawn.affine is not None:
+            arrays["matrix"] = request.array("matrix")
+        if drawn.hole is not None:
             left, top, right, bottom = request.array("hole").astype(np.float32).T
-            fed["hole_start"] = np.stack([top, left], axis=1)
-            fed["hole_shape"] = np.stack([bottom - top, right - left], axis=1)
-        return {name: np.ascontiguousarray(array) for name, array in fed.items()}  # a rank's share is strided
+            arrays["hole_start"] = np.stack([top, left], axis=1)
+            arrays["hole_shape"] = np.stack([bottom - top, right - left], axis=1)
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # a rank's share is strided
 
 
 class _Pipeline:
-    """The requests of one loader, made into pixels by one DALI pipeline that works ahead without end."""
+    """Produces the batches of one loader by one DALI pipeline, which works ahead without end."""
 
     def __init__(self, engine: DaliEngine, request: Callable[[int], Request], largest: int) -> None:
         self._engine, self._request, self._largest = engine, request, largest
@@ -89,13 +87,13 @@ class _Pipeline:
         self._next = 0
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """As `engine.Batches`. A pipeline that stands elsewhere is replaced; one at `first` goes on."""
+        """See `engine.Batches`. The pipeline is rebuilt unless it is at request `first`."""
         for number in range(first, last):
             if self._pipeline is None or self._next != number:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)
             try:
                 images = self._run()
-            except UnreadableFiles:  # found while it worked ahead: what it holds is lost, nothing that was given
+            except UnreadableFiles:  # found while working ahead: batches that are ready are lost, none that was yielded
                 self._pipeline = None
                 raise
             except RuntimeError as error:
@@ -107,32 +105,28 @@ class _Pipeline:
     def _run(self) -> Tensor:
         cuda = self._engine.device.type == "cuda"
         (output,) = self._pipeline.run(torch.cuda.current_stream(self._engine.device) if cuda else None)
-        # HWC in memory is what channels_last means: a view, and DALI leaves the memory alone while it is in use.
+        # HWC in memory is channels_last: a view, and DALI does not reuse the memory while it is referenced.
         images: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
         return images
 
     def _diagnose(self, number: int, error: RuntimeError) -> None:
-        """Say what is behind a failure of the pipeline, which may have been at work on a later request.
+        """Find the cause of a failure of the pipeline, which may have been working on a later request.
 
         Raises:
-            UnreadableFiles: naming files that have become unreadable.
-            EnvironmentProblem: where all can be read.
+            UnreadableFiles: files cannot be decoded.
+            EnvironmentProblem: all files can be decoded.
         """
         if (files := self._engine.files) is not None:
             rows = [self._request(number + ahead).array("rows") for ahead in range(self._engine.prefetch + 2)]
             some = np.unique(np.concatenate(rows)).tolist()
-            # torchvision says best what is wrong. DALI, which can be stricter, is asked where that finds nothing.
+            # torchvision has the better messages. DALI, which can be stricter, is asked if that finds nothing.
             read_all(some, lambda _, row: files.decode(row))
             read_all(some, lambda _, row: _decode_alone(files.encoded(row)))
-        raise explain(error, self._engine.device) from error
+        raise dali_problem(error, self._engine.device) from error
 
 
 def _decode_alone(data: npt.NDArray[np.uint8]) -> None:
-    """Decode one picture by DALI on the CPU, from its bytes (n,) uint8.
-
-    Raises:
-        BadImage: DALI cannot.
-    """
+    """Decode one file, (n,) uint8, by DALI on the CPU; raise BadImage if that fails."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
@@ -147,13 +141,13 @@ def _decode_alone(data: npt.NDArray[np.uint8]) -> None:
 
 
 def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, largest: int) -> Any:
-    """A pipeline whose first batch is that of request `start`, the next that of `start + 1`, and so on."""
+    """Build a pipeline whose first batch is that of request `start`, the next that of `start + 1`, and so on."""
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = engine.device.type == "cuda"
     padding, names = request(start).parameters.padding, list(engine.parameters(request(start)))
 
-    # A source takes exactly one positional parameter, so that DALI gives it the number of the batch.
+    # DALI passes the number of the batch only to a source with exactly one positional parameter.
     def parameters(number: int) -> list[npt.NDArray[Any]]:
         return list(engine.parameters(request(start + number)).values())
 
@@ -169,19 +163,19 @@ def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, la
         enable_conditionals="tone" in names,
     )
     def pipeline() -> Any:
-        given = fn.external_source(source=parameters, num_outputs=len(names), batch=True) if names else []
-        todo = {name: given[place] for place, name in enumerate(names)}
+        columns = fn.external_source(source=parameters, num_outputs=len(names), batch=True) if names else []
+        inputs = {name: columns[index] for index, name in enumerate(names)}
         pixels = _read(engine, images)
-        if "tone" in todo:
-            pixels = _toned(pixels, todo["tone"], todo["strength"], engine.image_size, gpu)
-        if "matrix" in todo:
-            # Without a fill value DALI repeats the border. In whole numbers it would round to half a level.
+        if "tone" in inputs:
+            pixels = _toned(pixels, inputs["tone"], inputs["strength"], engine.image_size, gpu)
+        if "matrix" in inputs:
+            # Without a fill value DALI repeats the border. Integer output would be rounded, by up to half a level.
             outside: Any = {"fill_value": 0} if padding == "zeros" else {}
-            pixels = fn.warp_affine(pixels, matrix=todo["matrix"], dtype=types.FLOAT, **outside)
+            pixels = fn.warp_affine(pixels, matrix=inputs["matrix"], dtype=types.FLOAT, **outside)
         mean, std = ([255.0 * value for value in values] for values in (engine.mean, engine.std))
         pixels = fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std)
-        if "hole_start" in todo:
-            hole: Any = {"anchor": todo["hole_start"], "shape": todo["hole_shape"]}
+        if "hole_start" in inputs:
+            hole: Any = {"anchor": inputs["hole_start"], "shape": inputs["hole_shape"]}
             pixels = fn.erase(pixels, **hole, axes=[0, 1], fill_value=0.0)
         return pixels
 
@@ -189,7 +183,7 @@ def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, la
 
 
 def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
-    """Images (H, W, 3): uint8 from memory, or float32, unrounded, from files."""
+    """Images (H, W, 3): uint8 from memory; float32 grey levels, not rounded, from files."""
     from nvidia.dali import fn, types
 
     gpu = engine.device.type == "cuda"
@@ -206,7 +200,7 @@ def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
 
 
 def _toned(images: Any, tone: Any, strength: Any, size: int, gpu: bool) -> Any:
-    """Float grey levels in [0, 255], each image changed as `trivial_augment.Tone` says."""
+    """Apply each image's `Tone`; the result is float grey levels in [0, 255]."""
     from nvidia.dali import fn, math, types
 
     levels = fn.cast(images, dtype=types.FLOAT)

@@ -1,4 +1,4 @@
-"""The data sets by name: verified uint8 arrays in memory, or pictures in files."""
+"""The data sets by name: verified uint8 arrays in memory, or image files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Split:
     """Images and their classes, in the data set's own order.
 
     Attributes:
-        images: (n, H, W, 3) uint8, RGB, H = W; or pictures in files.
+        images: (n, H, W, 3) uint8, RGB, H = W; or image files.
         labels: (n,) int64, in [0, number of classes).
     """
 
@@ -39,16 +39,16 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in memory.
+    """A data set.
 
     Attributes:
         class_names: by label.
-        mean: red, green, blue mean of the whole training split in [0, 1], whatever the limit or the seed; ImageNet's
-            for pictures in files.
-        std: standard deviation, likewise.
-        val: (m,) int64, places in `train` that are held out for validation, where the set itself says so; else None.
-        skipped: pictures that were left out, a line each, with the reason.
-        keeps_classes: as for `plan.split_indices`.
+        mean: of the red, green and blue channels of the whole training split in [0, 1], whatever the limit or the seed;
+            ImageNet's for image files.
+        std: likewise.
+        val: (m,) int64, indices into `train` that the data set itself holds out for validation, or None.
+        skipped: image files that were left out, one line each, with the reason.
+        keeps_classes: see `plan.split_indices`.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
     @property
@@ -84,31 +84,27 @@ def load_dataset(
     test_fraction: float = 0.1,
     on_bad_image: Literal["error", "skip"] = "error",
     split: Mapping[str, str] | None = None,
-    progress: bool = False,
 ) -> Dataset:
-    """Loads a data set, after making sure that its files are the official ones, or pictures that can be read.
+    """Load a data set, and verify its files: against official checksums, or as images that can be read.
 
     Args:
         name: one of `DATASET_NAMES`.
-        root: the folder that holds the set, extracted or as the official archive, or is the extracted folder itself;
-            where it goes if downloaded. Or an object store's URI, from which it is taken into this node's cache, once,
-            and onto which nothing is put: `publish_dataset` does that. Sets that are `GENERATED` do not look at it.
-        download: whether to download what is not there; not where `root` is a URI: workers of many nodes never go to
-            the origin then.
-        url: where the archive comes from instead of the official address: https:// or file://; http:// from this
-            machine alone.
-        limit: keep only the first `limit` images of each split.
-        seed: of the generated set; the others ignore it.
-        image_size: side of the square images made of pictures in a folder.
-        test_fraction: share of the pictures of a folder without a test part that become one.
-        on_bad_image: what becomes of pictures in a folder that cannot be read.
-        split: train, val or test for each picture of a folder that a run uses, by name; other pictures are left out.
-            Where the folder has none of them, the parts are drawn; if it is empty, as older versions did.
-        progress: whether to show a bar while downloading or reading.
+        root: the folder with the data set, extracted or as the official archive, or the extracted folder itself; a
+            download goes there. Or the URI of an object store, from which it is copied to this node's cache once;
+            `publish_dataset` puts it there. Ignored for data sets that are `GENERATED`.
+        download: whether to download what is missing; never if `root` is a URI, so that nodes do not all download it.
+        url: of the archive, instead of the official address: https:// or file://; http:// from this machine only.
+        limit: use only so many images of each split.
+        seed: of a generated data set; others ignore it.
+        image_size: side of the square images made from image files.
+        test_fraction: share of the images that become the test split, for a folder without one.
+        on_bad_image: whether image files that cannot be read are an error, or are left out.
+        split: for a folder, the part (train, val or test) of each image file that a run uses, by name; other files are
+            left out. If the folder has none of them, its parts are drawn; if it is empty, as older versions did.
 
     Raises:
-        ConfigError: there is no such data set, or `limit` or `url` makes no sense.
-        DataError: the files are missing, damaged, of another data set, or cannot be downloaded or read.
+        ConfigError: the name, `limit` or `url` is invalid.
+        DataError: the files are missing, damaged or of another data set, or cannot be downloaded or read.
         StorageError: `root`, or this node's cache, cannot be written.
     """
     _check_name(name)
@@ -117,18 +113,18 @@ def load_dataset(
     if name in GENERATED:
         return GENERATED[name](seed, limit)
     if name == "folder":
-        path = _pictures(root, progress)
-        folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image, progress=progress)
-        # Older versions could leave a class without a training picture.
-        return _folder(_keep_split(folder, split or {}, limit), limit, test_fraction, keeps_classes=split != {})
+        path = _picture_folder(root, progress=False)
+        folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
+        # Older versions could leave a class without a training image.
+        return _folder_dataset(_keep_split(folder, split or {}, limit), limit, test_fraction, split != {})
     spec = cifar.SPECS[name]
-    _, contents = cifar_source.load(spec, root, download=download, url=url, progress=progress)
+    _, contents = cifar_source.load(spec, root, download=download, url=url, progress=False)
     class_names, train, test = contents
-    return Dataset(name, class_names, _split(*train, limit), _split(*test, limit), spec.mean, spec.std)
+    return Dataset(name, class_names, _first(*train, limit), _first(*test, limit), spec.mean, spec.std)
 
 
 def train_size(name: str, limit: int | None) -> int | None:
-    """Count the images of a data set's training split, or return None where that is not known without reading it."""
+    """Return the size of the training split, or None if that is unknown before it is read."""
     sizes = {"shapes": shapes.TRAIN_IMAGES} | dict.fromkeys(cifar.SPECS, cifar.TRAIN_IMAGES)
     return min(limit or sizes[name], sizes[name]) if name in sizes else None
 
@@ -142,48 +138,47 @@ def prepare_dataset(
     on_bad_image: Literal["error", "skip"] = "error",
     progress: bool = True,
 ) -> tuple[Path, str]:
-    """Downloads, extracts and verifies a data set, as far as that is not done already.
-
-    Where `root` is an object store's URI, it is put there too, see `publish_dataset`.
+    """Download, extract and verify a data set if that is not done yet; publish it if `root` is a URI.
 
     Returns:
-        The folder that holds its files, in this node's cache for a URI; `root` as it is for "folder", and for "shapes",
-        which has none. And what was found in it, for people to read.
+        The local folder with its files (`root` for a generated data set), and a description of what was found.
 
     Raises:
-        ConfigError, DataError, StorageError: as `load_dataset`.
+        ConfigError, DataError, StorageError: see `load_dataset`.
     """
     _check_name(name)
     if name in GENERATED:
         return Path(root), "generated when used"
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     if name == "folder":
-        path = _pictures(root, progress)
+        path = _picture_folder(root, progress)
         folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
-        names, left_out = folder.class_names, folder.skipped
+        class_names, skipped = folder.class_names, folder.skipped
     else:
+        spec = cifar.SPECS[name]
         if is_uri(str(root)):
-            cifar_source.publish(cifar.SPECS[name], str(root), download=download, url=url, progress=progress)
-        path, (names, *_) = cifar_source.load(cifar.SPECS[name], root, download=download, url=url, progress=progress)
-    return path, "\n  ".join([f"{len(names):,} classes: {image_folder.few(names)}", *left_out])
+            cifar_source.publish(spec, str(root), download=download, url=url, progress=progress)
+        path, (class_names, *_) = cifar_source.load(spec, root, download=download, url=url, progress=progress)
+    return path, "\n  ".join([f"{len(class_names):,} classes: {image_folder.few(class_names)}", *skipped])
 
 
 def publish_dataset(
     name: str, root: str, *, download: bool = True, url: str | None = None, progress: bool = True
 ) -> str:
-    """Makes sure that a data set is on an object store, for nodes to take it from there.
+    """Make sure that a data set is on an object store, from which the nodes copy it.
 
-    The CIFAR sets are brought there from their origin if need be; pictures of one's own must be there.
+    A CIFAR set is downloaded and uploaded if it is missing; image files must be there.
 
     Args:
         root: the store's URI.
-        download, url, progress: as for `load_dataset`.
+        download, url: see `load_dataset`.
+        progress: whether to show a progress bar.
 
     Returns:
-        What is there, or has been put there, for people to read.
+        A description of what is on the store.
 
     Raises:
-        ConfigError, DataError, StorageError: as `load_dataset`; the store cannot be written.
+        ConfigError, DataError, StorageError: see `load_dataset`; or the store cannot be written.
     """
     _check_name(name)
     if name in GENERATED:
@@ -193,29 +188,31 @@ def publish_dataset(
     return cifar_source.publish(cifar.SPECS[name], root, download=download, url=url, progress=progress)
 
 
-def _pictures(root: str | Path, progress: bool) -> Path:
-    """The local folder with a user's own pictures, made the same as what is on an object store first."""
-    return store.sync_pictures(str(root), progress=progress) if is_uri(str(root)) else Path(root)
-
-
 def _check_name(name: str) -> None:
     if name not in DATASET_NAMES:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
 
 
+def _picture_folder(root: str | Path, progress: bool) -> Path:
+    """The local folder with a user's own images; a copy of what is on an object store is brought up to date first."""
+    return store.sync_pictures(str(root), progress=progress) if is_uri(str(root)) else Path(root)
+
+
 def _shapes(seed: int, limit: int | None) -> Dataset:
-    train = shapes.generate(min(limit or shapes.TRAIN_IMAGES, shapes.TRAIN_IMAGES), seed=seed, part=0)
-    test = shapes.generate(min(limit or shapes.TEST_IMAGES, shapes.TEST_IMAGES), seed=seed, part=1)
-    return Dataset("shapes", shapes.CLASS_NAMES, Split(*train), Split(*test), shapes.MEAN, shapes.STD)
+    train, test = (
+        Split(*shapes.generate(min(limit or count, count), seed=seed, part=part))
+        for part, count in enumerate((shapes.TRAIN_IMAGES, shapes.TEST_IMAGES))
+    )
+    return Dataset("shapes", shapes.CLASS_NAMES, train, test, shapes.MEAN, shapes.STD)
 
 
 def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: int | None) -> image_folder.Folder:
-    """Divide the pictures as in `split`; a test folder that there is stays as it is."""
+    """Divide the images as in `split`; an existing test folder stays as it is."""
     files, labels = folder.files, folder.labels
     parts = np.array([split.get(name, "new") for name in files.names])
     if (parts == "new").all():
         return folder
-    # A limit leaves pictures out as well: which of them are new is not known.
+    # A limit leaves images out as well: which of them are new is unknown.
     new = [files.names[row] for row in np.flatnonzero(parts == "new")] if limit is None else []
     skipped = (*(f"{image_folder.printable(name)}: not in the run's split" for name in new), *folder.skipped)
     used, test = np.flatnonzero(np.isin(parts, ("train", "val"))), np.flatnonzero(parts == "test")
@@ -228,18 +225,20 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
     return replace(kept, test_files=files.subset(test), test_labels=labels[test])
 
 
-def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float, keeps_classes: bool) -> Dataset:
+def _folder_dataset(
+    folder: image_folder.Folder, limit: int | None, test_fraction: float, keeps_classes: bool
+) -> Dataset:
     files, labels, val = folder.files, folder.labels, folder.val
     test_files, test_labels = folder.test_files, folder.test_labels
     if test_files is None or test_labels is None:
         if test_fraction == 0.0:
             raise ConfigError(f"{files.root} has no folder test, and test_fraction=0 leaves nothing to test on")
-        # One test part for every seed: what is tested on must not depend on how a run was started.
+        # One test split for all seeds: what is tested on must not depend on how a run was started.
         train, test = split_indices(
             labels, test_fraction, 0, stratified=True, keeps_classes=keeps_classes, stream=Stream.TEST_SPLIT
         )
         test_files, test_labels = files.subset(test), labels[test]
-        files, labels = files.subset(train), labels[train]  # a validation folder would be the test part
+        files, labels = files.subset(train), labels[train]  # a validation folder would be the test split
     kept, kept_test = _evenly(len(labels), limit), _evenly(len(test_labels), limit)
     return Dataset(
         "folder",
@@ -255,17 +254,17 @@ def _folder(folder: image_folder.Folder, limit: int | None, test_fraction: float
 
 
 def _evenly(count: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """Places of at most `limit` of `count` pictures: evenly, because the first ones are all of one class."""
+    """Indices of at most `limit` of `count` image files, evenly spaced: the first ones are all of one class."""
     return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
 
 
-def _split(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], limit: int | None) -> Split:
+def _first(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], limit: int | None) -> Split:
     if limit is None or limit >= len(labels):
         return Split(images, labels)
     return Split(images[:limit].copy(), labels[:limit].copy())  # a view would keep the whole set in memory
 
 
 GENERATED: Final[Mapping[str, Callable[[int, int | None], Dataset]]] = {"shapes": _shapes}
-"""Sets that are made when they are used, from the seed and the number of images to keep of each split (None: all)."""
+"""Data sets that are generated when used, from the seed and the number of images in each split (None: all)."""
 
 DATASET_NAMES: Final = (*GENERATED, *cifar.SPECS, "folder")

@@ -1,7 +1,6 @@
-"""Makes sure that pictures can be read, before training starts: each is opened and decoded once.
+"""Verifies image files before training starts, by decoding each of them once.
 
-What was found is remembered by size and time of change in the user's cache folder, so that the next start opens only
-what is new.
+The results are cached by size and modification time, so that the next start decodes only new and changed files.
 """
 
 import hashlib
@@ -14,63 +13,45 @@ from typing import Any
 
 from densenet_dist.cache_folder import cache_folder
 from densenet_dist.data.background import map_ahead, progress_bar
-from densenet_dist.data.image_files import (
-    REFUSED_SUFFIXES,
-    UNREADABLE,
-    Verdict,
-    examine,
-    not_supported,
-    suffix,
-    unreadable,
-)
+from densenet_dist.data.image_files import UNREADABLE, Verdict, examine
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 
-_BAR_FROM = 300
+_BAR_FROM = 300  # files
 _QUEUED = 1024  # files that wait for a thread
 _CACHE_VERSION = 3
 
 
 def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict]:
-    """What each file is found to be, by name; only those that the cache does not know as they are now are opened."""
-    remembered = _load_cache(root)
+    """Return the verdict on each file, by name; only those that the cache does not know are decoded."""
+    cached = _load_cache(root)
     verdicts: dict[str, Verdict] = {}
     stamps: dict[str, list[int]] = {}
-    unknown = []
     for name in names:
-        if suffix(name) in REFUSED_SUFFIXES:
-            verdicts[name] = not_supported(suffix(name)[1:])
-            continue
-        try:
+        with suppress(OSError):  # `examine` reports it
             status = os.stat(root / name)
-        except OSError as error:
-            verdicts[name] = unreadable(error)
-            continue
-        stamps[name] = [status.st_size, status.st_mtime_ns]
-        match remembered.get(name):
-            case [*stamp, str() | [int(), int(), int()] as verdict] if stamp == stamps[name]:
+            stamps[name] = [status.st_size, status.st_mtime_ns]
+        match cached.get(name):
+            case [*stamp, str() | [int(), int(), int()] as verdict] if stamp == stamps.get(name):
                 verdicts[name] = verdict if isinstance(verdict, str) else tuple(verdict)
-            case _:
-                unknown.append(name)
+    unknown = [name for name in names if name not in verdicts]
     try:
-        _open_all(root, unknown, verdicts, progress=progress)
-    finally:  # what was found before an interrupt is worth keeping
+        _examine_all(root, unknown, verdicts, progress=progress)
+    finally:  # keep what was found before an interrupt
         entries = {
-            name: [*stamps[name], verdicts[name]]
-            for name in stamps
-            if name in verdicts and not str(verdicts[name]).startswith(UNREADABLE)
+            name: [*stamps[name], verdict]
+            for name, verdict in verdicts.items()
+            if name in stamps and not str(verdict).startswith(UNREADABLE)
         }
-        if unknown or entries.keys() != remembered.keys():
+        if unknown or entries.keys() != cached.keys():
             _save_cache(root, entries)
     return {name: verdicts[name] for name in names}
 
 
-def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, progress: bool) -> None:
-    """Opens files with as many threads as this process has CPUs, and adds what they are to `verdicts`."""
-    if not names:
-        return
+def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, progress: bool) -> None:
+    """Examine files with as many threads as this process has CPUs, and add the results to `verdicts`."""
     with (
-        warnings.catch_warnings(action="ignore"),  # Pillow's; out here because filters are those of all threads
+        warnings.catch_warnings(action="ignore"),  # Pillow's; here, because the filters apply to all threads
         progress_bar("checking pictures", progress and len(names) >= _BAR_FROM, unit="files") as advance,
     ):
         paths = (root / name for name in names)
@@ -81,14 +62,14 @@ def _open_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, pro
 
 
 def _cache(root: Path) -> tuple[RunFolder, str]:
-    """The folder of the cache, and the name of the file in it for pictures below `root`."""
+    """The cache folder, and the name of the file in it for `root`."""
     digest = hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()
     return RunFolder(str(cache_folder()), "folders"), f"{digest}.json"
 
 
 def _load_cache(root: Path) -> dict[str, Any]:
-    """What earlier starts found: by name [size, mtime_ns, [width, height, CRC-32]] or [size, mtime_ns, reason]."""
-    with suppress(OSError, StorageError):  # without a cache, or with a damaged one, all is done again
+    """Load earlier results: by name [size, mtime_ns, [width, height, CRC-32]] or [size, mtime_ns, reason]."""
+    with suppress(OSError, StorageError):  # without a cache, or with a damaged one, all files are examined
         folder, name = _cache(root)
         match folder.read_json(name):
             case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
@@ -97,7 +78,7 @@ def _load_cache(root: Path) -> dict[str, Any]:
 
 
 def _save_cache(root: Path, entries: dict[str, list[int | Verdict]]) -> None:
-    """Keeps what was found, if that is possible: whole or not at all, whoever else does the same."""
+    """Save the results atomically if possible."""
     with suppress(OSError, StorageError):
         folder, name = _cache(root)
         folder.write(name, json.dumps({"version": _CACHE_VERSION, "files": entries}))

@@ -1,10 +1,9 @@
-"""Pictures in files: what is taken, how one is decoded, and what is wrong with those that are not taken."""
+"""Image files: which formats are accepted, how they are decoded, and what is wrong with the others."""
 
 import io
 import os
 import stat
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,38 +17,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
-REFUSED_SUFFIXES = (
+_REFUSED_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pgm", ".ppm"),
     *(".psd", ".svg", ".tif", ".tiff", ".raw", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf"),
     *(".rw2", ".srw"),
 )
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # as Pillow calls them; MPO is a JPEG with more pictures behind the first
-# What Pillow decodes itself: it would hand EPS files, for example, to Ghostscript.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # Pillow's names; MPO is a JPEG with more images behind the first
+# What Pillow decodes itself: it would pass EPS files, for example, to Ghostscript.
 _READABLE = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "ICO", "JPEG2000", "PPM", "PSD", "TIFF")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (b"\xff\xd8\xff", _PNG, b"RIFF")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
 _DAMAGED = "cut short or damaged"
-UNREADABLE = "cannot be read"  # how a reason begins that may pass though the file stays the same
+UNREADABLE = "cannot be read"  # the start of reasons that may change although the file does not
 
 Verdict = tuple[int, int, int] | str
-"""Width and height in pixels of a picture and the CRC-32 of its file, or why it is a bad one."""
+"""Width and height of an image in pixels and the CRC-32 of its file; or why it cannot be used."""
 
 
 class BadImage(Exception):
-    """A file that cannot be used as a picture; says why in plain words."""
+    """A file cannot be used as an image; the message is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Pictures in files, each verified once.
+    """Image files that have been verified.
 
     Attributes:
         root: the folder that `names` are relative to.
         names: relative POSIX paths, in byte order; those of a validation folder come after all others.
         sizes: (n, 2) int64, width and height in pixels, after the EXIF orientation.
         checksums: (n,) int64, CRC-32 of each file when it was verified.
-        image_size: side in pixels of the square images made of them.
+        image_size: side in pixels of the square images made from them.
     """
 
     root: Path
@@ -62,31 +61,31 @@ class ImageFiles:
         return len(self.names)
 
     def path(self, row: int) -> Path:
-        """Where the picture of a row is."""
+        """Return the path of one file."""
         return self.root / self.names[row]
 
     def subset(self, rows: npt.NDArray[np.int64]) -> "ImageFiles":
-        """The pictures of some rows, (m,) int64, in that order."""
+        """Return the files at `rows`, (m,) int64, in that order."""
         names = tuple(self.names[row] for row in rows)
         return ImageFiles(self.root, names, self.sizes[rows], self.checksums[rows], self.image_size)
 
     def read(self, row: int) -> npt.NDArray[np.uint8]:
-        """The bytes of one file, (n,) uint8, made sure to be a picture of the size it had when it was verified.
+        """Return the bytes of one file, (n,) uint8, which are a valid image of the size it had when it was verified.
 
-        Bytes that are the same are trusted; others are decoded first: a decoder that is to work on many at a time must
-        never meet a broken file (DALI's can take the whole process down).
+        Unchanged bytes are trusted; others are decoded first, because a broken file can crash DALI's decoder, and the
+        process with it.
 
         Raises:
-            BadImage: it cannot be read any more, or is another picture; with the reason.
+            BadImage: it can no longer be read, or is another image.
         """
         data = _read(self.path(row))
-        known = zlib.crc32(data.data) == self.checksums[row]
-        if not known and list(_checked_pixels(data).shape[:0:-1]) != self.sizes[row].tolist():
+        unchanged = zlib.crc32(data.data) == self.checksums[row]
+        if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[row].tolist():
             raise BadImage("another picture than when it was verified")
         return data
 
     def encoded(self, row: int) -> npt.NDArray[np.uint8]:
-        """Bytes for another decoder: as `read`, or of a picture with transparency a PNG of what `decode` gives."""
+        """Return bytes for another decoder: those of `read`; of a transparent image, the result of `decode` as PNG."""
         from PIL import Image
 
         data = self.read(row)
@@ -97,177 +96,155 @@ class ImageFiles:
         return np.frombuffer(png.getvalue(), np.uint8)
 
     def decode(self, row: int) -> "Tensor":
-        """One picture as (3, H, W) uint8 on the CPU, RGB, upright.
+        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright.
 
         Raises:
-            BadImage: as `read`, or it cannot be decoded.
+            BadImage: see `read`; or it cannot be decoded.
         """
         return _pixels(self.read(row))
 
 
 def decode_any(path: Path) -> "Tensor":
-    """Decode one picture as `ImageFiles.decode` does, also of the other formats in `_READABLE`.
+    """Decode a file as `ImageFiles.decode` does, of any format that Pillow reads.
 
     Raises:
-        BadImage: it cannot be read or decoded, is damaged, or is an animation; with the reason.
+        BadImage: it cannot be read or decoded, is damaged, or is an animation.
     """
-    return _checked_pixels(_read(path), any_kind=True)
+    return _verified_pixels(_read(path), any_format=True)
 
 
-def pixels_of(picture: Any) -> "Tensor":
-    """A picture that Pillow has opened as (3, H, W) uint8 on the CPU, RGB, upright, on white where it is transparent.
+def pixels_of(image: Any) -> "Tensor":
+    """Convert a Pillow image to (3, H, W) uint8 on the CPU, RGB, upright, transparent areas on white.
 
     Raises:
-        BadImage: how bright its numbers are meant to be is not known.
+        BadImage: its range of values is unknown.
     """
     import torch
     from PIL import ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        levels = torch.from_numpy(np.asarray(picture).astype(np.int32))
-        return ((levels + 128) // 257).to(torch.uint8).expand(3, -1, -1)
-    if picture.mode in ("I", "F"):
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _to_8_bits(torch.from_numpy(np.asarray(image).astype(np.int32))).expand(3, -1, -1)
+    if image.mode in ("I", "F"):
         raise BadImage("grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits")
-    if picture.has_transparency_data:
-        return on_white(torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1))
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    if image.has_transparency_data:
+        return on_white(torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def on_white(pixels: "Tensor") -> "Tensor":
-    """A picture with alpha, (4, H, W) uint8, on a white background, (3, H, W) uint8."""
-    colour, alpha = pixels[:3].int(), pixels[3:].int()
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).byte()
-
-
-def suffix(name: str) -> str:
-    """The end of a file's name, in lower case, with its dot."""
-    return os.path.splitext(name)[1].lower()
+    """Blend an image with alpha, (4, H, W) uint8, with white: (3, H, W) uint8."""
+    color, alpha = pixels[:3].int(), pixels[3:].int()
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).byte()
 
 
 def named_as_picture(name: str) -> bool:
-    """Whether a file's name ends like that of a picture, of a kind that is taken or not."""
-    return suffix(name) in (*IMAGE_SUFFIXES, *REFUSED_SUFFIXES)
+    """Return whether a file's name has the suffix of an image format, supported or not."""
+    return _suffix(name) in (*IMAGE_SUFFIXES, *_REFUSED_SUFFIXES)
 
 
 def examine(path: Path) -> Verdict:
-    """Opens and decodes one file."""
+    """Verify that a file is an image that can be used, by decoding it."""
+    suffix = _suffix(path.name)
+    if suffix in _REFUSED_SUFFIXES:
+        return _not_supported(suffix[1:])
     try:
         data = _read(path)
-        _, height, width = _checked_pixels(data).shape
+        _, height, width = _verified_pixels(data).shape
     except BadImage as error:
         return str(error)
     return width, height, zlib.crc32(data.data)
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
 def _read(path: Path) -> npt.NDArray[np.uint8]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise BadImage("not a file")  # a pipe would be waited for without end
+            raise BadImage("not a file")  # reading a pipe may never end
         data = np.fromfile(path, dtype=np.uint8)
+    except FileNotFoundError as error:
+        raise BadImage(f"{UNREADABLE}: it is not there, or is a link to nothing") from error
     except (OSError, ValueError) as error:
-        raise BadImage(unreadable(error)) from error
+        raise BadImage(f"{UNREADABLE}: {getattr(error, 'strerror', None) or error}") from error
     if not len(data):
         raise BadImage("empty file")
     return data
 
 
-def _check_header(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> str:
-    """Makes sure that a file's bytes are one picture of a kind that is taken, whatever its name says; the kind."""
+def _verified_pixels(data: npt.NDArray[np.uint8], *, any_format: bool = False) -> "Tensor":
+    """Decode a file's bytes, of a supported format and not damaged."""
+    kind = _check_header(data, any_format=any_format)
+    with printed_by_c() as lines:
+        pixels = _pixels(data)
+    if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings about colour profiles; damage is an error there
+        raise BadImage(f"damaged: {lines[0]}")
+    return pixels
+
+
+def _check_header(data: npt.NDArray[np.uint8], *, any_format: bool) -> str:
+    """Check that a file's bytes are one image of a supported format, whatever its name; return the format."""
     from PIL import Image
 
-    Image.init()  # all its formats, so that no thread looks through them while another still loads some
+    Image.init()  # all formats at once: no thread must look at them while another is still loading some
     try:
-        with Image.open(io.BytesIO(data.data), formats=_READABLE) as picture:
-            kind = picture.format or "this format"
-            frames = 1 if kind in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
+        with Image.open(io.BytesIO(data.data), formats=_READABLE) as image:
+            kind = image.format or "this format"
+            frames = 1 if kind in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
             if kind == "PNG":
-                picture.verify()  # its checksums, which Pillow does not look at when it decodes
+                image.verify()  # its checksums, which Pillow does not check when it decodes
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels to be decoded safely: scale it down") from error
     except Exception as error:
-        raise BadImage(_damage(data)) from error
-    if kind not in _FORMATS and not any_kind:
-        raise BadImage(not_supported(kind))
+        start = data[:16].tobytes()
+        if start[4:].startswith(_HEIF):
+            raise BadImage(_not_supported("HEIC")) from error
+        raise BadImage(_DAMAGED if start.startswith(_MAGIC) else "not a picture") from error
+    if kind not in _FORMATS and not any_format:
+        raise BadImage(_not_supported(kind))
     if frames > 1:
         raise BadImage(f"a file of {frames} pages" if kind == "TIFF" else f"an animation of {frames} frames")
     return kind
 
 
-def _checked_pixels(data: npt.NDArray[np.uint8], *, any_kind: bool = False) -> "Tensor":
-    """The picture in a file's bytes, made sure to be of a kind that is taken, and not damaged."""
-    kind = _check_header(data, any_kind=any_kind)
-    with printed_by_c() as lines:
-        pixels = _pixels(data)
-    if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings of colour profiles; damage is an error there
-        raise BadImage(f"damaged: {lines[0]}")
-    return pixels
-
-
-def _is_transparent(data: npt.NDArray[np.uint8]) -> bool:
-    """Whether a PNG or WebP may have transparent pixels, by its header."""
-    start = data[:32].tobytes()
-    if start.startswith(_PNG):  # a colour type with alpha, or transparent colours, which are named before the pixels
-        return bool(start[25] & 4) or b"tRNS" in data.tobytes().partition(b"IDAT")[0]
-    flags = {b"WEBPVP8X": 20, b"WEBPVP8L": 24}.get(start[8:16])
-    return flags is not None and bool(start[flags] & 16)
-
-
 def _pixels(data: npt.NDArray[np.uint8]) -> "Tensor":
-    """The picture in a file's bytes, as `ImageFiles.decode` gives it."""
+    """Decode a file's bytes, see `ImageFiles.decode`: by torchvision, which is faster, or by Pillow."""
     import torch
     from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
 
-    if data[:8].tobytes() == _PNG and data.tobytes().rfind(b"IEND\xaeB`\x82") < 0:
-        raise BadImage(_DAMAGED)  # torchvision would show what there is of it, DALI would not
+    start = data[:32].tobytes()
+    if start.startswith(_PNG) and data.tobytes().rfind(b"IEND\xaeB`\x82") < 0:
+        raise BadImage(_DAMAGED)  # torchvision would return a part of it, DALI would not
+    webp_exif = start[8:16] == b"WEBPVP8X" and start[20] & 8  # torchvision does not apply its orientation
     try:
-        if not data[:16].tobytes().startswith(_MAGIC) or _is_transparent(data):
-            with Image.open(io.BytesIO(data.data), formats=_READABLE) as picture:
-                return pixels_of(picture)
+        if not start.startswith(_MAGIC) or webp_exif or _is_transparent(data):
+            with Image.open(io.BytesIO(data.data), formats=_READABLE) as image:
+                return pixels_of(image)
         pixels: Tensor = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
     except BadImage:
         raise
     except Exception as error:
         raise BadImage(_DAMAGED) from error
-    if pixels.ndim != 3:
-        raise BadImage(f"an animation of {len(pixels)} frames")
     if pixels.dtype == torch.uint16:
-        pixels = ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
-    orientation = _webp_orientation(data)
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 2)
-    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    if flips:
-        pixels = pixels.flip(flips)
+        pixels = _to_8_bits(pixels.to(torch.int32))
     return pixels.expand(3, -1, -1)
 
 
-def _webp_orientation(data: npt.NDArray[np.uint8]) -> int:
-    """The EXIF orientation, 1 to 8, of a WebP, which torchvision does not apply; 1, upright, of everything else."""
-    if data[:4].tobytes() == b"RIFF" and data[12:16].tobytes() == b"VP8X" and data[20] & 8:
-        from PIL import Image
-
-        with suppress(Exception), Image.open(io.BytesIO(data.data), formats=["WEBP"]) as picture:
-            return int(picture.getexif().get(0x0112, 1))
-    return 1
+def _to_8_bits(levels: "Tensor") -> "Tensor":
+    return ((levels + 128) // 257).byte()
 
 
-def unreadable(error: Exception) -> str:
-    """Why a file could not be read, in plain words."""
-    if isinstance(error, FileNotFoundError):
-        return f"{UNREADABLE}: it is not there, or is a link to nothing"
-    return f"{UNREADABLE}: {getattr(error, 'strerror', None) or error}"
+def _is_transparent(data: npt.NDArray[np.uint8]) -> bool:
+    """Whether a PNG or WebP may have transparent pixels, by its header."""
+    start = data[:32].tobytes()
+    if start.startswith(_PNG):  # a colour type with alpha, or transparent colours, which are listed before the pixels
+        return bool(start[25] & 4) or b"tRNS" in data.tobytes().partition(b"IDAT")[0]
+    flags = {b"WEBPVP8X": 20, b"WEBPVP8L": 24}.get(start[8:16])
+    return flags is not None and bool(start[flags] & 16)
 
 
-def _damage(data: npt.NDArray[np.uint8]) -> str:
-    """Why bytes could not be opened, as far as their beginning tells."""
-    start = data[:16].tobytes()
-    if start[4:].startswith(_HEIF):
-        return not_supported("HEIC")
-    return _DAMAGED if start.startswith(_MAGIC) else "not a picture"
-
-
-def not_supported(kind: str) -> str:
-    """What is said of a format that is not taken."""
+def _not_supported(kind: str) -> str:
     return f"{kind.upper()} is not supported: convert it to PNG or JPEG"

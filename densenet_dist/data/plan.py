@@ -1,17 +1,17 @@
-"""Which image comes when: pure functions of (seed, epoch, dataset index). What is done to it is in `augment`.
+"""Which image comes when: pure functions of (seed, epoch, dataset index).
 
-Nothing here keeps state. A split, the order of an epoch and the augmentation of every image are computed anew from the
-seed wherever they are needed, so every rank agrees without talking, any number of ranks sees the same global batches,
-and a run resumes from two integers, the epoch and the step.
+Nothing here has a state. A split, the order of an epoch and the augmentation of every image (`augment`) are computed
+from the seed wherever they are needed. So all ranks agree without communication, any number of ranks sees the same
+global batches, and a run resumes from two integers, the epoch and the step.
 
-All of it is drawn from Philox 4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one stream
-a purpose and epoch, keyed by
+Random numbers are drawn from Philox 4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one
+stream per purpose and epoch, keyed by
 
     word 0 = seed                                 0 <= seed < 2**63
     word 1 = purpose * 2**48 + epoch              purposes: see `Stream`; 0 <= epoch < 2**48
 
-Only the generator's raw 64-bit words are used. NumPy keeps those fixed for ever, but not what `Generator.permutation`
-or `Generator.random` make of them (NEP 19); so a run can be repeated under a later NumPy.
+Only the generator's raw 64-bit words are used: NumPy guarantees those for all versions, but not the results of
+`Generator.permutation` or `Generator.random` (NEP 19). So a run can be repeated with a later NumPy.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from densenet_dist.errors import ConfigError
 
 
 class Stream(IntEnum):
-    """What a random stream is for. The numbers are part of every result: append, never renumber."""
+    """The purpose of a random stream. All results depend on the numbers: append, never renumber."""
 
     SPLIT = 1
     ORDER = 2
@@ -38,18 +38,18 @@ class Stream(IntEnum):
 
 
 def random_words(count: int, *, seed: int, stream: Stream, epoch: int = 0) -> npt.NDArray[np.uint64]:
-    """The first `count` 64-bit words of one stream, shape (count,), uint64. A longer draw begins with the shorter."""
+    """Return the first `count` 64-bit words of one stream, (count,) uint64."""
     key = np.array([seed, (int(stream) << 48) + epoch], dtype=np.uint64)
     return np.random.Philox(key=key).random_raw(count).astype(np.uint64, copy=False)
 
 
 def unit_floats(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """64-bit words as float64 in [0, 1), uniform: the upper 53 bits over 2**53."""
+    """Convert 64-bit words to uniform float64 in [0, 1): the upper 53 bits over 2**53."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def epoch_order(indices: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order in which `indices`, shape (n,), are seen in `epoch`: a uniform permutation of them, (n,) int64."""
+    """Return the order of `indices` (n,) in `epoch`: a uniform permutation of them, (n,) int64."""
     keys = random_words(len(indices), seed=seed, stream=Stream.ORDER, epoch=epoch)
     return np.asarray(indices, dtype=np.int64)[np.argsort(keys, kind="stable")]
 
@@ -63,17 +63,17 @@ def split_indices(
     keeps_classes: bool = False,
     stream: Stream = Stream.SPLIT,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Dataset indices of the training and of the validation part, each sorted, int64.
+    """Return the dataset indices of the training and the validation part, each sorted, int64.
 
-    The validation part has `round(val_fraction * n)` images; stratified, each class gives its share of them, rounded
-    so that the total stays the same (largest remainders first).
+    The validation part has `round(val_fraction * n)` images. If stratified, they are distributed over the classes in
+    proportion to their sizes (largest remainders first).
 
     Args:
         labels: (n,) integer class labels.
         val_fraction: in [0, 1); 0 gives an empty validation part.
-        keeps_classes: leave at least one image of every class in the training part; the validation part may get
-            smaller. Where no class would be lost, nothing changes.
-        stream: which random stream chooses, so that a test part can be held out by the same rule.
+        keeps_classes: leave at least one image of every class in the training part; the validation part may become
+            smaller. If no class would be lost, nothing changes.
+        stream: `TEST_SPLIT` holds out a test part instead.
 
     Raises:
         ConfigError: the fraction is out of range, or rounds to no validation or no training image.
@@ -85,9 +85,9 @@ def split_indices(
     num_val = round(val_fraction * count)
     if num_val == count:
         raise ConfigError(f"{name}={val_fraction} of {count} images leaves no training image")
-    # The images with the smallest keys are the validation part: of all of them, or class by class.
+    # The images with the smallest keys are the validation part: of all images, or of each class.
     order = np.argsort(random_words(count, seed=seed, stream=stream), kind="stable")
-    if keeps_classes:  # each class's image with the largest key is left out, which changes a split only if it was in it
+    if keeps_classes:  # the image with the largest key of each class stays in the training part
         _, last = np.unique(labels[order][::-1], return_index=True)
         order = np.delete(order, count - 1 - last)
     in_val = np.zeros(count, dtype=np.bool_)
@@ -103,8 +103,8 @@ def split_indices(
 
 
 def _quotas(sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
-    """`total` seats shared among classes of these sizes, (c,) int64: largest remainders, ties to the lower class."""
-    # In integers: a float share such as 0.1 * 50 may fall on either side of a whole number.
+    """Distribute `total` over classes of these sizes, (c,) int64: largest remainders, ties to the lower class."""
+    # In integers: a float product such as 0.1 * 50 may fall on either side of an integer.
     whole, remainder = np.divmod(sizes.astype(np.int64) * total, int(sizes.sum()))
     whole[np.argsort(-remainder, kind="stable")[: total - int(whole.sum())]] += 1
     return whole
@@ -112,11 +112,11 @@ def _quotas(sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an epoch of `num_images` is cut into global batches, the same for every world size.
+    """How an epoch of `num_images` is divided into global batches, the same for every world size.
 
-    Global step t takes `order[t * B : (t + 1) * B]`. The images left over make a batch of their own if they are at
-    least ceil(B / 8), and join the batch before them otherwise; so every image is seen once an epoch, no rank of up to
-    B / 8 goes without images, and BatchNorm never sees a handful of them. Fewer than B images make one batch.
+    Global step t takes `order[t * B : (t + 1) * B]`. The remaining images are a batch of their own if they are at least
+    ceil(B / 8), else they join the previous batch. So every image is seen once per epoch, up to B / 8 ranks always have
+    images, and BatchNorm never sees very few of them. Fewer than B images are one batch.
 
     Raises:
         ConfigError: a number is less than 1.
@@ -131,12 +131,12 @@ class BatchPlan:
 
     @property
     def steps(self) -> int:
-        """Global batches in an epoch, at least 1."""
+        """Global batches per epoch, at least 1."""
         full, tail = divmod(self.num_images, self.global_batch_size)
         return max(1, full + (tail >= -(-self.global_batch_size // 8)))
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """The slice (start, stop) of the epoch's order that global step `step` takes.
+        """Return the slice (start, stop) of the epoch's order that global step `step` takes.
 
         Raises:
             IndexError: there is no such step.
@@ -148,10 +148,10 @@ class BatchPlan:
 
     @property
     def smallest(self) -> int:
-        """Images in the smallest global batch of the epoch."""
+        """Number of images in the smallest global batch of the epoch."""
         return min(stop - start for start, stop in (self.bounds(0), self.bounds(self.steps - 1)))
 
     def smallest_part(self, world_size: int, grad_accum_steps: int) -> int:
-        """Count the images that a rank has at least in one forward pass of training; 0 where a rank has none."""
+        """Return the smallest number of images of a rank in one forward pass of training."""
         share = self.smallest // world_size
         return share // max(1, min(grad_accum_steps, share))

@@ -1,13 +1,13 @@
-"""`shapes`: a generated set of 32x32 RGB images in ten classes, made in seconds from a seed, with no download.
+"""`shapes`: a generated data set of 32x32 RGB images in ten classes, made in seconds from a seed, without a download.
 
-An image shows one large figure at a random place, size, angle and colour, light on dark or dark on light, before a
-striped and mottled background with strokes and dots in it, and with noise all over. The class is the form of the
-figure alone: no pixel, colour or place tells it, so a linear classifier on pixels learns next to nothing, while a small
-convolutional net learns it in minutes.
+An image shows one large shape at a random position, size, angle and color, light on dark or dark on light, on a
+striped and mottled background with strokes, dots and noise. The class is the shape alone: no pixel, color or position
+reveals it, so a linear classifier on pixels learns almost nothing, while a small convolutional network learns it in
+minutes.
 
-The set is the same on every machine, but for the rounding of a pixel to one grey level or the next here and there.
+The images are the same on every machine, except that a few pixels may be rounded to the next grey level.
 
-Figures are signed distance functions after Inigo Quilez, https://iquilezles.org/articles/distfunctions2d.
+Shapes are signed distance functions after Inigo Quilez, https://iquilezles.org/articles/distfunctions2d.
 """
 
 import math
@@ -21,24 +21,24 @@ from densenet_dist.data.plan import Stream, random_words, unit_floats
 IMAGE_SIZE = 32
 TRAIN_IMAGES = 10_000
 TEST_IMAGES = 2_000
-MEAN = (0.5, 0.5, 0.5)  # of every channel, whatever the seed: the set is symmetric in colour, and in light and dark
+MEAN = (0.5, 0.5, 0.5)  # of every channel, whatever the seed: colors, and light and dark, are symmetric
 STD = (0.315, 0.315, 0.315)
 
-Field = npt.NDArray[np.floating]  # float32, a number at each pixel of each image, (n, 32, 32)
+Field = npt.NDArray[np.floating]  # float32, one number per pixel of each image, (n, 32, 32)
 
-_CHUNK = 250  # images drawn at once, so that their fields stay in a core's cache
+_CHUNK = 250  # images drawn at once, so that their fields fit into a core's cache
 _CLUTTER = 8  # strokes and dots in an image, half of each
-_MOTTLE = 5  # side of the coarse grid that the background is interpolated from
-_NOISE = 0.08  # of the full scale, to either side
-_SCALARS = 17 + 8 * _CLUTTER + 3 * _MOTTLE**2  # random numbers an image takes, apart from its noise
+_MOTTLE = 5  # side of the coarse grid from which the background is interpolated
+_NOISE = 0.08  # maximum, as a share of the full scale
+_SCALARS = 17 + 8 * _CLUTTER + 3 * _MOTTLE**2  # random numbers per image, without its noise
 _NOISE_WORDS = IMAGE_SIZE**2 * 3 // 8
 
 
 def generate(count: int, *, seed: int, part: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The first `count` images of a part of the set; image i depends on (seed, part, i) alone and is of class i mod 10.
+    """Generate the first `count` images of a split; image i depends on (seed, part, i) alone and has class i mod 10.
 
     Args:
-        part: which of the independent parts of the set: 0 for training, 1 for test.
+        part: the split: 0 for training, 1 for test.
 
     Returns:
         images (count, 32, 32, 3) uint8 and labels (count,) int64.
@@ -54,7 +54,7 @@ def generate(count: int, *, seed: int, part: int) -> tuple[npt.NDArray[np.uint8]
 
 
 def _draw(labels: npt.NDArray[np.int64], words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-    """Images (n, 32, 32, 3) uint8 of classes (n,) from random words (n, m)."""
+    """Images (n, 32, 32, 3) uint8 of the classes `labels` (n,) from random words (n, m)."""
     draws = _Draws(unit_floats(words[:, :_SCALARS]).astype(np.float32))
     dark, light = draws.take(3, 0.0, 0.4), draws.take(3, 0.6, 1.0)
     negative = draws.take(1, 0.0, 1.0) < 0.5
@@ -62,28 +62,28 @@ def _draw(labels: npt.NDArray[np.int64], words: npt.NDArray[np.uint64]) -> npt.N
     canvas = _background(draws, ground)
     for index in range(_CLUTTER):
         canvas = _blend(canvas, *_stroke(draws, is_dot=index % 2 == 1))
-    canvas = _blend(canvas, _figure(draws, labels), ink)
+    canvas = _blend(canvas, _shape(draws, labels), ink)
     noise = np.ascontiguousarray(words[:, _SCALARS:]).view(np.uint8).reshape(canvas.shape)
     canvas += (noise.astype(np.float32) - 127.5) * (_NOISE / 127.5)
     return (canvas.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 class _Draws:
-    """Hands out the columns of (n, m) float32 numbers in [0, 1), each once."""
+    """Returns the columns of (n, m) float32 numbers in [0, 1), each once."""
 
     def __init__(self, values: Field) -> None:
         self._values = values
         self._used = 0
 
     def take(self, columns: int, low: float, high: float) -> Field:
-        """The next columns as (n, columns) float32, uniform in [low, high)."""
+        """Return the next columns, (n, columns) float32, uniform in [low, high)."""
         values = self._values[:, self._used : self._used + columns]
         self._used += columns
         return values * (high - low) + low
 
 
 def _local(centre: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
-    """x and y of every pixel, (n, 32, 32) each, as a figure sees them: from its centre, turned, in units of its scale.
+    """x and y of every pixel, (n, 32, 32) each, in a shape's coordinates: from its centre, rotated, scaled.
 
     Args:
         centre: (n, 2) in pixels.
@@ -98,20 +98,20 @@ def _local(centre: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
 
 
 def _cover(distance: Field) -> Field:
-    """How much of each pixel a figure covers, [0, 1], from the signed distance to its edge in pixels."""
+    """The share of each pixel that a shape covers, from the signed distance to its edge in pixels."""
     return (-distance + 0.5).clip(0.0, 1.0)
 
 
-def _blend(canvas: Field, cover: Field, colour: Field) -> Field:
-    """Paints colour (n, 3) over a canvas (n, 3, 32, 32) where cover (n, 32, 32) says so."""
-    return canvas + cover[:, None] * (colour[:, :, None, None] - canvas)
+def _blend(canvas: Field, cover: Field, color: Field) -> Field:
+    """Paint a color (n, 3) over a canvas (n, 3, 32, 32), as far as `cover` (n, 32, 32) is above 0."""
+    return canvas + cover[:, None] * (color[:, :, None, None] - canvas)
 
 
 def _background(draws: _Draws, ground: Field) -> Field:
-    """Canvases (n, 3, 32, 32) of a ground colour (n, 3), mottled and striped."""
+    """Canvases (n, 3, 32, 32) of a ground color (n, 3), mottled and striped."""
     grid = draws.take(3 * _MOTTLE**2, -0.2, 0.2).reshape(-1, 3, _MOTTLE, _MOTTLE)
-    places = np.linspace(0.0, _MOTTLE - 1.0, IMAGE_SIZE, dtype=np.float32)
-    weights = np.clip(1.0 - np.abs(places[:, None] - np.arange(_MOTTLE, dtype=np.float32)), 0.0, 1.0)
+    positions = np.linspace(0.0, _MOTTLE - 1.0, IMAGE_SIZE, dtype=np.float32)
+    weights = np.clip(1.0 - np.abs(positions[:, None] - np.arange(_MOTTLE, dtype=np.float32)), 0.0, 1.0)
     mottle: Field = np.einsum("ia,ncab,jb->ncij", weights, grid, weights, optimize=True)
     period, angle, phase = draws.take(1, 4.0, 16.0), draws.take(1, 0.0, math.pi), draws.take(1, 0.0, 2.0 * math.pi)
     across, _ = _local(np.zeros((len(ground), 2), dtype=np.float32), angle, period)
@@ -121,7 +121,7 @@ def _background(draws: _Draws, ground: Field) -> Field:
 
 
 def _stroke(draws: _Draws, *, is_dot: bool) -> tuple[Field, Field]:
-    """Cover (n, 32, 32) and colour (n, 3) of a short round-ended stroke, or of a dot."""
+    """Cover (n, 32, 32) and color (n, 3) of a short round-ended stroke, or of a dot."""
     centre, angle = draws.take(2, 0.0, IMAGE_SIZE), draws.take(1, 0.0, math.pi)
     half_length, radius = draws.take(1, 2.0, 5.0)[:, :, None], draws.take(1, 0.5, 1.2)[:, :, None]
     x, y = _local(centre, angle, np.ones_like(angle))
@@ -130,19 +130,19 @@ def _stroke(draws: _Draws, *, is_dot: bool) -> tuple[Field, Field]:
     return _cover(_length(x, y) - radius), draws.take(3, 0.0, 1.0)
 
 
-def _figure(draws: _Draws, labels: npt.NDArray[np.int64]) -> Field:
-    """Cover (n, 32, 32) of the figures of classes (n,), each wholly inside of its image."""
+def _shape(draws: _Draws, labels: npt.NDArray[np.int64]) -> Field:
+    """Cover (n, 32, 32) of the shapes of classes `labels` (n,), each entirely inside its image."""
     radius, angle = draws.take(1, 7.0, 12.0), draws.take(1, 0.0, 2.0 * math.pi)
     centre = draws.take(2, -1.0, 1.0) * (-radius + IMAGE_SIZE / 2) + IMAGE_SIZE / 2
     x, y = _local(centre, angle, radius)
     distance = np.empty_like(x)
-    for label, figure in enumerate(_FIGURES.values()):
+    for label, distance_to in enumerate(_SHAPES.values()):
         chosen = labels == label
-        distance[chosen] = figure(x[chosen], y[chosen])
+        distance[chosen] = distance_to(x[chosen], y[chosen])
     return _cover(distance * radius[:, :, None])
 
 
-# The figures: signed distance from the edge, negative inside, of a figure of about unit radius.
+# The shapes: signed distance to the edge, negative inside, of a shape of about unit radius.
 
 
 def _length(x: Field, y: Field) -> Field:
@@ -163,7 +163,7 @@ def _star(x: Field, y: Field) -> Field:
     return ((radius * np.cos(angle) - 1.0) * notch_y + radius * np.sin(angle) * (1.0 - notch_x)) / edge
 
 
-_FIGURES: dict[str, Callable[[Field, Field], Field]] = {
+_SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "circle": lambda x, y: _length(x, y) - 0.85,
     "ring": lambda x, y: np.abs(_length(x, y) - 0.8) - 0.2,
     "semicircle": lambda x, y: np.maximum(_length(x, y - 0.4) - 1.0, y - 0.4),
@@ -175,4 +175,4 @@ _FIGURES: dict[str, Callable[[Field, Field], Field]] = {
     "star": _star,
     "ell": lambda x, y: np.minimum(_box(x + 0.45, y, 0.28, 0.85), _box(x, y - 0.57, 0.73, 0.28)),
 }
-CLASS_NAMES = tuple(_FIGURES)
+CLASS_NAMES = tuple(_SHAPES)

@@ -1,4 +1,4 @@
-"""How fast a loader is, measured where it is to work."""
+"""Measures the speed of a loader on this machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from densenet_dist.data.loader import Batch, TrainLoader
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of one loader, with nobody using its batches.
+    """The speed of one loader, while nothing consumes its batches.
 
     Attributes:
-        images: made in the time measured.
-        seconds: that it took.
-        cpu_seconds: that this process' threads worked in it.
+        images: number of images produced.
+        seconds: wall time.
+        cpu_seconds: CPU time of all threads of this process.
     """
 
     images: int
@@ -28,20 +28,20 @@ class Speed:
 
     @property
     def per_second(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / self.seconds
 
     @property
     def per_cpu_second(self) -> float:
-        """Images a CPU-second: what counts where training wants the same cores."""
+        """Images per CPU-second: what counts if training needs the same cores."""
         return self.images / max(self.cpu_seconds, 1e-9)
 
 
 def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, warm_up: int = 3) -> Speed:
-    """Take batches for about so many seconds, or until there are no more, the first few not counted.
+    """Take batches for about `seconds`, or until there are no more; the first `warm_up` batches are not counted.
 
     Raises:
-        ValueError: there are no batches beyond the first few.
+        ValueError: there are no more batches than that.
     """
     for _, _ in zip(range(warm_up), batches, strict=False):
         pass
@@ -51,7 +51,7 @@ def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, w
     for count, batch in enumerate(batches, start=1):
         images += len(batch.targets)
         if device.type == "cuda" and count % 16 == 0:
-            synchronize(device)  # its queue would run ahead of the clock
+            synchronize(device)  # else its queue would run ahead of the clock
         if time.perf_counter() - started > seconds:
             break
     synchronize(device)
@@ -61,12 +61,12 @@ def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, w
 
 
 def endless(loader: TrainLoader) -> Iterator[Batch]:
-    """The batches of every epoch, one after the other."""
+    """Yield the batches of all epochs, without end."""
     for epoch in itertools.count():
         yield from loader.epoch(epoch)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait for a GPU; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What the torch loader does to pixels. Every op works on a CPU and, queued without waiting, on a GPU."""
+"""The image operations of the torch engine, for a CPU and a GPU; none of them waits for the GPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from torch import Tensor
 from densenet_dist.data.augment import Padding
 from densenet_dist.data.trivial_augment import Tone
 
-GREY = (0.299, 0.587, 0.114)
-"""Luma of red, green, blue: ITU-R BT.601."""
+GREY = (0.299, 0.587, 0.114)  # luma of red, green, blue: ITU-R BT.601
 
 
 def warp(images: Tensor, theta: Tensor, centres: Tensor, padding: Padding) -> Tensor:
-    """Warps each image bilinearly by its own affine map, in float32 even under autocast.
+    """Warp each image bilinearly by its own affine map, in float32 even under autocast.
 
-    The grid is that of `affine_grid(align_corners=False)`, but sums two broadcast products instead of multiplying
-    matrices: 20 times faster on a CPU, exact for whole-pixel shifts, and out of reach of TF32 and autocast, which would
-    move pixels by whole grey levels.
+    The grid is that of `affine_grid(align_corners=False)`, but is the sum of two broadcast products instead of a matrix
+    product: 20 times faster on a CPU, exact for whole-pixel shifts, and not affected by TF32 and autocast, which would
+    change pixels by whole grey levels.
 
     Args:
         images: (n, 3, H, W) float32, H = W.
@@ -44,13 +43,13 @@ def warp(images: Tensor, theta: Tensor, centres: Tensor, padding: Padding) -> Te
 def change_tones(
     images: Tensor, tone: npt.NDArray[np.int64], strength: Tensor, upload: Callable[[npt.NDArray[np.int64]], Tensor]
 ) -> None:
-    """Does to each image, in place, what its `Tone` and strength say.
+    """Apply each image's tone operation in place.
 
     Args:
         images: (n, 3, H, W) float32 in grey levels, [0, 255].
-        tone: (n,) int64, on the host: which images to touch is known without asking the device.
+        tone: (n,) int64, each a `Tone`; on the host, so that the images can be grouped without waiting for the device.
         strength: (n,) float32 on the images' device.
-        upload: brings an array to the images' device.
+        upload: copies an array to the images' device.
     """
     for kind, change in _TONES.items():
         rows = np.flatnonzero(tone == kind)
@@ -61,12 +60,12 @@ def change_tones(
 
 
 def cut_holes(images: Tensor, hole: Tensor) -> None:
-    """Sets the part of each image (n, 3, H, W) that `hole`, (n, 4) int64 left, top, right, bottom, names to zero."""
+    """Set a box in each image (n, 3, H, W) to zero: `hole` is (n, 4) int64 left, top, right, bottom."""
     images.masked_fill_(_inside(hole, images.shape[-1]), 0.0)
 
 
 def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
-    """Each image mixed with its partner: `box` is the partner's, elsewhere `blend` is the image's share.
+    """Mix each image with its partner: `box` is the partner's, elsewhere `blend` is the image's share.
 
     Args:
         images, partners: (n, 3, H, W) float32.
@@ -81,16 +80,16 @@ def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
 
 
 def mixed_targets(labels: Tensor, partners: Tensor, own: Tensor, num_classes: int) -> Tensor:
-    """Probabilities (n, classes) float32: `own` (n,) for `labels`, the rest for `partners`, both (n,) int64."""
+    """Return probabilities (n, classes) float32: `own` (n,) for `labels`, the rest for `partners`, both (n,) int64."""
     one, other = (F.one_hot(of, num_classes).float() for of in (labels, partners))
     return torch.lerp(other, one, own[:, None])
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """A picture resampled to a square by a triangle filter as wide as the scale asks (no aliasing), unrounded.
+    """Resize an image to a square by a triangle filter as wide as the scale requires (antialiased), without rounding.
 
-    Like Pillow's and torch's bilinear resampling, but for the border: what a filter sees beyond it is the border pixel
-    again, as in DALI, where torch would leave it out of the mean.
+    Like Pillow's and torch's bilinear resampling except at the border: pixels beyond it repeat the border, as in DALI,
+    while torch leaves them out of the mean.
 
     Args:
         image: (3, H, W) uint8.
@@ -116,7 +115,7 @@ def resize(image: Tensor, size: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _filter_mass(length: int, size: int) -> tuple[Tensor, ...]:
-    """Shares of each output pixel's filter inside of the picture, before and beyond it; (size,) each; length > size."""
+    """Shares of each output pixel's filter inside, before and beyond the image, (size,) each; `length > size`."""
     scale = length / size
     reach = math.ceil(scale) + 1
     taps = np.arange(-reach, length + reach) + 0.5
@@ -134,9 +133,9 @@ def _filter_mass(length: int, size: int) -> tuple[Tensor, ...]:
 
 def _inside(box: Tensor, size: int) -> Tensor:
     """(n, 1, H, W) bool: which pixels lie in `box` (n, 4) left, top, right, bottom."""
-    places = torch.arange(size, device=box.device)
-    across = (places >= box[:, 0:1]) & (places < box[:, 2:3])
-    down = (places >= box[:, 1:2]) & (places < box[:, 3:4])
+    pixels = torch.arange(size, device=box.device)
+    across = (pixels >= box[:, 0:1]) & (pixels < box[:, 2:3])
+    down = (pixels >= box[:, 1:2]) & (pixels < box[:, 3:4])
     return (down[:, :, None] & across[:, None, :])[:, None]
 
 
@@ -151,7 +150,7 @@ def _color(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    # In two steps: threads would share the sum over one large image, and round it differently than in a batch.
+    # In two steps: threads would split the sum over one large image, and round it differently than in a batch.
     mean = _grey(images).mean(dim=3, keepdim=True).mean(dim=(1, 2), keepdim=True)
     return mean + (images - mean) * factor
 
@@ -181,7 +180,7 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
     levels = _levels(images).flatten(2).int()
     pixels = levels.shape[2]
     values = torch.arange(256, dtype=torch.int32, device=images.device).expand(*levels.shape[:2], 256)
-    # By sorting instead of counting: the same on every device without atomics.
+    # By sorting instead of counting: deterministic on every device, without atomics.
     up_to = torch.searchsorted(levels.sort(dim=2).values.contiguous(), values.contiguous(), right=True)
     lowest = up_to.gather(2, levels.amin(dim=2, keepdim=True).long())
     table = ((up_to - lowest) * _over((pixels - lowest).clamp(min=1).float())).round()
@@ -190,12 +189,12 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _over(span: Tensor) -> Tensor:
-    """255 / span, rounded once: torch makes `255.0 / span` a product with the reciprocal, which DALI does not."""
+    """255 / span, rounded once: torch computes `255.0 / span` by the reciprocal, DALI does not."""
     return torch.full_like(span, 255.0) / span
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Grey levels as whole numbers, halves up."""
+    """Grey levels rounded to integers, halves up."""
     return (images + 0.5).floor_()
 
 
