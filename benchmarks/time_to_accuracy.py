@@ -207,7 +207,8 @@ def _now(job: Job) -> float:
 
 
 def evaluate_test(job: Job) -> dict[str, float]:
-    engine = engine_of(job.config, job.context.device, job.dataset, job.dataset.test, job.loader)
+    test = job.dataset.test
+    engine = engine_of(job.config, job.context.device, job.dataset, test, job.loader)
     batches = eval_loader(job.config, job.context, engine)
     return evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
 

@@ -209,7 +209,7 @@ def _exit(code: int) -> NoReturn:
         try:
             stream.flush()
         except OSError:  # Python would try again, and exit with 120
-            from densenet_dist.display.console import forget
+            from densenet_dist.display.console import redirect_to_null
 
-            forget(stream)
+            redirect_to_null(stream)
     raise SystemExit(code)

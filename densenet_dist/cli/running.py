@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -84,19 +85,20 @@ def tune(
 
 
 def _fit(config: Config, console: Any, *, resume: bool) -> None:
-    from densenet_dist.cluster.launch import fit, is_writer
-    from densenet_dist.display.ending import Ending
+    from densenet_dist.display.console import RunSummary
     from densenet_dist.run_folder import RunFolder, join_location
 
-    if not is_writer(config):
+    if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # of torchrun
         console.mute()
     location = join_location(config.storage, config.name)
     console({"kind": "run", "name": config.name, "run": location, "resumed": resume})
+    from densenet_dist.cluster.launch import fit  # PyTorch and Ray take seconds, so it comes after the first output
+
     try:
         result = fit(config, resume=resume, listener=console)
     except KeyboardInterrupt as stop:  # caught here: the parser has its own idea of what it means
         raise Interrupted(location, *stop.args) from None
-    console.finish(Ending.of(RunFolder(config.storage, config.name), result.summary))
+    console.finish(RunSummary.read(RunFolder(config.storage, config.name), result.summary))
 
 
 def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:

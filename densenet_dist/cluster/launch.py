@@ -116,6 +116,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
             else:
                 summary = _fit_here(config, run, listener, lease)
             if is_writer(config):
+                listener({"kind": "phase", "text": "writing the report"})
                 _write_page(run, listener)  # before the lease is given back: while it is there, the page may be missing
             return summary
         except (KeyboardInterrupt, TrainingError):

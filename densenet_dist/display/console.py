@@ -1,41 +1,115 @@
-"""Shows a run's events to a person: two bars and the figures of the moment on a terminal, one line an epoch everywhere.
-
-What a program reads instead is in `densenet_dist.display.json_lines`.
-"""
+"""Show a run's events on the console: one line per epoch, and on a terminal progress bars below them."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
+from rich.status import Status
 from rich.style import Style
 from rich.text import Text
 
-from densenet_dist.display.progress_view import RunProgress, clock_time, packed
+from densenet_dist.display.progress import RunProgress, clock_time, counted, wrapped
+from densenet_dist.run_folder import PAGE_FILE, RunFolder
 
 if TYPE_CHECKING:
-    from densenet_dist.display.ending import Ending
     from densenet_dist.train.context import Event
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A finished run.
+
+    Attributes:
+        run: its folder, a path or a URI without a query.
+        location: its folder as commands take it.
+        summary: the contents of summary.json.
+        images_per_s: training throughput, the median over epochs; None if not recorded.
+        goodput: the share of its time in productive steps, in [0, 1]; None if not recorded.
+        links: its addresses at W&B and MLflow, by service.
+    """
+
+    run: str
+    location: str
+    summary: Mapping[str, Any]
+    images_per_s: float | None
+    goodput: float | None
+    links: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: RunFolder, summary: Mapping[str, Any]) -> RunSummary:
+        """Read the summary of the run in a folder."""
+        from densenet_dist.trackers.tracker import links
+
+        records = folder.read_records()
+        rates = [record["perf/images_per_s"] for record in records if "perf/images_per_s" in record]
+        shares = [record["goodput/ratio"] for record in records if "goodput/ratio" in record]
+        speed, goodput = median(rates) if rates else None, shares[-1] if shares else None
+        return cls(folder.uri, folder.location, summary, speed, goodput, links(folder))
+
+    @property
+    def title(self) -> str:
+        """The status and the name."""
+        return f"{self.summary['status']}: {self.run.rpartition('/')[2]}"
+
+    def figures(self) -> dict[str, str]:
+        """The results, formatted."""
+        summary, best = self.summary, self.summary["best"]
+        found = {}
+        if "val/top1" in best:
+            found["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
+        found["test top-1"] = f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"
+        steps = counted(summary["global_step"], "step")
+        found["trained"] = f"{counted(summary['epochs'], 'epoch')}, {steps} in {clock_time(summary['train_seconds'])}"
+        if self.images_per_s is not None:
+            found["speed"] = f"{self.images_per_s:,.0f} images/s"
+        if self.goodput is not None:
+            found["goodput"] = f"{self.goodput:.0%} of the time in productive steps"
+        return found
+
+    def files(self) -> dict[str, str]:
+        """The folder, the report and the curves."""
+        return {"run folder": self.run, "report": f"{self.run}/{PAGE_FILE}", "curves": f"{self.run}/curves.png"}
+
+    def commands(self) -> dict[str, str]:
+        """Commands for the next steps."""
+        run = shlex.quote(self.location)
+        return {
+            "evaluate": f"{_program('densenet-dist')} evaluate {run}",
+            "rebuild report": f"{_program('densenet-dist')} report {run}",
+            "TensorBoard": f"{_program('tensorboard')} --logdir {shlex.quote(self.run.rpartition('/')[0])}",
+        }
+
+
+def _program(name: str) -> str:
+    """A program of this environment as the shell finds it: with its path if it is not on PATH."""
+    installed = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) or not installed.exists() else shlex.quote(os.path.relpath(installed))
 
 
 class Console:
     """Shows one run's events.
 
     Args:
-        quiet: show nothing but warnings, on standard error.
+        quiet: show only warnings, on standard error.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self._muted = False
         self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, force_jupyter=False)
         self._progress = RunProgress(self._console)
+        self._status: Status | None = None
         self._workers: int | None = None
 
     def __enter__(self) -> Console:
@@ -49,30 +123,37 @@ class Console:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         kind = event["kind"]
-        if kind == "progress":
-            self._progress.moved(event)
+        if kind == "run":
+            self._console.say(f"{'resuming' if event['resumed'] else 'run folder'}: {event['run']}")
+            self._show_phase("starting")
+        elif kind == "phase":
+            self._show_phase(event["text"])
+        elif kind == "progress":
+            self._clear_phase()
+            self._progress.on_progress(event)
             if self._console.animates:
                 self._progress.start()
         elif kind == "start":
             self._start(event)
         elif kind == "epoch":
-            self._progress.ended(event)
+            self._progress.on_epoch(event)
             self._epoch(event)
         elif kind == "note":
             self._console.note(event, warns=not self._muted)
 
     def mute(self) -> None:
-        """Show nothing from now on: another rank speaks."""
+        """Show nothing from now on: rank 0 shows the run."""
         self._muted = self._console.quiet = True
 
-    def finish(self, ending: Ending) -> None:
-        """Say how the run ended, where all of it lies, and what can be done with it."""
+    def finish(self, summary: RunSummary) -> None:
+        """Show the results, the files and commands for the next steps."""
         self._clear()
-        places = ending.files() | dict(ending.links)
-        print_closing(self._console, ending.title, ending.figures(), places, ending.commands())
+        files = summary.files() | dict(summary.links)
+        print_closing(self._console, summary.title, summary.figures(), files, summary.commands())
 
     def _start(self, event: Event) -> None:
-        self._progress.begin(event)
+        self._clear_phase()
+        self._progress.on_start(event)
         workers = event["world_size"]
         if self._workers is None:
             for line in start_lines(event):
@@ -83,29 +164,40 @@ class Console:
             self._console.say(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
 
     def _epoch(self, event: Event) -> None:
-        left = self._progress.run_left()
+        left = self._progress.remaining_s()
         parts = [*epoch_parts(event), *([f"{clock_time(left)} left"] if left else [])]
         width = self._console.width if self._console.is_terminal else sys.maxsize
-        lines = packed([*parts, "*"] if event.get("is_best") else parts, width, indent="  ")
+        lines = wrapped([*parts, "*"] if event.get("is_best") else parts, width, indent="  ")
         star = "green" if event.get("is_best") else ""
         self._console.print(Text("\n").join(_starred(line, star) for line in lines))
 
+    def _show_phase(self, text: str) -> None:
+        self._clear()
+        if self._console.animates:
+            self._status = self._console.status(text, spinner="line")
+            self._status.start()
+
+    def _clear_phase(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
     def _clear(self) -> None:
+        self._clear_phase()
         if self._progress.live.is_started:
             self._progress.stop()
 
 
 class LastingConsole(RichConsole):
-    """A console that outlives its reader: no run ends because ``| head`` has seen enough, or because its log's disk is
-    full."""
+    """A console that survives its reader: a closed pipe (``| head``) or a full disk must not fail the run."""
 
     @property
     def animates(self) -> bool:
-        """Whether lines can be drawn over each other: FORCE_COLOR colours what is piped, but cannot make it move."""
+        """Whether lines can be redrawn: FORCE_COLOR colours a pipe, but does not make it a terminal."""
         return not self.quiet and self.is_interactive and not self.is_dumb_terminal and self.file.isatty()
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print a text as it is, on a terminal broken between words; a path that is too long stays in one piece."""
+        """Print plain text, on a terminal wrapped between words so that long paths stay in one piece."""
         if self.is_terminal:
             text = "\n".join(
                 textwrap.fill(
@@ -116,7 +208,7 @@ class LastingConsole(RichConsole):
         self.print(text, markup=False, style=style, soft_wrap=True)
 
     def note(self, event: Event, *, warns: bool = True) -> None:
-        """Show a ``note`` event; where nothing else is shown, warnings still are, on standard error."""
+        """Show a ``note`` event; a quiet console shows warnings on standard error."""
         warning = bool(event.get("warning"))
         if self.quiet and warning and warns:
             with suppress(OSError):
@@ -124,14 +216,14 @@ class LastingConsole(RichConsole):
         self.say(event["text"], "yellow" if warning else None)
 
     def on_broken_pipe(self) -> None:
-        """Go on without a word."""
+        """Continue without output."""
         self.quiet = True
-        forget(self.file)
+        redirect_to_null(self.file)
 
     def _check_buffer(self) -> None:
         try:
             super()._check_buffer()
-        except OSError:  # rich itself handles closed pipes only
+        except OSError:  # rich handles only closed pipes
             self.on_broken_pipe()
 
 
@@ -142,7 +234,7 @@ def print_closing(
     files: Mapping[str, str],
     commands: Mapping[str, str],
 ) -> None:
-    """The last words: figures, files and what to do next, each value on one line however long, to be copied whole."""
+    """Print results, files and commands, each value on one line so that it can be copied."""
     width = max(map(len, [*figures, *files, *commands]))
     console.print(f"\n{title}", style="bold", markup=False)
     for group in (figures, files, commands):
@@ -153,34 +245,35 @@ def print_closing(
 
 
 def _link(text: str) -> Style:
-    """A link (OSC 8) for what lies here or on the web; addresses of object stores are no browser's."""
+    """A hyperlink (OSC 8) for a local path or a web address; browsers cannot open object stores."""
     if text.startswith(("http://", "https://")):
         return Style(link=text)
     path = Path(text)
     return Style(link=path.as_uri()) if path.is_absolute() else Style()
 
 
-def forget(file: Any) -> None:
-    """Have what is still to be written to a pipe that nobody reads go nowhere, so that the process can end well."""
+def redirect_to_null(file: Any) -> None:
+    """Discard buffered output to a closed pipe, so that the process can exit normally."""
     with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, file.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, file.fileno())
+        os.close(null)
 
 
 def start_lines(event: Event) -> list[str]:
-    """What is about to be trained, on what."""
+    """Describe the model, the data and the schedule of a run."""
     return [
         f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
         f"{event['train_images']:,} training and {event['val_images']:,} validation images",
         *([f"{event['classes']:,} classes: {event['class_names']}"] if event["data"] == "folder" else []),
-        f"{event['epochs']} epochs of {event['steps_per_epoch']} steps, {event['global_batch_size']} images a step;"
-        f" {event['world_size']} x {event['device']}, {event['precision']}, batches by {event['loader']}",
+        f"{counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}, global batch size "
+        f"{event['global_batch_size']}; {event['world_size']} x {event['device']}, {event['precision']}, "
+        f"loader {event['loader']}",
     ]
 
 
 def epoch_parts(event: Event) -> Iterator[str]:
-    """One epoch, a part for each thing to be said of it."""
+    """Yield the parts of an epoch's line."""
     yield f"epoch {event['epoch']:>3}/{event['epochs']}"
     for name in ("train", "val"):
         if f"{name}/loss" in event:
@@ -193,7 +286,7 @@ def epoch_parts(event: Event) -> Iterator[str]:
 
 
 def epoch_line(event: Event) -> str:
-    """One epoch in one line; a star marks the best so far."""
+    """Format an epoch as one line; a star marks the best so far."""
     return "  ".join([*epoch_parts(event), *(["*"] if event.get("is_best") else [])])
 
 

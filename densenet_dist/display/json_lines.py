@@ -1,4 +1,4 @@
-"""A run's events for a program: one JSON object a line on standard output (docs/console.md)."""
+"""Write a run's events for programs: one JSON object per line on standard output (docs/console.md)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from densenet_dist.credentials import without_credentials
-from densenet_dist.display.console import forget
+from densenet_dist.display.console import redirect_to_null
 from densenet_dist.errors import DenseNetDistError
 
 if TYPE_CHECKING:
-    from densenet_dist.display.ending import Ending
+    from densenet_dist.display.console import RunSummary
     from densenet_dist.train.context import Event
 
 PROGRESS_EVERY_S: Final = 5.0
 
 
 class JsonLines:
-    """Writes events as lines; within its context, what anything else prints goes to standard error."""
+    """Writes events as lines; within its context, all other output goes to standard error."""
 
     def __init__(self) -> None:
         self._muted = False
-        self._lock = threading.Lock()  # events of a run on Ray come in threads of their own
+        self._lock = threading.Lock()  # with Ray, events arrive in other threads
         self._out: TextIO = sys.stdout
-        self._kept: int | None = None
+        self._saved: int | None = None
 
     def __enter__(self) -> Self:
         self._out = sys.stdout
         if _is_descriptor_1(self._out):
-            # Libraries in C print too, so the descriptor itself changes hands.
+            # C libraries print too, so the file descriptor itself is redirected.
             self._out.flush()
-            self._kept = os.dup(1)
+            self._saved = os.dup(1)
             self._out = os.fdopen(os.dup(1), "w", encoding="ascii")
             os.dup2(2, 1)
         self._before = sys.stdout
@@ -53,15 +53,15 @@ class JsonLines:
             message = str(value) if ours else without_credentials(f"{type(value).__name__}: {value}")
             self.emit("error", type=type(value).__name__, message=message, exit_code=getattr(value, "exit_code", 1))
         sys.stdout = self._before
-        if self._kept is not None:
+        if self._saved is not None:
             with suppress(OSError):
                 self._out.close()
-            os.dup2(self._kept, 1)
-            os.close(self._kept)
-            self._kept = None
+            os.dup2(self._saved, 1)
+            os.close(self._saved)
+            self._saved = None
 
     def mute(self) -> None:
-        """Write nothing from now on: another rank speaks, or nobody reads."""
+        """Write nothing from now on: another rank writes, or nobody reads."""
         self._muted = True
 
     def note(self, event: Event) -> None:
@@ -69,7 +69,7 @@ class JsonLines:
         self.emit("note", level="warning" if event.get("warning") else "info", text=event["text"])
 
     def emit(self, event: str, **values: Any) -> None:
-        """Write one line and have it sent at once; where it cannot be written any more, the run goes on without."""
+        """Write one line and flush it; if that fails, the run continues without output."""
         if self._muted:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(values)})
@@ -77,9 +77,9 @@ class JsonLines:
             try:
                 self._out.write(line + "\n")
                 self._out.flush()
-            except OSError:  # nobody reads it, or it is a file on a full disk
+            except OSError:  # the pipe is closed or the disk is full
                 self.mute()
-                forget(self._out)
+                redirect_to_null(self._out)
 
 
 class RunJsonLines(JsonLines):
@@ -88,7 +88,7 @@ class RunJsonLines(JsonLines):
     _shown = -math.inf
 
     def __call__(self, event: Event) -> None:
-        """Write one event, if it is one of those that are told."""
+        """Write one event, if it is part of the format."""
         kind = event["kind"]
         if kind == "progress":
             if time.monotonic() - self._shown < PROGRESS_EVERY_S:
@@ -99,33 +99,33 @@ class RunJsonLines(JsonLines):
         elif kind in ("run", "start", "progress", "epoch"):
             self.emit(kind, **{key: value for key, value in event.items() if key not in ("kind", "many_classes")})
 
-    def finish(self, ending: Ending) -> None:
-        """The last line of a run that came to its end."""
+    def finish(self, summary: RunSummary) -> None:
+        """Write the last line of a finished run."""
         self.emit(
             "end",
-            name=ending.run.rpartition("/")[2],
-            **ending.summary,
-            images_per_s=ending.images_per_s,
-            goodput=ending.goodput,
-            files=by_key(ending.files()),
-            links=dict(ending.links),
+            name=summary.run.rpartition("/")[2],
+            **summary.summary,
+            images_per_s=summary.images_per_s,
+            goodput=summary.goodput,
+            files={"page" if name == "report" else name: path for name, path in by_key(summary.files()).items()},
+            links=dict(summary.links),
         )
 
 
 def by_key(files: Mapping[str, str]) -> dict[str, str]:
-    """Files by keys without spaces."""
+    """Replace the spaces in the names of files."""
     return {name.replace(" ", "_"): path for name, path in files.items()}
 
 
 def _is_descriptor_1(file: TextIO) -> bool:
     try:
         return file.fileno() == 1
-    except (OSError, ValueError):  # a test's, or a notebook's: in memory
+    except (OSError, ValueError):  # an in-memory file of a test or notebook
         return False
 
 
 def _finite(value: Any) -> Any:
-    """The same without what JSON has no word for."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a notebook shows of a run: one output that grows by a line an epoch, with a bar below while it trains."""
+"""Show a run in a notebook: one output with a table of epochs and a progress bar below."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _COLUMNS: Final = ("epoch", "train loss", "train top-1", "val loss", "val top-1"
 
 
 def console() -> Console | NotebookConsole:
-    """What shows a run here: in a notebook (Jupyter, Colab, VS Code) its output, else the console."""
+    """The console for this process: in a notebook (Jupyter, Colab, VS Code) its output."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return Console() if getattr(shell, "kernel", None) is None else NotebookConsole()
 
 
 class NotebookConsole:
-    """Shows a run's events in the cell that started it; the same as `Console` does on a terminal."""
+    """Shows a run's events in the cell that started it, as `Console` does on a terminal."""
 
     def __init__(self) -> None:
         self._head: list[str] = []
@@ -36,21 +36,21 @@ class NotebookConsole:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            text = "interrupted; fit(config, resume=True) goes on from the last checkpoint"
+            text = "interrupted; fit(config, resume=True) resumes from the last checkpoint"
             self._lines.append({"kind": "note", "text": text})
-            # What IPython shows instead of the way through all of training.
-            vars(value)["_render_traceback_"] = lambda: ["KeyboardInterrupt: interrupted; see above how to go on"]
+            # IPython shows this instead of the traceback through all of training.
+            vars(value)["_render_traceback_"] = lambda: ["KeyboardInterrupt: interrupted; see above how to resume"]
         self._progress = None
         self._show()
 
     def __call__(self, event: Event) -> None:
-        """Show one event; called from another thread where Ray trains."""
+        """Show one event; with Ray it is called from another thread."""
         kind = event["kind"]
         if kind == "start":
             self._start(event)
         elif kind in ("epoch", "note"):
             self._lines.append(event)
-        self._progress = event if kind == "progress" else None
+        self._progress = event if kind in ("progress", "phase") else None
         self._show()
 
     def _start(self, event: Event) -> None:
@@ -96,6 +96,8 @@ def _row(event: Event) -> str:
 
 
 def _bar(event: Event) -> str:
+    if event["kind"] == "phase":
+        return f"<div>{escape(event['text'])} ...</div>"
     step, steps = event["step"], event["steps"]
     text = f"epoch {event['epoch']}/{event['epochs']}, step {step}/{steps}, loss {event['loss']:.3f}"
     return f'<div><progress value="{step}" max="{steps}"></progress> {text}, {event["rate"]:,.0f} images/s</div>'

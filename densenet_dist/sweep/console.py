@@ -11,7 +11,7 @@ from rich.status import Status
 from rich.table import Table
 
 from densenet_dist.display.console import LastingConsole, print_closing
-from densenet_dist.display.progress_view import packed
+from densenet_dist.display.progress import counted, wrapped
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import SweepResult, Trial, ranked
 from densenet_dist.train.context import Event
@@ -69,12 +69,12 @@ class SweepConsole:
             self._status.update(self._summary(event["all"], event["best"]))
 
     def _line(self, trial: Trial, best: Trial | None) -> str:
-        epochs = f"{trial.epochs} epoch{'s' * (trial.epochs != 1)}"
+        epochs = counted(trial.epochs, "epoch")
         what = {"stopped": f"stopped after {epochs}", "finished": f"finished {epochs}"}
         parts = [f"{trial.name}  {what.get(trial.status, trial.status):<24}", f"{self._metric} {figure(trial.metric)}"]
         parts += [f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()]
         width = self._console.width if self._console.is_terminal else sys.maxsize
-        lines = packed([*parts, "*"] if best is trial else parts, width, indent="  ")
+        lines = wrapped([*parts, "*"] if best is trial else parts, width, indent="  ")
         return "\n".join(lines if trial.cause is None else [*lines, f"  {trial.cause}"])
 
     def _summary(self, trials: Sequence[Trial], best: Trial | None) -> str:

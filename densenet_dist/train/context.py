@@ -20,7 +20,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.control import Goodput, WorkerStatus
 
 Event: TypeAlias = dict[str, Any]
-"""Something that happened, as plain values: ``kind`` (start, progress, epoch, note, end) and what belongs to it.
+"""Something that happened, as plain values: ``kind`` (start, progress, epoch, phase, note, end) and what belongs to it.
 
 A note is ``text``, and ``warning`` (true) where something is not as it should be."""
 

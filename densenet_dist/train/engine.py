@@ -297,6 +297,8 @@ def _finish(job: Job, log: RunLog | None) -> dict[str, Any]:
     """Test the best model once, on every rank's share of the test images, and write the summary."""
     config, context = job.config, job.context
     context.status.enter("test")
+    if context.rank == 0:
+        context.report({"kind": "phase", "text": "testing"})
     job.saver.wait()
     best: list[Any] = [None]
     if context.rank == 0:

@@ -133,7 +133,7 @@ def test_disk_full(lab: Lab) -> None:
 def test_storage_read_only(lab: Lab) -> None:
     run = lab.begin(*LOCAL, storage="/proc/runs")  # in /proc not even root can make a folder
     run.fail(5, "/proc/runs")
-    assert "images a step" not in run.text, "it began to train"
+    assert "global batch size" not in run.text, "it began to train"
     lab.observe("exit 5 at once")
 
 

@@ -36,7 +36,7 @@ def begin(lab: Lab, cluster: Any, *settings: str) -> Started:
 
 def workers_of(run: Started) -> int:
     """Workers of the newest start, from what was printed."""
-    said = re.findall(r"images a step; (\d+) x|resumed after .*, on (\d+) x", run.text)
+    said = re.findall(r"global batch size \d+; (\d+) x|resumed after .*, on (\d+) x", run.text)
     return int(said[-1][0] or said[-1][1]) if said else 0
 
 

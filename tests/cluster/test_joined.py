@@ -11,6 +11,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,18 @@ import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from ray_runs import SWEEP, TINY, UNDISTURBED, bytes_of, epochs_of, free_ports, is_ray_process, records, weights
+from ray_runs import (
+    SWEEP,
+    TINY,
+    UNDISTURBED,
+    bytes_of,
+    epochs_of,
+    free_ports,
+    is_ray_process,
+    records,
+    until,
+    weights,
+)
 from runs import run_of, train
 
 from densenet_dist.cluster.launch import fit
@@ -111,21 +123,32 @@ class Cluster:
 @pytest.fixture(scope="module")
 def started(s3: str) -> Iterator[Cluster]:
     import ray
+    from ray.cluster_utils import Cluster as Nodes
 
     environment = dict(os.environ)
     dashboard, metrics = free_ports(2)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        dashboard_port=dashboard,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _metrics_export_port=metrics,
-        _system_config={"metrics_report_interval_ms": 1000},
+    nodes = Nodes(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "include_dashboard": True,
+            "dashboard_port": dashboard,
+            "metrics_export_port": metrics,
+            "_system_config": {"metrics_report_interval_ms": 1000},
+        },
     )
+
+    def exporting() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10):
+            return True
+        return False
+
+    # A process that finds no metrics agent for 30 s after it connected never exports any.
+    until(exporting)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
     yield Cluster(f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{dashboard}")
     ray.shutdown()
+    nodes.shutdown()
     os.environ.clear()
     os.environ.update(environment)
 

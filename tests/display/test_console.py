@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from densenet_dist.display.console import Console, epoch_line
-from densenet_dist.display.ending import Ending
+from densenet_dist.display.console import Console, RunSummary, epoch_line
 from densenet_dist.display.json_lines import RunJsonLines
-from densenet_dist.display.progress_view import RunProgress
+from densenet_dist.display.progress import RunProgress
 from densenet_dist.errors import Interrupted
 
 START = {
@@ -40,7 +39,7 @@ SUMMARY = {
     **{"status": "finished", "epochs": 90, "global_step": 63360, "train_seconds": 3723.0},
     **{"best": {"epoch": 88, "val/top1": 0.9379}, "test/loss": 0.25, "test/top1": 0.931, "test/top5": 0.9987},
 }
-ENDING = Ending("/a b/run", "/a b/run", SUMMARY, 1234.5, 0.87)
+FINISHED = RunSummary("/a b/run", "/a b/run", SUMMARY, 1234.5, 0.87)
 EVENTS = f"""
 import os
 from densenet_dist.display.console import Console
@@ -106,13 +105,14 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
         console(EPOCH)
         console({"kind": "note", "text": "something [odd] happened", "warning": True})
         console({"kind": "end", **SUMMARY})
-        console.finish(ENDING)
+        console.finish(FINISHED)
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "loss 1.5" not in out  # no live line where nobody looks
     lines = out.splitlines()
+    assert lines.pop(0) == "run folder: runs/run"
     assert lines[0] == "notebook, 3,532,210 parameters; cifar10, 45,000 training and 5,000 validation images"
-    assert lines[1] == "90 epochs of 704 steps, 64 images a step; 2 x CPU, fp32, batches by torch"
+    assert lines[1] == "90 epochs of 704 steps, global batch size 64; 2 x CPU, fp32, loader torch"
     line = "epoch   7/90  train loss 1.2346 top-1 50.00%  val loss 2.0000 top-1 43.21%  lr 1.00e-03"
     line += "  1,234 images/s  36.4 s"
     assert lines[2] == "resumed after step 4224, in epoch 7"
@@ -126,12 +126,12 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
         ["test top-1", "93.10%", "(top-5 99.87%)"],
         ["trained", "90 epochs, 63,360 steps in 1:02:03"],
         ["speed", "1,234 images/s"],
-        ["goodput", "87% of the time went into steps"],
+        ["goodput", "87% of the time in productive steps"],
         ["run folder", "/a b/run"],
-        ["page", "/a b/run/report.html"],
+        ["report", "/a b/run/report.html"],
         ["curves", "/a b/run/curves.png"],
-        ["test it again", "densenet-dist evaluate '/a b/run'"],
-        ["page again", "densenet-dist report '/a b/run'"],
+        ["evaluate", "densenet-dist evaluate '/a b/run'"],
+        ["rebuild report", "densenet-dist report '/a b/run'"],
         ["TensorBoard", "tensorboard --logdir '/a b'"],
     ]
 
@@ -142,7 +142,7 @@ def test_a_quiet_console_shows_warnings_only(capsys):
         console(EPOCH)
         console({"kind": "note", "text": "loader: torch"})
         console({"kind": "note", "text": "a worker was lost", "warning": True})
-        console.finish(ENDING)
+        console.finish(FINISHED)
     assert capsys.readouterr() == ("", "warning: a worker was lost\n")
     with Console() as console:
         console.mute()  # another rank
@@ -196,8 +196,8 @@ def test_a_narrow_terminal_gets_numbers():
 
 def test_at_the_end_the_live_lines_are_gone_and_paths_are_links():
     web = "http://mlflow:5000/#/experiments/1/runs/2"
-    script = "from densenet_dist.display.ending import Ending\nconsole(progress)\nconsole(epoch)\n"
-    script += f"console.finish(Ending('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
+    script = "from densenet_dist.display.console import RunSummary\nconsole(progress)\nconsole(epoch)\n"
+    script += f"console.finish(RunSummary('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
     live, ending = shown(script, 80).split(SHOW_CURSOR)
     assert "200/704" in live
     assert ending.startswith("\r" + ERASE_ABOVE * 3)
@@ -218,16 +218,18 @@ def test_a_dumb_terminal_gets_no_sequences():
 def test_the_time_left_is_that_of_the_steps_so_far():
     now = 0.0
     progress = RunProgress(RichConsole(), clock=lambda: now)
-    progress.begin({**START, "epochs": 2, "steps_per_epoch": 100})
+    progress.on_start({**START, "epochs": 2, "steps_per_epoch": 100})
     now = 50.0  # compiling
-    progress.moved({**PROGRESS, "step": 10, "steps": 100, "global_step": 10, "rate": 64.0})
-    assert progress.run_left() is None  # one update is no speed
+    progress.on_progress({**PROGRESS, "step": 10, "steps": 100, "global_step": 10, "rate": 64.0})
+    assert progress.remaining_s() is None  # one update is no speed
     assert progress.tasks[0].fields["left"] == "1:30 left"  # 64 images a second are one step
     now = 60.0
-    progress.moved({**PROGRESS, "step": 20, "steps": 100, "global_step": 20, "rate": 64.0})
-    assert progress.run_left() == 180
-    progress.begin({**START, "epochs": 2, "steps_per_epoch": 100, "global_step": 100})  # other workers, another speed
-    assert progress.run_left() is None
+    progress.on_progress({**PROGRESS, "step": 20, "steps": 100, "global_step": 20, "rate": 64.0})
+    assert progress.remaining_s() == 180
+    progress.on_start(
+        {**START, "epochs": 2, "steps_per_epoch": 100, "global_step": 100}
+    )  # other workers, another speed
+    assert progress.remaining_s() is None
 
 
 # Programs
@@ -243,7 +245,7 @@ def test_events_for_a_program(capsys):
         lines({**EPOCH, "val/loss": float("nan")})
         lines({"kind": "note", "text": "\udcff is no letter", "warning": True})
         lines({"kind": "end", **SUMMARY})  # the last line comes later, when all is written
-        lines.finish(ENDING)
+        lines.finish(FINISHED)
         raise Interrupted("runs/run")
     out, err = capsys.readouterr()
     assert err == "what a library says\n"

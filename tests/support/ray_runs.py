@@ -134,7 +134,7 @@ def is_ray_process(process: psutil.Process, *names: str) -> bool:
     """Whether it belongs to one of these actors, by default to a run or trial."""
     with suppress(psutil.Error):
         title = " ".join(process.cmdline()).strip()
-        return title.startswith("ray::") and any(name in title for name in names or OF_TRIALS)
+        return title.startswith(tuple(f"ray::{name}" for name in names or OF_TRIALS))
     return False
 
 

@@ -12,7 +12,7 @@ from runs import notes_of, run_of, stop_after, tiny
 from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
-from densenet_dist.display.ending import Ending
+from densenet_dist.display.console import RunSummary
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.trackers.tracker import without_secrets
 from densenet_dist.trackers.wandb_session import _SETTINGS
@@ -69,7 +69,7 @@ def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatc
     assert run.data.metrics["test/loss"] == lines[-1]["test/loss"]
     url = f"{mlflow_server}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     assert f"MLflow: {url}" in notes
-    assert Ending.of(run_of(config), {}).links == {"MLflow": url}
+    assert RunSummary.read(run_of(config), {}).links == {"MLflow": url}
     assert MARKER.encode() not in everything_in(run_of(config).path)
 
 
@@ -118,7 +118,7 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     assert rows[-1]["test/top1"] == lines[-1]["test/top1"]
     state = json.loads((run_of(config).path / "trackers" / "wb.json").read_text())
     assert state == {"id": first.run_id, "url": None, "sent": 3}
-    assert Ending.of(run_of(config), {}).links == {}
+    assert RunSummary.read(run_of(config), {}).links == {}
     found = everything_in(run_of(config).path)
     assert MARKER.encode() not in found
     assert key.encode() not in found

@@ -190,8 +190,8 @@ def test_the_events_and_files_of_a_run(tmp_path):
     events = []
     summary = train(tiny(tmp_path, "train.epochs=2"), listener=events.append)
     told = [event for event in events if event["kind"] != "progress"]
-    assert [event["kind"] for event in told] == ["start", "epoch", "epoch", "end"]
-    start, first, second, end = told
+    assert [event["kind"] for event in told] == ["start", "epoch", "epoch", "phase", "end"]
+    start, first, second, _, end = told
     assert (start["train_images"], start["val_images"], start["steps_per_epoch"]) == (67, 8, 5)
     assert (start["world_size"], start["device"], start["global_step"]) == (1, "CPU", 0)
     assert (second["epoch"], second["global_step"], second["checkpoint"]) == (2, 10, "step-00000010")

@@ -1,4 +1,4 @@
-"""Where a run stands and when it will be over, drawn on a terminal by `rich.progress`."""
+"""Progress bars and the time left, drawn on a terminal by `rich.progress`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from rich.text import Text
 if TYPE_CHECKING:
     from densenet_dist.train.context import Event
 
-_ROOM_FOR_BARS: Final = 60
-"""Columns of a terminal; in a narrower one only the numbers are shown."""
+_MIN_WIDTH_FOR_BARS: Final = 60
 
 
 class RunProgress(Progress):
-    """Two bars, for the epoch and for the whole run, with the time left, and below them the figures of the moment.
+    """A bar for the epoch and one for the run, with the time left, and the current metrics below them.
 
     Args:
-        console: where it is drawn.
-        clock: seconds that only grow.
+        console: where to draw.
+        clock: monotonic seconds.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._batch = 0
-        self._figures: list[str] = []
+        self._batch_size = 0
+        self._metrics: list[str] = []
         self._best = ""
-        bar = [BarColumn()] if console.width >= _ROOM_FOR_BARS else []
+        bar = [BarColumn()] if console.width >= _MIN_WIDTH_FOR_BARS else []
         texts = [TextColumn("{task.fields[amount]}", justify="right"), TextColumn("{task.fields[left]}", style="cyan")]
         super().__init__(
             TextColumn("{task.description}"),
@@ -38,23 +37,23 @@ class RunProgress(Progress):
             console=console,
             transient=True,
             refresh_per_second=4,
-            # The speed of all that rich remembers (1,000 updates): validation and checkpoints are to be in it.
+            # Use all updates that rich keeps (1,000), so that the speed includes validation and checkpoints.
             speed_estimate_period=math.inf,
             get_time=clock,
         )
         self._epoch = self.add_task("", amount="", left="")
         self._run = self.add_task("run", amount="", left="", visible=False)
 
-    def begin(self, event: Event) -> None:
-        """Workers start, for the first time or again: a ``start`` event. What they did before tells no speed."""
-        self._batch = event["global_batch_size"]
+    def on_start(self, event: Event) -> None:
+        """Handle a ``start`` event: workers start or restart, so the previous speed no longer applies."""
+        self._batch_size = event["global_batch_size"]
         total, done = event["epochs"] * event["steps_per_epoch"], event["global_step"]
         self.reset(self._run, total=total, completed=done, visible=False, amount="", left="")
         best = event.get("best") or {}
         self._best = f"best {best['val/top1']:.2%} (epoch {best['epoch']})" if "val/top1" in best else ""
 
-    def moved(self, event: Event) -> None:
-        """A ``progress`` event."""
+    def on_progress(self, event: Event) -> None:
+        """Handle a ``progress`` event."""
         step, steps, rate = event["step"], event["steps"], event["rate"]
         self.update(
             self._epoch,
@@ -62,39 +61,39 @@ class RunProgress(Progress):
             total=steps,
             completed=step,
             amount=f"{step}/{steps}",
-            left=_left((steps - step) * self._batch / rate if rate else None),
+            left=_left((steps - step) * self._batch_size / rate if rate else None),
         )
         self._advance(event)
-        self._figures = [f"{rate:,.0f} images/s", f"loss {event['loss']:.3f}"]
+        self._metrics = [f"{rate:,.0f} images/s", f"loss {event['loss']:.3f}"]
         if "top1" in event:
-            self._figures.append(f"top-1 {event['top1']:.2%}")
+            self._metrics.append(f"top-1 {event['top1']:.2%}")
 
-    def ended(self, event: Event) -> None:
-        """An ``epoch`` event."""
+    def on_epoch(self, event: Event) -> None:
+        """Handle an ``epoch`` event."""
         if event.get("is_best") and "val/top1" in event:
             self._best = f"best {event['val/top1']:.2%} (epoch {event['epoch']})"
         self._advance(event)
 
-    def run_left(self) -> float | None:
-        """Seconds until the last epoch's end; None where that is not known yet."""
+    def remaining_s(self) -> float | None:
+        """Estimated seconds until the end of the last epoch; None if unknown."""
         return self.tasks[self._run].time_remaining
 
     def _advance(self, event: Event) -> None:
         if "global_step" in event:
             self.update(self._run, completed=event["global_step"], visible=True)
-            run = self.tasks[self._run]  # tasks are numbered from 0
+            run = self.tasks[self._run]  # task ids count from 0
             self.update(self._run, amount=f"{int(run.percentage)} %", left=_left(run.time_remaining))
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bars and the figures."""
+        """Yield the bars and the metrics."""
         yield self.make_tasks_table(self.tasks)
-        if self._figures:
-            for line in packed([*self._figures, *filter(None, [self._best])], self.console.width):
+        if self._metrics:
+            for line in wrapped([*self._metrics, *filter(None, [self._best])], self.console.width):
                 yield Text(line, no_wrap=True, overflow="crop")
 
 
-def packed(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
-    """Parts in as few lines as a width allows; every line but the first begins with `indent`."""
+def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
+    """Join parts to as few lines as a width allows; `indent` precedes every line but the first."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:
@@ -104,8 +103,13 @@ def packed(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
     return lines
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def clock_time(seconds: float) -> str:
-    """A time as clocks show it: 0:07, 12:34, 1:02:03, 2 d 3:04:05."""
+    """Format a duration as 0:07, 12:34, 1:02:03 or 2 d 3:04:05."""
     days, rest = divmod(round(seconds), 86400)
     hours, rest = divmod(rest, 3600)
     minutes, rest = divmod(rest, 60)
