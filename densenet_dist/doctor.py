@@ -170,9 +170,7 @@ def _data(config: Config) -> Finding:
     if is_uri(root):
         return _data_on_store(config)
     try:
-        folder, found = prepare_dataset(
-            name, root, download=False, on_bad_image=config.data.on_bad_image, progress=False
-        )
+        folder, found = prepare_dataset(name, root, download=False, on_bad_image=config.data.on_bad_image)
     except DenseNetDistError as error:
         text = str(error).splitlines()[0]
         if name == "folder":
@@ -208,6 +206,6 @@ def _data_on_store(config: Config) -> Finding:
         store = DataStore(root)
         if not cifar_source.find_on_store(cifar.SPECS[name], store):
             return Finding("note", f"{name} is not in {store.place}; it will be downloaded, once, and put there")
-    found = publish_dataset(name, root, download=False, progress=False)
+    found = publish_dataset(name, root, download=False)
     with locked_cache(root) as entry:
         return Finding("ok", f"{found}; this node takes it into {entry}")

@@ -113,7 +113,7 @@ def prepare(
     root = load_config({"data.root": root}).data.root
     if is_uri(root) and name not in GENERATED:
         typer.echo(f"{name}: {publish_dataset(name, root, download=download, url=url)}")
-    folder, found = prepare_dataset(name, root, download=download, url=url, progress=True)
+    folder, found = prepare_dataset(name, root, download=download, url=url)
     typer.echo(f"{name}: {found}" if name in GENERATED else f"{name}: verified in {folder}: {found}")
 
 

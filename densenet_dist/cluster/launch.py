@@ -194,9 +194,10 @@ def prepare_data(config: Config) -> None:
 
     data = config.data
     joined = config.cluster.engine == "ray" and address_of(config.cluster)[0] is not None
-    if joined and is_uri(data.root):
+    if is_uri(data.root):
         publish_dataset(data.name, data.root, download=data.download, url=data.url)
-        return
+        if joined:
+            return
     try:
         prepare_dataset(data.name, data.root, download=data.download, url=data.url, on_bad_image=data.on_bad_image)
     except (DataError, StorageError):

@@ -36,11 +36,8 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], depth: int, thread
 
 
 @contextmanager
-def progress_bar(title: str, enabled: bool, unit: Literal["bytes", "files"] = "bytes") -> Iterator[Advance]:
+def progress_bar(title: str, unit: Literal["bytes", "files"] = "bytes") -> Iterator[Advance]:
     """Show a progress bar while the block runs; yield the function that advances it."""
-    if not enabled:
-        yield lambda amount, total: None
-        return
     from rich import progress
     from rich.console import Console
 

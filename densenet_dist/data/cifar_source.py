@@ -31,9 +31,7 @@ _MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
 _MAX_EXTRACTED_BYTES = 256 << 20  # and contain 184 MB
 
 
-def load(
-    spec: CifarSpec, root: str | Path, *, download: bool, url: str | None, progress: bool
-) -> tuple[Path, Contents]:
+def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) -> tuple[Path, Contents]:
     """Return the local folder with the files of a data set, and what they contain; obtain them first if missing.
 
     Args:
@@ -42,7 +40,6 @@ def load(
             node's cache once; a damaged copy is replaced, and `download` and `url` are ignored.
         download: whether a missing archive may be downloaded.
         url: where from, instead of the official address.
-        progress: whether to show a progress bar.
 
     Raises:
         ConfigError: `url` cannot be used.
@@ -50,7 +47,7 @@ def load(
         StorageError: `root`, or this node's cache, cannot be written.
     """
     if not is_uri(str(root)):
-        folder = _find_or_make(spec, Path(root), download=download, url=url, progress=progress)
+        folder = _find_or_make(spec, Path(root), download=download, url=url)
         return folder, cifar.read_folder(spec, folder)
     uri = str(root)
     folder = cache_of(uri) / spec.folder
@@ -60,7 +57,7 @@ def load(
         contents = _read_cached(spec, folder)  # another process may have copied it while we waited
         if contents is None:
             shutil.rmtree(folder, ignore_errors=True)
-            _copy_from_store(spec, DataStore(uri), folder, progress)
+            _copy_from_store(spec, DataStore(uri), folder)
     return folder, contents or cifar.read_folder(spec, folder)
 
 
@@ -72,7 +69,7 @@ def _read_cached(spec: CifarSpec, folder: Path) -> Contents | None:
     return None
 
 
-def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | None, progress: bool) -> Path:
+def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | None) -> Path:
     if folder := _find_folder(spec, root):
         return folder
     if not download and not (root / spec.archive).is_file():
@@ -82,7 +79,7 @@ def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | Non
     with locked_folder(root, f".{spec.name}.lock", "choose a folder that can be written: data.root=..."):
         # Another process may have made the folder while we waited.
         folder = _find_folder(spec, root)
-        return folder or _make_folder(spec, root, url=url, remedy=_ways_to_get(spec, root), progress=progress)
+        return folder or _make_folder(spec, root, url=url, remedy=_ways_to_get(spec, root))
 
 
 def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
@@ -110,14 +107,14 @@ def _ways_to_get(spec: CifarSpec, root: Path) -> str:
     )
 
 
-def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str, progress: bool) -> Path:
+def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str) -> Path:
     """Extract the archive in `root`, which is downloaded first if missing. The caller holds the lock."""
     archive = root / spec.archive
     if archive.is_file():
         return _extract(spec, archive, root, source=str(archive), remedy=cifar.how_to_replace(spec, archive))
     url = url or spec.url
     with _partial(archive) as partial:
-        fetch(url, partial, title=spec.title, limit=_MAX_ARCHIVE_BYTES, remedy=remedy, progress=progress)
+        fetch(url, partial, title=spec.title, limit=_MAX_ARCHIVE_BYTES, remedy=remedy)
         folder = _extract(spec, partial, root, source=url.partition("?")[0], remedy=remedy)
         partial.replace(archive)  # only now: the next run must not find a damaged download
     return folder
@@ -209,7 +206,7 @@ class _BoundedGzip(gzip.GzipFile):
         return data
 
 
-def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None, progress: bool) -> str:
+def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None) -> str:
     """Make sure that the data set is on an object store; otherwise download it to this node's cache, and upload it.
 
     Returns:
@@ -228,11 +225,11 @@ def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None, progr
         if _read_cached(spec, folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
             remedy = f"put {spec.archive} from {spec.url} into {store.place}"
-            _make_folder(spec, entry, url=url, remedy=remedy, progress=progress)
+            _make_folder(spec, entry, url=url, remedy=remedy)
         extracted = {f"{spec.folder}/{name}": folder / name for name in spec.members}
         files = {spec.archive: archive} if archive.is_file() else extracted
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        with progress_bar(f"uploading {spec.title}", progress) as advance:
+        with progress_bar(f"uploading {spec.title}") as advance:
             for name, path in files.items():
                 store.put(path, name)
                 advance(sizes[name], sum(sizes.values()))
@@ -256,7 +253,7 @@ def find_on_store(spec: CifarSpec, store: DataStore) -> Sizes:
     return {}
 
 
-def _copy_from_store(spec: CifarSpec, store: DataStore, folder: Path, progress: bool) -> None:
+def _copy_from_store(spec: CifarSpec, store: DataStore, folder: Path) -> None:
     """Make `folder` from what is on the store. The caller holds the lock."""
     sizes = find_on_store(spec, store)
     if not sizes:
@@ -269,7 +266,7 @@ def _copy_from_store(spec: CifarSpec, store: DataStore, folder: Path, progress: 
     if total > _MAX_ARCHIVE_BYTES:
         found = _describe(spec, sizes)
         raise DataError(f"{found} in {store.place} has {total} bytes, so it is something else; {remedy}")
-    with progress_bar(f"downloading {spec.title}", progress) as advance:
+    with progress_bar(f"downloading {spec.title}") as advance:
         if spec.archive in sizes:
             with _partial(folder.with_name(spec.archive)) as archive:
                 store.copy(spec.archive, archive, lambda size: advance(size, total))

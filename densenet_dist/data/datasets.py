@@ -113,12 +113,12 @@ def load_dataset(
     if name in GENERATED:
         return GENERATED[name](seed, limit)
     if name == "folder":
-        path = _picture_folder(root, progress=False)
+        path = _picture_folder(root)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
         # Older versions could leave a class without a training image.
         return _folder_dataset(_keep_split(folder, split or {}, limit), limit, test_fraction, split != {})
     spec = cifar.SPECS[name]
-    _, contents = cifar_source.load(spec, root, download=download, url=url, progress=False)
+    _, contents = cifar_source.load(spec, root, download=download, url=url)
     class_names, train, test = contents
     return Dataset(name, class_names, _first(*train, limit), _first(*test, limit), spec.mean, spec.std)
 
@@ -136,9 +136,8 @@ def prepare_dataset(
     download: bool = True,
     url: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
-    progress: bool = True,
 ) -> tuple[Path, str]:
-    """Download, extract and verify a data set if that is not done yet; publish it if `root` is a URI.
+    """Download, extract and verify a data set if that is not done yet.
 
     Returns:
         The local folder with its files (`root` for a generated data set), and a description of what was found.
@@ -151,20 +150,15 @@ def prepare_dataset(
         return Path(root), "generated when used"
     skipped: tuple[str, ...] = ()
     if name == "folder":
-        path = _picture_folder(root, progress)
-        folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image, progress=progress)
+        path = _picture_folder(root)
+        folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image)
         class_names, skipped = folder.class_names, folder.skipped
     else:
-        spec = cifar.SPECS[name]
-        if is_uri(str(root)):
-            cifar_source.publish(spec, str(root), download=download, url=url, progress=progress)
-        path, (class_names, *_) = cifar_source.load(spec, root, download=download, url=url, progress=progress)
+        path, (class_names, *_) = cifar_source.load(cifar.SPECS[name], root, download=download, url=url)
     return path, "\n  ".join([f"{len(class_names):,} classes: {image_folder.few(class_names)}", *skipped])
 
 
-def publish_dataset(
-    name: str, root: str, *, download: bool = True, url: str | None = None, progress: bool = True
-) -> str:
+def publish_dataset(name: str, root: str, *, download: bool = True, url: str | None = None) -> str:
     """Make sure that a data set is on an object store, from which the nodes copy it.
 
     A CIFAR set is downloaded and uploaded if it is missing; image files must be there.
@@ -172,7 +166,6 @@ def publish_dataset(
     Args:
         root: the store's URI.
         download, url: see `load_dataset`.
-        progress: whether to show a progress bar.
 
     Returns:
         A description of what is on the store.
@@ -185,7 +178,7 @@ def publish_dataset(
         return f"{name} is generated when used"
     if name == "folder":
         return store.require_pictures(root)
-    return cifar_source.publish(cifar.SPECS[name], root, download=download, url=url, progress=progress)
+    return cifar_source.publish(cifar.SPECS[name], root, download=download, url=url)
 
 
 def _check_name(name: str) -> None:
@@ -193,9 +186,9 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
 
 
-def _picture_folder(root: str | Path, progress: bool) -> Path:
+def _picture_folder(root: str | Path) -> Path:
     """The local folder with a user's own images; a copy of what is on an object store is brought up to date first."""
-    return store.sync_pictures(str(root), progress=progress) if is_uri(str(root)) else Path(root)
+    return store.sync_pictures(str(root)) if is_uri(str(root)) else Path(root)
 
 
 def _shapes(seed: int, limit: int | None) -> Dataset:

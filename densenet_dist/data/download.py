@@ -25,8 +25,8 @@ _FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLErro
 _PERMANENT = (ssl.SSLCertVerificationError, FileNotFoundError, PermissionError, IsADirectoryError, InvalidURL)
 
 
-def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str, progress: bool) -> None:
-    """Download `url` to the file `target`.
+def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> None:
+    """Download `url` to the file `target`, with a progress bar.
 
     Connection failures and the statuses 408, 425, 429, 500, 502, 503 and 504 are retried up to five times, after about
     1, 2, 4, 8 and 16 seconds.
@@ -35,7 +35,6 @@ def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str, progre
         title: what is downloaded, for messages and the progress bar.
         limit: the maximum size in bytes.
         remedy: what else the user can do, for messages.
-        progress: whether to show a progress bar on standard error.
 
     Raises:
         ConfigError: the address has no supported scheme or contains credentials.
@@ -47,7 +46,7 @@ def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str, progre
     failed = f"cannot download {title} from {url.partition('?')[0]}"
     for attempt in range(_ATTEMPTS):
         try:
-            with progress_bar(f"downloading {title}", progress) as advance:
+            with progress_bar(f"downloading {title}") as advance:
                 _transfer(url, target, limit, advance)
             return
         except _FAILURES as error:

@@ -63,24 +63,21 @@ class Request(NamedTuple):
     """Some images of an epoch.
 
     Attributes:
-        parts: slices of the epoch's order, one after the other; a single one costs no copy.
+        parts: ranges of positions in the epoch, one after the other; a single one costs no copy.
     """
 
     epoch: Epoch
-    parts: tuple[slice, ...]
+    parts: tuple[range, ...]
 
     @property
     def size(self) -> int:
         """Number of images."""
-        return sum(len(positions) for positions in self._ranges())
+        return sum(map(len, self.parts))
 
     def pieces(self, size: int) -> list[Request]:
         """Split into requests of at most `size` images."""
-        pieces = [whole[start : start + size] for whole in self._ranges() for start in range(0, len(whole), size)]
-        return [Request(self.epoch, (slice(piece.start, piece.stop, piece.step),)) for piece in pieces]
-
-    def _ranges(self) -> list[range]:
-        return [range(*part.indices(len(self.epoch.rows))) for part in self.parts]
+        pieces = [part[start : start + size] for part in self.parts for start in range(0, len(part), size)]
+        return [Request(self.epoch, (piece,)) for piece in pieces]
 
     @property
     def parameters(self) -> Parameters:
@@ -90,28 +87,18 @@ class Request(NamedTuple):
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the rows of `Epoch.array` that belong to this request."""
         whole = self.epoch.array(name)
-        parts = [whole[part] for part in self.parts]
+        parts = [whole[part.start : part.stop : part.step] for part in self.parts]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """Return the same on a device."""
         whole = self.epoch.tensor(name, device)
-        parts = [whole[part] for part in self.parts]
+        parts = [whole[part.start : part.stop : part.step] for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class Recipe(NamedTuple):
-    """Pixels to compute later: a pure function that runs on the device alone, so that a CUDA graph can contain it.
-
-    Attributes:
-        inputs: tensors on the engine's device, of as many rows as the request has images.
-        make: computes (m, 3, H, W) float32 in channels_last memory from such tensors. It depends on shapes only: one
-            function serves all requests of one size.
-    """
-
-    inputs: tuple[Tensor, ...]
-    make: Callable[..., Tensor]
-
+Recipe: TypeAlias = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
+"""See `Engine.recipe`."""
 
 Batches: TypeAlias = Callable[[int, int], Iterator[Tensor]]
 """Yields the pixels of requests `first` to `last`, exclusive: (m, 3, H, W) float32 in channels_last memory for each.
@@ -153,7 +140,11 @@ class Engine:
         self.substitutes = Substitutes(split, on_bad_image)
 
     def recipe(self, request: Request) -> Recipe | None:
-        """Return the recipe of a request's pixels; None if the host takes part in producing them."""
+        """Return tensors on the device, and the function that computes a request's pixels from such tensors.
+
+        The function is pure, runs on the device alone, and depends on shapes only: one serves all requests of one size,
+        and a CUDA graph can contain it. None if the host takes part in producing the pixels.
+        """
         return None
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:

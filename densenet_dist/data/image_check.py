@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _QUEUED = 1024  # files that wait for a thread
 _CACHE_VERSION = 3
 
 
-def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict]:
+def verify(root: Path, names: list[str]) -> dict[str, Verdict]:
     """Return the verdict on each file, by name; only those that the cache does not know are decoded."""
     cached = _load_cache(root)
     verdicts: dict[str, Verdict] = {}
@@ -36,7 +36,7 @@ def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict
                 verdicts[name] = verdict if isinstance(verdict, str) else tuple(verdict)
     unknown = [name for name in names if name not in verdicts]
     try:
-        _examine_all(root, unknown, verdicts, progress=progress)
+        _examine_all(root, unknown, verdicts)
     finally:  # keep what was found before an interrupt
         entries = {
             name: [*stamps[name], verdict]
@@ -48,11 +48,12 @@ def verify(root: Path, names: list[str], *, progress: bool) -> dict[str, Verdict
     return {name: verdicts[name] for name in names}
 
 
-def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict], *, progress: bool) -> None:
+def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict]) -> None:
     """Examine files with as many threads as this process has CPUs, and add the results to `verdicts`."""
+    bar = progress_bar("checking pictures", "files") if len(names) >= _BAR_FROM else nullcontext(lambda *_: None)
     with (
         warnings.catch_warnings(action="ignore"),  # Pillow's; here, because the filters apply to all threads
-        progress_bar("checking pictures", progress and len(names) >= _BAR_FROM, unit="files") as advance,
+        bar as advance,
     ):
         paths = (root / name for name in names)
         found = map_ahead(examine, paths, _QUEUED, len(os.sched_getaffinity(0)))

@@ -57,13 +57,12 @@ class Folder:
     skipped: tuple[str, ...]
 
 
-def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", progress: bool = False) -> Folder:
+def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error") -> Folder:
     """Finds and verifies the pictures below `root`.
 
     Args:
         image_size: side in pixels of the square images that will be made of them.
         on_bad_image: "error", or "skip" to leave bad images out and list them.
-        progress: whether to show a bar on standard error while many files are checked.
 
     Raises:
         ConfigError: `on_bad_image` is neither.
@@ -79,7 +78,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: str = "error", pro
     except OSError as error:
         mend = f"give access to it, or {_NAME_ANOTHER}"
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {mend}") from error
-    verdicts = verify(root, [name for part in parts.values() for name in part], progress=progress)
+    verdicts = verify(root, [name for part in parts.values() for name in part])
     bad = tuple(f"{printable(name)}: {found}" for name, found in verdicts.items() if isinstance(found, str))
     if bad and on_bad_image == "error":
         more = (f"... and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()

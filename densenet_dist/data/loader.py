@@ -135,7 +135,7 @@ class TrainLoader:
     def _request(self, number: int) -> Request:
         epoch, step = divmod(number, self.steps_per_epoch)
         start, stop = self._plan.bounds(step)
-        parts: tuple[slice, ...] = (slice(start + self._rank, stop, self._world_size),)
+        parts: tuple[range, ...] = (range(start + self._rank, stop, self._world_size),)
         if self._augmentation.mixes and self._partner_shift(stop - start) is None:
             parts += self._partners(start, stop)
         return Request(self._epochs(epoch), parts)
@@ -149,21 +149,24 @@ class TrainLoader:
         half, uneven = divmod(size // 2, self._world_size)
         return None if uneven or size % self._world_size else half
 
-    def _partners(self, start: int, stop: int) -> tuple[slice, slice]:
+    def _partners(self, start: int, stop: int) -> tuple[range, range]:
         """The positions of the partners of this rank's images, in order."""
         size, step, half = stop - start, self._world_size, (stop - start) // 2
         wrapped = self._rank + -(-max(0, size - half - self._rank) // step) * step  # the first image past the end
-        return slice(start + self._rank + half, stop, step), slice(start + wrapped + half - size, start + half, step)
+        return range(start + self._rank + half, stop, step), range(start + wrapped + half - size, start + half, step)
 
     def _batch(self, number: int, images: Tensor) -> Batch:
         return self._mixed(self._global_size(number), images, *self._labels_and_mixing(number))
 
     def _recipe(self, number: int) -> BatchRecipe:
-        pixels, rest = self._engine.recipe(self._request(number)), self._labels_and_mixing(number)
-        assert pixels is not None  # the epoch's first batch has one
-        make, count, size = pixels.make, len(pixels.inputs), self._global_size(number)
+        recipe = self._engine.recipe(self._request(number))
+        assert recipe is not None  # the epoch's first batch has one
+        pixel_inputs, make = recipe
+        count, size = len(pixel_inputs), self._global_size(number)
         return BatchRecipe(
-            (*pixels.inputs, *rest), lambda *inputs: self._mixed(size, make(*inputs[:count]), *inputs[count:]), size
+            (*pixel_inputs, *self._labels_and_mixing(number)),
+            lambda *inputs: self._mixed(size, make(*inputs[:count]), *inputs[count:]),
+            size,
         )
 
     def _global_size(self, number: int) -> int:
@@ -259,7 +262,7 @@ class EvalLoader:
 
     def _request(self, number: int) -> Request:
         start, stop = self._bounds(number)
-        return Request(self._epoch(), (slice(start + self._rank, stop, self._world_size),))
+        return Request(self._epoch(), (range(start + self._rank, stop, self._world_size),))
 
     def _without_unreadable(self, batch: Batch) -> Batch:
         """The batch without the substitutes: images that cannot be read are not evaluated, nor are others instead."""

@@ -157,7 +157,7 @@ def locked_cache(uri: str) -> Iterator[Path]:
         yield folder
 
 
-def sync_pictures(uri: str, *, progress: bool) -> Path:
+def sync_pictures(uri: str) -> Path:
     """Bring this node's copy of the pictures at an address up to date, and return its folder.
 
     Only files whose size or modification time differs are copied; a copy gets the time of its original, as in rsync.
@@ -172,7 +172,7 @@ def sync_pictures(uri: str, *, progress: bool) -> Path:
     with locked_cache(uri) as entry:
         folder, synced = entry / "files", entry / ".compared"
         if not (synced.is_file() and synced.stat().st_mtime > asked):  # else another process synced while we waited
-            _copy_changed(store, _list_pictures(store), folder, entry / ".partial", progress)
+            _copy_changed(store, _list_pictures(store), folder, entry / ".partial")
             synced.touch()
             os.utime(synced)
     return folder
@@ -214,7 +214,7 @@ def _list_pictures(store: DataStore) -> dict[str, Stamp]:
     return found
 
 
-def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, partial: Path, progress: bool) -> None:
+def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, partial: Path) -> None:
     """Make `folder` hold the wanted files and no others. The caller holds the lock."""
     missing = dict(wanted)
     for place, _, names in os.walk(folder, topdown=False):
@@ -229,6 +229,8 @@ def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, part
     for parent in {os.path.dirname(name) for name in missing}:
         (folder / parent).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    if not missing:
+        return
     partial.mkdir()
 
     def copy(numbered: tuple[int, str]) -> int:
@@ -240,7 +242,7 @@ def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, part
         return size
 
     total = sum(size for size, _ in missing.values())
-    with progress_bar(f"downloading {len(missing)} pictures", progress and bool(missing)) as advance:
+    with progress_bar(f"downloading {len(missing)} pictures") as advance:
         for size in map_ahead(copy, enumerate(missing), _QUEUED, _THREADS):
             advance(size, total)
     shutil.rmtree(partial, ignore_errors=True)

@@ -71,7 +71,7 @@ class TorchEngine(Engine):
             theta, hole = rest[0] if warped else None, rest[-1] if cut else None
             return self._transformed(_gather(resident, rows), theta, parameters.padding, hole)
 
-        return Recipe(tuple(request.tensor(name, self.device) for name in names), make)
+        return tuple(request.tensor(name, self.device) for name in names), make
 
     def _pixels(self, request: Request) -> Tensor:
         """(m, 3, H, W) float32, channels_last, normalized."""

@@ -131,7 +131,7 @@ def test_gives_up_after_six_tries(server: Server, root: Path, waits: list[float]
 
 def test_a_file_that_is_too_large_and_a_full_disk(tmp_path: Path, waits: list[float]) -> None:
     (tmp_path / "mirror").write_bytes(bytes(1000))
-    options: dict[str, Any] = {"title": "x", "remedy": "", "progress": False}
+    options: dict[str, Any] = {"title": "x", "remedy": ""}
     with pytest.raises(DataError, match="more than 999 bytes"):
         fetch((tmp_path / "mirror").as_uri(), tmp_path / "x", limit=999, **options)
     with pytest.raises(OSError, match="No space left"):

@@ -39,7 +39,7 @@ def here(folder: Path) -> dict[str, bytes]:
 
 def sync(store: Store) -> dict[str, bytes]:
     """The node's pictures, brought up to date."""
-    return here(sync_pictures(store.uri, progress=False))
+    return here(sync_pictures(store.uri))
 
 
 def taken(store: Store) -> list[str]:
@@ -83,7 +83,7 @@ class TestSync:
 
     @pytest.mark.parametrize("damage", ["missing", "rewritten", "added"])
     def test_a_damaged_copy_is_mended(self, store: Store, photos: dict[str, bytes], damage: str) -> None:
-        folder = sync_pictures(store.uri, progress=False)
+        folder = sync_pictures(store.uri)
         taken(store)
         copy = folder / ("dog/1.png" if damage != "added" else "dog/other.png")
         copy.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ class TestSync:
         store.write("cat/raw.NEF", b"refused later, by name")
         assert set(sync(store)) == {*photos, "cat/raw.NEF"}
         with pytest.raises(DataError, match=r"cat/raw\.NEF: NEF is not supported"):
-            prepare_dataset("folder", store.uri, progress=False)
+            prepare_dataset("folder", store.uri)
 
     def test_who_waited_takes_what_was_found(self, store: Store, photos: dict[str, bytes]) -> None:
         """Their node has just been brought up to date: a million pictures are not listed by every worker."""

@@ -71,7 +71,7 @@ class TestPublish:
         url = toy.write_archive(tmp_path / "bad.tar.gz", files=files).as_uri()
         said = r"test_batch\.bin in .* is damaged.*put cifar-10-binary.*into s3://bucket/"
         with pytest.raises(DataError, match=said):
-            publish_dataset("cifar10", store.uri, url=url, progress=False)
+            publish_dataset("cifar10", store.uri, url=url)
         assert store.names() == set()
 
 
@@ -102,7 +102,7 @@ class TestTake:
     @pytest.mark.parametrize("damage", ["flipped", "missing"])
     def test_a_damaged_cache_is_mended(self, toy: Toy, store: Store, packed: bytes, damage: str) -> None:
         store.write(toy.spec.archive, packed)
-        file = prepare_dataset("cifar10", store.uri, progress=False)[0] / "data_batch_2.bin"
+        file = prepare_dataset("cifar10", store.uri)[0] / "data_batch_2.bin"
         data = bytearray(file.read_bytes())
         data[777] ^= 1
         file.unlink()
@@ -126,7 +126,7 @@ class TestTake:
     def test_a_file_uri(self, toy: Toy, tmp_path: Path, cache: Path, origin: Path) -> None:
         """A shared file system as a store: a node reads it once."""
         uri = (tmp_path / "shared" / "data").as_uri()
-        publish_dataset("cifar10", uri, url=origin.as_uri(), progress=False)
+        publish_dataset("cifar10", uri, url=origin.as_uri())
         assert [path.name for path in (tmp_path / "shared" / "data").iterdir()] == [toy.spec.archive]
         (cache / "data").rename(cache / "gone")
         np.testing.assert_array_equal(load_dataset("cifar10", uri).train.images, train_images(toy))
@@ -143,10 +143,10 @@ class TestErrors:
         store.server.refuses_writing = True
         said = r"cannot write cifar-10-binary\.tar\.gz to s3://.*ACCESS_DENIED.*come from the environment \(AWS_ACC"
         with pytest.raises(StorageError, match=said):
-            publish_dataset("cifar10", store.uri, url=origin.as_uri(), progress=False)
+            publish_dataset("cifar10", store.uri, url=origin.as_uri())
         store.server.refuses_writing = False
         origin.unlink()  # the node has it by now
-        publish_dataset("cifar10", store.uri, url=origin.as_uri(), progress=False)
+        publish_dataset("cifar10", store.uri, url=origin.as_uri())
         assert store.names() == {toy.spec.archive}
 
 

@@ -29,7 +29,7 @@ def test_what_is_never_asked(tmp_path: Path):
     for url in ("http://example.org/x", "http://10.0.0.1/x", "http://127.0.0.1.example.org/x", "HTTP://example.org/x",
                 "ftp://example.org/x", "data:text/plain,x", "http://[::1", "//example.org/x"):  # fmt: skip
         with pytest.raises(ConfigError, match=r"data\.url"):
-            fetch(url, tmp_path / "x", title="it", limit=100, remedy="", progress=False)
+            fetch(url, tmp_path / "x", title="it", limit=100, remedy="")
     assert not (tmp_path / "x").exists()
 
 

@@ -116,7 +116,7 @@ def by_torch(images: npt.NDArray[np.uint8], parameters: Parameters) -> Any:
     labels = np.arange(count)
     engine = engine_class("torch")(Split(images, labels), **GREY_LEVELS, prefetch=0)
     epoch = Epoch(np.arange(count), labels, parameters, size)
-    batches = engine.batches(lambda number: Request(epoch, (slice(0, count),)), count)
+    batches = engine.batches(lambda number: Request(epoch, (range(count),)), count)
     return next(batches(0, 1)).permute(0, 2, 3, 1).double().numpy()
 
 
