@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.resources import shortage
 from densenet_dist.cluster.signals import NUMBERS, handle
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 
@@ -86,7 +87,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         policy = _Elastic if isinstance(given["scaling_policy"], ElasticScalingPolicy) else _Fixed
-        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self.alone)
+        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self.alone, self.coordinator)
         given["failure_policy"] = RestartPolicy(self.run_config.failure_config, self.coordinator)
         return super()._initialize_and_run_controller(**given)
 
@@ -169,12 +170,14 @@ class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
         scaling_config: of the run.
         wait_s: the longest wait.
         alone: whether there is no autoscaler to be asked.
+        coordinator: is told what the run waits for.
     """
 
-    def __init__(self, scaling_config: Any, wait_s: float, alone: bool) -> None:
+    def __init__(self, scaling_config: Any, wait_s: float, alone: bool, coordinator: Any) -> None:
         super().__init__(scaling_config)
-        self._wait_s, self._alone = wait_s, alone
+        self._wait_s, self._alone, self._coordinator = wait_s, alone, coordinator
         self._waits_since: float | None = None
+        self._told = True  # of the first wait, by the driver
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Runs in the controller, as all of these, before every attempt to start workers.
@@ -182,20 +185,23 @@ class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
         Raises:
             EnvironmentProblem: there has been no room for too long.
         """
-        now = time.monotonic()
-        self._waits_since = self._waits_since or now
-        if now - self._waits_since > self._wait_s:
-            config = self.scaling_config
+        waited_s = time.monotonic() - self._waits_since if self._waits_since else 0.0
+        needed = self.scaling_config.min_workers, self.scaling_config._resources_per_worker_not_none
+        if waited_s > self._wait_s:
             raise EnvironmentProblem(
-                f"no room for {config.min_workers} workers with {config._resources_per_worker_not_none} each after "
-                f"{self._wait_s:g} s\n  ask for less with cluster.workers or cluster.cpus_per_worker, see who uses the "
-                "rest with 'ray status', or wait longer with cluster.timeout_s"
+                f"the workers could not start within {self._wait_s:g} s: {shortage(*needed) or 'see the log of Ray'}\n"
+                "  ask for less with cluster.workers or cluster.cpus_per_worker, or wait longer with cluster.timeout_s"
             )
+        # Right after a loss the room of the lost workers is not free yet, so the second attempt says so.
+        if waited_s and not self._told and (problem := shortage(*needed)):
+            _note(self._coordinator, f"waiting up to {self._wait_s:g} s for room: {problem}")
+            self._told = True
+        self._waits_since = self._waits_since or time.monotonic()
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, *state: Any, **named: Any) -> Any:
         """Called again and again while the workers run."""
-        self._waits_since = None
+        self._waits_since, self._told = None, False
         return super().make_decision_for_running_worker_group(*state, **named)
 
     def after_controller_start(self, train_run_context: Any) -> None:

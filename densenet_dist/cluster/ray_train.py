@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from uuid import uuid4
 
 from densenet_dist.cluster.connection import WORKER_ENV, connected
 from densenet_dist.cluster.coordinator import EpochBarrier, drained, start_coordinator
-from densenet_dist.cluster.heartbeat import beating
-from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores
+from densenet_dist.cluster.heartbeat import heartbeats
+from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores, shortage
 from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
@@ -81,8 +82,8 @@ def fit_on_ray(
         import ray
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
-        if resources.lacking:
-            listener({"kind": "note", "text": f"waiting for the cluster: {resources.lacking}"})
+        if not own_cluster and (problem := shortage(resources.fewest, resources.per_worker)):
+            listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for room: {problem}"})
         coordinator = start_coordinator()
         if lease is not None:
             lease.when_lost(lambda: coordinator.ask.remote(StopRequest.LEAVE))
@@ -125,7 +126,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
         coordinator=payload["coordinator"],
     )
     try:
-        with beating(worker, worker.coordinator):
+        with heartbeats(worker, worker.coordinator):
             return fit(config, worker)
     except Stopped:
         if worker.rank == 0:
@@ -194,7 +195,8 @@ def _run_trainer(
         ),
     )
     trainer.alone = own_cluster and not elastic
-    trainer.wait_s = config.cluster.timeout_s
+    # A trial waits for its turn, as those of one worker do: its sweep has made sure that the cluster is large enough.
+    trainer.wait_s = config.cluster.timeout_s if barrier is None else math.inf
     trainer.coordinator = coordinator
     trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
     return trainer.run()

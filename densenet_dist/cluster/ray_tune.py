@@ -13,7 +13,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.failures import explain
-from densenet_dist.cluster.resources import TrialRoom, plan_trials
+from densenet_dist.cluster.resources import TrialRoom, plan_trials, shortage
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
@@ -55,31 +55,38 @@ def run_trials(sweep: Sweep, recorded: Sequence[Trial], listener: Callable[[Even
         os.environ.setdefault(key, value)
     cluster = load_config(sweep.base).cluster
     with connected(cluster) as own_cluster:
-        import ray
-
-        room = plan_trials(sweep.settings, cluster, sweep.trials, ray.cluster_resources(), fixed=own_cluster)
-        if room.lacking:
+        room = plan_trials(sweep.settings, cluster, sweep.trials, _nodes(), fixed=own_cluster)
+        if room.missing:
             room = _wait_for_room(sweep, cluster, room, listener)
-        if room.said:
-            listener({"kind": "note", "text": room.said})
+        if not own_cluster and (problem := shortage(sweep.settings.workers, room.per_worker)):
+            listener({"kind": "note", "text": f"trials wait until there is room: {problem}"})
+        elif isinstance(wanted := sweep.settings.concurrent, int) and room.concurrent < min(wanted, sweep.trials):
+            text = f"{room.concurrent} trials run at a time, not {wanted}: the cluster has room for no more"
+            listener({"kind": "note", "text": text})
         return _run(sweep, recorded, room, listener)
+
+
+def _nodes() -> list[dict[str, float]]:
+    from ray._private import state
+
+    return list(state.total_resources_per_node().values())
 
 
 def _wait_for_room(
     sweep: Sweep, cluster: ClusterConfig, room: TrialRoom, listener: Callable[[Event], None]
 ) -> TrialRoom:
-    """Ask for the room of one trial, so that a cluster that can grow does, and wait for it."""
+    """Request the room of one trial, so that a cluster that can grow does, and wait for it."""
     import ray
 
-    listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {room.lacking}"})
+    listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {room.missing}"})
     wanted = ray.util.placement_group([dict(room.per_worker)] * sweep.settings.workers, strategy="PACK")
     try:
         if not wanted.wait(cluster.timeout_s):
             raise EnvironmentProblem(
-                f"no room for a trial after {cluster.timeout_s:g} s: {room.lacking}\n"
+                f"no room for a trial after {cluster.timeout_s:g} s: {room.missing}\n"
                 "  ask for less with workers, gpus_per_worker or cpus_per_worker, or wait longer with cluster.timeout_s"
             )
-        return plan_trials(sweep.settings, cluster, sweep.trials, ray.cluster_resources(), fixed=False)
+        return plan_trials(sweep.settings, cluster, sweep.trials, _nodes(), fixed=False)
     finally:
         ray.util.remove_placement_group(wanted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ class Resources:
         use_gpu: one GPU each.
         per_worker: Ray resources of one worker.
         threads: torch threads a worker; None for its share of the cores of its node.
-        lacking: what the cluster does not have yet, in words; empty where it has everything.
     """
 
     fewest: int
@@ -30,7 +29,6 @@ class Resources:
     use_gpu: bool
     per_worker: dict[str, float]
     threads: int | None
-    lacking: str
 
 
 def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fixed: bool) -> Resources:
@@ -42,7 +40,7 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
         fixed: whether the cluster can get no more than that (it is this machine alone).
 
     Raises:
-        EnvironmentProblem: where a fixed cluster cannot do it.
+        EnvironmentProblem: a fixed cluster does not have what the fewest workers need.
     """
     cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
@@ -55,17 +53,48 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
     if use_gpu:
         per_worker["GPU"] = 1
     needed = {name: amount * fewest for name, amount in per_worker.items()}
-    lacking = ", ".join(
+    missing = ", ".join(
         f"{fewest} workers need {amount:g} {name}s, the cluster has {available.get(name, 0):g}"
         for name, amount in needed.items()
         if available.get(name, 0) < amount
     )
-    if lacking and fixed:
+    if missing and fixed:
         raise EnvironmentProblem(
-            f"{lacking}\n  ask for fewer with cluster.workers, train on the CPU with cluster.device=cpu, "
+            f"{missing}\n  ask for fewer with cluster.workers, train on the CPU with cluster.device=cpu, "
             "or join a larger cluster with cluster.address"
         )
-    return Resources(fewest, workers, use_gpu, per_worker, None if share == "auto" else share, lacking)
+    return Resources(fewest, workers, use_gpu, per_worker, None if share == "auto" else share)
+
+
+def shortage(workers: int, per_worker: Mapping[str, float]) -> str:
+    """Why there is no room now: what is requested, what is free, and which jobs run; empty where there is room.
+
+    Looks at every node of the cluster that this process is connected to, because a worker is never divided.
+    """
+    import ray
+    from ray._private import state
+
+    nodes, total = list(state.available_resources_per_node().values()), ray.cluster_resources()
+    room = sum(count_fitting(node, per_worker) for node in nodes)
+    if room >= workers:
+        return ""
+    free = ", ".join(
+        f"{sum(node.get(name, 0) for node in nodes):g} of {total.get(name, 0):g} {name}s" for name in per_worker
+    )
+    own = ray.get_runtime_context().get_job_id()
+    jobs = [job["Entrypoint"] for job in state.jobs() if not job["IsDead"] and job["JobID"] != own]
+    others = "".join(f"\n  another job: {command}" for command in jobs)
+    requested = f"{workers} workers with {_in_words(per_worker)} each are requested"
+    return f"{requested}, and there is room for {room}; free: {free}{others}"
+
+
+def _in_words(per_worker: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in per_worker.items())
+
+
+def count_fitting(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
+    """Return how many workers fit on a node with these resources."""
+    return min(int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount)
 
 
 @dataclass(frozen=True)
@@ -74,13 +103,12 @@ class TrialRoom:
 
     Attributes:
         per_worker: Ray resources of one worker.
-        per_trial: what Tune asks for for a trial: with several workers next to nothing, since Ray Train asks for them.
+        per_trial: what Tune requests for a trial: with several workers next to nothing, as Ray Train requests those.
         concurrent: trials at a time.
         gpus_per_trial: for the budget; on a cluster without GPUs its workers.
-        threads: torch threads a worker.
+        threads: torch threads per worker.
         settings: of every trial's configuration, by dotted key.
-        lacking: what the cluster does not have yet, in words.
-        said: what a user should know, in words; empty where there is nothing.
+        missing: what the cluster does not have yet, in words.
     """
 
     per_worker: dict[str, float]
@@ -89,12 +117,11 @@ class TrialRoom:
     gpus_per_trial: float
     threads: int
     settings: dict[str, Any]
-    lacking: str = ""
-    said: str = ""
+    missing: str = ""
 
 
 def plan_trials(
-    sweep: SweepConfig, cluster: ClusterConfig, trials: int, available: Mapping[str, float], *, fixed: bool
+    sweep: SweepConfig, cluster: ClusterConfig, trials: int, nodes: Sequence[Mapping[str, float]], *, fixed: bool
 ) -> TrialRoom:
     """Decide how many trials run at a time.
 
@@ -105,36 +132,30 @@ def plan_trials(
         sweep: what is asked for.
         cluster: of the base configuration.
         trials: of the sweep.
-        available: the cluster's resources, as `ray.cluster_resources` gives them.
+        nodes: the resources of each node of the cluster, by Ray's names.
         fixed: whether the cluster can get no more than that.
 
     Raises:
-        EnvironmentProblem: where a fixed cluster has no room for one trial.
+        EnvironmentProblem: a fixed cluster has no room for one trial, or a cluster not enough for a population.
     """
     gpus = sweep.gpus_per_worker
     if gpus == "auto":
-        gpus = 1.0 if cluster.device != "cpu" and (available.get("GPU", 0) > 0 or cluster.device == "cuda") else 0.0
+        has_gpus = any(node.get("GPU", 0) > 0 for node in nodes)
+        gpus = 1.0 if cluster.device == "cuda" or (cluster.device == "auto" and has_gpus) else 0.0
     cpus = 1 if sweep.cpus_per_worker == "auto" else sweep.cpus_per_worker
     per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
-    rooms = {name: available.get(name, 0.0) / (amount * sweep.workers) for name, amount in per_worker.items()}
-    scarce = min(rooms, key=lambda name: rooms[name])
-    room = int(rooms[scarce] + 1e-9)
-    lacking = said = ""
-    if room == 0:
-        needed = per_worker[scarce] * sweep.workers
-        lacking = f"a trial needs {needed:g} {scarce}s, the cluster has {available.get(scarce, 0):g}"
-        if fixed:
-            raise EnvironmentProblem(
-                f"{lacking}\n  ask for less with workers, gpus_per_worker or cpus_per_worker, "
-                "or join a larger cluster with cluster.address"
-            )
-    wanted = trials if sweep.concurrent == "auto" else sweep.concurrent
-    if sweep.concurrent != "auto" and 0 < room < wanted:
-        said = f"{room} trials run at a time, not {wanted}: the cluster has {available.get(scarce, 0):g} {scarce}s"
+    slots = sum(count_fitting(node, per_worker) for node in nodes)
+    room = slots // sweep.workers
+    has = f"with {_in_words(per_worker)} per worker the cluster has room for {slots}"
+    missing = "" if room else f"a trial needs {sweep.workers} workers; {has}"
+    if missing and fixed:
+        raise EnvironmentProblem(
+            f"{missing}\n  ask for less with workers, gpus_per_worker or cpus_per_worker, "
+            "or join a larger cluster with cluster.address"
+        )
     if sweep.scheduler.name == "pbt" and sweep.workers > 1 and 0 < room < trials:
         raise EnvironmentProblem(
-            f"pbt needs room for all {trials} trials at a time; with {available.get(scarce, 0):g} {scarce}s "
-            f"there is room for {room} of {sweep.workers} workers each\n"
+            f"pbt needs room for all {trials} trials of {sweep.workers} workers at a time; {has}\n"
             "  ask for fewer trials, or for trials of one worker, which take turns"
         )
     settings = {
@@ -144,6 +165,7 @@ def plan_trials(
         "cluster.engine": "ray",
         "cluster.max_failures": sweep.max_failures,
     }
+    wanted = trials if sweep.concurrent == "auto" else sweep.concurrent
     return TrialRoom(
         per_worker=per_worker,
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
@@ -151,8 +173,7 @@ def plan_trials(
         gpus_per_trial=(gpus or 1.0) * sweep.workers,
         threads=cpus,
         settings=settings,
-        lacking=lacking,
-        said=said,
+        missing=missing,
     )
 
 

@@ -37,8 +37,8 @@ class Hung:
     def __str__(self) -> str:
         beat = self.beat
         where = f" at {beat.where}" if beat.where else ""
-        seconds = max(self.silent_s, beat.still_s)
-        what = "has not been heard of" if self.silent_s > beat.still_s else f"stands still ({beat.phase}{where})"
+        seconds = max(self.silent_s, beat.idle_s)
+        what = "has not been heard of" if self.silent_s > beat.idle_s else f"stands still ({beat.phase}{where})"
         return f"rank {beat.rank} on {beat.host} {what} for {seconds:.0f} s after step {beat.step}"
 
 
@@ -63,7 +63,7 @@ class Heartbeats:
     @property
     def moving(self) -> bool:
         """Whether any worker has taken a step."""
-        return any(beat.moves for beat, _ in self._last.values())
+        return any(beat.progress for beat, _ in self._last.values())
 
     def hung(self, timeout_s: float) -> list[Hung]:
         """The workers that hang, each told once; call it several times within `timeout_s`.
@@ -77,10 +77,10 @@ class Heartbeats:
             self._last = {rank: (beat, now) for rank, (beat, _) in self._last.items()}
             return []
         silent = [Hung(beat, now - at) for beat, at in self._last.values() if now - at > timeout_s]
-        still = [Hung(beat, now - at) for beat, at in self._last.values() if beat.still_s > _limit(beat, timeout_s)]
+        still = [Hung(beat, now - at) for beat, at in self._last.values() if beat.idle_s > _limit(beat, timeout_s)]
         still = [hung for hung in still if not _may_wait_for_others(hung.beat)] or still
-        least = min((hung.beat.moves for hung in still), default=0)
-        found = silent or [hung for hung in still if hung.beat.moves == least]
+        least = min((hung.beat.progress for hung in still), default=0)
+        found = silent or [hung for hung in still if hung.beat.progress == least]
         for hung in found:
             del self._last[hung.beat.rank]
         return found
@@ -94,7 +94,7 @@ def _may_wait_for_others(beat: Heartbeat) -> bool:
 def _limit(beat: Heartbeat, timeout_s: float) -> float:
     if beat.phase in _UNLIMITED:
         return float("inf")
-    return max(timeout_s, _FIRST_TIME_S if beat.usual_s is None else 10 * beat.usual_s)
+    return max(timeout_s, _FIRST_TIME_S if beat.longest_idle_s is None else 10 * beat.longest_idle_s)
 
 
 @contextmanager
@@ -129,17 +129,17 @@ def _killed(beat: Heartbeat) -> bool:
     there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
     kill = ray.remote(num_cpus=0, max_retries=0)(kill_process).options(scheduling_strategy=there)
     try:
-        return bool(ray.get(kill.remote(beat.pid, beat.born), timeout=30))
+        return bool(ray.get(kill.remote(beat.pid, beat.started), timeout=30))
     except (ray.exceptions.RayError, TimeoutError):
         return False
 
 
-def kill_process(pid: int, born: float) -> bool:
+def kill_process(pid: int, started: float) -> bool:
     """Kill a process of this machine, if it is the one that began then."""
     import psutil
 
     try:
-        if abs(psutil.Process(pid).create_time() - born) > 0.1:
+        if abs(psutil.Process(pid).create_time() - started) > 0.1:
             return False
         os.kill(pid, signal.SIGKILL)
     except (psutil.NoSuchProcess, ProcessLookupError):

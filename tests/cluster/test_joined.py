@@ -8,10 +8,13 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +71,7 @@ RECORDED = {
 class Cluster:
     """A cluster of two CPUs in this process, with a dashboard."""
 
+    address: str
     metrics: str
     dashboard: str
 
@@ -146,7 +150,7 @@ def started(s3: str) -> Iterator[Cluster]:
     # A process that finds no metrics agent for 30 s after it connected never exports any.
     until(exporting)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    yield Cluster(f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{dashboard}")
+    yield Cluster(nodes.address, f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{dashboard}")
     ray.shutdown()
     nodes.shutdown()
     os.environ.clear()
@@ -309,14 +313,58 @@ def test_a_budget(cluster, sweep):
     assert (Path(result.folder) / "best.yaml").exists()
 
 
+@contextmanager
+def job_with_one_cpu(cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
+    """Another job of the cluster, which gives its CPU back when its input is closed."""
+    hold = "import ray, sys; ray.init(logging_level='ERROR'); g = ray.util.placement_group([{'CPU': 1}]); " \
+           "ray.get(g.ready()); print('held', flush=True); sys.stdin.read()"  # fmt: skip
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    with subprocess.Popen([sys.executable, "-c", hold], env=environment, **pipes) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("workers", [pytest.param("2", marks=pytest.mark.nightly), "{min: 2, max: 3}"])
+def test_a_run_says_what_it_waits_for_and_who_has_the_rest(cluster, tmp_path, workers):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    events: list[Event] = []
+    config = load_config(str(tmp_path / "tiny.yaml"), f"storage={tmp_path}", f"cluster.workers={workers}",
+                         "cluster.timeout_s=4")  # fmt: skip
+    said = "the workers could not start within 4 s: 2 workers with 1 CPU"
+    with job_with_one_cpu(cluster), pytest.raises(EnvironmentProblem, match=said):
+        fit(config, listener=events.append)
+    [note] = [event["text"] for event in events if event["kind"] == "note"]
+    assert note.startswith("waiting up to 4 s for room: 2 workers with 1 CPU each are requested, and there is room "
+                           "for 1; free: 1 of 2 CPUs\n  another job: "), note  # fmt: skip
+    assert "g.ready()" in note
+
+
 def test_a_cluster_without_room(cluster, sweep):
     events: list[Any] = []
-    with pytest.raises(EnvironmentProblem, match="no room for a trial after 3 s: a trial needs 3 CPUs") as caught:
+    with pytest.raises(EnvironmentProblem, match="no room for a trial after 3 s: a trial needs 3 workers") as caught:
         tune(sweep("workers=3", "cluster.timeout_s=3"), listener=events.append)
     assert caught.value.exit_code == 3
     notes = [event["text"] for event in events if event["kind"] == "note"]
-    assert notes == ["waiting up to 3 s for the cluster: a trial needs 3 CPUs, the cluster has 2"]
+    assert notes == ["waiting up to 3 s for the cluster: a trial needs 3 workers; with 1 CPU per worker the cluster "
+                     "has room for 2"]  # fmt: skip
     cluster.assert_all_given_back()
+
+
+def test_a_trial_of_several_workers_waits_on_a_busy_cluster(cluster, sweep):
+    notes: list[str] = []
+
+    def free(event: Event) -> None:
+        if event["kind"] == "note":
+            notes.append(event["text"])
+            threading.Timer(8, other.stdin.close).start()  # well after the timeout
+
+    with job_with_one_cpu(cluster) as other:
+        asked = sweep("workers=2", "trials=1", "train.epochs=1", "cluster.timeout_s=2")
+        result = tune(asked, listener=free)
+    assert [trial.status for trial in result.trials] == ["finished"]
+    assert notes[0].startswith("trials wait until there is room: 2 workers with 1 CPU each are requested"), notes
 
 
 def test_a_sweep_on_an_object_store(cluster, sweep, s3):

@@ -12,9 +12,9 @@ import pytest
 from densenet_dist.cluster.heartbeat import Heartbeat
 from densenet_dist.cluster.watchdog import Heartbeats, kill_process
 
-WORKER = {"node": "n", "host": "far", "pid": 1, "born": 0.0}
-BEAT = Heartbeat(**WORKER, rank=0, world_size=2, step=40, saved=0, moves=40, phase="train", still_s=0.1, usual_s=0.5,
-            where="")  # fmt: skip
+WORKER = {"node": "n", "host": "far", "pid": 1, "started": 0.0}
+BEAT = Heartbeat(**WORKER, rank=0, world_size=2, step=40, saved=0, progress=40, phase="train",
+                 idle_s=0.1, longest_idle_s=0.5, where="")  # fmt: skip
 
 
 class Clock:
@@ -50,8 +50,8 @@ def test_a_silent_worker_is_found_in_time_and_told_once(clock):
 
 def test_of_those_that_stand_still_the_one_that_is_furthest_behind_is_named(clock):
     """It stands in the input pipeline; the others wait for it in the exchange of gradients, one step ahead."""
-    waits = replace(BEAT, still_s=11.0, moves=41, step=41)
-    hangs = replace(BEAT, rank=1, still_s=11.5, phase="wait", where="loader.py:90")
+    waits = replace(BEAT, idle_s=11.0, progress=41, step=41)
+    hangs = replace(BEAT, rank=1, idle_s=11.5, phase="wait", where="loader.py:90")
     assert look(Heartbeats(clock), clock, 2, waits, hangs) == [
         "rank 1 on far stands still (wait at loader.py:90) for 12 s after step 40"
     ]
@@ -59,8 +59,8 @@ def test_of_those_that_stand_still_the_one_that_is_furthest_behind_is_named(cloc
 
 def test_in_an_evaluation_the_one_that_does_not_wait_for_others_is_named(clock):
     """Ranks have shares of their own there, so that the number of batches says nothing."""
-    waits = replace(BEAT, still_s=11.0, phase="test", moves=38, where="metrics.py:61")
-    hangs = replace(BEAT, rank=1, still_s=11.5, phase="test", moves=45, where="image_folder.py:7")
+    waits = replace(BEAT, idle_s=11.0, phase="test", progress=38, where="metrics.py:61")
+    hangs = replace(BEAT, rank=1, idle_s=11.5, phase="test", progress=45, where="image_folder.py:7")
     (found,) = look(Heartbeats(clock), clock, 2, waits, hangs)
     assert found.startswith("rank 1 on far stands still (test at image_folder.py:7)")
 
@@ -68,12 +68,12 @@ def test_in_an_evaluation_the_one_that_does_not_wait_for_others_is_named(clock):
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"still_s": 11.0}, True),
-        ({"still_s": 19.0, "usual_s": 2.0}, False),
-        ({"still_s": 21.0, "usual_s": 2.0}, True),
-        ({"still_s": 599.0, "usual_s": None}, False),
-        ({"still_s": 9999.0, "phase": "start"}, False),
-        ({"still_s": 11.0, "phase": "validate"}, True),
+        ({"idle_s": 11.0}, True),
+        ({"idle_s": 19.0, "longest_idle_s": 2.0}, False),
+        ({"idle_s": 21.0, "longest_idle_s": 2.0}, True),
+        ({"idle_s": 599.0, "longest_idle_s": None}, False),
+        ({"idle_s": 9999.0, "phase": "start"}, False),
+        ({"idle_s": 11.0, "phase": "validate"}, True),
     ],
 )
 def test_how_long_is_long_depends_on_what_it_does(clock, changes, found):
