@@ -55,12 +55,14 @@ class DaliEngine(Engine):
         """Return the images of a request; of image files, their bytes, and start and shape of their windows."""
         if (files := self.files) is not None:
             # Read here and not by DALI, which a broken file can crash.
-            encoded = read_all(request.array("rows").tolist(), lambda _, row: files.encoded(row), self._readers.map)
+            encoded = read_all(
+                request.array("indices").tolist(), lambda _, index: files.encoded(index), self._readers.map
+            )
             left, top, width, height = request.array("window").astype(np.int32).T
             return [encoded, np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
         if self.device.type == "cuda":
-            return [self._resident.index_select(0, request.tensor("rows", self.device))]
-        return [self._resident[request.array("rows")]]
+            return [self._resident.index_select(0, request.tensor("indices", self.device))]
+        return [self._resident[request.array("indices")]]
 
     @staticmethod
     def parameters(request: Request) -> dict[str, npt.NDArray[Any]]:
@@ -117,11 +119,11 @@ class _Pipeline:
             EnvironmentProblem: all files can be decoded.
         """
         if (files := self._engine.files) is not None:
-            rows = [self._request(number + ahead).array("rows") for ahead in range(self._engine.prefetch + 2)]
-            some = np.unique(np.concatenate(rows)).tolist()
+            indices = [self._request(number + ahead).array("indices") for ahead in range(self._engine.prefetch + 2)]
+            some = np.unique(np.concatenate(indices)).tolist()
             # torchvision has the better messages. DALI, which can be stricter, is asked if that finds nothing.
-            read_all(some, lambda _, row: files.decode(row))
-            read_all(some, lambda _, row: _decode_alone(files.encoded(row)))
+            read_all(some, lambda _, index: files.decode(index))
+            read_all(some, lambda _, index: _decode_alone(files.encoded(index)))
         raise dali_problem(error, self._engine.device) from error
 
 

@@ -104,15 +104,14 @@ def _require_gpu(backend: Any) -> None:
             f"{title} cannot work here: {driver} at most\n"
             f"  update the driver to one that knows CUDA {built}, or {_WAY_OUT}"
         )
+    problem = "finds no GPU"
     try:
-        count = backend.GetCUDADeviceCount()
+        if backend.GetCUDADeviceCount() > 0:
+            return
     except RuntimeError as error:  # for example after a driver update without a restart
-        raise EnvironmentProblem(
-            f"{title} cannot use the GPU, although {driver}: {' '.join(str(error).split())}\n"
-            f"  restart the machine if the driver was updated, or {_WAY_OUT}"
-        ) from error
-    if count == 0:
-        raise EnvironmentProblem(
-            f"{title} finds no GPU, although {driver}\n"
-            f"  see 'nvidia-smi' and CUDA_VISIBLE_DEVICES, or {_WAY_OUT}, or train on the CPU: cluster.device=cpu"
-        )
+        problem = f"cannot use the GPU ({' '.join(str(error).split())})"
+    raise EnvironmentProblem(
+        f"{title} {problem}, although {driver}\n"
+        "  see 'nvidia-smi' and CUDA_VISIBLE_DEVICES; restart the machine if the driver was updated\n"
+        f"  or {_WAY_OUT}, or train on the CPU: cluster.device=cpu"
+    )

@@ -206,7 +206,7 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
     if (parts == "new").all():
         return folder
     # A limit leaves images out as well: which of them are new is unknown.
-    new = [files.names[row] for row in np.flatnonzero(parts == "new")] if limit is None else []
+    new = [files.names[index] for index in np.flatnonzero(parts == "new")] if limit is None else []
     skipped = (*(f"{image_folder.printable(name)}: not in the run's split" for name in new), *folder.skipped)
     used, test = np.flatnonzero(np.isin(parts, ("train", "val"))), np.flatnonzero(parts == "test")
     val = np.flatnonzero(parts[used] == "val")

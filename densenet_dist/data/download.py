@@ -4,6 +4,7 @@ Downloaded bytes are not trusted: `cifar_source` accepts only files with the off
 """
 
 import random
+import socket
 import ssl
 import time
 from http.client import HTTPException, InvalidURL
@@ -22,7 +23,10 @@ _FIRST_WAIT_S = 1.0  # doubled after each attempt
 _LOCALHOST = ("localhost", "127.0.0.1", "::1")
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
-_PERMANENT = (ssl.SSLCertVerificationError, FileNotFoundError, PermissionError, IsADirectoryError, InvalidURL)
+_PERMANENT = (
+    *(ssl.SSLCertVerificationError, FileNotFoundError, PermissionError, IsADirectoryError, InvalidURL, ValueError),
+    str,  # the reason of an URLError may be a text
+)
 
 
 def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> None:
@@ -81,7 +85,9 @@ def _is_temporary(error: Exception) -> bool:
     if isinstance(error, HTTPError):
         return error.code in _RETRIED_STATUS
     reason = error.reason if isinstance(error, URLError) else error
-    return isinstance(reason, Exception) and not isinstance(reason, (*_PERMANENT, ValueError))
+    if isinstance(reason, socket.gaierror):
+        return reason.errno == socket.EAI_AGAIN  # else there is no such host
+    return not isinstance(reason, _PERMANENT)
 
 
 def require_safe(url: str) -> None:

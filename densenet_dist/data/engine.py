@@ -24,15 +24,15 @@ class Epoch:
     """The images of one epoch in order, with everything an engine needs to know about each of them.
 
     Attributes:
-        rows: (n,) int64, indices into the split.
+        indices: (n,) int64, indices into the split.
         labels: (n,) int64.
         parameters: of the augmentation, in the same order.
     """
 
     def __init__(
-        self, rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], parameters: Parameters, image_size: int
+        self, indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], parameters: Parameters, image_size: int
     ) -> None:
-        self.rows, self.labels, self.parameters = rows, labels, parameters
+        self.indices, self.labels, self.parameters = indices, labels, parameters
         self._image_size = image_size
         self._tensors: dict[str, Tensor] = {}
 

@@ -60,16 +60,16 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def path(self, row: int) -> Path:
+    def path(self, index: int) -> Path:
         """Return the path of one file."""
-        return self.root / self.names[row]
+        return self.root / self.names[index]
 
-    def subset(self, rows: npt.NDArray[np.int64]) -> "ImageFiles":
-        """Return the files at `rows`, (m,) int64, in that order."""
-        names = tuple(self.names[row] for row in rows)
-        return ImageFiles(self.root, names, self.sizes[rows], self.checksums[rows], self.image_size)
+    def subset(self, indices: npt.NDArray[np.int64]) -> "ImageFiles":
+        """Return the files at `indices`, (m,) int64, in that order."""
+        names = tuple(self.names[index] for index in indices)
+        return ImageFiles(self.root, names, self.sizes[indices], self.checksums[indices], self.image_size)
 
-    def read(self, row: int) -> npt.NDArray[np.uint8]:
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of one file, (n,) uint8, which are a valid image of the size it had when it was verified.
 
         Unchanged bytes are trusted; others are decoded first, because a broken file can crash DALI's decoder, and the
@@ -78,30 +78,30 @@ class ImageFiles:
         Raises:
             BadImage: it can no longer be read, or is another image.
         """
-        data = _read(self.path(row))
-        unchanged = zlib.crc32(data.data) == self.checksums[row]
-        if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[row].tolist():
+        data = _read(self.path(index))
+        unchanged = zlib.crc32(data.data) == self.checksums[index]
+        if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[index].tolist():
             raise BadImage("another picture than when it was verified")
         return data
 
-    def encoded(self, row: int) -> npt.NDArray[np.uint8]:
+    def encoded(self, index: int) -> npt.NDArray[np.uint8]:
         """Return bytes for another decoder: those of `read`; of a transparent image, the result of `decode` as PNG."""
         from PIL import Image
 
-        data = self.read(row)
+        data = self.read(index)
         if not _is_transparent(data):
             return data
         png = io.BytesIO()
         Image.fromarray(_pixels(data).permute(1, 2, 0).numpy()).save(png, "PNG", compress_level=0)
         return np.frombuffer(png.getvalue(), np.uint8)
 
-    def decode(self, row: int) -> "Tensor":
+    def decode(self, index: int) -> "Tensor":
         """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright.
 
         Raises:
             BadImage: see `read`; or it cannot be decoded.
         """
-        return _pixels(self.read(row))
+        return _pixels(self.read(index))
 
 
 def decode_any(path: Path) -> "Tensor":

@@ -251,10 +251,10 @@ class EvalLoader:
                 yield batch
 
     def _make_epoch(self) -> Epoch:
-        engine, rows = self._engine, self._engine.substitutes.resolve(self._indices)
-        sizes = None if engine.files is None else engine.files.sizes[rows]
+        engine, indices = self._engine, self._engine.substitutes.resolve(self._indices)
+        sizes = None if engine.files is None else engine.files.sizes[indices]
         parameters = augment.evaluation_parameters(self._geometry, sizes)
-        return Epoch(rows, engine.split.labels[self._indices], parameters, engine.image_size)
+        return Epoch(indices, engine.split.labels[self._indices], parameters, engine.image_size)
 
     def _bounds(self, number: int) -> tuple[int, int]:
         start = number % len(self) * self._stride
@@ -269,11 +269,11 @@ class EvalLoader:
         unreadable = self._engine.substitutes.unreadable
         if not unreadable:
             return batch
-        kept = np.flatnonzero([row not in unreadable for row in self.batch_indices.tolist()])
+        kept = np.flatnonzero([index not in unreadable for index in self.batch_indices.tolist()])
         self.batch_indices = self.batch_indices[kept]
-        rows = upload(kept, self._engine.device)
-        images = batch.images.index_select(0, rows).contiguous(memory_format=torch.channels_last)
-        return Batch(images, batch.targets.index_select(0, rows), batch.global_size)
+        kept_rows = upload(kept, self._engine.device)
+        images = batch.images.index_select(0, kept_rows).contiguous(memory_format=torch.channels_last)
+        return Batch(images, batch.targets.index_select(0, kept_rows), batch.global_size)
 
 
 def _replace_unreadable(

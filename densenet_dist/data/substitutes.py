@@ -25,21 +25,21 @@ class UnreadableFiles(Exception):
         self.reasons = reasons
 
 
-def read_all(rows: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
-    """Return `read(position, row)` for each of `rows` at its position; `map` may use threads.
+def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
+    """Return `read(position, index)` for each of `indices` at its position; `map` may use threads.
 
     Raises:
         UnreadableFiles: all those for which `read` raises BadImage.
     """
     reasons: dict[int, str] = {}
 
-    def read_one(position: int, row: int) -> Any:
+    def read_one(position: int, index: int) -> Any:
         try:
-            return read(position, row)
+            return read(position, index)
         except BadImage as error:
-            reasons[row] = str(error)
+            reasons[index] = str(error)
 
-    found = list(map(read_one, range(len(rows)), rows))
+    found = list(map(read_one, range(len(indices)), indices))
     if reasons:
         raise UnreadableFiles(reasons)
     return found
@@ -76,21 +76,21 @@ class Substitutes:
             )
         self.unreadable.update(reasons)
         labels = self._split.labels
-        for label in {int(labels[row]) for row in reasons}:
+        for label in {int(labels[index]) for index in reasons}:
             if self.unreadable.keys() >= set(np.flatnonzero(labels == label).tolist()):
                 raise DataError(f"no picture of class {label} can be read any more:\n  {lines}")
 
-    def resolve(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return `rows` (n,) with unreadable images replaced."""
+    def resolve(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return `indices` (n,) with unreadable images replaced."""
         if not self.unreadable:
-            return rows
+            return indices
         labels = self._split.labels
         table = np.arange(len(labels))
-        for row in self.unreadable:
-            same_class = np.flatnonzero(labels == labels[row])
-            later = np.roll(same_class, -int(np.searchsorted(same_class, row)) - 1)
-            table[row] = next(other for other in later.tolist() if other not in self.unreadable)
-        return table[rows]
+        for index in self.unreadable:
+            same_class = np.flatnonzero(labels == labels[index])
+            later = np.roll(same_class, -int(np.searchsorted(same_class, index)) - 1)
+            table[index] = next(other for other in later.tolist() if other not in self.unreadable)
+        return table[indices]
 
     def news(self) -> list[str]:
         """Return the images that became unreadable since the last call, one line each."""
@@ -102,4 +102,4 @@ class Substitutes:
         files = self._split.images
         if not isinstance(files, ImageFiles):
             return []
-        return [f"{files.path(row)}: {reason}" for row, reason in reasons.items()]
+        return [f"{files.path(index)}: {reason}" for index, reason in reasons.items()]

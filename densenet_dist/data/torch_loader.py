@@ -65,11 +65,11 @@ class TorchEngine(Engine):
         if resident is None or parameters.tone is not None:
             return None
         warped, cut = parameters.affine is not None, parameters.hole is not None
-        names = ["rows"] + ["theta"] * warped + ["hole"] * cut
+        names = ["indices"] + ["theta"] * warped + ["hole"] * cut
 
-        def make(rows: Tensor, *rest: Tensor) -> Tensor:
+        def make(indices: Tensor, *rest: Tensor) -> Tensor:
             theta, hole = rest[0] if warped else None, rest[-1] if cut else None
-            return self._transformed(_gather(resident, rows), theta, parameters.padding, hole)
+            return self._transformed(_gather(resident, indices), theta, parameters.padding, hole)
 
         return tuple(request.tensor(name, self.device) for name in names), make
 
@@ -89,12 +89,12 @@ class TorchEngine(Engine):
     def _piece(self, request: Request) -> Tensor:
         parameters = request.parameters
         if self._resident is not None:
-            images = _gather(self._resident, request.tensor("rows", self.device))
+            images = _gather(self._resident, request.tensor("indices", self.device))
         else:
             images = self._decode(request)
         if parameters.tone is not None:
             strength = request.tensor("strength", self.device)
-            torch_ops.change_tones(images, request.array("tone"), strength, lambda rows: upload(rows, self.device))
+            torch_ops.change_tones(images, request.array("tone"), strength, lambda array: upload(array, self.device))
         theta = None if parameters.affine is None else request.tensor("theta", self.device)
         hole = None if parameters.hole is None else request.tensor("hole", self.device)
         return self._transformed(images, theta, parameters.padding, hole)
@@ -103,17 +103,17 @@ class TorchEngine(Engine):
         """As `_gather`, of image files."""
         files, size = self.files, self.image_size
         assert files is not None
-        rows, windows = request.array("rows").tolist(), request.array("window").tolist()
+        indices, windows = request.array("indices").tolist(), request.array("window").tolist()
         pinned = self.device.type == "cuda"
-        images = torch.empty(len(rows), size, size, 3, pin_memory=pinned).permute(0, 3, 1, 2)
+        images = torch.empty(len(indices), size, size, 3, pin_memory=pinned).permute(0, 3, 1, 2)
 
-        def load(position: int, row: int) -> None:
+        def load(position: int, index: int) -> None:
             left, top, width, height = windows[position]
-            image = files.decode(row)
+            image = files.decode(index)
             images[position] = torch_ops.resize(image[:, top : top + height, left : left + width], size)
 
         with ThreadPoolExecutor(self.threads, "densenet-dist-decode") as pool:
-            read_all(rows, load, pool.map)
+            read_all(indices, load, pool.map)
         return images.to(self.device, non_blocking=True)
 
     def _transformed(self, images: Tensor, theta: Tensor | None, padding: Padding, hole: Tensor | None) -> Tensor:
@@ -130,7 +130,7 @@ class TorchEngine(Engine):
         return images
 
 
-def _gather(images: Tensor, rows: Tensor) -> Tensor:
-    """Images (n, H, W, 3) uint8 at `rows` (m,) int64: (m, 3, H, W) float32 grey levels in memory of their own."""
-    # index_select copies whole images; indexing by [rows] goes byte by byte and is 15 times slower on a CPU.
-    return images.index_select(0, rows).permute(0, 3, 1, 2).float()
+def _gather(images: Tensor, indices: Tensor) -> Tensor:
+    """Images (n, H, W, 3) uint8 at `indices` (m,) int64: (m, 3, H, W) float32 grey levels in memory of their own."""
+    # index_select copies whole images; indexing by [indices] goes byte by byte and is 15 times slower on a CPU.
+    return images.index_select(0, indices).permute(0, 3, 1, 2).float()

@@ -52,7 +52,7 @@ def count_batches(monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None
     genuine = TorchEngine._pixels
 
     def pixels(self: TorchEngine, request: Request) -> torch.Tensor:
-        made.append(len(request.array("rows")))
+        made.append(len(request.array("indices")))
         if len(made) == fail_at:
             raise RuntimeError(f"batch {fail_at} failed")
         return genuine(self, request)
