@@ -40,9 +40,9 @@ from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
 from densenet_dist.schema import Config
 from densenet_dist.train.ddp import bucket_sizes, no_sync
-from densenet_dist.train.engine import train_step
-from densenet_dist.train.job import Job
+from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import AUTOCAST
+from densenet_dist.train.trainer import Trainer
 
 GPUS: Final = tuple(2**power for power in range(11))
 """How many GPUs predictions are made for."""
@@ -57,49 +57,49 @@ H100_BYTES_PER_S: Final = 3.35e12
 # Measuring, on every rank
 
 
-def probe_exchange(job: Job, batches: dict[int, Batch], *, rounds: int) -> dict[str, Any]:
-    """What the model needs to know of a job; a collective call.
+def probe_exchange(trainer: Trainer, batches: dict[int, Batch], *, rounds: int) -> dict[str, Any]:
+    """What the model needs to know of a trainer; a collective call.
 
     Returns:
         ``buckets``: bytes of gradients of each of DDP's buckets in turn. ``ready``: when the backward pass has filled
         each, as a share of a step without communication, by images of the global batch. ``all_reduces``: seconds of an
         all-reduce on the slowest rank, by its bytes.
     """
-    bf16 = job.config.train.gradient_compression == "bf16"
-    profiles = {size: [filled_buckets(job, batch) for _ in range(rounds)] for size, batch in batches.items()}
+    bf16 = trainer.config.train.gradient_compression == "bf16"
+    profiles = {size: [filled_buckets(trainer, batch) for _ in range(rounds)] for size, batch in batches.items()}
     buckets = [size for size, _ in next(iter(profiles.values()))[0]]
     ready = {
         size: np.median([[share for _, share in profile] for profile in found], axis=0).tolist()
         for size, found in profiles.items()
     }
     messages = sorted({*MESSAGES, *(size // 2 if bf16 else size for size in buckets)})
-    all_reduces: dict[int, list[float]] = {message: [] for message in messages if job.context.world_size > 1}
+    all_reduces: dict[int, list[float]] = {message: [] for message in messages if trainer.context.world_size > 1}
     for _, (message, times) in product(range(rounds), all_reduces.items()):
-        times.append(time_all_reduce(message, torch.bfloat16 if bf16 else torch.float32, job.context.device))
+        times.append(time_all_reduce(message, torch.bfloat16 if bf16 else torch.float32, trainer.context.device))
     return {"buckets": buckets, "ready": ready, "all_reduces": all_reduces}
 
 
-def filled_buckets(job: Job, batch: Batch) -> list[tuple[int, float]]:
+def filled_buckets(trainer: Trainer, batch: Batch) -> list[tuple[int, float]]:
     """Bytes of each bucket, and when it is filled in a step without communication, as a share of the step."""
-    device = job.context.device
+    device = trainer.context.device
     marks: list[tuple[int, Any]] = []
-    trained = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: marks.append((parameter.nbytes, now(device))))
         for parameter in trained
     ]
     try:
-        with no_sync(job.forward):
+        with no_sync(trainer.forward):
             barrier(device)
             started = now(device)
-            train_step(job, batch)
+            train_step(trainer, batch)
             ended = now(device)
             synchronize(device)
     finally:
         for hook in hooks:
             hook.remove()
     marks = marks[-len(trained) :]  # of the last part, where a step has several
-    filled = fill_buckets([size for size, _ in marks], bucket_sizes(job.model, job.config.train))
+    filled = fill_buckets([size for size, _ in marks], bucket_sizes(trainer.model, trainer.config.train))
     step_s = seconds_between(started, ended)
     return [
         (sum(marks[index][0] for index in bucket), seconds_between(started, marks[bucket[-1]][1]) / step_s)

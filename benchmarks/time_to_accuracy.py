@@ -32,13 +32,12 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.report.comparison import interval
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.building import build_job
 from densenet_dist.train.context import LocalContext, choose_device
-from densenet_dist.train.engine import evaluate_model, train_epoch
 from densenet_dist.train.environment import describe_environment
+from densenet_dist.train.evaluation import evaluate_model
 from densenet_dist.train.inputs import engine_of, eval_loader
-from densenet_dist.train.job import Job
-from densenet_dist.train.keeping import decide
+from densenet_dist.train.loop import sync_requests, train_epoch
+from densenet_dist.train.trainer import Trainer
 from densenet_dist.yaml_settings import flatten
 
 ELSEWHERE: Final = ("name", "storage", "seed", "cluster.", "fault.", "checkpoint.", "data.root", "data.url")
@@ -180,16 +179,16 @@ def _warm_up(config: Config) -> float:
 def _epochs(config: Config) -> Iterator[dict[str, Any]]:
     """Train; the figures of each epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        job = build_job(config, LocalContext(RunFolder(folder, "run"), choose_device(config.cluster.device)))
+        trainer = Trainer(config, LocalContext(RunFolder(folder, "run"), choose_device(config.cluster.device)))
         try:
             seconds = 0.0
             for number in range(1, config.train.epochs + 1):
-                started = _now(job)
-                trained = train_epoch(job)
-                seconds += _now(job) - started
-                decide(job)
-                job.end_epoch(None)
-                tested = evaluate_test(job)
+                started = _now(trainer)
+                trained = train_epoch(trainer)
+                seconds += _now(trainer) - started
+                sync_requests(trainer)
+                trainer.end_epoch(None)
+                tested = evaluate_test(trainer)
                 yield {
                     "epoch": number,
                     "seconds": round(seconds, 4),
@@ -197,20 +196,20 @@ def _epochs(config: Config) -> Iterator[dict[str, Any]]:
                     **{f"test/{name}": tested[name] for name in ("loss", "top1", "top5")},
                 }
         finally:
-            job.saver.close()
+            trainer.saver.close()
 
 
-def _now(job: Job) -> float:
-    if job.context.device.type == "cuda":
-        torch.cuda.synchronize(job.context.device)
+def _now(trainer: Trainer) -> float:
+    if trainer.context.device.type == "cuda":
+        torch.cuda.synchronize(trainer.context.device)
     return time.perf_counter()
 
 
-def evaluate_test(job: Job) -> dict[str, float]:
-    test = job.dataset.test
-    engine = engine_of(job.config, job.context.device, job.dataset, test, job.loader)
-    batches = eval_loader(job.config, job.context, engine)
-    return evaluate_model(job.eval_model, batches, job.context.device, job.config.train.precision)
+def evaluate_test(trainer: Trainer) -> dict[str, float]:
+    test = trainer.dataset.test
+    engine = engine_of(trainer.config, trainer.context.device, trainer.dataset, test, trainer.loader)
+    batches = eval_loader(trainer.config, trainer.context, engine)
+    return evaluate_model(trainer.eval_model, batches, trainer.context.device, trainer.config.train.precision)
 
 
 def print_outcome(found: dict[str, Any]) -> None:

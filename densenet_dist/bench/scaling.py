@@ -37,13 +37,12 @@ from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
-from densenet_dist.train.building import build_job
 from densenet_dist.train.context import LocalContext
 from densenet_dist.train.ddp import no_sync
-from densenet_dist.train.engine import train_step
 from densenet_dist.train.environment import describe_environment
-from densenet_dist.train.job import Job
+from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import check_run
+from densenet_dist.train.trainer import Trainer
 
 MODES: Final = ("weak", "strong")
 
@@ -58,8 +57,8 @@ DEFINITIONS: Final = {
     "spreads": "lowest and highest of the rounds",
 }
 
-Probe: TypeAlias = Callable[[Job, dict[int, Batch]], Any]
-"""An additional measurement of a job; it gets this rank's share of a batch by size of the global batch."""
+Probe: TypeAlias = Callable[[Trainer, dict[int, Batch]], Any]
+"""An additional measurement of a trainer; it gets this rank's share of a batch by size of the global batch."""
 
 
 @dataclass(frozen=True)
@@ -232,23 +231,23 @@ def measure_rank(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
         context = LocalContext(RunFolder(folder, "run"), device, rank, world_size)
-        job = _build_job(validate(plain), context, num_classes, max(global_sizes))
+        trainer = _Trainer(validate(plain), context, num_classes, max(global_sizes))
         try:
-            whole = next(iter(job.train_loader.epoch(0)))
-            batches = {size: _share(job, whole, size) for size in global_sizes}
+            whole = next(iter(trainer.train_loader.epoch(0)))
+            batches = {size: _share(trainer, whole, size) for size in global_sizes}
             return RankMeasurements(
-                _time_rounds(job, batches, seconds, rounds),
-                sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad),
+                _time_rounds(trainer, batches, seconds, rounds),
+                sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
                 torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
                 dist.get_backend(),
-                probe(job, batches) if probe else None,
+                probe(trainer, batches) if probe else None,
             )
         finally:
-            job.saver.close()
+            trainer.saver.close()
 
 
-def _build_job(config: Config, context: LocalContext, num_classes: int, images: int) -> Job:
-    """A training job on random images, with a learning rate that barely changes the weights."""
+def _Trainer(config: Config, context: LocalContext, num_classes: int, images: int) -> Trainer:
+    """A training trainer on random images, with a learning rate that barely changes the weights."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
     train = replace(train, epochs=1, cuda_graph=False, profile=None)
     data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1)
@@ -257,41 +256,41 @@ def _build_job(config: Config, context: LocalContext, num_classes: int, images: 
     pixels = random.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     split = Split(pixels, random.integers(0, num_classes, images))
     names = tuple(map(str, range(num_classes)))
-    job = build_job(config, context, Dataset("random", names, split, split, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
-    job.forward.train()
-    return job
+    trainer = Trainer(config, context, Dataset("random", names, split, split, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    trainer.forward.train()
+    return trainer
 
 
 def _time_rounds(
-    job: Job, batches: dict[int, Batch], seconds: float, rounds: int
+    trainer: Trainer, batches: dict[int, Batch], seconds: float, rounds: int
 ) -> dict[tuple[int, bool], list[float]]:
-    orders = ((True, False), (False, True)) if job.context.world_size > 1 else ((True,), (True,))
+    orders = ((True, False), (False, True)) if trainer.context.world_size > 1 else ((True,), (True,))
     timings: dict[tuple[int, bool], list[float]] = {(size, exchange): [] for size in batches for exchange in orders[0]}
     for size, exchange in timings:
-        time_steps(job, batches[size], 1, exchange)  # warms up
+        time_steps(trainer, batches[size], 1, exchange)  # warms up
     for current in range(rounds):
         for size, batch in batches.items():
-            count = max(2, int(seconds / longest(time_steps(job, batch, 1, True), job.context.device)))
+            count = max(2, int(seconds / longest(time_steps(trainer, batch, 1, True), trainer.context.device)))
             # Alternate the order, so that a drift of the machine's speed does not bias the difference.
             for exchange in orders[current % 2]:
-                timings[size, exchange].append(time_steps(job, batch, count, exchange))
+                timings[size, exchange].append(time_steps(trainer, batch, count, exchange))
     return timings
 
 
-def _share(job: Job, whole: Batch, global_size: int) -> Batch:
+def _share(trainer: Trainer, whole: Batch, global_size: int) -> Batch:
     """This rank's share of a global batch."""
-    count = len(range(job.context.rank, global_size, job.context.world_size))
+    count = len(range(trainer.context.rank, global_size, trainer.context.world_size))
     return Batch(whole.images[:count], whole.targets[:count], global_size)
 
 
-def time_steps(job: Job, batch: Batch, count: int, exchange: bool) -> float:
+def time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> float:
     """Run `count` steps, with or without the all-reduce; return the seconds per step."""
-    with nullcontext() if exchange else no_sync(job.forward):
-        barrier(job.context.device)
+    with nullcontext() if exchange else no_sync(trainer.forward):
+        barrier(trainer.context.device)
         started = perf_counter()
         for _ in range(count):
-            train_step(job, batch)
-        synchronize(job.context.device)
+            train_step(trainer, batch)
+        synchronize(trainer.context.device)
         return (perf_counter() - started) / count
 
 

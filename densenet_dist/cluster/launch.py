@@ -210,7 +210,7 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
     import torch.distributed as dist
 
     from densenet_dist.cluster.resources import local_threads
-    from densenet_dist.train.engine import fit as train
+    from densenet_dist.train.loop import fit as train
 
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     context = LocalContext.from_environment(run, config.cluster.device, listener, config.cluster.timeout_s)

@@ -33,7 +33,7 @@ class RayContext(RunContext):
     """What one Ray Train worker tells the training loop of its world.
 
     Attributes:
-        coordinator: to the driver, for which a trial of a sweep waits after each epoch: `hands_over` says so.
+        coordinator: to the driver, for which a trial of a sweep waits after each epoch: `sync_each_epoch` says so.
     """
 
     coordinator: Any = None
@@ -46,7 +46,7 @@ class RayContext(RunContext):
         """
         import ray
 
-        waits = event["kind"] == "epoch" and self.hands_over
+        waits = event["kind"] == "epoch" and self.sync_each_epoch
         if waits:
             news = event if self.rank == 0 else None
             if not ray.get(self.coordinator.may_go_on.remote(event["global_step"], news)):
@@ -106,7 +106,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     import ray.train.torch
     import torch
 
-    from densenet_dist.train.engine import fit
+    from densenet_dist.train.loop import fit
 
     context = ray.train.get_context()
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
@@ -120,7 +120,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
         device=ray.train.torch.get_device(),
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        hands_over=payload["waits"],
+        sync_each_epoch=payload["waits"],
         launch=launch,
         launched=launched,
         coordinator=payload["coordinator"],

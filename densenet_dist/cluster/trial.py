@@ -275,11 +275,11 @@ class _Work:
     def _train_here(self) -> dict[str, Any]:
         import torch
 
-        from densenet_dist.train.engine import fit
+        from densenet_dist.train.loop import fit
 
         torch.set_num_threads(self._plan.threads)
         device = choose_device(self._config.cluster.device)
-        context = LocalContext(self._run, device, hands_over=True, listener=self._told)
+        context = LocalContext(self._run, device, sync_each_epoch=True, listener=self._told)
         return fit(self._config, context)
 
     def _told(self, event: Event) -> None:

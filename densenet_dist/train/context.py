@@ -38,7 +38,7 @@ class RunContext:
         device: where this process computes.
         rank: this process' number, from 0.
         world_size: how many processes train together.
-        hands_over: whether the checkpoint that an epoch's event names must lie in the run's folder by then.
+        sync_each_epoch: whether the checkpoint that an epoch's event names must be complete by then.
         launch: what tells one start of the command from another, and `launched` when that was; see `Goodput`.
         status: what this rank is doing, and what is asked of it.
         goodput: what the run's time went to; rank 0's counts.
@@ -48,7 +48,7 @@ class RunContext:
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    hands_over: bool = False
+    sync_each_epoch: bool = False
     launch: str = ""
     launched: float | None = None
     status: WorkerStatus = field(default_factory=WorkerStatus)

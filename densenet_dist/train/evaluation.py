@@ -1,32 +1,100 @@
-"""Evaluate a run again: its best or last checkpoint on any split."""
+"""Evaluate a model: while training, or a run's best or last checkpoint on any split."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.engine import Engine
-from densenet_dist.data.loader import EvalLoader
-from densenet_dist.errors import CheckpointError, ConfigError
+from densenet_dist.data.loader import Batch, EvalLoader
+from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore, Snapshot, load_weights
 from densenet_dist.train.classes import load_data_of
-from densenet_dist.train.context import LocalContext, choose_device
-from densenet_dist.train.engine import evaluate_model, evaluate_test_set
+from densenet_dist.train.context import LocalContext, RunContext, choose_device
+from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.identity import digest_of_files, require_same
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, tell_lines, train_and_val
-from densenet_dist.train.network import build_model, require_memory
-from densenet_dist.train.results import TestResults, read_test_results
+from densenet_dist.train.metrics import Metrics
+from densenet_dist.train.network import autocast, build_model, require_memory
+from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: str,
+    on_batch: Callable[[Tensor, Batch], None] | None = None,
+    split: str = "test",
+) -> dict[str, float]:
+    """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches.
+
+    `on_batch` is called with the logits and the batch; `split` names the images in the error.
+
+    Raises:
+        DataError: on every rank, if no image could be read.
+    """
+    model.eval()
+    sync_from_rank0(list(model.buffers()))
+    metrics = Metrics(device)
+    for batch in batches:
+        with autocast(device, precision):
+            logits = model(batch.images)
+        metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
+        if on_batch is not None:
+            on_batch(logits, batch)
+    totals = metrics.compute()
+    if not totals["images"]:
+        raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
+    return totals
+
+
+def evaluate_test_set(
+    model: nn.Module,
+    config: Config,
+    context: RunContext,
+    dataset: Dataset,
+    engine: Engine,
+    watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+) -> TestResults:
+    """Evaluate a model on the test set, which is shared among the ranks; every rank calls it.
+
+    Args:
+        engine: of the test split.
+        watch: wraps the batches, to do something between two of them.
+
+    Returns:
+        The same on every rank, but rank 0 alone has the images of the mistakes.
+    """
+    loader = eval_loader(config, context, engine)
+    accumulator = ResultsAccumulator(dataset.num_classes)
+
+    def add(logits: Tensor, batch: Batch) -> None:
+        accumulator.update(logits, batch.targets, loader.batch_indices)
+
+    metrics = evaluate_model(model, watch(loader), context.device, config.train.precision, add)
+    accumulator.reduce(context.device)
+    results = accumulator.compute(metrics, dataset.class_names, context.device)
+    if context.rank == 0:
+        try:
+            results = add_images(results, config, dataset, engine)
+        except Exception as error:  # the results are worth more than images
+            context.report({"kind": "note", "text": f"the images of the worst mistakes could not be read: {error}"})
+    return results
 
 
 def evaluate(

@@ -1,17 +1,25 @@
-"""What a run leaves to read: metrics.jsonl (the record) and TensorBoard."""
+"""Logging: metrics.jsonl, TensorBoard and trackers (`RunLog`), and the events for console and programs."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from densenet_dist.data.image_folder import few
+from densenet_dist.model import count_parameters
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import Tracker, open_trackers
 from densenet_dist.train.board import Board
 from densenet_dist.train.checkpoint import best_record
+from densenet_dist.train.context import Event
+
+if TYPE_CHECKING:
+    from densenet_dist.train.trainer import Trainer
 
 
 class RunLog:
@@ -125,3 +133,61 @@ def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, f
     if best is None:
         return {}
     return {"best/epoch": best["epoch"], **{f"best/val_{name}": best[f"val/{name}"] for name in ("loss", "top1")}}
+
+
+def start_event(trainer: Trainer) -> Event:
+    """What is about to be trained, on what."""
+    device = torch.cuda.get_device_name(trainer.context.device) if trainer.context.device.type == "cuda" else "CPU"
+    best = next((entry for entry in trainer.store.entries if entry.name == trainer.store.best and entry.metrics), None)
+    return {
+        "kind": "start",
+        "model": trainer.config.model.variant,
+        "parameters": count_parameters(trainer.model).trainable,
+        "data": trainer.config.data.name,
+        "classes": trainer.dataset.num_classes,
+        "class_names": few(trainer.dataset.class_names),
+        "train_images": trainer.num_images[0],
+        "val_images": trainer.num_images[1],
+        "epochs": trainer.config.train.epochs,
+        "steps_per_epoch": trainer.train_loader.steps_per_epoch,
+        "global_batch_size": trainer.config.train.global_batch_size,
+        "precision": trainer.config.train.precision,
+        "loader": trainer.loader,
+        "world_size": trainer.context.world_size,
+        "device": device,
+        "epoch": trainer.position.epoch,
+        "global_step": trainer.position.global_step,
+        "best": None if best is None else {"epoch": best.position.epoch, **best.metrics},
+    }
+
+
+def progress_event(trainer: Trainer) -> Event:
+    """How far the epoch is, with the metrics so far; waits for the device."""
+    loss, top1, _, images = trainer.metrics.sums.tolist()
+    trained, _ = trainer.count_time()
+    return {
+        "kind": "progress",
+        "epoch": trainer.position.epoch + 1,
+        "epochs": trainer.config.train.epochs,
+        "step": trainer.position.step,
+        "steps": trainer.train_loader.steps_per_epoch,
+        "global_step": trainer.position.global_step,
+        "loss": loss / max(images, 1.0),
+        "top1": top1 / max(images, 1.0),
+        "rate": trainer.position.step * trainer.config.train.global_batch_size / trained,
+        "goodput": trainer.context.goodput.ratio,
+    }
+
+
+def epoch_event(trainer: Trainer, record: dict[str, Any]) -> Event:
+    """The record of a completed epoch, and its checkpoint."""
+    latest, position = trainer.store.latest(), trainer.position
+    return {
+        "kind": "epoch",
+        **record,
+        "epochs": trainer.config.train.epochs,
+        "global_step": position.global_step,
+        "many_classes": trainer.dataset.num_classes > 10,
+        "checkpoint": latest.name if latest else None,
+        "is_best": latest is not None and trainer.store.best == latest.name and latest.position == position,
+    }

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from chaos_lab import LOCAL, STEPS, Lab, cases, manifest
-from runs import job_of, run_of
+from runs import run_of, trainer_of
 
 from densenet_dist.config import load_config
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.engine import train_step
-from densenet_dist.train.job import Job
-from densenet_dist.train.keeping import after_step
+from densenet_dist.train.loop import save_or_stop, train_step
+from densenet_dist.train.trainer import Trainer
 
 WRITER = """
 import sys, torch
@@ -168,27 +167,27 @@ def test_ray_state_torn(lab: Lab) -> None:
     lab.observe(f"equal; {len(files)} files emptied", len(files))
 
 
-def notebook_job(lab: Lab) -> Job:
-    """A job with the notebook's model of 3.5 million parameters, on this machine's CPU."""
+def notebook_job(lab: Lab) -> Trainer:
+    """A trainer with the notebook's model of 3.5 million parameters, on this machine's CPU."""
     settings = ("name=cost", f"storage={lab.folder}", "model.variant=notebook", "data.name=shapes", "data.limit=8000")
     config = load_config(*settings, "train.global_batch_size=16", "data.loader=torch", "data.val_fraction=0")
     run_of(config).create()
-    return job_of(config)
+    return trainer_of(config)
 
 
 @pytest.mark.fault(
     "20 checkpoints of the notebook's net, 3.5 million parameters", "training stands still for less than 50 ms each"
 )
 def test_cost(lab: Lab) -> None:
-    job = notebook_job(lab)
-    train_step(job, next(iter(job.train_loader.epoch(0))))  # so that there are moments of the gradients too
+    trainer = notebook_job(lab)
+    train_step(trainer, next(iter(trainer.train_loader.epoch(0))))  # so that there are moments of the gradients too
     pauses = []
     for _ in range(20):
         began = time.perf_counter()
-        job.saver.save(job.snapshot())
+        trainer.saver.save(trainer.snapshot())
         pauses.append(1000 * (time.perf_counter() - began))
-        job.saver.wait()  # as with every_steps=auto, there is time to write between two of them
-    job.saver.close()
+        trainer.saver.wait()  # as with every_steps=auto, there is time to write between two of them
+    trainer.saver.close()
     assert max(pauses) < 50, f"a pause of {max(pauses):.0f} ms"
     lab.observe(f"{sorted(pauses)[10]:.0f} ms (median), {max(pauses):.0f} ms at most", 20)
 
@@ -198,16 +197,16 @@ def test_cost(lab: Lab) -> None:
     "checkpoints cost less than 1 % of the time, pauses and writing together",
 )
 def test_cost_of_auto(lab: Lab) -> None:
-    job = notebook_job(lab)
+    trainer = notebook_job(lab)
     began = time.perf_counter()
-    for batch in job.train_loader.epoch(0):
-        train_step(job, batch)
-        after_step(job)
+    for batch in trainer.train_loader.epoch(0):
+        train_step(trainer, batch)
+        save_or_stop(trainer)
         if time.perf_counter() - began > 180:
             break
-    job.saver.wait()
-    share, saved = job.saver.spent / (time.perf_counter() - began), job.context.status.saved
-    job.saver.close()
+    trainer.saver.wait()
+    share, saved = trainer.saver.spent / (time.perf_counter() - began), trainer.context.status.saved
+    trainer.saver.close()
     assert saved >= 3, f"only {saved} checkpoints were written"
     assert share < 0.01, f"{share:.2%} of the time"
     lab.observe(f"{share:.2%} for {saved} checkpoints", saved)

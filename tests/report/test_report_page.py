@@ -43,7 +43,7 @@ def no_evaluation(monkeypatch):
     def fail(*arguments, **settings):
         raise AssertionError("the test set is evaluated")
 
-    monkeypatch.setattr("densenet_dist.train.engine.evaluate_model", fail)
+    monkeypatch.setattr("densenet_dist.train.evaluation.evaluate_model", fail)
     monkeypatch.setattr("densenet_dist.train.evaluation.prepare_evaluation", fail)
 
 

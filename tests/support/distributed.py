@@ -35,7 +35,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         torch.multiprocessing.ProcessRaisedException: with the first failing rank's number and traceback.
     """
     # A server that has imported torch already forks a process in an instant; spawning one takes seconds.
-    preload = ["densenet_dist.train.engine", "torch.utils.tensorboard", "torchvision.utils"]
+    preload = ["densenet_dist.train.loop", "torch.utils.tensorboard", "torchvision.utils"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     # pytest's importlib mode gives test modules names that no other process can import: go by the file.
     home = sys.modules[function.__module__].__file__

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.building import build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Snapshot
 from densenet_dist.train.context import Event, LocalContext
-from densenet_dist.train.engine import fit
-from densenet_dist.train.job import Job
+from densenet_dist.train.loop import fit
+from densenet_dist.train.trainer import Trainer
 
 TINY = {
     "name": "tiny",
@@ -80,9 +79,9 @@ def save(store: CheckpointStore, snapshot: Snapshot) -> None:
     store.write(snapshot, store.plan(snapshot))
 
 
-def job_of(config: Config) -> Job:
-    """One rank's job, before its first step."""
-    return build_job(config, context_of(config))
+def trainer_of(config: Config) -> Trainer:
+    """One rank's trainer, before its first step."""
+    return Trainer(config, context_of(config))
 
 
 def records(config: Config) -> list[dict[str, Any]]:

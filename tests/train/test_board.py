@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import job_of, notes_of, run_of, stop_after, tiny, train
+from runs import notes_of, run_of, stop_after, tiny, train, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
@@ -91,9 +91,9 @@ def test_a_run_shows_settings_and_graph_and_ends_with_its_test_results(done):
 
     sheet = picture(images["train/augmented"][0])
     assert sheet.shape == (2 * 32, 8 * 32, 3)  # 16 images in rows of 8
-    job = job_of(done)
-    first = next(iter(job.train_loader.epoch(0))).images[9]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (job.dataset.mean, job.dataset.std))
+    trainer = trainer_of(done)
+    first = next(iter(trainer.train_loader.epoch(0))).images[9]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (trainer.dataset.mean, trainer.dataset.std))
     pixels = (first * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() * 255
     np.testing.assert_allclose(sheet[32:, 32:64], pixels, atol=1)
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from runs import job_of, records, run_of, tiny, train
+from runs import records, run_of, tiny, train, trainer_of
 
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
 from densenet_dist.train.ddp import bucket_sizes
-from densenet_dist.train.engine import evaluate_model, train_step
-from densenet_dist.train.evaluation import evaluate
-from densenet_dist.train.job import Job
+from densenet_dist.train.evaluation import evaluate, evaluate_model
+from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import build_model
+from densenet_dist.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MIB = 2**20
@@ -53,29 +53,29 @@ def test_a_bucket_is_a_block_with_the_transition_after_it_and_small_blocks_go_to
     assert bucket_sizes(small, TrainConfig(bucket_mb=0.5)) == [MIB // 2]
 
 
-def rank_job(storage: str, *settings: str) -> Job:
-    job = job_of(tiny(storage, "train.schedule.name=constant", *settings))
-    job.forward.train()
-    return job
+def rank_job(storage: str, *settings: str) -> Trainer:
+    trainer = trainer_of(tiny(storage, "train.schedule.name=constant", *settings))
+    trainer.forward.train()
+    return trainer
 
 
-def take_steps(job: Job, start: int = 0, end: int | None = None) -> list[torch.Tensor]:
+def take_steps(trainer: Trainer, start: int = 0, end: int | None = None) -> list[torch.Tensor]:
     """Steps of the first epoch; the weights after each, in one tensor."""
     found = []
-    for batch in job.train_loader.epoch(0, start):
-        if job.position.step == end:
+    for batch in trainer.train_loader.epoch(0, start):
+        if trainer.position.step == end:
             break
-        train_step(job, batch)
-        found.append(torch.cat([parameter.detach().flatten().clone() for parameter in job.model.parameters()]))
+        train_step(trainer, batch)
+        found.append(torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()]))
     return found
 
 
 def interrupted(storage: str, settings: list[str]) -> list[bool]:
-    """Steps from a checkpoint in a fresh job, against those that went on."""
-    job = rank_job(storage, *settings)
-    take_steps(job, end=2)
-    snapshot = copy.deepcopy(job.snapshot())
-    going_on = take_steps(job, start=2)
+    """Steps from a checkpoint in a fresh trainer, against those that went on."""
+    trainer = rank_job(storage, *settings)
+    take_steps(trainer, end=2)
+    snapshot = copy.deepcopy(trainer.snapshot())
+    going_on = take_steps(trainer, start=2)
     fresh = rank_job(storage, *settings)
     fresh.restore(snapshot)
     return [torch.equal(one, other) for one, other in zip(take_steps(fresh, start=2), going_on, strict=True)]
@@ -103,7 +103,7 @@ def test_bf16_gradients_train_alike_and_ranks_stay_the_same(tmp_path):
     for plain, bf16, alike in run_ranks(compressed, 2, str(tmp_path)):
         assert alike
         # A gradient is rounded to 8 bits before and after the sum, so a first step is off by at most 2^-7 of it.
-        start = torch.cat([p.detach().flatten() for p in job_of(tiny(tmp_path)).model.parameters()])
+        start = torch.cat([p.detach().flatten() for p in trainer_of(tiny(tmp_path)).model.parameters()])
         moved, other = plain[0] - start, bf16[0] - start
         assert not torch.equal(moved, other)
         assert float((moved - other).norm() / moved.norm()) < 2**-7
@@ -139,11 +139,11 @@ SHARES = ["train.global_batch_size=11", "train.clip_grad_norm=0.5", "train.label
 
 def step_by_step(storage: str, parts: int) -> dict[str, Any]:
     """Take an epoch's steps with BatchNorm in eval mode."""
-    job = job_of(tiny(storage, *SHARES, f"train.grad_accum_steps={parts}"))
-    job.forward.eval()
-    for batch in job.train_loader.epoch(0):
-        train_step(job, batch)
-    return {"weights": job.model.state_dict(), "metrics": job.metrics.compute(), "step": job.position}
+    trainer = trainer_of(tiny(storage, *SHARES, f"train.grad_accum_steps={parts}"))
+    trainer.forward.eval()
+    for batch in trainer.train_loader.epoch(0):
+        train_step(trainer, batch)
+    return {"weights": trainer.model.state_dict(), "metrics": trainer.metrics.compute(), "step": trainer.position}
 
 
 def test_the_gradient_of_unequal_shares_is_that_of_the_whole_batch(tmp_path):
@@ -161,14 +161,14 @@ def test_the_gradient_of_unequal_shares_is_that_of_the_whole_batch(tmp_path):
 def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
     config = tiny(storage, *settings)
     summary = train(config)
-    job = job_of(config)
-    val = evaluate_model(job.model, job.val_loader, job.context.device, "fp32")
-    for batch in job.train_loader.epoch(0):
-        train_step(job, batch)
+    trainer = trainer_of(config)
+    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    for batch in trainer.train_loader.epoch(0):
+        train_step(trainer, batch)
     return {
         "summary": {**summary, "train_seconds": 0},
-        "images": (val["images"], job.metrics.compute()["images"]),
-        "own": float(job.metrics.sums[3]),
+        "images": (val["images"], trainer.metrics.compute()["images"]),
+        "own": float(trainer.metrics.sums[3]),
     }
 
 
@@ -207,12 +207,12 @@ def diverge(storage: str) -> list[str]:
         train(tiny(storage, "train.lr=1e30", "train.schedule.name=constant"))
     except TrainingError as error:
         told.append(str(error))
-    job = job_of(tiny(storage, "train.epochs=1"))
-    for batch in job.train_loader.epoch(0):
-        if dist.get_rank() == 1 and job.position.step == 2:
+    trainer = trainer_of(tiny(storage, "train.epochs=1"))
+    for batch in trainer.train_loader.epoch(0):
+        if dist.get_rank() == 1 and trainer.position.step == 2:
             batch.images[0, 0, 0, 0] = math.nan
-        train_step(job, batch)
-    told.append(str(job.rank_sync.exchange()[0]))
+        train_step(trainer, batch)
+    told.append(str(trainer.rank_sync.exchange()[0]))
     return told
 
 

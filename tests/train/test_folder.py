@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from distributed import run_ranks
 from photos import write_photos
-from runs import job_of, notes_of, records, run_of, save, tiny, train, weights_of
+from runs import notes_of, records, run_of, save, tiny, train, trainer_of, weights_of
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -92,17 +92,17 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
 def test_validation_images_may_be_a_folder_of_their_own(photos, tmp_path):
     config = tiny(tmp_path, *settings(photos, "data.val_fraction=0", "train.early_stopping.enabled=true"))
     with pytest.raises(ConfigError, match=r"val_fraction: 0 leaves nothing .*train\.early_stopping.*\n.* a folder val"):
-        job_of(config)
+        trainer_of(config)
     for name in ("train", "test", "val"):
         shutil.copytree(photos, tmp_path / "parts" / name)
-    assert job_of(replace(config, data=replace(config.data, root=str(tmp_path / "parts")))).num_images[1] == 72
+    assert trainer_of(replace(config, data=replace(config.data, root=str(tmp_path / "parts")))).num_images[1] == 72
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(photos, tmp_path, loader):
     (photos / "cat" / "empty.jpg").touch()
     config = tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip", f"data.loader={loader}"))
-    broken = [name for name in job_of(config).dataset.train.images.names if name.endswith(("04.png", "09.jpg"))]
+    broken = [name for name in trainer_of(config).dataset.train.images.names if name.endswith(("04.png", "09.jpg"))]
     assert len(broken) >= 4
     events: list[dict[str, Any]] = []
 
@@ -117,12 +117,12 @@ def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(p
     assert [record["train/loss"] > 0 for record in records(config) if "train/loss" in record] == [True] * 3
     notes = "\n".join(event["text"] for event in events if event["kind"] == "note")
     assert "left out of data.root: 1\n  cat/empty.jpg: empty file" in notes
-    assert f"pictures that can no longer be read, and are replaced: {len(broken)}\n" in notes
+    assert f"images that can no longer be read, and are replaced: {len(broken)}\n" in notes
 
 
 def test_without_a_readable_validation_picture_there_is_no_validation_loss(photos, tmp_path):
     config = tiny(tmp_path / "runs", *settings(photos, "data.on_bad_image=skip", "checkpoint.monitor=val/loss"))
-    dataset = job_of(config).dataset
+    dataset = trainer_of(config).dataset
     _, places = train_and_val(config, dataset)
     paths = [dataset.train.images.path(place) for place in places]
     kept = [path.read_bytes() for path in paths]
@@ -234,7 +234,7 @@ def test_weights_meet_only_the_classes_they_were_trained_on(photos, tmp_path, co
 
 def other_files(storage: str, photos: str) -> None:
     # Each rank looks into a folder of its own, which only the first one's holds all the pictures of.
-    job_of(tiny(storage, *SETTINGS, f"data.root={photos}/{dist.get_rank()}"))
+    trainer_of(tiny(storage, *SETTINGS, f"data.root={photos}/{dist.get_rank()}"))
 
 
 def test_ranks_that_see_other_files_are_told_apart(photos, tmp_path):

@@ -11,9 +11,9 @@ import torch
 
 from densenet_dist.config import load_config
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.building import build_job
 from densenet_dist.train.context import LocalContext
-from densenet_dist.train.engine import train_step
+from densenet_dist.train.loop import train_step
+from densenet_dist.train.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "notebook_losses.txt"
 STEPS = 20
@@ -33,12 +33,12 @@ SETTINGS = {
 def losses(storage: str) -> list[float]:
     """The mean loss of each step."""
     config = load_config(SETTINGS, {"storage": storage})
-    job = build_job(config, LocalContext(RunFolder(storage, config.name), torch.device("cpu")))
-    job.forward.train()
+    trainer = Trainer(config, LocalContext(RunFolder(storage, config.name), torch.device("cpu")))
+    trainer.forward.train()
     found, before = [], 0.0
-    for batch in job.train_loader.epoch(0):
-        train_step(job, batch)
-        total = float(job.metrics.sums[0])
+    for batch in trainer.train_loader.epoch(0):
+        train_step(trainer, batch)
+        total = float(trainer.metrics.sums[0])
         found.append((total - before) / batch.global_size)
         before = total
         if len(found) == STEPS:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from runs import job_of, run_of, tiny, train
+from runs import run_of, tiny, train, trainer_of
 
 from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
@@ -21,8 +21,8 @@ def environment(config: Any) -> dict[str, Any]:
     return run_of(config).read_json(ENV_FILE)
 
 
-def fused(job: Any) -> bool:
-    return any(isinstance(module, FusedDenseBlock) for module in job.model.modules())
+def fused(trainer: Any) -> bool:
+    return any(isinstance(module, FusedDenseBlock) for module in trainer.model.modules())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_auto_measures_both_says_so_writes_it_down_and_a_resumed_run_keeps_it(tm
 
 
 def choice(storage: str) -> str:
-    return job_of(tiny(storage, "data.loader=auto")).loader
+    return trainer_of(tiny(storage, "data.loader=auto")).loader
 
 
 def test_all_ranks_take_the_same_loader(tmp_path):
@@ -78,7 +78,7 @@ def test_all_ranks_take_the_same_loader(tmp_path):
 @pytest.mark.parametrize("faster", ["fused", "reference"])
 def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_path, monkeypatch, faster):
     config = tiny(tmp_path, "data.loader=torch", "model.block=auto")
-    assert fused(job_of(config))
+    assert fused(trainer_of(config))
     assert "block" not in environment(config)  # the run is too short to measure
     monkeypatch.setattr(block_choice, "WORTH_IT", 1)
     monkeypatch.setattr(block_choice, "SECONDS", 0.1)
@@ -89,7 +89,7 @@ def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_pa
         return 1.0 if isinstance(step._model.features[1], FusedDenseBlock) == (faster == "fused") else 2.0
 
     monkeypatch.setattr(block_choice._Step, "seconds", slow_down)
-    assert fused(job_of(config)) == (faster == "fused")
+    assert fused(trainer_of(config)) == (faster == "fused")
     choice = environment(config)["block"]
     assert choice["name"] == faster
     rates = sorted((choice[f"{form}_images_per_s"], form) for form in block_choice.FORMS)
@@ -97,7 +97,7 @@ def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_pa
     assert min(seconds) > 0
 
     monkeypatch.setattr(block_choice, "_measure", pytest.fail)  # it is not called again
-    assert fused(job_of(config)) == (faster == "fused")
+    assert fused(trainer_of(config)) == (faster == "fused")
     # A run that began before the choice was measured keeps the form it had.
     train(tiny(tmp_path / "old", "data.loader=torch", "model.block=fused", "train.epochs=1"))
-    assert fused(job_of(tiny(tmp_path / "old", "data.loader=torch", "model.block=auto")))
+    assert fused(trainer_of(tiny(tmp_path / "old", "data.loader=torch", "model.block=auto")))

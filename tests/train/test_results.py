@@ -17,8 +17,7 @@ from runs import context_of, run_of, tiny, train
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train import results as module
-from densenet_dist.train.engine import evaluate_test_set
-from densenet_dist.train.evaluation import prepare_evaluation
+from densenet_dist.train.evaluation import evaluate_test_set, prepare_evaluation
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.results import BINS, THRESHOLDS, read_test_results
 

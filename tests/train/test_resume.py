@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from runs import STEPS_PER_EPOCH, job_of, records, run_of, tiny, train, weights_of
+from runs import STEPS_PER_EPOCH, records, run_of, tiny, train, trainer_of, weights_of
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, Position
-from densenet_dist.train.engine import train_step
+from densenet_dist.train.loop import train_step
 
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [
@@ -186,9 +186,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_with_it(tmp_path, optimizer):
     """PyTorch's fused optimizers write beyond a momentum buffer that is smaller than its parameter."""
     config = tiny(tmp_path, f"train.optimizer.name={optimizer}", "train.ema_decay=0.9", "train.precision=fp16")
-    job, fresh = job_of(config), job_of(config)
-    train_step(job, next(iter(job.train_loader.epoch(0))))
-    sound = copy.deepcopy(job.snapshot())
+    trainer, fresh = trainer_of(config), trainer_of(config)
+    train_step(trainer, next(iter(trainer.train_loader.epoch(0))))
+    sound = copy.deepcopy(trainer.snapshot())
     fresh.restore(copy.deepcopy(sound))
     damages: list[tuple[tuple[Any, ...], Any]] = [
         (("position",), Position(0, STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH + 1)),

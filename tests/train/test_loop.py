@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 import torch
 from gpu import without_waiting
-from runs import job_of, notes_of, records, run_of, tiny, train, weights_of
+from runs import notes_of, records, run_of, tiny, train, trainer_of, weights_of
 from torch import nn
 
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
-from densenet_dist.train.building import _choose_kernels, build_job
 from densenet_dist.train.checkpoint import CheckpointStore, Position
 from densenet_dist.train.context import LocalContext
-from densenet_dist.train.engine import evaluate_model, train_epoch, train_step
-from densenet_dist.train.evaluation import evaluate
-from densenet_dist.train.job import Job
+from densenet_dist.train.evaluation import evaluate, evaluate_model
+from densenet_dist.train.loop import train_epoch, train_step
 from densenet_dist.train.network import build_model, check_batches, require_memory
+from densenet_dist.train.trainer import Trainer, _choose_kernels
 
 
-def state(job: Job) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(job.model.state_dict())
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(trainer.model.state_dict())
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -59,14 +58,14 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     settings += ["train.optimizer.eps=1e-3", "train.schedule.warmup_epochs=0.5", "train.lr=0.005"]
     settings += ["train.optimizer.momentum=0.8", "train.optimizer.betas=[0.8, 0.99]"]
     config = tiny(tmp_path, *settings, "train.label_smoothing=0.1", "train.clip_grad_norm=0.25")
-    job = job_of(config)
-    figures = train_epoch(job)
+    trainer = trainer_of(config)
+    figures = train_epoch(trainer)
 
     model = build_model(config.model, 10, 32, config.seed).to(memory_format=torch.contiguous_format)
-    assert_close(dict(model.state_dict()), state(job_of(config)), 0)
+    assert_close(dict(model.state_dict()), state(trainer_of(config)), 0)
     optimizer, losses, hits, clipped = PLAIN[name](model.parameters()), [], [], 0
-    for step, (images, labels, size) in enumerate(job_of(config).train_loader.epoch(0)):
-        optimizer.param_groups[0]["lr"] = job.course.lr(step)
+    for step, (images, labels, size) in enumerate(trainer_of(config).train_loader.epoch(0)):
+        optimizer.param_groups[0]["lr"] = trainer.course.lr(step)
         log_probabilities = model(images.contiguous()).log_softmax(1)
         of_label = log_probabilities[torch.arange(size), labels]
         each = -(0.9 * of_label + 0.1 * log_probabilities.mean(1))
@@ -80,7 +79,7 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
         losses += each.tolist()
         hits += (log_probabilities.argmax(1) == labels).tolist()
     assert clipped >= 2  # it was at work
-    assert_close(state(job), dict(model.state_dict()), 2e-5)
+    assert_close(state(trainer), dict(model.state_dict()), 2e-5)
     assert figures["train/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert figures["train/top1"] == pytest.approx(np.mean(hits))
     assert len(losses) == 67
@@ -89,14 +88,14 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
 @pytest.mark.parametrize("parts", [3, 100])
 def test_a_step_in_parts_is_the_step_as_a_whole(tmp_path, parts):
     # With BatchNorm in eval mode: in training mode each part has statistics of its own, in any framework.
-    jobs = [job_of(tiny(tmp_path, f"train.grad_accum_steps={count}")) for count in (1, parts)]
-    batches = list(jobs[0].train_loader.epoch(0))
+    trainers = [trainer_of(tiny(tmp_path, f"train.grad_accum_steps={count}")) for count in (1, parts)]
+    batches = list(trainers[0].train_loader.epoch(0))
     assert batches[-1].global_size == 3  # fewer than the parts; three parts of 16 are unequal
-    for job in jobs:
-        job.forward.eval()
+    for trainer in trainers:
+        trainer.forward.eval()
         for batch in batches:
-            train_step(job, batch)
-    whole, in_parts = jobs
+            train_step(trainer, batch)
+    whole, in_parts = trainers
     assert_close(state(in_parts), state(whole), 2e-6)
     torch.testing.assert_close(in_parts.metrics.sums, whole.metrics.sums, rtol=1e-5, atol=0)
     assert in_parts.position == whole.position
@@ -128,17 +127,17 @@ def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, 
 def test_a_model_that_ends_in_one_pixel_trains_where_no_batch_has_one_image(tmp_path):
     config = [*ONE_PIXEL, "data.limit=10", "train.epochs=1", "train.global_batch_size=8"]
     with pytest.raises(ConfigError, match="9 training images in batches of 8 leave a batch of 1, too few for world"):
-        job_of(tiny(tmp_path, *config))
+        trainer_of(tiny(tmp_path, *config))
     assert train(tiny(tmp_path, *config, "train.global_batch_size=9"))["global_step"] == 1
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path):
     def masks(config: Config, *, step: int = 0, rank: int = 0, noise: bool = False) -> bytes:
-        job = job_of(config)
-        job.context, job.position = replace(job.context, rank=rank), Position(global_step=step)
+        trainer = trainer_of(config)
+        trainer.context, trainer.position = replace(trainer.context, rank=rank), Position(global_step=step)
         if noise:
             torch.manual_seed(99)
-        job.reseed_dropout()
+        trainer.prepare_step()
         return nn.functional.dropout(torch.ones(100), 0.5).numpy().tobytes()
 
     config = tiny(tmp_path, "model.drop_rate=0.5")
@@ -149,11 +148,11 @@ def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_computes_in_it_and_keeps_weights_in_float32(tmp_path, precision):
-    half, full = (job_of(tiny(tmp_path, f"train.precision={name}")) for name in (precision, "fp32"))
+    half, full = (trainer_of(tiny(tmp_path, f"train.precision={name}")) for name in (precision, "fp32"))
     seen = []
     half.model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    for job in (half, full):
-        train_epoch(job)
+    for trainer in (half, full):
+        train_epoch(trainer)
     assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert {tensor.dtype for tensor in half.model.state_dict().values()} == {torch.float32, torch.int64}
     assert_close(state(half), state(full), 0.05)
@@ -162,18 +161,18 @@ def test_mixed_precision_computes_in_it_and_keeps_weights_in_float32(tmp_path, p
 
 
 def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(tmp_path):
-    job = job_of(tiny(tmp_path, "train.precision=fp16", "train.clip_grad_norm=1"))
-    batch = next(iter(job.train_loader.epoch(0)))
-    train_step(job, batch)
-    before, scale = state(job), job.scaler.get_scale()
-    job.scaler._scale.fill_(2.0**120)  # far beyond what fp16 holds
-    job.forward.eval()  # BatchNorm's statistics stay
-    train_step(job, batch)
-    assert_close(state(job), before, 0)
-    assert job.scaler.get_scale() == 2.0**119
-    job.scaler._scale.fill_(scale)
-    train_step(job, batch)
-    assert not torch.equal(state(job)["classifier.weight"], before["classifier.weight"])
+    trainer = trainer_of(tiny(tmp_path, "train.precision=fp16", "train.clip_grad_norm=1"))
+    batch = next(iter(trainer.train_loader.epoch(0)))
+    train_step(trainer, batch)
+    before, scale = state(trainer), trainer.scaler.get_scale()
+    trainer.scaler._scale.fill_(2.0**120)  # far beyond what fp16 holds
+    trainer.forward.eval()  # BatchNorm's statistics stay
+    train_step(trainer, batch)
+    assert_close(state(trainer), before, 0)
+    assert trainer.scaler.get_scale() == 2.0**119
+    trainer.scaler._scale.fill_(scale)
+    train_step(trainer, batch)
+    assert not torch.equal(state(trainer)["classifier.weight"], before["classifier.weight"])
 
 
 def test_every_image_is_counted_once(tmp_path):
@@ -297,9 +296,9 @@ def test_the_average_of_the_weights_is_what_is_validated_and_saved_beside(tmp_pa
     config = tiny(tmp_path, "train.ema_decay=0.9", "train.epochs=1")
     train(config)
     snapshot = CheckpointStore(run_of(config)).load_latest()
-    job = job_of(config)
-    job.model.load_state_dict(snapshot.average)
-    found = evaluate_model(job.model, job.val_loader, job.context.device, "fp32")
+    trainer = trainer_of(config)
+    trainer.model.load_state_dict(snapshot.average)
+    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
     assert found["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
     assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
 
@@ -317,12 +316,12 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
     weights = []
     for cuda_graph in ("false", "true"):
         config = tiny(tmp_path, *settings, *data, f"train.cuda_graph={cuda_graph}")
-        job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
-        assert (job.step_graph is not None) == (cuda_graph == "true")
+        trainer = Trainer(config, LocalContext(run_of(config), torch.device("cuda")))
+        assert (trainer.step_graph is not None) == (cuda_graph == "true")
         for epoch in range(2):
-            job.position = Position(epoch, 0, job.position.global_step)
-            train_epoch(job)
-        weights.append({name: value.cpu() for name, value in job.model.state_dict().items()})
+            trainer.position = Position(epoch, 0, trainer.position.global_step)
+            train_epoch(trainer)
+        weights.append({name: value.cpu() for name, value in trainer.model.state_dict().items()})
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
 
@@ -332,27 +331,27 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
 @pytest.mark.parametrize("settings", [("train.precision=fp32",), ("train.precision=bf16", "train.optimizer.name=adam")])
 def test_a_step_never_waits_for_the_device(tmp_path, settings):
     config = tiny(tmp_path, "model.drop_rate=0.2", "train.ema_decay=0.9", "data.loader=torch", *settings)
-    job = build_job(config, LocalContext(run_of(config), torch.device("cuda")))
-    for batch in job.train_loader.epoch(0):  # kernels are chosen, the optimizer makes its state
-        train_step(job, batch)
+    trainer = Trainer(config, LocalContext(run_of(config), torch.device("cuda")))
+    for batch in trainer.train_loader.epoch(0):  # kernels are chosen, the optimizer makes its state
+        train_step(trainer, batch)
     with without_waiting():
-        for batch in job.train_loader.epoch(1):
-            train_step(job, batch)
+        for batch in trainer.train_loader.epoch(1):
+            train_step(trainer, batch)
 
 
 def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
-    jobs = [job_of(tiny(tmp_path, "data.loader=torch", "data.cutout=8", "data.mixup=0.4")) for _ in range(2)]
-    for batch in jobs[0].train_loader.epoch(0):
-        train_step(jobs[0], batch)
-    for recipe in jobs[1].train_loader.recipes(0):
-        train_step(jobs[1], recipe)
-    for one, other in zip(*(job.model.state_dict().values() for job in jobs), strict=True):
+    trainers = [trainer_of(tiny(tmp_path, "data.loader=torch", "data.cutout=8", "data.mixup=0.4")) for _ in range(2)]
+    for batch in trainers[0].train_loader.epoch(0):
+        train_step(trainers[0], batch)
+    for recipe in trainers[1].train_loader.recipes(0):
+        train_step(trainers[1], recipe)
+    for one, other in zip(*(trainer.model.state_dict().values() for trainer in trainers), strict=True):
         assert torch.equal(one, other)
 
 
 def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch):
     for block, form in (("auto", "FusedDenseBlock"), ("reference", "DenseBlock")):
-        assert type(job_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__ == form
+        assert type(trainer_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__ == form
     monkeypatch.setattr("densenet_dist.train.block_choice.unavailable", lambda _: "no C++ compiler is found (c++)")
     notes = notes_of(tiny(tmp_path, "model.block=auto", "train.epochs=1"))
     assert "block: reference (no C++ compiler is found (c++))" in notes

@@ -1,0 +1,332 @@
+"""The training loop: plain PyTorch, the same for one process, torchrun and Ray.
+
+`fit` trains epoch by epoch (`train_epoch`) and step by step (`train_step`), then tests the best model. What a step or
+an epoch is followed by (checkpoints, stop requests, validation, logging) is below, in the order in which it is called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from densenet_dist.data.loader import Batch, BatchRecipe
+from densenet_dist.errors import DataError, storage_errors
+from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
+from densenet_dist.schema import Config
+from densenet_dist.train.board import Board
+from densenet_dist.train.checkpoint import Snapshot, load_weights
+from densenet_dist.train.classes import note_data
+from densenet_dist.train.context import RunContext, Stopped
+from densenet_dist.train.control import StopRequest
+from densenet_dist.train.ddp import no_sync, sync_from_rank0
+from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
+from densenet_dist.train.inputs import engine_of, normalisation, part_warnings, tell_lines
+from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
+from densenet_dist.train.results import write_test_results
+from densenet_dist.train.trainer import Trainer
+
+PROGRESS_EVERY_S = 0.5
+
+
+@storage_errors()
+def fit(config: Config, context: RunContext) -> dict[str, Any]:
+    """Train as configured, from the run's latest checkpoint if it has one; then test the best model once.
+
+    Every rank calls it. Rank 0 writes classes.json, metrics.jsonl, TensorBoard, checkpoints and summary.json to
+    the run's folder.
+
+    Returns:
+        The content of summary.json: final figures, the same on every rank.
+
+    Raises:
+        TrainingError: a loss is NaN or infinite; on every rank at the same step.
+        Stopped: it was requested, and everything is saved.
+        DataError, ConfigError, StorageError, CheckpointError: as their names say.
+    """
+    trainer = Trainer(config, context)
+    log = None
+    try:
+        trainer.resume()
+        if context.rank == 0:
+            log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor)
+            _start_log(trainer, log)
+        while trainer.position.epoch < config.train.epochs and not trainer.course.stopped:
+            started = time.perf_counter()
+            record = train_epoch(trainer, log)
+            request = sync_requests(trainer, _save_is_due(trainer))
+            validation = _validate(trainer)
+            trainer.end_epoch(validation.get("val/loss"))
+            record |= validation | context.goodput.figures() | {"seconds": time.perf_counter() - started}
+            _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
+        return _test(trainer, log)
+    except BaseException as error:
+        if log is not None:  # this process may continue with another run
+            log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
+        raise
+    finally:
+        if trainer.profiler is not None and context.status.requested is not StopRequest.LEAVE:
+            trainer.profiler.finish()
+        trainer.saver.close()
+
+
+def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
+    """Take the remaining steps of the current epoch.
+
+    Returns:
+        ``epoch`` (from 1), ``lr`` (at its start); ``train/loss``, ``train/top1``, ``train/top5`` over the whole epoch
+        and all ranks; ``perf/images_per_s`` and ``perf/data_wait`` (share of time) of rank 0.
+    """
+    trainer.forward.train()
+    status, epoch = trainer.context.status, trainer.position.epoch
+    first_lr = trainer.course.lr(trainer.position.global_step - trainer.position.step)
+    status.enter("wait")
+    shown = time.perf_counter()
+    for batch in trainer.batches():
+        status.enter("train")
+        if log is not None and trainer.position.global_step == 0:
+            log.show(_show_images, trainer, batch)
+        with trainer.profile_step():
+            train_step(trainer, batch)
+        status.advance(trainer.position.global_step)
+        if trainer.position.step < trainer.train_loader.steps_per_epoch:  # after the last step: `fit` does
+            save_or_stop(trainer)
+        if trainer.context.rank == 0 and time.perf_counter() - shown > PROGRESS_EVERY_S:
+            shown = time.perf_counter()
+            trainer.context.report(progress_event(trainer))
+        status.enter("wait")
+    status.enter("train")
+    totals = trainer.metrics.compute()  # waits for the device: the time below includes its work
+    status.enter("validate")
+    trained, waited = trainer.count_time()
+    record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
+    return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
+
+
+def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
+    """One optimizer step on this rank's share of a global batch.
+
+    The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
+    scaled by world_size / global_size, which stays exact where the shares are unequal.
+    """
+    trainer.prepare_step()
+    if trainer.step_graph is not None:
+        trainer.count(*trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch)))
+    else:
+        batch = batch.batch() if isinstance(batch, BatchRecipe) else batch
+        world_size = trainer.context.world_size
+        parts = min(trainer.config.train.grad_accum_steps, batch.global_size // world_size)
+        micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
+        for number, (images, targets) in enumerate(micro_batches, start=1):
+            with no_sync(trainer.forward) if number < parts else nullcontext():
+                loss, logits = trainer.forward_backward(images, targets, scale=world_size / batch.global_size)
+            trainer.count(loss, logits, targets)
+        trainer.update_weights()
+        trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.end_step()
+
+
+def save_or_stop(trainer: Trainer) -> None:
+    """Save within an epoch where the configuration or a request says so, and stop where that is requested.
+
+    Raises:
+        Stopped: on every rank, once everything is saved.
+        TrainingError: a loss is not finite.
+    """
+    every, step = trainer.config.checkpoint.every_steps, trainer.position.global_step
+    due = isinstance(every, int) and step % every == 0
+    if due or trainer.rank_sync.due():
+        request = sync_requests(trainer, due or _save_is_due(trainer))
+        if request is StopRequest.LEAVE:
+            raise Stopped
+        if request is not StopRequest.NONE:
+            trainer.count_time()
+            save(trainer, trainer.snapshot())
+        if request is StopRequest.STOP:
+            stop(trainer)
+
+
+def _save_is_due(trainer: Trainer) -> bool:
+    """Return whether the configuration asks for a checkpoint after this step; for ``auto``, rank 0 decides."""
+    every = trainer.config.checkpoint.every_steps
+    if every == "auto":
+        return trainer.context.rank == 0 and trainer.saver.due()
+    return every is not None and trainer.position.global_step % every == 0
+
+
+def sync_requests(trainer: Trainer, save_is_due: bool = False) -> StopRequest:
+    """Return the greatest request of all ranks. A collective call.
+
+    Raises:
+        TrainingError: a loss since the last call was not finite.
+    """
+    request = StopRequest.SAVE if save_is_due else StopRequest.NONE
+    not_finite, request = trainer.rank_sync.exchange(request)
+    if not_finite is not None:
+        raise trainer.diverged("loss is", not_finite)
+    return request
+
+
+def save(trainer: Trainer, snapshot: Snapshot) -> None:
+    """Copy a snapshot and write it in the background.
+
+    Raises:
+        TrainingError: the weights are not finite.
+        StorageError: the checkpoint before could not be written.
+    """
+    # The last step's loss was that of the weights before it.
+    norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in trainer.model.parameters()]))
+    if not norms.isfinite().all():
+        raise trainer.diverged("norm of the weights is", trainer.position.global_step - 1)
+    if trainer.context.rank == 0:
+        with trainer.context.status.during("save"):
+            trainer.saver.save(snapshot)
+    trainer.saved_step = trainer.position.global_step
+
+
+def _wait_until_saved(trainer: Trainer) -> None:
+    with trainer.context.status.during("save"):
+        trainer.saver.wait()
+
+
+def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
+    """Save the snapshot, if one is given, wait until it is written, and raise `Stopped`."""
+    if snapshot is not None:
+        save(trainer, snapshot)
+    _wait_until_saved(trainer)
+    if trainer.context.rank == 0:
+        text = f"stopped; the checkpoint of step {trainer.saved_step} is saved"
+        trainer.context.report({"kind": "note", "text": text})
+    raise Stopped
+
+
+def _stoppable(trainer: Trainer, batches: Iterable[Batch], on_stop: Callable[[], None]) -> Iterator[Batch]:
+    """The batches of an evaluation. Between two of them, rank 0 handles requests to stop."""
+    status = trainer.context.status
+    for batch in batches:
+        yield batch
+        status.advance()
+        if status.requested is StopRequest.LEAVE:
+            raise Stopped
+        if trainer.context.rank == 0 and status.requested is StopRequest.STOP:
+            on_stop()
+
+
+def _validate(trainer: Trainer) -> dict[str, float]:
+    if trainer.val_loader is None:
+        return {}
+    before = trainer.snapshot(validated=False)  # refers to the state, which validation does not change
+    batches = _stoppable(trainer, trainer.val_loader, lambda: stop(trainer, before))
+    device, precision = trainer.context.device, trainer.config.train.precision
+    try:
+        totals = evaluate_model(trainer.eval_model, batches, device, precision, split="validation")
+    except DataError:
+        save(trainer, before)  # training resumes from here once the files are back
+        _wait_until_saved(trainer)
+        raise
+    if not math.isfinite(totals["loss"]):
+        raise trainer.diverged("validation loss is", trainer.position.global_step - 1)
+    return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
+
+
+def _end_epoch(
+    trainer: Trainer, log: RunLog | None, record: dict[str, Any], validation: dict[str, float], *, save_now: bool
+) -> None:
+    """Record an epoch, save where that is due, and report it."""
+    config, context, position = trainer.config, trainer.context, trainer.position
+    record["perf/device_hours"] = context.goodput.device_hours
+    if log is not None:
+        log.record(record, position.global_step)
+        log.publish()
+    _report_lost_files(trainer)
+    last = position.epoch == config.train.epochs or trainer.course.stopped
+    if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
+        save(trainer, trainer.snapshot(validation))
+    with context.status.during("save"):  # neither the storage nor a scheduler of trials has the time limit of a step
+        if context.sync_each_epoch or last:
+            trainer.saver.wait()
+        context.report(epoch_event(trainer, record))
+
+
+def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
+    """Test the best model once, on every rank's share of the test images, and write the summary."""
+    config, context, step = trainer.config, trainer.context, trainer.position.global_step
+    _wait_until_saved(trainer)
+    context.status.enter("test")
+    if context.rank == 0:
+        context.report({"kind": "phase", "text": "testing"})
+    best: list[Any] = [None]
+    if context.rank == 0:
+        snapshot = trainer.store.load_best()
+        assert snapshot is not None  # the last epoch always saves
+        if trainer.store.damaged:
+            trainer.report_damage()
+            trainer.store.write_list()
+        load_weights(trainer.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
+        best = [{"epoch": snapshot.position.epoch, **snapshot.metrics}]
+    if dist.is_initialized():
+        dist.broadcast_object_list(best, src=0)
+    sync_from_rank0(list(trainer.eval_model.parameters()))
+    engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader)
+    wrap = partial(_stoppable, trainer, on_stop=lambda: stop(trainer))
+    results = evaluate_test_set(trainer.eval_model, config, context, trainer.dataset, engine, wrap)
+    if not math.isfinite(results.loss):
+        raise trainer.diverged("test loss is", step - 1)
+    test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
+    summary = {
+        "status": "early stop" if trainer.course.stopped else "finished",
+        "epochs": trainer.position.epoch,
+        "global_step": step,
+        "train_seconds": round(trainer.seconds, 3),
+        "best": best[0],
+        **test,
+    }
+    if log is not None:
+        log.record({"epoch": best[0]["epoch"], **test}, step)
+        log.show(Board.test_results, results, step)
+        log.show(Board.finished, step)
+        log.close()
+        write_test_results(context.run, results)
+        context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        log.end_tracking(summary)
+        context.report({"kind": "end", **summary})
+    return summary
+
+
+def _start_log(trainer: Trainer, log: RunLog) -> None:
+    """Record and report what is about to be trained."""
+    config, context, dataset = trainer.config, trainer.context, trainer.dataset
+    missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
+    tell_lines(trainer.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
+    if trainer.position.global_step == 0:
+        log.show(Board.introduce, config, dataset)
+    log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
+    note_data(context.run, config, dataset)
+    context.report(start_event(trainer))
+    for text in part_warnings(config, dataset):
+        trainer.warn(text)
+    tell_lines(trainer.warn, dataset.skipped)
+
+
+def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
+    first = batch.batch() if isinstance(batch, BatchRecipe) else batch
+    board.images("train/augmented", first.images, *normalisation(trainer.config, trainer.dataset), 0)
+
+
+def _report_lost_files(trainer: Trainer) -> None:
+    """Report the images that became unreadable in this epoch on any rank. A collective call."""
+    if trainer.engine.files is None:
+        return
+    found: list[Any] = [trainer.engine.substitutes.news()]
+    if dist.is_initialized():
+        own, found = found[0], [None] * trainer.context.world_size
+        dist.all_gather_object(found, own)
+    lines = sorted({line for lines in found for line in lines})
+    tell_lines(trainer.warn, lines, "images that can no longer be read, and are replaced")

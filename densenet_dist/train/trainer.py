@@ -1,0 +1,339 @@
+"""The state of one rank: model, optimizer, loaders and counters, saved to and restored from checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.loader import Batch, BatchRecipe
+from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
+from densenet_dist.schema import Config, WorkerRange, without_validation
+from densenet_dist.train.block_choice import choose_block
+from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
+from densenet_dist.train.classes import load_data_of
+from densenet_dist.train.context import RunContext
+from densenet_dist.train.ddp import RankSync, wrap
+from densenet_dist.train.identity import digest_of_files, identity_of, require_same, require_same_files
+from densenet_dist.train.inputs import engine_of, eval_loader, train_and_val, train_loader
+from densenet_dist.train.loader_choice import choose_loader
+from densenet_dist.train.metrics import FiniteWatch, Metrics
+from densenet_dist.train.network import autocast, build_model, check_batches, require_memory
+from densenet_dist.train.optim import Course, WeightAverage, build_optimizer, load_optimizer_state
+from densenet_dist.train.profiling import StepProfiler
+from densenet_dist.train.saver import Saver
+from densenet_dist.train.step_graph import StepGraph
+
+
+class Trainer:
+    """One rank of a run: everything that a training step needs.
+
+    Args:
+        config: of the run.
+        context: of this rank.
+        dataset: the configured data set, where it is loaded already.
+
+    Attributes:
+        model: the plain model, whose state dict is in checkpoints.
+        forward: what a training step calls: `model`, compiled and wrapped for DDP as configured.
+        average: the moving average of the weights, if configured.
+        loader: name of the loader, torch or dali.
+        engine: produces the pixels of the training split.
+        num_images: training and validation images.
+        position: the next step.
+        saved_step: the global step of the newest checkpoint, known on every rank.
+        seconds: time spent in training epochs so far, over all restarts.
+        epoch_time: of the current epoch so far: seconds of training, and those of them spent waiting for batches.
+        step_graph: takes the steps, where they are captured as a CUDA graph.
+        profiler: records some steps, on rank 0, if configured.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+        CheckpointError: the run was started with other classes.
+        ConfigError: model, data, number of workers and memory do not fit together.
+    """
+
+    def __init__(self, config: Config, context: RunContext, dataset: Dataset | None = None) -> None:
+        _choose_kernels(config, context)
+        self.config, self.context = config, context
+        self.dataset = dataset = load_data_of(config, context.run) if dataset is None else dataset
+        require_same_files(dataset, context)
+        train_indices, val_indices = train_and_val(config, dataset)
+        self.num_images = len(train_indices), len(val_indices)
+        self._require_feasible()
+
+        self.loader = choose_loader(config, context, dataset, train_indices)
+        self.engine = engine_of(config, context.device, dataset, dataset.train, self.loader)
+        self.train_loader = train_loader(config, context, dataset, self.engine, train_indices)
+        self.val_loader = None
+        if len(val_indices):
+            self.val_loader = eval_loader(config, context, self.engine, val_indices)
+
+        train = config.train
+        total = train.epochs * len(train_indices)
+        settings = choose_block(config, context, dataset.num_classes, dataset.image_size, total)
+        self.model = build_model(settings, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+        self.forward = wrap(self.model, config, context, autocast(context.device, train.precision))
+        self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
+        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
+        self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
+        self.course = Course.build(train, self.train_loader.steps_per_epoch)
+
+        self.store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
+        self.saver = Saver(self.store, context.status)
+        self.metrics = Metrics(context.device)
+        self.finite = FiniteWatch(context.device)
+        self.rank_sync = RankSync(context, self.finite)
+        self.position = Position()
+        self.saved_step: int | None = None
+        self.seconds = 0.0
+        self.epoch_time = self._counted = (0.0, 0.0)
+        self.step_graph: StepGraph | None = None
+        if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
+            self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
+        self.profiler = self._profiler()
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate: the weight average where there is one."""
+        return self.average.model if self.average else self.model
+
+    def warn(self, text: str) -> None:
+        """Show a warning, on rank 0."""
+        if self.context.rank == 0:
+            self.context.report({"kind": "note", "text": text, "warning": True})
+
+    def batches(self) -> Iterator[Batch] | Iterator[BatchRecipe]:
+        """The remaining batches of the epoch; recipes where a captured step can also make the batch."""
+        start = (self.position.epoch, self.position.step)
+        recipes = None if self.step_graph is None else self.train_loader.recipes(*start)
+        return self.train_loader.epoch(*start) if recipes is None else recipes
+
+    def profile_step(self) -> AbstractContextManager[None]:
+        """A context to take the next step in, which is recorded if that is configured."""
+        if self.profiler is None:
+            return nullcontext()
+        ends_epoch = self.position.step + 1 == self.train_loader.steps_per_epoch
+        return self.profiler.step(self.position.global_step, ends_epoch=ends_epoch)
+
+    def prepare_step(self) -> None:
+        """Set the learning rate and seed dropout: both are functions of the step, so that no state is saved."""
+        lr = self.course.lr(self.position.global_step)
+        if self.step_graph is not None:
+            self.step_graph.set_learning_rate(lr)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        if self.config.model.drop_rate > 0:
+            key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+
+    def forward_backward(self, images: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Add the gradients of ``scale`` times the summed loss.
+
+        Returns:
+            The summed loss, (), and the logits.
+        """
+        with autocast(self.context.device, self.config.train.precision):
+            logits = self.forward(images)
+        smoothing = self.config.train.label_smoothing
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        self.scaler.scale(loss * scale).backward()
+        return loss.detach(), logits.detach()
+
+    def update_weights(self) -> None:
+        """Clip the gradients as configured, and take the optimizer's step."""
+        if self.config.train.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch to the running metrics, without a host sync."""
+        self.metrics.update(loss, logits, targets)
+        self.finite.update(loss, self.position.global_step)
+
+    def count_time(self) -> tuple[float, float]:
+        """Add the time since the last call to `seconds` and `epoch_time`; returns `epoch_time`."""
+        spent = self.context.status.seconds()
+        waited, trained = spent.get("wait", 0.0), spent.get("wait", 0.0) + spent.get("train", 0.0)
+        added = trained - self._counted[0], waited - self._counted[1]
+        self._counted = trained, waited
+        self.seconds += added[0]
+        self.epoch_time = self.epoch_time[0] + added[0], self.epoch_time[1] + added[1]
+        return self.epoch_time
+
+    def end_step(self) -> None:
+        """Update the weight average and move on to the next step."""
+        step = self.position.global_step
+        if self.average is not None:
+            self.average.update(step)
+        self.position = Position(self.position.epoch, self.position.step + 1, step + 1)
+
+    def end_epoch(self, val_loss: float | None) -> None:
+        """Move on to the next epoch."""
+        self.course.epoch_end(val_loss)
+        self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
+        self.metrics = Metrics(self.context.device)
+        self.epoch_time = (0.0, 0.0)
+
+    def diverged(self, what: str, step: int) -> TrainingError:
+        """The error for a value that is not finite."""
+        kept = "no checkpoint was saved yet"
+        if self.saved_step is not None:
+            kept = f"the checkpoint of step {self.saved_step} is kept"
+        epoch = step // self.train_loader.steps_per_epoch + 1
+        return TrainingError(
+            f"the {what} NaN or infinite at step {step} (epoch {epoch}); {kept}\n"
+            "  try a lower train.lr, a warm-up (train.schedule.warmup_epochs), train.clip_grad_norm=1 "
+            "or train.precision=fp32"
+        )
+
+    def snapshot(self, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
+        """The current state. A collective call: every rank's running sums are included."""
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "course": self.course.state_dict(),
+            "sums": self.metrics.gather(),
+            "clock": {
+                "seconds": self.seconds,
+                "epoch_time": self.epoch_time,
+                "goodput": self.context.goodput.state_dict(),
+            },
+            "pictures": digest_of_files(self.dataset),
+            "identity": identity_of(self.config, self.dataset),
+        }
+        average = self.average.model.state_dict() if self.average else None
+        return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {}, validated)
+
+    def resume(self) -> None:
+        """Restore the latest intact checkpoint, if there is one; rank 0 chooses it for all ranks."""
+        chosen: list[Any] = [None]
+        if self.context.rank == 0:
+            snapshot = self.store.load_latest()
+            chosen[0] = snapshot.position if snapshot else None
+            if self.store.rebuilt:
+                self.warn(f"{self.store.rebuilt}; it is rebuilt from the checkpoints' folders")
+            self.report_damage()
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen, src=0)
+        for entry in self.store.entries:
+            if entry.position == chosen[0]:
+                snapshot = self.store.load(entry)
+                self.restore(snapshot)
+                if snapshot.state.get("pictures") != digest_of_files(self.dataset):
+                    self.warn("the images are not those that the run began with: it resumes, but no longer exactly")
+
+    def report_damage(self) -> None:
+        """Show which checkpoints were found damaged while loading."""
+        for problem in self.store.damaged:
+            self.warn(f"{problem}; it is left out")
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Load a checkpoint.
+
+        Raises:
+            CheckpointError: it does not fit this model, or holds values that training cannot continue from.
+        """
+        origin = f"the checkpoint of step {snapshot.position.global_step}"
+        try:
+            self._restore(snapshot, origin)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{origin} is damaged: {type(error).__name__}: {error}\n"
+                "  delete its folder to resume from the checkpoint before it, or restore a copy"
+            ) from error
+
+    def _restore(self, snapshot: Snapshot, origin: str) -> None:
+        state = snapshot.state
+        require_same(snapshot, identity_of(self.config, self.dataset), origin)
+        _require_valid(state)
+        if snapshot.position.step > self.train_loader.steps_per_epoch:
+            raise ValueError(f"an epoch has {self.train_loader.steps_per_epoch} steps, not {snapshot.position.step}")
+        load_weights(self.model, snapshot.model, origin)
+        if self.average:
+            load_weights(self.average.model, snapshot.average or snapshot.model, origin)
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        # A checkpoint holds state; settings are the configuration's.
+        scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
+        self.scaler.load_state_dict(self.scaler.state_dict() | scale)
+        self.course.load_state_dict(state["course"])
+        self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
+        self.position = snapshot.position
+        self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]
+        self.context.goodput.load_state_dict(state["clock"]["goodput"])
+        self.saved_step = snapshot.position.global_step
+
+    def _require_feasible(self) -> None:
+        """Raise a ConfigError for what cannot work, before anything is built."""
+        config, context, train = self.config, self.context, self.config.train
+        num_train, num_val = self.num_images
+        for problem in () if num_val else without_validation(train):
+            raise ConfigError(f"{problem}\n  set it, or add a folder val beside train and test")
+        workers = config.cluster.workers  # an elastic run must not fail when it gets more of them
+        ranks = {context.world_size, *(config.cluster.worker_range if isinstance(workers, WorkerRange) else ())}
+        check_batches(config, num_train, ranks)
+        trained = min(train.global_batch_size, num_train) // context.world_size // train.grad_accum_steps
+        num_test = len(self.dataset.test.labels)
+        evaluated = min(train.eval_batch_size, max(num_val, num_test) // context.world_size)
+        require_memory(config, self.dataset.num_classes, context.device, trained, evaluated)
+
+    def _profiler(self) -> StepProfiler | None:
+        steps, context = self.config.train.profile, self.context
+        if steps is None:
+            return None
+        total = self.config.train.epochs * self.train_loader.steps_per_epoch
+        if steps[0] >= total:
+            raise ConfigError(
+                f"train.profile: starts when {steps[0]:,} steps are taken, but the whole run has {total:,}: give it "
+                "earlier steps"
+            )
+        return StepProfiler(context, steps) if context.rank == 0 else None
+
+    def _graph_step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.forward_backward(images, targets, 1 / len(images))
+        self.update_weights()
+        return made
+
+
+def _require_valid(state: Mapping[str, Any]) -> None:
+    """Check the numbers in a checkpoint's state; NaN passes none of the comparisons.
+
+    Raises:
+        ValueError: a count is negative, or another number is impossible.
+    """
+    course, scaler, sums, clock = (state[part] for part in ("course", "scaler", "sums", "clock"))
+    if (sums.dtype, sums.shape[1:], sums.is_contiguous()) != (torch.float64, (4,), True):
+        raise ValueError("the sums of loss, hits and images have another form")
+    counts = [course["plateau.waited"], course["early.waited"], scaler.get("_growth_tracker", 0)]
+    times = [clock["seconds"], *clock["epoch_time"], *clock["goodput"]["seconds"].values()]
+    if not (
+        all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
+        and all(map(math.isfinite, times))
+        and 0 <= course["scale"] <= 1
+        and 0 < scaler.get("scale", 1) <= torch.finfo(torch.float32).max
+    ):
+        raise ValueError("it holds an impossible count, time or scale")
+
+
+def _choose_kernels(config: Config, context: RunContext) -> None:
+    if context.device.type != "cuda":
+        return  # CPU kernels are deterministic at a fixed number of threads
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, later than this
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    # That would also fill all new memory with NaN, which is slow and makes no result more deterministic.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
