@@ -39,6 +39,7 @@ class Heartbeat:
         idle_s: seconds since its last progress.
         longest_idle_s: the longest such time so far; None where it does something for the first time.
         where: the line of this package that it is in, where it has been idle for long.
+        waits_for_ranks: whether it may be waiting for other ranks, in a collective operation.
     """
 
     rank: int
@@ -54,6 +55,7 @@ class Heartbeat:
     idle_s: float
     longest_idle_s: float | None
     where: str
+    waits_for_ranks: bool
 
 
 @contextmanager
@@ -84,6 +86,7 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
             idle_s=status.idle_s,
             longest_idle_s=status.longest_idle_s if known else None,
             where=_line_of(training_thread) if status.idle_s > 5 else "",
+            waits_for_ranks=status.waits_for_ranks,
         )
 
     def send() -> None:

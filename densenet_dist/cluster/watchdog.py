@@ -68,8 +68,8 @@ class Heartbeats:
     def hung(self, timeout_s: float) -> list[Hung]:
         """The workers that hang, each told once; call it several times within `timeout_s`.
 
-        A worker that stands still keeps all others waiting in the next collective operation, so that those are named
-        that are not in one, or where all are, those furthest behind.
+        A worker that stands still keeps all others waiting in the next collective operation. So those in one hang only
+        if every rank stands still: then those that are in none are named, or where all are, those furthest behind.
         """
         now, before = self.clock(), self._looked
         self._looked = now
@@ -78,17 +78,13 @@ class Heartbeats:
             return []
         silent = [Hung(beat, now - at) for beat, at in self._last.values() if now - at > timeout_s]
         still = [Hung(beat, now - at) for beat, at in self._last.values() if beat.idle_s > _limit(beat, timeout_s)]
-        still = [hung for hung in still if not _may_wait_for_others(hung.beat)] or still
+        alone = [hung for hung in still if not hung.beat.waits_for_ranks]
+        still = alone or (still if len(still) == len(self._last) else [])
         least = min((hung.beat.progress for hung in still), default=0)
         found = silent or [hung for hung in still if hung.beat.progress == least]
         for hung in found:
             del self._last[hung.beat.rank]
         return found
-
-
-def _may_wait_for_others(beat: Heartbeat) -> bool:
-    """In the exchange of gradients, or where ranks gather figures."""
-    return beat.phase == "train" or beat.where.startswith("metrics.py")
 
 
 def _limit(beat: Heartbeat, timeout_s: float) -> float:

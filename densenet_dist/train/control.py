@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,19 @@ Phase: TypeAlias = Literal["start", "wait", "train", "validate", "save", "test"]
 """wait: for the next batch; train: the rest of a step; save: pausing for a checkpoint, waiting for it."""
 
 _LOSSES: Final = ("start", "wait", "validate", "save", "recovery", "test")
+
+
+_IN_COLLECTIVE: Final = threading.Event()
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Mark a collective operation outside of the training step, so that a rank that waits in it is not called hung."""
+    _IN_COLLECTIVE.set()
+    try:
+        yield
+    finally:
+        _IN_COLLECTIVE.clear()
 
 
 class StopRequest(IntEnum):
@@ -77,6 +91,11 @@ class WorkerStatus:
     def idle_s(self) -> float:
         """Seconds since the last progress or change of phase."""
         return time.perf_counter() - max(self._advanced, self._entered)
+
+    @property
+    def waits_for_ranks(self) -> bool:
+        """Whether it may be waiting for other ranks: in the exchange of gradients, or in a `collective`."""
+        return self.phase == "train" or _IN_COLLECTIVE.is_set()
 
     def request(self, request: StopRequest) -> None:
         """Make a request; from any thread, or a signal handler."""

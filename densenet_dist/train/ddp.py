@@ -20,7 +20,7 @@ from densenet_dist.model import DenseNet
 from densenet_dist.model.sync_bn import synchronise_batchnorm
 from densenet_dist.schema import Config, TrainConfig
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.control import StopRequest, collective
 from densenet_dist.train.metrics import FiniteWatch, gather_ranks
 
 SMALLEST_BUCKET: Final = 2**20
@@ -141,8 +141,9 @@ def sync_from_rank0(tensors: list[Tensor]) -> None:
     an evaluation rather than before every step, as DDP does by default.
     """
     if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+        with collective():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
 
 class RankSync:

@@ -186,21 +186,15 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     if not norms.isfinite().all():
         raise trainer.diverged("norm of the weights is", trainer.position.global_step - 1)
     if trainer.context.rank == 0:
-        with trainer.context.status.during("save"):
-            trainer.saver.save(snapshot)
+        trainer.saver.save(snapshot)
     trainer.saved_step = trainer.position.global_step
-
-
-def _wait_until_saved(trainer: Trainer) -> None:
-    with trainer.context.status.during("save"):
-        trainer.saver.wait()
 
 
 def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
     """Save the snapshot, if one is given, wait until it is written, and raise `Stopped`."""
     if snapshot is not None:
         save(trainer, snapshot)
-    _wait_until_saved(trainer)
+    trainer.saver.wait()
     if trainer.context.rank == 0:
         text = f"stopped; the checkpoint of step {trainer.saved_step} is saved"
         trainer.context.report({"kind": "note", "text": text})
@@ -229,7 +223,7 @@ def _validate(trainer: Trainer) -> dict[str, float]:
         totals = evaluate_model(trainer.eval_model, batches, device, precision, split="validation")
     except DataError:
         save(trainer, before)  # training resumes from here once the files are back
-        _wait_until_saved(trainer)
+        trainer.saver.wait()
         raise
     if not math.isfinite(totals["loss"]):
         raise trainer.diverged("validation loss is", trainer.position.global_step - 1)
@@ -249,16 +243,16 @@ def _end_epoch(
     last = position.epoch == config.train.epochs or trainer.course.stopped
     if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
         save(trainer, trainer.snapshot(validation))
-    with context.status.during("save"):  # neither the storage nor a scheduler of trials has the time limit of a step
-        if context.sync_each_epoch or last:
-            trainer.saver.wait()
+    if context.sync_each_epoch or last:
+        trainer.saver.wait()
+    with context.status.during("save"):  # a scheduler of trials may take longer than a step
         context.report(epoch_event(trainer, record))
 
 
 def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     """Test the best model once, on every rank's share of the test images, and write the summary."""
     config, context, step = trainer.config, trainer.context, trainer.position.global_step
-    _wait_until_saved(trainer)
+    trainer.saver.wait()
     context.status.enter("test")
     if context.rank == 0:
         context.report({"kind": "phase", "text": "testing"})

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from densenet_dist.train.control import collective
+
 _LOSS, _TOP1, _TOP5, _IMAGES = range(4)
 
 
@@ -58,7 +60,8 @@ def gather_ranks(tensor: Tensor) -> Tensor:
     if not dist.is_initialized():
         return tensor[None].clone()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
+    with collective():
+        dist.all_gather(parts, tensor)
     return torch.stack(parts)
 
 

@@ -23,6 +23,7 @@ from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
+from densenet_dist.train.control import collective
 from densenet_dist.train.inputs import normalisation
 
 THRESHOLDS: Final = 127
@@ -166,12 +167,13 @@ class ResultsAccumulator:
         """Add up the counts of all ranks, on each of them. A collective call on `device`."""
         if not dist.is_initialized():
             return
-        for counts in (self.confusion, self.scores, self.calibration):
-            on_device = counts.to(device)
-            dist.all_reduce(on_device)
-            counts.copy_(on_device)
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self.mistakes)
+        with collective():
+            for counts in (self.confusion, self.scores, self.calibration):
+                on_device = counts.to(device)
+                dist.all_reduce(on_device)
+                counts.copy_(on_device)
+            dist.all_gather_object(gathered, self.mistakes)
         self.mistakes = []
         self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
 

@@ -42,7 +42,8 @@ class Saver:
         """
         self.wait()
         started = time.perf_counter()
-        copy = _copied(snapshot)
+        with self._status.during("save"):
+            copy = _copied(snapshot)
         self._saved = time.perf_counter()
         planned = self.store.plan(copy)
         pause = self._saved - started
@@ -62,14 +63,15 @@ class Saver:
         return since > max(LEAST_S, self.cost / SHARE) and (self._last is None or self._last.done())
 
     def wait(self) -> None:
-        """Until nothing is left to write.
+        """Wait until the last checkpoint is written; for as long as the storage takes.
 
         Raises:
             StorageError: where it could not be.
         """
         last, self._last = self._last, None
         if last is not None:
-            last.result()
+            with self._status.during("save"):
+                last.result()
 
     def close(self) -> None:
         """Finish what is being written, after an error of another kind."""

@@ -14,7 +14,7 @@ from densenet_dist.cluster.watchdog import Heartbeats, kill_process
 
 WORKER = {"node": "n", "host": "far", "pid": 1, "started": 0.0}
 BEAT = Heartbeat(**WORKER, rank=0, world_size=2, step=40, saved=0, progress=40, phase="train",
-                 idle_s=0.1, longest_idle_s=0.5, where="")  # fmt: skip
+                 idle_s=0.1, longest_idle_s=0.5, where="", waits_for_ranks=True)  # fmt: skip
 
 
 class Clock:
@@ -51,7 +51,7 @@ def test_a_silent_worker_is_found_in_time_and_told_once(clock):
 def test_of_those_that_stand_still_the_one_that_is_furthest_behind_is_named(clock):
     """It stands in the input pipeline; the others wait for it in the exchange of gradients, one step ahead."""
     waits = replace(BEAT, idle_s=11.0, progress=41, step=41)
-    hangs = replace(BEAT, rank=1, idle_s=11.5, phase="wait", where="loader.py:90")
+    hangs = replace(BEAT, rank=1, idle_s=11.5, phase="wait", where="loader.py:90", waits_for_ranks=False)
     assert look(Heartbeats(clock), clock, 2, waits, hangs) == [
         "rank 1 on far stands still (wait at loader.py:90) for 12 s after step 40"
     ]
@@ -59,10 +59,15 @@ def test_of_those_that_stand_still_the_one_that_is_furthest_behind_is_named(cloc
 
 def test_in_an_evaluation_the_one_that_does_not_wait_for_others_is_named(clock):
     """Ranks have shares of their own there, so that the number of batches says nothing."""
-    waits = replace(BEAT, idle_s=11.0, phase="test", progress=38, where="metrics.py:61")
-    hangs = replace(BEAT, rank=1, idle_s=11.5, phase="test", progress=45, where="image_folder.py:7")
+    waits = replace(BEAT, idle_s=11.0, phase="test", progress=38)
+    hangs = replace(BEAT, rank=1, idle_s=11.5, phase="test", progress=45, waits_for_ranks=False)
     (found,) = look(Heartbeats(clock), clock, 2, waits, hangs)
-    assert found.startswith("rank 1 on far stands still (test at image_folder.py:7)")
+    assert found.startswith("rank 1 on far stands still (test)")
+
+
+def test_those_that_wait_for_a_rank_that_saves_do_not_hang(clock):
+    saves = replace(BEAT, idle_s=70.0, phase="save", waits_for_ranks=False)
+    assert look(Heartbeats(clock), clock, 2, saves, replace(BEAT, rank=1, idle_s=69.0)) == []
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,10 @@ def test_what_is_written_is_what_there_was_when_it_was_saved(run):
     assert store.latest() is not None  # known at once
     assert not run.exists("checkpoints/step-00000001")  # but not there yet
     assert status.saved == 0
-    store.may_write.set()
+    phases = []
+    threading.Timer(0.2, lambda: [phases.append(status.phase), store.may_write.set()]).start()
     saver.close()
+    assert phases == ["save"], "the watchdog would end it"
     assert status.saved == 1
     assert_same(CheckpointStore(run).load_latest(), snapshot(1))
 

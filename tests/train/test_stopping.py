@@ -112,6 +112,12 @@ def test_all_ranks_stop_where_one_is_asked(tmp_path):
     assert 4 <= int(first[2].removeprefix("step-")) <= 17
 
 
+def test_every_so_many_steps_it_saves_at_the_end_of_an_epoch_too(tmp_path):
+    config = tiny(tmp_path, "checkpoint.every_steps=5", "checkpoint.every_epochs=9", "checkpoint.keep=9")
+    train(config)
+    assert set(weights_of(config)) == {f"step-{step:08d}" for step in (5, 10, 15)}
+
+
 def test_auto_saves_within_an_epoch_once_the_last_checkpoint_is_old_enough(tmp_path, monkeypatch):
     config = tiny(tmp_path, "data.limit=300", "checkpoint.keep=50", "train.epochs=1")
     monkeypatch.setattr("densenet_dist.train.saver.LEAST_S", 0.0)
