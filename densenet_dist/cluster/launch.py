@@ -33,11 +33,11 @@ from densenet_dist.run_folder import (
 )
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
 from densenet_dist.train.control import StopRequest, WorkerStatus
 from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.lease import LEASE_FILE, Lease, hold
-from densenet_dist.train.measured_choice import CHOICES
 from densenet_dist.train.network import check_run
 
 

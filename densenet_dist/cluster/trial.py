@@ -45,8 +45,8 @@ from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import Note, read_note, write_note
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
-from densenet_dist.train.measured_choice import CHOICES
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""

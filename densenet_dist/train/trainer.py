@@ -19,14 +19,13 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
 from densenet_dist.schema import Config, WorkerRange, without_validation
-from densenet_dist.train.block_choice import choose_block
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
+from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import RankSync, wrap
 from densenet_dist.train.identity import digest_of_files, identity_of, require_same, require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, train_and_val, train_loader
-from densenet_dist.train.loader_choice import choose_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.network import autocast, build_model, check_batches, require_memory
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer, load_optimizer_state

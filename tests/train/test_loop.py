@@ -352,7 +352,7 @@ def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
 def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch):
     for block, form in (("auto", "FusedDenseBlock"), ("reference", "DenseBlock")):
         assert type(trainer_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__ == form
-    monkeypatch.setattr("densenet_dist.train.block_choice.unavailable", lambda _: "no C++ compiler is found (c++)")
+    monkeypatch.setattr("densenet_dist.train.choices.unavailable", lambda _: "no C++ compiler is found (c++)")
     notes = notes_of(tiny(tmp_path, "model.block=auto", "train.epochs=1"))
     assert "block: reference (no C++ compiler is found (c++))" in notes
 

@@ -13,8 +13,8 @@ from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.data.speed import Speed
 from densenet_dist.model.fused_block import FusedDenseBlock
 from densenet_dist.run_folder import ENV_FILE, SUMMARY_FILE
-from densenet_dist.train import block_choice
-from densenet_dist.train.loader_choice import compare
+from densenet_dist.train import choices
+from densenet_dist.train.choices import compare_loaders
 
 
 def environment(config: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def test_the_usual_one_of_a_device_is_taken_unless_the_other_is_clearly_faster(d
         # On a CPU its seconds count, on a GPU those of the clock; the other figure would lead astray.
         return Speed(1000, 1000 / rate, 1.0) if device == "cuda" else Speed(1000, 1.0, 1000 / rate)
 
-    name, reason, _ = compare({"torch": speed(torch_rate), "dali": speed(dali_rate)}, device)
+    name, reason, _ = compare_loaders({"torch": speed(torch_rate), "dali": speed(dali_rate)}, device)
     assert name == chosen
     assert reason.startswith(str({"torch": torch_rate, "dali": dali_rate}[name]))
 
@@ -80,23 +80,23 @@ def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_pa
     config = tiny(tmp_path, "data.loader=torch", "model.block=auto")
     assert fused(trainer_of(config))
     assert "block" not in environment(config)  # the run is too short to measure
-    monkeypatch.setattr(block_choice, "WORTH_IT", 1)
-    monkeypatch.setattr(block_choice, "SECONDS", 0.1)
-    measured, seconds = block_choice._Step.seconds, []
+    monkeypatch.setattr(choices, "WORTH_IT", 1)
+    monkeypatch.setattr(choices, "SECONDS", 0.1)
+    measured, seconds = choices._step_seconds, []
 
-    def slow_down(step, count):
-        seconds.append(measured(step, count))
-        return 1.0 if isinstance(step._model.features[1], FusedDenseBlock) == (faster == "fused") else 2.0
+    def slow_down(model, count, *how):
+        seconds.append(measured(model, count, *how))
+        return 1.0 if isinstance(model.features[1], FusedDenseBlock) == (faster == "fused") else 2.0
 
-    monkeypatch.setattr(block_choice._Step, "seconds", slow_down)
+    monkeypatch.setattr(choices, "_step_seconds", slow_down)
     assert fused(trainer_of(config)) == (faster == "fused")
     choice = environment(config)["block"]
     assert choice["name"] == faster
-    rates = sorted((choice[f"{form}_images_per_s"], form) for form in block_choice.FORMS)
+    rates = sorted((choice[f"{form}_images_per_s"], form) for form in choices.FORMS)
     assert rates[1] == (2 * rates[0][0], faster)
     assert min(seconds) > 0
 
-    monkeypatch.setattr(block_choice, "_measure", pytest.fail)  # it is not called again
+    monkeypatch.setattr(choices, "_measure_blocks", pytest.fail)  # it is not called again
     assert fused(trainer_of(config)) == (faster == "fused")
     # A run that began before the choice was measured keeps the form it had.
     train(tiny(tmp_path / "old", "data.loader=torch", "model.block=fused", "train.epochs=1"))

@@ -1,0 +1,184 @@
+"""Settings left at ``auto`` that are decided by measurement: the loader (torch or DALI) and the form of dense blocks.
+
+Rank 0 measures once per run and records the result in env.json, so that a resumed run keeps it: the variants differ in
+the last bits of their results.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from densenet_dist.data.dali_support import dali_installed
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.speed import Speed, endless, measure, synchronize
+from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.model import DenseNet
+from densenet_dist.model.kernels.choice import unavailable
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
+from densenet_dist.schema import Config, ModelConfig
+from densenet_dist.train.context import RunContext
+from densenet_dist.train.inputs import Indices, engine_of, train_loader
+from densenet_dist.train.network import autocast, build_model
+
+CHOICES: Final = {
+    "loader": ("data.",),
+    "block": ("data.", "model.", "train.global_batch_size", "train.grad_accum_steps", "train.precision"),
+}
+"""The keys under which env.json holds choices, and the settings that each depends on."""
+
+LOADERS: Final = ("torch", "dali")
+LOADER_SECONDS: Final = 0.4
+CLEARLY: Final = 1.1
+"""How much faster a loader must be to replace the usual one of the device: DALI on a GPU, torch on a CPU."""
+
+FORMS: Final = ("fused", "reference")
+SECONDS: Final = 2.0
+SHARE: Final = 0.01
+"""Limits of the time in which both forms are measured: seconds, and a share of the run."""
+MOST_IMAGES: Final = 32
+"""In a measured step on a CPU, where the reference form may take several times the memory of the fused one."""
+WORTH_IT: Final = 10_000
+"""Training images per rank, over all epochs, below which blocks are not measured."""
+
+
+class Choice(NamedTuple):
+    """What was chosen, why (in a few words), and the figures that were measured."""
+
+    name: str
+    reason: str
+    figures: dict[str, float]
+
+
+def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> str:
+    """Return torch or dali, the same on every rank. A collective call.
+
+    For auto, both are measured on the run's own images, augmentation and batch size: images per CPU-second on a CPU,
+    where training needs the cores, and images per second on a GPU.
+    """
+    if config.data.loader != "auto":
+        return config.data.loader
+
+    def speed(loader: str) -> Speed:
+        engine = engine_of(config, context.device, dataset, dataset.train, loader)
+        batches = endless(train_loader(config, context, dataset, engine, indices))
+        return measure(batches, context.device, seconds=LOADER_SECONDS)
+
+    def measure_both() -> Choice:
+        if not dali_installed():
+            return Choice("torch", "DALI is not installed", {})
+        try:
+            return compare_loaders({loader: speed(loader) for loader in LOADERS}, context.device.type)
+        except EnvironmentProblem as error:
+            return Choice("torch", str(error).splitlines()[0], {})
+
+    return _recorded(context, "loader", LOADERS, measure_both)
+
+
+def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
+    """Choose the faster loader, or the usual one of the type of device if the other is not clearly faster."""
+    usual, other = ("dali", "torch") if device == "cuda" else ("torch", "dali")
+    unit, key = ("images/s", "images_per_s") if device == "cuda" else ("images/CPU-s", "images_per_cpu_s")
+    rates = {name: speed.per_second if device == "cuda" else speed.per_cpu_second for name, speed in speeds.items()}
+    name, loser = (other, usual) if rates[other] > CLEARLY * rates[usual] else (usual, other)
+    reason = f"{rates[name]:,.0f} {unit}; {loser}: {rates[loser]:,.0f}"
+    return Choice(name, reason, {f"{loader}_{key}": round(rate) for loader, rate in rates.items()})
+
+
+def choose_block(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> ModelConfig:
+    """Return the model's settings with the form of the dense block to train. A collective call.
+
+    ``auto`` becomes the form that is faster at the run's own network, batch size, precision and number of threads. It
+    is ``fused`` without a measurement where the steps are compiled or captured as a CUDA graph (the eager speed says
+    little about them), in short runs, and in runs that started before the choice was measured.
+
+    Args:
+        num_classes: of the data set.
+        image_size: side of the images in pixels.
+        images: that this run trains on over all epochs, on all ranks.
+    """
+    model = config.model
+    if model.block == "reference":
+        return model
+    if reason := unavailable(context.device.type):
+        context.report({"kind": "note", "text": f"block: reference ({reason})"})
+        return replace(model, block="reference")
+    short = images < WORTH_IT * context.world_size
+    old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
+    if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
+        return replace(model, block="fused")
+    measure_both = partial(_measure_blocks, config, context, num_classes, image_size, images // context.world_size)
+    name = _recorded(context, "block", FORMS, measure_both)
+    return replace(model, block="fused" if name == "fused" else "reference")
+
+
+def _measure_blocks(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> Choice:
+    share = max(1, config.train.global_batch_size // (context.world_size * config.train.grad_accum_steps))
+    models = {form: build_model(replace(config.model, block=form), num_classes, image_size) for form in FORMS}
+    models = {form: model.to(context.device).train() for form, model in models.items()}
+    rates = dict.fromkeys(FORMS, 0.0)
+
+    def measure_steps(count: int) -> None:
+        for form, model in models.items():
+            seconds = _step_seconds(model, count, image_size, config.train.precision, context.device)
+            rates[form] = max(rates[form], count / seconds)
+
+    try:
+        for model in models.values():  # builds kernels and allocates
+            _step_seconds(model, 2, image_size, config.train.precision, context.device)
+        measure_steps(2)
+        per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
+        remaining = min(SECONDS, SHARE * images * min(1 / rate for rate in rates.values()))
+        most = share if context.device.type == "cuda" else min(share, MOST_IMAGES)
+        count = max(2, min(most, int(remaining / 2 / per_image)))
+        while remaining > count * per_image:
+            started = time.perf_counter()
+            measure_steps(count)
+            remaining -= time.perf_counter() - started
+    except torch.OutOfMemoryError:
+        return Choice("fused", "the reference form does not fit into memory", {})
+    name, other = sorted(FORMS, key=lambda form: -rates[form])
+    reason = f"{rates[name]:,.0f} images/s; {other}: {rates[other]:,.0f}"
+    return Choice(name, reason, {f"{form}_images_per_s": round(rate, 1) for form, rate in rates.items()})
+
+
+def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device: torch.device) -> float:
+    """Time the forward and backward pass on `count` random images."""
+    images = torch.randn(count, 3, side, side, device=device)
+    synchronize(device)
+    started = time.perf_counter()
+    with autocast(device, precision):
+        logits = model(images)
+    F.cross_entropy(logits.float(), logits.new_zeros(count, dtype=torch.long)).backward()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:
+    """Return the name that env.json records under `key` for this type of device, or that `measure` finds.
+
+    Anything but `names` is measured again. A collective call; rank 0 alone measures, reports the result and records it.
+    """
+    name: list[Any] = [None]
+    if context.rank == 0:
+        environment = context.run.read_json(ENV_FILE)
+        recorded = environment.get(key)
+        if isinstance(recorded, dict) and recorded.get("device") == context.device.type:
+            name[0] = recorded.get("name")
+        if name[0] not in names:
+            choice = measure()
+            name[0] = choice.name
+            record = {"name": choice.name, "device": context.device.type, "reason": choice.reason, **choice.figures}
+            context.run.write(ENV_FILE, json.dumps(environment | {key: record}, indent=1) + "\n")
+            context.report({"kind": "note", "text": f"{key}: {choice.name} ({choice.reason})"})
+    if dist.is_initialized():
+        dist.broadcast_object_list(name, src=0)
+    return str(name[0])
