@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from densenet_dist.environment import describe_environment
 from densenet_dist.model.fused.convolutions import Convolutions
 from densenet_dist.model.fused.structure import Statistics, Unit
 from densenet_dist.model.kernels.choice import choose_kernels
 from densenet_dist.model.kernels.interface import Norm
-from densenet_dist.train.environment import describe_environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHANNELS = (*range(40, 481, 40), 35, 210, 420)

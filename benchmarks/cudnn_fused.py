@@ -45,9 +45,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from densenet_dist.environment import describe_environment
 from densenet_dist.model.kernels.choice import choose_kernels
 from densenet_dist.model.kernels.interface import Consumer
-from densenet_dist.train.environment import describe_environment
 
 REQUIREMENTS = "benchmarks/requirements-cudnn-fused.txt"
 FORMS = {"fprop": ("genstats", "sums", "plain"), "dgrad": ("carry+sums", "sums", "plain"), "wgrad": ("relu",)}

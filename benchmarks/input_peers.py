@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from densenet_dist.train.environment import describe_environment, package_version
+from densenet_dist.environment import describe_environment, package_version
 
 REQUIREMENTS = Path(__file__).with_name("requirements-input-peers.txt")
 PEER_PACKAGES = {"keras": "keras", "pillow": "PIL", "psutil": "psutil", "scipy": "scipy"}  # and their modules

@@ -40,7 +40,7 @@ from peer_worker import PEERS, Task
 from rich.console import Console
 from rich.table import Table
 
-from densenet_dist.train.environment import describe_environment
+from densenet_dist.environment import describe_environment
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 BATCH = {"cpu": 32, "cuda": 256}

@@ -22,7 +22,7 @@ import torch
 from densenet_dist.data import augment
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import load_dataset
-from densenet_dist.train.environment import describe_environment
+from densenet_dist.environment import describe_environment
 
 FORMS = ("records", "images")
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from densenet_dist.train.environment import describe_environment
+from densenet_dist.environment import describe_environment
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

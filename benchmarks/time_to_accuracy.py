@@ -28,12 +28,12 @@ from densenet_dist.bench.common import print_table
 from densenet_dist.cli.options import write_json
 from densenet_dist.cluster.launch import prepare_data
 from densenet_dist.config import load_config, to_dict
+from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.report.comparison import interval
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import LocalContext, choose_device
-from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.evaluation import evaluate_model
 from densenet_dist.train.inputs import engine_of, eval_loader
 from densenet_dist.train.loop import sync_requests, train_epoch

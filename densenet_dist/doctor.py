@@ -19,12 +19,12 @@ from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
 from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
 from densenet_dist.data.store import DataStore, locked_cache
+from densenet_dist.environment import cpu_name, package_version
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import require_trackers
-from densenet_dist.train.environment import cpu_name, package_version
 
 
 @dataclass(frozen=True)

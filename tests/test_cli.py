@@ -17,7 +17,7 @@ import yaml
 import densenet_dist
 from densenet_dist import bundled, load_config
 from densenet_dist.cluster.launch import is_writer
-from densenet_dist.train.lease import Holder
+from densenet_dist.lease import Holder
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "train.epochs=1", "cluster.engine=local")

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.data.cifar import SPECS
+from densenet_dist.environment import describe_environment
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import Config
-from densenet_dist.train.environment import describe_environment
 
 
 class MeasuringProcess:

@@ -34,12 +34,12 @@ from densenet_dist.config import to_dict, validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
+from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
 from densenet_dist.train.context import LocalContext
 from densenet_dist.train.ddp import no_sync
-from densenet_dist.train.environment import describe_environment
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import check_run
 from densenet_dist.train.trainer import Trainer

@@ -22,8 +22,8 @@ from densenet_dist.cli.reporting import report
 from densenet_dist.cli.running import train, tune
 from densenet_dist.cli.submitting import submit
 from densenet_dist.credentials import without_credentials
+from densenet_dist.environment import package_version
 from densenet_dist.errors import DenseNetDistError, storage_errors
-from densenet_dist.train.environment import package_version
 
 app = typer.Typer(
     help="""Train DenseNets from a laptop's CPU to a GPU cluster.

@@ -19,7 +19,9 @@ from densenet_dist.cluster.result import Result
 from densenet_dist.cluster.resuming import is_finished, tell_of_changes
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import to_yaml
+from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
+from densenet_dist.lease import LEASE_FILE, Lease, hold
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -36,8 +38,6 @@ from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
 from densenet_dist.train.control import StopRequest, WorkerStatus
-from densenet_dist.train.environment import describe_environment
-from densenet_dist.train.lease import LEASE_FILE, Lease, hold
 from densenet_dist.train.network import check_run
 
 

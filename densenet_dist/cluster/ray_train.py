@@ -18,11 +18,11 @@ from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
 from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import StorageError, TrainingError
+from densenet_dist.lease import Lease, fence
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
 from densenet_dist.train.control import StopRequest
-from densenet_dist.train.lease import Guard, Lease
 
 _RESIZE_EVERY_S: Final = 20.0
 """A resize costs a start of the workers."""
@@ -113,7 +113,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
     launch, launched = payload["launch"]
-    run.guard = Guard(run, payload["lease"])
+    fence(run, payload["lease"])
     _require_shared(run)
     worker = RayContext(
         run=run,
@@ -173,7 +173,7 @@ def _run_trainer(
             "coordinator": coordinator,
             "threads": resources.threads,
             "waits": barrier is not None,
-            "lease": None if lease is None else lease.guard.key,
+            "lease": None if lease is None else lease.key,
             "launch": (uuid4().hex, time.time()),
         },
         scaling_config=ScalingConfig(

@@ -12,6 +12,7 @@ from typing import Any
 from densenet_dist.cluster.connection import require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import DamagedRecord, StorageError
+from densenet_dist.lease import hold
 from densenet_dist.run_folder import RunFolder, open_run
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
 from densenet_dist.sweep.page import write_page
@@ -29,7 +30,6 @@ from densenet_dist.sweep.results import (
 )
 from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.context import Event
-from densenet_dist.train.lease import hold
 
 _WRITE_EVERY_S = 5.0
 

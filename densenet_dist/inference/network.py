@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from densenet_dist.config import load_config
 from densenet_dist.data.augment import EVAL_CROP
+from densenet_dist.environment import git_commit, package_version
 from densenet_dist.inference.header import Header, architecture_of, make_header
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
-from densenet_dist.train.environment import git_commit, package_version
 from densenet_dist.train.evaluation import load_checkpoint, trained_model
 from densenet_dist.train.network import autocast
 

@@ -12,7 +12,7 @@ import pytest
 from chaos_lab import Lab
 from chaos_page import load_results, write
 
-from densenet_dist.train.environment import cpu_name, git_commit
+from densenet_dist.environment import cpu_name, git_commit
 
 QUICK = ("test_process_killed[plateau]", "test_damaged_checkpoint[weights-flipped]")
 CASES = pytest.StashKey[dict[str, pytest.Item]]()

@@ -10,9 +10,9 @@ from fuzzing import alias_bomb, merge_bomb
 
 from densenet_dist.config import load_config
 from densenet_dist.credentials import held_credentials, without_credentials
+from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.sweep.definition import load_sweep
-from densenet_dist.train.environment import describe_environment
 
 MARKER = "MARKER7f3a"
 

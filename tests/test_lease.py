@@ -16,17 +16,17 @@ import pytest
 import torch
 from runs import save
 
+from densenet_dist import lease as module
 from densenet_dist.errors import StorageError
+from densenet_dist.lease import LEASE_FILE, Holder, fence, hold
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train import lease as module
 from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
-from densenet_dist.train.lease import LEASE_FILE, Guard, Holder, hold
 from densenet_dist.train.logs import RunLog
 
 TAKEN_OVER = r"was taken over by process .* on far"
 HOLDER = """
 import sys, time
-from densenet_dist.train.lease import hold
+from densenet_dist.lease import hold
 from densenet_dist.run_folder import RunFolder
 with hold(RunFolder(sys.argv[1], "run"), print):
     print("held", flush=True)
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    monkeypatch.setattr(module, "RENEW_S", 0.1)
     monkeypatch.setattr(module, "STALE_S", 0.8)
 
 
@@ -73,8 +73,8 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_once_it_is
         assert found["beat"] >= 2  # it is renewed
     assert not folder.exists(LEASE_FILE)
     holder = Holder.here()
-    assert not holder.gone
-    assert replace(holder, born="1").gone  # a process number that was used again is another process
+    assert holder.alive
+    assert replace(holder, born="1").alive is False  # a process number that was used again is another process
 
 
 def test_a_torn_lease_is_no_lease(folder):
@@ -126,8 +126,9 @@ def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_no
     left = threading.Event()
     with hold(folder, no_wait) as lease:
         lease.when_lost(left.set)
-        worker = Guard(RunFolder(folder.storage, "run"), lease.guard.key)  # in another process, without a lease
-        worker()
+        worker = RunFolder(folder.storage, "run")  # in another process, without a lease
+        fence(worker, lease.key)
+        worker.guard()
         save(store, snapshot)
         log = RunLog(folder, 1)
         log.record({"epoch": 1}, 1)
@@ -137,7 +138,7 @@ def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_no
         for write in (
             lambda: save(store, replace(snapshot, position=Position(0, 2, 2))),
             lambda: log.record({"epoch": 2}, 2),
-            worker,
+            worker.guard,
             lease.check,
         ):
             with pytest.raises(StorageError, match=TAKEN_OVER):
