@@ -196,7 +196,7 @@ def _epochs(config: Config) -> Iterator[dict[str, Any]]:
                     **{f"test/{name}": tested[name] for name in ("loss", "top1", "top5")},
                 }
         finally:
-            trainer.saver.close()
+            trainer.store.close()
 
 
 def _now(trainer: Trainer) -> float:

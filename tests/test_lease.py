@@ -20,8 +20,9 @@ from densenet_dist import lease as module
 from densenet_dist.errors import StorageError
 from densenet_dist.lease import LEASE_FILE, Holder, fence, hold
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.logs import RunLog
+from densenet_dist.train.snapshot import Position, Snapshot
 
 TAKEN_OVER = r"was taken over by process .* on far"
 HOLDER = """

@@ -15,9 +15,10 @@ from densenet_dist.lease import hold
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.results import Note, read_note
 from densenet_dist.trackers.tracker import links
-from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.classes import classes_of
 from densenet_dist.train.results import read_test_results
+from densenet_dist.train.snapshot import Position, Snapshot
 
 DAMAGED = {"empty": b"\n\n", "torn": b'{"a":\n1', "list": b"[]\n[]", "bytes": b"\xff\n\xff", "deep": b"[\n" * 10**5}
 DAMAGED["pipe"] = None

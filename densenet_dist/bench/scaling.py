@@ -243,7 +243,7 @@ def measure_rank(
                 probe(trainer, batches) if probe else None,
             )
         finally:
-            trainer.saver.close()
+            trainer.store.close()
 
 
 def _Trainer(config: Config, context: LocalContext, num_classes: int, images: int) -> Trainer:

@@ -1,67 +1,34 @@
-"""Checkpoints that are whole or not there: written beside, checksummed, fsynced, renamed, then listed.
+"""The checkpoints of a run: which are complete, which is the best, and saving in the background.
 
-Layout, under the run's ``checkpoints/``::
-
-    manifest.json                   which checkpoints are complete, which is the best; rewritten last, atomically
-    step-00001234/model.safetensors
-                  ema.safetensors   with a weight average only
-                  state.pt          optimizer, loss scaler, schedule, sums: tensors and plain values only
-                  checkpoint.json   position, validation figures, SHA-256 of the files above
-
-Loading never unpickles objects: safetensors for weights, ``torch.load(weights_only=True)`` for the rest.
+A checkpoint is complete or absent: its folder (see `densenet_dist.train.snapshot`) is written beside, checksummed,
+fsynced and renamed, then listed in ``checkpoints/manifest.json``, which is replaced atomically.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import pickle
 import re
-import shutil
 import sys
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from densenet_dist.errors import CheckpointError, StorageError
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder, sync
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder
+from densenet_dist.train.control import WorkerStatus
+from densenet_dist.train.snapshot import FILES, META, UNREADABLE, Position, Snapshot, read_snapshot, write_snapshot
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
-_WEIGHTS, _AVERAGE, _STATE, _META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
-_FILES = (_WEIGHTS, _AVERAGE, _STATE)
-_UNREADABLE = (
-    *(OSError, StorageError, SafetensorError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),  # torch.load
-    *(ValueError, KeyError, TypeError, AttributeError),  # JSON that is not what was written
-)
-
-Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
-"""A tensor's dtype and shape."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run has come: the next step to take.
-
-    Attributes:
-        epoch: epochs completed.
-        step: steps of the current epoch completed.
-        global_step: all steps completed.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    global_step: int = 0
+MIN_INTERVAL_S: Final = 30.0
+MAX_COST: Final = 0.01
+"""Limits of ``every_steps: auto``: the time between two checkpoints, and the share of it that they may cost."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +37,7 @@ class Entry:
 
     Attributes:
         name: its folder.
-        position: where training goes on from it.
+        position: where training resumes from it.
         metrics: validation figures, for checkpoints at an epoch's end.
     """
 
@@ -79,70 +46,118 @@ class Entry:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class Snapshot:
-    """What a checkpoint holds.
+class CheckpointStore:
+    """The checkpoints of one run. One rank saves; every rank may load.
+
+    Training pauses while the state is copied; a thread writes the files. An error there is raised by the next call of
+    `save` or `wait`.
+
+    Args:
+        run: the run's folder.
+        keep: number of newest checkpoints to keep beside the best.
+        monitor: what makes a checkpoint the best: ``val/top1`` or ``val/loss``.
+        status: of this rank, if it saves.
 
     Attributes:
-        model: the state dict of the plain model.
-        average: that of the averaged model, if there is one.
-        state: nested plain values and tensors: optimizer, scaler, course, sums.
-        position: where training goes on.
-        metrics: validation figures, at an epoch's end.
-        validated: whether that is known; a state from before a validation must not replace the one after it.
+        entries: the complete checkpoints, and the one that is being written; the newest is last.
+        best: the name of the best one.
+        damaged: what is wrong with checkpoints that could not be loaded.
+        rebuilt: why the list of checkpoints was rebuilt from their folders, if it was.
+        total_cost_s: seconds spent on saving, the pauses and the writing.
     """
 
-    model: Mapping[str, Tensor]
-    average: Mapping[str, Tensor] | None
-    state: dict[str, Any]
-    position: Position
-    metrics: dict[str, float]
-    validated: bool = True
-
-
-class CheckpointStore:
-    """The checkpoints of one run. One rank saves; every rank may load."""
-
-    def __init__(self, run: RunFolder, *, keep: int = 1, monitor: str = "val/top1") -> None:
+    def __init__(
+        self, run: RunFolder, *, keep: int = 1, monitor: str = "val/top1", status: WorkerStatus | None = None
+    ) -> None:
         self.run, self.keep, self.monitor = run, keep, monitor
         self.entries: list[Entry] = []
         self.best: str | None = None
         self.damaged: list[str] = []
         self.rebuilt: str | None = None
-        """Why the list of checkpoints was rebuilt from their folders, if it was."""
+        self.total_cost_s = self._last_cost_s = 0.0
+        self._status = status or WorkerStatus()
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._saved_at = time.perf_counter()
         if run.exists(_MANIFEST):
             self._read_manifest(run.fetch(_MANIFEST))
         else:
             self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
 
-    def plan(self, snapshot: Snapshot) -> Entry:
-        """Decide which checkpoints there are once this one is written; `entries` and `best` say so at once."""
+    def save(self, snapshot: Snapshot) -> None:
+        """Copy a snapshot and write it in the background; `entries` and `best` include it at once.
+
+        Raises:
+            StorageError: the checkpoint before could not be written.
+        """
+        self.wait()
+        started = time.perf_counter()
+        with self._status.during("save"):
+            copy = snapshot.copy()
+        self._saved_at = time.perf_counter()
+        pause = self._saved_at - started
+        entry = self._plan(copy)
+
+        def write() -> None:
+            began = time.perf_counter()
+            try:
+                self._write(copy, entry)
+            except BaseException as error:
+                self._failure = error
+            else:
+                self._status.saved += 1
+            self._last_cost_s = pause + time.perf_counter() - began
+            self.total_cost_s += self._last_cost_s
+
+        self._writer = threading.Thread(target=write, name="checkpoint")
+        self._writer.start()
+
+    def save_is_due(self) -> bool:
+        """Return whether ``every_steps: auto`` calls for a checkpoint now."""
+        writing = self._writer is not None and self._writer.is_alive()
+        interval = max(MIN_INTERVAL_S, self._last_cost_s / MAX_COST)
+        return not writing and time.perf_counter() - self._saved_at > interval
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written; for as long as the storage takes.
+
+        Raises:
+            StorageError: it cannot be written, or the folder belongs to another job now. Earlier ones stay intact.
+        """
+        if self._writer is not None:
+            with self._status.during("save"):
+                self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Wait likewise, after an error that matters more than one in writing."""
+        with suppress(Exception):
+            self.wait()
+
+    def _plan(self, snapshot: Snapshot) -> Entry:
+        """Add a checkpoint to `entries`, and remove those that are not to be kept once it is written."""
         # Names are used once: a folder is never replaced by another while the manifest lists it.
         name = f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
         entry = Entry(name, snapshot.position, snapshot.metrics)
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
-        self.best = self._judge()
+        self.best = self._find_best()
         self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
         return entry
 
-    def write(self, snapshot: Snapshot, planned: Entry) -> None:
-        """Write a checkpoint and the list as planned; until that is done, nothing else may be planned.
-
-        Raises:
-            StorageError: where it cannot be written, or the folder is another job's by now; the checkpoints before it
-                stay whole.
-        """
-        folder = f"{CHECKPOINTS_FOLDER}/{planned.name}"
+    def _write(self, snapshot: Snapshot, entry: Entry) -> None:
+        folder = f"{CHECKPOINTS_FOLDER}/{entry.name}"
         self.run.guard()
         try:
-            _write_folder(self.run.path / folder, snapshot)
+            write_snapshot(self.run.path / folder, snapshot)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise StorageError(
                 f"the checkpoint {self.run.uri}/{folder} cannot be written: {error}\n"
-                "  the checkpoints before it are whole: make room, then go on with --resume"
+                "  the checkpoints before it are intact: make room, then resume with --resume"
             ) from error
-        # The description comes last: on an object store it says that the upload is complete.
-        self.run.publish(*(f"{folder}/{name}" for name in (*_FILES, _META)))
+        self.run.publish(*(f"{folder}/{name}" for name in FILES))
         self.write_list()
         self._sweep()
 
@@ -174,7 +189,7 @@ class CheckpointStore:
         """
         newest = self._load_first_intact(self.latest)
         for entry in [other for other in self.entries[:-1] if other.name == self.best]:
-            self._load_or_strike(entry)
+            self._load_or_drop(entry)
         return newest
 
     def load_best(self) -> Snapshot | None:
@@ -193,43 +208,31 @@ class CheckpointStore:
         Raises:
             CheckpointError: where a file is missing or is not what was written.
         """
-        relative = f"{CHECKPOINTS_FOLDER}/{entry.name}"
+        folder = f"{CHECKPOINTS_FOLDER}/{entry.name}"
         try:
-            folder = self.run.fetch(relative)
-            meta = json.loads((folder / _META).read_text())
-            if (meta["position"], meta["metrics"]) != (asdict(entry.position), entry.metrics):
-                raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{_META} is damaged")
-            for name in {_WEIGHTS, _STATE, *meta["sha256"]}:
-                # Of other names one may lead to a device, or a pipe, that is read without end.
-                if name not in _FILES or _sha256(folder / name) != meta["sha256"][name]:
-                    raise CheckpointError(f"the checkpoint file {self.run.uri}/{relative}/{name} is damaged")
-            average = load_file(folder / _AVERAGE) if _AVERAGE in meta["sha256"] else None
-            if _unpacked_size(folder / _STATE) > (folder / _STATE).stat().st_size:
-                raise ValueError(f"{_STATE} is compressed, and could unpack to any size")
-            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-            return Snapshot(load_file(folder / _WEIGHTS), average, state, entry.position, entry.metrics)
-        except _UNREADABLE as error:
-            raise CheckpointError(f"the checkpoint {self.run.uri}/{relative} cannot be read: {error}") from error
+            return read_snapshot(self.run.fetch(folder), entry.position, entry.metrics)
+        except (CheckpointError, *UNREADABLE) as error:
+            raise CheckpointError(f"the checkpoint {self.run.uri}/{folder} cannot be read: {error}") from error
 
     def _load_first_intact(self, choose: Callable[[], Entry | None]) -> Snapshot | None:
         self.damaged.clear()
         found = None
         while found is None and (entry := choose()) is not None:
-            found = self._load_or_strike(entry)
+            found = self._load_or_drop(entry)
         if self.damaged and found is None:
             raise CheckpointError("no checkpoint of this run is whole:\n  " + "\n  ".join(self.damaged))
         return found
 
-    def _load_or_strike(self, entry: Entry) -> Snapshot | None:
+    def _load_or_drop(self, entry: Entry) -> Snapshot | None:
         try:
             return self.load(entry)
         except CheckpointError as error:
             self.damaged.append(str(error))
             self.entries.remove(entry)
-            self.best = self._judge()
+            self.best = self._find_best()
             return None
 
-    def _judge(self) -> str | None:
+    def _find_best(self) -> str | None:
         """The name of the best checkpoint in the list; the older of two that are equally good."""
         best = best_record([{**entry.metrics, "name": entry.name} for entry in self.entries], self.monitor)
         return None if best is None else best["name"]
@@ -257,11 +260,11 @@ class CheckpointStore:
         """List the checkpoints that have a readable description, the oldest first."""
         found = []
         for name in self.run.names(CHECKPOINTS_FOLDER):
-            with suppress(*_UNREADABLE):
-                meta = json.loads(self.run.fetch(f"{CHECKPOINTS_FOLDER}/{name}/{_META}").read_text())
+            with suppress(*UNREADABLE):
+                meta = json.loads(self.run.fetch(f"{CHECKPOINTS_FOLDER}/{name}/{META}").read_text())
                 found.append(_entry(name, meta))
         self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
-        self.best = self._judge()
+        self.best = self._find_best()
         self.rebuilt = problem if self.entries else None
 
 
@@ -282,86 +285,3 @@ def _entry(name: str, said: dict[str, Any]) -> Entry:
     if not all(type(value) in (int, float) for value in entry.metrics.values()):
         raise ValueError(f"the metrics of {name} are no numbers")
     return entry
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load a state dict, or say exactly how it does not fit.
-
-    Raises:
-        CheckpointError: naming the tensors that are missing, unexpected, of another shape or dtype, or negative.
-    """
-    own = model.state_dict()
-    require_same_tensors(kinds_of(weights), kinds_of(own), f"{origin} does not fit this model")
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() and (tensor < 0).any():
-            raise CheckpointError(f"{origin} is damaged: {name} is negative")
-    model.load_state_dict(dict(weights))
-
-
-def kinds_of(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
-    """The dtype and shape of each tensor, as `require_same_tensors` compares them."""
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-
-
-def require_same_tensors(found: Mapping[str, Kind], wanted: Mapping[str, Kind], problem: str) -> None:
-    """Check that a file holds exactly the tensors of a model.
-
-    Raises:
-        CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.
-    """
-    lines = [f"missing: {name}" for name in wanted if name not in found]
-    lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
-    lines += [
-        f"{name}: {_said(found[name])} there, {_said(kind)} in this model"
-        for name, kind in wanted.items()
-        if name in found and found[name] != kind
-    ]
-    if lines:
-        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
-        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
-
-
-def _said(kind: Kind) -> str:
-    return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"
-
-
-def _write_folder(folder: Path, snapshot: Snapshot) -> None:
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        save_file(_contiguous(snapshot.model), beside / _WEIGHTS)
-        if snapshot.average is not None:
-            save_file(_contiguous(snapshot.average), beside / _AVERAGE)
-        torch.save(snapshot.state, beside / _STATE)
-        digests = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
-        meta = {"format": 1, "position": asdict(snapshot.position), "metrics": snapshot.metrics, "sha256": digests}
-        (beside / _META).write_text(json.dumps(meta, indent=1) + "\n")
-        mode = (beside / _META).stat().st_mode
-        for file in beside.iterdir():
-            with open(file, "rb+") as handle:
-                os.fchmod(handle.fileno(), mode)  # safetensors makes files that their owner alone may read
-                os.fsync(handle.fileno())
-        sync(beside)
-        if folder.exists():  # left by an attempt that died between its rename and the manifest
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
-def _unpacked_size(path: Path) -> int:
-    """The bytes in the records of a file of `torch.save`, which does not compress them."""
-    with zipfile.ZipFile(path) as archive:
-        return sum(record.file_size for record in archive.infolist())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,15 +21,16 @@ from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
-from densenet_dist.train.checkpoint import CheckpointStore, Snapshot, load_weights
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import LocalContext, RunContext, choose_device
 from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.identity import digest_of_files, require_same
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, tell_lines, train_and_val
 from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.network import autocast, build_model, require_memory
+from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
 from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
+from densenet_dist.train.snapshot import Snapshot
 
 
 @torch.no_grad()

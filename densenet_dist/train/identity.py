@@ -16,8 +16,8 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.errors import CheckpointError, DataError
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import Snapshot
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.snapshot import Snapshot
 
 _CHANGEABLE: Final = ("block", "drop_rate")
 """Settings of the model that its weights do not depend on."""

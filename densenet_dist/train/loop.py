@@ -22,7 +22,6 @@ from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.board import Board
-from densenet_dist.train.checkpoint import Snapshot, load_weights
 from densenet_dist.train.classes import note_data
 from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
@@ -30,7 +29,9 @@ from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, normalisation, part_warnings, tell_lines
 from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
+from densenet_dist.train.network import load_weights
 from densenet_dist.train.results import write_test_results
+from densenet_dist.train.snapshot import Snapshot
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5
@@ -74,7 +75,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     finally:
         if trainer.profiler is not None and context.status.requested is not StopRequest.LEAVE:
             trainer.profiler.finish()
-        trainer.saver.close()
+        trainer.store.close()
 
 
 def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def _save_is_due(trainer: Trainer) -> bool:
     """Return whether the configuration asks for a checkpoint after this step; for ``auto``, rank 0 decides."""
     every = trainer.config.checkpoint.every_steps
     if every == "auto":
-        return trainer.context.rank == 0 and trainer.saver.due()
+        return trainer.context.rank == 0 and trainer.store.save_is_due()
     return every is not None and trainer.position.global_step % every == 0
 
 
@@ -186,7 +187,7 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     if not norms.isfinite().all():
         raise trainer.diverged("norm of the weights is", trainer.position.global_step - 1)
     if trainer.context.rank == 0:
-        trainer.saver.save(snapshot)
+        trainer.store.save(snapshot)
     trainer.saved_step = trainer.position.global_step
 
 
@@ -194,7 +195,7 @@ def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
     """Save the snapshot, if one is given, wait until it is written, and raise `Stopped`."""
     if snapshot is not None:
         save(trainer, snapshot)
-    trainer.saver.wait()
+    trainer.store.wait()
     if trainer.context.rank == 0:
         text = f"stopped; the checkpoint of step {trainer.saved_step} is saved"
         trainer.context.report({"kind": "note", "text": text})
@@ -223,7 +224,7 @@ def _validate(trainer: Trainer) -> dict[str, float]:
         totals = evaluate_model(trainer.eval_model, batches, device, precision, split="validation")
     except DataError:
         save(trainer, before)  # training resumes from here once the files are back
-        trainer.saver.wait()
+        trainer.store.wait()
         raise
     if not math.isfinite(totals["loss"]):
         raise trainer.diverged("validation loss is", trainer.position.global_step - 1)
@@ -244,7 +245,7 @@ def _end_epoch(
     if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
         save(trainer, trainer.snapshot(validation))
     if context.sync_each_epoch or last:
-        trainer.saver.wait()
+        trainer.store.wait()
     with context.status.during("save"):  # a scheduler of trials may take longer than a step
         context.report(epoch_event(trainer, record))
 
@@ -252,7 +253,7 @@ def _end_epoch(
 def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     """Test the best model once, on every rank's share of the test images, and write the summary."""
     config, context, step = trainer.config, trainer.context, trainer.position.global_step
-    trainer.saver.wait()
+    trainer.store.wait()
     context.status.enter("test")
     if context.rank == 0:
         context.report({"kind": "phase", "text": "testing"})

@@ -1,21 +1,26 @@
-"""The net that a configuration means, and the precision it is trained in."""
+"""The network of a configuration: building, memory, weights and precision."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 import torch
+from torch import Tensor, nn
 
 from densenet_dist.data.datasets import train_size
 from densenet_dist.data.plan import BatchPlan
-from densenet_dist.errors import ConfigError
+from densenet_dist.errors import CheckpointError, ConfigError
 from densenet_dist.model import DenseNet, densenet, variant_architecture
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.schema import Config, ModelConfig
+
+Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -108,3 +113,44 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision on `device`; a context that does nothing for fp32."""
     dtype = AUTOCAST[precision]
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state dict.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing, unexpected, of another shape or dtype, or negative.
+    """
+    own = model.state_dict()
+    require_same_tensors(kinds_of(weights), kinds_of(own), f"{origin} does not fit this model")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and (tensor < 0).any():
+            raise CheckpointError(f"{origin} is damaged: {name} is negative")
+    model.load_state_dict(dict(weights))
+
+
+def kinds_of(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
+    """The dtype and shape of each tensor, as `require_same_tensors` compares them."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+def require_same_tensors(found: Mapping[str, Kind], wanted: Mapping[str, Kind], problem: str) -> None:
+    """Check that a file holds exactly the tensors of a model.
+
+    Raises:
+        CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.
+    """
+    lines = [f"missing: {name}" for name in wanted if name not in found]
+    lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
+    lines += [
+        f"{name}: {_describe(found[name])} there, {_describe(kind)} in this model"
+        for name, kind in wanted.items()
+        if name in found and found[name] != kind
+    ]
+    if lines:
+        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
+        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
+
+
+def _describe(kind: Kind) -> str:
+    return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"

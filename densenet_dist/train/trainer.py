@@ -19,7 +19,7 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
 from densenet_dist.schema import Config, WorkerRange, without_validation
-from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot, load_weights
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import RunContext
@@ -27,10 +27,10 @@ from densenet_dist.train.ddp import RankSync, wrap
 from densenet_dist.train.identity import digest_of_files, identity_of, require_same, require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, train_and_val, train_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
-from densenet_dist.train.network import autocast, build_model, check_batches, require_memory
+from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.saver import Saver
+from densenet_dist.train.snapshot import Position, Snapshot
 from densenet_dist.train.step_graph import StepGraph
 
 
@@ -88,8 +88,8 @@ class Trainer:
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
         self.course = Course.build(train, self.train_loader.steps_per_epoch)
 
-        self.store = CheckpointStore(context.run, keep=config.checkpoint.keep, monitor=config.checkpoint.monitor)
-        self.saver = Saver(self.store, context.status)
+        keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
+        self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
         self.metrics = Metrics(context.device)
         self.finite = FiniteWatch(context.device)
         self.rank_sync = RankSync(context, self.finite)

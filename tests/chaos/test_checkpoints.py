@@ -22,7 +22,8 @@ from densenet_dist.train.trainer import Trainer
 
 WRITER = """
 import sys, torch
-from densenet_dist.train.checkpoint import CheckpointStore, Position, Snapshot
+from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.snapshot import Position, Snapshot
 from densenet_dist.run_folder import RunFolder
 store = CheckpointStore(RunFolder(sys.argv[1], "run"), keep=2)
 begin = max((entry.position.global_step for entry in store.entries), default=0)
@@ -31,7 +32,8 @@ for step in range(begin + 1, 10**6):
     weights = {"w": torch.full((1_000_000,), float(step)), "v": torch.full((7,), float(step))}
     snapshot = Snapshot(weights, None, {"step": step, "more": torch.full((200_000,), float(step))},
                         Position(0, step, step), {"val/top1": (step % 7) / 7})
-    store.write(snapshot, store.plan(snapshot))
+    store.save(snapshot)
+    store.wait()
 """
 
 
@@ -184,10 +186,10 @@ def test_cost(lab: Lab) -> None:
     pauses = []
     for _ in range(20):
         began = time.perf_counter()
-        trainer.saver.save(trainer.snapshot())
+        trainer.store.save(trainer.snapshot())
         pauses.append(1000 * (time.perf_counter() - began))
-        trainer.saver.wait()  # as with every_steps=auto, there is time to write between two of them
-    trainer.saver.close()
+        trainer.store.wait()  # as with every_steps=auto, there is time to write between two of them
+    trainer.store.close()
     assert max(pauses) < 50, f"a pause of {max(pauses):.0f} ms"
     lab.observe(f"{sorted(pauses)[10]:.0f} ms (median), {max(pauses):.0f} ms at most", 20)
 
@@ -204,9 +206,9 @@ def test_cost_of_auto(lab: Lab) -> None:
         save_or_stop(trainer)
         if time.perf_counter() - began > 180:
             break
-    trainer.saver.wait()
-    share, saved = trainer.saver.spent / (time.perf_counter() - began), trainer.context.status.saved
-    trainer.saver.close()
+    trainer.store.wait()
+    share, saved = trainer.store.total_cost_s / (time.perf_counter() - began), trainer.context.status.saved
+    trainer.store.close()
     assert saved >= 3, f"only {saved} checkpoints were written"
     assert share < 0.01, f"{share:.2%} of the time"
     lab.observe(f"{share:.2%} for {saved} checkpoints", saved)

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore, Snapshot
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import Event, LocalContext
 from densenet_dist.train.loop import fit
+from densenet_dist.train.snapshot import Snapshot
 from densenet_dist.train.trainer import Trainer
 
 TINY = {
@@ -76,7 +77,8 @@ def stop_after(epoch: int, config: Config) -> None:
 
 def save(store: CheckpointStore, snapshot: Snapshot) -> None:
     """Write a checkpoint, list it, and delete those that are not to be kept."""
-    store.write(snapshot, store.plan(snapshot))
+    store.save(snapshot)
+    store.wait()
 
 
 def trainer_of(config: Config) -> Trainer:

@@ -20,9 +20,10 @@ from torch import nn
 
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.checkpoint import CheckpointStore, Entry, Position, Snapshot, load_weights
+from densenet_dist.train.checkpoint import CheckpointStore, Entry
 from densenet_dist.train.control import WorkerStatus
-from densenet_dist.train.saver import Saver
+from densenet_dist.train.network import load_weights
+from densenet_dist.train.snapshot import Position, Snapshot
 
 
 @pytest.fixture
@@ -233,16 +234,16 @@ class SlowStore(CheckpointStore):
 
     may_write = threading.Event()
 
-    def write(self, snapshot: Snapshot, planned: Entry) -> None:
+    def _write(self, snapshot: Snapshot, entry: Entry) -> None:
         assert self.may_write.wait(10)
-        super().write(snapshot, planned)
+        super()._write(snapshot, entry)
 
 
 def test_what_is_written_is_what_there_was_when_it_was_saved(run):
-    store, status = SlowStore(run), WorkerStatus()
-    saver = Saver(store, status)
+    status = WorkerStatus()
+    store = SlowStore(run, status=status)
     saved = snapshot(1)
-    saver.save(saved)
+    store.save(saved)
     saved.model["half"] += 100  # training goes on
     saved.state["optimizer"]["state"][0]["momentum_buffer"] += 100
     assert store.latest() is not None  # known at once
@@ -250,20 +251,20 @@ def test_what_is_written_is_what_there_was_when_it_was_saved(run):
     assert status.saved == 0
     phases = []
     threading.Timer(0.2, lambda: [phases.append(status.phase), store.may_write.set()]).start()
-    saver.close()
+    store.close()
     assert phases == ["save"], "the watchdog would end it"
     assert status.saved == 1
     assert_same(CheckpointStore(run).load_latest(), snapshot(1))
 
 
 def test_what_goes_wrong_is_raised_at_the_next_save_but_not_on_closing(run):
-    saver = Saver(CheckpointStore(run), WorkerStatus())
+    store = CheckpointStore(run)
     (run.path / "checkpoints").write_text("a file where the folder should be")
-    saver.save(snapshot(1))
+    store.save(snapshot(1))
     with pytest.raises(StorageError, match="cannot be written"):
-        saver.save(snapshot(2))
-    saver.save(snapshot(3))
-    saver.close()
+        store.save(snapshot(2))
+    store.save(snapshot(3))
+    store.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
 
 

@@ -19,8 +19,9 @@ from torch.multiprocessing import ProcessRaisedException
 from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore, Position
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.loop import train_step
+from densenet_dist.train.snapshot import Position
 
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [

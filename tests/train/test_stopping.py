@@ -120,7 +120,7 @@ def test_every_so_many_steps_it_saves_at_the_end_of_an_epoch_too(tmp_path):
 
 def test_auto_saves_within_an_epoch_once_the_last_checkpoint_is_old_enough(tmp_path, monkeypatch):
     config = tiny(tmp_path, "data.limit=300", "checkpoint.keep=50", "train.epochs=1")
-    monkeypatch.setattr("densenet_dist.train.saver.LEAST_S", 0.0)
-    monkeypatch.setattr("densenet_dist.train.saver.SHARE", 1e9)
+    monkeypatch.setattr("densenet_dist.train.checkpoint.MIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("densenet_dist.train.checkpoint.MAX_COST", 1e9)
     train(config)
     assert len(weights_of(config)) > 1

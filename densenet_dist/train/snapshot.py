@@ -1,0 +1,160 @@
+"""One checkpoint: its content, and its folder of files.
+
+``step-00001234/`` holds::
+
+    model.safetensors
+    ema.safetensors   with a weight average only
+    state.pt          optimizer, loss scaler, learning rate, sums: tensors and plain values only
+    checkpoint.json   position, validation figures, SHA-256 of the files above
+
+Loading never unpickles objects: safetensors for weights, ``torch.load(weights_only=True)`` for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.run_folder import sync
+
+WEIGHTS, AVERAGE, STATE, META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
+FILES: Final = (WEIGHTS, AVERAGE, STATE, META)
+"""In the order in which they are uploaded: checkpoint.json is last, and says that the upload is complete."""
+UNREADABLE: Final = (
+    *(OSError, StorageError, SafetensorError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),  # torch.load
+    *(ValueError, KeyError, TypeError, AttributeError),  # JSON that is not what was written
+)
+"""What reading a damaged file raises."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        epoch: epochs completed.
+        step: steps of the current epoch completed.
+        global_step: all steps completed.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+
+
+@dataclass
+class Snapshot:
+    """The content of a checkpoint.
+
+    Attributes:
+        model: the state dict of the plain model.
+        average: that of the averaged model, if there is one.
+        state: nested plain values and tensors: optimizer, scaler, learning rate, sums.
+        position: where training resumes.
+        metrics: validation figures, at the end of an epoch.
+        validated: False for a state before a validation, which must not replace the one after it.
+    """
+
+    model: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+    state: dict[str, Any]
+    position: Position
+    metrics: dict[str, float]
+    validated: bool = True
+
+    def copy(self) -> Snapshot:
+        """A copy on the CPU, so that training can continue to change the original."""
+        return replace(
+            self,
+            model=_copy(dict(self.model)),
+            average=None if self.average is None else _copy(dict(self.average)),
+            state=_copy(self.state),
+        )
+
+
+def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -> Snapshot:
+    """Verify and read the files of a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: a file is not what was written; another one of `UNREADABLE` likewise.
+    """
+    meta = json.loads((folder / META).read_text())
+    if (meta["position"], meta["metrics"]) != (asdict(position), metrics):
+        raise CheckpointError(f"{META} is damaged")
+    for name in {WEIGHTS, STATE, *meta["sha256"]}:
+        # A path of another name may lead to a device, or a pipe, that is read without end.
+        if name not in (WEIGHTS, AVERAGE, STATE) or _sha256(folder / name) != meta["sha256"][name]:
+            raise CheckpointError(f"{name} is damaged")
+    average = load_file(folder / AVERAGE) if AVERAGE in meta["sha256"] else None
+    if _unpacked_size(folder / STATE) > (folder / STATE).stat().st_size:
+        raise CheckpointError(f"{STATE} is compressed, and could unpack to any size")
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return Snapshot(load_file(folder / WEIGHTS), average, state, position, metrics)
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint: `folder` is complete or absent."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        save_file(_contiguous(snapshot.model), beside / WEIGHTS)
+        if snapshot.average is not None:
+            save_file(_contiguous(snapshot.average), beside / AVERAGE)
+        torch.save(snapshot.state, beside / STATE)
+        digests = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
+        meta = {"format": 1, "position": asdict(snapshot.position), "metrics": snapshot.metrics, "sha256": digests}
+        (beside / META).write_text(json.dumps(meta, indent=1) + "\n")
+        mode = (beside / META).stat().st_mode
+        for file in beside.iterdir():
+            with open(file, "rb+") as handle:
+                os.fchmod(handle.fileno(), mode)  # safetensors makes files that their owner alone may read
+                os.fsync(handle.fileno())
+        sync(beside)
+        if folder.exists():  # left by an attempt that died between its rename and the manifest
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _unpacked_size(path: Path) -> int:
+    """The bytes in the records of a file of `torch.save`, which does not compress them."""
+    with zipfile.ZipFile(path) as archive:
+        return sum(record.file_size for record in archive.infolist())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copy, value))
+    return value
