@@ -16,7 +16,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.results import Note, read_note
 from densenet_dist.trackers.tracker import links
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.classes import classes_of
+from densenet_dist.train.inputs import read_metadata
 from densenet_dist.train.results import read_test_results
 from densenet_dist.train.snapshot import Position, Snapshot
 
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named_and_a_pipe_is_not_waited_for(tmp_path, content)
         "env.json": lambda: run.read_json("env.json"),
         "summary.json": run.read_summary,
         "metrics.jsonl": run.read_records,
-        "classes.json": lambda: classes_of(run, load_config()),
+        "classes.json": lambda: read_metadata(run, load_config()),
         "test_results.json": lambda: read_test_results(run),
     }
     for name in (*readers, "trial.json", "lease.json", "trackers/wandb.json"):

@@ -23,7 +23,7 @@ from densenet_dist.inference.formats import WRITERS
 from densenet_dist.inference.header import Header, Precision
 from densenet_dist.inference.network import Trained, open_trained, to_bfloat16
 from densenet_dist.run_folder import open_run
-from densenet_dist.train.classes import load_data_of
+from densenet_dist.train.inputs import load_run_data
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 
@@ -102,7 +102,7 @@ def export(
     trained = open_trained(run, checkpoint=checkpoint, device="cpu", block="reference", overrides=overrides)
     path = _path(out, trained.config.name, format, precision)
     header = dataclasses.replace(trained.header, precision=precision)
-    dataset = load_data_of(trained.config, open_run(run)) if check else None
+    dataset = load_run_data(trained.config, open_run(run)) if check else None
     beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
     if precision == "bf16":
         to_bfloat16(trained.network.model)

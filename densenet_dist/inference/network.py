@@ -19,9 +19,9 @@ from densenet_dist.inference.header import Header, architecture_of, make_header
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, open_run
 from densenet_dist.schema import Config
-from densenet_dist.train.classes import classes_of
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.evaluation import load_checkpoint, trained_model
+from densenet_dist.train.inputs import read_metadata
 from densenet_dist.train.network import autocast
 
 
@@ -114,7 +114,7 @@ def open_trained(
     folder = open_run(run)
     config = load_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
-    classes = classes_of(folder, config)
+    classes = read_metadata(folder, config)
     chosen = choose_device(device)
     settings = config.model if block is None else replace(config.model, block=block)
     model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size)

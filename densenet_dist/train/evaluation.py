@@ -22,11 +22,10 @@ from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import LocalContext, RunContext, choose_device
 from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.identity import digest_of_files, require_same
-from densenet_dist.train.inputs import Indices, engine_of, eval_loader, tell_lines, train_and_val
+from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_run_data, tell_lines, train_and_val
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
 from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
@@ -214,7 +213,7 @@ def prepare_evaluation(
     config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
     context = LocalContext(folder, choose_device(device))
-    dataset = load_data_of(config, folder)
+    dataset = load_run_data(config, folder)
     require_same(snapshot, {"always": {"class names": list(dataset.class_names)}}, f"the checkpoint of {folder.uri}")
     tell_lines(notify, dataset.skipped)
     if snapshot.state.get("pictures") != digest_of_files(dataset):

@@ -1,8 +1,11 @@
-"""The input pipeline of one rank, built from a configuration: data set, engine, loaders."""
+"""The data of a run: data set, split and classes, and the loaders of one rank."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import TypeAlias
 
 import numpy as np
@@ -10,11 +13,14 @@ import numpy.typing as npt
 import torch
 
 from densenet_dist.data.augment import Augmentation
-from densenet_dist.data.datasets import Dataset, Split, load_dataset
+from densenet_dist.data.datasets import Channels, Dataset, Split, load_dataset
 from densenet_dist.data.engine import Engine, engine_class
+from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
+from densenet_dist.errors import CheckpointError
+from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
 
@@ -40,7 +46,7 @@ def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> D
 
 
 def tell_lines(tell: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
-    """Say how many there are of something, with the first five lines; nothing where there are none."""
+    """Show the number of lines and the first five; nothing if there are none."""
     if lines:
         more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
         tell("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
@@ -54,7 +60,7 @@ def normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float,
 
 
 def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
-    """Places in the training split that are trained on and validated with, each (n,) int64 and sorted."""
+    """Indices into the training split to train on, and to validate with; each (n,) int64 and sorted."""
     if dataset.val is not None:  # the set says so itself
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
     data, labels = config.data, dataset.train.labels
@@ -67,12 +73,12 @@ def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
     """What is doubtful in the parts of a folder of pictures: classes that they lack, and few pictures."""
     train, val = (dataset.train.labels[part] for part in train_and_val(config, dataset))
     for part, labels in (("training", train), ("validation", val), ("test", dataset.test.labels)):
-        lacking = sorted(set(range(dataset.num_classes)).difference(labels.tolist()))
+        missing = sorted(set(range(dataset.num_classes)).difference(labels.tolist()))
         if dataset.name != "folder" or not len(labels):
             continue
-        if lacking:
-            names = few([dataset.class_names[label] for label in lacking])
-            yield f"{len(lacking)} of {dataset.num_classes} classes have no {part} pictures: {names}"
+        if missing:
+            names = few([dataset.class_names[label] for label in missing])
+            yield f"{len(missing)} of {dataset.num_classes} classes have no {part} pictures: {names}"
         if len(labels) < _FEW:
             yield f"only {len(labels)} {part} pictures"
 
@@ -128,3 +134,71 @@ def eval_loader(config: Config, context: RunContext, engine: Engine, indices: In
         rank=context.rank,
         world_size=context.world_size,
     )
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """The content of classes.json: what a network needs besides weights to classify images.
+
+    Attributes:
+        names: of the classes, by label.
+        image_size: side of the square images in pixels.
+        mean: of each channel, by which images in [0, 1] are normalised.
+        std: likewise.
+    """
+
+    names: tuple[str, ...]
+    image_size: int
+    mean: Channels
+    std: Channels
+
+
+def write_metadata(run: RunFolder, config: Config, dataset: Dataset) -> None:
+    """Write classes.json and, when a run on a folder of images starts, split.json.gz."""
+    files, test_files = dataset.train.images, dataset.test.images
+    if isinstance(files, ImageFiles) and isinstance(test_files, ImageFiles) and not run.exists(SPLIT_FILE):
+        train, val = (files.subset(part).names for part in train_and_val(config, dataset))
+        run.write(SPLIT_FILE, json.dumps({"train": train, "val": val, "test": test_files.names}))
+    run.write(CLASSES_FILE, json.dumps(asdict(_metadata(config, dataset)), indent=1) + "\n")
+
+
+def load_run_data(config: Config, run: RunFolder) -> Dataset:
+    """Load the configured data set for a run that may have started: with its split, and only if it has its classes.
+
+    The split is read from split.json.gz, which names the split of each image of a folder: split again after images
+    were added, the test part would contain images that the run was trained on.
+
+    Raises:
+        CheckpointError: the classes, or their order, are not those of the run; with the names of both.
+        DataError, StorageError: the data set, or one of the run's files, cannot be used.
+    """
+    parts = run.read_json(SPLIT_FILE).items()
+    split = {str(name): part for part, names in parts if isinstance(names, list) for name in names}
+    has_begun = run.exists(CLASSES_FILE)
+    dataset = load_dataset_of(config, split if split or has_begun else None)
+    before = read_metadata(run, config).names if has_begun else dataset.class_names
+    if before != dataset.class_names:
+        pairs = list(zip_longest(before, dataset.class_names, fillvalue="-"))
+        shown = pairs if len(pairs) <= 20 else [pair for pair in pairs if pair[0] != pair[1]][:20]
+        theirs, ours = map(list, zip(*shown, strict=True))
+        raise CheckpointError(
+            f"the run {run.uri} has other classes than data.root={config.data.root}:\n"
+            f"  the run:      {theirs}\n  the data set: {ours}\n"
+            "  rename the class folders, name the run's own data set (data.root=...), or train a new run (name=NEW)"
+        )
+    return dataset
+
+
+def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
+    """Read classes.json of a run; a run of a version before it takes them from the data set.
+
+    Raises:
+        StorageError: the file is damaged.
+        DataError: there is none, and the data set is missing.
+    """
+    found = run.read(CLASSES_FILE, ModelMetadata, mend="delete it: the data set has the classes too")
+    return found or _metadata(config, load_dataset_of(config))
+
+
+def _metadata(config: Config, dataset: Dataset) -> ModelMetadata:
+    return ModelMetadata(dataset.class_names, dataset.image_size, *normalisation(config, dataset))

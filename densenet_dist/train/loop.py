@@ -22,12 +22,11 @@ from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.board import Board
-from densenet_dist.train.classes import note_data
 from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
-from densenet_dist.train.inputs import engine_of, normalisation, part_warnings, tell_lines
+from densenet_dist.train.inputs import engine_of, normalisation, part_warnings, tell_lines, write_metadata
 from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import load_weights
 from densenet_dist.train.results import write_test_results
@@ -303,7 +302,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     if trainer.position.global_step == 0:
         log.show(Board.introduce, config, dataset)
     log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
-    note_data(context.run, config, dataset)
+    write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))
     for text in part_warnings(config, dataset):
         trainer.warn(text)

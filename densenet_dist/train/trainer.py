@@ -21,11 +21,10 @@ from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
 from densenet_dist.schema import Config, WorkerRange, without_validation
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.choices import choose_block, choose_loader
-from densenet_dist.train.classes import load_data_of
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import RankSync, wrap
 from densenet_dist.train.identity import digest_of_files, identity_of, require_same, require_same_files
-from densenet_dist.train.inputs import engine_of, eval_loader, train_and_val, train_loader
+from densenet_dist.train.inputs import engine_of, eval_loader, load_run_data, train_and_val, train_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
 from densenet_dist.train.optim import Course, WeightAverage, build_optimizer, load_optimizer_state
@@ -65,7 +64,7 @@ class Trainer:
     def __init__(self, config: Config, context: RunContext, dataset: Dataset | None = None) -> None:
         _choose_kernels(config, context)
         self.config, self.context = config, context
-        self.dataset = dataset = load_data_of(config, context.run) if dataset is None else dataset
+        self.dataset = dataset = load_run_data(config, context.run) if dataset is None else dataset
         require_same_files(dataset, context)
         train_indices, val_indices = train_and_val(config, dataset)
         self.num_images = len(train_indices), len(val_indices)
