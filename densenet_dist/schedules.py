@@ -1,7 +1,7 @@
-"""The courses that a learning rate can take, by name: closed formulas of the step.
+"""Learning-rate schedules by name: closed formulas of the step.
 
-One more is one more function here: its name becomes a value of ``train.schedule.name``, and what it takes besides the
-moment are settings of ``train.schedule`` by their names.
+To add one, add a function with `schedule`: its name becomes a value of ``train.schedule.name``, and its keyword
+arguments are settings of ``train.schedule``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from inspect import signature
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 
-class Moment(NamedTuple):
-    """Where a run stands.
+class ScheduleState(NamedTuple):
+    """The arguments of every schedule.
 
     Attributes:
-        step: global, from 0.
-        warmup: steps of the warm-up before it, which may end in a fraction; the course is asked from its end on.
-        steps: of the whole run.
-        steps_per_epoch: of an epoch.
+        step: global step, from 0.
+        warmup: steps of warm-up, possibly fractional; the schedule is called for later steps only.
+        steps: number of steps in the run.
+        steps_per_epoch: number of steps in an epoch.
         lr: the peak rate.
     """
 
@@ -30,43 +30,48 @@ class Moment(NamedTuple):
     lr: float
 
 
-Course: TypeAlias = Callable[..., float]
-"""The rate at a moment, and settings of ``train.schedule`` as keywords."""
+Schedule: TypeAlias = Callable[..., float]
+"""Maps a `ScheduleState`, and settings of ``train.schedule`` as keywords, to the learning rate."""
 
-SCHEDULES: Final[dict[str, Course]] = {}
+SCHEDULES: Final[dict[str, Schedule]] = {}
 
 
-def schedule(course: Course) -> Course:
-    """Make a course known by its name."""
-    SCHEDULES[course.__name__] = course
-    return course
+def schedule(function: Schedule) -> Schedule:
+    """Register a schedule under its name."""
+    SCHEDULES[function.__name__] = function
+    return function
 
 
 @schedule
-def constant(now: Moment) -> float:
+def constant(now: ScheduleState) -> float:
     """The peak rate."""
     return now.lr
 
 
 @schedule
-def multistep(now: Moment, *, milestones: tuple[float, ...], gamma: float) -> float:
-    """`gamma` times less from each milestone on, in epochs."""
+def multistep(now: ScheduleState, *, milestones: tuple[float, ...], gamma: float) -> float:
+    """Multiply the rate by `gamma` at each milestone, in epochs."""
     epoch = now.step / now.steps_per_epoch
     return now.lr * gamma ** sum(epoch >= milestone for milestone in milestones)
 
 
 @schedule
-def cosine(now: Moment, *, final_lr: float) -> float:
-    """SGDR without restarts (Loshchilov and Hutter 2017, eq. 5), over what the warm-up leaves."""
+def cosine(now: ScheduleState, *, final_lr: float) -> float:
+    """SGDR without restarts (Loshchilov and Hutter 2017, eq. 5), over the steps after the warm-up."""
     progress = (now.step - now.warmup) / max(now.steps - now.warmup, 1)
     return final_lr + (now.lr - final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @schedule
 def one_cycle(
-    now: Moment, *, pct_start: float, div_factor: float, final_div_factor: float, anneal: Literal["cos", "linear"]
+    now: ScheduleState,
+    *,
+    pct_start: float,
+    div_factor: float,
+    final_div_factor: float,
+    anneal: Literal["cos", "linear"],
 ) -> float:
-    """Up and down once (Smith and Topin 2018); the same course as `torch.optim.lr_scheduler.OneCycleLR`."""
+    """Up and down once (Smith and Topin 2018); the same as `torch.optim.lr_scheduler.OneCycleLR`."""
     first = now.lr / div_factor
     last = first / final_div_factor
     top = pct_start * now.steps - 1
@@ -76,8 +81,8 @@ def one_cycle(
 
 
 @schedule
-def plateau(now: Moment) -> float:
-    """The peak rate, until `densenet_dist.train.optim.Course` reduces it."""
+def plateau(now: ScheduleState) -> float:
+    """The peak rate, until `densenet_dist.train.optim.LRController` reduces it."""
     return now.lr
 
 
@@ -87,7 +92,7 @@ def _between(start: float, end: float, progress: float, anneal: str) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def settings_of(course: Course, settings: Any) -> dict[str, Any]:
-    """What a course takes of ``train.schedule``: the settings that its keywords name."""
-    keywords = [name for name, one in signature(course).parameters.items() if one.kind is one.KEYWORD_ONLY]
+def settings_of(function: Schedule, settings: Any) -> dict[str, Any]:
+    """Return the settings of ``train.schedule`` that a schedule takes as keywords."""
+    keywords = [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
     return {name: getattr(settings, name) for name in keywords}

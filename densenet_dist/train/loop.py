@@ -58,7 +58,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if context.rank == 0:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor)
             _start_log(trainer, log)
-        while trainer.position.epoch < config.train.epochs and not trainer.course.stopped:
+        while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
             request = sync_requests(trainer, _save_is_due(trainer))
@@ -86,7 +86,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     """
     trainer.forward.train()
     status, epoch = trainer.context.status, trainer.position.epoch
-    first_lr = trainer.course.lr(trainer.position.global_step - trainer.position.step)
+    first_lr = trainer.lr_controller.lr(trainer.position.global_step - trainer.position.step)
     status.enter("wait")
     shown = time.perf_counter()
     for batch in trainer.batches():
@@ -240,7 +240,7 @@ def _end_epoch(
         log.record(record, position.global_step)
         log.publish()
     _report_lost_files(trainer)
-    last = position.epoch == config.train.epochs or trainer.course.stopped
+    last = position.epoch == config.train.epochs or trainer.lr_controller.stopped
     if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
         save(trainer, trainer.snapshot(validation))
     if context.sync_each_epoch or last:
@@ -275,7 +275,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         raise trainer.diverged("test loss is", step - 1)
     test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
     summary = {
-        "status": "early stop" if trainer.course.stopped else "finished",
+        "status": "early stop" if trainer.lr_controller.stopped else "finished",
         "epochs": trainer.position.epoch,
         "global_step": step,
         "train_seconds": round(trainer.seconds, 3),

@@ -1,7 +1,7 @@
-"""Optimizers, learning-rate schedules, early stopping and the moving average of weights.
+"""Optimizers, the learning rate, early stopping and the moving average of weights.
 
-The rate at a step is a closed formula of the step, so resuming needs no state; only `Course` remembers
-anything, and hands it over as plain values.
+The learning rate is a closed formula of the step, so resuming needs no state, except for the counters of
+`LRController`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.schedules import SCHEDULES, Moment, settings_of
-from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from densenet_dist.schedules import SCHEDULES, ScheduleState, settings_of
+from densenet_dist.schema import OptimizerConfig, TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
@@ -69,36 +68,6 @@ def _fits(value: Any, like: Tensor) -> bool:
     return (value.dtype, value.shape, found) == (like.dtype, like.shape, wanted)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a function of the step.
-
-    Attributes:
-        config: which course.
-        lr: the peak rate.
-        steps_per_epoch: optimizer steps an epoch.
-        epochs: length of the run.
-    """
-
-    config: ScheduleConfig
-    lr: float
-    steps_per_epoch: int
-    epochs: int
-
-    def __call__(self, step: int) -> float:
-        """The rate of global step `step` (from 0), before any reduction on a plateau."""
-        warmup = self.config.warmup_epochs * self.steps_per_epoch
-        if step < warmup:
-            start = self.config.warmup_start
-            return self.lr * (start + (1 - start) * (step + 1) / math.ceil(warmup))
-        moment = Moment(step, warmup, self.steps_per_epoch * self.epochs, self.steps_per_epoch, self.lr)
-        return SCHEDULES[self.config.name](moment, **self._settings)
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        return settings_of(SCHEDULES[self.config.name], self.config)
-
-
 @dataclass
 class Patience:
     """Counts epochs without improvement of the validation loss, as Keras' callbacks do.
@@ -112,7 +81,7 @@ class Patience:
     waited: int = 0
 
     def exhausted(self, loss: float) -> bool:
-        """Take in an epoch's validation loss; whether `patience` epochs in a row have brought no improvement."""
+        """Count an epoch; return whether `patience` epochs in a row have brought no improvement."""
         if loss < self.best - self.min_delta:
             self.best, self.waited = loss, 0
         else:
@@ -120,59 +89,61 @@ class Patience:
         return self.waited >= self.patience
 
 
-@dataclass
-class Course:
-    """Everything that decides the learning rate and the end of training, with its few remembered values.
+class LRController:
+    """The learning rate of each step, and the end of training.
+
+    Args:
+        config: schedule, peak rate, number of epochs and early stopping.
+        steps_per_epoch: optimizer steps per epoch.
 
     Attributes:
-        plateau: counts for ReduceLROnPlateau, which multiplies the rate when the validation loss stands still.
-        early: counts for early stopping.
-        scale: product of the reductions so far.
+        scale: product of the reductions by the schedule ``plateau`` so far.
         stopped: whether early stopping has ended the run.
     """
 
-    schedule: Schedule
-    plateau: Patience
-    early: Patience | None
-    scale: float = 1.0
-    stopped: bool = False
-
-    @classmethod
-    def build(cls, config: TrainConfig, steps_per_epoch: int) -> Course:
-        """The course that a configuration describes."""
-        early = config.early_stopping
-        return cls(
-            Schedule(config.schedule, config.lr, steps_per_epoch, config.epochs),
-            Patience(config.schedule.patience, config.schedule.min_delta),
-            Patience(early.patience, early.min_delta) if early.enabled else None,
-        )
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._settings = settings_of(SCHEDULES[config.schedule.name], config.schedule)
+        self._plateau = Patience(config.schedule.patience, config.schedule.min_delta)
+        self._early = Patience(config.early_stopping.patience, config.early_stopping.min_delta)
+        self.scale = 1.0
+        self.stopped = False
 
     def lr(self, step: int) -> float:
-        """The rate of global step `step`."""
-        rate = self.schedule(step) * self.scale
-        return max(rate, self.schedule.config.min_lr) if self.scale < 1 else rate
+        """The rate of global step `step`, from 0."""
+        rate = self._scheduled(step) * self.scale
+        return max(rate, self._config.schedule.min_lr) if self.scale < 1 else rate
 
-    def epoch_end(self, val_loss: float | None) -> None:
-        """Take in an epoch's validation loss, if there is one."""
+    def _scheduled(self, step: int) -> float:
+        schedule, lr = self._config.schedule, self._config.lr
+        warmup = schedule.warmup_epochs * self._steps_per_epoch
+        if step < warmup:
+            start = schedule.warmup_start
+            return lr * (start + (1 - start) * (step + 1) / math.ceil(warmup))
+        steps = self._steps_per_epoch * self._config.epochs
+        state = ScheduleState(step, warmup, steps, self._steps_per_epoch, lr)
+        return SCHEDULES[schedule.name](state, **self._settings)
+
+    def end_epoch(self, val_loss: float | None) -> None:
+        """Act on an epoch's validation loss, if there is one."""
         if val_loss is None:
             return
-        schedule = self.schedule.config
-        if schedule.name == "plateau" and self.plateau.exhausted(val_loss):
+        schedule = self._config.schedule
+        if schedule.name == "plateau" and self._plateau.exhausted(val_loss):
             self.scale *= schedule.factor
-            self.plateau.waited = 0
-        self.stopped = self.early is not None and self.early.exhausted(val_loss)
+            self._plateau.waited = 0
+        self.stopped = self._config.early_stopping.enabled and self._early.exhausted(val_loss)
 
     def state_dict(self) -> dict[str, float]:
-        """What it remembers, as plain numbers."""
-        watches = {"plateau": self.plateau, "early": self.early or Patience(1, 0.0)}
-        state = {f"{name}.{key}": float(value) for name, w in watches.items() for key, value in asdict(w).items()}
+        """The state as plain numbers."""
+        counters = {"plateau": self._plateau, "early": self._early}
+        state = {f"{name}.{key}": float(value) for name, c in counters.items() for key, value in asdict(c).items()}
         return state | {"scale": self.scale, "stopped": float(self.stopped)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up what another `state_dict` remembered; patience and min_delta stay those of the configuration."""
-        for name, watch in (("plateau", self.plateau), ("early", self.early)):
-            if watch is not None:
-                watch.best, watch.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
+        """Load such a state; patience and min_delta stay those of the configuration."""
+        for name, counter in (("plateau", self._plateau), ("early", self._early)):
+            counter.best, counter.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
         self.scale, self.stopped = state["scale"], bool(state["stopped"])
 
 

@@ -27,7 +27,7 @@ from densenet_dist.train.identity import digest_of_files, identity_of, require_s
 from densenet_dist.train.inputs import engine_of, eval_loader, load_run_data, train_and_val, train_loader
 from densenet_dist.train.metrics import FiniteWatch, Metrics
 from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
-from densenet_dist.train.optim import Course, WeightAverage, build_optimizer, load_optimizer_state
+from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.snapshot import Position, Snapshot
 from densenet_dist.train.step_graph import StepGraph
@@ -85,7 +85,7 @@ class Trainer:
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
         self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
-        self.course = Course.build(train, self.train_loader.steps_per_epoch)
+        self.lr_controller = LRController(train, self.train_loader.steps_per_epoch)
 
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
@@ -126,7 +126,7 @@ class Trainer:
 
     def prepare_step(self) -> None:
         """Set the learning rate and seed dropout: both are functions of the step, so that no state is saved."""
-        lr = self.course.lr(self.position.global_step)
+        lr = self.lr_controller.lr(self.position.global_step)
         if self.step_graph is not None:
             self.step_graph.set_learning_rate(lr)
         else:
@@ -181,7 +181,7 @@ class Trainer:
 
     def end_epoch(self, val_loss: float | None) -> None:
         """Move on to the next epoch."""
-        self.course.epoch_end(val_loss)
+        self.lr_controller.end_epoch(val_loss)
         self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
         self.metrics = Metrics(self.context.device)
         self.epoch_time = (0.0, 0.0)
@@ -203,7 +203,7 @@ class Trainer:
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "course": self.course.state_dict(),
+            "course": self.lr_controller.state_dict(),
             "sums": self.metrics.gather(),
             "clock": {
                 "seconds": self.seconds,
@@ -267,7 +267,7 @@ class Trainer:
         # A checkpoint holds state; settings are the configuration's.
         scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
         self.scaler.load_state_dict(self.scaler.state_dict() | scale)
-        self.course.load_state_dict(state["course"])
+        self.lr_controller.load_state_dict(state["course"])
         self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
         self.position = snapshot.position
         self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]

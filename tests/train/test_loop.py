@@ -66,7 +66,7 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     assert_close(dict(model.state_dict()), state(trainer_of(config)), 0)
     optimizer, losses, hits, clipped = PLAIN[name](model.parameters()), [], [], 0
     for step, (images, labels, size) in enumerate(trainer_of(config).train_loader.epoch(0)):
-        optimizer.param_groups[0]["lr"] = trainer.course.lr(step)
+        optimizer.param_groups[0]["lr"] = trainer.lr_controller.lr(step)
         log_probabilities = model(images.contiguous()).log_softmax(1)
         of_label = log_probabilities[torch.arange(size), labels]
         each = -(0.9 * of_label + 0.1 * log_probabilities.mean(1))

@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 from densenet_dist.config import load_config
 from densenet_dist.model import DenseNet, densenet
 from densenet_dist.schedules import SCHEDULES
-from densenet_dist.schema import OptimizerConfig, ScheduleConfig
-from densenet_dist.train.optim import Course, Schedule, WeightAverage, build_optimizer
+from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer
 
 STEPS_PER_EPOCH = 7
 
@@ -22,14 +22,14 @@ def net() -> DenseNet:
     return densenet("densenet_bc", num_classes=10, growth_rate=4, num_layers=2)
 
 
-def course(*settings: str) -> Course:
+def controller(*settings: str) -> LRController:
     config = load_config("train.epochs=20", *(f"train.{setting}" for setting in settings))
-    return Course.build(config.train, STEPS_PER_EPOCH)
+    return LRController(config.train, STEPS_PER_EPOCH)
 
 
 def rates(epochs: int, lr: float = 0.5, steps_per_epoch: int = STEPS_PER_EPOCH, **options: Any) -> list[float]:
-    schedule = Schedule(ScheduleConfig(**options), lr, steps_per_epoch, epochs)
-    return [schedule(step) for step in range(epochs * steps_per_epoch)]
+    controller = LRController(TrainConfig(schedule=ScheduleConfig(**options), lr=lr, epochs=epochs), steps_per_epoch)
+    return [controller.lr(step) for step in range(epochs * steps_per_epoch)]
 
 
 def torch_rates(make: Callable[[torch.optim.Optimizer], Any], steps: int, lr: float = 0.5) -> list[float]:
@@ -100,18 +100,18 @@ KERAS = [
 
 
 def test_plateau_follows_keras_to_the_epoch():
-    plateau = course("schedule.name=plateau", "lr=1.0")
+    plateau = controller("schedule.name=plateau", "lr=1.0")
     for epoch, (loss, rate) in enumerate(KERAS, start=1):
-        plateau.epoch_end(loss)
+        plateau.end_epoch(loss)
         assert plateau.lr(epoch * STEPS_PER_EPOCH) == pytest.approx(rate), epoch
 
 
 def test_plateau_stops_at_the_lowest_rate_but_a_warmup_may_be_below_it():
     settings = ("schedule.name=plateau", "lr=1.0", "schedule.patience=1", "schedule.min_lr=0.02")
-    plateau = course(*settings, "schedule.warmup_epochs=10")
+    plateau = controller(*settings, "schedule.warmup_epochs=10")
     assert plateau.lr(0) == pytest.approx(1 / 70)
     for expected in (1.0, 0.1, 0.02, 0.02):
-        plateau.epoch_end(1.0)
+        plateau.end_epoch(1.0)
         assert plateau.lr(19 * STEPS_PER_EPOCH) == pytest.approx(expected)
 
 
@@ -124,10 +124,12 @@ def test_plateau_stops_at_the_lowest_rate_but_a_warmup_may_be_below_it():
     ],
 )
 def test_early_stopping(min_delta, losses, stops_after):
-    run = course("early_stopping.enabled=true", "early_stopping.patience=3", f"early_stopping.min_delta={min_delta}")
+    run = controller(
+        "early_stopping.enabled=true", "early_stopping.patience=3", f"early_stopping.min_delta={min_delta}"
+    )
     stopped = []
     for loss in losses:
-        run.epoch_end(loss)
+        run.end_epoch(loss)
         stopped.append(run.stopped)
     assert stopped == [epoch == stops_after for epoch in range(1, len(losses) + 1)]
 
