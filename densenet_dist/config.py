@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from densenet_dist import yaml_settings
-from densenet_dist.schema import Config, impossible
+from densenet_dist.schema import Config, conflicts
 from densenet_dist.typed_settings import Settings
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml
 
-SETTINGS: Final = Settings(Config, impossible)
+SETTINGS: Final = Settings(Config, conflicts)
 
 
 def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:

@@ -1,6 +1,6 @@
 """One family of exceptions; each class carries the exit code that the command line ends with.
 
-A message says what is wrong, where, and how to mend it, in words for the person who started the run. The command line
+A message says what is wrong, where, and how to fix it, in words for the person who started the run. The command line
 prints it alone; the traceback appears only with ``--debug``.
 """
 
@@ -31,7 +31,7 @@ class DenseNetDistError(Exception):
 
 
 class TrainingError(DenseNetDistError):
-    """Training cannot go on, for instance after a NaN loss. Every rank raises it at the same step."""
+    """Training cannot continue, for instance after a NaN loss. Every rank raises it at the same step."""
 
     exit_code = 1
 
@@ -71,18 +71,18 @@ class CheckpointError(DenseNetDistError):
 
 
 class Interrupted(DenseNetDistError):
-    """The run was asked to stop by a signal; what it had saved is whole.
+    """The run was stopped by a signal; what it saved is intact.
 
     Args:
         run: the run's folder, or a sweep's.
         number: the signal.
-        command: that goes on with it.
+        command: the one that resumes it.
     """
 
     def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train") -> None:
         self.run, self.number, self.command = run, number, command
         super().__init__(
-            f"interrupted; go on from the last checkpoint: densenet-dist {command} --resume {shlex.quote(run)}"
+            f"interrupted; resume from the last checkpoint: densenet-dist {command} --resume {shlex.quote(run)}"
         )
         self.exit_code = 128 + number
 

@@ -41,7 +41,7 @@ TENSORBOARD_FOLDER = "tb"
 CHECKPOINTS_FOLDER = "checkpoints"
 _LARGEST = 1 << 30  # bytes
 _ELSEWHERE = "choose another place with storage=PATH_OR_URI"
-_LATER = "what was saved before is safe: fix this, then go on with --resume"
+_LATER = "what was saved before is safe: fix this, then resume with --resume"
 _COPY = "delete it, or restore a copy"
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ class RunFolder:
             StorageError: where it cannot.
         """
         probe = ".write-test"
-        with self._errors("cannot be written", mend=_ELSEWHERE):
+        with self._errors("cannot be written", remedy=_ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / probe).write_text("ok")
             self._upload(probe)
@@ -245,14 +245,14 @@ class RunFolder:
         with self._errors("cannot be written", relative), open(self.path / relative, "a", encoding="utf-8") as file:
             file.write(text)
 
-    def read(self, relative: str, kind: type[T], *, strict: bool = True, mend: str = _COPY) -> T | None:
+    def read(self, relative: str, kind: type[T], *, strict: bool = True, remedy: str = _COPY) -> T | None:
         """Read a JSON file of the run.
 
         Args:
             relative: the file.
             kind: what it must hold: a dataclass, or any other type that pydantic knows.
             strict: whether a damaged file is an error; otherwise it counts as missing.
-            mend: what to do about a damaged file, for the message.
+            remedy: what to do about a damaged file, for the message.
 
         Returns:
             None where there is no file.
@@ -271,7 +271,7 @@ class RunFolder:
             if isinstance(error, DamagedRecord):
                 raise
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise DamagedRecord(f"{self.uri}/{relative} is damaged: {problem}\n  {mend}") from error
+            raise DamagedRecord(f"{self.uri}/{relative} is damaged: {problem}\n  {remedy}") from error
 
     def read_json(self, relative: str, *, strict: bool = True) -> dict[str, Any]:
         """The object in a JSON file; empty where there is no file. Arguments and errors are those of `read`."""
@@ -312,12 +312,12 @@ class RunFolder:
             raise ValueError(error) from error
 
     @contextmanager
-    def _errors(self, what: str, relative: str = "", mend: str = _LATER) -> Iterator[None]:
+    def _errors(self, what: str, relative: str = "", remedy: str = _LATER) -> Iterator[None]:
         try:
             yield
         except OSError as error:  # pyarrow's errors of storage are OSErrors too
             place = f"{self.uri}/{relative}" if relative else f"the run folder {self.uri}"
-            raise StorageError(f"{place} {what}: {error.strerror or error}\n  {mend}") from error
+            raise StorageError(f"{place} {what}: {error.strerror or error}\n  {remedy}") from error
 
 
 def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -> RunFolder:

@@ -1,6 +1,6 @@
 """Every setting: a field of a frozen dataclass, with its type, limits, default and meaning.
 
-What reads them from YAML and the command line, and what is said of wrong ones, is in `densenet_dist.config`.
+Reading them from YAML and the command line, and error messages, are in `densenet_dist.config`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ModelConfig:
     growth_rate: Count | None = None
     """Feature maps each layer adds (k in the paper)."""
     num_layers: Count | tuple[Count, ...] | None = None
-    """Layers in each dense block: one number for all, or a list with one number a block."""
+    """Layers in each dense block: one number for all, or a list with one number per block."""
     depth: Count | None = None
     """Total depth of the paper's nets (L in the paper), instead of num_layers."""
     compression: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -150,7 +150,7 @@ class ScheduleConfig:
     name: ScheduleName = "cosine"
     """multistep with milestones [50, 75] and gamma 0.1 is the notebook's step function."""
     warmup_epochs: NonNegative = 0.0
-    """Epochs of linear warm-up from warmup_start * lr to lr, before the schedule's own course (not for one_cycle)."""
+    """Epochs of linear warm-up from warmup_start * lr to lr, before the schedule itself (not for one_cycle)."""
     warmup_start: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of lr at which the warm-up starts."""
     milestones: tuple[Positive, ...] = (50.0, 75.0)
@@ -168,7 +168,7 @@ class ScheduleConfig:
     anneal: Literal["cos", "linear"] = "cos"
     """one_cycle: the form of both slopes."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """plateau: what the rate is multiplied by when validation loss stands still."""
+    """plateau: what the rate is multiplied by when the validation loss stops improving."""
     patience: Count = 5
     """plateau: epochs without improvement until then."""
     min_delta: NonNegative = 0.01
@@ -194,11 +194,11 @@ class TrainConfig:
     """How the model is trained."""
 
     epochs: Count = 30
-    """How often every training image is seen."""
+    """Passes over the training images."""
     global_batch_size: Count = 64
-    """Images a step, over all workers together."""
+    """Images per step, over all workers together."""
     eval_batch_size: Count = 500
-    """Images a step of evaluation, a worker."""
+    """Images per evaluation step and worker."""
     lr: Positive = 0.1
     """The peak learning rate, for the global batch size as it stands."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -219,7 +219,7 @@ class TrainConfig:
     label_smoothing: Probability = 0.0
     """Share of the target that is spread evenly over all classes."""
     ema_decay: Probability | None = None
-    """Decay a step of an exponential moving average of the weights, which is then what is evaluated."""
+    """Decay per step of an exponential moving average of the weights, which is then what is evaluated."""
     sync_bn: bool = False
     """Whether BatchNorm's statistics are those of the global batch."""
     gradient_compression: Literal["none", "bf16"] = "none"
@@ -245,7 +245,7 @@ class CheckpointConfig:
     """Save at the end of every so many epochs, and of the last."""
     every_steps: Count | Literal["auto"] | None = "auto"
     """Save within epochs too, every so many steps; auto: as often as costs less than 1 % of the time, at most twice a
-    minute; null: never. Files are written while training goes on."""
+    minute; null: never. Files are written while training continues."""
     keep: Count = 1
     """How many of the newest checkpoints to keep beside the best."""
     monitor: Literal["val/top1", "val/loss"] = "val/top1"
@@ -269,12 +269,12 @@ class ClusterConfig:
     engine: Literal["ray", "local"] = "ray"
     """ray: Ray Train; local: this process alone, or the ranks that torchrun started."""
     workers: Workers | WorkerRange | Literal["auto"] = "auto"
-    """DDP workers; auto: one a GPU of the cluster, or two on CPUs; {min: 1, max: 4}: as many as there is room for,
+    """DDP workers; auto: one per GPU of the cluster, or two on CPUs; {min: 1, max: 4}: as many as there is room for,
     fewer when nodes are lost and more when they come, the same images in every step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if the cluster has any."""
     cpus_per_worker: Count | Literal["auto"] = "auto"
-    """CPU cores, and so torch threads, a worker; auto: its share of the machine, less one for Ray."""
+    """CPU cores, and so torch threads, per worker; auto: its share of the machine, less one for Ray."""
     address: str | None = None
     """A running Ray cluster, as for ray.init; null: the one in RAY_ADDRESS, else one of this process' own."""
     max_failures: Index = 3
@@ -296,7 +296,7 @@ class FaultConfig:
     """What is done when something goes wrong on a cluster."""
 
     hang_timeout_s: Seconds = 60.0
-    """A worker that sends no sign of life, or takes no step, for so long is ended and replaced; where steps are slow,
+    """A worker without a heartbeat, or without a step, for so long is ended and replaced; where steps are slow,
     ten times the longest one counts."""
     grace_s: Seconds = 15.0
     """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills pods after 30 s."""
@@ -328,7 +328,7 @@ class MlflowConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """Where figures go besides metrics.jsonl and TensorBoard; without an answer from there, training goes on."""
+    """Where figures go besides metrics.jsonl and TensorBoard; training continues if they do not answer."""
 
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
@@ -369,8 +369,8 @@ def without_validation(train: TrainConfig) -> Iterator[str]:
         yield f"data.val_fraction: 0 leaves nothing to validate on, but {what} watches the validation loss"
 
 
-def impossible(config: Config) -> Iterator[str]:
-    """Combinations that are each legal alone but cannot work together."""
+def conflicts(config: Config) -> Iterator[str]:
+    """Yield a message for each combination of settings that cannot work together."""
     train, data, schedule = config.train, config.data, config.train.schedule
     if data.image_size is not None and data.name != "folder":
         yield f"data.image_size: is for data.name=folder; the images of {data.name} have 32 pixels a side"

@@ -25,15 +25,15 @@ class Settings(Generic[T]):
 
     Args:
         kind: a frozen pydantic dataclass, every field with a default.
-        impossible: the combinations that are each legal alone but cannot work together, one line each.
+        conflicts: yields a message for each combination of settings that cannot work together.
 
     Attributes:
         adapter: pydantic's, for the JSON schema of all settings.
     """
 
-    def __init__(self, kind: type[T], impossible: Callable[[T], Iterable[str]]) -> None:
+    def __init__(self, kind: type[T], conflicts: Callable[[T], Iterable[str]]) -> None:
         self.adapter = TypeAdapter(kind)
-        self._impossible = impossible
+        self._conflicts = conflicts
         self._defaults: dict[str, Any] = dataclasses.asdict(kind())  # type: ignore[call-overload]
 
     def validate(self, values: Mapping[str, Any], *, combinations: bool = True) -> T:
@@ -53,7 +53,7 @@ class Settings(Generic[T]):
             raise ConfigError(self._problems(error)) from None
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
-        problems = list(self._impossible(settings)) if combinations else []
+        problems = list(self._conflicts(settings)) if combinations else []
         plain = self.to_dict(settings)
         for key in _all_keys(plain):
             value = _at(plain, key.split("."))

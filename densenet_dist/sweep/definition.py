@@ -17,12 +17,12 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
-from densenet_dist.sweep.schema import SweepConfig, impossible
+from densenet_dist.sweep.schema import SweepConfig, conflicts
 from densenet_dist.sweep.space import Domain, Value, read_domain
 from densenet_dist.typed_settings import Settings, join_problems
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
 
-SETTINGS: Final = Settings(SweepConfig, impossible)
+SETTINGS: Final = Settings(SweepConfig, conflicts)
 DEFAULT_TRIALS: Final = 16
 _CHECKED_COMBINATIONS: Final = 200
 _LARGEST_GRID: Final = 10_000

@@ -85,7 +85,7 @@ class SweepConfig:
         return not self.metric.endswith("loss") if self.mode == "auto" else self.mode == "max"
 
 
-def impossible(sweep: SweepConfig) -> Iterator[str]:
+def conflicts(sweep: SweepConfig) -> Iterator[str]:
     """Combinations that are each legal alone but cannot work together."""
     gpus = sweep.gpus_per_worker
     if gpus != "auto" and gpus not in (0, 1) and (gpus > 1 or sweep.workers > 1):

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: curves, pictures, the model, settings beside results, and how the test went.
+"""TensorBoard: curves, images, the model graph, hyperparameters and test results.
 
 One folder of events, by rank 0 alone. What is written at step 0 is written once; a process that takes the run up again
 hides what the one before wrote of steps that come again.
@@ -34,7 +34,7 @@ _HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.norma
 _MOST_CURVES: Final = 10
 """Above so many classes there are curves of precision and recall for their averages only."""
 _CELL_INCHES: Final = 0.3
-"""Of the confusion matrix: TensorBoard shows pictures 320 pixels wide, whatever their size, and texts must be large."""
+"""Of the confusion matrix: TensorBoard shows images 320 pixels wide, whatever their size, so texts must be large."""
 _LAYOUT: Final = {
     "training and validation": {
         "loss": ["Multiline", ["train/loss", "val/loss"]],

@@ -1,7 +1,7 @@
-"""The model as TensorBoard's Graphs tab shows it: modules within modules, with the shapes of what they make.
+"""The model for TensorBoard's Graphs tab: nested modules with the shapes of their outputs.
 
-The net is built once more on the meta device, so that nothing is computed and no random number is drawn, and traced by
-torch.fx. `SummaryWriter.add_graph` would run the net, and show every weight and every constant of its trace.
+It is built on the meta device, so that nothing is computed and no random number is drawn, and traced by torch.fx.
+`SummaryWriter.add_graph` would run the model, and show every weight and every constant of its trace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def model_graph(config: ModelConfig, num_classes: int, image_size: int) -> GraphDef:
-    """The graph of a configured net, in the reference form of its dense blocks: the definition, layer by layer."""
+    """The graph of the configured model, with reference dense blocks: the definition, layer by layer."""
     from tensorboard.compat.proto.graph_pb2 import GraphDef
     from tensorboard.compat.proto.versions_pb2 import VersionDef
 
@@ -36,7 +36,7 @@ def model_graph(config: ModelConfig, num_classes: int, image_size: int) -> Graph
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a traced net on a batch of one, and notes what shape each node's value has."""
+    """Runs a traced model on a batch of one, and records the shape of each node's value."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)

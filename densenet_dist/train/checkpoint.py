@@ -133,7 +133,7 @@ class CheckpointStore:
             raise failure
 
     def close(self) -> None:
-        """Wait likewise, after an error that matters more than one in writing."""
+        """Like `wait`, without raising: after an error that matters more."""
         with suppress(Exception):
             self.wait()
 
@@ -275,9 +275,9 @@ def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, An
     return pick(validated, key=lambda record: record[monitor]) if validated else None
 
 
-def _entry(name: str, said: dict[str, Any]) -> Entry:
-    """What the list, or a checkpoint itself, says of it. Anybody may have written that, and the name becomes a path."""
-    entry = Entry(name, Position(**said["position"]), said["metrics"])
+def _entry(name: str, content: dict[str, Any]) -> Entry:
+    """An entry of the list, or of a checkpoint.json. The content is not trusted: the name becomes a path."""
+    entry = Entry(name, Position(**content["position"]), content["metrics"])
     if not re.fullmatch(r"step-[0-9a-z-]+", name):
         raise ValueError(f"{name[:80]!r} is no name of a checkpoint")
     if not all(type(value) is int and 0 <= value <= sys.maxsize for value in asdict(entry.position).values()):

@@ -1,7 +1,7 @@
-"""What the training loop knows of the world: its rank, its device, its folder, and whom to tell.
+"""What the training loop is given: rank, device, run folder, and where to report events.
 
-The loop never sees Ray: it is given a `RunContext`. `LocalContext` serves one process or the ranks that ``torchrun``
-started; the one for Ray Train is in `densenet_dist.cluster`.
+The loop does not know Ray: it is given a `RunContext`. `LocalContext` is for one process, or the ranks started by
+``torchrun``; the context for Ray Train is in `densenet_dist.cluster`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ A note is ``text``, and ``warning`` (true) where something is not as it should b
 
 
 class Stopped(BaseException):
-    """Raised on every rank when the run is to end here, as it was asked to: all that is to be kept is saved."""
+    """Raised on every rank when a run stops on request, after everything is saved."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the loop is given.
+    """One rank of a run.
 
     Attributes:
-        run: the run's folder, checkpoints included; every rank can read it, rank 0 writes.
-        device: where this process computes.
-        rank: this process' number, from 0.
-        world_size: how many processes train together.
+        run: the run's folder; every rank reads it, rank 0 writes.
+        device: of this process.
+        rank: from 0.
+        world_size: number of ranks.
         sync_each_epoch: whether the checkpoint that an epoch's event names must be complete by then.
-        launch: what tells one start of the command from another, and `launched` when that was; see `Goodput`.
-        status: what this rank is doing, and what is asked of it.
-        goodput: what the run's time went to; rank 0's counts.
+        launch: identifies one start of the command; ``launched`` is its time, see `Goodput`.
+        status: what this rank is doing, and the pending stop request.
+        goodput: where the run's time goes; that of rank 0 is reported.
     """
 
     run: RunFolder
@@ -58,18 +58,18 @@ class RunContext:
         object.__setattr__(self, "goodput", Goodput(self.status, self.launch, self.launched, self.world_size))
 
     def report(self, event: Event) -> None:
-        """Tell whoever watches the run. For ``epoch`` events every rank calls it, for others rank 0 alone."""
+        """Report an event. Every rank calls it for ``epoch`` events, rank 0 alone for others."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class LocalContext(RunContext):
-    """One process, or one of the ranks that ``torchrun`` started; events go to `listener` on rank 0."""
+    """One process, or a rank started by ``torchrun``; events go to `listener` on rank 0."""
 
     listener: Callable[[Event], None] | None = None
 
     def report(self, event: Event) -> None:
-        """Hand the event to the listener at once."""
+        """Call the listener with the event."""
         if self.listener is not None and self.rank == 0:
             self.listener(event)
 
@@ -81,10 +81,10 @@ class LocalContext(RunContext):
         listener: Callable[[Event], None] | None = None,
         timeout_s: float = 600,
     ) -> LocalContext:
-        """Join the process group that the environment describes (RANK, WORLD_SIZE, ...), if it does.
+        """Join the process group described by the environment (RANK, WORLD_SIZE, ...), if any.
 
         Raises:
-            EnvironmentProblem: where a GPU is asked for and there is none; as `torchrun_rank`.
+            EnvironmentProblem: as `torchrun_rank` and `choose_device`.
         """
         rank, world_size = torchrun_rank()
         chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0)
@@ -98,10 +98,10 @@ class LocalContext(RunContext):
 
 
 def torchrun_rank() -> tuple[int, int]:
-    """Read this process' rank and the world size from the environment: (0, 1) where neither is set.
+    """Read rank and world size from the environment: (0, 1) if neither is set.
 
     Raises:
-        EnvironmentProblem: what ``torchrun`` sets is there in part only, or makes no sense.
+        EnvironmentProblem: the variables that ``torchrun`` sets are incomplete or contradictory.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
@@ -117,10 +117,10 @@ def torchrun_rank() -> tuple[int, int]:
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device for this process: ``auto``, ``cpu`` or ``cuda``.
+    """Return the device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        EnvironmentProblem: where a GPU is asked for and there is none.
+        EnvironmentProblem: a GPU is requested, and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(

@@ -1,6 +1,6 @@
 """DistributedDataParallel as training uses it: gradients reduced in buckets that fit the dense blocks.
 
-DDP sends gradients in buckets while the backward pass goes on (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Its
+DDP sends gradients in buckets during the backward pass (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Its
 buckets of 25 MiB are larger than most DenseNets: the notebook's 14 MB would go in one, after the last gradient.
 """
 
@@ -32,7 +32,7 @@ _SYNC_EVERY_S: Final = 0.5
 
 
 def wrap(model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]) -> nn.Module:
-    """What a training step calls: `model`, data-parallel where there are several ranks, compiled if configured.
+    """Wrap `model` for training: data-parallel if there are several ranks, compiled if configured.
 
     A collective call.
 
@@ -107,12 +107,11 @@ def _data_parallel(
 def _settle_buckets(
     parallel: DistributedDataParallel, side: int, device: torch.device, precision: AbstractContextManager[Any]
 ) -> None:
-    """Take backward passes whose gradients nobody uses.
+    """Run backward passes and discard the gradients, so that DDP settles its buckets before the first step.
 
-    DDP fills its buckets in the order of the parameters at first, and anew once it has seen in which order gradients
-    come: with a static graph after two passes, else after one. From three ranks on a sum over ranks is rounded
-    according to where in a bucket it lies: without this, the first steps after a restart would differ from those of
-    the undisturbed run.
+    DDP fills its buckets in the order of the parameters at first, then in the order in which gradients are ready: with
+    a static graph after two passes, else after one. With three or more ranks, the rounding of a sum over ranks depends
+    on the position in the bucket: without this, the first steps after a restart would differ from the original ones.
     """
     kept = [buffer.clone() for buffer in parallel.module.buffers()]
     images = torch.zeros(2, 3, side, side, device=device)
@@ -128,14 +127,14 @@ def _settle_buckets(
 
 
 def no_sync(forward: nn.Module) -> AbstractContextManager[Any]:
-    """Without the exchange of gradients, where there is one."""
+    """Return a context without the exchange of gradients, if there is one."""
     inner = getattr(forward, "_orig_mod", forward)  # of what torch.compile wraps
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()
 def sync_from_rank0(tensors: list[Tensor]) -> None:
-    """Give every rank rank 0's values. A collective call.
+    """Copy rank 0's values to every rank. A collective call.
 
     BatchNorm's running statistics differ by rank while training (only rank 0's are kept), so they are shared before
     an evaluation rather than before every step, as DDP does by default.

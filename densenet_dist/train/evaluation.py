@@ -106,7 +106,7 @@ def evaluate(
     overrides: tuple[str, ...] = (),
     notify: Callable[[str], object] = warnings.warn,
 ) -> dict[str, float]:
-    """Loss, top-1 and top-5 of a run's checkpoint, every image seen once, unaugmented.
+    """Compute loss, top-1 and top-5 of a run's checkpoint on every image once, without augmentation.
 
     Args:
         run: its folder (path or URI), or its name under ``runs/``.
@@ -114,7 +114,7 @@ def evaluate(
         checkpoint: best (by ``checkpoint.monitor``) or last.
         device: auto takes a GPU if there is one.
         overrides: changes to the run's configuration, such as ``data.root=...``.
-        notify: called with a message where pictures are left out, or are not those of the run.
+        notify: called with a message if images are left out, or are not those of the run.
 
     Returns:
         ``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images``.
@@ -160,7 +160,7 @@ def load_test_results(
 
     Args:
         overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-        notify: called with a message before the test set is evaluated, and where pictures are left out.
+        notify: called with a message before the test set is evaluated, and if images are left out.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.

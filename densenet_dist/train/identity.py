@@ -1,6 +1,6 @@
 """Which run a checkpoint belongs to: another model's, another data set's or another batch size's is refused.
 
-The pictures of a folder are numbered by their names: all ranks, and a run that goes on, must see the same ones.
+Images of a folder are numbered by their names: all ranks, and a resumed run, must see the same ones.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _shown(value: Any) -> str:
 
 
 def digest_of_files(dataset: Dataset) -> str | None:
-    """What tells the pictures of a set of files from other ones, by their names; None for images in memory."""
+    """Identify the images of a folder by their names; None for images in memory."""
     train, test = dataset.train.images, dataset.test.images
     if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles)):
         return None

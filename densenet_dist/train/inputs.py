@@ -25,7 +25,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
 
 Indices: TypeAlias = npt.NDArray[np.int64]
-_FEW = 30  # pictures: each is more than 3 % of a part's accuracy
+_FEW = 30  # images: each is more than 3 % of the accuracy
 
 
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
@@ -70,7 +70,7 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
 
 
 def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
-    """What is doubtful in the parts of a folder of pictures: classes that they lack, and few pictures."""
+    """Warnings for the parts of a folder of images: missing classes, and few images."""
     train, val = (dataset.train.labels[part] for part in train_and_val(config, dataset))
     for part, labels in (("training", train), ("validation", val), ("test", dataset.test.labels)):
         missing = sorted(set(range(dataset.num_classes)).difference(labels.tolist()))
@@ -196,7 +196,7 @@ def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
         StorageError: the file is damaged.
         DataError: there is none, and the data set is missing.
     """
-    found = run.read(CLASSES_FILE, ModelMetadata, mend="delete it: the data set has the classes too")
+    found = run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
     return found or _metadata(config, load_dataset_of(config))
 
 

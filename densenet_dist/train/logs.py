@@ -27,7 +27,7 @@ class RunLog:
 
     Args:
         run: the run's folder.
-        global_step: steps already taken; records of later ones, left by a process that died, are dropped.
+        global_step: steps completed; records of later steps, left by a process that died, are dropped.
         monitor: what makes an epoch the best, see `densenet_dist.schema.CheckpointConfig`.
     """
 
@@ -36,12 +36,12 @@ class RunLog:
         self._trackers: list[Tracker] = []
         self._tell: Callable[[str, bool], None] = lambda text, warning: None
         self._board: Board | None = None
-        self._problems: dict[str, bool] = {}  # TensorBoard's, and whether they were told
+        self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
         self._records = self._keep_until(global_step)
         if global_step == 0:
-            run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing: all of it comes again
+            run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing
         self._earlier = run.names(TENSORBOARD_FOLDER)
-        # A test that was cut off stands at the last epoch's step: that is hidden too, and its epoch shown again.
+        # An interrupted test was logged at the step of the last epoch: both are hidden, and the epoch is logged again.
         if self._earlier and self._records and self._records[-1]["global_step"] == global_step:
             self.show(Board.scalars, self._records[-1] | best_scalars(self._records, monitor), global_step)
         self.publish()  # from here on the run's name is taken
@@ -60,12 +60,12 @@ class RunLog:
             self._problems.setdefault(f"TensorBoard is incomplete: {type(error).__name__}: {error}", False)
 
     def track(self, config: Config, tell: Callable[[str, bool], None]) -> None:
-        """Send the records to the configured services too.
+        """Also send the records to the configured services.
 
-        `tell` is called with news, of TensorBoard too, and whether it is a warning, in the thread that records.
+        `tell` is called with messages, also of TensorBoard, and whether they are warnings, in the thread that logs.
 
         Raises:
-            EnvironmentProblem: the package of one is missing here.
+            EnvironmentProblem: the package of a service is missing.
         """
         self._trackers, self._tell = open_trackers(config, self.run, list(self._records)), tell
 
@@ -80,7 +80,7 @@ class RunLog:
             tracker.add(line)
 
     def publish(self) -> None:
-        """Flush, and bring both up to date on an object store."""
+        """Flush, and upload both to an object store."""
         self._publish(Board.flush)
         self._tell_news()
 
@@ -89,15 +89,15 @@ class RunLog:
         self._publish(Board.close)
 
     def end_tracking(self, summary: dict[str, Any]) -> None:
-        """Tell the services that the run is finished, last of all: they may be slow."""
+        """Tell the services that the run is finished. They may be slow: call this last."""
         for tracker in self._trackers:
             tracker.finish("finished", summary)
         self._tell_news()
 
     def abandon(self, *, failed: bool = True, leaves: bool = False) -> None:
-        """Let go of the files after an error, or where the run was stopped; what was recorded by then is in them.
+        """Close the files after an error or a stop; what was recorded by then is in them.
 
-        `leaves`: the run goes on elsewhere, so that no service is told of an end.
+        `leaves`: the run continues elsewhere, so no service is told that it ended.
         """
         self.show(Board.close)
         for tracker in self._trackers:

@@ -67,14 +67,14 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
         working = next((each for each, part in zip(sizes, parts, strict=True) if part >= needed), None)
         if working == size:
             continue
-        ways = [f"train.global_batch_size={working}"] if working else ["more training images"]
-        ways += ["train.sync_bn=true"] if needed > 1 and ranks > 1 else []
+        remedies = [f"train.global_batch_size={working}"] if working else ["more training images"]
+        remedies += ["train.sync_bn=true"] if needed > 1 and ranks > 1 else []
         reason = ": the model's last maps are 1x1, where BatchNorm needs 2 images at a time" if needed > 1 else ""
         raise ConfigError(
             f"train.global_batch_size: {num_images:,} training images in batches of {size} leave a batch of "
             f"{BatchPlan(num_images, size).smallest}, too few for world size {ranks} and train.grad_accum_steps="
             f"{train.grad_accum_steps}{reason}\n"
-            f"  use {' or '.join(ways)}, fewer workers or a lower train.grad_accum_steps"
+            f"  use {' or '.join(remedies)}, fewer workers or a lower train.grad_accum_steps"
         )
 
 

@@ -256,4 +256,4 @@ def read_test_results(run: RunFolder) -> TestResults | None:
     Raises:
         StorageError: the file is damaged or cannot be read.
     """
-    return run.read(TEST_RESULTS_FILE, TestResults, mend="delete it: the test set is then evaluated again")
+    return run.read(TEST_RESULTS_FILE, TestResults, remedy="delete it: the test set is then evaluated again")

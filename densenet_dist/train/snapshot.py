@@ -91,7 +91,7 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
     """Verify and read the files of a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: a file is not what was written; another one of `UNREADABLE` likewise.
+        CheckpointError: a file is not what was written; or one of `UNREADABLE` is raised.
     """
     meta = json.loads((folder / META).read_text())
     if (meta["position"], meta["metrics"]) != (asdict(position), metrics):
@@ -109,29 +109,29 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint: `folder` is complete or absent."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        save_file(_contiguous(snapshot.model), beside / WEIGHTS)
+        save_file(_contiguous(snapshot.model), temporary / WEIGHTS)
         if snapshot.average is not None:
-            save_file(_contiguous(snapshot.average), beside / AVERAGE)
-        torch.save(snapshot.state, beside / STATE)
-        digests = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
+            save_file(_contiguous(snapshot.average), temporary / AVERAGE)
+        torch.save(snapshot.state, temporary / STATE)
+        digests = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         meta = {"format": 1, "position": asdict(snapshot.position), "metrics": snapshot.metrics, "sha256": digests}
-        (beside / META).write_text(json.dumps(meta, indent=1) + "\n")
-        mode = (beside / META).stat().st_mode
-        for file in beside.iterdir():
+        (temporary / META).write_text(json.dumps(meta, indent=1) + "\n")
+        mode = (temporary / META).stat().st_mode
+        for file in temporary.iterdir():
             with open(file, "rb+") as handle:
                 os.fchmod(handle.fileno(), mode)  # safetensors makes files that their owner alone may read
                 os.fsync(handle.fileno())
-        sync(beside)
+        sync(temporary)
         if folder.exists():  # left by an attempt that died between its rename and the manifest
             shutil.rmtree(folder)
-        os.replace(beside, folder)
+        os.replace(temporary, folder)
         sync(folder.parent)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from densenet_dist.data.loader import BatchRecipe
 
 Step: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(images, aims) -> (loss, logits): forward, backward and optimizer step, all on the device."""
+"""(images, targets) -> (loss, logits): forward, backward and optimizer step, all on the device."""
 
 WARM_UP_STEPS: Final = 3
 """Steps taken as usual before a shape is captured: cuDNN chooses its kernels, the optimizer makes its state."""
@@ -27,7 +27,7 @@ class Made(NamedTuple):
 
     loss: Tensor
     logits: Tensor
-    aims: Tensor
+    targets: Tensor
 
 
 _Shapes: TypeAlias = tuple[torch.Size, ...]
@@ -54,7 +54,7 @@ class StepGraph:
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._step, self._optimizer, self._device = step, optimizer, device
-        self._seen: dict[_Shapes, int] = {}
+        self._steps_taken: dict[_Shapes, int] = {}
         self._captured: dict[_Shapes, _Captured] = {}
 
     @cached_property
@@ -66,8 +66,8 @@ class StepGraph:
         shapes = tuple(tensor.shape for tensor in recipe.inputs)
         captured = self._captured.get(shapes)
         if captured is None:
-            self._seen[shapes] = self._seen.get(shapes, 0) + 1
-            if self._seen[shapes] <= WARM_UP_STEPS:
+            self._steps_taken[shapes] = self._steps_taken.get(shapes, 0) + 1
+            if self._steps_taken[shapes] <= WARM_UP_STEPS:
                 return self._warm_up(recipe)
             captured = self._captured[shapes] = self._capture(recipe)
         torch._foreach_copy_(captured.inputs, list(recipe.inputs))

@@ -110,7 +110,7 @@ def test_manifest_torn(lab: Lab) -> None:
     # It is replaced as a whole, so that only a broken disk or a person can do this.
     run = lab.begin_and_kill(20, "checkpoint.keep=4")
     truncate("manifest.json", run.folder / "checkpoints")
-    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "it is made anew")
+    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "it is rebuilt")
     lab.observe("said; equal")
 
 

@@ -53,7 +53,7 @@ def test_a_run_whose_store_is_gone(start, s3, faulty_s3, faults):
     until(lambda: folder.exists("checkpoints/manifest.json"))
     faults.down = True
     assert_says_that_it_is_gone(run, "s3://bucket/gone/run")
-    assert "go on with --resume" in run.text()
+    assert "resume with --resume" in run.text()
 
 
 @pytest.mark.nightly
