@@ -32,13 +32,24 @@ def train(
     densenet-dist train --resume runs/k24
     """
     from densenet_dist.cluster.signals import handle
-    from densenet_dist.display.console import Console
+    from densenet_dist.display.console import Console, RunSummary
     from densenet_dist.display.json_lines import RunJsonLines
+    from densenet_dist.run_folder import RunFolder, join_location
 
     handle(raise_interrupt)
     with RunJsonLines() if as_json else Console(quiet) as console:
         config = load(sources) if resume is None else _config_of(resume, sources or [])
-        _fit(config, console, resume=resume is not None)
+        if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # of torchrun
+            console.mute()
+        location = join_location(config.storage, config.name)
+        console({"kind": "run", "name": config.name, "run": location, "resumed": resume is not None})
+        from densenet_dist.cluster.launch import fit  # PyTorch and Ray take seconds, so it comes after the first output
+
+        try:
+            result = fit(config, resume=resume is not None, listener=console)
+        except KeyboardInterrupt as stop:  # caught here: the parser handles it differently
+            raise Interrupted(location, *stop.args) from None
+        console.finish(RunSummary.read(RunFolder(config.storage, config.name), result.summary))
 
 
 def tune(
@@ -82,23 +93,6 @@ def tune(
         if sources:
             raise ConfigError(f"{sources[0]}: a sweep that is resumed has its own sweep.yaml; nothing can follow")
         _tune(open_sweep(resume), console, resume=True)
-
-
-def _fit(config: Config, console: Any, *, resume: bool) -> None:
-    from densenet_dist.display.console import RunSummary
-    from densenet_dist.run_folder import RunFolder, join_location
-
-    if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # of torchrun
-        console.mute()
-    location = join_location(config.storage, config.name)
-    console({"kind": "run", "name": config.name, "run": location, "resumed": resume})
-    from densenet_dist.cluster.launch import fit  # PyTorch and Ray take seconds, so it comes after the first output
-
-    try:
-        result = fit(config, resume=resume, listener=console)
-    except KeyboardInterrupt as stop:  # caught here: the parser has its own idea of what it means
-        raise Interrupted(location, *stop.args) from None
-    console.finish(RunSummary.read(RunFolder(config.storage, config.name), result.summary))
 
 
 def _tune(sweep: Any, console: Any, *, resume: bool = False) -> None:

@@ -21,7 +21,7 @@ from densenet_dist.model.sync_bn import synchronise_batchnorm
 from densenet_dist.schema import Config, TrainConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.control import StopRequest, collective
-from densenet_dist.train.metrics import FiniteWatch, gather_ranks
+from densenet_dist.train.metrics import gather_ranks
 
 SMALLEST_BUCKET: Final = 2**20
 """Bytes below which a block's gradients join the next one's: such a message takes the latency, whatever its size. DDP's
@@ -29,6 +29,7 @@ own first bucket is as large (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)
 MAX_SYNC_STEPS: Final = 50
 """Steps between two calls of `RankSync.exchange` at most: each is a host sync and a collective call."""
 _SYNC_EVERY_S: Final = 0.5
+_NEVER: Final = torch.iinfo(torch.int64).max
 
 
 def wrap(model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]) -> nn.Module:
@@ -152,11 +153,19 @@ class RankSync:
     every `MAX_SYNC_STEPS` steps.
     """
 
-    def __init__(self, context: RunContext, finite: FiniteWatch) -> None:
-        self._context, self._finite = context, finite
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._first_bad_step = torch.full((), _NEVER, dtype=torch.int64, device=context.device)
         self._interval = 1
         self._steps = 0
         self._exchanged = time.perf_counter()
+
+    @torch.no_grad()
+    def watch(self, loss: Tensor, step: int) -> None:
+        """Check the loss of a step, a () tensor, without a host sync."""
+        self._first_bad_step = torch.where(
+            torch.isfinite(loss), self._first_bad_step, self._first_bad_step.clamp(max=step)
+        )
 
     def due(self) -> bool:
         """Return whether to exchange after this step: the same on every rank. To be called once per step."""
@@ -172,12 +181,12 @@ class RankSync:
         """
         status = self._context.status
         own = torch.tensor([max(request, status.requested), self._next_interval()], device=self._context.device)
-        rows = gather_ranks(torch.cat([self._finite.step[None], own])).tolist()
+        rows = gather_ranks(torch.cat([self._first_bad_step[None], own])).tolist()
         self._interval, self._steps = rows[0][2], 0
         if status.requested is StopRequest.SAVE:
             status.requested = StopRequest.NONE  # the caller saves
         step = min(row[0] for row in rows)
-        return None if step == FiniteWatch.NEVER else step, StopRequest(max(row[1] for row in rows))
+        return None if step == _NEVER else step, StopRequest(max(row[1] for row in rows))
 
     def _next_interval(self) -> int:
         now = time.perf_counter()

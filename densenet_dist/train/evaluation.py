@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_dist.config import load_config
-from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
@@ -122,12 +122,8 @@ def evaluate(
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
-    evaluation = prepare_evaluation(
-        run, split=split, checkpoint=checkpoint, device=device, overrides=overrides, notify=notify
-    )
-    return evaluate_model(
-        evaluation.model, evaluation.loader(), evaluation.context.device, evaluation.config.train.precision, split=split
-    )
+    found = prepare_evaluation(run, split, checkpoint, device, overrides, notify)
+    return evaluate_model(found.model, found.loader(), found.context.device, found.config.train.precision, split=split)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,17 +132,16 @@ class Evaluation:
 
     Attributes:
         model: with the checkpoint's weights, on the device.
-        split: of the data set.
-        indices: those of the images in `split`, in the order of evaluation.
+        engine: of the split that is evaluated.
+        indices: of the images in that split, in the order of evaluation.
     """
 
     config: Config
     context: LocalContext
     dataset: Dataset
     model: nn.Module
-    split: Split
-    indices: Indices
     engine: Engine
+    indices: Indices
 
     def loader(self) -> EvalLoader:
         """Batches of the images, unaugmented."""
@@ -169,7 +164,7 @@ def load_test_results(
     if stored is not None:
         return stored
     notify("No stored test results; evaluating the test set once")
-    found = prepare_evaluation(run, overrides=tuple(overrides), notify=notify)
+    found = prepare_evaluation(run, overrides=overrides, notify=notify)
     return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
 
 
@@ -201,11 +196,10 @@ def trained_model(
 
 def prepare_evaluation(
     run: str | Path | RunFolder,
-    *,
-    split: Literal["test", "val", "train"] = "test",
+    split: str = "test",
     checkpoint: Literal["best", "last"] = "best",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    overrides: tuple[str, ...] = (),
+    device: str = "auto",
+    overrides: Sequence[str] = (),
     notify: Callable[[str], object] = warnings.warn,
 ) -> Evaluation:
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
@@ -219,12 +213,8 @@ def prepare_evaluation(
     if snapshot.state.get("pictures") != digest_of_files(dataset):
         notify("these are not the pictures that the run began with: it may have been trained on some of them")
     train, val = train_and_val(config, dataset)
-    parts = {
-        "test": (dataset.test, np.arange(len(dataset.test.labels))),
-        "val": (dataset.train, val),
-        "train": (dataset.train, train),
-    }
-    images, indices = parts[split]
+    indices = {"test": np.arange(len(dataset.test.labels)), "val": val, "train": train}[split]
+    images = dataset.test if split == "test" else dataset.train
     if not len(indices):
         raise ConfigError(f"the run {folder.uri} has no images of this split (data.val_fraction=0): --split {split}")
     evaluated = min(config.train.eval_batch_size, len(indices))
@@ -232,4 +222,4 @@ def prepare_evaluation(
     model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)
     # One pass is not worth a measurement: torch needs none of DALI's imports.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
-    return Evaluation(config, context, dataset, model.to(context.device), images, indices, engine)
+    return Evaluation(config, context, dataset, model.to(context.device), engine, indices)

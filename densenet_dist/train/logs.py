@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard of one run; rank 0's alone.
+    """metrics.jsonl, TensorBoard and trackers of one run, on rank 0.
 
     Args:
         run: the run's folder.
@@ -34,7 +34,7 @@ class RunLog:
     def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
         self.run, self._first_step, self._monitor = run, global_step, monitor
         self._trackers: list[Tracker] = []
-        self._tell: Callable[[str, bool], None] = lambda text, warning: None
+        self._notify: Callable[[str, bool], None] | None = None
         self._board: Board | None = None
         self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
         self._records = self._keep_until(global_step)
@@ -59,15 +59,15 @@ class RunLog:
         except Exception as error:
             self._problems.setdefault(f"TensorBoard is incomplete: {type(error).__name__}: {error}", False)
 
-    def track(self, config: Config, tell: Callable[[str, bool], None]) -> None:
+    def track(self, config: Config, notify: Callable[[str, bool], None]) -> None:
         """Also send the records to the configured services.
 
-        `tell` is called with messages, also of TensorBoard, and whether they are warnings, in the thread that logs.
+        `notify` is called with messages, also of TensorBoard, and whether they are warnings, in the thread that logs.
 
         Raises:
             EnvironmentProblem: the package of a service is missing.
         """
-        self._trackers, self._tell = open_trackers(config, self.run, list(self._records)), tell
+        self._trackers, self._notify = open_trackers(config, self.run, list(self._records)), notify
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
@@ -79,20 +79,18 @@ class RunLog:
         for tracker in self._trackers:
             tracker.add(line)
 
-    def publish(self) -> None:
-        """Flush, and upload both to an object store."""
-        self._publish(Board.flush)
-        self._tell_news()
-
-    def close(self) -> None:
-        """Write out and close everything."""
-        self._publish(Board.close)
+    def publish(self, *, last: bool = False) -> None:
+        """Flush the files (or close them, if it is the `last` time), and upload them to an object store."""
+        self.show(Board.close if last else Board.flush)
+        self.show(lambda board: self.run.publish(TENSORBOARD_FOLDER))
+        self.run.publish(METRICS_FILE)
+        self._report_messages()
 
     def end_tracking(self, summary: dict[str, Any]) -> None:
         """Tell the services that the run is finished. They may be slow: call this last."""
         for tracker in self._trackers:
             tracker.finish("finished", summary)
-        self._tell_news()
+        self._report_messages()
 
     def abandon(self, *, failed: bool = True, leaves: bool = False) -> None:
         """Close the files after an error or a stop; what was recorded by then is in them.
@@ -103,18 +101,15 @@ class RunLog:
         for tracker in self._trackers:
             tracker.detach() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
-    def _publish(self, write_out: Callable[[Board], None]) -> None:
-        self.show(write_out)
-        self.show(lambda board: self.run.publish(TENSORBOARD_FOLDER))
-        self.run.publish(METRICS_FILE)
-
-    def _tell_news(self) -> None:
-        for text in [text for text, told in self._problems.items() if not told]:
-            self._tell(text, True)
+    def _report_messages(self) -> None:
+        if self._notify is None:
+            return  # `track` comes later
+        for text in [text for text, shown in self._problems.items() if not shown]:
+            self._notify(text, True)
             self._problems[text] = True
         for tracker in self._trackers:
             for text in tracker.messages():
-                self._tell(text, False)
+                self._notify(text, False)
 
     def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
         """The records of steps up to that one; metrics.jsonl holds no others from here on."""

@@ -286,7 +286,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         log.record({"epoch": best[0]["epoch"], **test}, step)
         log.show(Board.test_results, results, step)
         log.show(Board.finished, step)
-        log.close()
+        log.publish(last=True)
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         log.end_tracking(summary)

@@ -63,21 +63,3 @@ def gather_ranks(tensor: Tensor) -> Tensor:
     with collective():
         dist.all_gather(parts, tensor)
     return torch.stack(parts)
-
-
-class FiniteWatch:
-    """Remembers the first step whose loss was NaN or infinite, without a host sync a step.
-
-    Attributes:
-        step: () int64 on the device: that step, or `NEVER`.
-    """
-
-    NEVER = torch.iinfo(torch.int64).max
-
-    def __init__(self, device: torch.device) -> None:
-        self.step = torch.full((), self.NEVER, dtype=torch.int64, device=device)
-
-    @torch.no_grad()
-    def update(self, loss: Tensor, step: int) -> None:
-        """Look at the loss, a () tensor, of global step `step`."""
-        self.step = torch.where(torch.isfinite(loss), self.step, self.step.clamp(max=step))

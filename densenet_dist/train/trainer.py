@@ -25,7 +25,7 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import RankSync, wrap
 from densenet_dist.train.identity import digest_of_files, identity_of, require_same, require_same_files
 from densenet_dist.train.inputs import engine_of, eval_loader, load_run_data, train_and_val, train_loader
-from densenet_dist.train.metrics import FiniteWatch, Metrics
+from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
@@ -90,8 +90,7 @@ class Trainer:
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
         self.metrics = Metrics(context.device)
-        self.finite = FiniteWatch(context.device)
-        self.rank_sync = RankSync(context, self.finite)
+        self.rank_sync = RankSync(context)
         self.position = Position()
         self.saved_step: int | None = None
         self.seconds = 0.0
@@ -160,7 +159,7 @@ class Trainer:
     def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch to the running metrics, without a host sync."""
         self.metrics.update(loss, logits, targets)
-        self.finite.update(loss, self.position.global_step)
+        self.rank_sync.watch(loss, self.position.global_step)
 
     def count_time(self) -> tuple[float, float]:
         """Add the time since the last call to `seconds` and `epoch_time`; returns `epoch_time`."""

@@ -86,7 +86,7 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
         "only 3 test pictures",
     ]
     found = prepare_evaluation(run_of(config), split="train")
-    assert np.bincount(found.split.labels[found.indices]).tolist() == [1, 2, 19]
+    assert np.bincount(found.engine.split.labels[found.indices]).tolist() == [1, 2, 19]
 
 
 def test_validation_images_may_be_a_folder_of_their_own(photos, tmp_path):

@@ -132,11 +132,11 @@ def test_images_that_can_no_longer_be_read_are_left_out(tmp_path):
     train(config)
     found = prepare_evaluation(run_of(config))
     for index in (0, 1, 4):  # a whole batch, and one of two
-        found.split.images.path(index).write_bytes(b"")
+        found.engine.split.images.path(index).write_bytes(b"")
     results = evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
     assert results.images == 7
     assert results.confusion.sum(1).tolist() == [2, 5]
     assert {mistake.index for mistake in results.mistakes} <= {2, 3, 5, 6, 7, 8, 9}
     for mistake in results.mistakes:
-        shown, file = Image.open(io.BytesIO(mistake.png)), Image.open(found.split.images.path(mistake.index))
+        shown, file = Image.open(io.BytesIO(mistake.png)), Image.open(found.engine.split.images.path(mistake.index))
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(file))
