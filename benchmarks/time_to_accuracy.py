@@ -33,7 +33,7 @@ from densenet_dist.errors import ConfigError
 from densenet_dist.report.comparison import interval
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.context import LocalContext, choose_device
+from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.evaluation import evaluate_model
 from densenet_dist.train.inputs import engine_of, eval_loader
 from densenet_dist.train.loop import sync_requests, train_epoch
@@ -179,7 +179,7 @@ def _warm_up(config: Config) -> float:
 def _epochs(config: Config) -> Iterator[dict[str, Any]]:
     """Train; the figures of each epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, LocalContext(RunFolder(folder, "run"), choose_device(config.cluster.device)))
+        trainer = Trainer(config, RunContext(RunFolder(folder, "run"), choose_device(config.cluster.device)))
         try:
             seconds = 0.0
             for number in range(1, config.train.epochs + 1):

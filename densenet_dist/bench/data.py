@@ -33,7 +33,7 @@ from densenet_dist.data.speed import measure as measure_speed
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.context import LocalContext, choose_device
+from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.inputs import engine_of, load_dataset_of, train_and_val, train_loader
 
 Measurement: TypeAlias = tuple[Speed, float, float | None]
@@ -111,7 +111,7 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     engine = engine_of(config, device, dataset, dataset.train, loader)
-    context = LocalContext(RunFolder(config.storage, config.name), device)
+    context = RunContext(RunFolder(config.storage, config.name), device)
     batches = train_loader(config, context, dataset, engine, train_and_val(config, dataset)[0])
     speed = measure_speed(endless(batches), device, seconds=seconds)
     gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None

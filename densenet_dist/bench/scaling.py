@@ -38,7 +38,7 @@ from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
-from densenet_dist.train.context import LocalContext
+from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import no_sync
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import check_run
@@ -230,7 +230,7 @@ def measure_rank(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
-        context = LocalContext(RunFolder(folder, "run"), device, rank, world_size)
+        context = RunContext(RunFolder(folder, "run"), device, rank, world_size)
         trainer = _Trainer(validate(plain), context, num_classes, max(global_sizes))
         try:
             whole = next(iter(trainer.train_loader.epoch(0)))
@@ -246,7 +246,7 @@ def measure_rank(
             trainer.store.close()
 
 
-def _Trainer(config: Config, context: LocalContext, num_classes: int, images: int) -> Trainer:
+def _Trainer(config: Config, context: RunContext, num_classes: int, images: int) -> Trainer:
     """A training trainer on random images, with a learning rate that barely changes the weights."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
     train = replace(train, epochs=1, cuda_graph=False, profile=None)

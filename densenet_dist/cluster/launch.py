@@ -36,7 +36,7 @@ from densenet_dist.run_folder import (
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.choices import CHOICES
-from densenet_dist.train.context import Event, LocalContext, Stopped, torchrun_rank
+from densenet_dist.train.context import Event, Stopped, torchrun_context, torchrun_rank
 from densenet_dist.train.control import StopRequest, WorkerStatus
 from densenet_dist.train.network import check_run
 
@@ -213,7 +213,7 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
     from densenet_dist.train.loop import fit as train
 
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    context = LocalContext.from_environment(run, config.cluster.device, listener, config.cluster.timeout_s)
+    context = torchrun_context(run, config.cluster.device, listener, config.cluster.timeout_s)
     if lease is not None:
         lease.when_lost(lambda: context.status.request(StopRequest.LEAVE))
     try:

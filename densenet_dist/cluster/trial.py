@@ -46,7 +46,7 @@ from densenet_dist.sweep.results import Note, read_note, write_note
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.choices import CHOICES
-from densenet_dist.train.context import Event, LocalContext, Stopped, choose_device
+from densenet_dist.train.context import Event, RunContext, Stopped, choose_device
 
 OUTCOME: Final = "outcome"
 """Key of a trial's last result: finished, stopped or failed."""
@@ -279,7 +279,7 @@ class _Work:
 
         torch.set_num_threads(self._plan.threads)
         device = choose_device(self._config.cluster.device)
-        context = LocalContext(self._run, device, sync_each_epoch=True, listener=self._told)
+        context = RunContext(self._run, device, sync_each_epoch=True, listener=self._told)
         return fit(self._config, context)
 
     def _told(self, event: Event) -> None:

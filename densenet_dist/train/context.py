@@ -1,7 +1,6 @@
 """What the training loop is given: rank, device, run folder, and where to report events.
 
-The loop does not know Ray: it is given a `RunContext`. `LocalContext` is for one process, or the ranks started by
-``torchrun``; the context for Ray Train is in `densenet_dist.cluster`.
+The loop does not know Ray: `densenet_dist.cluster` has a subclass of `RunContext` for workers of Ray Train.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ class RunContext:
         device: of this process.
         rank: from 0.
         world_size: number of ranks.
+        listener: called with rank 0's events.
         sync_each_epoch: whether the checkpoint that an epoch's event names must be complete by then.
         launch: identifies one start of the command; ``launched`` is its time, see `Goodput`.
         status: what this rank is doing, and the pending stop request.
@@ -48,6 +48,7 @@ class RunContext:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    listener: Callable[[Event], None] | None = None
     sync_each_epoch: bool = False
     launch: str = ""
     launched: float | None = None
@@ -59,42 +60,27 @@ class RunContext:
 
     def report(self, event: Event) -> None:
         """Report an event. Every rank calls it for ``epoch`` events, rank 0 alone for others."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class LocalContext(RunContext):
-    """One process, or a rank started by ``torchrun``; events go to `listener` on rank 0."""
-
-    listener: Callable[[Event], None] | None = None
-
-    def report(self, event: Event) -> None:
-        """Call the listener with the event."""
         if self.listener is not None and self.rank == 0:
             self.listener(event)
 
-    @classmethod
-    def from_environment(
-        cls,
-        run: RunFolder,
-        device: str = "auto",
-        listener: Callable[[Event], None] | None = None,
-        timeout_s: float = 600,
-    ) -> LocalContext:
-        """Join the process group described by the environment (RANK, WORLD_SIZE, ...), if any.
 
-        Raises:
-            EnvironmentProblem: as `torchrun_rank` and `choose_device`.
-        """
-        rank, world_size = torchrun_rank()
-        chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0)
-        if world_size > 1 and not dist.is_initialized():
-            timeout = timedelta(seconds=timeout_s)
-            if chosen.type == "cuda":
-                dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
-            else:
-                dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
-        return cls(run, chosen, rank, world_size, listener=listener)
+def torchrun_context(
+    run: RunFolder, device: str, listener: Callable[[Event], None] | None, timeout_s: float
+) -> RunContext:
+    """Join the process group described by the environment (RANK, WORLD_SIZE, ...), if any.
+
+    Raises:
+        EnvironmentProblem: as `torchrun_rank` and `choose_device`.
+    """
+    rank, world_size = torchrun_rank()
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0)
+    if world_size > 1 and not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
+    return RunContext(run, chosen, rank, world_size, listener)
 
 
 def torchrun_rank() -> tuple[int, int]:

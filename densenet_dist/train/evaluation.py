@@ -22,7 +22,7 @@ from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import LocalContext, RunContext, choose_device
+from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.identity import digest_of_files, require_same
 from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_run_data, tell_lines, train_and_val
@@ -137,7 +137,7 @@ class Evaluation:
     """
 
     config: Config
-    context: LocalContext
+    context: RunContext
     dataset: Dataset
     model: nn.Module
     engine: Engine
@@ -206,7 +206,7 @@ def prepare_evaluation(
     folder = run if isinstance(run, RunFolder) else open_run(run)
     config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
-    context = LocalContext(folder, choose_device(device))
+    context = RunContext(folder, choose_device(device))
     dataset = load_run_data(config, folder)
     require_same(snapshot, {"always": {"class names": list(dataset.class_names)}}, f"the checkpoint of {folder.uri}")
     tell_lines(notify, dataset.skipped)

@@ -15,7 +15,7 @@ from densenet_dist.config import load_config, to_yaml
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import Event, LocalContext
+from densenet_dist.train.context import Event, RunContext
 from densenet_dist.train.loop import fit
 from densenet_dist.train.snapshot import Snapshot
 from densenet_dist.train.trainer import Trainer
@@ -44,7 +44,7 @@ def run_of(config: Config) -> RunFolder:
 def context_of(config: Config, run: RunFolder | None = None, listener: Callable[[Event], None] | None = None) -> Any:
     """A context for this process, or for its rank in the process group it is in."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return LocalContext(run or run_of(config), torch.device("cpu"), rank, world_size, listener=listener)
+    return RunContext(run or run_of(config), torch.device("cpu"), rank, world_size, listener=listener)
 
 
 def train(

@@ -11,7 +11,7 @@ import torch
 
 from densenet_dist.config import load_config
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.context import LocalContext
+from densenet_dist.train.context import RunContext
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.trainer import Trainer
 
@@ -33,7 +33,7 @@ SETTINGS = {
 def losses(storage: str) -> list[float]:
     """The mean loss of each step."""
     config = load_config(SETTINGS, {"storage": storage})
-    trainer = Trainer(config, LocalContext(RunFolder(storage, config.name), torch.device("cpu")))
+    trainer = Trainer(config, RunContext(RunFolder(storage, config.name), torch.device("cpu")))
     trainer.forward.train()
     found, before = [], 0.0
     for batch in trainer.train_loader.epoch(0):

@@ -16,7 +16,7 @@ from torch import nn
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import LocalContext
+from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_epoch, train_step
 from densenet_dist.train.network import build_model, check_batches, require_memory
@@ -317,7 +317,7 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
     weights = []
     for cuda_graph in ("false", "true"):
         config = tiny(tmp_path, *settings, *data, f"train.cuda_graph={cuda_graph}")
-        trainer = Trainer(config, LocalContext(run_of(config), torch.device("cuda")))
+        trainer = Trainer(config, RunContext(run_of(config), torch.device("cuda")))
         assert (trainer.step_graph is not None) == (cuda_graph == "true")
         for epoch in range(2):
             trainer.position = Position(epoch, 0, trainer.position.global_step)
@@ -332,7 +332,7 @@ def test_captured_steps_equal_launched_ones(tmp_path, optimizer, data):
 @pytest.mark.parametrize("settings", [("train.precision=fp32",), ("train.precision=bf16", "train.optimizer.name=adam")])
 def test_a_step_never_waits_for_the_device(tmp_path, settings):
     config = tiny(tmp_path, "model.drop_rate=0.2", "train.ema_decay=0.9", "data.loader=torch", *settings)
-    trainer = Trainer(config, LocalContext(run_of(config), torch.device("cuda")))
+    trainer = Trainer(config, RunContext(run_of(config), torch.device("cuda")))
     for batch in trainer.train_loader.epoch(0):  # kernels are chosen, the optimizer makes its state
         train_step(trainer, batch)
     with without_waiting():
@@ -361,7 +361,7 @@ def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_pa
 def test_deterministic_training_does_not_fill_memory(tmp_path):
     config = tiny(tmp_path, "train.deterministic=true")
     try:
-        _choose_kernels(config, LocalContext(run_of(config), torch.device("cuda")))
+        _choose_kernels(config, RunContext(run_of(config), torch.device("cuda")))
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
