@@ -24,12 +24,19 @@ from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.ddp import sync_from_rank0
-from densenet_dist.train.identity import digest_of_files, require_same
-from densenet_dist.train.inputs import Indices, engine_of, eval_loader, load_run_data, tell_lines, train_and_val
+from densenet_dist.train.inputs import (
+    Indices,
+    digest_of_files,
+    engine_of,
+    eval_loader,
+    load_run_data,
+    tell_lines,
+    train_and_val,
+)
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
 from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
-from densenet_dist.train.snapshot import Snapshot
+from densenet_dist.train.snapshot import Snapshot, require_same
 
 
 @torch.no_grad()

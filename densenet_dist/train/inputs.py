@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Channels, Dataset, Split, load_dataset
@@ -19,7 +22,7 @@ from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
-from densenet_dist.errors import CheckpointError
+from densenet_dist.errors import CheckpointError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
@@ -202,3 +205,31 @@ def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
 
 def _metadata(config: Config, dataset: Dataset) -> ModelMetadata:
     return ModelMetadata(dataset.class_names, dataset.image_size, *normalisation(config, dataset))
+
+
+def digest_of_files(dataset: Dataset) -> str | None:
+    """Identify the images of a folder by their names; None for images in memory."""
+    train, test = dataset.train.images, dataset.test.images
+    if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles)):
+        return None
+    names = "\n".join([*train.names, "", *test.names])
+    return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def require_same_files(dataset: Dataset, context: RunContext) -> None:
+    """Check that all ranks see the same files: images are numbered by their names. A collective call.
+
+    Raises:
+        DataError: naming the nodes.
+    """
+    digest = digest_of_files(dataset)
+    if digest is None or not dist.is_initialized():
+        return
+    found: list[Any] = [None] * context.world_size
+    dist.all_gather_object(found, (os.uname().nodename, digest))
+    if len({other for _, other in found}) > 1:
+        raise DataError(
+            "the nodes do not see the same pictures in data.root: "
+            + ", ".join(f"rank {rank} on {node}" for rank, (node, _) in enumerate(found))
+            + "\n  give data.root a folder that all nodes share, or copy the same files to each"
+        )

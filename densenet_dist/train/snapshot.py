@@ -28,8 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from densenet_dist.config import to_dict
+from densenet_dist.data.datasets import Dataset
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import sync
+from densenet_dist.schema import Config
 
 WEIGHTS, AVERAGE, STATE, META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
 FILES: Final = (WEIGHTS, AVERAGE, STATE, META)
@@ -158,3 +161,49 @@ def _copy(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_copy, value))
     return value
+
+
+_CHANGEABLE: Final = ("block", "drop_rate")
+"""Settings of the model that its weights do not depend on."""
+
+
+def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """What a checkpoint must share with the run: ``always``, and ``within an epoch``, where the order matters too."""
+    model = {f"model.{key}": value for key, value in to_dict(config)["model"].items() if key not in _CHANGEABLE}
+    images = {"data set": dataset.name, "class names": list(dataset.class_names), "image side": dataset.image_size}
+    order = {
+        "seed": config.seed,
+        "data.limit": config.data.limit,
+        "data.val_fraction": config.data.val_fraction,
+        "train.global_batch_size": config.train.global_batch_size,
+    }
+    return {"always": model | images, "within an epoch": order}
+
+
+def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
+    """Check that a checkpoint belongs to a run like this one.
+
+    Args:
+        snapshot: the checkpoint.
+        here: `identity_of` this run.
+        origin: what to call the checkpoint in the error.
+
+    Raises:
+        CheckpointError: with every difference.
+    """
+    there = snapshot.state.get("identity")
+    if there is None:
+        return  # written before there was one
+    kinds = ("always", "within an epoch") if snapshot.position.step else ("always",)
+    # What an older version did not write is not compared.
+    pairs = [(key, there[kind].get(key, value), value) for kind in kinds for key, value in here.get(kind, {}).items()]
+    different = [f"  {key}: {_shown(one)} there, {_shown(other)} here" for key, one, other in pairs if one != other]
+    if different:
+        raise CheckpointError(
+            "\n".join([f"{origin} does not fit this run:", *different])
+            + "\n  give the run back its own config.yaml, or start a new one with name=NEW"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -23,13 +23,20 @@ from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import RankSync, wrap
-from densenet_dist.train.identity import digest_of_files, identity_of, require_same, require_same_files
-from densenet_dist.train.inputs import engine_of, eval_loader, load_run_data, train_and_val, train_loader
+from densenet_dist.train.inputs import (
+    digest_of_files,
+    engine_of,
+    eval_loader,
+    load_run_data,
+    require_same_files,
+    train_and_val,
+    train_loader,
+)
 from densenet_dist.train.metrics import Metrics
 from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.snapshot import Position, Snapshot
+from densenet_dist.train.snapshot import Position, Snapshot, identity_of, require_same
 from densenet_dist.train.step_graph import StepGraph
 
 
