@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from densenet_dist.data.dali_support import dali_installed
@@ -27,6 +26,7 @@ from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
+from densenet_dist.train.metrics import broadcast
 from densenet_dist.train.network import autocast, build_model
 
 CHOICES: Final = {
@@ -167,18 +167,16 @@ def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Ca
 
     Anything but `names` is measured again. A collective call; rank 0 alone measures, reports the result and records it.
     """
-    name: list[Any] = [None]
+    name = ""
     if context.rank == 0:
         environment = context.run.read_json(ENV_FILE)
         recorded = environment.get(key)
         if isinstance(recorded, dict) and recorded.get("device") == context.device.type:
-            name[0] = recorded.get("name")
-        if name[0] not in names:
+            name = str(recorded.get("name"))
+        if name not in names:
             choice = measure()
-            name[0] = choice.name
+            name = choice.name
             record = {"name": choice.name, "device": context.device.type, "reason": choice.reason, **choice.figures}
             context.run.write(ENV_FILE, json.dumps(environment | {key: record}, indent=1) + "\n")
             context.report({"kind": "note", "text": f"{key}: {choice.name} ({choice.reason})"})
-    if dist.is_initialized():
-        dist.broadcast_object_list(name, src=0)
-    return str(name[0])
+    return broadcast(name)

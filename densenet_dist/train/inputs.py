@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Channels, Dataset, Split, load_dataset
@@ -26,6 +25,7 @@ from densenet_dist.errors import CheckpointError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.metrics import gather_objects
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 _FEW = 30  # images: each is more than 3 % of the accuracy
@@ -216,17 +216,16 @@ def digest_of_files(dataset: Dataset) -> str | None:
     return hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def require_same_files(dataset: Dataset, context: RunContext) -> None:
+def require_same_files(dataset: Dataset) -> None:
     """Check that all ranks see the same files: images are numbered by their names. A collective call.
 
     Raises:
         DataError: naming the nodes.
     """
     digest = digest_of_files(dataset)
-    if digest is None or not dist.is_initialized():
+    if digest is None:
         return
-    found: list[Any] = [None] * context.world_size
-    dist.all_gather_object(found, (os.uname().nodename, digest))
+    found = gather_objects((os.uname().nodename, digest))
     if len({other for _, other in found}) > 1:
         raise DataError(
             "the nodes do not see the same pictures in data.root: "

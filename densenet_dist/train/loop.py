@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
@@ -28,6 +27,7 @@ from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, normalisation, part_warnings, tell_lines, write_metadata
 from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
+from densenet_dist.train.metrics import broadcast, gather_objects
 from densenet_dist.train.network import load_weights
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot
@@ -256,7 +256,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     context.status.enter("test")
     if context.rank == 0:
         context.report({"kind": "phase", "text": "testing"})
-    best: list[Any] = [None]
+    best: dict[str, Any] = {}
     if context.rank == 0:
         snapshot = trainer.store.load_best()
         assert snapshot is not None  # the last epoch always saves
@@ -264,9 +264,8 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
             trainer.report_damage()
             trainer.store.write_list()
         load_weights(trainer.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
-        best = [{"epoch": snapshot.position.epoch, **snapshot.metrics}]
-    if dist.is_initialized():
-        dist.broadcast_object_list(best, src=0)
+        best = {"epoch": snapshot.position.epoch, **snapshot.metrics}
+    best = broadcast(best)
     sync_from_rank0(list(trainer.eval_model.parameters()))
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader)
     wrap = partial(_stoppable, trainer, on_stop=lambda: stop(trainer))
@@ -279,11 +278,11 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         "epochs": trainer.position.epoch,
         "global_step": step,
         "train_seconds": round(trainer.seconds, 3),
-        "best": best[0],
+        "best": best,
         **test,
     }
     if log is not None:
-        log.record({"epoch": best[0]["epoch"], **test}, step)
+        log.record({"epoch": best["epoch"], **test}, step)
         log.show(Board.test_results, results, step)
         log.show(Board.finished, step)
         log.publish(last=True)
@@ -316,11 +315,6 @@ def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> 
 
 def _report_lost_files(trainer: Trainer) -> None:
     """Report the images that became unreadable in this epoch on any rank. A collective call."""
-    if trainer.engine.files is None:
-        return
-    found: list[Any] = [trainer.engine.substitutes.news()]
-    if dist.is_initialized():
-        own, found = found[0], [None] * trainer.context.world_size
-        dist.all_gather_object(found, own)
-    lines = sorted({line for lines in found for line in lines})
-    tell_lines(trainer.warn, lines, "images that can no longer be read, and are replaced")
+    if trainer.engine.files is not None:
+        lines = {line for lines in gather_objects(trainer.engine.substitutes.news()) for line in lines}
+        tell_lines(trainer.warn, sorted(lines), "images that can no longer be read, and are replaced")

@@ -1,6 +1,8 @@
-"""What is counted while training and evaluating: sums on the device, reduced over ranks once."""
+"""Metrics as sums on the device, and exchanging values between ranks."""
 
 from __future__ import annotations
+
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from densenet_dist.train.control import collective
 
+T = TypeVar("T")
 _LOSS, _TOP1, _TOP5, _IMAGES = range(4)
 
 
@@ -63,3 +66,22 @@ def gather_ranks(tensor: Tensor) -> Tensor:
     with collective():
         dist.all_gather(parts, tensor)
     return torch.stack(parts)
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank; any picklable one. A collective call."""
+    values: list[Any] = [value]
+    if dist.is_initialized():
+        with collective():
+            dist.broadcast_object_list(values, src=0)
+    return cast(T, values[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, on every rank; any picklable ones. A collective call."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    with collective():
+        dist.all_gather_object(values, value)
+    return values

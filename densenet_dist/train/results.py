@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.control import collective
 from densenet_dist.train.inputs import normalisation
+from densenet_dist.train.metrics import gather_objects
 
 THRESHOLDS: Final = 127
 """Of precision-recall curves: TensorBoard does not show more."""
@@ -165,16 +166,12 @@ class ResultsAccumulator:
 
     def reduce(self, device: torch.device) -> None:
         """Add up the counts of all ranks, on each of them. A collective call on `device`."""
-        if not dist.is_initialized():
-            return
-        gathered: list[Any] = [None] * dist.get_world_size()
-        with collective():
-            for counts in (self.confusion, self.scores, self.calibration):
-                on_device = counts.to(device)
+        for counts in (self.confusion, self.scores, self.calibration) if dist.is_initialized() else ():
+            on_device = counts.to(device)
+            with collective():
                 dist.all_reduce(on_device)
-                counts.copy_(on_device)
-            dist.all_gather_object(gathered, self.mistakes)
-        self.mistakes = []
+            counts.copy_(on_device)
+        gathered, self.mistakes = gather_objects(self.mistakes), []
         self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
 
     def curves(self) -> Numbers:

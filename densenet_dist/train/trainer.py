@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -32,7 +31,7 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
-from densenet_dist.train.metrics import Metrics
+from densenet_dist.train.metrics import Metrics, broadcast
 from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
@@ -72,7 +71,7 @@ class Trainer:
         _choose_kernels(config, context)
         self.config, self.context = config, context
         self.dataset = dataset = load_run_data(config, context.run) if dataset is None else dataset
-        require_same_files(dataset, context)
+        require_same_files(dataset)
         train_indices, val_indices = train_and_val(config, dataset)
         self.num_images = len(train_indices), len(val_indices)
         self._require_feasible()
@@ -224,17 +223,16 @@ class Trainer:
 
     def resume(self) -> None:
         """Restore the latest intact checkpoint, if there is one; rank 0 chooses it for all ranks."""
-        chosen: list[Any] = [None]
+        chosen = None
         if self.context.rank == 0:
             snapshot = self.store.load_latest()
-            chosen[0] = snapshot.position if snapshot else None
+            chosen = snapshot.position if snapshot else None
             if self.store.rebuilt:
                 self.warn(f"{self.store.rebuilt}; it is rebuilt from the checkpoints' folders")
             self.report_damage()
-        if dist.is_initialized():
-            dist.broadcast_object_list(chosen, src=0)
+        chosen = broadcast(chosen)
         for entry in self.store.entries:
-            if entry.position == chosen[0]:
+            if entry.position == chosen:
                 snapshot = self.store.load(entry)
                 self.restore(snapshot)
                 if snapshot.state.get("pictures") != digest_of_files(self.dataset):

@@ -149,7 +149,7 @@ def test_without_a_readable_validation_picture_there_is_no_validation_loss(photo
 def parts_of(run: Path) -> dict[str, list[str]]:
     """The names of the pictures in each part of a run's split."""
     found = {part: prepare_evaluation(run, split=part, notify=str) for part in ("train", "val", "test")}
-    return {part: [each.split.images.names[row] for row in each.indices] for part, each in found.items()}
+    return {part: [each.engine.split.images.names[row] for row in each.indices] for part, each in found.items()}
 
 
 @pytest.mark.parametrize("with_parts", [False, True], ids=["flat", "train and test"])
