@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ray_runs import free_ports
+from ray_runs import free_ports, until
 from runs import notes_of, run_of, stop_after, tiny
 from wandb_files import wandb_run
 
@@ -105,7 +106,12 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     (run_of(config).path / "trial.json").write_text("{}")  # it is a trial of a sweep
     stop_after(1, config)
     assert [note for note in notes_of(config) if "W&B" in note] == []
-    parts = [wandb_run(path) for path in sorted(run_of(config).path.glob("wandb/offline-run-*/*.wandb"))]
+
+    def written() -> list[tuple[Any, list[dict[str, Any]]]] | None:
+        parts = [wandb_run(path) for path in sorted(run_of(config).path.glob("wandb/offline-run-*/*.wandb"))]
+        return parts if all(run is not None for run, _ in parts) else None
+
+    parts = until(written)  # W&B's own process writes a file when its run has finished
     (first, _), (second, _) = parts
     assert (first.project, first.display_name, first.run_group) == ("mine", "tiny", tmp_path.name)
     assert first.run_id == second.run_id
