@@ -7,9 +7,13 @@ An address is a URI that pyarrow knows: ``s3://bucket/path?endpoint_override=HOS
 from __future__ import annotations
 
 import atexit
+import fcntl
+import os
 import re
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +23,8 @@ from densenet_dist.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from pyarrow import fs
 
+_JUST_MADE_S: Final = 60.0
+"""A lock is made before it is held."""
 _HINTS: Final = {
     "NO_SUCH_BUCKET": "there is no such bucket: make it, or name another",
     "NETWORK_CONNECTION": "it cannot be reached from here: see whether endpoint_override and scheme in the address "
@@ -62,14 +68,51 @@ def fetch_file(uri: str) -> Path:
     from pyarrow import fs
 
     filesystem, place = open_filesystem(uri)
-    folder = Path(tempfile.mkdtemp(prefix="densenet_dist-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    local = folder / PurePosixPath(place).name
+    local = temporary_folder() / PurePosixPath(place).name
     try:
         fs.copy_files(place, str(local), filesystem, fs.LocalFileSystem())
     except OSError as error:
         raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
     return local
+
+
+_temporary: Final[dict[Path, int]] = {}
+"""The folders of this process, each with the descriptor of its lock."""
+_LOCK: Final = ".lock"
+_PREFIX: Final = "densenet_dist-files-"
+
+
+def temporary_folder() -> Path:
+    """Make an empty folder that is deleted when this process ends.
+
+    Where the process is killed instead, the next one of this machine that makes such a folder deletes it: by then
+    nobody holds its lock.
+    """
+    if not _temporary:
+        _delete_left_behind()
+        atexit.register(delete_temporary_folders)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    _temporary[folder] = lock
+    (folder / "files").mkdir()
+    return folder / "files"
+
+
+def delete_temporary_folders() -> None:
+    """Delete the temporary folders of this process now, for processes that others kill."""
+    for folder in list(_temporary):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(_temporary.pop(folder))
+
+
+def _delete_left_behind() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        # Fails for folders of other users, of living processes, and those that another process has just deleted.
+        with suppress(OSError), open(folder / _LOCK, "r+") as lock:
+            if time.time() - os.fstat(lock.fileno()).st_mtime > _JUST_MADE_S:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 def explain(error: OSError) -> str:

@@ -6,13 +6,11 @@ process and published file by file; readers fetch what they need.
 
 from __future__ import annotations
 
-import atexit
 import gzip
 import json
 import math
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from densenet_dist.errors import DamagedRecord, StorageError
-from densenet_dist.object_store import open_filesystem
+from densenet_dist.object_store import open_filesystem, temporary_folder
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -102,8 +100,7 @@ class RunFolder:
             base, _, query = storage.partition("?")
             self.uri = f"{base.rstrip('/')}/{name}"
             self._remote, self._prefix = open_filesystem(f"{self.uri}?{query}" if query else self.uri)
-            self.path = Path(tempfile.mkdtemp(prefix=f"densenet_dist-{name}-"))
-            atexit.register(shutil.rmtree, self.path, ignore_errors=True)
+            self.path = temporary_folder()
         else:
             self.path = Path(storage).absolute() / name
             self.uri = str(self.path)

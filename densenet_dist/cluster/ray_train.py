@@ -19,6 +19,7 @@ from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import StorageError, TrainingError
 from densenet_dist.lease import Lease, fence
+from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
@@ -131,6 +132,8 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     except Stopped:
         if worker.rank == 0:
             ray.get(worker.coordinator.leave.remote())
+    finally:
+        delete_temporary_folders()  # Ray kills this process
     return None
 
 

@@ -39,6 +39,7 @@ from densenet_dist.errors import (
     EnvironmentProblem,
     StorageError,
 )
+from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, ENV_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
@@ -118,6 +119,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             self._work.stop()
             self._work = None
         self._results.close()
+        delete_temporary_folders()
         # This process goes on to other trials: models have reference cycles, and glibc keeps what a thread has freed
         # for that thread alone.
         gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.evaluation import evaluate
 
 
-def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed):
+def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, undisturbed, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # Unix sockets lie in it
     faults.failing = 0.05
     run = start(*UNDISTURBED, f"storage={faulty_s3 % '/flaky'}")
     assert run.wait() == 0, run.text()
@@ -25,6 +29,7 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
     assert "started again" not in run.text()
     assert "s3://bucket/flaky/run" in run.text()
     assert not run.folder.exists(), "nothing of it lies on the disk"
+    assert list((tmp_path / "temporary").glob("densenet_dist-*")) == []
     folder = RunFolder(s3 % "/flaky", "run")
     assert folder.names("") >= {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "tb", "checkpoints"}
     for file in ("metrics.jsonl", "checkpoints/manifest.json"):
@@ -38,6 +43,30 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
     assert f"{evaluate(s3 % '/flaky/run')['top1']:.2%}" in run.text()
     with pytest.raises(StorageError, match="exists already"):
         fit(load_config(folder.fetch("config.yaml"), f"storage={s3 % '/flaky'}"), listener=list)
+
+
+def test_temporary_folders_of_killed_processes_are_deleted_by_the_next_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    make = "import sys; from densenet_dist.object_store import temporary_folder; print(temporary_folder(), flush=True);"
+
+    def start() -> subprocess.Popen[bytes]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", f"{make} sys.stdin.read()"], **pipes)
+        assert process.stdout.readline()
+        return process
+
+    with start() as killed, start() as living:
+        killed.kill()
+        killed.wait()
+        before = set(tmp_path.iterdir())
+        assert len(before) == 2
+        for folder in before:
+            os.utime(folder / ".lock", (0, 0))  # they are not new
+        subprocess.run([sys.executable, "-c", make], check=True)
+        assert len(before & set(tmp_path.iterdir())) == 1
+        living.stdin.close()
+        living.wait()
+    assert list(tmp_path.iterdir()) == []
 
 
 def assert_says_that_it_is_gone(run: Run, folder: str) -> None:
