@@ -25,6 +25,7 @@ export OMP_WAIT_POLICY=passive
 export RAY_JOB_STOP_WAIT_TIME_S=20
 export RAY_TRAIN_ENABLE_STATE_TRACKING=1
 export RAY_worker_niceness=0
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # nobody needs this cluster when the run has ended
 unset RAY_ADDRESS
 read -r -a port < <(python -c '
 import socket

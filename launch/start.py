@@ -9,7 +9,9 @@ The last one exits with 0 if the run has finished, else with 1.
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
@@ -50,6 +52,8 @@ if __name__ == "__main__":
         command = arguments(*sys.argv[1:])
     except DenseNetDistError as error:
         sys.exit(f"error: {error}")
+    if file := os.environ.get("DRIVER_PID_FILE"):  # for launchers whose signals do not come here
+        Path(file).write_text(f"{os.getpid()}\n")
     from densenet_dist.cli import main
 
     main(command)

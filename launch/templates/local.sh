@@ -24,6 +24,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 {% for key, value in env.items() %}
 export {{ key }}={{ value }}
 {% endfor %}
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # nobody needs this cluster when the run has ended
 unset RAY_ADDRESS
 read -r -a port < <(python -c '
 import socket

@@ -143,3 +143,19 @@ def test_before_its_time_is_up_the_job_is_requeued_and_waits_for_its_end(turn, s
     assert process.returncode != 0
     assert "back into the queue" in output
     assert ("RUN_NAME=densenet-42" in output) is (scontrol_code != "0")
+
+
+def test_the_run_is_saved_before_the_job_is_requeued(turn):
+    """With a real driver, which the stand-in for Ray starts as symmetric-run does; it passes no signal on either."""
+    local = ("configs/quickstart.yaml", "cluster.engine=local", "train.epochs=500", "data.limit=640")
+    command = 'while [[ $1 != -- ]]; do shift; done; shift; "$@"'
+    alone = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "0", "SLURM_CPUS_PER_TASK": "2"}
+    process = turn.start(*local, f"data.root={turn.folder}", does=command, SLURM_JOB_ID=f"test-{os.getpid()}",
+                         RUN_NAME="saved", **alone)  # fmt: skip
+    until(lambda: process.poll() or list(turn.folder.glob("runs/saved/checkpoints/step-*")), 120)
+    process.send_signal(signal.SIGUSR1)
+    assert turn.wait_for("scontrol").startswith("requeue test-")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert re.search(r"the time is nearly up: saving(.|\n)*stopped; the checkpoint of step \d+ is saved", output)
+    assert not list(Path("/tmp").glob(f"driver-test-{os.getpid()}*"))
