@@ -103,7 +103,7 @@ def ours(net: Net, form: str = "reference") -> nn.Module:
     from torch.utils.checkpoint import checkpoint
 
     from densenet_dist.errors import ConfigError
-    from densenet_dist.model import densenet
+    from densenet_dist.model.variants import densenet
 
     warnings.filterwarnings("error", FALLS_BACK, RuntimeWarning)
     block: Any = "reference" if form == "checkpointed" else form

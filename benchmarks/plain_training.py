@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from densenet_dist.model import densenet
+from densenet_dist.model.variants import densenet
 
 root, epochs = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8
 augment = v2.Compose(

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenet_dist.bench.common import number, print_table
-from densenet_dist.model import DenseNet, densenet
+from densenet_dist.model import DenseNet
 from densenet_dist.model.architecture import Architecture
+from densenet_dist.model.variants import densenet
 from densenet_dist.train.network import AUTOCAST
 
 

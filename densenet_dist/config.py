@@ -17,7 +17,15 @@ from densenet_dist.schema import Config, conflicts
 from densenet_dist.typed_settings import Settings
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml
 
-SETTINGS: Final = Settings(Config, conflicts)
+_HINTS: Final = {
+    "batch_size": "use train.global_batch_size, the number of images per step over all workers",
+    "gradient_accumulation": "use train.grad_accum_steps",
+    "gradient_accumulation_steps": "use train.grad_accum_steps",
+    "num_classes": "the number of classes comes from the data",
+}
+"""What to do instead of using keys that do not exist, by the last part of the key."""
+
+SETTINGS: Final = Settings(Config, conflicts, _HINTS)
 
 
 def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:

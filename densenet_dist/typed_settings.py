@@ -26,13 +26,17 @@ class Settings(Generic[T]):
     Args:
         kind: a frozen pydantic dataclass, every field with a default.
         conflicts: yields a message for each combination of settings that cannot work together.
+        hints: what to do instead of using an unknown key, by its last part.
 
     Attributes:
         adapter: pydantic's, for the JSON schema of all settings.
     """
 
-    def __init__(self, kind: type[T], conflicts: Callable[[T], Iterable[str]]) -> None:
+    def __init__(
+        self, kind: type[T], conflicts: Callable[[T], Iterable[str]], hints: Mapping[str, str] | None = None
+    ) -> None:
         self.adapter = TypeAdapter(kind)
+        self._hints = hints or {}
         self._conflicts = conflicts
         self._defaults: dict[str, Any] = dataclasses.asdict(kind())  # type: ignore[call-overload]
 
@@ -110,6 +114,8 @@ class Settings(Generic[T]):
 
     def _unknown(self, path: _Path) -> str:
         *group, key = (str(part) for part in path)
+        if key in self._hints:
+            return f"{_dotted(path)}: unknown key; {self._hints[key]}"
         known = list(_at(self._defaults, group) or [])
         everywhere = _all_keys(self._defaults)
         near = [".".join([*group, name]) for name in difflib.get_close_matches(key, known, n=1)]

@@ -109,10 +109,11 @@ def test_usage(command, quickstart):
     assert command("train")[0] == 2
     assert command("trian")[0] == 2
     assert command("train", quickstart, "--workers")[0] == 2
+    assert "Settings are given without dashes: train.epochs=3" in command("train", quickstart, "--epochs", "3")[2]
     for source in ("x" * 400, "x" * 400 + ".yaml", f"name={'[' * 400}", "a\0b.yaml"):  # what can be no file
         code, _, err = command("config", source)
         assert code == 2
-        assert "fault of the program" not in err
+        assert "this is a bug" not in err
 
 
 def test_no_gpu(command, quickstart):
@@ -185,7 +186,7 @@ def test_train_evaluate_resume(command, quickstart):
     assert re.search(rf"test top-1 +{summary['test/top1']:.2%}", out)
     assert f"tensorboard --logdir {folder.parent}" in out
 
-    # Judged again, by name, path, and as JSON.
+    # Evaluated again, by name, path, and as JSON.
     code, out, _ = command("evaluate", "quickstart")
     assert code == 0
     assert f"top-1 {summary['test/top1']:.2%}" in out

@@ -125,6 +125,7 @@ def test_the_yaml_reads_back_to_an_equal_configuration(tmp_path, sources):
         ("train.optimizer=adam", "train.optimizer: holds 'adam' (str), but is a group of settings: name, momentum"),
         ("train.epoch=3", "train.epoch: unknown key; did you mean train.epochs?"),
         ("lr=3", "lr: unknown key; did you mean train.lr?"),
+        ("train.batch_size=3", "train.batch_size: unknown key; use train.global_batch_size, the number of images"),
         ("zzz=1", "zzz: unknown key; known here: name, storage, seed, model,"),
         ("=1", "'=1' has no key before its ="),
     ],

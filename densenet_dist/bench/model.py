@@ -31,8 +31,8 @@ from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant,
 from densenet_dist.config import to_dict
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.schema import Config
+from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device
-from densenet_dist.train.network import check_run
 
 DEFINITIONS: Final = {
     "arm": "the variant of the model",

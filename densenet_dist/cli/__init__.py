@@ -1,51 +1,48 @@
-"""The commands. Each is thin over the Python interface; what is heavy is imported only by the command that needs it."""
+"""The command line. Commands are thin wrappers of the Python interface and import heavy packages only when they run."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import platform
 import sys
 import traceback
 from contextlib import suppress
-from functools import partial
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from densenet_dist import __version__, bundled
 from densenet_dist.cli.bench import bench_app
-from densenet_dist.cli.options import Checkpoint, Debug, Run, Sources, is_sweep, load
-from densenet_dist.cli.predicting import export, predict
-from densenet_dist.cli.reporting import report
-from densenet_dist.cli.running import train, tune
+from densenet_dist.cli.options import Debug, Sources, is_sweep, load, status
 from densenet_dist.cli.submitting import submit
+from densenet_dist.cli.trained import evaluate, export, predict, report
+from densenet_dist.cli.training import train, tune
 from densenet_dist.credentials import without_credentials
 from densenet_dist.environment import package_version
 from densenet_dist.errors import DenseNetDistError, storage_errors
 
 app = typer.Typer(
-    help="""Train DenseNets from a laptop's CPU to a GPU cluster.
+    help="""Train DenseNets on a laptop's CPU, a GPU or a cluster.
 
-    First: densenet-dist train quickstart    (no download, two minutes on two cores)
-    What else there is: densenet-dist config --list
-    Whether this machine can do it: densenet-dist doctor
+    Start here: densenet-dist train quickstart    (no download, two minutes on two cores)
+    List the bundled configurations: densenet-dist config --list
+    Check this machine: densenet-dist doctor
     """,
-    epilog="Exit codes: 0 done, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
+    epilog="Exit codes: 0 success, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
     "6 checkpoint does not fit, 129, 130 or 143 interrupted.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets: download, unpack, verify.", no_args_is_help=True)
+data_app = typer.Typer(help="Download, unpack and verify data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
-def show_versions(wanted: bool) -> None:
-    """Print the versions of this package and of what results and speed depend on, and exit; nothing is imported."""
-    if not wanted:
+def show_versions(requested: bool) -> None:
+    """Print the versions of this package and its main dependencies without importing them, and exit."""
+    if not requested:
         return
     typer.echo(f"densenet-dist {__version__}\n  python {platform.python_version()}")
     for name, package in (("torch", "torch"), ("ray", "ray"), ("dali", "nvidia-dali-cuda130")):
@@ -59,52 +56,22 @@ def program(
         bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None:
-    """Options of the program itself; the help text is the app's."""
-
-
-def evaluate(
-    run: Run,
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Changes, such as data.root=DIR.", show_default=False),
-    ] = None,
-    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images.")] = "test",
-    checkpoint: Checkpoint = "best",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Evaluate a run's checkpoint again: loss, top-1 and top-5.
-
-    densenet-dist evaluate runs/k24
-    densenet-dist evaluate k24 --split val --checkpoint last --json
-    densenet-dist evaluate s3://bucket/runs/k24 data.root=/data
-    """
-    from densenet_dist.train.evaluation import evaluate as figures_of
-
-    notify = partial(typer.echo, err=True)
-    figures = figures_of(run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()), notify=notify)
-    if as_json:
-        typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **figures}))
-    else:
-        typer.echo(
-            f"{split}: loss {figures['loss']:.4f}, top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%} "
-            f"of {figures['images']:,.0f} images"
-        )
+    """Handle the options of the program itself; its help text is that of `app`."""
 
 
 @data_app.command("prepare")
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100, shapes or folder.")],
-    root: Annotated[str, typer.Option(help="The folder for data sets, or s3://bucket/path.")] = "data",
-    url: Annotated[str | None, typer.Option(help="Download from here instead (a mirror).")] = None,
-    download: Annotated[bool, typer.Option(help="Whether a missing set may be downloaded.")] = True,
+    root: Annotated[str, typer.Option(help="The folder of data sets, or s3://bucket/path.")] = "data",
+    url: Annotated[str | None, typer.Option(help="Download from this address (a mirror).")] = None,
+    download: Annotated[bool, typer.Option(help="Download the data set if it is missing.")] = True,
     debug: Debug = False,
 ) -> None:
-    """Download, unpack and verify a data set; of a folder of pictures, name all that cannot be used.
+    """Download, unpack and verify a data set; for a folder of images, list the unusable files.
 
     densenet-dist data prepare cifar10
     densenet-dist data prepare folder --root my_photos
-    densenet-dist data prepare cifar10 --root s3://bucket/data    (puts it there, for nodes to take it)
+    densenet-dist data prepare cifar10 --root s3://bucket/data    (copies it there, for the nodes of a cluster)
     """
     from densenet_dist.config import load_config
     from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
@@ -119,22 +86,24 @@ def prepare(
 
 def config(
     sources: Sources = None,
-    list_them: Annotated[bool, typer.Option("--list", help="Show those that come with the package.")] = False,
+    list_them: Annotated[
+        bool, typer.Option("--list", help="List the configurations that come with the package.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Check a configuration, or a sweep file, and print all of it as YAML.
+    """Check a configuration or a sweep file, and print all settings as YAML.
 
     densenet-dist config --list
     densenet-dist config quickstart train.epochs=10 > mine.yaml    (then: densenet-dist train mine.yaml)
     densenet-dist config sweep_cifar10
     """
     from densenet_dist.config import to_yaml
-    from densenet_dist.train.network import check_run
+    from densenet_dist.train.checks import check_run
 
     if list_them:
         for name in bundled.names():
             typer.echo(f"{name:22}  {bundled.headline(name)}")
-        typer.echo(f"\nThe files, with all that is known of them: {bundled.folder()}", err=True)
+        typer.echo(f"\nThe files and their comments: {bundled.folder()}", err=True)
         return
     if any(map(is_sweep, sources or [])):
         from densenet_dist.sweep.definition import load_sweep
@@ -147,35 +116,37 @@ def config(
 
 
 def doctor(sources: Sources = None, debug: Debug = False) -> None:
-    """Check whether this machine can do the job: versions, GPUs, DALI, Ray, storage, data.
+    """Check this machine: versions, GPUs, DALI, Ray, storage, data.
 
-    With a configuration, the storage and data it names are checked; without one, the defaults.
+    The storage and the data are those of the configuration, or the defaults without one.
 
     densenet-dist doctor
     densenet-dist doctor cifar10_notebook storage=s3://bucket/runs
     """
     from densenet_dist.config import load_config
-    from densenet_dist.doctor import examine
 
-    if not examine(load_config(*(sources or []))):
+    config = load_config(*(sources or []))
+    with status("loading PyTorch"):
+        from densenet_dist.doctor import examine
+    if not examine(config):
         raise typer.Exit(3)
 
 
-# In the order in which a newcomer meets them.
+# In the order in which a new user needs them.
 for _command in (train, evaluate, report, predict, export, tune, config, doctor):
     app.command()(_command)
 app.command(context_settings={"allow_interspersed_args": False})(submit)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit with its code; `arguments` defaults to the command line's."""
+    """Run a command and exit with its code; `arguments` defaults to those of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Before torch is imported: spinning OpenMP threads of several workers on shared cores slow each other down.
+    # Before torch is imported: OpenMP threads that spin slow down other workers on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a tenth of a millisecond: from one pass to the next, no longer
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # 0.1 ms: the time between two passes
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of names and bars that its encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # for characters that the encoding lacks
     try:
         with storage_errors():
             code = app(arguments, prog_name="densenet-dist", standalone_mode=False)
@@ -183,17 +154,36 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error), error.exit_code, arguments)
     except typer.Exit as stop:
         code = stop.exit_code
-    except typer.Abort:  # Ctrl-C, where a command has nothing to say of it
+    except typer.Abort:  # Ctrl-C in a command that does not handle it
         code = 130
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show") and hasattr(error, "message"):  # a usage error
-            error.message = without_credentials(error.message)
+            error.message = without_credentials(error.message + _hint(error, arguments))
             with suppress(OSError):
                 error.show()
             code = error.exit_code
         else:
-            _fail(f"{type(error).__name__}: {error}\n  this is a fault of the program: see --debug", 1, arguments)
+            _fail(
+                f"{type(error).__name__}: {error}\n  this is a bug: --debug shows the traceback",
+                1,
+                arguments,
+            )
     _exit(code or 0)
+
+
+def _hint(error: Any, arguments: list[str]) -> str:
+    """How to give a setting, if an unknown option has the name of one: ``--epochs 3`` is ``train.epochs=3``."""
+    from densenet_dist.config import SETTINGS
+    from densenet_dist.schema import Config
+    from densenet_dist.yaml_settings import flatten
+
+    option = str(getattr(error, "option_name", ""))
+    name = option.lstrip("-").replace("-", "_")
+    keys = [key for key in flatten(SETTINGS.to_dict(Config())) if key.rpartition(".")[2] == name]
+    if not keys:
+        return ""
+    following = [*arguments[arguments.index(option) + 1 :], "..."][0] if option in arguments else "..."
+    return f"\nSettings are given without dashes: {' or '.join(f'{key}={following}' for key in keys)}"
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> NoReturn:
@@ -208,7 +198,7 @@ def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Python would try again, and exit with 120
+        except OSError:  # at exit Python would try again and return 120
             from densenet_dist.display.console import redirect_to_null
 
             redirect_to_null(stream)

@@ -1,4 +1,4 @@
-"""``densenet-dist bench``: measurements."""
+"""``densenet-dist bench``: measure this machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from densenet_dist.cli.options import (
     Sources,
     load,
     require_writable,
+    status,
     write_json,
 )
 from densenet_dist.errors import ConfigError
 
 bench_app = typer.Typer(
-    help="Measure this machine: a model, the data loaders, how training scales.", no_args_is_help=True
+    help="Measure the speed of a model, the data loaders, or scaling on this machine.", no_args_is_help=True
 )
 
 
@@ -33,16 +34,18 @@ def bench_data(
     out: Out = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how fast each loader makes a configuration's batches: images a second and a CPU-second, and memory.
+    """Measure the throughput of each data loader: images per second and per CPU-second, and memory.
 
     densenet-dist bench data configs/cifar10_notebook.yaml --out loaders.json
     """
-    from densenet_dist.bench.data import bench_data as measure
-    from densenet_dist.bench.data import print_data
+    with status("loading PyTorch"):
+        from densenet_dist.bench.data import bench_data as measure
+        from densenet_dist.bench.data import print_data
 
     config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
     require_writable(out)
-    outcome = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
+    with status("measuring"):
+        outcome = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
     print_data(outcome)
     write_json(outcome, out)
 
@@ -53,24 +56,23 @@ def bench_model(
     batch_sizes: BatchSizes = "64,128,256,512,1024,2048",
     variants: Annotated[
         str,
-        typer.Option("--variants", "--arms", help="Ways to run the net, separated by commas; also compiled_graph."),
+        typer.Option("--variants", "--arms", help="Comma-separated forms of the model; also compiled_graph."),
     ] = "reference,compiled,fused,graph",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,
     out: Out = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how fast a configuration's net trains, and in how much memory.
+    """Measure the training speed and the memory of a model.
 
-    Images are random and lie on the device. Compiling takes minutes for each batch size of a deep net.
+    Images are random and already on the device. For deep models, compiling takes minutes per batch size.
 
     densenet-dist bench model configs/cifar10_notebook.yaml --out model.json
     """
-    from rich.console import Console
-
-    from densenet_dist.bench.model import bench_model as measure
-    from densenet_dist.bench.model import print_model
-    from densenet_dist.bench.training_step import VARIANTS
+    with status("loading PyTorch"):
+        from densenet_dist.bench.model import bench_model as measure
+        from densenet_dist.bench.model import print_model
+        from densenet_dist.bench.training_step import VARIANTS
 
     config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
     names = [name.strip() for name in variants.split(",")]
@@ -79,9 +81,9 @@ def bench_model(
             raise ConfigError(f"--variants: there is no {name!r}; choose from {', '.join(VARIANTS)}")
     require_writable(out)
     chosen = {name: VARIANTS[name] for name in names}
-    with Console(stderr=True).status("") as status:  # on a terminal only
+    with status("preparing") as shown:
         outcome = measure(
-            config, variants=chosen, batch_sizes=sizes, seconds=seconds, rounds=rounds, on_progress=status.update
+            config, variants=chosen, batch_sizes=sizes, seconds=seconds, rounds=rounds, on_progress=shown.update
         )
     print_model(outcome)
     write_json(outcome, out)
@@ -90,41 +92,38 @@ def bench_model(
 @bench_app.command("scaling")
 def bench_scaling(
     sources: Sources = None,
-    workers: Annotated[str, typer.Option(help="How many, separated by commas; 1 is measured always.")] = "1,2",
+    workers: Annotated[str, typer.Option(help="Comma-separated numbers of workers; 1 is always measured.")] = "1,2",
     mode: Annotated[
         Literal["weak", "strong", "both"],
-        typer.Option(help="weak: the batch is that of each worker; strong: that of all together."),
+        typer.Option(help="weak: the batch size is per worker; strong: the batch is split."),
     ] = "both",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,
     out: Out = None,
     debug: Debug = False,
 ) -> None:
-    """Measure how training speeds up with Ray Train workers (docs/scaling.md).
+    """Measure the speedup of training with the number of Ray Train workers (docs/scaling.md).
 
-    The step is that of training, on random images that lie ready.
+    Images are random and already in memory.
 
     densenet-dist bench scaling configs/cifar10_notebook.yaml --workers 1,2 --out scaling.json
     """
-    from rich.console import Console
-
-    from densenet_dist.bench.scaling import MODES, print_scaling
-    from densenet_dist.bench.scaling import bench_scaling as measure
+    with status("loading PyTorch"):
+        from densenet_dist.bench.scaling import MODES, print_scaling
+        from densenet_dist.bench.scaling import bench_scaling as measure
 
     config, counts = load(sources), parse_numbers("--workers", workers)
     modes = MODES if mode == "both" else (mode,)
     require_writable(out)
-    with Console(stderr=True).status("") as status:  # on a terminal only
-        outcome = measure(
-            config, workers=counts, modes=modes, seconds=seconds, rounds=rounds, on_progress=status.update
-        )
+    with status("preparing") as shown:
+        outcome = measure(config, workers=counts, modes=modes, seconds=seconds, rounds=rounds, on_progress=shown.update)
     print_scaling(outcome)
     write_json(outcome, out)
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers from 1 to a million, as an option lists them."""
+    """Parse comma-separated numbers from 1 to a million."""
     for number in text.split(","):
         if not number.strip().isdecimal() or not 1 <= int(number) <= 10**6:
-            raise ConfigError(f"{option}: {number!r} is no number from 1 to 1,000,000; write them as 1,2,4")
+            raise ConfigError(f"{option}: {number!r} is not a number from 1 to 1,000,000; write them as 1,2,4")
     return tuple(map(int, text.split(",")))

@@ -1,4 +1,4 @@
-"""What several commands take, and what they make of it."""
+"""Arguments and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from densenet_dist.errors import ConfigError, storage_errors
 from densenet_dist.object_store import fetch_file, is_uri
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from densenet_dist.schema import Config
 
 
 def complete_name(incomplete: str) -> list[str]:
-    """The configurations that come with the package, for completion; where none fits, the shell offers files."""
+    """Complete the names of the bundled configurations; if none matches, the shell completes files."""
     return [name for name in bundled.names() if name.startswith(incomplete)]
 
 
@@ -26,51 +28,64 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CONFIG [key=value]...",
-        help="YAML files, or names that `densenet-dist config --list` shows, and dotted.key=value settings; later ones "
-        "win over earlier ones.",
+        help="YAML files, or names from `densenet-dist config --list`, and settings as dotted.key=value; later ones "
+        "override earlier ones.",
         show_default=False,
         autocompletion=complete_name,
     ),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder (path or s3:// URI), or its name in runs/.")]
-Checkpoint = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of a run.")]
-BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Images a batch, separated by commas.")]
-Seconds = Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")]
-Rounds = Annotated[int, typer.Option(min=1, help="How often all of it is measured; medians count.")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything there too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but warnings and errors.")]
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="The folder of a run (path or s3:// URI), or its name in runs/.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Changed settings, such as data.root=DIR.", show_default=False),
+]
+Checkpoint = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run to use.")]
+BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Comma-separated numbers of images per batch.")]
+Seconds = Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements; medians are reported.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the results to this file.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Write one JSON object a line, for programs (docs/console.md); errors too.")
+    bool, typer.Option("--json", help="Write one JSON object per line (docs/console.md), including errors.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def load(sources: list[str] | None) -> Config:
-    """The configuration that a command line names."""
-    from densenet_dist.config import load_config  # a fifth of a second, which --help and completion need not wait for
+    """Load the configuration from a command's arguments."""
+    from densenet_dist.config import load_config  # takes 0.2 s, which --help and completion need not wait for
 
     if not sources:
         raise ConfigError(
-            "name a configuration, such as quickstart (or --resume RUN to go on with a run)\n"
-            "  those that come with the package: densenet-dist config --list"
+            "name a configuration, such as quickstart (or --resume RUN to resume a run)\n"
+            "  list those that come with the package: densenet-dist config --list"
         )
-    # A sweep's best.yaml may lie on an object store.
+    # The best.yaml of a sweep may be on an object store.
     sources = [str(fetch_file(source)) if is_uri(source) else source for source in sources]
     for source in filter(is_sweep, sources):
-        raise ConfigError(f"{source} is a sweep file, whose trials are run by: densenet-dist tune {source}")
+        raise ConfigError(f"{source} is a sweep file\n  run its trials: densenet-dist tune {source}")
     return load_config(*sources)
 
 
 def is_sweep(source: str) -> bool:
-    """Whether a file is a sweep."""
+    """Whether an argument names a sweep file."""
     from densenet_dist.yaml_settings import read_yaml
 
     path = bundled.find(source)
     return path.suffix in (".yaml", ".yml") and os.path.isfile(path) and "space" in read_yaml(path)
 
 
+def status(text: str) -> Status:
+    """Show what a command is waiting for within a ``with`` block, on a terminal only."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text, spinner="line")
+
+
 def require_writable(path: Path | None) -> None:
-    """Say so before the work, not after it, where a result could not be written."""
+    """Raise before the work, not after it, if a result could not be written."""
     if path is None:
         return
     with storage_errors(path):
@@ -82,7 +97,7 @@ def require_writable(path: Path | None) -> None:
 
 
 def write_json(found: dict[str, Any], path: Path | None) -> None:
-    """Write what was measured, where that was asked for."""
+    """Write results to a file, if there is one."""
     if path is not None:
         with storage_errors(path):
             path.write_text(json.dumps(found, indent=1) + "\n")

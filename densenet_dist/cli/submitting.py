@@ -1,4 +1,4 @@
-"""``densenet-dist submit``: a command that runs on a cluster elsewhere, as if it ran here."""
+"""``densenet-dist submit``: run a command on a remote Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from densenet_dist.credentials import without_credentials
 if TYPE_CHECKING:
     from densenet_dist.cluster.submit import Interrupts, Job
 
-_ANSWER_S = 10.0
+_RESPONSE_TIMEOUT_S = 10.0
 
 
 def submit(
@@ -26,25 +26,26 @@ def submit(
         list[str],
         typer.Argument(
             metavar="COMMAND ...",
-            help="train, tune, evaluate or doctor, with its arguments; files must lie in the working directory.",
+            help="train, tune, evaluate or doctor, with its arguments; files must be in the working directory.",
         ),
     ],
     address: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="The cluster's dashboard: http://HEAD:8265; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine.",
+            help="The dashboard of the cluster: http://HEAD:8265. By default RAY_API_SERVER_ADDRESS, RAY_ADDRESS or "
+            "this machine.",
         ),
     ] = None,
     working_dir: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="The folder to send, without data, runs and .venv.")
+        Path, typer.Option(exists=True, file_okay=False, help="The folder to upload, without data, runs and .venv.")
     ] = Path(),
-    wait: Annotated[bool, typer.Option(help="Whether to show its output until it ends.")] = True,
+    wait: Annotated[bool, typer.Option(help="Show the output until the job ends.")] = True,
     debug: Debug = False,
 ) -> None:
-    """Run a command as a job on a Ray cluster, show its output, and end with its exit code.
+    """Run a command as a job on a Ray cluster, show its output, and exit with its exit code.
 
-    Options of submit come first, then the command as it would be given here. Ctrl-C asks whether the job is to end too.
+    The options of submit come first, then the command. Ctrl-C asks whether to stop the job.
 
     densenet-dist submit --address http://HEAD:8265 train configs/cifar10_notebook.yaml storage=s3://bucket/runs
     densenet-dist submit tune configs/sweep_cifar10.yaml storage=/shared/runs name=wide
@@ -64,7 +65,7 @@ def submit(
             for number in NUMBERS:
                 signal.signal(number, signal.SIG_IGN)
             if job is not None:
-                _show_commands(job, "\nthe job may go on")
+                _show_commands(job, "\nthe job may still be running")
             code = 128 + interrupts.number
     raise typer.Exit(code)
 
@@ -85,27 +86,27 @@ def _run(job: Job, wait: bool, interrupts: Interrupts) -> int:
         if details is None:
             return 128 + interrupts.number
     code = exit_code(details)
-    said = f": {details.message.partition(', last available logs')[0]}" if code and details.message else ""
-    typer.echo(f"job {job.id} {details.status.value.lower()}{said}", err=True)
+    message = f": {details.message.partition(', last available logs')[0]}" if code and details.message else ""
+    typer.echo(f"job {job.id} {details.status.value.lower()}{message}", err=True)
     return code
 
 
 def _interrupted(job: Job, sending: Future[None], interrupts: Interrupts) -> Any:
-    """End the job if the user wants it; what it ended with, or None where it goes on."""
+    """Stop the job if the user confirms; return its final details, or None if it continues."""
     from densenet_dist.cluster.submit import follow, in_thread, stop
 
     interrupts.handled()
     number = interrupts.number
     if not sending.done():
-        typer.echo("\nwaiting for the cluster's answer, whether it has taken the job", err=True)
-        concurrent.futures.wait([sending], timeout=_ANSWER_S)
+        typer.echo("\nwaiting for the cluster to confirm the job", err=True)
+        concurrent.futures.wait([sending], timeout=_RESPONSE_TIMEOUT_S)
     if not sending.done():
-        _show_commands(job, "\nit is not known whether the cluster has taken the job")
+        _show_commands(job, "\nthe cluster has not confirmed the job, which may be running")
         return None
     sending.result()
-    if not _wants_it_ended(number):
+    if not _confirms_stop(number):
         interrupts.check()
-        _show_commands(job, "\nthe job goes on")
+        _show_commands(job, "\nthe job continues")
         return None
     interrupts.wait(in_thread(lambda: stop(job)))
     return follow(job, lambda piece: None, interrupts)
@@ -114,14 +115,14 @@ def _interrupted(job: Job, sending: Future[None], interrupts: Interrupts) -> Any
 def _show_commands(job: Job, title: str | None = None) -> None:
     if title is not None:
         typer.echo(title, err=True)
-    typer.echo(f"  follow it: {job.follow_command}\n  end it:    {job.stop_command}", err=True)
+    typer.echo(f"  follow it: {job.follow_command}\n  stop it:   {job.stop_command}", err=True)
 
 
-def _wants_it_ended(number: int) -> bool:
-    # Without a terminal nobody can be asked, and what trains may have cost hours.
+def _confirms_stop(number: int) -> bool:
+    # Without a terminal nobody can confirm, and the job may have trained for hours.
     if number != signal.SIGINT or not sys.stdin.isatty():
         return False
     try:
-        return typer.confirm("\nend the job too? (it can go on later from its last checkpoint)", err=True)
+        return typer.confirm("\nstop the job too? (it can be resumed from its last checkpoint)", err=True)
     except typer.Abort:  # Ctrl-C again, or Ctrl-D
         return False

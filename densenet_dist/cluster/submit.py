@@ -25,7 +25,7 @@ from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import load_sweep
-from densenet_dist.train.network import check_run
+from densenet_dist.train.checks import check_run
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
 EXCLUDED = (

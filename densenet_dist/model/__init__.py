@@ -1,6 +1,19 @@
-"""DenseNets: the notebook's, the paper's and torchvision's."""
+"""DenseNets: the notebook's, the paper's and torchvision's.
 
-from densenet_dist.model.densenet import DenseNet, ParameterCount, count_parameters
-from densenet_dist.model.variants import VARIANTS, densenet, variant_architecture
+`DenseNet` and what belongs to it are imported when first used, so that checking an architecture does not load PyTorch.
+"""
 
-__all__ = ["VARIANTS", "DenseNet", "ParameterCount", "count_parameters", "densenet", "variant_architecture"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from densenet_dist.model.densenet import DenseNet, ParameterCount, count_parameters
+
+__all__ = ["DenseNet", "ParameterCount", "count_parameters"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'densenet_dist.model' has no attribute {name!r}")
+    from densenet_dist.model import densenet
+
+    return getattr(densenet, name)

@@ -1,11 +1,15 @@
 """The named nets: which numbers each stands for, what may be asked of it, and the factory that builds it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.architecture import Architecture, BlockForm
-from densenet_dist.model.densenet import DenseNet
+
+if TYPE_CHECKING:
+    from densenet_dist.model.densenet import DenseNet
 
 # What a variant's name fixes of an `Architecture`; its defaults are the paper's DenseNet for CIFAR.
 _PAPER: Final[Mapping[str, Any]] = {}
@@ -93,6 +97,8 @@ def densenet(
         drop_rate=drop_rate,
         block=block,
     )
+    from densenet_dist.model.densenet import DenseNet
+
     return DenseNet(architecture)
 
 

@@ -221,7 +221,7 @@ def _judge_combinations(sweep: Sweep) -> list[str]:
 
 def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
     """Raise where a trial of these values could not even start."""
-    from densenet_dist.train.network import check_run
+    from densenet_dist.train.checks import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
     check_run(sweep.config("trial", overrides, **cluster))

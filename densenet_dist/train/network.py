@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +12,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.data.datasets import train_size
-from densenet_dist.data.plan import BatchPlan
 from densenet_dist.errors import CheckpointError, ConfigError
-from densenet_dist.model import DenseNet, densenet, variant_architecture
-from densenet_dist.model.architecture import Architecture
+from densenet_dist.model import DenseNet
+from densenet_dist.model.variants import densenet, variant_architecture
 from densenet_dist.schema import Config, ModelConfig
 
 Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
@@ -34,52 +32,6 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
     if seed is not None:
         torch.manual_seed(seed)
     return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
-
-
-def check_run(config: Config) -> None:
-    """Check what can be checked before data set and cluster are known: the model, and the batches where it can be.
-
-    Raises:
-        ConfigError: naming every setting that cannot work.
-    """
-    _architecture(config)
-    images = train_size(config.data.name, config.data.limit)
-    if images is not None and config.cluster.engine == "ray" and config.cluster.workers != "auto":
-        check_batches(config, images - round(config.data.val_fraction * images), config.cluster.worker_range)
-
-
-def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:
-    """Check that every rank has enough images in every forward pass of training: one, or what BatchNorm needs.
-
-    Args:
-        num_images: training images.
-        world_sizes: possible numbers of ranks.
-
-    Raises:
-        ConfigError: naming settings that work.
-    """
-    train, size = config.train, config.train.global_batch_size
-    sizes = range(size, max(size, num_images) + 1)
-    ends_in_one_pixel = _architecture(config).block_sides()[-1] == 1
-    for ranks in world_sizes:
-        needed = 2 if ends_in_one_pixel and not (train.sync_bn and ranks > 1) else 1
-        parts = (BatchPlan(num_images, each).smallest_part(ranks, train.grad_accum_steps) for each in sizes)
-        working = next((each for each, part in zip(sizes, parts, strict=True) if part >= needed), None)
-        if working == size:
-            continue
-        remedies = [f"train.global_batch_size={working}"] if working else ["more training images"]
-        remedies += ["train.sync_bn=true"] if needed > 1 and ranks > 1 else []
-        reason = ": the model's last maps are 1x1, where BatchNorm needs 2 images at a time" if needed > 1 else ""
-        raise ConfigError(
-            f"train.global_batch_size: {num_images:,} training images in batches of {size} leave a batch of "
-            f"{BatchPlan(num_images, size).smallest}, too few for world size {ranks} and train.grad_accum_steps="
-            f"{train.grad_accum_steps}{reason}\n"
-            f"  use {' or '.join(remedies)}, fewer workers or a lower train.grad_accum_steps"
-        )
-
-
-def _architecture(config: Config) -> Architecture:
-    return variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
 
 
 def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:

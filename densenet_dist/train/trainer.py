@@ -19,6 +19,7 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
 from densenet_dist.schema import Config, WorkerRange, without_validation
 from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.checks import check_batches
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ddp import RankSync, wrap
@@ -32,7 +33,7 @@ from densenet_dist.train.inputs import (
     train_loader,
 )
 from densenet_dist.train.metrics import Metrics, broadcast
-from densenet_dist.train.network import autocast, build_model, check_batches, load_weights, require_memory
+from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.snapshot import Position, Snapshot, identity_of, require_same

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densenet_dist.config import load_config
 from densenet_dist.data.cifar import SPECS
-from densenet_dist.model import VARIANTS, DenseNet, count_parameters
+from densenet_dist.model import DenseNet, count_parameters
+from densenet_dist.model.variants import VARIANTS
 from densenet_dist.schema import ModelConfig
 from densenet_dist.train.network import build_model
 

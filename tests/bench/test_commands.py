@@ -26,13 +26,19 @@ def rows_of(path):
 def test_mistakes_are_reported_before_anything_is_measured(tmp_path, command):
     missing = tmp_path / "missing" / "result.json"
     for name, *arguments, expected, reason in (
-        ("data", "quickstart", "--batch-sizes=64,,128", 2, "'' is no number from 1 to 1,000,000; write them as 1,2,4"),
+        (
+            "data",
+            "quickstart",
+            "--batch-sizes=64,,128",
+            2,
+            "'' is not a number from 1 to 1,000,000; write them as 1,2,4",
+        ),
         ("data", "cifar10_small", f"data.root={tmp_path}", "data.download=false", 4, "cifar-10-batches-bin"),
         ("data", "quickstart", "--out", missing, 5, f"{missing} cannot be written: No such file or directory"),
         ("model", *ON_CPU, "--variants=fast", 2, "there is no 'fast'; choose from reference, compiled, fused, graph"),
         ("model", *ON_CPU, "model.growth_rate=0", 2, "model.growth_rate"),
-        ("scaling", *ON_CPU, "--workers=0", 2, "--workers: '0' is no number from 1"),
-        ("model", *ON_CPU, "--batch-sizes=1000000000000", 2, "'1000000000000' is no number from 1 to 1,000,000"),
+        ("scaling", *ON_CPU, "--workers=0", 2, "--workers: '0' is not a number from 1"),
+        ("model", *ON_CPU, "--batch-sizes=1000000000000", 2, "'1000000000000' is not a number from 1 to 1,000,000"),
         ("scaling", *ON_CPU, "--workers=999", 2, "999 workers cannot share train.global_batch_size"),
         ("scaling", *ON_CPU, "--mode=large", 2, "'large' is not one of 'weak', 'strong', 'both'"),
     ):

@@ -75,13 +75,13 @@ class FakeClient:
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
     monkeypatch.setattr(submit, "_client", lambda address: client)
-    monkeypatch.setattr("densenet_dist.cli.submitting._ANSWER_S", 1.0)
+    monkeypatch.setattr("densenet_dist.cli.submitting._RESPONSE_TIMEOUT_S", 1.0)
     return client
 
 
 def run(monkeypatch: pytest.MonkeyPatch, answer: bool | None) -> tuple[int, str]:
     """Exit code and output of ``submit doctor``, on a terminal where there is an answer to the question."""
-    monkeypatch.setattr("densenet_dist.cli.submitting._wants_it_ended", lambda number: bool(answer))
+    monkeypatch.setattr("densenet_dist.cli.submitting._confirms_stop", lambda number: bool(answer))
     result = CliRunner().invoke(app, ["submit", "--address", "http://nowhere", "doctor"])
     return result.exit_code, result.output
 
@@ -110,7 +110,7 @@ def test_an_interrupted_job_is_ended_where_that_is_wanted(monkeypatch, client, m
 
 @pytest.mark.parametrize(
     ("moment", "blocked", "said"),
-    [("follow", False, "the job goes on"), ("send", True, "it is not known whether the cluster has taken the job")],
+    [("follow", False, "the job continues"), ("send", True, "the cluster has not confirmed the job")],
 )
 def test_a_job_that_may_go_on_is_named(monkeypatch, client, moment, blocked, said):
     client.interrupt_at, client.block_sending = moment, blocked

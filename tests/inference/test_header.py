@@ -9,7 +9,7 @@ import torch
 
 from densenet_dist.errors import CheckpointError
 from densenet_dist.inference.header import header_of, make_header
-from densenet_dist.model import densenet
+from densenet_dist.model.variants import densenet
 
 
 def valid_header():

@@ -164,7 +164,7 @@ def test_predict_command(original, tmp_path, photo, command):
     assert code == 0
     assert out.count("%") == 4
     assert "b[bold].png" in out
-    assert "2 pictures in " in err
+    assert "2 images in " in err
     assert "images/s on cpu" in err
     (tmp_path / "c.png").write_text("x")
     code, out, err = command(
@@ -176,7 +176,7 @@ def test_predict_command(original, tmp_path, photo, command):
     assert sum(guess["probability"] for guess in lines[0]["top"]) <= 1
     assert sorted(lines[0]["top"], key=lambda guess: -guess["probability"]) == lines[0]["top"]
     assert "c.png: not a picture" in err
-    assert "error: 1 of 3 pictures could not be used" in err
+    assert "error: 1 of 3 images could not be used" in err
 
 
 def test_tta_is_the_mean_with_the_mirror_image(original, images):

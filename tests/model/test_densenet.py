@@ -10,7 +10,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densenet_dist.model import DenseNet, densenet
+from densenet_dist.model import DenseNet
+from densenet_dist.model.variants import densenet
 
 VARIANTS = ["notebook", "densenet_bc", "densenet121"]
 

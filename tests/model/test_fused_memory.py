@@ -10,7 +10,7 @@ from fused import Block, maps
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from densenet_dist.model import densenet
+from densenet_dist.model.variants import densenet
 
 
 def bytes_saved(model: nn.Module, x: Tensor) -> int:

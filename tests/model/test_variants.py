@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from densenet_dist.errors import ConfigError
-from densenet_dist.model import DenseNet, ParameterCount, count_parameters, densenet, variant_architecture
+from densenet_dist.model import DenseNet, ParameterCount, count_parameters
+from densenet_dist.model.variants import densenet, variant_architecture
 
 
 def on_meta(variant: str, **options: Any) -> DenseNet:

@@ -91,14 +91,14 @@ def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, comma
     before = (run / "report.html").read_bytes()
     shutil.rmtree(run / "checkpoints")
     (run / "env.json").unlink()
-    assert command("report", "tiny", "--root", "/nowhere") == (0, f"page: {run / 'report.html'}\n", "")
+    assert command("report", "tiny", "--root", "/nowhere") == (0, f"report: {run / 'report.html'}\n", "")
     page = page_of(run / "report.html")
     assert page.titles == [*RECORDS, *TESTED, *SETUP]
     assert "no checkpoint yet" in page.text
     assert (run / "report.html").read_bytes() != before
-    assert command("report", "tiny", "--out", "x.html") == (0, "page: x.html\n", "")
+    assert command("report", "tiny", "--out", "x.html") == (0, "report: x.html\n", "")
     twice = "1 duplicate run is ignored\n"
-    assert command("report", "tiny", run) == (0, "page: report.html\n", twice)
+    assert command("report", "tiny", run) == (0, "report: report.html\n", twice)
     names = {path.name for path in run.parent.parent.glob("*.*")}
     assert names == {"x.html", "curves.png", "confusion.png", "report.html"}
     code, _, err = command("report", "nowhere")
@@ -113,7 +113,7 @@ def test_a_run_without_stored_test_results_is_evaluated_once(run, command, page_
     for name in ("test_results.json", "confusion.png"):
         (run / name).unlink()
     for option in ("--no-evaluate", "--no-judge"):
-        assert command("report", "tiny", option) == (0, f"page: {run / 'report.html'}\n", "")
+        assert command("report", "tiny", option) == (0, f"report: {run / 'report.html'}\n", "")
     page = page_of(run / "report.html")
     assert page.titles == [*RECORDS, *SETUP]
     assert f"densenet-dist report {run}" in page.text

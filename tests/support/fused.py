@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densenet_dist.model import DenseNet, densenet
+from densenet_dist.model import DenseNet
 from densenet_dist.model.dense_block import DenseBlock
 from densenet_dist.model.fused_block import FusedDenseBlock
+from densenet_dist.model.variants import densenet
 
 TAILS = ["no tail", "norm", "norm and conv"]
 KERAS, TORCH = (0.01, 1e-3), (0.1, 1e-5)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from densenet_dist.config import load_config
-from densenet_dist.model import DenseNet, densenet
+from densenet_dist.model import DenseNet
+from densenet_dist.model.variants import densenet
 from densenet_dist.schedules import SCHEDULES
 from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer

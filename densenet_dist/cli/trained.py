@@ -1,0 +1,246 @@
+"""``densenet-dist evaluate``, ``report``, ``predict`` and ``export``: commands for trained runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, require_writable, status
+from densenet_dist.credentials import without_credentials
+from densenet_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from densenet_dist.inference.classifier import Prediction
+
+_BAR_LENGTH = 20
+_FILE_WIDTH = 4000
+
+
+def evaluate(
+    run: Run,
+    settings: Settings = None,
+    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images to evaluate.")] = "test",
+    checkpoint: Checkpoint = "best",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a checkpoint of a run: loss, top-1 and top-5 accuracy.
+
+    densenet-dist evaluate runs/k24
+    densenet-dist evaluate k24 --split val --checkpoint last --json
+    densenet-dist evaluate s3://bucket/runs/k24 data.root=/data
+    """
+    with status("loading PyTorch"):
+        from densenet_dist.train.evaluation import evaluate as evaluate_run
+
+    notify = partial(typer.echo, err=True)
+    with status("evaluating"):
+        found = evaluate_run(run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()), notify=notify)
+    if as_json:
+        typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **found}))
+    else:
+        typer.echo(
+            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} "
+            f"({found['images']:,.0f} images)"
+        )
+
+
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Folders of runs (paths or s3:// URIs), or their names in runs/."),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Where to write the report; by default report.html in the run's folder, or for several runs in the "
+            "working directory.",
+            show_default=False,
+        ),
+    ] = None,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            "--judge/--no-judge",
+            help="Evaluate the test set of runs without stored test results; needs the data set.",
+        ),
+    ] = True,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="The folder of data sets, if it has moved since training.", show_default=False
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the report of a run, or a comparison of several: one HTML file, with figures beside it.
+
+    densenet-dist report runs/k24
+    densenet-dist report s3://bucket/runs/k24    (the report is written there)
+    densenet-dist report runs/seed0 runs/seed1 runs/k24 --out compared.html
+    """
+    from densenet_dist.run_folder import PAGE_FILE
+
+    if out is not None and "://" in out:
+        raise ConfigError(f"--out {out}: must be a local file\n  without --out the report of a run is in its folder")
+    path = Path(out) if out is not None else Path(PAGE_FILE) if len(runs) > 1 else None
+    require_writable(path)
+    with status("loading PyTorch"):
+        from densenet_dist.report.page import write_report
+    overrides = () if root is None else (f"data.root={root}",)
+    with status("writing the report"):
+        written = write_report(runs, path, evaluate=evaluate, overrides=overrides, notify=partial(typer.echo, err=True))
+    typer.echo(f"report: {written}")
+
+
+def predict(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|EXPORT",
+            help="The folder of a run (path or s3:// URI), its name in runs/, or an exported file.",
+        ),
+    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or patterns.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to show for each image.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image and line.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, max=10_000, help="Images per batch.")] = 64,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average with the mirrored image: slower, slightly more accurate.")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto uses a GPU if there is one.")] = "auto",
+    checkpoint: Checkpoint = "best",
+    debug: Debug = False,
+) -> None:
+    """Classify images of any size: JPEG, PNG, WebP, AVIF, BMP, GIF, ICO, JPEG 2000, PPM, PSD, TIFF.
+
+    Unusable images are listed on standard error, the others are classified, and the exit code is 4.
+
+    densenet-dist predict runs/k24 photo.jpg
+    densenet-dist predict k24.safetensors photos '*.png' --json > predictions.jsonl
+    """
+    with status("loading PyTorch"):
+        from densenet_dist.data.image_folder import printable
+        from densenet_dist.inference.classifier import load_classifier
+        from densenet_dist.inference.pictures import Unreadable, find
+
+    classifier = load_classifier(model, checkpoint=checkpoint, device=device)
+    started = time.perf_counter()
+    table = None if as_json else _table()
+    good = bad = 0
+    for item in classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta):
+        if isinstance(item, Unreadable):
+            bad += 1
+            typer.echo(without_credentials(f"{printable(item.source)}: {item.reason}"), err=True)
+            continue
+        good += 1
+        if table is not None:
+            _add(table, item)
+        else:
+            guesses = [{"class": each.name, "label": each.label, "probability": each.probability} for each in item.top]
+            typer.echo(json.dumps({"image": item.source, "top": guesses}))
+    seconds = time.perf_counter() - started
+    if good:
+        if table is not None:
+            _print(table)
+        count = "1 image" if good == 1 else f"{good:,} images"
+        typer.echo(f"{count} in {seconds:.2f} s: {good / seconds:,.1f} images/s on {classifier.device}", err=True)
+    if bad:
+        raise DataError(f"{bad} of {bad + good} images could not be used; they are listed above")
+
+
+def _table() -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    return table
+
+
+def _add(table: Table, item: Prediction) -> None:
+    from rich.text import Text
+
+    from densenet_dist.data.image_folder import printable
+
+    block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
+    for rank, guess in enumerate(item.top):
+        name = printable(item.source) if rank == 0 else ""
+        style = "bold" if rank == 0 else None
+        bar = block * round(guess.probability * _BAR_LENGTH)
+        table.add_row(Text(name), Text(guess.name), f"{guess.probability:.2%}", bar, style=style)
+    if len(item.top) > 1:
+        table.add_section()
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    # Only a terminal has a width: a file or another program needs complete names.
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=_FILE_WIDTH).print(table)
+
+
+def export(
+    run: Run,
+    settings: Settings = None,
+    format: Annotated[
+        Literal["safetensors", "torch-export", "onnx"],
+        typer.Option(help="safetensors for this package, torch-export (.pt2) for PyTorch, onnx for ONNX runtimes."),
+    ] = "safetensors",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="By default the name of the run, in the working directory.", show_default=False
+        ),
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="bf16: safetensors and torch-export only.")
+    ] = "fp32",
+    check: Annotated[
+        bool, typer.Option(help="Load the file again and compare it on test images; needs the data set.")
+    ] = True,
+    debug: Debug = False,
+) -> None:
+    """Export a trained model to one file, with class names and preprocessing, and check it.
+
+    densenet-dist export runs/k24
+    densenet-dist export runs/k24 --format onnx
+    """
+    with status("loading PyTorch"):
+        from densenet_dist.inference.exporting import export as export_run
+
+    with status("exporting"):
+        made = export_run(
+            run,
+            format=format,
+            out=out,
+            checkpoint=checkpoint,
+            precision=precision,
+            check=check,
+            overrides=tuple(settings or ()),
+        )
+    typer.echo(f"{made.path}: {made.bytes:,} bytes, {made.format}, {made.header.precision}")
+    if (found := made.check) is None:
+        typer.echo("not checked")
+        return
+    same = "all" if found.agreeing == 1 else f"{found.agreeing:.2%}"
+    typer.echo(
+        f"checked on {found.images:,} test images: largest difference of a logit {found.largest:.2g}, "
+        f"top-1 agrees on {same}"
+    )
+    if made.header.precision != "fp32":
+        typer.echo(f"test top-1: {found.top1:.2%} in fp32, {found.exported_top1:.2%} in {made.header.precision}")
