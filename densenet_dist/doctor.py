@@ -1,4 +1,4 @@
-"""``densenet-dist doctor``: whether this machine can do the job, and what to do where it cannot."""
+"""``densenet-dist doctor``: check whether a configuration can run on this machine, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from densenet_dist.credentials import without_credentials
@@ -29,56 +29,50 @@ from densenet_dist.trackers.tracker import require_trackers
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check.
+    """The result of a check.
 
     Attributes:
-        state: ok; note (it works, but you should know); bad (it cannot work).
+        state: ok, note (it works with a limitation) or bad (it cannot work).
         text: what was found.
         hint: what to do about it.
     """
 
-    state: str
+    state: Literal["ok", "note", "bad"]
     text: str
     hint: str = ""
 
 
-def examine(config: Config, console: Console | None = None) -> bool:
-    """Run every check, print a table, and return whether the job can be done."""
-    console = console or Console(highlight=False)
+def examine(config: Config) -> bool:
+    """Run all checks and print their results; return whether the configuration can run here."""
     checks = {
         **{"machine": _python, "torch": _torch, "GPUs": _gpus, "fused block": _block, "DALI": _dali, "Ray": _ray},
         **{"storage": _storage, "data": _data},
     }
     if config.log.wandb.enabled or config.log.mlflow.enabled:
         checks["loggers"] = _trackers
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+    console = Console(highlight=False)
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
     bad = []
     for name, check in checks.items():
         try:
-            finding = check(config)
+            found = check(config)
         except DenseNetDistError as error:
-            finding = _failed(error)
-        except Exception as error:  # a check that breaks is a finding, not the end of the others
-            finding = Finding("bad", f"{type(error).__name__}: {error}")
-        # As text: a folder's name may look like Rich's own markup.
-        table.add_row(marks[finding.state], name, Text(without_credentials(finding.text)))
-        if finding.hint:
-            table.add_row("", "", Text(f"-> {without_credentials(finding.hint)}"))
-        if finding.state == "bad":
+            found = _failed(error)
+        except Exception as error:  # the other checks still run
+            found = Finding("bad", f"{type(error).__name__}: {error}")
+        lines = [found.text, *([f"-> {found.hint}"] if found.hint else [])]
+        for number, line in enumerate(lines):
+            label = f"{found.state:<5} {name:<12} " if number == 0 else " " * 19
+            console.print(Text.assemble((label, colours[found.state]), without_credentials(line)), soft_wrap=True)
+        if found.state == "bad":
             bad.append(name)
-    console.print(table)
-    console.print(f"\ncannot do the job: {', '.join(bad)}" if bad else "\nready")
+    console.print(f"\nnot ready: {', '.join(bad)}" if bad else "\nready")
     return not bad
 
 
-def _failed(error: DenseNetDistError, state: str = "bad") -> Finding:
-    """What an error says: first what is wrong, then how to mend it."""
-    what, *ways = str(error).splitlines()
-    return Finding(state, what, " ".join(map(str.strip, ways)))
+def _failed(error: DenseNetDistError, state: Literal["note", "bad"] = "bad") -> Finding:
+    problem, *hints = str(error).splitlines()
+    return Finding(state, problem, " ".join(map(str.strip, hints)))
 
 
 def _python(config: Config) -> Finding:
@@ -104,8 +98,8 @@ def _gpus(config: Config) -> Finding:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
-    text = "no GPU" if driver is None else f"driver {driver} is there, but torch cannot use a GPU"
-    hint = f"update the driver to one that knows CUDA {torch.version.cuda}" if driver else ""
+    text = "no GPU" if driver is None else f"driver {driver} is installed, but torch cannot use a GPU"
+    hint = f"update the driver to one that supports CUDA {torch.version.cuda}" if driver else ""
     if config.cluster.device == "cuda" and not (config.cluster.address or (config.cluster.engine == "ray" and driver)):
         return Finding("bad", text, hint or "train on the CPU with cluster.device=cpu")
     return Finding("note", text + "; training runs on the CPU", hint)
@@ -121,15 +115,15 @@ def _block(config: Config) -> Finding:
         hint = "install a C++ compiler (Debian: apt install g++)" if device == "cpu" else "install Triton: make setup"
         hint = "" if "chmod" in reason else hint
         return Finding("note", f"{reason}; the reference form of the dense block is used", hint)
-    return Finding("ok", "kernels in Triton" if device == "cuda" else "kernels in C++, built for this CPU")
+    return Finding("ok", "Triton kernels" if device == "cuda" else "C++ kernels, built for this CPU")
 
 
 def _dali(config: Config) -> Finding:
     import torch
 
     if not dali_installed():
-        state = "bad" if config.data.loader == "dali" else "note"
-        return Finding(state, "not installed; torch makes the batches", f"pip install {DALI_PACKAGE}")
+        state: Literal["note", "bad"] = "bad" if config.data.loader == "dali" else "note"
+        return Finding(state, "not installed; the torch loader is used", f"pip install {DALI_PACKAGE}")
     device = torch.device("cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu")
     try:
         require_dali(device, decoding=config.data.name == "folder")
@@ -160,7 +154,7 @@ def _storage(config: Config) -> Finding:
     if not existed:
         with suppress(OSError):
             Path(config.storage).rmdir()
-    return Finding("ok", f"{config.storage} can be written")
+    return Finding("ok", f"{config.storage} is writable")
 
 
 def _data(config: Config) -> Finding:
@@ -174,15 +168,15 @@ def _data(config: Config) -> Finding:
     except DenseNetDistError as error:
         text = str(error).splitlines()[0]
         if name == "folder":
-            return Finding("bad", text, f"more about it: densenet-dist data prepare folder --root {root}")
+            return Finding("bad", text, f"for details: densenet-dist data prepare folder --root {root}")
         if config.data.download and not any(Path(root).glob("cifar*")):
             return Finding("note", f"{name} is not in {root}; it will be downloaded", "")
         return Finding("bad", text, f"densenet-dist data prepare {name} --root {root}")
-    return Finding("ok", f"{name} in {folder} can be used: {found}")
+    return Finding("ok", f"{name} in {folder} is valid: {found}")
 
 
 def _trackers(config: Config) -> Finding:
-    """Whether W&B and MLflow can be used, as far as that can be seen without asking their servers."""
+    """Check W&B and MLflow without contacting their servers."""
     require_trackers(config)
     found = []
     if config.log.mlflow.enabled:
@@ -194,18 +188,18 @@ def _trackers(config: Config) -> Finding:
         try:
             require_key()
         except PermissionError as error:
-            what, _, way = str(error).partition(": ")
-            return Finding("note", f"{', '.join(found)}; W&B has {what}", way)
+            problem, _, hint = str(error).partition(": ")
+            return Finding("note", f"{', '.join(found)}; W&B has {problem}", hint)
     return Finding("ok", ", ".join(found))
 
 
 def _data_on_store(config: Config) -> Finding:
-    """Whether the data set is there and this node can take it; nothing is taken yet."""
+    """Check that the data set exists on the object store and that this node can copy it, without copying it."""
     name, root = config.data.name, config.data.root
     if config.data.download and name != "folder":
         store = DataStore(root)
         if not cifar_source.find_on_store(cifar.SPECS[name], store):
-            return Finding("note", f"{name} is not in {store.place}; it will be downloaded, once, and put there")
+            return Finding("note", f"{name} is not in {store.place}; it will be downloaded once and uploaded there")
     found = publish_dataset(name, root, download=False)
     with locked_cache(root) as entry:
-        return Finding("ok", f"{found}; this node takes it into {entry}")
+        return Finding("ok", f"{found}; this node copies it to {entry}")

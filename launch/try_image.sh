@@ -30,7 +30,7 @@ twice=$(python -c 'from importlib.metadata import distributions; print(*(d.name 
 
 echo "== doctor"
 densenet-dist doctor /app/configs/quickstart.yaml "storage=$runs" | tee /tmp/doctor.txt
-grep -q 'kernels in C++' /tmp/doctor.txt || failed "g++ of the image cannot build the fused block's kernels"
+grep -q 'C++ kernels' /tmp/doctor.txt || failed "g++ of the image cannot build the fused block's kernels"
 
 echo "== a run through a Ray of its own"
 densenet-dist train /app/configs/quickstart.yaml "${small[@]}" name=own

@@ -285,7 +285,7 @@ def test_home_folder(command, tmp_path, monkeypatch):
 def test_doctor(command):
     code, out, err = command("doctor", "cluster.engine=local")
     assert code == 0, out + err
-    for text in ("torch 2.", "Ray", "DALI", "kernels in C++", "storage", "shapes is generated", "ready"):
+    for text in ("torch 2.", "Ray", "DALI", "C++ kernels", "storage", "shapes is generated", "ready"):
         assert text in out
     assert not Path("runs").exists(), "a check leaves nothing behind"
     Path("file").write_text("in the way")
@@ -293,7 +293,7 @@ def test_doctor(command):
         "doctor", "cluster.engine=local", "storage=file/runs", "data.name=cifar10", "data.download=false"
     )
     assert code == 3
-    assert "cannot do the job: storage, data" in out
+    assert "not ready: storage, data" in out
 
 
 def test_doctor_looks_for_what_a_logger_needs(command, monkeypatch):
@@ -302,7 +302,7 @@ def test_doctor_looks_for_what_a_logger_needs(command, monkeypatch):
     monkeypatch.setenv("NETRC", "none")
     code, out, _ = command("doctor", "cluster.engine=local", "log.mlflow.enabled=true")
     assert code == 3
-    assert "cannot do the job: loggers" in out
+    assert "not ready: loggers" in out
     if importlib.util.find_spec("wandb") is not None:
         code, out, _ = command("doctor", "cluster.engine=local", "log.wandb.enabled=true")
         assert code == 0

@@ -1,1 +1,1 @@
-"""Using what was trained: exported files, predictions on pictures, and a page to try them on. Knows no Ray."""
+"""Use trained models: exported files and predictions. Does not import Ray."""

@@ -1,4 +1,4 @@
-"""A trained net that classifies pictures, from a run, a safetensors file or an ONNX file."""
+"""Classify images with a trained model from a run, a safetensors file or an ONNX file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.train.context import choose_device
 
 SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
-"""The exported files' suffixes, and the formats; a ``.pt2`` is written only."""
+"""Suffixes of exported files and their formats; ``.pt2`` is only written."""
 
 DEFAULT_BATCH = 64
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -30,7 +30,7 @@ Run: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Guess:
-    """A class, its label, and how probable it is, in [0, 1]."""
+    """A class, its label, and its probability in [0, 1]."""
 
     name: str
     label: int
@@ -39,11 +39,11 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the net says of one picture.
+    """The prediction for one image.
 
     Attributes:
-        source: the picture's path, or its place among those given.
-        top: the most probable classes, the most probable first.
+        source: the path of the image, or its number.
+        top: the most probable classes, most probable first.
     """
 
     source: str
@@ -51,11 +51,11 @@ class Prediction:
 
 
 class Classifier:
-    """Classifies pictures as the evaluation of the run would.
+    """Classifies images exactly as the evaluation of the run does.
 
     Args:
-        header: what the net is.
-        run: (n, 3, size, size) float32 grey levels on `device` to (n, classes) logits.
+        header: the model's metadata.
+        run: maps (n, 3, size, size) float32 grey levels on `device` to (n, classes) logits.
         device: where it runs.
     """
 
@@ -64,16 +64,16 @@ class Classifier:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label."""
+        """The class names by label."""
         return self.header.class_names
 
     @torch.no_grad()
     def logits(self, pixels: Tensor, *, tta: bool = False) -> Tensor:
-        """What the net makes of images.
+        """Compute logits.
 
         Args:
-            pixels: (n, 3, size, size) float32, grey levels.
-            tta: mean of the image's logits and its mirror image's.
+            pixels: (n, 3, size, size) float32 grey levels, 0 to 255.
+            tta: average the logits with those of the mirrored images.
 
         Returns:
             (n, classes) float32 on the CPU.
@@ -92,22 +92,24 @@ class Classifier:
         batch_size: int = DEFAULT_BATCH,
         tta: bool = False,
     ) -> list[Prediction]:
-        """Classify pictures.
+        """Classify images.
 
         Args:
-            images: one picture or several: paths, uint8 arrays (H, W, 3) or PIL images.
-            top: how many classes to give for each.
-            batch_size: pictures that the net sees at a time.
-            tta: mean with the mirror image.
+            images: one or several: paths, uint8 arrays (H, W, 3) or PIL images.
+            top: number of classes per image.
+            batch_size: images per batch.
+            tta: average with the mirrored image.
 
         Raises:
-            DataError: naming all pictures that cannot be used.
+            DataError: listing all unusable images.
         """
-        alone = isinstance(images, str | os.PathLike | Tensor) or hasattr(images, "convert") or hasattr(images, "shape")
-        found = list(self.stream([images] if alone else images, top=top, batch_size=batch_size, tta=tta))
+        single = (
+            isinstance(images, str | os.PathLike | Tensor) or hasattr(images, "convert") or hasattr(images, "shape")
+        )
+        found = list(self.stream([images] if single else images, top=top, batch_size=batch_size, tta=tta))
         bad = [f"{item.source}: {item.reason}" for item in found if isinstance(item, Unreadable)]
         if bad:
-            raise DataError("\n  ".join(("pictures that cannot be used:", *bad)))
+            raise DataError("\n  ".join(("unusable images:", *bad)))
         return [item for item in found if isinstance(item, Prediction)]
 
     def stream(
@@ -118,9 +120,9 @@ class Classifier:
         batch_size: int = DEFAULT_BATCH,
         tta: bool = False,
     ) -> Iterator[Prediction | Unreadable]:
-        """The same in order while it goes on; pictures that cannot be used are told of in their places.
+        """Yield the same predictions in order as they are made, and `Unreadable` for unusable images.
 
-        Pictures are decoded by threads while the net works on those before them.
+        Threads decode images ahead of the model.
         """
         if top < 1 or batch_size < 1:
             raise ConfigError(f"top={top} and batch_size={batch_size} must each be at least 1")
@@ -133,10 +135,10 @@ class Classifier:
                 yield found if isinstance(found, Unreadable) else Prediction(name, next(guesses))
 
     def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[Guess, ...]]:
-        shares, labels = self.logits(pixels, tta=tta).softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
+        probabilities, labels = self.logits(pixels, tta=tta).softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
         return [
-            tuple(Guess(self.class_names[label], label, share) for share, label in zip(*row, strict=True))
-            for row in zip(shares.tolist(), labels.tolist(), strict=True)
+            tuple(Guess(self.class_names[label], label, value) for value, label in zip(*row, strict=True))
+            for row in zip(probabilities.tolist(), labels.tolist(), strict=True)
         ]
 
 
@@ -146,17 +148,17 @@ def load_classifier(
     checkpoint: Literal["best", "last"] = "best",
     device: Device = "auto",
 ) -> Classifier:
-    """A net that classifies pictures.
+    """Load a trained model to classify images.
 
     Args:
-        path: a run's folder (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX); nothing
-            in it can run.
+        path: the folder of a run (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX),
+            which may be untrusted: nothing in it can run.
         checkpoint: of a run.
-        device: auto takes a GPU if there is one; ONNX files run on the CPU.
+        device: auto uses a GPU if there is one; ONNX files run on the CPU.
 
     Raises:
         StorageError, CheckpointError, EnvironmentProblem: as their names say.
-        DataError: an old run does not tell its classes, and its data set is not there.
+        DataError: the run is too old to have its class names, and its data set is missing.
     """
     file = _exported_file(path)
     if file is None:
@@ -166,7 +168,7 @@ def load_classifier(
 
 
 def open_exported(file: Path, device: Device = "auto") -> Classifier:
-    """The net in an exported file; arguments and errors as for `load_classifier`."""
+    """Load an exported file; arguments and errors as for `load_classifier`."""
     try:
         with file.open("rb") as opened:
             start = opened.read(16)
@@ -174,8 +176,8 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     if start.startswith(b"PK") or file.suffix == ".pt2":
         raise CheckpointError(
-            f"{file} is a program for PyTorch alone, which is not read here\n"
-            "  name the run, or export it as safetensors; torch.export.load runs it, if you trust the file"
+            f"{file} is a torch-export file, which this package does not read\n"
+            "  use the run or a safetensors export; torch.export.load reads the file, if you trust it"
         )
     if start[8:9] == b"{":
         header, network = formats.read_safetensors(file)
@@ -183,16 +185,16 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
         return Classifier(header, network.to(chosen), chosen)
     if file.suffix != ".onnx":
         raise CheckpointError(
-            f"{file} is no exported net: name a run's folder, or a .safetensors or .onnx file of densenet-dist export"
+            f"{file} is not an exported model: give a run, or a .safetensors or .onnx file from densenet-dist export"
         )
     if device == "cuda":
-        raise ConfigError(f"{file}: ONNX files run on the CPU here; use --device cpu, or another format")
+        raise ConfigError(f"{file}: ONNX files run on the CPU; use --device cpu, or another format")
     header, run = formats.read_onnx(file)
     return Classifier(header, run, torch.device("cpu"))
 
 
 def _exported_file(path: str | Path) -> Path | None:
-    """The exported file of that name, taken from an object store first; None where it is to be a run."""
+    """The exported file of that name, downloaded from an object store if needed; None if it names a run."""
     text = str(path)
     if is_uri(text):
         return fetch_file(text) if Path(text.partition("?")[0]).suffix in SUFFIXES else None

@@ -1,4 +1,4 @@
-"""Export a run's network to one file, and compare the file with the run before it is kept."""
+"""Export a trained model to one file, and compare the file with the run."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from densenet_dist.train.inputs import load_run_data
 Format = Literal["safetensors", "torch-export", "onnx"]
 
 LARGEST_DIFFERENCE: Final = 1e-4
-"""Of logits between a file in float32 and the run's own net in float32."""
+"""Tolerance for the logits of a float32 file, compared with those of the run."""
 
-_COMPARED = 256  # test images for fp32 files; bf16 files are compared on all of them
+_COMPARED = 256  # test images for fp32 files; bf16 files are compared on all
 _BATCH = 100
 
 
 @dataclass(frozen=True)
 class Check:
-    """How a file compares with the run's net in float32 on test images.
+    """A comparison of a file with the run's model in float32.
 
     Attributes:
-        images: compared.
-        largest: difference of a logit.
-        agreeing: share of images of the same top-1 class.
-        top1: of the run's net, by the labels.
-        exported_top1: of the file.
+        images: number of test images.
+        largest: largest difference of a logit.
+        agreeing: share of images with the same top-1 class.
+        top1: test accuracy of the run's model.
+        exported_top1: test accuracy of the file.
     """
 
     images: int
@@ -55,11 +55,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written.
+    """An exported file.
 
     Attributes:
         bytes: its size.
-        check: None where none was wanted.
+        check: the comparison with the run; None if it was skipped.
     """
 
     path: Path
@@ -79,22 +79,22 @@ def export(
     check: bool = True,
     overrides: tuple[str, ...] = (),
 ) -> Exported:
-    """Write a run's net with everything that it takes to use it into one file.
+    """Write a trained model to one file, with everything needed to use it.
 
-    The weights are those that the run is evaluated with: averaged ones, where it averages.
+    The weights are those of the run's evaluation: averaged ones if ``train.ema_decay`` is set.
 
     Args:
         run: its folder (path or URI), or its name under ``runs/``.
-        format: safetensors, for this package; torch-export (.pt2), for PyTorch alone; onnx, for onnxruntime.
-        out: the file; by default the run's name in the working directory.
+        format: safetensors for this package, torch-export (.pt2) for PyTorch, onnx for ONNX runtimes.
+        out: the file; by default the name of the run, in the working directory.
         checkpoint: best (by ``checkpoint.monitor``) or last.
         precision: fp32, or bf16 for safetensors and torch-export.
-        check: whether to load the file again and compare it on test images; needs the data set.
+        check: load the file again and compare it on test images; needs the data set.
         overrides: changes to the run's configuration, such as ``data.root=...``.
 
     Raises:
-        ConfigError: the format does not go with the precision.
-        CheckpointError: a float32 file differs from the run's net by more than `LARGEST_DIFFERENCE`; it is not kept.
+        ConfigError: the format does not support the precision.
+        CheckpointError: a float32 file differs from the run by more than `LARGEST_DIFFERENCE`; it is deleted.
         StorageError, DataError, EnvironmentProblem: as their names say.
     """
     if precision == "bf16" and format == "onnx":
@@ -103,33 +103,33 @@ def export(
     path = _path(out, trained.config.name, format, precision)
     header = dataclasses.replace(trained.header, precision=precision)
     dataset = load_run_data(trained.config, open_run(run)) if check else None
-    beside = path.with_name(f".{os.getpid()}-{path.name}")  # with its ending, which PyTorch asks for
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # PyTorch requires the suffix
     if precision == "bf16":
         to_bfloat16(trained.network.model)
     contents = WRITERS[format](trained.network, header)
     try:
         with storage_errors(path):
-            beside.write_bytes(contents)
+            temporary.write_bytes(contents)
         found = None
         if dataset is not None:
-            # Opened once more, in its own form: writing changes it.
+            # Loaded again with the run's own blocks: writing a file changes the model.
             original = open_trained(run, checkpoint=checkpoint, device="cpu", overrides=overrides)
-            found = compare(beside, header, format, original, dataset)
-            # A NaN is no small difference either.
+            found = compare(temporary, header, format, original, dataset)
+            # `not <=` also catches NaN.
             if precision == "fp32" and not found.largest <= LARGEST_DIFFERENCE:
                 raise CheckpointError(
-                    f"{path} is not kept: its logits differ from those of the run by up to {found.largest:.2g}, more "
-                    f"than {LARGEST_DIFFERENCE:g}\n  write it all the same with --no-check"
+                    f"{path} was deleted: its logits differ from those of the run by up to {found.largest:.2g}, more "
+                    f"than {LARGEST_DIFFERENCE:g}\n  keep it with --no-check"
                 )
         with storage_errors(path):
-            os.replace(beside, path)
+            os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return Exported(path, format, header, path.stat().st_size, found)
 
 
 def compare(file: Path, header: Header, format: Format, trained: Trained, dataset: Dataset) -> Check:
-    """Load a file that this process wrote, and compare it with the run's own net in float32 on test images."""
+    """Load a file that this process wrote, and compare it with the run's model in float32 on test images."""
     run: Callable[[Tensor], Tensor]
     if format == "torch-export":
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, about its own internals
@@ -147,23 +147,21 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
     loader = EvalLoader(engine, indices, batch_size=_BATCH, geometry=trained.config.data.augment)
     with torch.no_grad():
         batches = [(trained.network(batch.images), run(batch.images), batch.targets) for batch in loader]
-    wanted, found, labels = map(torch.cat, zip(*batches, strict=True))
-    first, exported_first = wanted.argmax(1), found.argmax(1)
+    expected, found, labels = map(torch.cat, zip(*batches, strict=True))
+    top1, exported_top1 = expected.argmax(1), found.argmax(1)
 
     def share(matches: Tensor) -> float:
         return float(matches.double().mean())
 
-    largest = float((wanted - found).abs().max())  # NaN where one is
-    return Check(
-        count, largest, share(first == exported_first), share(first == labels), share(exported_first == labels)
-    )
+    largest = float((expected - found).abs().max())  # NaN if any is NaN
+    return Check(count, largest, share(top1 == exported_top1), share(top1 == labels), share(exported_top1 == labels))
 
 
 def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:
-    (ending,) = [suffix for suffix, known in SUFFIXES.items() if known == format]
-    path = Path(os.path.expanduser(out or name + ("" if precision == "fp32" else f"-{precision}") + ending))
-    if path.suffix != ending:
-        raise ConfigError(f"--out {path}: a file in the format {format} must end in {ending}")
+    (suffix,) = [known for known, name_of_format in SUFFIXES.items() if name_of_format == format]
+    path = Path(os.path.expanduser(out or name + ("" if precision == "fp32" else f"-{precision}") + suffix))
+    if path.suffix != suffix:
+        raise ConfigError(f"--out {path}: a file in the format {format} must end in {suffix}")
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         problem = "it is a folder" if path.is_dir() else "read-only folder" if folder.is_dir() else "no such folder"

@@ -1,7 +1,6 @@
-"""What an exported file says of itself, as JSON: all that is needed to build the net and to prepare pictures for it.
+"""The metadata of an exported file as JSON: everything needed to build the model and to preprocess images.
 
-A file may come from anybody, so nothing in it is believed: types, sizes and texts have limits, and the net is built
-only where `Architecture` finds nothing wrong.
+Files are untrusted: types, sizes and texts have limits, and the model is built only if `Architecture` finds no problem.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from densenet_dist.errors import CheckpointError
 from densenet_dist.model.architecture import Architecture, CompressionOf, Head, Init, Stem
 
 HEADER_KEY: Final = "densenet_dist"
-"""Under which every format keeps the header."""
+"""The key of the header in the metadata of every format."""
 
 Precision = Literal["fp32", "bf16"]
 
-_MOST_BYTES: Final = 8 << 20  # 21,841 classes of ImageNet with their long names take less than 2 MiB
-_MOST_LAYERS: Final = 2000  # 500 times a second are built; densenet201 has 98
+_MAX_BYTES: Final = 8 << 20  # the 21,841 classes of ImageNet-21k take less than 2 MiB
+_MAX_LAYERS: Final = 2000  # densenet201 has 98; 500 layers take a second to build
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Text = Annotated[str, Field(max_length=1000)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e3, le=1e3)]
@@ -33,10 +32,10 @@ _Width = Annotated[int, Field(ge=1, le=1 << 14)]
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": True})
 class _Net:
-    """`Architecture` with limits; field for field."""
+    """The fields of `Architecture` with limits."""
 
     growth_rate: _Width
-    num_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=_MOST_LAYERS)], ...], Field(min_length=1, max_length=16)]
+    num_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=_MAX_LAYERS)], ...], Field(min_length=1, max_length=16)]
     num_classes: Annotated[int, Field(ge=1, le=1 << 20)]
     stem: Stem
     stem_channels: _Width
@@ -55,23 +54,24 @@ class _Net:
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": True})
 class Header:
-    """What an exported file holds besides weights.
+    """The metadata of an exported model.
 
     Attributes:
-        format: of this header.
-        version: of the package that wrote it.
-        run: the run's name; data the data set's.
-        checkpoint: which, such as ``best, step-00000120``.
-        commit: of the code that exported it; None outside of a checkout.
-        created: when, ISO 8601.
+        format: version of this header.
+        version: version of the package that wrote it.
+        run: name of the run.
+        data: name of the data set.
+        checkpoint: such as ``best, step 120``.
+        commit: of the exporting code; None outside of a checkout.
+        created: time in ISO 8601.
         class_names: by label.
-        architecture: the net's, see `densenet_dist.model.architecture.Architecture`.
-        mean, std: by which images in [0, 1] are normalised, red, green, blue. The exported programs do that themselves:
-            they take grey levels, 0 to 255.
-        crop: a picture is cut to its central square, this share of its shorter side, then resampled to the net's size
-            by a triangle filter.
+        architecture: see `densenet_dist.model.architecture.Architecture`.
+        mean, std: normalisation of images in [0, 1], by channel (RGB). The exported programs include it: they take grey
+            levels from 0 to 255.
+        crop: side of the central square to use as a share of the image's shorter side. The square is resampled to the
+            model's size by a triangle filter.
         precision: of the weights.
-        metrics: the checkpoint's validation figures.
+        metrics: validation metrics of the checkpoint.
     """
 
     format: Literal[1]
@@ -91,11 +91,11 @@ class Header:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the square images that the net takes."""
+        """Side of the model's square input images in pixels."""
         return self.architecture.image_size
 
     def to_json(self) -> str:
-        """As `header_of` reads it."""
+        """Serialize for `header_of`."""
         return _ADAPTER.dump_json(self).decode()
 
 
@@ -103,58 +103,58 @@ _ADAPTER: Final = TypeAdapter(Header)
 
 
 def make_header(architecture: Architecture, **fields: Any) -> Header:
-    """A header of a net of our own, by the names of its fields; the net is exported in the reference form.
+    """Make the header of a run's model, with the reference form of its blocks.
 
     Raises:
-        CheckpointError: a value is beyond the limits; a run's folder may come from anybody, too.
+        CheckpointError: a value exceeds its limits; the folder of a run is untrusted too.
     """
     try:
         net = _Net(**asdict(architecture) | {"block": "reference"})
         header = Header(format=1, architecture=net, **fields)
     except ValidationError as error:
-        raise CheckpointError(f"the run's net cannot be used: {_problem(error)}") from None
+        raise CheckpointError(f"the model of the run cannot be used: {_problem(error)}") from None
     if problem := _contradiction(header):
-        raise CheckpointError(f"the run's net cannot be used: {problem}")
+        raise CheckpointError(f"the model of the run cannot be used: {problem}")
     return header
 
 
 def header_of(text: str | bytes | None, origin: str) -> Header:
-    """The header of a file that anybody may have written.
+    """Read the header of an untrusted file.
 
     Args:
-        text: JSON; None where the file has none.
+        text: JSON; None if the file has none.
         origin: the file, for messages.
 
     Raises:
-        CheckpointError: there is none, or it is not what `densenet-dist export` writes.
+        CheckpointError: it is missing, or not what `densenet-dist export` writes.
     """
     if text is None:
         raise CheckpointError(
             f"{origin} was not written by densenet-dist export: it has no {HEADER_KEY} in its metadata"
         )
-    if len(text) > _MOST_BYTES:
-        raise CheckpointError(f"{origin}: its metadata has {len(text):,} bytes, more than {_MOST_BYTES:,}")
+    if len(text) > _MAX_BYTES:
+        raise CheckpointError(f"{origin}: its metadata has {len(text):,} bytes, more than {_MAX_BYTES:,}")
     try:
         header = _ADAPTER.validate_json(text)
     except ValidationError as error:
         if any(item["loc"] == ("precision",) and item["input"] == "int8" for item in error.errors()):
             raise CheckpointError(
-                f"{origin} has int8 weights, which are not supported any more\n"
+                f"{origin} has int8 weights, which are no longer supported\n"
                 "  export the run again with --precision fp32 or bf16"
             ) from None
-        raise CheckpointError(f"{origin}: its metadata is not that of an exported net: {_problem(error)}") from None
+        raise CheckpointError(f"{origin}: its metadata is not that of an exported model: {_problem(error)}") from None
     if problem := _contradiction(header):
-        raise CheckpointError(f"{origin}: its metadata is not that of an exported net: {problem}")
+        raise CheckpointError(f"{origin}: its metadata is not that of an exported model: {problem}")
     return header
 
 
 def architecture_of(header: Header) -> Architecture:
-    """The shape of its net."""
+    """The architecture of its model."""
     return Architecture(**asdict(header.architecture))
 
 
 def _contradiction(header: Header) -> str | None:
-    """What does not fit together in it, or would be a danger to a terminal."""
+    """Find values that contradict each other, or control characters that would affect a terminal."""
     net = header.architecture
     if len(header.class_names) != net.num_classes:
         return f"{len(header.class_names)} class names for {net.num_classes} classes"
@@ -164,8 +164,8 @@ def _contradiction(header: Header) -> str | None:
     for name in header.class_names:
         if printable(name) != name:
             return f"the class name {name!a} cannot be printed"
-    if sum(net.num_layers) > _MOST_LAYERS:
-        return f"{sum(net.num_layers)} layers, more than {_MOST_LAYERS}"
+    if sum(net.num_layers) > _MAX_LAYERS:
+        return f"{sum(net.num_layers)} layers, more than {_MAX_LAYERS}"
     problems = architecture_of(header).problems()
     return problems[0] if problems else None
 

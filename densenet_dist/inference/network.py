@@ -1,4 +1,4 @@
-"""A trained net as one program from grey levels to logits: what every exported format holds, and a run's own."""
+"""A trained model as one module from grey levels to logits, from a run or for an exported file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from densenet_dist.train.network import autocast
 
 
 class Network(nn.Module):
-    """Normalises images and classifies them.
+    """Normalises and classifies images.
 
-    Input (N, 3, H, W) float32 in grey levels, 0 to 255, RGB; output (N, classes) float32 logits. The net computes in
-    its weights' dtype; in bfloat16 its batch normalisations keep float32 parameters (`to_bfloat16`).
+    Input: (N, 3, H, W) float32 grey levels from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
+    in the dtype of its weights; with bfloat16, batch normalisation keeps float32 parameters (`to_bfloat16`).
 
     Args:
-        model: the trained net.
-        mean, std: by which images in [0, 1] are normalised.
+        model: the trained model.
+        mean, std: normalisation of images in [0, 1].
     """
 
     model: DenseNet
@@ -43,13 +43,13 @@ class Network(nn.Module):
     def __init__(self, model: DenseNet, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        # To the last bit the numbers of data.torch_loader.TorchEngine, and two roundings as there.
+        # Bit for bit the normalisation of data.torch_loader.TorchEngine, including its two roundings.
         levels = 255.0 * np.asarray(std, dtype=np.float64)
         for name, values in (("scale", 1.0 / levels), ("shift", -255.0 * np.asarray(mean, dtype=np.float64) / levels)):
             self.register_buffer(name, torch.from_numpy(values.astype(np.float32)).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Classify; see the class."""
+        """Compute logits; see the class."""
         images = pixels * self.scale + self.shift
         first = next(self.model.parameters())
         logits: Tensor = self.model(images.to(first.dtype))
@@ -57,7 +57,7 @@ class Network(nn.Module):
 
 
 def to_bfloat16(model: DenseNet) -> DenseNet:
-    """Make the weights of all convolutions and linear layers bfloat16, in place; batch normalisations stay float32."""
+    """Convert convolutions and linear layers to bfloat16 in place; batch normalisation stays float32."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(torch.bfloat16)
@@ -65,7 +65,7 @@ def to_bfloat16(model: DenseNet) -> DenseNet:
 
 
 def empty_net(header: Header) -> DenseNet:
-    """The net of a header, in the reference form, without memory for its weights: a file must bring it."""
+    """Build the model of a header on the meta device, in the reference form."""
     architecture = replace(architecture_of(header), block="reference", init="torchvision")
     with torch.device("meta"):
         model = DenseNet(architecture)
@@ -76,10 +76,10 @@ def empty_net(header: Header) -> DenseNet:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A run's checkpoint as a program: grey levels to logits, in the precision of the run's training and evaluation.
+    """The model of a run's checkpoint, which computes in the precision of the run's evaluation.
 
     Attributes:
-        network: with its weights, on `device`, in the form of dense blocks that the run has.
+        network: with its weights, on `device`.
     """
 
     config: Config
@@ -88,7 +88,7 @@ class Trained:
     device: torch.device
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Classify; see `Network`."""
+        """Compute logits; see `Network`."""
         with autocast(self.device, self.config.train.precision):
             logits: Tensor = self.network(pixels)
         return logits
@@ -102,10 +102,10 @@ def open_trained(
     block: Literal["reference"] | None = None,
     overrides: tuple[str, ...] = (),
 ) -> Trained:
-    """Load a run's checkpoint, without its data set where the run tells its classes.
+    """Load a run's checkpoint; only old runs without classes.json need their data set.
 
     Args:
-        block: form of the dense blocks, if not the run's own.
+        block: form of the dense blocks; by default that of the run.
         overrides: changes to the run's configuration, such as ``data.root=...``.
 
     Raises:

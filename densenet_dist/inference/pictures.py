@@ -1,4 +1,4 @@
-"""Pictures of any kind and size for a net: found on disk, decoded, cut and resampled as those of an evaluation."""
+"""Find, decode and preprocess images of any kind and size, exactly as evaluation does."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Picture: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A picture that cannot be used.
+    """An unusable image.
 
     Attributes:
-        source: its path, or its place among the pictures given.
-        reason: in plain words.
+        source: its path or number.
+        reason: why it cannot be used.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Unreadable:
 
 
 def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
-    """The files that a command line names: files themselves, what looks like pictures below folders, and patterns."""
+    """Yield the files of a command line's arguments: files, image files below folders, and matches of patterns."""
     for argument in map(os.path.expanduser, arguments):
         path = Path(argument)
         if path.is_dir():
@@ -50,7 +50,7 @@ def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
             for name in found:
                 yield from _below(Path(name)) if os.path.isdir(name) else (Path(name),)
         else:
-            yield Unreadable(argument, "no file is called like that")
+            yield Unreadable(argument, "no file matches")
 
 
 def _below(folder: Path) -> Iterator[Path | Unreadable]:
@@ -62,7 +62,7 @@ def _below(folder: Path) -> Iterator[Path | Unreadable]:
         onerror=lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror))),
         followlinks=True,
     ):
-        if (real := os.path.realpath(place)) in seen:  # reached through another link
+        if (real := os.path.realpath(place)) in seen:  # visited through another link
             folders.clear()
             continue
         seen.add(real)
@@ -73,22 +73,22 @@ def _below(folder: Path) -> Iterator[Path | Unreadable]:
                 yield Path(place, name)
     yield from problems
     if not count and not problems:
-        yield Unreadable(str(folder), "has no pictures in it")
+        yield Unreadable(str(folder), "contains no images")
 
 
 def prepare(picture: Picture, size: int, crop: float) -> Tensor:
-    """One picture as a net sees it: its central square, resampled, in grey levels.
+    """Decode an image, crop its central square and resample it.
 
     Args:
         picture: see `Picture`.
         size: side in pixels.
-        crop: share of the picture's shorter side that is shown.
+        crop: side of the square as a share of the image's shorter side.
 
     Returns:
-        (3, size, size) float32, 0 to 255.
+        (3, size, size) float32 grey levels, 0 to 255.
 
     Raises:
-        BadImage: it cannot be used, with the reason.
+        BadImage: it cannot be used.
     """
     pixels = _decode(picture)
     height, width = pixels.shape[1:]
@@ -99,19 +99,19 @@ def prepare(picture: Picture, size: int, crop: float) -> Tensor:
 def prepared(
     pictures: Iterable[Picture | Unreadable], size: int, crop: float, *, threads: int, ahead: int
 ) -> Iterator[tuple[str, Tensor | Unreadable]]:
-    """Each picture's name and its pixels or what is wrong, in order, made by threads ahead of who asks."""
+    """Yield each image's name with its pixels or its problem, in order, prepared ahead by threads."""
 
     def make(numbered: tuple[int, Picture | Unreadable]) -> tuple[str, Tensor | Unreadable]:
-        place, picture = numbered
+        index, picture = numbered
         if isinstance(picture, Unreadable):
             return picture.source, picture
-        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"picture {place + 1}"
+        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"image {index + 1}"
         try:
             return name, prepare(picture, size, crop)
         except BadImage as error:
             return name, Unreadable(name, str(error))
 
-    with warnings.catch_warnings(action="ignore"):  # Pillow's
+    with warnings.catch_warnings(action="ignore"):  # of Pillow
         yield from map_ahead(make, enumerate(pictures), ahead, threads)
 
 
@@ -128,10 +128,10 @@ def _decode(picture: Picture) -> Tensor:
     elif hasattr(picture, "convert"):
         return pixels_of(picture)
     else:
-        raise DataError(f"a {type(picture).__name__} is no picture: give paths, uint8 arrays (H, W, 3) or PIL images")
+        raise DataError(f"a {type(picture).__name__} is not an image: give paths, uint8 arrays (H, W, 3) or PIL images")
     if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] not in (3, 4) or 0 in array.shape:
         raise DataError(
-            f"a picture of shape {tuple(picture.shape)} and type {picture.dtype}: arrays must be uint8 and (H, W, 3), "
+            f"an image of shape {tuple(picture.shape)} and dtype {picture.dtype}: arrays must be uint8 and (H, W, 3), "
             "(H, W, 4) or (H, W), tensors uint8 and (3, H, W) or (4, H, W)"
         )
     return on_white(array) if len(array) == 4 else array

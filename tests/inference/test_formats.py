@@ -54,7 +54,7 @@ def test_pytorch_alone_runs_a_program_and_predict_refuses_it(original, exported,
         torch.testing.assert_close(program(images[:count]), run.network(images[:count]), rtol=0, atol=1e-5)
     code, _, err = command("predict", exported("torch-export"), "x.png")
     assert code == 6
-    assert "is a program for PyTorch alone" in err
+    assert "is a torch-export file" in err
 
 
 @pytest.mark.parametrize("format", ["safetensors", pytest.param("torch-export", marks=pytest.mark.nightly)])
@@ -128,7 +128,7 @@ def test_files_of_others_are_refused(exported, tmp_path, command):
     save_file(weights | {"more": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"densenet_dist": header})
     for name, said in (
         ("plain.safetensors", "was not written by densenet-dist export"),
-        ("int8.safetensors", "has int8 weights, which are not supported any more"),
+        ("int8.safetensors", "has int8 weights, which are no longer supported"),
         ("other.safetensors", "not in this model: more"),
         ("missing.onnx", "cannot be read: No such file"),
     ):

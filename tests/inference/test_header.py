@@ -40,7 +40,7 @@ def test_what_is_written_is_read_again():
 def test_what_cannot_be_true(change, said):
     content = json.loads(valid_header().to_json())
     change(content)
-    with pytest.raises(CheckpointError, match="x: its metadata is not that of an exported net: ") as caught:
+    with pytest.raises(CheckpointError, match="x: its metadata is not that of an exported model: ") as caught:
         header_of(json.dumps(content), "x")
     assert said in str(caught.value)
 
@@ -51,5 +51,5 @@ def test_what_is_no_header():
     with pytest.raises(CheckpointError, match="has 9,000,000 bytes"):
         header_of(" " * 9_000_000, "x")
     for text in ("", "[]", "[" * 100_000, b"\xff"):
-        with pytest.raises(CheckpointError, match="is not that of an exported net"):
+        with pytest.raises(CheckpointError, match="is not that of an exported model"):
             header_of(text, "x")
