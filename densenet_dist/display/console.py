@@ -167,9 +167,11 @@ class Console:
         left = self._progress.remaining_s()
         parts = [*epoch_parts(event), *([f"{clock_time(left)} left"] if left else [])]
         width = self._console.width if self._console.is_terminal else sys.maxsize
-        lines = wrapped([*parts, "*"] if event.get("is_best") else parts, width, indent="  ")
-        star = "green" if event.get("is_best") else ""
-        self._console.print(Text("\n").join(_starred(line, star) for line in lines))
+        if event.get("is_best"):
+            parts[-1] += "  *"
+        text = Text("\n".join(wrapped(parts, width, indent="  ")))
+        text.highlight_regex(r"\*$", "green")
+        self._console.print(text)
 
     def _show_phase(self, text: str) -> None:
         self._clear()
@@ -288,10 +290,3 @@ def epoch_parts(event: Event) -> Iterator[str]:
 def epoch_line(event: Event) -> str:
     """Format an epoch as one line; a star marks the best so far."""
     return "  ".join([*epoch_parts(event), *(["*"] if event.get("is_best") else [])])
-
-
-def _starred(line: str, style: str) -> Text:
-    text = Text(line)
-    if style and line.endswith("*"):
-        text.stylize(style, len(line) - 1)
-    return text

@@ -139,7 +139,7 @@ def progress_figures(epochs: Records) -> list[str]:
 
 
 def _progress(epochs: Records, x: Sequence[float], xlabel: str, key: str, unit: float, ylabel: str) -> str:
-    figure = new_figure(*_SIZE)
+    figure = new_figure(2.9, 2.6)  # four fit side by side
     axes = figure.add_subplot()
     values = [record.get(key, math.nan) * unit for record in epochs]
     points = [(place, value) for place, value in zip(x, values, strict=True) if math.isfinite(value)]
