@@ -42,10 +42,10 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
     import ray
 
+    require_cluster(config)
     if ray.is_initialized():
         yield False
         return
-    require_cluster(config)
     address, source = address_of(config)
     own = address is None
     if own:
@@ -92,15 +92,22 @@ def require_cluster(config: ClusterConfig) -> None:
     """
     import ray
 
+    elsewhere = (
+        "on a machine of the cluster, give HOST:PORT of its head (port 6379 by default) or auto; from elsewhere, "
+        "send the run there:\n  densenet-dist submit --address http://HEAD:8265 train ..."
+    )
+    if ray.is_initialized():
+        if ray.util.client.ray.is_connected():
+            raise EnvironmentProblem(
+                "this process is connected to a cluster by Ray Client (ray://), through which a run cannot train\n"
+                f"  call ray.shutdown() first; {elsewhere}"
+            )
+        return
     address, source = address_of(config)
-    if address is None or ray.is_initialized():
+    if address is None:
         return
     if "://" in address:
-        raise EnvironmentProblem(
-            f"{source}={address}: a run cannot join a cluster at such an address\n"
-            "  on a machine of the cluster, give HOST:PORT of its head (port 6379 by default) or auto; from elsewhere, "
-            "send the run there:\n  densenet-dist submit --address http://HEAD:8265 train ..."
-        )
+        raise EnvironmentProblem(f"{source}={address}: a run cannot join a cluster at such an address\n  {elsewhere}")
     from ray._private.services import canonicalize_bootstrap_address
 
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,17 @@ def test_a_cluster_that_cannot_be_joined_is_named_at_once(command, monkeypatch, 
             code, _, err = command(*line, "cluster.timeout_s=0.2")
             assert (code, f"RAY_ADDRESS={address}: " in err, said in err) == (3, True, True), err
             assert not Path("runs").exists()
+
+
+@pytest.mark.nightly
+def test_a_connection_of_ray_client_is_refused(tmp_path):
+    connected = "from ray.util.client.ray_client_helpers import ray_start_client_server as serve\n" \
+                "from densenet_dist import fit, load_config\n" \
+                "with serve(): fit(load_config('quickstart'), listener=print)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", connected], cwd=tmp_path, capture_output=True, text=True)
+    assert "EnvironmentProblem: this process is connected to a cluster by Ray Client (ray://)" in done.stderr
+    assert "densenet-dist submit --address" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def plan(cpus: float, gpus: float = 0, *, nodes: int = 1, trials: int = 16, device: str = "auto", fixed: bool = True,
