@@ -33,9 +33,9 @@ from torch import Tensor
 
 from densenet_dist.environment import describe_environment
 from densenet_dist.model.fused.convolutions import Convolutions
-from densenet_dist.model.fused.structure import Statistics, Unit
+from densenet_dist.model.fused.structure import Arriving, Statistics, Unit
 from densenet_dist.model.kernels.choice import choose_kernels
-from densenet_dist.model.kernels.interface import Norm
+from densenet_dist.model.kernels.interface import Norm, Reader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHANNELS = (*range(40, 481, 40), 35, 210, 420)
@@ -145,13 +145,14 @@ def layer(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[st
     maps, carry, out = (tensor[:, : case.read] for tensor in (buffer, carry, out))
     slot = buffer[:, case.read : case.read + case.made]
     norm = random_norm(case.read, device)
-    into, sums = torch.zeros(2, case.made, device=device), torch.zeros(2, case.read, device=device)
+    into, (sums, share) = torch.zeros(2, case.made, device=device), torch.zeros(2, 2, case.read, device=device)
     unit = Unit(norm.gamma, norm.beta, weight, norm.eps)
     way = Convolutions(choose_kernels(device, dtype), maps, [unit])
     d_made = channels_last(way.padded(case.made), case, like)
     d_made[:, case.made :] = 0
     yield "layer forward", partial(way.write, unit, maps, norm, None, 1.0, slot, Statistics(*into))
-    yield "layer backward", partial(way.accumulate, unit, maps, norm, d_made, True, carry, out, sums)
+    reader, arriving = Reader(norm, sums, share), Arriving(d_made, d_made)
+    yield "layer backward", partial(way.accumulate, unit, maps, reader, arriving, True, carry, out)
 
 
 def measure(case: Case, like: dict[str, Any], timer: Timer) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from densenet_dist.environment import describe_environment
 from densenet_dist.model.kernels.choice import choose_kernels
-from densenet_dist.model.kernels.interface import Consumer
+from densenet_dist.model.kernels.interface import Consumer, Reader
 
 REQUIREMENTS = "benchmarks/requirements-cudnn-fused.txt"
 FORMS = {"fprop": ("genstats", "sums", "plain"), "dgrad": ("carry+sums", "sums", "plain"), "wgrad": ("relu",)}
@@ -280,7 +280,7 @@ def unfused(layer: Layer) -> Callable[[], object]:
         back = torch.ops.aten.convolution_backward
         came = back(t["d_made"], rectified, t["weight"], None, *shape, [True, False, False])[0]
         carry = t["carry"] if "carry" in case.form else None
-        kernels.gather(t["x"], [Consumer(came, norm, sums)], carry, t["out"])
+        kernels.gather(t["x"], [Consumer(came, Reader(norm, sums, None))], carry, t["out"])
 
     def wgrad() -> Tensor:
         kernels.bn_relu(t["x"], norm, rectified)

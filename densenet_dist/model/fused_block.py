@@ -64,8 +64,10 @@ class FusedDenseBlock(DenseBlock):
             counts = [bn.num_batches_tracked for bn in parts.norms if bn.training]
             torch._foreach_add_(counts, 1)  # type: ignore[arg-type]
         if any(training) and (values > 0 or synchronised):  # as PyTorch's, it learns nothing from no images
-            unbias = count / (count - 1) if synchronised else torch.full_like(mean[:1], values / (values - 1))
-            _update_running(parts, (mean.detach(), var.detach()), (inner_mean.detach(), inner_var.detach()), unbias)
+            unbias = count / (count - 1) if synchronised else values / (values - 1)
+            with torch.no_grad():
+                outer, inner = (mean, (var * unbias).to(var.dtype)), (inner_mean, (inner_var * unbias).to(var.dtype))
+                _update_running(parts, outer, inner)
         made: Tensor = maps if norm is None else out
         return made
 
@@ -114,9 +116,8 @@ def _synchronised(parts: _Parts) -> bool:
     return isinstance(parts.norms[0], kinds) and dist.is_initialized() and dist.get_world_size() > 1
 
 
-@torch.no_grad()
-def _update_running(parts: _Parts, outer: tuple[Tensor, Tensor], inner: tuple[Tensor, Tensor], unbias: Tensor) -> None:
-    """Follow the batch: `outer` statistics of all maps, `inner` of those between convolutions, layer by layer."""
+def _update_running(parts: _Parts, outer: tuple[Tensor, Tensor], inner: tuple[Tensor, Tensor]) -> None:
+    """Follow the batch: `outer` mean and unbiased variance of all maps, `inner` of those within layers, one by one."""
     running: list[Tensor] = []
     batch: list[Tensor] = []
     width = parts.norms[1].num_features if parts.bottleneck else 0
@@ -129,7 +130,7 @@ def _update_running(parts: _Parts, outer: tuple[Tensor, Tensor], inner: tuple[Te
         assert bn.running_mean is not None
         assert bn.running_var is not None
         running += [bn.running_mean, bn.running_var]
-        batch += [mean.to(bn.running_mean.dtype), (var * unbias).to(bn.running_var.dtype)]
+        batch += [mean.to(bn.running_mean.dtype), var.to(bn.running_var.dtype)]
     momentum = parts.norms[0].momentum
     assert momentum is not None
     torch._foreach_lerp_(running, batch, momentum)

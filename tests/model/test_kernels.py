@@ -4,7 +4,7 @@ Triton's run in its interpreter, and on a GPU where there is one: see tests/supp
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,11 +22,9 @@ from kernel_cases import (
     make_kernels,
     run_interpreted,
 )
-from torch import Tensor
 
 from densenet_dist.model.fused import backward, convolutions, forward, operator
-from densenet_dist.model.fused.structure import Unit
-from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm
+from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Correction, Kernels, Norm, Reader, Rectify
 from densenet_dist.model.kernels.native import NativeKernels
 
 EXACT = Kernels()
@@ -124,16 +122,22 @@ def test_gather(name: str, carried: str) -> None:
         keep_away_from_zero(x, norms)
         out = draw.maps(*shape, before=before, after=after, dtype=draw.wide if carried in ("nothing", "wide") else None)
         carry = out if carried == "in place" else None if carried == "nothing" else draw.maps(*shape)
-        sums = [draw.normal(2, c) for _ in range(count)]
+        sums, shared = [draw.normal(2, c + 3)[:, :c] for _ in range(count)], draw.normal(2, c)
+        corrected = [None if i == 2 else shared for i in range(count)]  # the third has constant statistics
         rest, expected = Untouched(out), torch.empty(shape, device=x.device, dtype=torch.float64)
         wanted = [torch.empty(2, c, device=x.device, dtype=torch.float64) for _ in range(count)]
-        exact = [Consumer(g.double(), double(norm), s) for g, norm, s in zip(gradients, norms, wanted, strict=True)]
+        right = shared.double()
+        exact = [
+            Consumer(g.double(), Reader(double(norm), s, None if share is None else right))
+            for g, norm, s, share in zip(gradients, norms, wanted, corrected, strict=True)
+        ]
         EXACT.gather(x.double(), exact, None if carry is None else carry.double(), expected)
-        consumers = [Consumer(*parts) for parts in zip(gradients, norms, sums, strict=True)]
+        readers = [Reader(*parts) for parts in zip(norms, sums, corrected, strict=True)]
+        consumers = [Consumer(gradient, reader) for gradient, reader in zip(gradients, readers, strict=True)]
         make_kernels(name).gather(x, consumers, carry, out)
         close(out, expected, label=(case, dtype))
-        for found, right in zip(sums, wanted, strict=True):
-            close(found, right, 1e-13 if draw.wide == torch.float64 else 5e-6, label=(case, dtype))
+        for found, exactly in zip([*sums, shared], [*wanted, right], strict=True):
+            close(found, exactly, 1e-13 if draw.wide == torch.float64 else 5e-6, label=(case, dtype))
         rest.check()
 
 
@@ -146,13 +150,19 @@ def test_finish(name: str, corrected: bool, dropout: bool) -> None:
         draw = Draw(device_of(name), dtype)
         gradient = draw.maps(*shape, before=before, after=after, dtype=draw.wide if corrected else None)
         x, out = draw.maps(*shape), draw.maps(n, c + padding, h, w, before=before, after=after)
-        correction = (draw.normal(c), draw.normal(c), draw.normal(c)) if corrected else None
+        correction = Correction(draw.normal(c), draw.normal(2, c + 3)[:, :c], 3) if corrected else None
         mask = draw.mask(*shape) if dropout else None
         rest, expected = Untouched(out), torch.empty(out.shape, device=x.device, dtype=torch.float64)
-        exact = None if correction is None else tuple(vector.double() for vector in correction)
-        EXACT.finish(gradient.double(), x.double(), exact, mask, 0.7, expected)
-        make_kernels(name).finish(gradient, x, correction, mask, 0.7, out)
+        exact = None if correction is None else Correction(correction.mean.double(), correction.sums.double(), 3)
+        other, norm = draw.maps(2, 37, 5, 3), draw.norm(37)
+        rectified, rectified_exactly = draw.maps(2, 40, 5, 3), torch.empty(2, 40, 5, 3, device=x.device).double()
+        exactly = Rectify(other.double(), double(norm), rectified_exactly)
+        EXACT.finish(gradient.double(), x.double(), exact, mask, 0.7, expected, exactly)
+        also = None if case is CASES[0] else Rectify(other, norm, rectified)
+        make_kernels(name).finish(gradient, x, correction, mask, 0.7, out, also)
         close(out, expected, label=(case, dtype))
+        if also is not None:
+            close(rectified, rectified_exactly, label=(case, dtype))
         rest.check()
 
 
@@ -168,20 +178,33 @@ def test_the_gradient_passes_exactly_where_the_rectified_map_is_positive(name: s
     x[0, :, :, ::2] = near.to(dtype)[:, None, None]
     out, back = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=draw.wide)
     kernels.bn_relu(x, norm, out)
-    kernels.gather(x, [Consumer(torch.ones_like(x), norm, draw.normal(2, 40))], None, back)
+    kernels.gather(x, [Consumer(torch.ones_like(x), Reader(norm, draw.normal(2, 40), None))], None, back)
     assert torch.equal(out > 0, back != 0)
     assert 0.05 < (out == 0).float().mean() < 0.95
     assert out[:, :, :, ::2].abs().max() < 1e-4
 
 
+@with_names
+def test_copy_weights(name: str) -> None:
+    device, draw = device_of(name), Draw(device_of(name))
+    sources = [draw.normal(35 + i, 455, 3, 3).contiguous(memory_format=torch.channels_last) for i in range(2)]
+    sources += [draw.normal(7, 5, 1, 1) for _ in range(17)] + [draw.normal(8, 8, 3, 3).bfloat16()]
+    shapes = [(40, 456, 3, 3)] * 2 + [(8, 8, 1, 1)] * 16 + [(5, 3, 1, 1), (5, 8, 3, 3)]
+    outs = [torch.full(shape, math.nan, device=device) for shape in shapes]
+    outs[0] = outs[0].bfloat16().contiguous(memory_format=torch.channels_last)
+    make_kernels(name).copy_weights(sources, outs)
+    for source, out in zip(sources, outs, strict=True):
+        expected, (makes, reads) = torch.zeros_like(out), out.shape[:2]
+        expected[: len(source), : source.shape[1]] = source[:makes, :reads]
+        rtol = 2**-7 if out.dtype == torch.bfloat16 else 0  # the interpreter cuts off
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=0)
+
+
 class Padded(convolutions.Convolutions):
     """Those of a GPU, on any device: channels in multiples of eight."""
 
-    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
-        super().__init__(kernels, like, units)
-        self._multiple = convolutions.TENSOR_CORE_CHANNELS
-        n, _, height, width = like.shape
-        self._scratch = like.new_empty(n * height * width * self.padded(max(unit.reads for unit in units)))
+    def padded(self, channels: int) -> int:
+        return -(-channels // 8) * 8
 
 
 @with_names

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from densenet_dist.model.fused import own_convolutions
 from densenet_dist.model.kernels import build
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm
+from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, Reader
 from densenet_dist.model.kernels.native import NativeKernels
 
 # A kernel takes about 128 pixels at a time (3x3: whole image rows), a thread 256 or more; columns are taken in tiles of
@@ -111,12 +111,13 @@ def test_backward_equals_float64(native: NativeKernels, dtype: torch.dtype, carr
         expected, expected_sums = torch.empty(shape, dtype=torch.float64), torch.empty(2, shape[1], dtype=torch.float64)
         came = F.conv_transpose2d(d_made.double(), weight.double(), padding=side // 2)
         exact = None if before is None else before.double()
-        Kernels().gather(maps.double(), [Consumer(came, double(norm), expected_sums)], exact, expected)
+        Kernels().gather(maps.double(), [Consumer(came, Reader(double(norm), expected_sums, None))], exact, expected)
         rectified, wanted = rectify_exactly(maps, norm), weight.double().requires_grad_()
         F.conv2d(rectified, wanted, padding=side // 2).backward(d_made.double())
         assert wanted.grad is not None
 
         native.convolve_backward(maps, norm, weight, d_made, before, out, sums, d_weight)
+        sums[1] *= torch.rsqrt(norm.var + norm.eps)
 
         close(out, expected, TOLERANCE[dtype], label=(shape, makes, side))
         close(sums, expected_sums, TOLERANCE[dtype], label=(shape, makes, side))

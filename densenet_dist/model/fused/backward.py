@@ -17,25 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from densenet_dist.model.fused.own_convolutions import choose_convolutions
-from densenet_dist.model.fused.structure import Forward, Gradients, Structure, Unit, new_maps
-from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
+from densenet_dist.model.fused.structure import (
+    Arriving,
+    Forward,
+    Gradients,
+    Statistics,
+    Structure,
+    Unit,
+    new_buffer,
+    new_maps,
+)
+from densenet_dist.model.kernels.interface import (
+    MOST_CONSUMERS,
+    Consumer,
+    Correction,
+    Kernels,
+    Reader,
+    accumulation_type,
+)
 
 WAITING = MOST_CONSUMERS
 """How many layers' gradients wait: more of them cost memory and save traffic."""
-
-
-class _Waiting(NamedTuple):
-    """What came back to a reader that is not yet counted in the maps below it."""
-
-    reader: int
-    gradient: Tensor
-    norm: Norm
 
 
 class BackwardPass:
@@ -52,18 +58,19 @@ class BackwardPass:
     def __init__(
         self, kernels: Kernels, block: Structure, made: Forward, masks: Sequence[Tensor], need_weights: Sequence[bool]
     ) -> None:
-        maps = made.maps
+        maps, layers = made.maps, len(made.inner)
         self._kernels, self._block, self._made = kernels, block, made
         self._masks, self._needs = list(masks), list(need_weights)
         self._wide = accumulation_type(maps.dtype)
         self._count = maps.numel() // maps.shape[1]
         self._convolutions = choose_convolutions(kernels, maps, block.units)
-        self._norms = [unit.norm(made.statistics, self._wide) for unit in block.readers]
-        self._sums = maps.new_zeros((len(self._norms), 2, maps.shape[1]), dtype=self._wide)
-        self._shares = _shares_of(block.readers, self._norms, self._sums)
-        self._inner_gradients: list[Tensor] = []  # last layer first, as are these:
-        self._weights: list[Tensor | None] = []
-        self._waiting: list[_Waiting] = []
+        self._sums = maps.new_empty((len(block.readers), 2, maps.shape[1]), dtype=self._wide)
+        self._inner_sums = maps.new_empty((layers, 2, block.inner_width), dtype=self._wide)
+        # The statistics' share in the gradients of all maps: of those that layers read, then of those within layers.
+        self._corrections = maps.new_zeros((2, maps.shape[1] + layers * block.inner_width), dtype=self._wide)
+        self._readers = [self._reader(unit, made.statistics, self._sums[i], 0) for i, unit in enumerate(block.readers)]
+        self._weights: list[Tensor | None] = []  # last layer first
+        self._waiting: list[Consumer] = []
         self._carry: Tensor | None = None  # G without what waits; at first the gradient of the maps themselves
         self._buffer: Tensor | None = None
         self._between: Tensor | None = None  # what comes back to the maps between two convolutions: one layer at a time
@@ -71,73 +78,79 @@ class BackwardPass:
     def run(self, gradient: Tensor, need_x: bool) -> Gradients:
         """Compute them from that of `Forward.out`, or without a tail of `Forward.maps`; channels_last."""
         layers, widths = self._block.layers, self._block.widths
+        needs = zip(self._block.units, self._needs, strict=True)
+        weights = [unit.weight for unit, needed in needs if needed and unit.weight is not None]
         tail = self._block.tail
         if tail is None:
             self._carry = gradient
         else:
-            self._through_reader(len(layers), tail, self._padded(tail, gradient))
+            self._through_reader(len(layers), tail, Arriving(gradient, gradient))
         for number, (start, stop) in reversed(list(enumerate(pairwise(widths)))):
             layer = layers[number]
-            d_made = self._d_slot(start, stop, self._next_mask(), self._convolutions.padded(stop - start))
+            arriving = self._slot(start, stop, self._next_mask())
             if len(layer) == 2:
-                d_made = self._through_inner(number, layer[1], d_made)
-            self._through_reader(number, layer[0], d_made)
-        d_x = self._d_slot(0, widths[0], None, widths[0])
-        for sums, norm in zip(self._sums, self._norms, strict=True):
-            sums[:, : len(norm.gamma)] *= _betas_and_gammas(norm)
-        inner = self._inner_gradients[::-1]
-        d_inner = torch.stack(inner) if inner else self._sums.new_empty(0, 2, 0)
-        weights = [weight for weight in reversed(self._weights) if weight is not None]
-        return Gradients(d_x if need_x else None, self._sums, d_inner, weights)
+                arriving = self._through_inner(number, layer[1], arriving)
+            self._through_reader(number, layer[0], arriving)
+        entering, d_x = self._slot(0, widths[0], None), None
+        if need_x:
+            d_x = new_maps(self._made.maps, widths[0])
+            self._kernels.finish(entering.gradient, entering.maps, entering.correction, None, 1.0, d_x)
+        found = [weight for weight in reversed(self._weights) if weight is not None]
+        return Gradients(d_x, self._sums, self._inner_sums, self._convolutions.like_weights(found, weights))
 
-    def _through_reader(self, number: int, unit: Unit, d_made: Tensor) -> None:
+    def _reader(self, unit: Unit, statistics: Statistics, gradients: Tensor, first: int) -> Reader:
+        """That of a unit; `first` is the place of its first channel in the corrections."""
+        correction = self._corrections[:, first : first + unit.reads] if unit.frozen is None else None
+        return Reader(unit.norm(statistics, self._wide), gradients[:, : unit.reads], correction)
+
+    def _through_reader(self, number: int, unit: Unit, arriving: Arriving) -> None:
         """Back through a unit that reads the block's maps: what comes out is added to G, at once or with others."""
-        norm, needed = self._norms[number], self._needs.pop()
+        reader, needed = self._readers[number], self._needs.pop()
         maps = self._made.maps[:, : unit.reads]
-        if self._convolutions.accumulates(unit) and not self._waiting:
-            sums = self._sums.new_empty(2, unit.reads)
+        if self._convolutions.accumulates(unit):
+            if self._waiting:
+                self._flush(unit.reads)
             carry, out = self._carried(0, unit.reads), self._room(unit.reads)
-            self._weights.append(self._convolutions.accumulate(unit, maps, norm, d_made, needed, carry, out, sums))
-            self._sums[number, :, : unit.reads] = sums
+            self._weights.append(self._convolutions.accumulate(unit, maps, reader, arriving, needed, carry, out))
             self._carry = out
             return
-        came, d_weight = self._convolutions.backward(unit, maps, norm, d_made, needed)
+        came, d_weight = self._convolutions.backward(unit, maps, reader.norm, arriving, needed)
         self._weights.append(d_weight)
-        self._waiting.insert(0, _Waiting(number, came, norm))
+        self._waiting.insert(0, Consumer(came, reader))
         if len(self._waiting) == WAITING and number > 0:
-            out = self._room(unit.reads)
-            self._gather(0, unit.reads, out)
-            self._carry = out
-            self._waiting.clear()
+            self._flush(unit.reads)
 
-    def _through_inner(self, number: int, unit: Unit, d_made: Tensor) -> Tensor:
+    def _flush(self, channels: int) -> None:
+        """Add all that waits to G of the first channels."""
+        out = self._room(channels)
+        self._gather(0, channels, out)
+        self._carry = out
+        self._waiting.clear()
+
+    def _through_inner(self, number: int, unit: Unit, arriving: Arriving) -> Arriving:
         """Back through a second unit, to the gradient of what the first one's convolution made."""
         maps, width = self._made.inner[number], unit.reads
-        norm = unit.norm(self._made.inner_statistics.narrow(number * width, (number + 1) * width), self._wide)
+        statistics = self._made.inner_statistics.narrow(number * width, (number + 1) * width)
+        first = self._made.maps.shape[1] + number * width
+        reader = self._reader(unit, statistics, self._inner_sums[number], first)
         if self._between is None:
             self._between = new_maps(maps, width, self._wide)
-        sums, total = self._sums.new_empty(2, width), self._between
-        needed = self._needs.pop()
-        self._weights.append(self._convolutions.accumulate(unit, maps, norm, d_made, needed, None, total, sums))
-        self._inner_gradients.append(sums * _betas_and_gammas(norm))
-        shares = _shares(unit, norm)
-        correction = None if shares is None else self._correction(norm.mean, shares * sums)
-        padded = self._convolutions.padded(width)
-        out = total if total.dtype == maps.dtype and padded == width else new_maps(maps, padded)
-        self._kernels.finish(total, maps, correction, self._next_mask(), self._block.keep, out)
-        return out
+        total, needed = self._between, self._needs.pop()
+        self._weights.append(self._convolutions.accumulate(unit, maps, reader, arriving, needed, None, total))
+        correction = self._correction(reader.norm.mean, first, first + width) if unit.frozen is None else None
+        return Arriving(total, maps, correction, self._next_mask(), self._block.keep, owned=True)
 
     def _room(self, channels: int) -> Tensor:
         """The first channels of the buffer of G."""
         if self._buffer is None:
-            self._buffer = new_maps(self._made.maps, channels)
+            self._buffer = new_buffer(self._made.maps, channels)
         return self._buffer[:, :channels]
 
     def _carried(self, start: int, stop: int) -> Tensor | None:
         return None if self._carry is None else self._carry[:, start:stop]
 
-    def _d_slot(self, start: int, stop: int, mask: Tensor | None, padded: int) -> Tensor:
-        """The gradient of what was stored as the block's maps `start` to before `stop`, dropout included."""
+    def _slot(self, start: int, stop: int, mask: Tensor | None) -> Arriving:
+        """The gradient of what was stored as the block's maps `start` to before `stop`."""
         maps = self._made.maps[:, start:stop]
         if self._waiting:
             total = new_maps(maps, stop - start, self._wide)
@@ -146,62 +159,19 @@ class BackwardPass:
             assert self._carry is not None
             total = self._carry[:, start:stop]
         correction = None
-        if self._shares is not None:
-            shares = (self._shares[:, :, start:stop] * self._sums[:, :, start:stop]).sum(0)
-            correction = self._correction(self._made.statistics.mean[start:stop], shares)
-        out = new_maps(maps, padded)
-        self._kernels.finish(total, maps, correction, mask, self._block.keep, out)
-        return out
+        if any(unit.frozen is None for unit in self._block.readers):
+            correction = self._correction(self._made.statistics.mean[start:stop], start, stop)
+        return Arriving(total, maps, correction, mask, self._block.keep)
 
     def _gather(self, start: int, stop: int, out: Tensor) -> None:
-        """Add what waits to G for a range of channels, and keep the sums."""
-        sums = self._sums.new_empty(len(self._waiting), 2, stop - start)
+        """Put G of a range of channels and what waits into `out`."""
         consumers = [
-            Consumer(waiting.gradient[:, start:stop], waiting.norm.narrow(start, stop), into)
-            for waiting, into in zip(self._waiting, sums, strict=True)
+            Consumer(gradient[:, start:stop], reader.narrow(start, stop)) for gradient, reader in self._waiting
         ]
         self._kernels.gather(self._made.maps[:, start:stop], consumers, self._carried(start, stop), out)
-        first = self._waiting[0].reader
-        self._sums[first : first + len(sums), :, start:stop] = sums
 
-    def _correction(self, mean: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        offset, slope = self._block.reduction.average(sums, self._count)
-        return mean, offset, slope
+    def _correction(self, mean: Tensor, start: int, stop: int) -> Correction:
+        return Correction(mean, *self._block.reduction.total(self._corrections[:, start:stop], self._count))
 
     def _next_mask(self) -> Tensor | None:
         return self._masks.pop() if self._masks else None
-
-    def _padded(self, tail: Unit, gradient: Tensor) -> Tensor:
-        """A gradient from outside with as many channels as the tail's convolution made."""
-        channels = self._convolutions.padded(tail.makes)
-        if tail.weight is None or channels == tail.makes:
-            return gradient
-        out = new_maps(gradient, channels)
-        self._kernels.finish(gradient, gradient, None, None, 1.0, out)
-        return out
-
-
-def _betas_and_gammas(norm: Norm) -> Tensor:
-    """What turns the sums over g and g (x - mean) into the gradients of beta and gamma: (2, C)."""
-    rstd = torch.rsqrt(norm.var + norm.eps)
-    return torch.stack([torch.ones_like(rstd), rstd])
-
-
-def _shares(unit: Unit, norm: Norm) -> Tensor | None:
-    """What turns the same sums into M times offset and slope: (2, C); None where the statistics are constants."""
-    if unit.frozen is not None:
-        return None
-    scale = norm.scale()
-    return torch.stack([scale, scale / (norm.var + norm.eps)])
-
-
-def _shares_of(readers: Sequence[Unit], norms: Sequence[Norm], like: Tensor) -> Tensor | None:
-    """`_shares` of all readers, zero where a reader reads no further: (readers, 2, all maps)."""
-    found = [_shares(unit, norm) for unit, norm in zip(readers, norms, strict=True)]
-    if all(shares is None for shares in found):
-        return None
-    out = torch.zeros_like(like)
-    for into, shares in zip(out, found, strict=True):
-        if shares is not None:
-            into[:, : shares.shape[1]] = shares
-    return out

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.structure import Statistics, Unit, new_maps
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm
+from densenet_dist.model.fused.structure import TENSOR_CORE_CHANNELS, Arriving, Statistics, Unit, new_maps
+from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, Reader, Rectify
 from densenet_dist.model.kernels.native import NativeKernels
-
-TENSOR_CORE_CHANNELS = 8
-"""Tensor cores want channels in multiples of this (16 bytes of half precision): others cost cuDNN a copy or its slow
-kernels. Padding is zeros, in weights as in maps, so that its products and gradients are exactly 0."""
 
 PIECE_BYTES = 24 * 2**20
 """Most rectified maps that a CPU works on at a time. What is larger than 32 MiB glibc gives back to the system when it
@@ -36,6 +33,13 @@ class Convolutions:
         # One piece of memory for all layers: on a CPU fresh pages cost more than the pass that fills them.
         n, _, height, width = like.shape
         self._scratch = like.new_empty(n * height * width * self.padded(_widest(units)))
+        # All weights are converted together on a GPU, for fewer launches, and one at a time on a CPU, for less memory.
+        self._together = like.is_cuda
+        self._prepared_weights: dict[int, Tensor] = {}
+        if self._together:
+            weights = [unit.weight for unit in units if unit.weight is not None]
+            prepared = _convert(kernels, weights, [self._room_for_weight(weight) for weight in weights])
+            self._prepared_weights = {id(weight): made for weight, made in zip(weights, prepared, strict=True)}
 
     def accumulates(self, unit: Unit) -> bool:
         """Whether `accumulate` is better than `backward`, with gradients that wait."""
@@ -72,59 +76,100 @@ class Convolutions:
         return slot
 
     def backward(
-        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool
+        self, unit: Unit, maps: Tensor, norm: Norm, arriving: Arriving, need_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """From the gradient of what the convolution made, (N, `padded` K, H, W), padding zero.
+        """From the gradient of what the convolution made.
 
         Returns:
-            Gradients of relu(norm(maps)), (N, at least C, H, W), and of the weight, with its shape, type and strides.
+            Gradients of relu(norm(maps)), (N, at least C, H, W), and of the weight, for `like_weights`.
         """
         if unit.weight is None:
-            return d_made, None
-        weight = self._prepared(unit.weight)
+            return arriving.gradient, None
+        weight, rectified = self._prepared(unit.weight), self._room(maps)
+        d_made = self._finished(arriving, unit.makes, Rectify(maps, norm, rectified))
         d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-            d_made, self._rectified(maps, norm), weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
+            d_made, rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
             [True, need_weight, False],
         )  # fmt: skip
-        return _channels_last(d_input), _like_weight(d_weight, unit.weight) if need_weight else None
+        return _channels_last(d_input), self._like_weight(d_weight if need_weight else None, unit.weight)
 
     def accumulate(
-        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
-        out: Tensor, sums: Tensor,
+        self, unit: Unit, maps: Tensor, reader: Reader, arriving: Arriving, need_weight: bool, carry: Tensor | None,
+        out: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """`backward`, and `Kernels.gather` of what came out of it.
 
         Returns:
-            The weight's gradient.
+            The weight's gradient, for `like_weights`.
         """
-        came, d_weight = self.backward(unit, maps, norm, d_made, need_weight)
-        self._kernels.gather(maps, [Consumer(came[:, : unit.reads], norm, sums)], carry, out)
+        came, d_weight = self.backward(unit, maps, reader.norm, arriving, need_weight)
+        self._kernels.gather(maps, [Consumer(came[:, : unit.reads], reader)], carry, out)
         return d_weight
 
-    def _convolve(self, weight: Tensor, maps: Tensor, norm: Norm) -> Tensor:
-        weight = self._prepared(weight)
-        made: Tensor = torch.ops.aten.convolution(
-            self._rectified(maps, norm), weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1
-        )
-        return _channels_last(made)
+    def like_weights(self, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients with the shapes, types and strides of weights: torch's fused optimizers do not look at strides."""
+        if not self._together:
+            return list(gradients)
+        return _convert(self._kernels, gradients, [torch.empty_like(weight) for weight in weights])
 
-    def _rectified(self, maps: Tensor, norm: Norm) -> Tensor:
-        n, channels, height, width = maps.shape
-        padded = self.padded(channels)
-        flat = self._scratch[: n * height * width * padded]
-        out = flat.view(n, height, width, padded).permute(0, 3, 1, 2)
-        self._kernels.bn_relu(maps, norm, out)
-        return out
+    def _like_weight(self, gradient: Tensor | None, weight: Tensor) -> Tensor | None:
+        if gradient is None or self._together:
+            return gradient
+        return _convert(self._kernels, [gradient], [torch.empty_like(weight)])[0]
 
     def _prepared(self, weight: Tensor) -> Tensor:
         """The weight in the maps' type, padded."""
-        makes, reads = self.padded(weight.shape[0]), self.padded(weight.shape[1])
-        if (makes, reads) == tuple(weight.shape[:2]):
-            return weight.to(self._like.dtype, memory_format=torch.channels_last)
-        out = torch.zeros((makes, reads, *weight.shape[2:]), dtype=self._like.dtype, device=weight.device)
-        out = out.contiguous(memory_format=torch.channels_last)
-        out[: weight.shape[0], : weight.shape[1]] = weight
+        if self._together:
+            return self._prepared_weights[id(weight)]
+        return _convert(self._kernels, [weight], [self._room_for_weight(weight)])[0]
+
+    def _finished(self, arriving: Arriving, makes: int, also: Rectify | None = None) -> Tensor:
+        """The gradient of what a convolution made: (N, `padded` K, H, W), padding zero; and `also` done."""
+        gradient, maps, correction, mask, keep, owned = arriving
+        padded, same = self.padded(makes), gradient.dtype == maps.dtype
+        dense = gradient.shape[1] == padded and gradient.is_contiguous(memory_format=torch.channels_last)
+        if same and dense and correction is None and mask is None:
+            if also is not None:
+                self._kernels.bn_relu(*also)
+            return gradient
+        out = gradient if owned and same and padded == makes else new_maps(maps, padded)
+        self._kernels.finish(gradient, maps, correction, mask, keep, out, also)
         return out
+
+    def _convolve(self, weight: Tensor, maps: Tensor, norm: Norm) -> Tensor:
+        weight, rectified = self._prepared(weight), self._room(maps)
+        self._kernels.bn_relu(maps, norm, rectified)
+        made: Tensor = torch.ops.aten.convolution(
+            rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1
+        )
+        return _channels_last(made)
+
+    def _room(self, maps: Tensor) -> Tensor:
+        """For rectified maps, padded."""
+        n, channels, height, width = maps.shape
+        padded = self.padded(channels)
+        flat = self._scratch[: n * height * width * padded]
+        return flat.view(n, height, width, padded).permute(0, 3, 1, 2)
+
+    def _room_for_weight(self, weight: Tensor) -> Tensor:
+        """For a weight in the maps' type, padded."""
+        shape = (self.padded(weight.shape[0]), self.padded(weight.shape[1]), *weight.shape[2:])
+        like = self._like
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _convert(kernels: Kernels, sources: Sequence[Tensor], outs: Sequence[Tensor]) -> list[Tensor]:
+    """Return `sources` in the shapes, types and strides of `outs`, into which they are copied if they differ."""
+    pairs = list(zip(sources, outs, strict=True))
+    different = [_layout(source) != _layout(out) for source, out in pairs]
+    needed = list(compress(pairs, different))
+    if needed:
+        kernels.copy_weights([source for source, _ in needed], [out for _, out in needed])
+    return [out if differs else source for (source, out), differs in zip(pairs, different, strict=True)]
+
+
+def _layout(weight: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return weight.shape, weight.stride(), weight.dtype
 
 
 class CpuConvolutions(Convolutions):
@@ -173,30 +218,33 @@ class CpuConvolutions(Convolutions):
         return slot
 
     def accumulate(
-        self, unit: Unit, maps: Tensor, norm: Norm, d_made: Tensor, need_weight: bool, carry: Tensor | None,
-        out: Tensor, sums: Tensor,
+        self, unit: Unit, maps: Tensor, reader: Reader, arriving: Arriving, need_weight: bool, carry: Tensor | None,
+        out: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """As in the base class."""
         native = self._takes(unit)
         if unit.weight is None or (native is None and len(maps) <= self._images):
-            return super().accumulate(unit, maps, norm, d_made, need_weight, carry, out, sums)
+            return super().accumulate(unit, maps, reader, arriving, need_weight, carry, out)
+        d_made = self._finished(arriving, unit.makes)
         if native is not None:
-            weight = unit.weight.to(maps.dtype).contiguous()
+            weight, sums = unit.weight.to(maps.dtype).contiguous(), reader.norm.mean.new_empty(2, unit.reads)
             d_weight = torch.empty_like(weight) if need_weight else None
-            native.convolve_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
-            return None if d_weight is None else _like_weight(d_weight, unit.weight)
+            native.convolve_backward(maps, reader.norm, weight, d_made, carry, out, sums, d_weight)
+            reader.settle(sums)
+            return self._like_weight(d_weight, unit.weight)
         pieces = self._cut(maps)
         carries = [None] * len(pieces) if carry is None else self._cut(carry)
-        parts = sums.new_empty(len(pieces), *sums.shape)
-        d_weight = torch.zeros_like(unit.weight, dtype=sums.dtype) if need_weight else None
+        parts = reader.gradients.new_empty(len(pieces), *reader.gradients.shape)
+        d_weight = torch.zeros_like(unit.weight, dtype=parts.dtype) if need_weight else None
         for i, (few, came, before, place) in enumerate(
             zip(pieces, self._cut(d_made), carries, self._cut(out), strict=True)
         ):
-            d_few = super().accumulate(unit, few, norm, came, need_weight, before, place, parts[i])
+            part = reader._replace(gradients=parts[i])
+            d_few = super().accumulate(unit, few, part, Arriving(came, came), need_weight, before, place)
             if d_weight is not None and d_few is not None:
                 d_weight += d_few
-        torch.sum(parts, 0, out=sums)
-        return None if d_weight is None else _like_weight(d_weight, unit.weight)
+        torch.sum(parts, 0, out=reader.gradients)
+        return self._like_weight(d_weight, unit.weight)
 
     def _takes(self, unit: Unit) -> NativeKernels | None:
         """Return our own kernels where they convolve for this unit."""
@@ -229,10 +277,3 @@ def _padding(weight: Tensor) -> list[int]:
 
 def _channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
-
-
-def _like_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Without padding, and with the weight's strides: torch's fused optimizers do not look at a gradient's."""
-    if gradient.shape == weight.shape and gradient.stride() == weight.stride() and gradient.dtype == weight.dtype:
-        return gradient
-    return torch.empty_like(weight).copy_(gradient[: weight.shape[0], : weight.shape[1]])

@@ -17,7 +17,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from densenet_dist.model.fused.own_convolutions import choose_convolutions
-from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_maps
+from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_buffer
 from densenet_dist.model.kernels.interface import Kernels, accumulation_type
 
 
@@ -46,7 +46,7 @@ def run_forward(kernels: Kernels, block: Structure, x: Tensor, masks: Sequence[T
         merge(own, made)
         return made
 
-    maps, inner = new_maps(x, widths[-1]), []
+    maps, inner = new_buffer(x, widths[-1]), []
     stats = Statistics.empty(widths[-1] if block.in_training else 0, x)
     inner_stats = Statistics.empty(between * len(block.layers) if block.in_training else 0, x)
     entering = stats.narrow(0, widths[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 from densenet_dist.model.fused.backward import BackwardPass
 from densenet_dist.model.fused.forward import run_forward
 from densenet_dist.model.fused.reduction import Reduction
-from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_maps
+from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_buffer, new_maps
 from densenet_dist.model.kernels.choice import choose_kernels
 from densenet_dist.model.kernels.interface import accumulation_type
 
@@ -146,7 +146,7 @@ def _dense_block_fake(
     inner = [new_maps(x, between) for _ in block.layers] if between and keep_inner else []
     out = new_maps(x, block.tail.makes) if block.tail else x.new_empty(0)
     count = x.new_empty(1 if synchronised else 0, dtype=torch.float64)
-    return new_maps(x, width), out, *stats, inner, *inner_stats, count
+    return new_buffer(x, width), out, *stats, inner, *inner_stats, count
 
 
 @dense_block_backward.register_fake

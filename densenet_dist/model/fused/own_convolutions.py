@@ -17,8 +17,8 @@ from torch import Tensor
 
 from densenet_dist.cache_folder import cache_folder
 from densenet_dist.model.fused.convolutions import Convolutions, CpuConvolutions
-from densenet_dist.model.fused.structure import Statistics, Unit, new_maps
-from densenet_dist.model.kernels.interface import Kernels
+from densenet_dist.model.fused.structure import Arriving, Statistics, Unit, new_maps
+from densenet_dist.model.kernels.interface import Kernels, Reader
 from densenet_dist.model.kernels.native import SIDES, NativeKernels
 
 TYPICAL: Final = {1: (120, 48), 3: (48, 12)}
@@ -89,5 +89,5 @@ def _seconds(kernels: NativeKernels, side: int) -> tuple[float, float]:
 def _passes(convolutions: CpuConvolutions, unit: Unit, maps: Tensor, d_made: Tensor) -> None:
     norm = unit.norm(Statistics.empty(0, maps), maps.dtype)
     convolutions.write(unit, maps, norm, None, 1.0, new_maps(maps, unit.makes), Statistics.empty(unit.makes, maps))
-    sums = maps.new_empty(2, unit.reads)
-    convolutions.accumulate(unit, maps, norm, d_made, True, maps, new_maps(maps, unit.reads), sums)
+    reader = Reader(norm, maps.new_empty(2, unit.reads), None)
+    convolutions.accumulate(unit, maps, reader, Arriving(d_made, d_made), True, maps, new_maps(maps, unit.reads))

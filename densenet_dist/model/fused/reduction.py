@@ -35,13 +35,13 @@ class Reduction:
         mean.copy_(middle)
         var.copy_((second - middle.square()).clamp_(min=0))
 
-    def average(self, sums: Tensor, count: int) -> Tensor:
-        """Divide sums (2, C) over this rank's `count` values by that, or those over all ranks' by all ranks' count."""
+    def total(self, sums: Tensor, count: int) -> tuple[Tensor, float]:
+        """Return sums (2, C) over this rank's `count` values and that, or the mean over all ranks' values and 1."""
         if not self.synchronised:
-            return sums / max(count, 1)
+            return sums, max(count, 1)
         flat = torch.cat([sums.double().flatten(), sums.new_full((1,), count, dtype=torch.float64)])
         dist.all_reduce(flat)
-        return (flat[:-1] / flat[-1]).to(sums.dtype).view_as(sums)
+        return (flat[:-1] / flat[-1]).to(sums.dtype).view_as(sums), 1.0
 
     def count(self, values: int, device: torch.device) -> Tensor:
         """How many values a statistic is over, all ranks together: (1,), float64; empty where not synchronised."""

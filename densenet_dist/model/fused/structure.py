@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from densenet_dist.model.fused.reduction import Reduction
-from densenet_dist.model.kernels.interface import Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Correction, Norm, accumulation_type
+
+TENSOR_CORE_CHANNELS = 8
+"""Tensor cores want channels in multiples of this (16 bytes of half precision): others cost cuDNN a copy or its slow
+kernels. Padding is zeros, in weights as in maps, so that its products and gradients are exactly 0."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,29 @@ class Gradients(NamedTuple):
     weights: list[Tensor]
 
 
+class Arriving(NamedTuple):
+    """The gradient of what a unit made, before the statistics' share and dropout: arguments of `Kernels.finish`.
+
+    Attributes:
+        owned: whether `gradient` may be overwritten.
+    """
+
+    gradient: Tensor
+    maps: Tensor
+    correction: Correction | None = None
+    mask: Tensor | None = None
+    keep: float = 1.0
+    owned: bool = False
+
+
 def new_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised maps (N, channels, H, W), channels_last, for the images and type of `like`."""
     n, _, height, width = like.shape
     shape = (n, channels, height, width)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def new_buffer(like: Tensor, channels: int) -> Tensor:
+    """`new_maps` whose rows begin at multiples of 16 bytes on a GPU, where threads then read 8 channels at once."""
+    multiple = TENSOR_CORE_CHANNELS if like.is_cuda else 1
+    return new_maps(like, -(-channels // multiple) * multiple)[:, :channels]

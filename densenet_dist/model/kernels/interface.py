@@ -42,19 +42,65 @@ class Norm(NamedTuple):
         return self.gamma * torch.rsqrt(self.var + self.eps)
 
 
-class Consumer(NamedTuple):
-    """A layer that read maps x as relu(norm(x)), and what came back to it.
+class Reader(NamedTuple):
+    """A layer that reads maps x as relu(norm(x)), and where a backward pass puts what belongs to its normalisation.
 
     Attributes:
-        gradient: of the loss with respect to relu(norm(x)); (N, C, H, W).
-        norm: over the same channels.
-        sums: (2, C), contiguous, accumulation type, written by `Kernels.gather`: the sums over (N, H, W) of g and of
-            g (x - norm.mean), where g = gradient where norm(x) > 0, else 0.
+        norm: over the channels that it reads.
+        gradients: (2, C), rows contiguous, accumulation type, written by `Kernels.gather`: the gradients of beta and
+            gamma, which are the sums over (N, H, W) of g and of g (x - mean) / sqrt(var + eps), where g is the gradient
+            of relu(norm(x)) where norm(x) > 0, else 0.
+        correction: likewise; the batch statistics' share in the gradient of x (`Correction.sums`) is added to it. None:
+            the statistics are constants.
     """
 
-    gradient: Tensor
     norm: Norm
+    gradients: Tensor
+    correction: Tensor | None
+
+    def narrow(self, start: int, stop: int) -> Reader:
+        """That of the channels from `start` to before `stop`."""
+        correction = None if self.correction is None else self.correction[:, start:stop]
+        return Reader(self.norm.narrow(start, stop), self.gradients[:, start:stop], correction)
+
+    def settle(self, sums: Tensor) -> None:
+        """Write `gradients` and add to `correction`, given the sums over (N, H, W) of g and g (x - mean), (2, C)."""
+        rstd = torch.rsqrt(self.norm.var + self.norm.eps)
+        self.gradients[0] = sums[0]
+        torch.mul(sums[1], rstd, out=self.gradients[1])
+        if self.correction is not None:
+            scale = self.norm.gamma * rstd
+            self.correction[0].addcmul_(self.gradients[0], scale)
+            self.correction[1].addcmul_(self.gradients[1], scale * rstd)
+
+
+class Consumer(NamedTuple):
+    """A reader of maps x and the gradient of the loss with respect to relu(norm(x)), (N, C, H, W)."""
+
+    gradient: Tensor
+    reader: Reader
+
+
+class Correction(NamedTuple):
+    """What batch statistics subtract from the gradient of maps: (sums[0] + sums[1] (maps - mean)) / values.
+
+    Attributes:
+        mean: (C,), contiguous, accumulation type.
+        sums: (2, C), rows contiguous, accumulation type.
+        values: how many a statistic is over.
+    """
+
+    mean: Tensor
     sums: Tensor
+    values: float
+
+
+class Rectify(NamedTuple):
+    """Arguments of `Kernels.bn_relu`."""
+
+    maps: Tensor
+    norm: Norm
+    out: Tensor
 
 
 class Kernels:
@@ -96,7 +142,7 @@ class Kernels:
         torch.mean((stored - _channels(mean)).square(), (0, 2, 3), out=var)
 
     def gather(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
-        """``out = carry + sum over consumers of s g`` (see `Consumer`), and each consumer's sums.
+        """``out = carry + sum over consumers of s g`` (see `Reader`), and what each reader wants.
 
         Args:
             maps: (N, C, H, W): x.
@@ -106,34 +152,45 @@ class Kernels:
         """
         x = maps.to(accumulation_type(maps.dtype))
         total = torch.zeros_like(x) if carry is None else carry.to(x.dtype)
-        for gradient, norm, sums in consumers:
+        for gradient, reader in consumers:
+            norm = reader.norm
             g = torch.where(_normalised(maps, norm) <= 0, 0, gradient.to(x.dtype))
             total = total + _channels(norm.scale()) * g
-            sums[0] = g.sum((0, 2, 3))
-            sums[1] = (g * (x - _channels(norm.mean))).sum((0, 2, 3))
+            reader.settle(torch.stack([g.sum((0, 2, 3)), (g * (x - _channels(norm.mean))).sum((0, 2, 3))]))
         out.copy_(total)
 
     def finish(
-        self, gradient: Tensor, maps: Tensor, correction: tuple[Tensor, Tensor, Tensor] | None, mask: Tensor | None,
-        keep: float, out: Tensor,
+        self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
+        out: Tensor, also: Rectify | None = None,
     ) -> None:  # fmt: skip
-        """``out = (gradient - offset - slope (maps - mean)) * mask / keep``.
+        """``out = (gradient - correction) * mask / keep``.
 
         Args:
             gradient: (N, C, H, W), of the maps' or the accumulation type; may be `out` itself.
             maps: (N, C, H, W).
-            correction: mean, offset, slope: (C,) each, accumulation type; None: ``gradient * mask / keep``.
+            correction: None: ``gradient * mask / keep``.
             mask: as for `write`.
             keep: as for `write`.
             out: (N, at least C, H, W).
+            also: of another tensor, in the same launch where there are launches.
         """
         channels, wide = maps.shape[1], accumulation_type(maps.dtype)
         total = gradient.to(wide)
         if correction is not None:
-            mean, offset, slope = (_channels(vector) for vector in correction)
-            total = total - offset - slope * (maps.to(wide) - mean)
+            offset, slope = (_channels(row / correction.values) for row in correction.sums)
+            total = total - offset - slope * (maps.to(wide) - _channels(correction.mean))
         out[:, :channels] = _dropped(total, mask, keep)
         out[:, channels:] = 0
+        if also is not None:
+            self.bn_relu(*also)
+
+    def copy_weights(self, sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Copy weights (K, C, h, w) to others of any type and size: zeros where the source ends, no more than fits."""
+        for source, out in zip(sources, outs, strict=True):
+            makes, reads = min(len(source), len(out)), min(source.shape[1], out.shape[1])
+            if source.shape[:2] != out.shape[:2]:
+                out.zero_()
+            out[:makes, :reads] = source[:makes, :reads]
 
 
 MOST_CONSUMERS = 4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.model.kernels.build import native_library
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Consumer, Correction, Kernels, Norm, Rectify, accumulation_type
 
 TYPES: Final = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
@@ -119,31 +119,37 @@ class NativeKernels(Kernels):
         assert out.shape == maps.shape
         ldc = ldo if carry is None else _rows(carry)[2]
         described = (_Consumer * len(consumers))()
-        for into, (gradient, norm, sums) in zip(described, consumers, strict=True):
+        sums = maps.new_empty((len(consumers), 2, channels), dtype=accumulation_type(maps.dtype))
+        for into, (gradient, (norm, *_)), summed in zip(described, consumers, sums, strict=True):
             assert gradient.dtype == maps.dtype
             assert gradient.shape == maps.shape
             into.gradient, (_, _, into.ld) = gradient.data_ptr(), _rows(gradient)
             into.gamma, into.beta, into.mean, into.var = _pointers(norm, channels, maps.dtype)
-            into.eps, into.sums = norm.eps, _vector(sums, 2 * channels, maps.dtype)
+            into.eps, into.sums = norm.eps, _vector(summed, 2 * channels, maps.dtype)
         self._functions["gather", maps.dtype](
             rows, channels, maps.data_ptr(), ld, len(consumers), ctypes.addressof(described),
             None if carry is None else carry.data_ptr(), ldc, out.data_ptr(), ldo, _is_wide(out, maps),
             torch.get_num_threads(),
         )  # fmt: skip
+        for (_, reader), summed in zip(consumers, sums, strict=True):
+            reader.settle(summed)
 
     def finish(
-        self, gradient: Tensor, maps: Tensor, correction: tuple[Tensor, Tensor, Tensor] | None, mask: Tensor | None,
-        keep: float, out: Tensor,
+        self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
+        out: Tensor, also: Rectify | None = None,
     ) -> None:  # fmt: skip
         """Apply the statistics' share of the gradient, then dropout's."""
         rows, channels, ld = _rows(maps)
         _, _, ldg = _rows(gradient)
         _, padded, ldo = _rows(out)
-        vectors = [_vector(vector, channels, maps.dtype) for vector in correction or (None, None, None)]
+        settled = (None,) * 3 if correction is None else (correction.mean, *(correction.sums / correction.values))
+        vectors = [_vector(vector, channels, maps.dtype) for vector in settled]
         self._functions["finish", maps.dtype](
             rows, channels, padded, gradient.data_ptr(), ldg, maps.data_ptr(), ld, *vectors, _mask(mask, maps), keep,
             out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
         )  # fmt: skip
+        if also is not None:
+            self.bn_relu(*also)
 
     def convolve(
         self, maps: Tensor, norm: Norm, weight: Tensor, mask: Tensor | None, keep: float, slot: Tensor,
@@ -184,7 +190,7 @@ class NativeKernels(Kernels):
             d_made: (N, K, H, W), the gradient of what the convolution made.
             carry: as for `gather`.
             out: as for `gather`, of the maps' type.
-            sums: (2, C), as those of `Consumer`.
+            sums: (2, C), contiguous, accumulation type: becomes what `Reader.settle` takes.
             d_weight: of the weight's shape, contiguous, becomes its gradient; None: not wanted.
         """
         rows, channels, _ = _rows(maps)

@@ -2,7 +2,8 @@
 
 Maps (N, C, H, W) with channels side by side are N H W rows, one after another at a fixed distance. A kernel's program
 takes a tile, some rows by up to 64 channels, small enough for many of them to be under way on each multiprocessor.
-Those that sum leave one partial result a tile, which a second small kernel adds up in a fixed order: no atomics.
+A program of those that sum takes a group of tiles and leaves a partial result. The last one to finish for the same
+channels adds them up, in the order of their rows: which program is the last does not change the sum.
 
 Numbers that differ from layer to layer are ordinary arguments, and kernels are not specialised on them: what a kernel
 is compiled for is the types, the optional inputs, the tile (a power of two) and how many channels can be moved at once.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +21,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Kernels, Norm, accumulation_type
+from densenet_dist.model.kernels.interface import (
+    MOST_CONSUMERS,
+    Consumer,
+    Correction,
+    Kernels,
+    Norm,
+    Rectify,
+    accumulation_type,
+)
 
 _TILE = 4096
 """Elements of a tile of a pass that sums nothing: 32 a thread, at 4 warps."""
 
-_WRITE_TILE = 8192
-"""Elements of a tile of `write`: 32 a thread, at 8 warps, for partial results to be few beside the maps."""
+_SUMMING_TILE = 2048
+"""Elements of a tile of a pass that sums: 16 a thread, at 8 warps: with 32, four consumers take all the registers."""
 
-_GATHER_TILE = 4096
-"""Elements of a tile of `gather`: 16 a thread, at 8 warps: with 32, four consumers take all the registers."""
+_MOST_GROUPS, _PROGRAMS = 512, 2048
+"""Groups of tiles, at most: each leaves a partial result, which one program reads; and programs, where there are more
+channels than a tile has."""
 
-_MANY, _FEW = 512, 8
-"""A tile of the kernels that reduce: few channels, so that there are enough programs; many partial results at once."""
+_PARTIALS = 64
+"""How many partial results are added up at once."""
+
+_MOST_WEIGHTS, _WEIGHT_TILE = 16, 1024
+"""Weights that are copied in a launch, and elements of theirs in a program."""
 
 _LARGEST_INT = 2**31 - 1
+_TICKETS = 1024
 
 
 class TritonKernels(Kernels):
@@ -43,16 +58,13 @@ class TritonKernels(Kernels):
         ValueError: any method's, where a tensor doesn't lie in memory as the interface says.
     """
 
+    def __init__(self) -> None:
+        self._tickets: Tensor | None = None
+
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """Normalise and rectify."""
-        _check_vectors(maps, *norm[:4])
-        rows, written = _rows_of(maps), _rows_like(out, maps)
-        block = _block_of(written.channels)
-        _bn_relu[_grid(written, block, _TILE)](
-            maps, rows.ld, *norm, out, written.ld, rows.pixels, rows.channels, written.channels,
-            READ=_read_width(rows.channels, maps), WRITE=_write_width(written.channels, out),
-            NORM=_vector_width(*norm[:4]), BLOCK_R=_TILE // block, BLOCK_C=block, num_warps=4,
-        )  # fmt: skip
+        programs, arguments, constants = _rectifying(maps, norm, out)
+        _bn_relu[(programs,)](*arguments, **constants, num_warps=4)
 
     def write(
         self, made: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
@@ -60,77 +72,145 @@ class TritonKernels(Kernels):
         """Drop, store, and take the statistics of what was stored."""
         rows, written = _rows_like(made, slot), _rows_of(slot)
         in_place = made.data_ptr() == slot.data_ptr() and rows.ld == written.ld and made.dtype == slot.dtype
-        keeps = _mask_bytes(mask, slot)
+        keeps, kept = _mask_bytes(mask, slot)
         if (mean is None or var is None) and in_place and keeps is None:
             return
-        block = _block_of(written.channels)
-        grid = _grid(written, block, _WRITE_TILE)
+        groups = _groups_of(written)
         moments = None
         if mean is not None and var is not None:
             _check_vectors(slot, mean, var)
-            moments = mean.new_empty(triton.cdiv(rows.pixels, _WRITE_TILE // block), 2, written.channels)
-        _write[grid](
-            made, rows.ld, keeps, _scale_of(keep), slot, written.ld, moments, rows.pixels, written.channels,
+            moments = mean.new_empty(groups.number, 2, written.channels)
+        _write[groups.grid](
+            made, rows.ld, keeps, _scale_of(keep), slot, written.ld, moments, mean, var, self._tickets_for(slot),
+            rows.pixels, written.channels, groups.tiles, groups.number,
             STORE=keeps is not None or not in_place,
-            READ=_read_width(written.channels, made), WRITE=_write_width(written.channels, slot, keeps),
-            BLOCK_R=_WRITE_TILE // block, BLOCK_C=block, num_warps=8,
+            READ=_read_width(written.channels, rows), WRITE=_write_width(written.channels, written, kept),
+            BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
-        if moments is not None:
-            _combine_moments[(triton.cdiv(written.channels, _FEW),)](
-                moments, mean, var, len(moments), _WRITE_TILE // block, rows.pixels, written.channels,
-                BLOCK_T=_MANY, BLOCK_C=_FEW,
-            )  # fmt: skip
 
     def gather(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
         """Sum what came back to the consumers."""
         rows, written = _rows_of(maps), _rows_like(out, maps)
-        if not 1 <= len(consumers) <= MOST_CONSUMERS:
-            raise ValueError(f"{len(consumers)} consumers, not 1 to {MOST_CONSUMERS}")
-        for _, norm, into in consumers:
-            _check_vectors(maps, *norm[:4])
-            if into.shape != (2, rows.channels) or into.dtype != norm.mean.dtype or not into.is_contiguous():
-                raise ValueError(f"sums are (2, {rows.channels}) of {norm.mean.dtype}, not {tuple(into.shape)}")
-        block = _block_of(rows.channels)
-        tiles = triton.cdiv(rows.pixels, _GATHER_TILE // block)
-        count, wide_type = len(consumers), accumulation_type(maps.dtype)
-        sums = torch.empty(count, tiles, 2, rows.channels, dtype=wide_type, device=maps.device)
-        flat = [part for g, norm, _ in consumers for part in (g, _rows_like(g, maps).ld, *norm)]
-        _gather[_grid(rows, block, _GATHER_TILE)](
-            maps, rows.ld, *flat, *[None] * (7 * (MOST_CONSUMERS - count)),
-            carry, 0 if carry is None else _rows_like(carry, maps).ld, out, written.ld, sums,
-            rows.pixels, rows.channels, tiles, COUNT=count,
-            READ=_read_width(rows.channels, maps, carry, *(consumer.gradient for consumer in consumers)),
-            WRITE=_write_width(rows.channels, out),
-            NORM=_vector_width(*(settled for consumer in consumers for settled in consumer.norm[:4])),
-            BLOCK_R=_GATHER_TILE // block, BLOCK_C=block, num_warps=8,
+        before = None if carry is None else _rows_like(carry, maps)
+        came = [_rows_like(gradient, maps) for gradient, _ in consumers]
+        count, groups = len(consumers), _groups_of(rows)
+        if not 1 <= count <= MOST_CONSUMERS:
+            raise ValueError(f"{count} consumers, not 1 to {MOST_CONSUMERS}")
+        flat: list[object] = []
+        for (gradient, (norm, gradients, correction)), where in zip(consumers, came, strict=True):
+            flat += [gradient, where.ld, *norm, gradients, _pair(gradients, maps), correction]
+            flat.append(0 if correction is None else _pair(correction, maps))
+        shape = (count, groups.number, 2, rows.channels)
+        sums = torch.empty(shape, dtype=accumulation_type(maps.dtype), device=maps.device)
+        _gather[groups.grid](
+            maps, rows.ld, *flat, *[None] * (11 * (MOST_CONSUMERS - count)),
+            carry, 0 if before is None else before.ld, out, written.ld, sums, self._tickets_for(maps),
+            rows.pixels, rows.channels, groups.tiles, groups.number, COUNT=count,
+            READ=_read_width(rows.channels, rows, before, *came), WRITE=_write_width(rows.channels, written),
+            NORM=_vector_width(maps, *(vector for _, reader in consumers for vector in reader.norm[:4])),
+            BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
-        # Those that are missing are never written to.
-        outs = [consumers[i % count].sums for i in range(MOST_CONSUMERS)]
-        _reduce_sums[(triton.cdiv(rows.channels, _FEW), 2 * count)](
-            sums, *outs, tiles, rows.channels, BLOCK_T=_MANY, BLOCK_C=_FEW
-        )
 
     def finish(
-        self, gradient: Tensor, maps: Tensor, correction: tuple[Tensor, Tensor, Tensor] | None, mask: Tensor | None,
-        keep: float, out: Tensor,
+        self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
+        out: Tensor, also: Rectify | None = None,
     ) -> None:  # fmt: skip
         """Apply the statistics' share of the gradient, then dropout's."""
-        rows, written = _rows_of(maps), _rows_like(out, maps)
-        keeps = _mask_bytes(mask, maps)
-        _check_vectors(maps, *(correction or ()))
+        rows, written, came = _rows_of(maps), _rows_like(out, maps), _rows_like(gradient, maps)
+        keeps, kept = _mask_bytes(mask, maps)
+        mean, sums, values = correction or (None, None, 1.0)
         block = _block_of(written.channels)
-        _finish[_grid(written, block, _TILE)](
-            gradient, _rows_like(gradient, maps).ld, maps, rows.ld, *(correction or (None, None, None)),
-            keeps, _scale_of(keep), out, written.ld, rows.pixels, rows.channels, written.channels,
-            READ=_read_width(rows.channels, gradient, maps), MASK=_write_width(rows.channels, keeps),
-            WRITE=_write_width(written.channels, out), NORM=_vector_width(*(correction or ())),
-            BLOCK_R=_TILE // block, BLOCK_C=block, num_warps=4,
+        programs = _programs(written, block)
+        others, rectify, constants = (0, (None,) * 12, _NOTHING) if also is None else _rectifying(*also)
+        _finish[(programs + others,)](
+            gradient, came.ld, maps, rows.ld, mean, sums, 0 if sums is None else _pair(sums, maps),
+            1 / values, keeps, _scale_of(keep), out, written.ld, rows.pixels, rows.channels, written.channels, programs,
+            *rectify, READ=_read_width(rows.channels, came, rows), MASK=_write_width(rows.channels, kept),
+            WRITE=_write_width(written.channels, written), NORM=1 if mean is None else _vector_width(maps, mean),
+            BLOCK_R=_TILE // block, BLOCK_C=block, **{f"BN_{name}": value for name, value in constants.items()},
+            num_warps=4,
         )  # fmt: skip
 
+    def copy_weights(self, sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Copy, convert and pad, or cut."""
+        for first in range(0, len(sources), _MOST_WEIGHTS):
+            some, into = sources[first : first + _MOST_WEIGHTS], outs[first : first + _MOST_WEIGHTS]
+            rows = (_weight_of(source) + _weight_of(out) for source, out in zip(some, into, strict=True))
+            layouts = _table(some[0].device, *rows)
+            _copy_weights[(triton.cdiv(max(map(torch.numel, into)), _WEIGHT_TILE), len(some))](
+                tuple(some), tuple(into), layouts, COUNT=len(some), BLOCK=_WEIGHT_TILE, num_warps=4
+            )
 
-def _grid(rows: _Rows, block: int, tile: int) -> tuple[int]:
+    def _tickets_for(self, maps: Tensor) -> Tensor:
+        """Counters of programs that are done, by their channels; 0 before and after every launch."""
+        if self._tickets is None:
+            self._tickets = torch.zeros(_TICKETS, dtype=torch.int32, device=maps.device)
+        return self._tickets
+
+
+def _programs(rows: _Rows, block: int) -> int:
     """One program a tile; the channels of the same rows come one after another."""
-    return (triton.cdiv(rows.pixels, tile // block) * triton.cdiv(rows.channels, block),)
+    return triton.cdiv(rows.pixels, _TILE // block) * triton.cdiv(rows.channels, block)
+
+
+def _rectifying(maps: Tensor, norm: Norm, out: Tensor) -> tuple[int, tuple[object, ...], dict[str, int]]:
+    """Programs, arguments and compile-time constants of `_rectify`."""
+    rows, written = _rows_of(maps), _rows_like(out, maps)
+    block = _block_of(written.channels)
+    constants = {
+        "READ": _read_width(rows.channels, rows),
+        "WRITE": _write_width(written.channels, written),
+        "NORM": _vector_width(maps, *norm[:4]),
+        "BLOCK_R": _TILE // block,
+        "BLOCK_C": block,
+    }
+    arguments = (maps, rows.ld, *norm, out, written.ld, rows.pixels, rows.channels, written.channels)
+    return _programs(written, block), arguments, constants
+
+
+_NOTHING = {"READ": 1, "WRITE": 1, "NORM": 1, "BLOCK_R": 1, "BLOCK_C": 1}
+
+
+class _Groups(NamedTuple):
+    """How the tiles of a pass that sums are divided among programs."""
+
+    rows: int
+    """Of a tile."""
+
+    channels: int
+    """Of a tile."""
+
+    tiles: int
+    """Of a group, one below another."""
+
+    number: int
+    """Of groups."""
+
+    grid: tuple[int]
+
+
+def _groups_of(rows: _Rows) -> _Groups:
+    channels = _block_of(rows.channels)
+    height, blocks = _SUMMING_TILE // channels, triton.cdiv(rows.channels, channels)
+    tiles = triton.cdiv(rows.pixels, height)
+    each = triton.cdiv(tiles, max(1, min(_MOST_GROUPS, _PROGRAMS // blocks)))
+    number = triton.cdiv(tiles, each)
+    return _Groups(height, channels, each, number, (number * blocks,))
+
+
+@cache
+def _table(device: torch.device, *rows: tuple[int, ...]) -> Tensor:
+    """Numbers that a kernel reads, on the device; made once, because making it waits for the device."""
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _weight_of(weight: Tensor) -> tuple[int, int, int, int, int, int]:
+    """K, C and the taps of a weight (K, C, h, w), and the strides of the three."""
+    makes, reads, height, width = weight.shape
+    taps, stride = height * width, weight.stride(3) if width > 1 else weight.stride(2)
+    if height > 1 and width > 1 and weight.stride(2) != width * stride:
+        raise ValueError(f"expected a weight in one of PyTorch's memory formats, not strides {weight.stride()}")
+    return makes, reads, taps, weight.stride(0), weight.stride(1), stride
 
 
 class _Rows(NamedTuple):
@@ -144,6 +224,12 @@ class _Rows(NamedTuple):
 
     ld: int
     """From a row to the next, in elements."""
+
+    aligned: int
+    """How many channels are moved at once where that asks for alignment only: 8, 4 or 1."""
+
+    room: int
+    """From the beginning of the last row to the end of the memory, in elements."""
 
 
 def _rows_of(maps: Tensor) -> _Rows:
@@ -160,7 +246,10 @@ def _rows_of(maps: Tensor) -> _Rows:
     count = n * height * width
     if count > _LARGEST_INT:
         raise ValueError(f"{count} pixels are more than an int32 counts")
-    return _Rows(count, channels, ld)
+    size = maps.element_size()
+    place = maps.data_ptr() // size | ld
+    room = int(maps.untyped_storage().nbytes()) // size - int(maps.storage_offset()) - (count - 1) * ld
+    return _Rows(count, channels, ld, 8 if place % 8 == 0 else 4 if place % 4 == 0 else 1, room)
 
 
 def _rows_like(tensor: Tensor, maps: Tensor) -> _Rows:
@@ -181,13 +270,21 @@ def _check_vectors(maps: Tensor, *vectors: Tensor) -> None:
             )
 
 
-def _mask_bytes(mask: Tensor | None, maps: Tensor) -> Tensor | None:
-    """See a bool mask of the maps' shape, dense in channels_last memory, as bytes."""
+def _pair(vectors: Tensor, maps: Tensor) -> int:
+    """Check two vectors, (2, C), as `_check_vectors` does; from one to the other, in elements."""
+    if vectors.shape != (2, maps.shape[1]) or vectors.stride(1) != 1 or vectors.dtype != accumulation_type(maps.dtype):
+        raise ValueError(f"expected two vectors for {maps.shape[1]} channels of {maps.dtype}, not {vectors.shape}")
+    return vectors.stride(0)
+
+
+def _mask_bytes(mask: Tensor | None, maps: Tensor) -> tuple[Tensor | None, _Rows | None]:
+    """See a bool mask of the maps' shape, dense in channels_last memory, as bytes and as rows."""
     if mask is None:
-        return None
-    if mask.shape != maps.shape or mask.dtype != torch.bool or _rows_of(mask).ld != mask.shape[1]:
+        return None, None
+    rows = _rows_of(mask)
+    if mask.shape != maps.shape or mask.dtype != torch.bool or rows.ld != rows.channels:
         raise ValueError(f"expected a dense bool mask {tuple(maps.shape)}, not {mask.dtype} {tuple(mask.shape)}")
-    return mask.view(torch.uint8)
+    return mask.view(torch.uint8), rows
 
 
 def _scale_of(keep: float) -> float:
@@ -195,39 +292,27 @@ def _scale_of(keep: float) -> float:
     return 1 / keep if keep > 0 else 0.0
 
 
-def _read_width(channels: int, *tensors: Tensor | None) -> int:
+def _read_width(channels: int, *tensors: _Rows | None) -> int:
     """How many channels a thread can read at once: 8, 4 or 1.
 
     Eights that begin before the last channel are read to their end if memory goes on that far; kernels drop the rest.
     """
     to_end = -(-channels // 8) * 8
-    wide = all(t is None or (_is_aligned(t, 8) and _goes_on(t, to_end)) for t in tensors)
+    wide = all(rows is None or (rows.aligned == 8 and rows.room >= to_end) for rows in tensors)
     return 8 if wide else _write_width(channels, *tensors)
 
 
-def _write_width(channels: int, *tensors: Tensor | None) -> int:
+def _write_width(channels: int, *tensors: _Rows | None) -> int:
     """How many channels a thread can write at once: 8, 4 or 1. Or read, where that is as many to the end."""
-    for width in (8, 4):
-        if channels % width == 0 and all(t is None or _is_aligned(t, width) for t in tensors):
-            return width
-    return 1
+    width = min((rows.aligned for rows in tensors if rows is not None), default=8)
+    return width if channels % width == 0 else 4 if channels % 4 == 0 and width == 8 else 1
 
 
-def _vector_width(*vectors: Tensor) -> int:
-    """How many elements a thread can read at once of contiguous vectors of the same length: 4 or 1."""
-    aligned = all(v.numel() % 4 == 0 and v.data_ptr() % (4 * v.element_size()) == 0 for v in vectors)
-    return 4 if aligned else 1
-
-
-def _is_aligned(tensor: Tensor, width: int) -> bool:
-    return tensor.data_ptr() % (width * tensor.element_size()) == 0 and _rows_of(tensor).ld % width == 0
-
-
-def _goes_on(tensor: Tensor, channels: int) -> bool:
-    """Whether memory holds so many elements from the beginning of the tensor's last row."""
-    rows = _rows_of(tensor)
-    stop = tensor.storage_offset() + (rows.pixels - 1) * rows.ld + channels
-    return stop * tensor.element_size() <= tensor.untyped_storage().nbytes()
+def _vector_width(maps: Tensor, *vectors: Tensor) -> int:
+    """Check vectors; how many elements a thread can read of each at once: 4 or 1."""
+    _check_vectors(maps, *vectors)
+    size = 4 * vectors[0].element_size()
+    return 4 if maps.shape[1] % 4 == 0 and all(vector.data_ptr() % size == 0 for vector in vectors) else 1
 
 
 def _block_of(channels: int) -> int:
@@ -242,20 +327,18 @@ def _kernel(function: Callable[..., None]) -> Any:
 
 
 @triton.jit
-def _tile(channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of this program: the number of its tile of rows, its rows and its channels."""
+def _tile(program, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and channels of a program's tile."""
     blocks = tl.cdiv(channels, BLOCK_C)
-    number = tl.program_id(0) // blocks
-    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    return number, number * BLOCK_R + tl.arange(0, BLOCK_R), channel
+    return program // blocks * BLOCK_R + tl.arange(0, BLOCK_R), program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
-@_kernel
-def _bn_relu(
-    maps, maps_ld, gamma, beta, mean, var, eps: tl.float64, out, out_ld, rows, channels, out_channels,
+@triton.jit
+def _rectify(
+    program, maps, maps_ld, gamma, beta, mean, var, eps, out, out_ld, rows, channels, out_channels,
     READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    _, row, channel = _tile(out_channels, BLOCK_R, BLOCK_C)
+    row, channel = _tile(program, out_channels, BLOCK_R, BLOCK_C)
     here = _tile_mask(row, rows, channel, channels, READ)
     x = _wide(tl.load(_tile_at(maps, maps_ld, row, channel, READ), mask=here, other=0))
     s, t = _scale_and_shift(gamma, beta, mean, var, eps, channel, channels, NORM)
@@ -265,121 +348,248 @@ def _bn_relu(
 
 
 @_kernel
-def _write(
-    made, made_ld, mask, scale: tl.float64, slot, slot_ld, moments, rows, channels,
-    STORE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+def _bn_relu(
+    maps, maps_ld, gamma, beta, mean, var, eps: tl.float64, out, out_ld, rows, channels, out_channels,
+    READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile, row, channel = _tile(channels, BLOCK_R, BLOCK_C)
-    x = tl.load(
-        _tile_at(made, made_ld, row, channel, READ), mask=_tile_mask(row, rows, channel, channels, READ), other=0
-    )
-    here = _tile_mask(row, rows, channel, channels, WRITE)
-    if mask is not None:
-        kept = tl.load(_tile_at(mask, channels, row, channel, WRITE), mask=here, other=0)
-        x = _dropped(_wide(x), kept, scale)
-    x = x.to(slot.dtype.element_ty)
-    if STORE:
-        tl.store(_tile_at(slot, slot_ld, row, channel, WRITE), x, mask=here)
+    _rectify(
+        tl.program_id(0), maps, maps_ld, gamma, beta, mean, var, eps, out, out_ld, rows, channels, out_channels,
+        READ, WRITE, NORM, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
+
+
+@_kernel
+def _write(
+    made, made_ld, mask, scale: tl.float64, slot, slot_ld, moments, mean, var, tickets, rows, channels, tiles, groups,
+    STORE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(channels, BLOCK_C)
+    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = group * tiles * BLOCK_R
+    # Differences from one value of each channel, so that a large common mean does not swallow the variance.
+    pivot = _wide(tl.load(made + start.to(tl.int64) * made_ld + channel, mask=channel < channels, other=0))
+    first = tl.zeros([BLOCK_C], pivot.dtype)
+    second = tl.zeros([BLOCK_C], pivot.dtype)
+    for tile in range(tiles):
+        row = start + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        here = _tile_mask(row, rows, channel, channels, READ)
+        x = tl.load(_tile_at(made, made_ld, row, channel, READ), mask=here, other=0)
+        here = _tile_mask(row, rows, channel, channels, WRITE)
+        if mask is not None:
+            kept = tl.load(_tile_at(mask, channels, row, channel, WRITE), mask=here, other=0)
+            x = _dropped(_wide(x), kept, scale)
+        x = x.to(slot.dtype.element_ty)
+        if STORE:
+            tl.store(_tile_at(slot, slot_ld, row, channel, WRITE), x, mask=here)
+        if moments is not None:
+            off = tl.where((row < rows)[:, None], _wide(x) - pivot[None, :], 0)
+            first += tl.sum(off, 0)
+            second += tl.sum(off * off, 0)
     if moments is not None:
-        _store_moments(moments, tile, _wide(x), row, rows, channel, channels)
+        count = tl.minimum(rows - start, tiles * BLOCK_R).to(pivot.dtype)
+        place = moments + group.to(tl.int64) * 2 * channels + channel
+        tl.store(place, pivot + first / count, mask=channel < channels)
+        tl.store(place + channels, tl.maximum(second - first * first / count, 0), mask=channel < channels)
+        if _is_last(tickets + block, groups):
+            _combine_moments(moments, mean, var, groups, tiles * BLOCK_R, rows, channel, channels, BLOCK_T)
 
 
 @_kernel
 def _gather(
     maps, maps_ld,
-    gradient0, ld0, gamma0, beta0, mean0, var0, eps0: tl.float64,
-    gradient1, ld1, gamma1, beta1, mean1, var1, eps1: tl.float64,
-    gradient2, ld2, gamma2, beta2, mean2, var2, eps2: tl.float64,
-    gradient3, ld3, gamma3, beta3, mean3, var3, eps3: tl.float64,
-    carry, carry_ld, out, out_ld, sums, rows, channels, tiles, COUNT: tl.constexpr,
+    gradient0, ld0, gamma0, beta0, mean0, var0, eps0: tl.float64, gradients0, gradients_ld0, share0, share_ld0,
+    gradient1, ld1, gamma1, beta1, mean1, var1, eps1: tl.float64, gradients1, gradients_ld1, share1, share_ld1,
+    gradient2, ld2, gamma2, beta2, mean2, var2, eps2: tl.float64, gradients2, gradients_ld2, share2, share_ld2,
+    gradient3, ld3, gamma3, beta3, mean3, var3, eps3: tl.float64, gradients3, gradients_ld3, share3, share_ld3,
+    carry, carry_ld, out, out_ld, sums, tickets, rows, channels, tiles, groups, COUNT: tl.constexpr,
     READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    tile, row, channel = _tile(channels, BLOCK_R, BLOCK_C)
-    gradient, ld = (gradient0, gradient1, gradient2, gradient3), (ld0, ld1, ld2, ld3)
-    gamma, beta = (gamma0, gamma1, gamma2, gamma3), (beta0, beta1, beta2, beta3)
-    mean, var, eps = (mean0, mean1, mean2, mean3), (var0, var1, var2, var3), (eps0, eps1, eps2, eps3)
-    here = _tile_mask(row, rows, channel, channels, READ)
-    x = _wide(tl.load(_tile_at(maps, maps_ld, row, channel, READ), mask=here, other=0))
-    if carry is not None:
-        total = _wide(tl.load(_tile_at(carry, carry_ld, row, channel, READ), mask=here, other=0))
-    else:
-        total = tl.zeros([BLOCK_R, BLOCK_C], x.dtype)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    zero = _wide(tl.zeros([BLOCK_C], maps.dtype.element_ty))
+    a0, b0, a1, b1, a2, b2, a3, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+    for tile in range(tiles):
+        row = (group * tiles + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+        here = _tile_mask(row, rows, channel, channels, READ)
+        x = _wide(tl.load(_tile_at(maps, maps_ld, row, channel, READ), mask=here, other=0))
+        if carry is not None:
+            total = _wide(tl.load(_tile_at(carry, carry_ld, row, channel, READ), mask=here, other=0))
+        else:
+            total = tl.zeros([BLOCK_R, BLOCK_C], x.dtype)
+        total, a0, b0 = _consume(
+            gradient0, ld0, gamma0, beta0, mean0, var0, eps0, x, total, a0, b0, row, here, channel, channels,
+            READ, NORM,
+        )  # fmt: skip
+        if COUNT > 1:
+            total, a1, b1 = _consume(
+                gradient1, ld1, gamma1, beta1, mean1, var1, eps1, x, total, a1, b1, row, here, channel, channels,
+                READ, NORM,
+            )  # fmt: skip
+        if COUNT > 2:
+            total, a2, b2 = _consume(
+                gradient2, ld2, gamma2, beta2, mean2, var2, eps2, x, total, a2, b2, row, here, channel, channels,
+                READ, NORM,
+            )  # fmt: skip
+        if COUNT > 3:
+            total, a3, b3 = _consume(
+                gradient3, ld3, gamma3, beta3, mean3, var3, eps3, x, total, a3, b3, row, here, channel, channels,
+                READ, NORM,
+            )  # fmt: skip
+        here = _tile_mask(row, rows, channel, channels, WRITE)
+        tl.store(_tile_at(out, out_ld, row, channel, WRITE), total, mask=here)
+    found = ((a0, b0), (a1, b1), (a2, b2), (a3, b3))
     for i in tl.static_range(COUNT):
-        g = _wide(tl.load(_tile_at(gradient[i], ld[i], row, channel, READ), mask=here, other=0))
-        s, t = _scale_and_shift(gamma[i], beta[i], mean[i], var[i], eps[i], channel, channels, NORM)
-        g = tl.where(_affine(x, s, t) <= 0, 0, g)
-        total += s[None, :] * g
-        centre = _vector(mean[i], channel, channels, NORM)
-        _store_sums(sums, i * tiles + tile, g, g * (x - centre[None, :]), channel, channels)
-    here = _tile_mask(row, rows, channel, channels, WRITE)
-    tl.store(_tile_at(out, out_ld, row, channel, WRITE), total, mask=here)
+        place = sums + (i * groups + group).to(tl.int64) * 2 * channels + channel
+        tl.store(place, found[i][0], mask=channel < channels)
+        tl.store(place + channels, found[i][1], mask=channel < channels)
+    if _is_last(tickets + block, groups):
+        gamma, var, eps = (gamma0, gamma1, gamma2, gamma3), (var0, var1, var2, var3), (eps0, eps1, eps2, eps3)
+        gradients = (gradients0, gradients1, gradients2, gradients3)
+        gradients_ld = (gradients_ld0, gradients_ld1, gradients_ld2, gradients_ld3)
+        share, share_ld = (share0, share1, share2, share3), (share_ld0, share_ld1, share_ld2, share_ld3)
+        for i in tl.static_range(COUNT):
+            _settle(
+                gamma[i], var[i], eps[i], gradients[i], gradients_ld[i], share[i], share_ld[i],
+                sums + i * groups * 2 * channels, groups, channel, channels, NORM, BLOCK_T,
+            )  # fmt: skip
+
+
+@triton.jit
+def _consume(
+    gradient, ld, gamma, beta, mean, var, eps, x, total, first, second, row, here, channel, channels,
+    READ: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Add a consumer's part to a tile's total and to its two sums."""
+    g = _wide(tl.load(_tile_at(gradient, ld, row, channel, READ), mask=here, other=0))
+    s, t = _scale_and_shift(gamma, beta, mean, var, eps, channel, channels, NORM)
+    g = tl.where(_affine(x, s, t) <= 0, 0, g)
+    centre = _vector(mean, channel, channels, NORM)
+    return total + s[None, :] * g, first + tl.sum(g, 0), second + tl.sum(g * (x - centre[None, :]), 0)
+
+
+@triton.jit
+def _settle(
+    gamma, var, eps, gradients, gradients_ld, share, share_ld, sums, groups, channel, channels,
+    NORM: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Turn the sums of all groups into the gradients of beta and gamma, and add to the correction (`Reader.settle`)."""
+    here = channel < channels
+    first = _sum_of_groups(sums, groups, channel, channels, BLOCK_T)
+    second = _sum_of_groups(sums + channels, groups, channel, channels, BLOCK_T)
+    variance = _vector(var, channel, channels, NORM)
+    rstd = tl.rsqrt(variance + tl.full([], eps, variance.dtype))
+    second *= rstd
+    tl.store(gradients + channel, first, mask=here)
+    tl.store(gradients + gradients_ld + channel, second, mask=here)
+    if share is not None:
+        scale = _vector(gamma, channel, channels, NORM) * rstd
+        place = share + channel
+        tl.store(place, tl.load(place, mask=here, other=0) + scale * first, mask=here)
+        place += share_ld
+        tl.store(place, tl.load(place, mask=here, other=0) + scale * rstd * second, mask=here)
+        tl.debug_barrier()  # the next consumer adds to the same
+
+
+@triton.jit
+def _sum_of_groups(partial, groups, channel, channels, BLOCK_T: tl.constexpr):
+    """Add up one of the two rows of partial (groups, 2, channels)."""
+    total = tl.zeros([BLOCK_T, channel.shape[0]], partial.dtype.element_ty)
+    for start in range(0, groups, BLOCK_T):
+        group = start + tl.arange(0, BLOCK_T)
+        exists = (group < groups)[:, None] & (channel < channels)[None, :]
+        place = partial + group.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
+        total += tl.load(place, mask=exists, other=0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _is_last(ticket, programs):
+    """Whether all other programs with this ticket have stored their partial results, which this one may now read."""
+    tl.debug_barrier()  # stores of all threads come before the one that counts
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
+    last = arrived == programs - 1
+    if last:
+        tl.store(ticket, 0)
+    tl.debug_barrier()
+    return last
 
 
 @_kernel
 def _finish(
-    gradient, gradient_ld, maps, maps_ld, mean, offset, slope, mask, scale: tl.float64, out, out_ld, rows, channels,
-    out_channels,
+    gradient, gradient_ld, maps, maps_ld, mean, sums, sums_ld, inverse: tl.float64, mask, scale: tl.float64,
+    out, out_ld, rows, channels, out_channels, programs,
+    bn_maps, bn_maps_ld, gamma, beta, bn_mean, var, eps: tl.float64, bn_out, bn_out_ld, bn_rows, bn_channels,
+    bn_out_channels,
     READ: tl.constexpr, MASK: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BN_READ: tl.constexpr, BN_WRITE: tl.constexpr, BN_NORM: tl.constexpr,
+    BN_BLOCK_R: tl.constexpr, BN_BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    _, row, channel = _tile(out_channels, BLOCK_R, BLOCK_C)
-    here = _tile_mask(row, rows, channel, channels, READ)
-    g = _wide(tl.load(_tile_at(gradient, gradient_ld, row, channel, READ), mask=here, other=0))
-    if mean is not None:
-        x = _wide(tl.load(_tile_at(maps, maps_ld, row, channel, READ), mask=here, other=0))
-        x -= _vector(mean, channel, channels, NORM)[None, :]
-        g -= _vector(offset, channel, channels, NORM)[None, :] + _vector(slope, channel, channels, NORM)[None, :] * x
-    if mask is not None:
-        here = _tile_mask(row, rows, channel, channels, MASK)
-        g = _dropped(g, tl.load(_tile_at(mask, channels, row, channel, MASK), mask=here, other=0), scale)
-    g = tl.where((channel < channels)[None, :], g, 0)
-    tl.store(_tile_at(out, out_ld, row, channel, WRITE), g, mask=_tile_mask(row, rows, channel, out_channels, WRITE))
+    """The first `programs` finish a gradient, the others rectify: neither waits for the other."""
+    program = tl.program_id(0)
+    if program < programs:
+        row, channel = _tile(program, out_channels, BLOCK_R, BLOCK_C)
+        here = _tile_mask(row, rows, channel, channels, READ)
+        g = _wide(tl.load(_tile_at(gradient, gradient_ld, row, channel, READ), mask=here, other=0))
+        if mean is not None:
+            x = _wide(tl.load(_tile_at(maps, maps_ld, row, channel, READ), mask=here, other=0))
+            x -= _vector(mean, channel, channels, NORM)[None, :]
+            offset = _vector(sums, channel, channels, 1)[None, :]
+            slope = _vector(sums + sums_ld, channel, channels, 1)[None, :]
+            g -= (offset + slope * x) * tl.full([], inverse, x.dtype)
+        if mask is not None:
+            here = _tile_mask(row, rows, channel, channels, MASK)
+            g = _dropped(g, tl.load(_tile_at(mask, channels, row, channel, MASK), mask=here, other=0), scale)
+        g = tl.where((channel < channels)[None, :], g, 0)
+        here = _tile_mask(row, rows, channel, out_channels, WRITE)
+        tl.store(_tile_at(out, out_ld, row, channel, WRITE), g, mask=here)
+    elif bn_maps is not None:
+        _rectify(
+            program - programs, bn_maps, bn_maps_ld, gamma, beta, bn_mean, var, eps, bn_out, bn_out_ld, bn_rows,
+            bn_channels, bn_out_channels, BN_READ, BN_WRITE, BN_NORM, BN_BLOCK_R, BN_BLOCK_C,
+        )  # fmt: skip
 
 
 @_kernel
-def _combine_moments(
-    moments, mean, var, tiles, tile_rows, rows, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Mean and variance of all rows from those of tiles, all of `tile_rows` but the last (Chan et al. 1983)."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+def _copy_weights(sources, outs, layouts, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """`layouts` has twelve numbers for each weight: `_weight_of` the source and the out."""
+    n = tl.program_id(1)
+    layout = layouts + n * 12
+    makes, reads = tl.load(layout), tl.load(layout + 1)
+    all_makes, all_reads, taps = tl.load(layout + 6), tl.load(layout + 7), tl.load(layout + 8)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c, t, k = place % all_reads, place // all_reads % taps, place // all_reads // taps
+    source = k * tl.load(layout + 3) + c * tl.load(layout + 4) + t * tl.load(layout + 5)
+    out = k * tl.load(layout + 9) + c * tl.load(layout + 10) + t * tl.load(layout + 11)
+    for i in tl.static_range(COUNT):
+        if n == i:
+            w = tl.load(sources[i] + source, mask=(k < makes) & (c < reads), other=0)
+            tl.store(outs[i] + out, w, mask=k < all_makes)
+
+
+@triton.jit
+def _combine_moments(moments, mean, var, groups, group_rows, rows, channel, channels, BLOCK_T: tl.constexpr):
+    """Mean and variance of all rows from those of groups, all of `group_rows` but the last (Chan et al. 1983)."""
     here = channel < channels
-    pivot = tl.load(moments + channel, mask=here, other=0)  # keeps a large common mean out of the sum
-    total = tl.zeros([BLOCK_T, BLOCK_C], pivot.dtype)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        exists = (tile < tiles)[:, None] & here[None, :]
-        count = tl.minimum(rows - tile * tile_rows, tile_rows).to(pivot.dtype)
-        place = moments + tile.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
-        total += tl.where(exists, (tl.load(place, mask=exists, other=0) - pivot[None, :]) * count[:, None], 0)
-    middle = pivot + tl.sum(total, 0) / rows
-    squares = tl.zeros([BLOCK_T, BLOCK_C], pivot.dtype)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        exists = (tile < tiles)[:, None] & here[None, :]
-        count = tl.minimum(rows - tile * tile_rows, tile_rows).to(pivot.dtype)
-        place = moments + tile.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
-        off = tl.load(place, mask=exists, other=0) - middle[None, :]
-        inner = tl.load(place + channels, mask=exists, other=0)
-        squares += tl.where(exists, inner + off * off * count[:, None], 0)
-    tl.store(mean + channel, middle, mask=here)
-    tl.store(var + channel, tl.sum(squares, 0) / rows, mask=here)
-
-
-@_kernel
-def _reduce_sums(partial, out0, out1, out2, out3, tiles, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Add up one of the two rows of one of partial (outs, tiles, 2, channels) over tiles."""
-    which, row = tl.program_id(1) // 2, tl.program_id(1) % 2
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_T, BLOCK_C], partial.dtype.element_ty)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        exists = (tile < tiles)[:, None] & (channel < channels)[None, :]
-        place = partial + ((which * tiles + tile.to(tl.int64)) * 2 + row)[:, None] * channels + channel[None, :]
-        total += tl.load(place, mask=exists, other=0)
-    sums = tl.sum(total, 0)
-    outs = (out0, out1, out2, out3)
-    for i in tl.static_range(4):
-        tl.store(outs[i] + row * channels + channel, sums, mask=(channel < channels) & (which == i))
+    pivot = tl.load(moments + channel, mask=here, other=0, cache_modifier=".cg")
+    total = tl.zeros([BLOCK_T, channel.shape[0]], pivot.dtype)
+    squares = tl.zeros([BLOCK_T, channel.shape[0]], pivot.dtype)
+    for start in range(0, groups, BLOCK_T):
+        group = start + tl.arange(0, BLOCK_T)
+        exists = (group < groups)[:, None] & here[None, :]
+        count = tl.minimum(rows - group * group_rows, group_rows).to(pivot.dtype)[:, None]
+        place = moments + group.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
+        off = tl.load(place, mask=exists, other=0, cache_modifier=".cg") - pivot[None, :]
+        within = tl.load(place + channels, mask=exists, other=0, cache_modifier=".cg")
+        total += tl.where(exists, off * count, 0)
+        squares += tl.where(exists, within + off * off * count, 0)
+    off = tl.sum(total, 0) / rows
+    tl.store(mean + channel, pivot + off, mask=here)
+    tl.store(var + channel, tl.maximum(tl.sum(squares, 0) / rows - off * off, 0), mask=here)
 
 
 @triton.jit
@@ -435,22 +645,3 @@ def _relu(y):
 def _dropped(x, kept, scale):
     """What dropout leaves of a tile; as in PyTorch a product, in which NaN stays NaN where it is not kept."""
     return x * (kept.to(x.dtype) * tl.full([], scale, x.dtype))
-
-
-@triton.jit
-def _store_moments(moments, tile, x, row, rows, channel, channels):
-    """Put a tile's mean and sum of squares about it, for each channel, into moments (tiles, 2, channels)."""
-    exists = (row < rows)[:, None]
-    mean = tl.sum(tl.where(exists, x, 0), 0) / tl.sum((row < rows).to(x.dtype), 0)
-    off = tl.where(exists, x - mean[None, :], 0)
-    place = moments + tile.to(tl.int64) * 2 * channels + channel
-    tl.store(place, mean, mask=channel < channels)
-    tl.store(place + channels, tl.sum(off * off, 0), mask=channel < channels)
-
-
-@triton.jit
-def _store_sums(sums, tile, first, second, channel, channels):
-    """Put the sums over a tile's rows of two tiles, for each channel, into sums (tiles, 2, channels)."""
-    place = sums + tile.to(tl.int64) * 2 * channels + channel
-    tl.store(place, tl.sum(first, 0), mask=channel < channels)
-    tl.store(place + channels, tl.sum(second, 0), mask=channel < channels)
