@@ -1,4 +1,4 @@
-"""Where this machine keeps what it would otherwise make, check or fetch again."""
+"""The cache of this machine: compiled kernels, verified and downloaded data."""
 
 import getpass
 import os
@@ -12,20 +12,20 @@ CACHE_ENV = "DENSENET_DIST_CACHE"
 def cache_folder() -> Path:
     """Return ``$DENSENET_DIST_CACHE``, else ``densenet_dist`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    A missing one is made, for this user alone, if possible. What lies there may be deleted whenever nothing runs.
+    It is created for this user alone, if possible. Its content may be deleted while nothing runs.
     """
     own, base = os.environ.get(CACHE_ENV), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own).expanduser() if own else Path(base or Path.home() / ".cache") / "densenet_dist"
-    with suppress(OSError):  # whoever writes there will say so
+    with suppress(OSError):  # writing to it will report that
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder.absolute()
 
 
 def provide_user() -> None:
-    """Give this process and its children a user name and a home folder where the system has none.
+    """Give this process and its children a user name and a home folder if the system has none.
 
-    Containers may run under a user id that nobody knows (OpenShift), with no home folder or with ``/``. PyTorch, Triton
-    and Ray fail there.
+    Containers may run under an unknown user id (OpenShift), without a home folder or with ``/``, where PyTorch, Triton
+    and Ray fail.
     """
     user_id = os.getuid()
     try:
@@ -37,5 +37,5 @@ def provide_user() -> None:
         made = Path(tempfile.gettempdir(), f"densenet_dist-home-{user_id}")
         with suppress(FileExistsError):
             made.mkdir(mode=0o700)
-        # What another user has put there must not be trusted.
+        # A folder of another user must not be trusted.
         os.environ["HOME"] = str(made) if made.lstat().st_uid == user_id else tempfile.mkdtemp(prefix=made.name)

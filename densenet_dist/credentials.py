@@ -1,4 +1,4 @@
-"""Credentials in addresses: refused in settings, and masked in whatever is printed or written."""
+"""Credentials in addresses: refused in settings, and masked in all output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-# Every repetition has a limit, so that a long text takes no longer than its length.
+# Every repetition is limited, so that the time is linear in the length of the text.
 _LOGIN: Final = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]{0,30}:/{1,2})(?:"  # as a path, an address has one slash
     r"[^/?#@:\s]{0,200}:(?!\d*(?:[/?#\s'\"]|$))\S{0,2000}"  # user:password, of any characters; but not host:port

@@ -1,4 +1,4 @@
-"""Addresses of object stores, as `storage` and `data.root` take them: opened in one way, explained in one way.
+"""Addresses of object stores, for `storage` and `data.root`.
 
 An address is a URI that pyarrow knows: ``s3://bucket/path?endpoint_override=HOST:PORT&scheme=http&region=...``,
 ``gs://...``, ``abfs://...``, ``file:///...``. Credentials come from the environment only.
@@ -36,16 +36,16 @@ _HINTS: Final = {
 
 
 def is_uri(place: str) -> bool:
-    """Whether a place is an address such as ``s3://bucket/path``, and no path."""
+    """Return whether a place is an address such as ``s3://bucket/path`` rather than a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system that an address is on, and the path on it, without a slash at its end.
+    """Open the file system of an address; return it and the path on it, without a trailing slash.
 
     Raises:
-        ConfigError: it holds credentials, which configurations, logs and error messages would show.
-        StorageError: pyarrow knows no such address, or it cannot be opened.
+        ConfigError: it contains credentials, which configurations, logs and error messages would show.
+        StorageError: pyarrow does not know such addresses, or it cannot be opened.
     """
     import pyarrow
     from pyarrow import fs
@@ -60,7 +60,7 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def fetch_file(uri: str) -> Path:
-    """A file on an object store as a local one, which is deleted when this process ends.
+    """Copy a file from an object store to a local one, which is deleted when this process ends.
 
     Raises:
         ConfigError, StorageError: the address cannot be used, or the file cannot be read.
@@ -116,7 +116,7 @@ def _delete_left_behind() -> None:
 
 
 def explain(error: OSError) -> str:
-    """What an object store's error means, and how to mend it where that is known; in one line."""
+    """Describe an object store's error in one line, with a hint if one is known."""
     text = " ".join((error.strerror or str(error)).split())
     text = re.sub(r" ?\(Request ID: [^)]*\)", "", text)
     for names, hint in _HINTS.items():

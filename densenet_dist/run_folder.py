@@ -1,7 +1,7 @@
 """A run's folder: ``<storage>/<name>/{config.yaml, env.json, metrics.jsonl, checkpoints/, tb/, ...}``.
 
 On a path (local or NFS) the folder is written in place. On an object store it is written to a temporary folder of this
-process and published file by file; readers fetch what they need.
+process and uploaded file by file; readers download what they need.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 _Count: TypeAlias = Annotated[int, Field(ge=0, le=10**12)]
 _Number: TypeAlias = Annotated[float, AfterValidator(lambda value: value if abs(value) < 1e15 else math.nan)]
-"""Larger ones are no figures of a run, and cannot be drawn."""
+"""Larger numbers cannot be results of a run, and cannot be plotted."""
 
 
 class _Summary(BaseModel, extra="allow"):
@@ -79,7 +79,7 @@ class _Line(BaseModel, extra="allow"):
 
 
 class RunFolder:
-    """Where one run keeps everything it writes.
+    """The folder to which one run writes everything.
 
     Args:
         storage: a path, or a URI that pyarrow knows (``s3://bucket/path?endpoint_override=...``). Credentials come
@@ -87,9 +87,9 @@ class RunFolder:
         name: the run's name; the folder is ``storage/name``.
 
     Attributes:
-        path: the local folder to write to: the run's folder itself, or this process' stand-in for a remote one.
-        uri: the folder for people to read: a path or a URI.
-        guard: asked before checkpoints and records are written; raises where the folder is another job's by now.
+        path: the local folder to write to: the run's folder, or a temporary one that is uploaded.
+        uri: the folder as shown in messages: a path or a URI.
+        guard: called before checkpoints and records are written; raises if another job has taken the folder over.
     """
 
     def __init__(self, storage: str, name: str) -> None:
@@ -107,19 +107,19 @@ class RunFolder:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the folder lies on an object store."""
+        """Whether the folder is on an object store."""
         return self._remote is not None
 
     @property
     def location(self) -> str:
-        """The folder as commands take it: on an object store with what its address needs."""
+        """The folder as an argument of commands: on an object store with the parameters of its address."""
         return join_location(self.storage, self.name) if self.is_remote else self.uri
 
     def create(self) -> None:
-        """Make the folder and prove that it can be written.
+        """Create the folder and check that it is writable.
 
         Raises:
-            StorageError: where it cannot.
+            StorageError: it is not.
         """
         probe = ".write-test"
         with self._errors("cannot be written", remedy=_ELSEWHERE):
@@ -129,7 +129,7 @@ class RunFolder:
             self._delete(probe)
 
     def exists(self, relative: str = CONFIG_FILE) -> bool:
-        """Whether the file or folder is there; by default, whether a run has ever started here."""
+        """Return whether a file or folder exists; by default, whether a run has started here."""
         with self._errors("cannot be read", relative):
             if self._remote is None:
                 return (self.path / relative).exists()
@@ -137,10 +137,10 @@ class RunFolder:
             return bool(info.type.value)
 
     def names(self, relative: str) -> set[str]:
-        """The names of what lies in a folder of the run, here and on the object store; none where it is missing.
+        """The names of the files in a folder of the run, here and on the object store; none if it is missing.
 
         Raises:
-            StorageError: where it cannot be read.
+            StorageError: it cannot be read.
         """
         local = self.path / relative
         with self._errors("cannot be read", relative):
@@ -156,8 +156,8 @@ class RunFolder:
         """The local path of a file or folder of the run, downloaded first from an object store.
 
         Raises:
-            DamagedRecord: where it is, or holds, something else than files and folders: a pipe would be read for ever.
-            StorageError: where it cannot be read.
+            DamagedRecord: it is, or contains, something else than files and folders, such as a pipe.
+            StorageError: it cannot be read.
         """
         local = self.path / relative
         with self._errors("cannot be read", relative):
@@ -175,17 +175,17 @@ class RunFolder:
         return local
 
     def publish(self, *relative: str) -> None:
-        """Upload files or whole folders to an object store; elsewhere they are in place already.
+        """Upload files or folders to an object store; on a path they are in place already.
 
         Raises:
-            StorageError: where they cannot be written.
+            StorageError: they cannot be written.
         """
         for item in relative:
             with self._errors("cannot be written", item):
                 self._upload(item)
 
     def remove(self, relative: str) -> None:
-        """Delete a file or folder of the run, here and on the object store; a missing one is no error."""
+        """Delete a file or folder of the run, here and on the object store; it may be missing."""
         with self._errors("cannot be written", relative):
             self._delete(relative)
 
@@ -219,7 +219,7 @@ class RunFolder:
         """Write and publish a text file (.gz: compressed) atomically: readers see the old content or the new.
 
         Raises:
-            StorageError: where it cannot be written.
+            StorageError: it cannot be written.
         """
         with self._errors("cannot be written", relative):
             target = self.path / relative
@@ -237,7 +237,7 @@ class RunFolder:
         """Append to a text file in place; `publish` uploads it.
 
         Raises:
-            StorageError: where it cannot be written.
+            StorageError: it cannot be written.
         """
         with self._errors("cannot be written", relative), open(self.path / relative, "a", encoding="utf-8") as file:
             file.write(text)
@@ -247,8 +247,8 @@ class RunFolder:
 
         Args:
             relative: the file.
-            kind: what it must hold: a dataclass, or any other type that pydantic knows.
-            strict: whether a damaged file is an error; otherwise it counts as missing.
+            kind: the type of its content: a dataclass, or any other type known to pydantic.
+            strict: whether a damaged file raises an error; otherwise it counts as missing.
             remedy: what to do about a damaged file, for the message.
 
         Returns:
@@ -271,19 +271,19 @@ class RunFolder:
             raise DamagedRecord(f"{self.uri}/{relative} is damaged: {problem}\n  {remedy}") from error
 
     def read_json(self, relative: str, *, strict: bool = True) -> dict[str, Any]:
-        """The object in a JSON file; empty where there is no file. Arguments and errors are those of `read`."""
+        """Read the object in a JSON file; empty if there is none. Arguments and errors are those of `read`."""
         return self.read(relative, dict[str, Any], strict=strict) or {}
 
     def read_summary(self) -> dict[str, Any]:
-        """What summary.json holds; empty while the run has not finished. Errors are those of `read`."""
+        """Read summary.json; empty while the run has not finished. Errors are those of `read`."""
         found = self.read(SUMMARY_FILE, _Summary)
         return {} if found is None else found.model_dump(by_alias=True)
 
     def read_records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, in order; damaged lines are left out.
+        """Read the records of metrics.jsonl, in order; damaged lines are skipped.
 
         Raises:
-            StorageError: the file cannot be read, or holds something else.
+            StorageError: the file cannot be read, or has other content.
         """
         if not self.exists(METRICS_FILE):
             return []
@@ -318,12 +318,12 @@ class RunFolder:
 
 
 def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -> RunFolder:
-    """The folder of an existing run or sweep.
+    """Open the folder of an existing run or sweep.
 
     Args:
         location: its path or URI, or its name under ``runs/``.
-        file: what every such folder has.
-        kind: what to call it in the error.
+        file: a file that every such folder has.
+        kind: its name in the error.
 
     Raises:
         StorageError: where there is none.
@@ -341,7 +341,7 @@ def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -
 
 
 def split_location(location: str) -> tuple[str, str]:
-    """A folder's path or URI as the place it is in, and its name: the arguments of `RunFolder`."""
+    """Split the path or URI of a folder into the arguments of `RunFolder`: storage and name."""
     if "://" not in location:
         return os.path.split(location.rstrip("/"))
     base, question, query = location.partition("?")
@@ -358,7 +358,7 @@ def join_location(storage: str, name: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, survive a power cut."""
+    """Flush the content of a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

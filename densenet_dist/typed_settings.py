@@ -133,7 +133,7 @@ class Settings(Generic[T]):
 
 
 def join_problems(problems: Sequence[str], count: int | None = None) -> str:
-    """All problems in one message; `count` says how many there are where only the first are given."""
+    """Join problems into one message; `count` is their number if only the first are given."""
     count = len(problems) if count is None else count
     if count == 1:
         return problems[0]

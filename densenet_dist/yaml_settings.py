@@ -1,4 +1,4 @@
-"""Settings in YAML files and ``dotted.key=value``, read and merged, whatever they are about."""
+"""Read and merge settings from YAML files and ``dotted.key=value``."""
 
 from __future__ import annotations
 
