@@ -140,10 +140,9 @@ def save_or_stop(trainer: Trainer) -> None:
         Stopped: on every rank, once everything is saved.
         TrainingError: a loss is not finite.
     """
-    every, step = trainer.config.checkpoint.every_steps, trainer.position.global_step
-    due = isinstance(every, int) and step % every == 0
-    if due or trainer.rank_sync.due():
-        request = sync_requests(trainer, due or _save_is_due(trainer))
+    every = trainer.config.checkpoint.every_steps
+    if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
+        request = sync_requests(trainer, _save_is_due(trainer))
         if request is StopRequest.LEAVE:
             raise Stopped
         if request is not StopRequest.NONE:
@@ -254,10 +253,9 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     config, context, step = trainer.config, trainer.context, trainer.position.global_step
     trainer.store.wait()
     context.status.enter("test")
-    if context.rank == 0:
-        context.report({"kind": "phase", "text": "testing"})
     best: dict[str, Any] = {}
     if context.rank == 0:
+        context.report({"kind": "phase", "text": "testing"})
         snapshot = trainer.store.load_best()
         assert snapshot is not None  # the last epoch always saves
         if trainer.store.damaged:
