@@ -1,1 +1,1 @@
-"""Measurements that a user can make: ``densenet-dist bench``."""
+"""Measurements for users: ``densenet-dist bench``."""

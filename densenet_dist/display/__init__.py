@@ -1,1 +1,1 @@
-"""What is seen of a run while it trains: on a terminal, in a pipe, as JSON for programs, in a notebook."""
+"""Output while a run trains: on a terminal, in a pipe, as JSON lines, in a notebook."""

@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: templates, style, and figures as inline SVG; for reports of runs and sweeps."""
+"""Self-contained HTML pages: templates, style and inline SVG figures for reports of runs and sweeps."""

@@ -1,8 +1,9 @@
-"""The layers of a model with their output shapes and parameters, as Keras' ``model.summary()`` shows them."""
+"""Summarise a model's layers with output shapes and parameters, like Keras' ``model.summary()``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -22,12 +23,12 @@ class Layer(NamedTuple):
     """A module.
 
     Attributes:
-        name: where it is in the model.
+        name: its qualified name in the model.
         kind: its class.
-        depth: modules that it is inside of.
-        shape: of what it gives for one image, without the batch's dimension: (C, H, W), or (classes,).
-        parameters: trainable ones and running statistics, of all modules inside as well.
-        is_whole: whether no other module is inside.
+        depth: number of modules that contain it.
+        shape: of its output without the batch dimension: (C, H, W), or (classes,).
+        parameters: trainable parameters and running statistics, including those of its submodules.
+        is_whole: whether it has no submodules.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class ModelSummary:
-    """The modules in the order in which they are defined, and the parameters of all together; printed, a table."""
+    """The modules in definition order, and the total parameters; printed as a table."""
 
     layers: tuple[Layer, ...]
     parameters: ParameterCount
@@ -61,16 +62,16 @@ class ModelSummary:
 
 
 def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
-    """The configured model's layers, as Keras' ``model.summary()`` shows them; neither trained nor even allocated.
+    """Summarise the layers of the configured model without allocating it.
 
-    A module that others are inside of has their parameters too. N is the number of images.
+    The parameters of a module include those of its submodules. N is the number of images.
 
     Args:
         config: from `densenet_dist.load_config`.
-        num_classes: of pictures of one's own (``data.name=folder``); of the other data sets it is known.
+        num_classes: needed for your own images (``data.name=folder``) only.
 
     Raises:
-        ConfigError: where the model cannot be built, or `num_classes` is missing.
+        ConfigError: the model cannot be built, or `num_classes` is missing.
 
     Examples:
         >>> from densenet_dist import load_config
@@ -81,16 +82,16 @@ def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
     classes = _CLASSES.get(config.data.name, num_classes) if num_classes is None else num_classes
     if classes is None:
         raise ConfigError(
-            f"num_classes: the number of classes of data.name={config.data.name} is that of its folders\n"
-            "  give it: summary(config, num_classes=...)"
+            f"num_classes: unknown for data.name={config.data.name}, because the folder is not read\n"
+            "  set it: summary(config, num_classes=...)"
         )
     return summarise(config.model, classes, config.data.side)
 
 
 def summarise(config: ModelConfig, num_classes: int, image_size: int) -> ModelSummary:
-    """Build the model without memory for its weights, and show it an image without pixels.
+    """Summarise a model built on the meta device, with the reference form of its blocks.
 
-    It is the reference form of the dense block that is shown: the fused form holds the same modules but calls none.
+    The fused form has the same modules but does not call them, so hooks would not see their outputs.
 
     Raises:
         ConfigError: naming every setting that cannot work.
@@ -99,15 +100,12 @@ def summarise(config: ModelConfig, num_classes: int, image_size: int) -> ModelSu
         model = build_model(replace(config, block="reference"), num_classes, image_size).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def watch(name: str, module: nn.Module) -> None:
-        def note(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            shapes[name] = tuple(output.shape[1:])
-
-        module.register_forward_hook(note)
+    def record(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes[name] = tuple(output.shape[1:])
 
     modules = {name: module for name, module in model.named_modules() if name}
     for name, module in modules.items():
-        watch(name, module)
+        module.register_forward_hook(partial(record, name))
     with torch.no_grad():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
     layers = tuple(

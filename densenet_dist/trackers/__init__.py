@@ -1,1 +1,1 @@
-"""Sending what a run records to services: W&B and MLflow. Their packages are imported by the thread that sends."""
+"""Send the records of a run to W&B and MLflow; their packages are imported in the sending thread."""
