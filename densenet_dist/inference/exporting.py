@@ -163,7 +163,13 @@ def _path(out: str | Path | None, name: str, format: Format, precision: Precisio
     if path.suffix != suffix:
         raise ConfigError(f"--out {path}: a file in the format {format} must end in {suffix}")
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = "it is a folder" if path.is_dir() else "read-only folder" if folder.is_dir() else "no such folder"
+    problem = None
+    if path.exists() and not path.is_file():
+        problem = "not a regular file"
+    elif not folder.is_dir():
+        problem = "no such folder"
+    elif not os.access(folder, os.W_OK):
+        problem = "read-only folder"
+    if problem:
         raise StorageError(f"{path} cannot be written: {problem}")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 
@@ -41,6 +42,9 @@ def test_a_file_has_the_mode_of_other_files_and_no_folder_that_cannot_take_it(or
     assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
     with pytest.raises(StorageError, match=r"^/proc/x\..* cannot be written: "):  # not even root can
         export(original, format=format, out=f"/proc/x{file.suffix}", check=False)
+    os.mkfifo(tmp_path / f"pipe{file.suffix}")
+    with pytest.raises(StorageError, match="not a regular file"):
+        export(original, format=format, out=tmp_path / f"pipe{file.suffix}", check=False)
     if format == "onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession(file)
         assert [each.shape[0] for each in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
