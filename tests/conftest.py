@@ -1,5 +1,6 @@
 """Fixtures for all tests: the official CIFAR files, where they lie beside the repository; servers of S3 and MLflow."""
 
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from toy_cifar import Toy, make_toy
 
 from densenet_dist.data import cifar
 
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # printed commands are short
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the commands that tests start
 
 PACK = Path(__file__).parents[2] / "shared" / "data"

@@ -111,7 +111,7 @@ def test_stopped_and_run_again(kernel, engine):
     cell = "result = fit(config, resume=True); result"
     shown, error = kernel.run(cell, stop=lambda html: "<td>1/4</td>" in html)  # the first epoch is over
     assert error == ["KeyboardInterrupt: interrupted; see above how to resume"]
-    assert re.search(r"the checkpoint of step \d+ is saved\ninterrupted; fit\(config, resume=True\) goes on", shown)
+    assert re.search(r"the checkpoint of step \d+ is saved\ninterrupted; fit\(config, resume=True\) resumes", shown)
     handlers = "signal.default_int_handler, signal.SIG_DFL"
     shown, _ = kernel.run(f"import signal; [signal.getsignal(n) for n in (2, 15)] == [{handlers}]")
     assert shown == "True"

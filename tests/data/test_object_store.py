@@ -162,7 +162,7 @@ class TestCommands:
         assert code == 0, err
         assert store.names() == {toy.spec.archive}
         asked = len(store.server.seen)
-        assert "of 20 images" in command("evaluate", tmp_path / "runs/run")[1]
+        assert "(20 images)" in command("evaluate", tmp_path / "runs/run")[1]
         assert len(store.server.seen) == asked
 
     def test_doctor(self, toy: Toy, store: Store, packed: bytes) -> None:
@@ -172,7 +172,7 @@ class TestCommands:
             return finding.state, finding.text
 
         where = f"s3://{store.prefix}"
-        assert look() == ("note", f"cifar10 is not in {where}; it will be downloaded, once, and put there")
+        assert look() == ("note", f"cifar10 is not in {where}; it will be downloaded once and uploaded there")
         for settings, said in (
             ({"download": False}, "data prepare cifar10 --root"),
             ({"name": "folder"}, "no pictures"),
@@ -180,5 +180,5 @@ class TestCommands:
             with pytest.raises(DataError, match=said):
                 look(**settings)
         store.write(toy.spec.archive, packed)
-        assert look() == ("ok", f"{toy.spec.archive} is in {where}; this node takes it into {cache_of(store.uri)}")
+        assert look() == ("ok", f"{toy.spec.archive} is in {where}; this node copies it to {cache_of(store.uri)}")
         assert store.server.count("GET", toy.spec.archive) == 0
