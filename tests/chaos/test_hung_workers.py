@@ -1,8 +1,9 @@
 """Workers that live but make no progress."""
 
-import os
+import fcntl
 import re
 import signal
+from contextlib import ExitStack, suppress
 
 import pytest
 from chaos_lab import Lab, Started, write_pictures
@@ -40,14 +41,13 @@ def test_input_hangs(lab: Lab) -> None:
     reference = lab.undisturbed(*settings)
     run = lab.begin(*settings)
     run.wait_for_step(4)
-    contents = {path: path.read_bytes() for path in (pictures / "one").iterdir()}
-    for path in contents:
-        path.unlink()
-        os.mkfifo(path)  # whoever opens a named pipe waits until somebody writes
-    seconds = run.wait_for("it is ended")
-    for path, content in contents.items():
-        path.unlink()
-        path.write_bytes(content)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # tells the holder of a lease that somebody waits
+    with ExitStack() as leases:  # whoever opens a file waits until the lease on it ends, for 45 s at most
+        for path in (pictures / "one").iterdir():
+            file = leases.enter_context(open(path, "rb"))
+            with suppress(BlockingIOError):  # it is being read
+                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        seconds = run.wait_for("it is ended")
     assert seconds < 13, f"found after {seconds:.1f} s only"
     found = problem_of(run)
     assert re.search(r"stands still .*\.py:", found), found
