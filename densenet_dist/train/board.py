@@ -1,7 +1,6 @@
-"""TensorBoard: curves, images, the model graph, hyperparameters and test results.
+"""TensorBoard: curves, images, hyperparameters and test results.
 
-One folder of events, by rank 0 alone. What is written at step 0 is written once; a process that takes the run up again
-hides what the one before wrote of steps that come again.
+Rank 0 writes event files into one folder. A process that resumes the run hides the events of steps that are repeated.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from densenet_dist.config import to_yaml
-from densenet_dist.data.datasets import Dataset
 from densenet_dist.pages.figures import MAX_CLASSES, new_figure, printed, printed_confusion, shortened
 from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import settings_of
-from densenet_dist.train.board_graph import model_graph
 from densenet_dist.train.results import Mistake, TestResults
 
 if TYPE_CHECKING:
@@ -85,15 +82,11 @@ class Board:
             if "/" in tag or tag == "lr":
                 self._writer.add_scalar(tag, value, step)
 
-    def introduce(self, config: Config, dataset: Dataset) -> None:
-        """What is known before the first step: settings, the model's graph, which curves belong together."""
-        from tensorboard.compat.proto.event_pb2 import Event
-
+    def introduce(self, config: Config) -> None:
+        """Write what is known before the first step: the settings, and which curves belong together."""
         self.hparams(config)
         self._writer.add_custom_scalars(_LAYOUT)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
-        graph = model_graph(config.model, dataset.num_classes, dataset.image_size)
-        self._writer._get_file_writer().add_event(Event(graph_def=graph.SerializeToString()))
 
     def images(self, tag: str, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
         """Show up to 64 normalised images, (n, 3, H, W) float, as one grid."""

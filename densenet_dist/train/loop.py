@@ -297,7 +297,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
     tell_lines(trainer.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
-        log.show(Board.introduce, config, dataset)
+        log.show(Board.introduce, config)
     log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))

@@ -15,10 +15,7 @@ from runs import notes_of, run_of, stop_after, tiny, train, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from densenet_dist.schema import ModelConfig
 from densenet_dist.train.board import Board
-from densenet_dist.train.board_graph import model_graph
-from densenet_dist.train.network import build_model
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
 TAGS = {
@@ -68,11 +65,10 @@ def test_every_figure_is_in_one_tensorboard_run(done):
     assert all(path.is_file() for path in (run.path / "tb").iterdir())
 
 
-def test_a_run_shows_settings_and_graph_and_ends_with_its_test_results(done):
+def test_a_run_shows_settings_and_ends_with_its_test_results(done):
     board, results = board_of(done), read_test_results(run_of(done))
     assert b"global_batch_size: 16" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert b"val/loss" in board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert board.Graph().node
     images = {tag: board.Images(tag) for tag in board.Tags()["images"]}
     assert {tag: [event.step for event in events] for tag, events in images.items()} == {
         "train/augmented": [0],
@@ -131,22 +127,6 @@ def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anyth
     assert (micro[5, 0], macro[5, 0]) == (1, 1)  # all are found where all is claimed
     assert micro[4, 0] == pytest.approx(1 / 12)
     assert macro[4, 0] == pytest.approx(1 / 11)  # a class without images has no curve
-
-
-@pytest.mark.parametrize(("variant", "side"), [("notebook", 32), ("densenet121", 64)])
-def test_the_graph_has_every_layer_and_draws_no_random_number(variant, side):
-    config = ModelConfig(variant=variant, drop_rate=0.2)
-    before = torch.get_rng_state()
-    graph = model_graph(config, 7, side)
-    assert torch.equal(before, torch.get_rng_state())
-    nodes = {node.name: node for node in graph.node}
-    assert len(nodes) == len(graph.node)
-    assert {name for node in graph.node for name in node.input} <= set(nodes)
-    assert [dim.size for dim in nodes["logits"].attr["_output_shapes"].list.shape[0].dim] == [-1, 7]
-    with torch.device("meta"):
-        model = build_model(replace(config, block="reference"), 7, side)
-    leaves = {name.replace(".", "/") for name, module in model.named_modules() if not list(module.children())}
-    assert leaves <= set(nodes)
 
 
 def test_a_run_that_starts_again_shows_everything_once(tmp_path):
