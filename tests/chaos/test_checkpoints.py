@@ -38,8 +38,8 @@ for step in range(begin + 1, 10**6):
 
 
 @pytest.mark.fault(
-    "SIGKILL at 50 random moments while checkpoints of 5 MB are written one after the other",
-    "the newest one listed is whole and of one step; nothing half-written is ever used",
+    "SIGKILL at 50 random moments while 5 MB checkpoints are written",
+    "the newest listed checkpoint is complete and of one step",
 )
 def test_killed_while_writing(lab: Lab) -> None:
     # One folder throughout, so that what a kill leaves behind meets the next start.
@@ -61,7 +61,7 @@ def test_killed_while_writing(lab: Lab) -> None:
             assert step >= reached, f"step {step} is older than {reached}"
             reached = step
     assert reached > 50, f"only {reached} checkpoints were written"
-    lab.observe(f"whole every time; {reached} checkpoints were written", 50)
+    lab.observe(f"complete every time; {reached} checkpoints were written", 50)
 
 
 def flip(name: str, checkpoint: Path) -> None:
@@ -81,13 +81,29 @@ def remove(name: str, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     cases(
-        "found by its checksum and said; the checkpoint before it is used; equal bit for bit",
-        ("weights-flipped", "one bit of the newest weights is flipped", partial(flip, "model.safetensors")),
-        ("average-flipped", "one bit of the newest averaged weights is flipped", partial(flip, "ema.safetensors")),
-        ("state-flipped", "one bit of the newest optimizer state is flipped", partial(flip, "state.pt")),
-        ("weights-truncated", "the newest weights are cut in half", partial(truncate, "model.safetensors")),
-        ("state-removed", "the newest optimizer state is gone", partial(remove, "state.pt")),
-        ("folder-removed", "the newest checkpoint is gone altogether", shutil.rmtree),
+        "reported; resumes from the checkpoint before it; equal",
+        (
+            "weights-flipped",
+            "damage to the newest checkpoint: a bit of the weights is flipped",
+            partial(flip, "model.safetensors"),
+        ),
+        (
+            "average-flipped",
+            "damage to the newest checkpoint: a bit of the averaged weights",
+            partial(flip, "ema.safetensors"),
+        ),
+        ("state-flipped", "damage to the newest checkpoint: a bit of the optimizer state", partial(flip, "state.pt")),
+        (
+            "weights-truncated",
+            "damage to the newest checkpoint: the weights are cut in half",
+            partial(truncate, "model.safetensors"),
+        ),
+        (
+            "state-removed",
+            "damage to the newest checkpoint: the optimizer state is deleted",
+            partial(remove, "state.pt"),
+        ),
+        ("folder-removed", "damage to the newest checkpoint: all of it is deleted", shutil.rmtree),
     ),
 )
 def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
@@ -100,23 +116,21 @@ def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
     )
     notes = [line for line in again.text.splitlines() if newest in line and "left out" in line]
     assert notes, f"it did not say that {newest} is damaged:{again.end_of_text}"
-    lab.observe("said, the one before is used; equal")
+    lab.observe("reported; equal")
 
 
-@pytest.mark.fault(
-    "the list of checkpoints is cut in half", "said, and made anew from the checkpoints there are; equal bit for bit"
-)
+@pytest.mark.fault("manifest.json is cut in half", "reported, and rebuilt; equal")
 def test_manifest_torn(lab: Lab) -> None:
     # It is replaced as a whole, so that only a broken disk or a person can do this.
     run = lab.begin_and_kill(20, "checkpoint.keep=4")
     truncate("manifest.json", run.folder / "checkpoints")
     lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "it is rebuilt")
-    lab.observe("said; equal")
+    lab.observe("reported; equal")
 
 
 @pytest.mark.fault(
     "the disk is full when a checkpoint is written (a limit on file sizes)",
-    "exit 5, the checkpoints before are whole; resumed with room again, equal bit for bit",
+    "exit 5; earlier checkpoints stay complete; resumes once there is room; equal",
 )
 def test_disk_full(lab: Lab) -> None:
     run = lab.begin(*LOCAL)
@@ -127,10 +141,10 @@ def test_disk_full(lab: Lab) -> None:
     assert "make room" in run.text or "cannot be written" in run.text, run.end_of_text
     saved = run.saved
     lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL), f"resumed after step {saved}")
-    lab.observe(f"exit 5, step {saved} is whole; then equal")
+    lab.observe(f"exit 5, step {saved} is complete; equal")
 
 
-@pytest.mark.fault("the run's folder cannot be written", "exit 5 before any data is read or any step is taken")
+@pytest.mark.fault("the run folder is not writable", "exit 5 before data is read")
 def test_storage_read_only(lab: Lab) -> None:
     run = lab.begin(*LOCAL, storage="/proc/runs")  # in /proc not even root can make a folder
     run.fail(5, "/proc/runs")
@@ -138,9 +152,7 @@ def test_storage_read_only(lab: Lab) -> None:
     lab.observe("exit 5 at once")
 
 
-@pytest.mark.fault(
-    f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three are kept, and the best one"
-)
+@pytest.mark.fault(f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three and the best are kept")
 def test_rotation(lab: Lab) -> None:
     run = lab.begin(*LOCAL, "checkpoint.keep=3")
     run.succeed()
@@ -149,12 +161,12 @@ def test_rotation(lab: Lab) -> None:
     there = {path.name for path in (run.folder / "checkpoints").iterdir()} - {"manifest.json"}
     last = {f"step-{step:08d}" for step in range(STEPS - 2, STEPS + 1)}
     assert names == there == last | {listed["best"]}, f"there are {sorted(there)}, listed are {sorted(names)}"
-    lab.observe("so it is")
+    lab.observe("kept")
 
 
 @pytest.mark.fault(
-    "the driver is killed, and every file that Ray itself keeps of the run is emptied",
-    "Ray's files do not matter: resumed, equal bit for bit",
+    "the driver is killed, and all files that Ray keeps of the run are emptied",
+    "resumes; equal",
 )
 def test_ray_state_torn(lab: Lab) -> None:
     run = lab.begin("cluster.workers=2")
@@ -177,7 +189,7 @@ def notebook_job(lab: Lab) -> Trainer:
 
 
 @pytest.mark.fault(
-    "20 checkpoints of the notebook's net, 3.5 million parameters", "training stands still for less than 50 ms each"
+    "20 checkpoints of the notebook network (3.5 million parameters)", "training pauses for less than 50 ms each"
 )
 def test_cost(lab: Lab) -> None:
     trainer = notebook_job(lab)
@@ -194,8 +206,8 @@ def test_cost(lab: Lab) -> None:
 
 
 @pytest.mark.fault(
-    "three minutes of training the notebook's net with checkpoint.every_steps=auto, the default",
-    "checkpoints cost less than 1 % of the time, pauses and writing together",
+    "three minutes of training the notebook network with checkpoint.every_steps=auto",
+    "checkpoints take less than 1 % of the time",
 )
 def test_cost_of_auto(lab: Lab) -> None:
     trainer = notebook_job(lab)

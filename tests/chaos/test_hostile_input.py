@@ -38,9 +38,9 @@ def canary(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "with_checksum",
     cases(
-        "exit 6; nothing of it runs",
-        ("poisoned", "a checkpoint's state is a pickle that runs code", False),
-        ("right-checksum", "the same, with the right checksum beside it", True),
+        "exit 6; nothing runs",
+        ("poisoned", "a checkpoint whose state is a pickle with code: wrong checksum", False),
+        ("right-checksum", "a checkpoint whose state is a pickle with code: matching checksum", True),
     ),
 )
 def test_poisoned_checkpoint(lab: Lab, canary: Path, with_checksum: bool) -> None:
@@ -57,9 +57,7 @@ def test_poisoned_checkpoint(lab: Lab, canary: Path, with_checksum: bool) -> Non
     lab.observe("exit 6; nothing ran")
 
 
-@pytest.mark.fault(
-    "CIFAR-10 as the pickled files of its Python version, one of which runs code", "exit 4; nothing of it runs"
-)
+@pytest.mark.fault("CIFAR-10 as pickled Python files, one of them with code", "exit 4; nothing runs")
 def test_poisoned_data(lab: Lab, canary: Path) -> None:
     root = lab.folder / "data"
     folder = root / "cifar-10-batches-py"
@@ -75,11 +73,16 @@ def test_poisoned_data(lab: Lab, canary: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     cases(
-        "exit 2, the place named; nothing of it runs",
-        ("yaml-object", "a configuration with a YAML tag that calls a function", CALL, "python/object"),
-        ("yaml-duplicate", "a configuration that gives a key twice", "train: {lr: 0.1}\ntrain: {lr: 0.2}\n", "train"),
-        ("yaml-bomb", "a configuration of aliases that grows to 9^9 items", BOMB, ""),
-        ("yaml-path", "a run's name that leads out of the storage folder", "name: ../../etc/run\n", "name"),
+        "exit 2, naming the place; nothing runs",
+        ("yaml-object", "in a configuration: a YAML tag that calls a function", CALL, "python/object"),
+        ("yaml-duplicate", "in a configuration: a key given twice", "train: {lr: 0.1}\ntrain: {lr: 0.2}\n", "train"),
+        ("yaml-bomb", "in a configuration: aliases that expand to 9^9 items", BOMB, ""),
+        (
+            "yaml-path",
+            "in a configuration: a run name that leads out of the storage folder",
+            "name: ../../etc/run\n",
+            "name",
+        ),
     ),
 )
 def test_hostile_configuration(lab: Lab, canary: Path, text: str, words: str) -> None:
@@ -91,9 +94,7 @@ def test_hostile_configuration(lab: Lab, canary: Path, text: str, words: str) ->
     lab.observe("exit 2; nothing ran")
 
 
-@pytest.mark.fault(
-    "an archive of CIFAR-10, given by data.url, that is another one", "exit 4; nothing of it is unpacked"
-)
+@pytest.mark.fault("data.url leads to an archive that is not CIFAR-10", "exit 4; nothing is unpacked")
 def test_poisoned_archive(lab: Lab, canary: Path) -> None:
     # It has a member that climbs out of the folder, and an absolute one; its hash is not the known one.
     root = lab.folder / "data"
@@ -111,8 +112,8 @@ def test_poisoned_archive(lab: Lab, canary: Path) -> None:
 
 
 @pytest.mark.fault(
-    "secrets in the environment: storage and tracking credentials, a Ray token",
-    "none is in any file of the run, in what it prints, or in TensorBoard",
+    "storage and tracking credentials and a Ray token in the environment",
+    "not in the files, the output or the TensorBoard events of the run",
 )
 def test_secrets(lab: Lab) -> None:
     marker = "s3cr3t-marker-0123456789"
@@ -126,7 +127,7 @@ def test_secrets(lab: Lab) -> None:
     lab.observe(f"in none of {len(files)} files", len(names))
 
 
-@pytest.mark.fault("a class whose name is HTML", "the report shows it as text; no script of it is in it")
+@pytest.mark.fault("a class whose name is HTML", "the report shows it as text")
 def test_html_names(lab: Lab) -> None:
     settings = write_pictures(lab.folder / "pictures", "fine", "<img src=x onerror=alert(1)>")
     run = lab.begin(*LOCAL, *settings, "train.epochs=1")

@@ -17,8 +17,8 @@ def problem_of(run: Started) -> str:
 
 
 @pytest.mark.fault(
-    "SIGSTOP of one of two workers; fault.hang_timeout_s=6",
-    "found within the timeout and 5 s, its rank and last step named; replaced; equal bit for bit",
+    "SIGSTOP of one of two workers, fault.hang_timeout_s=6",
+    "replaced within the timeout and 5 s, naming its rank and last step; equal",
 )
 def test_worker_frozen(lab: Lab) -> None:
     run = lab.begin(*SETTINGS)
@@ -32,8 +32,8 @@ def test_worker_frozen(lab: Lab) -> None:
 
 
 @pytest.mark.fault(
-    "pictures are read for ever, as on network storage that is gone; all other ranks wait in a collective call",
-    "found within the timeout and 7 s, the place in the code named; once they are back, equal bit for bit",
+    "one rank reads images for ever, as from lost network storage; the others wait in a collective call",
+    "found within the timeout and 7 s, naming the place in the code; resumes once the storage is back; equal",
 )
 def test_input_hangs(lab: Lab) -> None:
     pictures = lab.folder / "pictures"

@@ -41,8 +41,8 @@ def workers_of(run: Started) -> int:
 
 
 @pytest.mark.fault(
-    "one of two nodes is lost (SIGKILL of its raylet and worker); another one comes later",
-    "the run waits, then goes on from the last checkpoint on the new node; equal bit for bit",
+    "one of two nodes is lost (SIGKILL of its raylet and worker); later another one joins",
+    "waits, then resumes from the last checkpoint on the new node; equal",
 )
 def test_node_lost(lab: Lab) -> None:
     attempts = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4"}
@@ -58,12 +58,12 @@ def test_node_lost(lab: Lab) -> None:
             seconds = run.wait_for_step(run.saved + 3)
         run.succeed()
     run.finish_like(lab.undisturbed(*LONG, "cluster.workers=2"), "waiting up to 20 s for room: 2 workers")
-    lab.observe(f"went on {seconds:.0f} s after the last new node came; equal", 3)
+    lab.observe(f"resumed {seconds:.0f} s after the last new node joined; equal", 3)
 
 
 @pytest.mark.fault(
-    "workers: {min: 1, max: 2}; one of two nodes is lost, later another one comes",
-    "goes on with one worker, then with two; the same global batches: losses within 1e-5",
+    "the same with cluster.workers={min: 1, max: 2}",
+    "continues with one worker, then with two; losses within 1e-5 of the undisturbed run",
 )
 def test_elastic(lab: Lab) -> None:
     # With SyncBN, and without dropout: nothing else depends on the number of workers.
@@ -84,9 +84,8 @@ def test_elastic(lab: Lab) -> None:
 
 
 @pytest.mark.fault(
-    "a spot notice: Ray is told that a node will be taken away in 20 s",
-    "a checkpoint is written on the notice, though none was due; then the node is gone: the run goes on from there on "
-    "another one, equal bit for bit",
+    "a spot notice: a node will be taken away in 20 s",
+    "saves on the notice, although no checkpoint is due; resumes from it on another node; equal",
 )
 def test_node_preempted(lab: Lab) -> None:
     settings = ("cluster.workers=1", "checkpoint.every_steps=null", *LONG, "train.epochs=6", "data.limit=8000")
@@ -109,4 +108,4 @@ def test_node_preempted(lab: Lab) -> None:
         run.succeed()
     assert "was lost" not in run.text, run.end_of_text
     run.finish_like(lab.undisturbed(*settings), f"resumed after step {saved}")
-    lab.observe(f"saved {seconds:.1f} s after the notice, went on from there; equal")
+    lab.observe(f"saved {seconds:.1f} s after the notice, resumed from there; equal")

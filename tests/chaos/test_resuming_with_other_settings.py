@@ -9,11 +9,11 @@ from chaos_lab import LOCAL, Lab, cases, write_pictures
 @pytest.mark.parametrize(
     ("setting", "before", "after"),
     cases(
-        "refused with exit 6, the difference shown, before any step",
-        ("model", "the checkpoint is another model's", "model.growth_rate", 4, 6),
-        ("split", "the checkpoint is another split's", "data.val_fraction", 0.1, 0.2),
-        ("batch-size", "the checkpoint is another batch size's", "train.global_batch_size", 64, 32),
-        ("seed", "the checkpoint is another seed's", "seed", 0, 1),
+        "exit 6 with the difference, before any step",
+        ("model", "the checkpoint has another: model", "model.growth_rate", 4, 6),
+        ("split", "the checkpoint has another: split", "data.val_fraction", 0.1, 0.2),
+        ("batch-size", "the checkpoint has another: batch size", "train.global_batch_size", 64, 32),
+        ("seed", "the checkpoint has another: seed", "seed", 0, 1),
     ),
 )
 def test_edited_configuration(lab: Lab, setting: str, before: float, after: float) -> None:
@@ -26,12 +26,12 @@ def test_edited_configuration(lab: Lab, setting: str, before: float, after: floa
     lab.begin(resume=run.folder).fail(6, f"{setting}: {before} there, {after}")
     config.write_text(content)
     lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL))
-    lab.observe("exit 6; with its own config.yaml, equal")
+    lab.observe("exit 6; equal with its own config.yaml")
 
 
 @pytest.mark.fault(
-    "the checkpoint is of pictures of two classes, the folder has three by now",
-    "refused with exit 6, the difference shown, before any step",
+    "the checkpoint has two classes, the image folder three",
+    "exit 6 with the difference, before any step",
 )
 def test_another_data_set(lab: Lab) -> None:
     settings = write_pictures(lab.folder / "pictures", "one", "two")
@@ -42,8 +42,8 @@ def test_another_data_set(lab: Lab) -> None:
 
 
 @pytest.mark.fault(
-    "--resume with another learning rate and another number of workers",
-    "exit 2: says which of them it may change",
+    "--resume with another learning rate and number of workers",
+    "exit 2, naming the setting that may change",
 )
 def test_settings_refused(lab: Lab) -> None:
     run = lab.begin_and_kill(13)
@@ -52,7 +52,7 @@ def test_settings_refused(lab: Lab) -> None:
     lab.observe("exit 2, both lists shown")
 
 
-@pytest.mark.fault("--resume with settings that it may change", "they are shown; equal bit for bit")
+@pytest.mark.fault("--resume with settings that may change", "they are shown; equal")
 def test_settings_allowed(lab: Lab) -> None:
     run = lab.begin_and_kill(13)
     again = lab.begin("checkpoint.every_steps=5", "data.prefetch=3", resume=run.folder)
@@ -60,9 +60,7 @@ def test_settings_allowed(lab: Lab) -> None:
     lab.observe("shown; equal")
 
 
-@pytest.mark.fault(
-    "a run's folder is copied elsewhere under another name, and resumed there", "goes on there; equal bit for bit"
-)
+@pytest.mark.fault("a run folder is copied, renamed and resumed", "resumes; equal")
 def test_folder_moved(lab: Lab) -> None:
     run = lab.begin_and_kill(13)
     there = lab.folder / "elsewhere" / "moved"

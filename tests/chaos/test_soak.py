@@ -33,7 +33,7 @@ def require_no_growth(early: dict[str, float], late: dict[str, float], memory: f
 
 @pytest.mark.fault(
     "200 epochs in one process",
-    "from epoch 50 to 190: memory grows by less than 10 %, files and threads not at all; TensorBoard under 1 MB",
+    "from epoch 50 to 190 memory grows by less than 10 %, files and threads not at all; TensorBoard under 1 MB",
 )
 def test_many_epochs(lab: Lab) -> None:
     # 1,800 steps, 200 validations, 200 checkpoints.
@@ -52,7 +52,7 @@ def test_many_epochs(lab: Lab) -> None:
 
 @pytest.mark.fault(
     "20 restarts of the workers under one driver",
-    "no process, file handle, thread or memory of the driver is left of each; no shared memory at the end",
+    "the driver leaks no process, file handle, thread or memory; no shared memory is left",
 )
 def test_many_restarts(lab: Lab) -> None:
     before = shared_memory()

@@ -14,7 +14,7 @@ SLOW = ("checkpoint.every_steps=null", "train.global_batch_size=32", "data.limit
 @pytest.mark.parametrize(
     ("settings", "number"),
     cases(
-        "saves, exits with the signal's code; resumed, it is the undisturbed run, bit for bit, and no step is repeated",
+        "saves, exits with the signal's code; resumes without repeating a step; equal",
         ("terminated-on-ray", "SIGTERM to the driver of two Ray Train workers", RAY, signal.SIGTERM),
         ("interrupted-on-ray", "Ctrl-C to the driver of two Ray Train workers", RAY, signal.SIGINT),
         ("terminated", "SIGTERM to one process", LOCAL, signal.SIGTERM),
@@ -30,19 +30,19 @@ def test_stopped(lab: Lab, settings: tuple[str, ...], number: int) -> None:
     lab.observe(f"exit {128 + number} {seconds:.1f} s after the signal, step {step} saved; equal")
 
 
-@pytest.mark.fault("SIGTERM while it still starts", "exits 143 at once; the same command may be started again")
+@pytest.mark.fault("SIGTERM while it starts", "exits 143 at once; the same command can be started again")
 def test_terminated_while_starting(lab: Lab) -> None:
     settings = (*RAY, "checkpoint.every_steps=null")
     run = lab.begin(*settings, name="run")
     run.wait_until(lambda: (run.folder / "env.json").exists(), "the run's folder")
     seconds = run.interrupt()
     lab.begin(*settings, name="run").finish_like(lab.undisturbed(*settings))
-    lab.observe(f"ended {seconds:.1f} s after the signal; then equal")
+    lab.observe(f"ended {seconds:.1f} s after the signal; equal")
 
 
 @pytest.mark.fault(
-    "SIGTERM; the machine is gone, and the run is resumed on another one from object storage",
-    "the checkpoint is on the object store when the command ends; resumed there, it is the undisturbed run",
+    "SIGTERM, then the run is resumed on another machine from object storage",
+    "the checkpoint is on the object store when the command ends; equal",
 )
 def test_moved_to_another_machine(lab: Lab, s3: str) -> None:
     run = lab.begin(*LOCAL, *SLOW, name="moved", storage=s3 % "/chaos")

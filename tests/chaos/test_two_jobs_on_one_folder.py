@@ -9,15 +9,13 @@ import pytest
 from chaos_lab import LOCAL, Lab, Started, cases, manifest
 
 
-@pytest.mark.fault(
-    "a second job resumes a run that is being trained", "refused with exit 5, naming the first; that one goes on"
-)
+@pytest.mark.fault("a second job resumes a run that is being trained", "exit 5, naming the first job, which continues")
 def test_second_job(lab: Lab) -> None:
     first = lab.begin(*LOCAL, "train.epochs=12")
     first.wait_for_step(5)
     lab.begin(resume=first.folder).fail(5, f"is in use by process {first.process.pid}")
     first.finish_like(lab.undisturbed(*LOCAL, "train.epochs=12"))
-    lab.observe("refused; the first run is equal")
+    lab.observe("exit 5; the first run is equal")
 
 
 def give_lease_to_another_machine(run: Started, clock_error: float = 0.0) -> None:
@@ -31,10 +29,10 @@ def give_lease_to_another_machine(run: Started, clock_error: float = 0.0) -> Non
 @pytest.mark.parametrize(
     "clock_error",
     cases(
-        "waits 15 s for a sign of life, then takes the folder over; equal bit for bit",
-        ("same-clock", "a job on another machine was lost with it; resumed here", 0),
-        ("fast-clock", "the same; the other machine's clock is an hour fast", 3600),
-        ("slow-clock", "the same; the other machine's clock is an hour slow", -3600),
+        "waits 15 s for a sign of life, then takes over; equal",
+        ("same-clock", "a job was lost with its machine; the run is resumed on another one: their clocks agree", 0),
+        ("fast-clock", "a job was lost with its machine; the run is resumed on another one: an hour fast", 3600),
+        ("slow-clock", "a job was lost with its machine; the run is resumed on another one: an hour slow", -3600),
     ),
 )
 def test_stale_lease(lab: Lab, clock_error: float) -> None:
@@ -45,12 +43,12 @@ def test_stale_lease(lab: Lab, clock_error: float) -> None:
     again.require_said("was held by process")
     assert seconds > 14, f"it waited for {seconds:.0f} s only"
     again.finish_like(lab.undisturbed(*LOCAL))
-    lab.observe(f"waited, went on after {seconds:.0f} s; equal")
+    lab.observe(f"took over after {seconds:.0f} s; equal")
 
 
 @pytest.mark.fault(
-    "a job is frozen (SIGSTOP), its lease becomes that of another machine, and it wakes up",
-    "finds out within 10 s, exits 5; not one checkpoint, record or lease in the folder changes",
+    "a job is frozen (SIGSTOP), another machine takes the lease, the job wakes up",
+    "exits 5 within 10 s; no checkpoint, record or lease changes",
 )
 def test_lease_lost(lab: Lab) -> None:
     # As a laptop that sleeps, or a virtual machine that is paused.
@@ -66,13 +64,13 @@ def test_lease_lost(lab: Lab) -> None:
     seconds = time.monotonic() - began
     assert seconds < 10, f"it took {seconds:.0f} s"
     assert content(run) == before, "it has changed what is in the folder"
-    lab.observe(f"exit 5 after {seconds:.1f} s; nothing has changed")
+    lab.observe(f"exit 5 after {seconds:.1f} s; nothing changed")
 
 
 @pytest.mark.fault(
-    "the driver of two Ray Train workers is frozen (SIGSTOP), another job takes the folder over, the workers go on",
-    "they find out before their next checkpoint: but for one that was being written, no checkpoint, record or lease in "
-    "the folder changes; woken up, the driver exits 5",
+    "the driver of two Ray Train workers is frozen (SIGSTOP), another job takes over, the workers continue",
+    "they stop before their next checkpoint; nothing changes but a checkpoint that was being written; the driver "
+    "exits 5 when it wakes up",
 )
 def test_driver_frozen(lab: Lab) -> None:
     # Workers have no lease of their own.
@@ -88,7 +86,7 @@ def test_driver_frozen(lab: Lab) -> None:
     began = time.monotonic()
     run.fail(5, "was taken over by process")
     assert content(run) == before, "the driver has changed what is in the folder"
-    lab.observe(f"nothing has changed; exit 5 {time.monotonic() - began:.1f} s after it woke up")
+    lab.observe(f"nothing changed; exit 5 {time.monotonic() - began:.1f} s after it woke up")
 
 
 def content(run: Started) -> dict[str, tuple[int, int]]:
