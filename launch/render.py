@@ -1,10 +1,9 @@
-"""Renders every launcher file from values.yaml and templates/, which are Jinja2.
+"""Render every launcher file from values.yaml and templates/ (Jinja2).
 
-    python launch/render.py            write them
-    python launch/render.py --check    write nothing; end with 1 where one differs
+    python launch/render.py            write the files
+    python launch/render.py --check    write nothing; exit with 1 if a file differs
 
-A template sees the values under their keys (``workers.gpus``) and what `_derived` adds; a name that is missing is an
-error.
+Templates see the values under their keys (``workers.gpus``) and what `_derived` adds; a missing name is an error.
 """
 
 from __future__ import annotations
@@ -20,12 +19,17 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from densenet_dist.config import load_config
+from densenet_dist.errors import ConfigError
+from densenet_dist.sweep.definition import load_sweep
+
 HERE = Path(__file__).parent
 TEMPLATES = HERE / "templates"
-# What is written, and its template where that has another name.
+# The output files and their templates.
 FILES = {
     "kuberay/namespace.yaml": "namespace.yaml",
     "kuberay/networkpolicy.yaml": "networkpolicy.yaml",
+    "kuberay/disruption.yaml": "disruption.yaml",
     "kuberay/storage-pvc.yaml": "storage-pvc.yaml",
     "kuberay/secret-s3.example.yaml": "secret-s3.example.yaml",
     "kuberay/shell.yaml": "shell.yaml",
@@ -34,6 +38,7 @@ FILES = {
     "kuberay/raycluster.yaml": "raycluster.yaml",
     "kuberay/rayjob-train.yaml": "rayjob.yaml",
     "kuberay/rayjob-tune.yaml": "rayjob.yaml",
+    "kuberay/rayjob-train-elastic.yaml": "rayjob.yaml",
     "kuberay/rayjob-train-kueue.yaml": "rayjob.yaml",
     "kuberay/kueue-queue.yaml": "kueue-queue.yaml",
     "ray_up/aws.yaml": "ray_up-aws.yaml",
@@ -56,10 +61,10 @@ HEADER = (
 
 
 def render(values: Mapping[str, Any]) -> dict[str, str]:
-    """The text of every file, by its path below launch/.
+    """Return the text of every file by its path below launch/.
 
     Raises:
-        ValueError: where values cannot work together, naming all that is wrong.
+        ValueError: Values are wrong or conflict; the message lists all problems.
     """
     if problems := list(_conflicts(values)):
         raise ValueError("values.yaml: " + "\n  ".join(problems))
@@ -70,47 +75,61 @@ def render(values: Mapping[str, Any]) -> dict[str, str]:
 def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     workers, mount, hosts = values["workers"], values["mount"] + "/", values["on_prem"]["workers"]
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", values["name"]):
-        yield f"name: {values['name']!r} is no DNS label of at most 40 characters"
+        yield f"name: {values['name']!r} is not a DNS label of at most 40 characters"
     if values["image_tag"] in ("", "latest"):
         yield "image_tag: name a version, so that all nodes run the same one"
     if not re.fullmatch(r"(sha256:[0-9a-f]{64})?", values["image_digest"]):
-        yield "image_digest: is sha256: and 64 hexadecimal digits, or empty"
+        yield "image_digest: must be empty, or sha256: followed by 64 hexadecimal digits"
     if workers["gpus"] < 1 or workers["count"] < 1:
         yield "workers: at least one, with at least one GPU"
     elif workers["cpus"] <= workers["gpus"]:
         yield f"workers.cpus: {workers['cpus']} are too few for {workers['gpus']} ranks and Ray's own processes"
     for key in ("storage", "data_root"):
         if not values[key].startswith(("s3://", mount) if key == "storage" else mount):
-            yield f"{key}: {values[key]} is not below mount ({mount}): pods and machines would keep it to themselves"
+            yield f"{key}: {values[key]} is not below mount ({mount}), so other pods and machines would not see it"
+    if not 1 <= values["kubernetes"]["min_workers"] <= workers["count"]:
+        yield f"kubernetes.min_workers: must be between 1 and workers.count ({workers['count']})"
+    if values["kubernetes"]["grace_s"] < 45:
+        yield "kubernetes.grace_s: must be at least 45 s, so that a run can save before its pod ends"
+    for load, file, settings in ((load_config, "config", values["settings"]), (load_sweep, "sweep", [])):
+        try:
+            load(str(HERE.parent / values[file]), *settings)
+        except ConfigError as error:  # before a cluster is started for it
+            yield f"{file}, settings: {error}"
     if len(hosts) != workers["count"]:
         yield f"on_prem.workers: {len(hosts)} hosts, but workers.count is {workers['count']}"
 
 
 def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What several templates say that follows from the values."""
+    """Return what several templates need and the values imply."""
     workers, others = values["workers"], (values["head"], values["submitter"])
     digest = f"@{values['image_digest']}" if values["image_digest"] else ""
     cpus_per_rank = (workers["cpus"] - 1) // workers["gpus"]  # Ray's own processes keep one
     place = [f"storage={values['storage']}", f"data.root={values['data_root']}"]
-    ranks = [f"cluster.workers={workers['count'] * workers['gpus']}", f"cluster.cpus_per_worker={cpus_per_rank}"]
-    train = [*place, *values["settings"], *ranks, "cluster.device=cuda", "cluster.timeout_s=1800"]
+    ranks = workers["count"] * workers["gpus"]
+    fewest = values["kubernetes"]["min_workers"] * workers["gpus"]
+    device = [f"cluster.cpus_per_worker={cpus_per_rank}", "cluster.device=cuda", "cluster.timeout_s=1800"]
+    train = [*place, *values["settings"], f"cluster.workers={ranks}", *device]
+    elastic = [*place, *values["settings"], f"cluster.workers.min={fewest}", f"cluster.workers.max={ranks}", *device]
     return {
         "image_ref": f"{values['image']}:{values['image_tag']}{digest}",
         "on_s3": values["storage"].startswith("s3://"),
         "quota": {
             key: workers["count"] * workers[key] + sum(other.get(key, 0) for other in others)
-            for key in ("cpus", "memory_gib", "gpus")
+            for key in ("cpus", "memory_gib", "disk_gib", "gpus")
         },
+        "drain_s": values["kubernetes"]["grace_s"] - 15,  # then Ray ends its processes, before Kubernetes kills them
         "train_settings": shlex.join(train),
+        "elastic_settings": shlex.join(elastic),
         "tune_settings": shlex.join([*place, "gpus_per_worker=1", f"cpus_per_worker={cpus_per_rank}"]),
         "slurm_settings": shlex.join([*place, *values["settings"]]),
     }
 
 
 def main() -> int:
-    """Write what differs, or name it."""
+    """Write or list the files that differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where a file differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     check = parser.parse_args().check
     try:
         files = render(yaml.safe_load((HERE / "values.yaml").read_text()))

@@ -69,8 +69,10 @@ def rendered(request: pytest.FixtureRequest, values: dict[str, Any], renderer: M
     if request.param == "s3":
         values["storage"], values["aws"]["instance_profile"] = "s3://bucket/runs", "may-use-the-bucket"
     if request.param == "large":
-        values["workers"] = {"count": 4, "gpus": 8, "cpus": 96, "memory_gib": 768}
+        values["workers"] = {"count": 4, "gpus": 8, "cpus": 96, "memory_gib": 768, "disk_gib": 500}
         values["on_prem"]["workers"] = [f"192.0.2.{host}" for host in range(11, 15)]
         values["image_digest"], values["name"] = "sha256:" + "0123456789abcdef" * 4, "big"
+        values["kubernetes"] |= {"min_workers": 2, "service_account": "trainer", "image_pull_secrets": ["one", "two"]}
+        values["kubernetes"]["egress"] = [{"cidr": "10.0.0.0/8", "port": 5000}]
         values["settings"] = ["train.global_batch_size=1024", "model.num_layers=[12,12]"]
     return Rendered(values, renderer.render(values))

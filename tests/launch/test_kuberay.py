@@ -14,7 +14,7 @@ from densenet_dist import __version__
 from densenet_dist.config import load_config
 from densenet_dist.sweep.definition import load_sweep
 
-JOBS = ["rayjob-train", "rayjob-tune", "rayjob-train-kueue"]
+JOBS = ["rayjob-train", "rayjob-tune", "rayjob-train-elastic", "rayjob-train-kueue"]
 SPOT_NODES = {
     "karpenter.sh/capacity-type": "spot",
     "eks.amazonaws.com/capacityType": "SPOT",
@@ -29,6 +29,7 @@ class Pod(NamedTuple):
     file: str
     part: str
     labels: dict[str, str]
+    annotations: dict[str, str]
     spec: dict[str, Any]
     container: dict[str, Any]
 
@@ -57,8 +58,9 @@ def pods(resources, clusters):
         templates += [(name, "head", cluster["headGroupSpec"]["template"]), (name, "workers", workers["template"])]
     templates += [(name, "submitter", resources[name]["spec"]["submitterPodTemplate"]) for name in JOBS]
     return [
-        Pod(file, part, pod["metadata"]["labels"], pod["spec"], *pod["spec"]["containers"])
+        Pod(file, part, meta["labels"], meta.get("annotations", {}), pod["spec"], *pod["spec"]["containers"])
         for file, part, pod in templates
+        for meta in [pod["metadata"]]
     ]
 
 
@@ -81,16 +83,25 @@ def test_every_pod_has_the_image_the_size_and_no_privileges(rendered, resources,
         size, container, security = rendered.values[pod.part], pod.container, pod.spec["securityContext"]
         assert container["image"] == rendered.image
         expected = {"cpu": str(size["cpus"]), "memory": f"{size['memory_gib']}Gi"}
+        expected["ephemeral-storage"] = f"{size['disk_gib']}Gi"
         expected |= {"nvidia.com/gpu": str(size["gpus"])} if pod.part == "workers" else {}
         assert container["resources"] == {"requests": expected, "limits": expected}
         assert security["runAsNonRoot"] is True
         assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == 1000
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod.spec["automountServiceAccountToken"] is False
+        autoscales = (pod.file, pod.part) == ("rayjob-train-elastic", "head")  # by Kubernetes' API
+        assert pod.spec["automountServiceAccountToken"] is autoscales
+        assert pod.spec.get("serviceAccountName", "") == rendered.values["kubernetes"]["service_account"]
+        secrets = [each["name"] for each in pod.spec.get("imagePullSecrets", [])]
+        assert secrets == rendered.values["kubernetes"]["image_pull_secrets"]
         nothing = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert container["securityContext"] == nothing
         if pod.part in ("head", "workers"):
-            assert {entry["name"]: entry["value"] for entry in container["env"]} == rendered.values["env"]
+            env = {entry["name"]: entry["value"] for entry in container["env"]}
+            drain_s = int(env.pop("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 0))
+            assert env == rendered.values["env"]
+            if pod.part == "workers":
+                assert 30 <= drain_s <= pod.spec["terminationGracePeriodSeconds"] - 10  # time to save, then to end
 
 
 def test_clusters_ask_for_the_token_and_heads_are_never_on_spot_nodes(rendered, clusters, root):
@@ -101,7 +112,10 @@ def test_clusters_ask_for_the_token_and_heads_are_never_on_spot_nodes(rendered, 
         assert cluster["rayVersion"] == version
         head, (group,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
         assert head["rayStartParams"] == {"num-cpus": "0"}  # it trains nothing
-        assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == rendered.values["workers"]["count"]
+        elastic, most = cluster.get("enableInTreeAutoscaling", False), rendered.values["workers"]["count"]
+        fewest = rendered.values["kubernetes"]["min_workers"] if elastic else most
+        assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (fewest, fewest, most)
+        assert {pod["template"]["spec"].get("restartPolicy") for pod in (head, group)} == {"Never" if elastic else None}
         spec = head["template"]["spec"]
         required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
         (term,) = required["nodeSelectorTerms"]  # several would be alternatives
@@ -128,7 +142,9 @@ def test_jobs_are_accepted_and_take_their_cluster_along_when_they_end(rendered, 
         else:
             run = load_config(file, *settings)
             cpus = run.cluster.cpus_per_worker
-            assert (run.cluster.workers, run.data.root) == (workers["count"] * workers["gpus"], values["data_root"])
+            most = workers["count"] * workers["gpus"]
+            fewest = values["kubernetes"]["min_workers"] * workers["gpus"] if "elastic" in name else most
+            assert (run.cluster.worker_range, run.data.root) == ((fewest, most), values["data_root"])
             assert set(values["settings"]) <= set(settings)
         assert (run.name, run.storage) == (resources[name]["metadata"]["name"], values["storage"])
         assert cpus * workers["gpus"] < workers["cpus"]  # room for all ranks of a worker, and for Ray itself
@@ -167,7 +183,7 @@ def test_the_queued_job_is_the_same_job_and_fits_its_queue(rendered, resources, 
     assert {each["name"]: int(each["nominalQuota"].removesuffix("Gi")) for each in flavor["resources"]} == needed
 
 
-def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(resources, pods):
+def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(rendered, resources, pods):
     spec = resources["networkpolicy"]["spec"]
     selector = spec["podSelector"]
     assert all(selector["matchLabels"].items() <= pod.labels.items() for pod in pods)
@@ -177,6 +193,18 @@ def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(resources, pods)
     assert (operator["ports"][0]["port"], prometheus["ports"][0]["port"]) == (8265, 8080)
     for rule in (operator, prometheus):
         assert [set(each) for each in rule["from"]] == [{"podSelector", "namespaceSelector"}]  # both must hold
-    inside, outside = spec["egress"]
+    inside, outside, *listed = spec["egress"]
     assert inside == {"to": [{"podSelector": selector}]}
-    assert {port["port"] for port in outside["ports"]} == {53, 443}  # a cloud's metadata service is on 80
+    assert {port["port"] for port in outside["ports"]} == {53, 443, 6443}  # a cloud's metadata service is on 80
+    assert [rule["ports"][0]["port"] for rule in listed] == [
+        rule["port"] for rule in rendered.values["kubernetes"]["egress"]
+    ]
+
+
+def test_the_head_and_training_pods_are_not_moved(rendered, pods):
+    budgets = {budget["metadata"]["name"]: budget["spec"] for budget in rendered.documents("kuberay/disruption.yaml")}
+    name = rendered.values["name"]
+    assert {key: spec["maxUnavailable"] for key, spec in budgets.items()} == {f"{name}-head": 0, f"{name}-workers": 1}
+    for cluster in (pod for pod in pods if pod.part in ("head", "workers") and pod.file in ("raycluster", *JOBS)):
+        assert cluster.annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+        assert cluster.annotations["karpenter.sh/do-not-disrupt"] == "true"

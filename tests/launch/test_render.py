@@ -22,9 +22,13 @@ def test_committed_files_are_what_is_rendered(root, renderer, values):
 def test_values_that_cannot_work_are_refused_all_at_once(renderer, values):
     wrong = [
         ({"name": "n" * 41, "image_tag": "latest"}, ["name: .*DNS label", "image_tag: name a version"]),
+        ({"settings": ["train.epoch=3"], "sweep": "configs/sweep.yaml"}, ["train.epoch: .*epochs", "sweep.yaml"]),
         ({"image_digest": "0123"}, ["64 hexadecimal digits"]),
-        ({"workers": {"count": 2, "gpus": 0, "cpus": 6, "memory_gib": 24}}, ["at least one GPU"]),
-        ({"workers": {"count": 3, "gpus": 1, "cpus": 1, "memory_gib": 24}}, ["too few", "2 hosts, but workers.count"]),
+        ({"workers": {"count": 2, "gpus": 0, "cpus": 6, "memory_gib": 24, "disk_gib": 9}}, ["at least one GPU"]),
+        (
+            {"workers": {"count": 3, "gpus": 1, "cpus": 1, "memory_gib": 24, "disk_gib": 9}},
+            ["too few", "2 hosts, but workers.count"],
+        ),
         ({"storage": "/home/me/runs", "data_root": "s3://bucket/data"}, ["storage: .*not below", "data_root: .*not"]),
     ]
     for changes, messages in wrong:
@@ -34,6 +38,7 @@ def test_values_that_cannot_work_are_refused_all_at_once(renderer, values):
 
 def test_check_writes_nothing_and_names_what_differs(root, tmp_path):
     launch = shutil.copytree(root / "launch", tmp_path / "launch")
+    (tmp_path / "configs").symlink_to(root / "configs")
     text = (launch / "values.yaml").read_text()
     job = launch / "slurm" / "train.sbatch"
     (launch / "values.yaml").write_text(text.replace('turn: "04:00:00"', 'turn: "08:00:00"'))
