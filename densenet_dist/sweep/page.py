@@ -1,4 +1,4 @@
-"""The page of a sweep: everything in one HTML file, pictures included."""
+"""Write the page of a sweep: one HTML file that contains its pictures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from densenet_dist.pages.render import render
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.metric import Metric
-from densenet_dist.sweep.plots import draw_plots, has_numbers
+from densenet_dist.sweep.plots import draw_plots, is_number
 from densenet_dist.sweep.results import (
     BEST_FILE,
     PAGE_FILE,
@@ -33,17 +32,16 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         StorageError: where it cannot be written.
     """
     settings = sweep.settings
-    metric = Metric(settings.metric, settings.maximise)
-    best = best_trial(trials, metric.maximise)
+    best = best_trial(trials, settings.maximise)
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
     has_tests, has_causes = any(_TEST in trial.figures for trial in trials), any(trial.cause for trial in trials)
     page = render(
         "sweep.html",
         title=settings.name,
-        trials=ranked(trials, metric.maximise),
+        trials=ranked(trials, settings.maximise),
         planned=max(sweep.trials, len(trials)),
         counts=[f"{count} {status}" for status, count in counts.items() if count],
-        metric=metric,
+        sweep=settings,
         search=settings.search,
         scheduler=settings.scheduler,
         best=best,
@@ -52,7 +50,7 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         show=shown,
         uri=folder.uri,
         can_resume=bool(counts["interrupted"] or counts["running"] or len(trials) < sweep.trials),
-        columns=_columns(sweep, metric, has_tests, has_causes),
+        columns=_columns(sweep, has_tests, has_causes),
         has_tests=has_tests,
         has_causes=has_causes,
         test_key=_TEST,
@@ -66,15 +64,15 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     folder.write(PAGE_FILE, page)
 
 
-def _columns(sweep: Sweep, metric: Metric, has_tests: bool, has_causes: bool) -> list[tuple[str, bool]]:
-    """The table's headings, each with whether its column holds numbers."""
-    name = f"{metric.name} (%)" if metric.percent else metric.name
+def _columns(sweep: Sweep, has_tests: bool, has_causes: bool) -> list[tuple[str, bool]]:
+    """Return the table's headings, each with whether its column holds numbers."""
+    settings = sweep.settings
     return [
         ("trial", False),
         ("status", False),
-        (name, True),
+        (f"{settings.metric} (%)" if settings.is_accuracy else settings.metric, True),
         ("best epoch", True),
-        *((short(key), has_numbers(domain)) for key, domain in sweep.space.items()),
+        *((short(key), all(map(is_number, domain.ends))) for key, domain in sweep.space.items()),
         ("parameters", True),
         ("seconds", True),
         *[("test top-1 (%)", True)] * has_tests,

@@ -82,7 +82,17 @@ class SweepConfig:
     @property
     def maximise(self) -> bool:
         """Whether the highest value is best."""
-        return not self.metric.endswith("loss") if self.mode == "auto" else self.mode == "max"
+        return self.is_accuracy if self.mode == "auto" else self.mode == "max"
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether the metric is an accuracy rather than a loss."""
+        return not self.metric.endswith("loss")
+
+    @property
+    def unit(self) -> int:
+        """Factor of the metric on pages, where accuracies are in per cent."""
+        return 100 if self.is_accuracy else 1
 
 
 def conflicts(sweep: SweepConfig) -> Iterator[str]:
