@@ -24,6 +24,19 @@ def complete_name(incomplete: str) -> list[str]:
     return [name for name in bundled.names() if name.startswith(incomplete)]
 
 
+def local_path(text: str | Path) -> Path:
+    """Make a path of an argument; shells leave the ``~`` of ``--out=~/file`` to the program."""
+    return Path(os.path.expanduser(text))
+
+
+def local_folder(text: str | Path) -> Path:
+    """Make the path of an existing folder of an argument, as `local_path` does."""
+    path = local_path(text)
+    if not path.is_dir():
+        raise typer.BadParameter(f"there is no folder {text}")
+    return path
+
+
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
@@ -45,7 +58,10 @@ Checkpoint = Annotated[Literal["best", "last"], typer.Option(help="Which checkpo
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Comma-separated numbers of images per batch.")]
 Seconds = Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements; medians are reported.")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Also write the results to this file.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", parser=local_path, help="Also write the results to this file."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write one JSON object per line (docs/console.md), including errors.")

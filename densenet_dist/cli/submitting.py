@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from densenet_dist.cli.options import Debug
+from densenet_dist.cli.options import Debug, local_folder
 from densenet_dist.credentials import without_credentials
 
 if TYPE_CHECKING:
@@ -38,7 +38,10 @@ def submit(
         ),
     ] = None,
     working_dir: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="The folder to upload, without data, runs and .venv.")
+        Path,
+        typer.Option(
+            metavar="DIRECTORY", parser=local_folder, help="The folder to upload, without data, runs and .venv."
+        ),
     ] = Path(),
     wait: Annotated[bool, typer.Option(help="Show the output until the job ends.")] = True,
     debug: Debug = False,

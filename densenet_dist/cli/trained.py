@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, require_writable, status
+from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, local_path, require_writable, status
 from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import ConfigError, DataError
 
@@ -93,7 +93,7 @@ def report(
 
     if out is not None and "://" in out:
         raise ConfigError(f"--out {out}: must be a local file\n  without --out the report of a run is in its folder")
-    path = Path(out) if out is not None else Path(PAGE_FILE) if len(runs) > 1 else None
+    path = local_path(out) if out is not None else Path(PAGE_FILE) if len(runs) > 1 else None
     require_writable(path)
     with status("loading PyTorch"):
         from densenet_dist.report.page import write_report

@@ -117,12 +117,15 @@ def pixels_of(image: Any) -> "Tensor":
     """Convert a Pillow image to (3, H, W) uint8 on the CPU, RGB, upright, transparent areas on white.
 
     Raises:
-        BadImage: its range of values is unknown.
+        BadImage: its range of values is unknown, or Pillow cannot decode it.
     """
     import torch
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)  # decodes an image that was only opened
+    except Exception as error:
+        raise BadImage(_DAMAGED) from error
     if image.mode.startswith("I;16"):
         return _to_8_bits(torch.from_numpy(np.asarray(image).astype(np.int32))).expand(3, -1, -1)
     if image.mode in ("I", "F"):

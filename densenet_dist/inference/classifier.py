@@ -95,7 +95,8 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: one or several: paths, uint8 arrays (H, W, 3) or PIL images.
+            images: one or several: paths, uint8 arrays (H, W, 3) or PIL images. Only files are checked for all damage:
+                Pillow decodes some damaged JPEG files without an error.
             top: number of classes per image.
             batch_size: images per batch.
             tta: average with the mirrored image.

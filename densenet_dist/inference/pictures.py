@@ -41,39 +41,65 @@ class Unreadable:
 def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
     """Yield the files of a command line's arguments: files, image files below folders, and matches of patterns."""
     for argument in map(os.path.expanduser, arguments):
-        path = Path(argument)
-        if path.is_dir():
-            yield from _below(path)
-        elif path.exists() or not glob.has_magic(argument):
-            yield path
-        elif found := sorted(glob.glob(argument, recursive=True)):
-            for name in found:
-                yield from _below(Path(name)) if os.path.isdir(name) else (Path(name),)
-        else:
+        literal = os.path.exists(argument) or not glob.has_magic(argument)
+        matches = [argument] if literal else _matches(argument)
+        listed: set[str] = set()  # real paths of folders
+        for match in matches:
+            if not os.path.isdir(match):
+                if os.path.realpath(os.path.dirname(match)) not in listed:
+                    yield Path(match)
+            elif os.path.realpath(match) not in listed:
+                yield from _below(match, listed)
+        if not matches:
             yield Unreadable(argument, "no file matches")
 
 
-def _below(folder: Path) -> Iterator[Path | Unreadable]:
-    problems: list[Unreadable] = []
+def _matches(pattern: str) -> list[str]:
+    """Return what `glob.glob` finds, but let ``**`` visit each folder once, even if links lead back to a parent.
+
+    A pattern that ends in ``**`` matches the folders before it.
+    """
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    index = parts.index("**")
+    roots = sorted(glob.glob("/".join([*parts[:index], ""]))) if index else [""]
+    rest = parts[index + 1 :]
+    if not rest:
+        return [root or "." for root in roots]
     seen: set[str] = set()
+    folders = [place for root in roots for place, _ in _walk(root or ".", seen)]
+    return [match for place in folders for match in _matches(os.path.join(glob.escape(place), *rest))]
+
+
+def _below(folder: str, listed: set[str]) -> Iterator[Path | Unreadable]:
+    """Yield the image files below `folder`, except in folders of `listed`, to which those visited are added."""
+    problems: list[Unreadable] = []
     count = 0
-    for place, folders, names in os.walk(
-        folder,
-        onerror=lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror))),
-        followlinks=True,
-    ):
-        if (real := os.path.realpath(place)) in seen:  # visited through another link
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_ignored(name))
+    for place, names in _walk(folder, listed, problems):
         for name in sorted(names):
             if named_as_picture(name) and not is_ignored(name):
                 count += 1
                 yield Path(place, name)
     yield from problems
     if not count and not problems:
-        yield Unreadable(str(folder), "contains no images")
+        yield Unreadable(str(Path(folder)), "contains no images")
+
+
+def _walk(folder: str, seen: set[str], problems: list[Unreadable] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below `folder`, links included, with the names of its files; skip real paths in `seen`."""
+
+    def report(error: OSError) -> None:
+        if problems is not None:
+            problems.append(Unreadable(str(error.filename), str(error.strerror)))
+
+    for place, folders, names in os.walk(folder, onerror=report, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # visited through another link
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        yield place, names
 
 
 def prepare(picture: Picture, size: int, crop: float) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from densenet_dist.config import load_config
-from densenet_dist.errors import DenseNetDistError, StorageError
+from densenet_dist.errors import CheckpointError, DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
 from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
@@ -66,6 +66,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
     Raises:
         StorageError: the run does not exist, has no complete epoch, or cannot be read.
         ConfigError: its config.yaml is wrong.
+        CheckpointError: its best checkpoint is not one of this package's models.
     """
     folder = run if isinstance(run, RunFolder) else open_run(run)
     records = folder.read_records()
@@ -98,4 +99,7 @@ def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
         return str(error)
     if snapshot is None:
         return "the run has no checkpoint yet, so the number of classes is unknown"
-    return summarise(config.model, len(snapshot.model["classifier.bias"]), config.data.side)
+    bias = snapshot.model.get("classifier.bias")
+    if bias is None or bias.ndim != 1:
+        raise CheckpointError(f"the best checkpoint of {folder.uri} does not fit this model: it lacks classifier.bias")
+    return summarise(config.model, len(bias), config.data.side)

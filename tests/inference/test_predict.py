@@ -128,6 +128,8 @@ def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: cannot be read: it is not there"):
         load_classifier(original).predict([tmp_path / "cut.png", tmp_path / "whole.png", tmp_path / "none.png"])
+    with Image.open(tmp_path / "cut.png") as opened, pytest.raises(DataError, match="image 1: cut short"):
+        load_classifier(original).predict(opened)
     for wrong in (np.zeros((4, 4, 3)), np.zeros((3, 4, 5), np.uint8), 5):
         with pytest.raises(DataError, match=r"uint8 .*\(H, W, 3\)"):
             load_classifier(original).predict([wrong])
@@ -154,7 +156,9 @@ def test_files_folders_and_patterns(tmp_path, photo):
     ]
     (tmp_path / "bare" / "linked").symlink_to(tmp_path / "deep")  # as training follows it
     (tmp_path / "deep" / "er" / "back").symlink_to(tmp_path / "bare")
-    assert names("bare") == ["bare/linked/er/c.webp"]
+    assert names("bare", "**/*.webp") == ["bare/linked/er/c.webp"] * 2
+    assert names("**") == ["a.jpg", "b.png", "e.tiff", "bare/linked/er/c.webp"]
+    assert names("**/*") == ["a.jpg", "b.png", "bare/linked/er/c.webp", "e.tiff"]
 
 
 def test_predict_command(original, tmp_path, photo, command):

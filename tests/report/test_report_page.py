@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import yaml
 from matplotlib.image import imread
 from pyarrow import fs
 from runs import tiny
+from safetensors.torch import save_file
+from torch import zeros
 
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config, to_yaml
-from densenet_dist.errors import ConfigError, DataError, StorageError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
 from densenet_dist.report.page import report_at_end, write_report
 from densenet_dist.run_folder import RunFolder, open_run
 
@@ -87,7 +90,7 @@ def test_pages_open_in_a_browser(finished, run, tmp_path, opened):
         assert all(f">{title}</h2>" in dom for title in titles)
 
 
-def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, command, no_evaluation, page_of):
+def test_the_page_of_a_finished_run_needs_no_data_and_no_evaluation(run, command, no_evaluation, page_of, monkeypatch):
     before = (run / "report.html").read_bytes()
     shutil.rmtree(run / "checkpoints")
     (run / "env.json").unlink()
@@ -96,7 +99,8 @@ def test_the_page_of_a_finished_run_needs_neither_data_nor_evaluation(run, comma
     assert page.titles == [*RECORDS, *TESTED, *SETUP]
     assert "no checkpoint yet" in page.text
     assert (run / "report.html").read_bytes() != before
-    assert command("report", "tiny", "--out", "x.html") == (0, "report: x.html\n", "")
+    monkeypatch.setenv("HOME", str(run.parent.parent))
+    assert command("report", "tiny", "--out=~/x.html") == (0, f"report: {run.parent.parent / 'x.html'}\n", "")
     twice = "1 duplicate run is ignored\n"
     assert command("report", "tiny", run) == (0, "report: report.html\n", twice)
     names = {path.name for path in run.parent.parent.glob("*.*")}
@@ -191,6 +195,16 @@ def test_trained_again_page_and_test_results_are_new(run):
 def test_a_damaged_record_is_an_error(run, name):
     (run / name).write_bytes(b"\n".join([pickle.dumps({"epoch": 1})] * 2))  # no record
     with pytest.raises((ConfigError, StorageError), match=name):
+        write_report([run])
+
+
+def test_a_checkpoint_of_another_model_is_an_error(run):
+    for meta in run.glob("checkpoints/*/checkpoint.json"):
+        weights, found = meta.with_name("model.safetensors"), json.loads(meta.read_text())
+        save_file({"weight": zeros(2)}, weights)
+        found["sha256"][weights.name] = sha256(weights.read_bytes()).hexdigest()
+        meta.write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match=r"does not fit this model: it lacks classifier\.bias"):
         write_report([run])
 
 
