@@ -182,7 +182,7 @@ def _trackers(config: Config) -> Finding:
     if config.log.mlflow.enabled:
         found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
     if config.log.wandb.enabled:
-        from densenet_dist.trackers.wandb_session import require_key
+        from densenet_dist.trackers.wandb_tracker import require_key
 
         found.append(f"W&B {package_version('wandb')}")
         try:

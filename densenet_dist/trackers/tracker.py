@@ -12,9 +12,12 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+
+from pydantic import Field
 
 from densenet_dist.config import to_dict
 from densenet_dist.credentials import without_credentials
@@ -25,6 +28,7 @@ from densenet_dist.yaml_settings import flatten
 
 WANDB: Final = "W&B"
 MLFLOW: Final = "MLflow"
+_PACKAGES: Final = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 _STATE_FILES: Final = {WANDB: "trackers/wb.json", MLFLOW: "trackers/mlflow.json"}
 _MAX_MESSAGE: Final = 300
 _FINISH_TIMEOUT_S: Final = 30.0
@@ -36,94 +40,54 @@ Record: TypeAlias = dict[str, Any]
 Status: TypeAlias = Literal["finished", "stopped", "failed"]
 
 
-class Session(Protocol):
-    """One run at a service. Every method may raise any exception.
+@dataclass
+class _State:
+    """The file of a tracker in the run's folder: the service's id and address of the run, and the records sent."""
 
-    Attributes:
-        id: the service's identifier of the run.
-        url: where to view the run, if anywhere.
-        is_new: whether nothing has been sent to it yet.
-    """
-
-    id: str
-    url: str | None
-    is_new: bool
-
-    def send(self, record: Record) -> None:
-        """Send a record of metrics.jsonl."""
-
-    def end(self, status: Status, summary: Record) -> None:
-        """Mark the run as ended, with the contents of summary.json."""
+    id: str | None = None
+    url: str | None = None
+    sent: Annotated[int, Field(ge=0)] = 0
 
 
-def require_trackers(config: Config) -> None:
-    """Check that the packages for ``log.wandb`` and ``log.mlflow`` are installed and MLflow's server is configured.
-
-    Raises:
-        EnvironmentProblem: they are not.
-    """
-    log = config.log
-    for name, package, enabled in (
-        ("wandb", "wandb", log.wandb.enabled),
-        ("mlflow", "mlflow-skinny", log.mlflow.enabled),
-    ):
-        if enabled and importlib.util.find_spec(name) is None:
-            raise EnvironmentProblem(
-                f"log.{name}.enabled: the package {package} is not installed here\n  pip install {package}"
-                f" (or densenet-dist[{name}]), on all machines of a cluster"
-            )
-    if log.mlflow.enabled and not (log.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
-        raise EnvironmentProblem(
-            "log.mlflow.enabled: the address of the server is not set\n"
-            "  set log.mlflow.tracking_uri=http://HOST:5000 or the environment variable MLFLOW_TRACKING_URI"
-        )
+def _read_state(run: RunFolder, name: str) -> _State:
+    return run.read(_STATE_FILES[name], _State, strict=False) or _State()
 
 
-def open_trackers(config: Config, run: RunFolder, records: Sequence[Record]) -> list[Tracker]:
-    """Start the configured trackers.
-
-    Raises:
-        EnvironmentProblem: a package is missing here.
-    """
-    from densenet_dist.trackers.mlflow_session import MlflowSession
-    from densenet_dist.trackers.wandb_session import WandbSession
-
-    require_trackers(config)
-    trackers = []
-    if config.log.wandb.enabled:
-        trackers.append(Tracker(WANDB, partial(WandbSession, config, run), run, records))
-    if config.log.mlflow.enabled:
-        trackers.append(Tracker(MLFLOW, partial(MlflowSession, config, run), run, records))
-    return trackers
-
-
-class Tracker:
-    """Sends a run's records to one service, in its own thread.
+class Tracker(ABC):
+    """Sends a run's records to one service. The abstract methods run in its own thread and may raise any exception.
 
     Args:
-        name: of the service.
-        open_session: opens a session, with a known id or None; called in that thread, where the packages are imported.
+        config: of the run.
         run: the run's folder.
         records: the records that the run already has.
     """
 
-    def __init__(
-        self, name: str, open_session: Callable[[str | None], Session], run: RunFolder, records: Sequence[Record]
-    ) -> None:
-        self._name, self._open_session, self._run = name, open_session, run
+    name: ClassVar[str]
+
+    def __init__(self, config: Config, run: RunFolder, records: Sequence[Record]) -> None:
+        self.config, self.run = config, run
         self._records = list(records)
-        self._state = run.read_json(_STATE_FILES[name], strict=False)
-        sent = self._state.get("sent")
-        # Epochs that are repeated are sent again.
-        self._sent = max(0, min(sent, len(records))) if isinstance(sent, int) else 0
-        self._session: Session | None = None
+        self._state = _read_state(run, self.name)
+        self._state.sent = min(self._state.sent, len(records))  # epochs that are repeated are sent again
+        self._connected = self._warned = self._detached = False
         self._end: tuple[Status, Record] | None = None
-        self._warned = self._detached = False
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._wake.set()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._thread.start()
+
+    @abstractmethod
+    def connect(self, run_id: str | None) -> tuple[str, str | None]:
+        """Reopen the service's run `run_id`, or create one. Return its id, and where to view it if anywhere."""
+
+    @abstractmethod
+    def send(self, record: Record) -> None:
+        """Send a record of metrics.jsonl."""
+
+    @abstractmethod
+    def end(self, status: Status, summary: Record) -> None:
+        """Mark the run as ended, with the contents of summary.json."""
 
     def add(self, record: Record) -> None:
         """Queue a record."""
@@ -136,17 +100,17 @@ class Tracker:
             yield self._messages.get()
 
     def finish(self, status: Status, summary: Record) -> None:
-        """Send the remaining records and end the session, within a time limit."""
+        """Send the remaining records and end the service's run, within a time limit."""
         self._end = (status, summary)
         self._wake.set()
         self._thread.join(_FINISH_TIMEOUT_S if status == "finished" else _ABORT_TIMEOUT_S)
         if self._thread.is_alive():
             self._messages.put(
-                f"{self._name} is too slow: the run ended before all records were sent; metrics.jsonl has them"
+                f"{self.name} is too slow: the run ended before all records were sent; metrics.jsonl has them"
             )
 
     def detach(self) -> None:
-        """Stop sending without ending the session: the run continues in another process."""
+        """Stop sending, but leave the service's run open: the run continues in another process."""
         self._detached = True
         self._wake.set()
 
@@ -156,42 +120,69 @@ class Tracker:
             self._wake.clear()
             end = self._end
             try:
-                session = self._send()
+                self._send_new()
                 if end is not None and not self._detached:
-                    session.end(*end)
+                    self.end(*end)
                 self._warned = False
             except Exception as error:  # a service must not fail the run
-                self._warn(error)
+                if not self._warned:
+                    text = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+                    problem = f"{self.name} cannot be reached; training continues and it will be retried: {text}"
+                    self._messages.put(problem)
+                self._warned = True
             if end is not None:
                 return
 
-    def _send(self) -> Session:
-        session = self._session
-        if session is None:
-            session = self._session = self._open_session(self._state.get("id"))
-            self._sent = 0 if session.is_new else self._sent
-            if session.url:
-                self._messages.put(f"{self._name}: {session.url}")
-        while self._sent < len(self._records) and not self._detached:
-            session.send(self._records[self._sent])
-            self._sent += 1
-        state = {"id": session.id, "url": session.url, "sent": self._sent}
-        if state != self._state and not self._detached:
-            self._state = state
-            self._run.write(_STATE_FILES[self._name], json.dumps(state) + "\n")
-        return session
+    def _send_new(self) -> None:
+        state = self._state
+        if not self._connected:
+            run_id, state.url = self.connect(state.id)
+            if run_id != state.id:  # new, or lost at the service
+                state.id, state.sent = run_id, 0
+            self._connected = True
+            if state.url:
+                self._messages.put(f"{self.name}: {state.url}")
+        while state.sent < len(self._records) and not self._detached:
+            self.send(self._records[state.sent])
+            state.sent += 1
+        if not self._detached:
+            self.run.write(_STATE_FILES[self.name], json.dumps(asdict(state)) + "\n")
 
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            text = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])
-            self._messages.put(f"{self._name} cannot be reached; training continues and it will be retried: {text}")
+
+def require_trackers(config: Config) -> None:
+    """Check that the packages for ``log.wandb`` and ``log.mlflow`` are installed and MLflow's server is configured.
+
+    Raises:
+        EnvironmentProblem: they are not.
+    """
+    for name, package in _PACKAGES.items():
+        if getattr(config.log, name).enabled and importlib.util.find_spec(name) is None:
+            raise EnvironmentProblem(
+                f"log.{name}.enabled: the package {package} is not installed here\n  pip install {package}"
+                f" (or densenet-dist[{name}]), on all machines of a cluster"
+            )
+    mlflow = config.log.mlflow
+    if mlflow.enabled and not (mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise EnvironmentProblem(
+            "log.mlflow.enabled: the address of the server is not set\n"
+            "  set log.mlflow.tracking_uri=http://HOST:5000 or the environment variable MLFLOW_TRACKING_URI"
+        )
+
+
+def open_trackers(config: Config, run: RunFolder, records: Sequence[Record]) -> list[Tracker]:
+    """Start the configured trackers; arguments and errors are those of `Tracker` and `require_trackers`."""
+    from densenet_dist.trackers.mlflow_tracker import MlflowTracker
+    from densenet_dist.trackers.wandb_tracker import WandbTracker
+
+    require_trackers(config)
+    kinds = ((config.log.wandb, WandbTracker), (config.log.mlflow, MlflowTracker))
+    return [kind(config, run, records) for settings, kind in kinds if settings.enabled]
 
 
 def links(run: RunFolder) -> dict[str, str]:
     """Where to view a run, by service, for the services that were reached and have an address."""
-    states = {name: run.read_json(file, strict=False) for name, file in _STATE_FILES.items()}
-    return {name: state["url"] for name, state in states.items() if isinstance(state.get("url"), str)}
+    addresses = {name: _read_state(run, name).url for name in _STATE_FILES}
+    return {name: url for name, url in addresses.items() if url is not None}
 
 
 def without_secrets(text: str) -> str:

@@ -16,7 +16,7 @@ from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.display.console import RunSummary
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.trackers.tracker import without_secrets
-from densenet_dist.trackers.wandb_session import _SETTINGS
+from densenet_dist.trackers.wandb_tracker import _SETTINGS
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 

@@ -6,9 +6,7 @@ import os
 import uuid
 from typing import Any, Final
 
-from densenet_dist.run_folder import RunFolder
-from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import Record, Status, settings_of, sweep_of
+from densenet_dist.trackers.tracker import WANDB, Record, Status, Tracker, settings_of, sweep_of
 
 _SETTINGS: Final[dict[str, Any]] = {
     # Send only metrics and settings: no console output, code, git state, packages, command line or machine details.
@@ -18,43 +16,43 @@ _SETTINGS: Final[dict[str, Any]] = {
 }
 
 
-class WandbSession:
-    """See `densenet_dist.trackers.tracker.Session`."""
+class WandbTracker(Tracker):
+    """See `densenet_dist.trackers.tracker.Tracker`."""
 
-    def __init__(self, config: Config, run: RunFolder, known: str | None) -> None:
+    name = WANDB
+
+    def connect(self, run_id: str | None) -> tuple[str, str | None]:
+        """Start or resume the run."""
         import wandb
 
-        offline = _is_offline()
         require_key()
-        sweep, log = sweep_of(config, run), config.log.wandb
-        self._folder, self.is_new = run if run.is_remote else None, known is None
-        self._run = wandb.init(
+        sweep, log = sweep_of(self.config, self.run), self.config.log.wandb
+        self._session = wandb.init(
             project=log.project,
             entity=log.entity,
             group=sweep,
             job_type="trial" if sweep else None,
-            name=config.name,
-            id=known or uuid.uuid4().hex[:12],
-            resume=None if offline else "allow",  # offline the same id is enough
-            dir=str(run.path),
-            config=settings_of(config),
+            name=self.config.name,
+            id=run_id or uuid.uuid4().hex[:12],
+            resume=None if _is_offline() else "allow",  # offline the same id is enough
+            dir=str(self.run.path),
+            config=settings_of(self.config),
             settings=wandb.Settings(**_SETTINGS),
         )
-        self.id, self.url = str(self._run.id), None if offline else self._run.url
-        self._run.define_metric("global_step")
-        self._run.define_metric("*", step_metric="global_step")
+        self._session.define_metric("global_step")
+        self._session.define_metric("*", step_metric="global_step")
+        return str(self._session.id), None if _is_offline() else self._session.url
 
     def send(self, record: Record) -> None:
         """Send a record at its global step."""
-        self._run.log({key: value for key, value in record.items() if key != "time"})
+        self._session.log({key: value for key, value in record.items() if key != "time"})
 
     def end(self, status: Status, summary: Record) -> None:
         """Write the summary and wait until everything is sent."""
         best = {f"best/{key}": value for key, value in (summary.get("best") or {}).items()}
-        self._run.summary.update({key: value for key, value in summary.items() if key != "best"} | best)
-        self._run.finish(exit_code=1 if status == "failed" else 0)
-        if self._folder is not None:
-            self._folder.publish("wandb")
+        self._session.summary.update({key: value for key, value in summary.items() if key != "best"} | best)
+        self._session.finish(exit_code=1 if status == "failed" else 0)
+        self.run.publish("wandb")
 
 
 def require_key() -> None:
