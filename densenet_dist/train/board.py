@@ -13,8 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from densenet_dist.config import to_yaml
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 
 _HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
 """What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""
-_MOST_CURVES: Final = 10
-"""Above so many classes there are curves of precision and recall for their averages only."""
 _CELL_INCHES: Final = 0.3
 """Of the confusion matrix: TensorBoard shows images 320 pixels wide, whatever their size, so texts must be large."""
 _LAYOUT: Final = {
@@ -88,7 +84,7 @@ class Board:
         self._writer.add_custom_scalars(_LAYOUT)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
-    def images(self, tag: str, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], step: int) -> None:
+    def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:
         """Show up to 64 normalised images, (n, 3, H, W) float, as one grid."""
         shown = images[:64].detach().float().cpu()
         scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
@@ -113,8 +109,7 @@ class Board:
         writer.add_summary(start)
 
     def test_results(self, results: TestResults, step: int) -> None:
-        """The confusion matrix, the worst mistakes, precision against recall; `step` is the run's last."""
-        self._precision_and_recall(results, step)
+        """Show the confusion matrix and the worst mistakes; `step` is the run's last."""
         names = results.class_names
         with printed():
             if len(names) <= MAX_CLASSES:
@@ -139,32 +134,6 @@ class Board:
     def _figure(self, tag: str, figure: Figure, step: int) -> None:
         figure.set_dpi(150)
         self._writer.add_figure(tag, figure, step)
-
-    def _precision_and_recall(self, results: TestResults, step: int) -> None:
-        names, curves = results.class_names, results.curves
-        assert curves is not None  # computed by this process
-        if len(names) <= _MOST_CURVES:
-            images = results.confusion.sum(1)
-            shown = {f"test_pr/{name}": curves[label] for label, name in enumerate(names) if images[label]}
-        else:
-            shown = {"test_pr/micro_average": curves.sum(0), "test_pr/macro_average": curves}
-        for tag, counts in shown.items():
-            each = counts.reshape(-1, *counts.shape[-2:])
-            precision, recall = _mean_curve(each)
-            right, false, rejected, missed = each.sum(0)
-            self._writer.add_pr_curve_raw(tag, right, false, rejected, missed, precision, recall, step)
-
-
-def _mean_curve(counts: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Precision and recall by threshold, averaged over the classes that have images.
-
-    Args:
-        counts: (classes, 4, thresholds), as in `TestResults.curves`.
-    """
-    hits, false_alarms, _, missed = np.moveaxis(counts[(counts[:, 0, 0] + counts[:, 3, 0]) > 0], 1, 0)
-    found = hits + false_alarms
-    precision = np.where(found > 0, hits / np.maximum(found, 1), 1.0)  # who claims nothing is never wrong
-    return precision.mean(0), (hits / (hits + missed)).mean(0)
 
 
 def _mistakes_figure(mistakes: Sequence[Mistake], names: Sequence[str]) -> Figure:

@@ -98,7 +98,7 @@ def evaluate_test_set(
     results = accumulator.compute(metrics, dataset.class_names, context.device)
     if context.rank == 0:
         try:
-            results = add_images(results, config, dataset, engine)
+            results = add_images(results, config, engine)
         except Exception as error:  # the results are worth more than images
             context.report({"kind": "note", "text": f"the images of the worst mistakes could not be read: {error}"})
     return results

@@ -55,7 +55,7 @@ def tell_lines(tell: Callable[[str], object], lines: Sequence[str], what: str = 
         tell("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
 
 
-def normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation by which images in [0, 1] are normalised."""
     if config.data.normalize == "unit":
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -95,7 +95,7 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
     Raises:
         EnvironmentProblem: `loader` is dali, and DALI cannot work here.
     """
-    mean, std = normalisation(config, dataset)
+    mean, std = _normalisation(config, dataset)
     return engine_class(loader)(
         split,
         mean=mean,
@@ -204,7 +204,7 @@ def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
 
 
 def _metadata(config: Config, dataset: Dataset) -> ModelMetadata:
-    return ModelMetadata(dataset.class_names, dataset.image_size, *normalisation(config, dataset))
+    return ModelMetadata(dataset.class_names, dataset.image_size, *_normalisation(config, dataset))
 
 
 def digest_of_files(dataset: Dataset) -> str | None:

@@ -25,7 +25,7 @@ from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
-from densenet_dist.train.inputs import engine_of, normalisation, part_warnings, tell_lines, write_metadata
+from densenet_dist.train.inputs import engine_of, part_warnings, tell_lines, write_metadata
 from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.metrics import broadcast, gather_objects
 from densenet_dist.train.network import load_weights
@@ -308,7 +308,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
 
 def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     first = batch.batch() if isinstance(batch, BatchRecipe) else batch
-    board.images("train/augmented", first.images, *normalisation(trainer.config, trainer.dataset), 0)
+    board.images("train/augmented", first.images, trainer.engine.mean, trainer.engine.std, 0)
 
 
 def _report_lost_files(trainer: Trainer) -> None:

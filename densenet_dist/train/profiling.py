@@ -1,6 +1,6 @@
-"""Profiles of some steps: a trace for Perfetto, and a table of the operations that take longest.
+"""Profile some steps: a trace for Perfetto, and a table of the operations that take longest.
 
-Rank 0 alone records. ``train.profile: [100, 105]`` records the steps from when 100 are completed until 105 are.
+Only rank 0 records. ``train.profile: [100, 105]`` records the five steps after step 100.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class StepProfiler:
             yield
             return
         if self._profile is None:
+            self._first = number
             with self._optional():
-                self._begin(number)
+                gpu = [ProfilerActivity.CUDA] if self._context.device.type == "cuda" else []
+                self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True, acc_events=True)
+                self._profile.start()
         with record_function(f"step {number}"):
             yield
         self._next = number + 1
@@ -52,13 +55,28 @@ class StepProfiler:
     def finish(self) -> None:
         """Write what has been recorded so far, if anything."""
         recorded, self._profile = self._profile, None
-        if recorded is not None:
-            with self._optional():
-                if self._context.device.type == "cuda":
-                    torch.cuda.synchronize(self._context.device)  # kernels that were launched belong to the steps
-                recorded.stop()
-                if self._next > self._first:
-                    self._write(recorded, f"steps-{self._first}-{self._next}", self._next - self._first)
+        if recorded is None:
+            return
+        run, device, count = self._context.run, self._context.device, self._next - self._first
+        with self._optional():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # kernels that were launched belong to the steps
+            recorded.stop()
+            if count <= 0:
+                return
+            name = f"steps-{self._first}-{self._next}"
+            folder = run.path / PROFILE_FOLDER
+            folder.mkdir(exist_ok=True)
+            recorded.export_chrome_trace(str(folder / f"{name}.trace.json.gz"))
+            table = recorded.key_averages().table(
+                sort_by=f"self_{device.type}_time_total", row_limit=_TOP, max_name_column_width=60
+            )
+            head = f"{count} steps on {device.type}, the {_TOP} operations with the longest time of their own\n"
+            (folder / f"{name}.txt").write_text(head + table + "\n", encoding="utf-8")
+            run.publish(PROFILE_FOLDER)
+            path = f"{run.uri}/{PROFILE_FOLDER}/{name}"
+            text = f"profile of {count} steps: {path}.trace.json.gz (open it at https://ui.perfetto.dev) and {path}.txt"
+            self._context.report({"kind": "note", "text": text})
 
     @contextmanager
     def _optional(self) -> Iterator[None]:
@@ -68,24 +86,3 @@ class StepProfiler:
             except Exception as error:
                 text = f"the profile could not be written: {type(error).__name__}: {error}"
                 self._context.report({"kind": "note", "text": text, "warning": True})
-
-    def _begin(self, number: int) -> None:
-        gpu = [ProfilerActivity.CUDA] if self._context.device.type == "cuda" else []
-        self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True, acc_events=True)
-        self._first = self._next = number
-        self._profile.start()
-
-    def _write(self, recorded: profile, name: str, count: int) -> None:
-        run, device = self._context.run, self._context.device.type
-        folder = run.path / PROFILE_FOLDER
-        folder.mkdir(exist_ok=True)
-        recorded.export_chrome_trace(str(folder / f"{name}.trace.json.gz"))
-        table = recorded.key_averages().table(
-            sort_by=f"self_{device}_time_total", row_limit=_TOP, max_name_column_width=60
-        )
-        head = f"{count} steps on {device}, the {_TOP} operations that took longest themselves\n"
-        (folder / f"{name}.txt").write_text(head + table + "\n", encoding="utf-8")
-        run.publish(PROFILE_FOLDER)
-        where = f"{run.uri}/{PROFILE_FOLDER}/{name}"
-        text = f"{count} steps are profiled: {where}.trace.json.gz (open it at https://ui.perfetto.dev) and {where}.txt"
-        self._context.report({"kind": "note", "text": text})

@@ -15,20 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pydantic import Base64Bytes, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter
+from pydantic import Base64Bytes, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter
 from torch import Tensor
 
-from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.control import collective
-from densenet_dist.train.inputs import normalisation
 from densenet_dist.train.metrics import gather_objects
 
-THRESHOLDS: Final = 127
-"""Of precision-recall curves: TensorBoard does not show more."""
 BINS: Final = 15
 """Of confidence, for calibration."""
 MAX_MISTAKES: Final = 24
@@ -91,7 +87,6 @@ class TestResults:
         calibration: in `BINS` bins.
         mistakes: the `MAX_MISTAKES` with the highest confidence, highest first.
         device: the type of device that computed them.
-        curves: (classes, 4, `THRESHOLDS`), see `ResultsAccumulator.curves`; not stored, so None after reading.
     """
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
@@ -105,7 +100,6 @@ class TestResults:
     calibration: Calibration
     mistakes: tuple[Mistake, ...]
     device: str
-    curves: Annotated[Numbers | None, Field(exclude=True)] = None
 
     def __post_init__(self) -> None:
         classes, bins = len(self.class_names), self.calibration
@@ -129,15 +123,12 @@ class ResultsAccumulator:
 
     Attributes:
         confusion: (classes, classes) int64 on the CPU.
-        scores: (2, classes, `THRESHOLDS`) int64 on the CPU: images by their probability of each class, in bins
-            [i, i + 1) / (THRESHOLDS - 1); first images of other classes, then images of that class.
         calibration: (3, `BINS`) float64 on the CPU: images, summed confidence and correct predictions by confidence.
         mistakes: as in `TestResults`, without images.
     """
 
     def __init__(self, num_classes: int) -> None:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.scores = torch.zeros(2, num_classes, THRESHOLDS, dtype=torch.int64)
         self.calibration = torch.zeros(3, BINS, dtype=torch.float64)
         self.mistakes: list[Mistake] = []
 
@@ -156,7 +147,6 @@ class ResultsAccumulator:
             probabilities.gather(1, chosen[:, None])[:, 0] for chosen in (predicted, labels)
         )
         self.confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
-        self._add_scores(probabilities, labels)
         bins = torch.bucketize(confidence, torch.arange(1, BINS, dtype=torch.float64) / BINS)
         correct = (predicted == labels).double()
         self.calibration.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct]))
@@ -166,23 +156,13 @@ class ResultsAccumulator:
 
     def reduce(self, device: torch.device) -> None:
         """Add up the counts of all ranks, on each of them. A collective call on `device`."""
-        for counts in (self.confusion, self.scores, self.calibration) if dist.is_initialized() else ():
+        for counts in (self.confusion, self.calibration) if dist.is_initialized() else ():
             on_device = counts.to(device)
             with collective():
                 dist.all_reduce(on_device)
             counts.copy_(on_device)
         gathered, self.mistakes = gather_objects(self.mistakes), []
         self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
-
-    def curves(self) -> Numbers:
-        """(classes, 4, `THRESHOLDS`): true positives, false positives, true negatives, false negatives of each class.
-
-        An image counts as positive if its probability reaches the threshold i / (THRESHOLDS - 1).
-        """
-        reached = self.scores.double().flip(2).cumsum(2).flip(2).numpy()
-        false_positives, true_positives = reached
-        true_negatives, false_negatives = (hits[:, :1] - hits for hits in (false_positives, true_positives))
-        return np.stack([true_positives, false_positives, true_negatives, false_negatives], axis=1)
 
     def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
         """The results; `metrics` are those of the same images."""
@@ -195,22 +175,14 @@ class ResultsAccumulator:
             calibration=Calibration(images.astype(np.int64), confidence / filled, correct / filled),
             mistakes=tuple(self.mistakes),
             device=device.type,
-            curves=self.curves(),
         )
-
-    def _add_scores(self, probabilities: Tensor, labels: Tensor) -> None:
-        classes = len(self.confusion)
-        bins = (probabilities * (THRESHOLDS - 1)).long() + torch.arange(classes) * THRESHOLDS
-        own = bins.gather(1, labels[:, None])
-        total, positive = (torch.bincount(found.flatten(), minlength=classes * THRESHOLDS) for found in (bins, own))
-        self.scores += torch.stack([total - positive, positive]).view_as(self.scores)
 
     def _keep_worst(self, mistakes: Iterable[Mistake]) -> None:
         self.mistakes = sorted([*self.mistakes, *mistakes], key=lambda found: (-found.confidence, found.index))
         del self.mistakes[MAX_MISTAKES:]
 
 
-def add_images(results: TestResults, config: Config, dataset: Dataset, engine: Engine) -> TestResults:
+def add_images(results: TestResults, config: Config, engine: Engine) -> TestResults:
     """Read the images of the mistakes again, with the engine of the test split; one rank calls it.
 
     Raises:
@@ -219,7 +191,7 @@ def add_images(results: TestResults, config: Config, dataset: Dataset, engine: E
     indices = np.array([mistake.index for mistake in results.mistakes], dtype=np.int64)
     size, geometry = config.train.eval_batch_size, config.data.augment
     loader = EvalLoader(engine, indices, batch_size=size, geometry=geometry)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(config, dataset))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (engine.mean, engine.std))
     images: dict[int, bytes] = {}
     for batch in loader if len(indices) else ():
         pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

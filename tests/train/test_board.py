@@ -36,12 +36,6 @@ def picture(event):
     return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
 
 
-def curve_of(board, tag):
-    """(6, thresholds): true and false positives, true and false negatives, precision, recall."""
-    (event,) = board.Tensors(tag)
-    return np.array(event.tensor_proto.float_val).reshape(6, -1)
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory):
     """A finished run's configuration."""
@@ -78,12 +72,6 @@ def test_a_run_shows_settings_and_ends_with_its_test_results(done):
     colours = {tuple(pixel) for pixel in np.asarray(Image.open(io.BytesIO(results.mistakes[0].png))).reshape(-1, 3)}
     sheet = {tuple(pixel) for pixel in picture(images["test/worst_mistakes"][0]).reshape(-1, 3)}
     assert len(colours & sheet) > len(colours) / 2
-    curves = {tag.removeprefix("test_pr/") for tag in board.Tags()["tensors"] if tag.startswith("test_pr/")}
-    shown = [label for label, row in enumerate(results.confusion) if row.sum()]
-    assert curves == {results.class_names[label] for label in shown}
-    right, false, *_ = curve_of(board, f"test_pr/{results.class_names[shown[0]]}")
-    assert right[0] == results.confusion[shown[0]].sum()
-    assert right[0] + false[0] == results.images
 
     sheet = picture(images["train/augmented"][0])
     assert sheet.shape == (2 * 32, 8 * 32, 3)  # 16 images in rows of 8
@@ -108,7 +96,7 @@ def test_the_settings_are_beside_the_results(done):
     assert parsed["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
 
 
-def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anything(tmp_path):
+def test_class_names_may_contain_anything(tmp_path):
     labels = torch.arange(300) % 12
     logits = torch.randn(300, 12, generator=torch.Generator().manual_seed(3))
     accumulator = ResultsAccumulator(12)
@@ -123,10 +111,6 @@ def test_many_classes_have_the_averages_of_their_curves_and_names_may_hold_anyth
     board.close()
     shown = board_of(tiny(tmp_path))
     assert set(shown.Tags()["images"]) == {"test/confusion", "test/worst_mistakes"}
-    micro, macro = (curve_of(shown, f"test_pr/{name}_average") for name in ("micro", "macro"))
-    assert (micro[5, 0], macro[5, 0]) == (1, 1)  # all are found where all is claimed
-    assert micro[4, 0] == pytest.approx(1 / 12)
-    assert macro[4, 0] == pytest.approx(1 / 11)  # a class without images has no curve
 
 
 def test_a_run_that_starts_again_shows_everything_once(tmp_path):
@@ -152,7 +136,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     def fail(*arguments):
         raise OSError("no font")
 
-    for function in ("results._png", "board.printed_confusion", "loop.normalisation"):
+    for function in ("results._png", "board.printed_confusion", "loop._show_images"):
         monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
     config = tiny(tmp_path, "train.epochs=1")
     notes = notes_of(config)
