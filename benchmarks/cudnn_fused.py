@@ -46,8 +46,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from densenet_dist.environment import describe_environment
-from densenet_dist.model.kernels.choice import choose_kernels
-from densenet_dist.model.kernels.interface import Consumer, Reader
+from densenet_dist.model.kernels import choose_kernels
+from densenet_dist.model.kernels.interface import Consumer, NormGrad
 
 REQUIREMENTS = "benchmarks/requirements-cudnn-fused.txt"
 FORMS = {"fprop": ("genstats", "sums", "plain"), "dgrad": ("carry+sums", "sums", "plain"), "wgrad": ("relu",)}
@@ -274,13 +274,13 @@ def unfused(layer: Layer) -> Callable[[], object]:
     def fprop() -> None:
         kernels.bn_relu(t["x"], norm, rectified)
         made = torch.ops.aten.convolution(rectified, t["weight"], None, *shape)
-        kernels.write(made, None, 1.0, t["out"], *((None, None) if case.form == "plain" else sums))
+        kernels.store_output(made, None, 1.0, t["out"], *((None, None) if case.form == "plain" else sums))
 
     def dgrad() -> None:
         back = torch.ops.aten.convolution_backward
         came = back(t["d_made"], rectified, t["weight"], None, *shape, [True, False, False])[0]
         carry = t["carry"] if "carry" in case.form else None
-        kernels.gather(t["x"], [Consumer(came, Reader(norm, sums, None))], carry, t["out"])
+        kernels.sum_gradients(t["x"], [Consumer(came, NormGrad(norm, sums, None))], carry, t["out"])
 
     def wgrad() -> Tensor:
         kernels.bn_relu(t["x"], norm, rectified)

@@ -108,7 +108,7 @@ def _gpus(config: Config) -> Finding:
 def _block(config: Config) -> Finding:
     import torch
 
-    from densenet_dist.model.kernels.choice import unavailable
+    from densenet_dist.model.kernels import unavailable
 
     device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
     if (reason := unavailable(device)) is not None:

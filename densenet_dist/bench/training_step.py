@@ -24,7 +24,7 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model import DenseNet
-from densenet_dist.model.kernels.choice import unavailable
+from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.variants import densenet
 from densenet_dist.schema import Config
 from densenet_dist.train.network import autocast

@@ -21,7 +21,7 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.speed import Speed, endless, measure, synchronize
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import DenseNet
-from densenet_dist.model.kernels.choice import unavailable
+from densenet_dist.model.kernels import unavailable
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext

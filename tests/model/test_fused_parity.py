@@ -109,13 +109,13 @@ def test_some_images_at_a_time(
     monkeypatch.setattr(convolutions, "PIECE_BYTES", images * 6 * 5 * 8 * 17 + 1)
     monkeypatch.setattr(operator, "choose_kernels", lambda *_: kind())
     monkeypatch.setattr(NativeKernels, "convolves", lambda *_: False)
-    cut, pieces = convolutions.CpuConvolutions._cut, []
+    cut, pieces = convolutions.CpuConvolutions._split, []
 
     def spy(self: convolutions.CpuConvolutions, whole: Tensor) -> tuple[Tensor, ...]:
         pieces.append([len(piece) for piece in cut(self, whole)])
         return cut(self, whole)
 
-    monkeypatch.setattr(convolutions.CpuConvolutions, "_cut", spy)
+    monkeypatch.setattr(convolutions.CpuConvolutions, "_split", spy)
     for which, drop_rate, tail in (("none", 0.0, "no tail"), ("odd", 0.3, "norm and conv")):
         pieces.clear()
         assert_same_step(partial(freeze, which), bn_size=bn_size, tail=tail, drop_rate=drop_rate)

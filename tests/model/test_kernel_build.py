@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fused import Block, assert_same, maps, take_step
 
-from densenet_dist.model import fused_block
-from densenet_dist.model.kernels import build, choice
+from densenet_dist.model import fused_block, kernels
+from densenet_dist.model.kernels import build
 from densenet_dist.model.kernels.build import BuildError
 
 load = build.native_library.__wrapped__  # what one process does, however often this one has done it
@@ -172,7 +172,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(
 
 def test_without_the_library_the_reference_form_computes_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    known = (build.native_library, choice.unavailable, choice._native, fused_block._warn_once)
+    known = (build.native_library, kernels.unavailable, kernels._native, fused_block._warn_once)
     for function in known:
         function.cache_clear()
     blocks = [

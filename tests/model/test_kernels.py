@@ -24,7 +24,7 @@ from kernel_cases import (
 )
 
 from densenet_dist.model.fused import backward, convolutions, forward, operator
-from densenet_dist.model.kernels.interface import MOST_CONSUMERS, Consumer, Correction, Kernels, Norm, Reader, Rectify
+from densenet_dist.model.kernels.interface import MAX_CONSUMERS, BNReLU, Consumer, Correction, Kernels, Norm, NormGrad
 from densenet_dist.model.kernels.native import NativeKernels
 
 EXACT = Kernels()
@@ -87,8 +87,8 @@ def test_write(name: str, dropout: bool) -> None:
         made, mask = draw.maps(n, c + padding, h, w), draw.mask(*shape, keep=0.8) if dropout else None
         slot, mean, var = draw.maps(*shape, before=before, after=after), draw.normal(c), draw.normal(c)
         rest, expected = Untouched(slot), torch.empty(shape, device=slot.device, dtype=torch.float64)
-        EXACT.write(made.double(), mask, 0.8, expected, None, None)
-        make_kernels(name).write(made, mask, 0.8, slot, mean, var)
+        EXACT.store_output(made.double(), mask, 0.8, expected, None, None)
+        make_kernels(name).store_output(made, mask, 0.8, slot, mean, var)
         close(slot, expected, label=(case, dtype))
         check_statistics(slot, mean, var)
         rest.check()
@@ -102,7 +102,7 @@ def test_variance_survives_a_mean_far_from_zero(name: str) -> None:
     made[1] += 100
     made[:, 1] = 3e4  # a channel that does not vary
     mean, var = draw.normal(12), draw.normal(12)
-    make_kernels(name).write(made, None, 1.0, made, mean, var)
+    make_kernels(name).store_output(made, None, 1.0, made, mean, var)
     close(mean, made.double().mean((0, 2, 3)), 1e-6)
     close(var, made.double().var((0, 2, 3), unbiased=False), 2e-4)
     assert 0 <= var[1] < 1e-3
@@ -111,7 +111,7 @@ def test_variance_survives_a_mean_far_from_zero(name: str) -> None:
 @with_names
 @pytest.mark.parametrize("carried", ["nothing", "maps", "wide", "in place"])
 def test_gather(name: str, carried: str) -> None:
-    count = {"nothing": 1, "maps": MOST_CONSUMERS, "wide": 2, "in place": 3}[carried]
+    count = {"nothing": 1, "maps": MAX_CONSUMERS, "wide": 2, "in place": 3}[carried]
     for case, dtype in cases(name):
         shape, (before, after), _ = case
         c = shape[1]
@@ -128,13 +128,12 @@ def test_gather(name: str, carried: str) -> None:
         wanted = [torch.empty(2, c, device=x.device, dtype=torch.float64) for _ in range(count)]
         right = shared.double()
         exact = [
-            Consumer(g.double(), Reader(double(norm), s, None if share is None else right))
+            Consumer(g.double(), NormGrad(double(norm), s, None if share is None else right))
             for g, norm, s, share in zip(gradients, norms, wanted, corrected, strict=True)
         ]
-        EXACT.gather(x.double(), exact, None if carry is None else carry.double(), expected)
-        readers = [Reader(*parts) for parts in zip(norms, sums, corrected, strict=True)]
-        consumers = [Consumer(gradient, reader) for gradient, reader in zip(gradients, readers, strict=True)]
-        make_kernels(name).gather(x, consumers, carry, out)
+        EXACT.sum_gradients(x.double(), exact, None if carry is None else carry.double(), expected)
+        consumers = [Consumer(g, NormGrad(*parts)) for g, *parts in zip(gradients, norms, sums, corrected, strict=True)]
+        make_kernels(name).sum_gradients(x, consumers, carry, out)
         close(out, expected, label=(case, dtype))
         for found, exactly in zip([*sums, shared], [*wanted, right], strict=True):
             close(found, exactly, 1e-13 if draw.wide == torch.float64 else 5e-6, label=(case, dtype))
@@ -156,10 +155,10 @@ def test_finish(name: str, corrected: bool, dropout: bool) -> None:
         exact = None if correction is None else Correction(correction.mean.double(), correction.sums.double(), 3)
         other, norm = draw.maps(2, 37, 5, 3), draw.norm(37)
         rectified, rectified_exactly = draw.maps(2, 40, 5, 3), torch.empty(2, 40, 5, 3, device=x.device).double()
-        exactly = Rectify(other.double(), double(norm), rectified_exactly)
-        EXACT.finish(gradient.double(), x.double(), exact, mask, 0.7, expected, exactly)
-        also = None if case is CASES[0] else Rectify(other, norm, rectified)
-        make_kernels(name).finish(gradient, x, correction, mask, 0.7, out, also)
+        exactly = BNReLU(other.double(), double(norm), rectified_exactly)
+        EXACT.correct_gradient(gradient.double(), x.double(), exact, mask, 0.7, expected, exactly)
+        also = None if case is CASES[0] else BNReLU(other, norm, rectified)
+        make_kernels(name).correct_gradient(gradient, x, correction, mask, 0.7, out, also)
         close(out, expected, label=(case, dtype))
         if also is not None:
             close(rectified, rectified_exactly, label=(case, dtype))
@@ -178,7 +177,7 @@ def test_the_gradient_passes_exactly_where_the_rectified_map_is_positive(name: s
     x[0, :, :, ::2] = near.to(dtype)[:, None, None]
     out, back = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=draw.wide)
     kernels.bn_relu(x, norm, out)
-    kernels.gather(x, [Consumer(torch.ones_like(x), Reader(norm, draw.normal(2, 40), None))], None, back)
+    kernels.sum_gradients(x, [Consumer(torch.ones_like(x), NormGrad(norm, draw.normal(2, 40), None))], None, back)
     assert torch.equal(out > 0, back != 0)
     assert 0.05 < (out == 0).float().mean() < 0.95
     assert out[:, :, :, ::2].abs().max() < 1e-4
@@ -239,7 +238,7 @@ def test_bfloat16_is_rounded_as_pytorch_rounds_it() -> None:
     gradient = values.reshape(1, 1, *values.shape).clone()
     maps = torch.zeros(gradient.shape, dtype=torch.bfloat16)
     out = torch.empty_like(maps)
-    NativeKernels().finish(gradient, maps, None, None, 1.0, out)
+    NativeKernels().correct_gradient(gradient, maps, None, None, 1.0, out)
     expected = gradient.bfloat16()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))

@@ -11,9 +11,9 @@ from kernel_cases import Draw, Untouched, close, double, keep_away_from_zero
 from torch import Tensor
 from torch.nn import functional as F
 
-from densenet_dist.model.fused import own_convolutions
+from densenet_dist.model.fused import convolutions
 from densenet_dist.model.kernels import build
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, Reader
+from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, NormGrad
 from densenet_dist.model.kernels.native import NativeKernels
 
 # A kernel takes about 128 pixels at a time (3x3: whole image rows), a thread 256 or more; columns are taken in tiles of
@@ -88,7 +88,7 @@ def test_forward_equals_float64(native: NativeKernels, dtype: torch.dtype, maske
         slot = Draw("cpu", dtype).maps(n, makes, h, w, before=2, after=3)
         rest, (mean, var) = Untouched(slot), torch.full((2, makes), math.nan, dtype=dtype)
         expected = F.conv2d(rectify_exactly(layer.maps, layer.norm), layer.weight.double(), padding=side // 2)
-        Kernels().write(expected, mask, 0.7, expected, None, None)
+        Kernels().store_output(expected, mask, 0.7, expected, None, None)
 
         native.convolve(layer.maps, layer.norm, layer.weight, mask, 0.7, slot, mean, var)
 
@@ -111,7 +111,8 @@ def test_backward_equals_float64(native: NativeKernels, dtype: torch.dtype, carr
         expected, expected_sums = torch.empty(shape, dtype=torch.float64), torch.empty(2, shape[1], dtype=torch.float64)
         came = F.conv_transpose2d(d_made.double(), weight.double(), padding=side // 2)
         exact = None if before is None else before.double()
-        Kernels().gather(maps.double(), [Consumer(came, Reader(double(norm), expected_sums, None))], exact, expected)
+        consumers = [Consumer(came, NormGrad(double(norm), expected_sums, None))]
+        Kernels().sum_gradients(maps.double(), consumers, exact, expected)
         rectified, wanted = rectify_exactly(maps, norm), weight.double().requires_grad_()
         F.conv2d(rectified, wanted, padding=side // 2).backward(d_made.double())
         assert wanted.grad is not None
@@ -182,14 +183,14 @@ def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, whe
 
 def test_the_faster_convolutions_are_chosen_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path))
-    kernels, measured = NativeKernels(), own_convolutions._seconds
+    kernels, measured = NativeKernels(), convolutions._time_layer
     assert all(seconds > 0 for side in (1, 3) for seconds in measured(kernels, side))
-    monkeypatch.setattr(own_convolutions, "_seconds", lambda _, side: (2.0, 1.0) if side == 1 else (1.0, 2.0))
-    choose = own_convolutions.own_sides.__wrapped__  # what one process does
+    monkeypatch.setattr(convolutions, "_time_layer", lambda _, side: (2.0, 1.0) if side == 1 else (1.0, 2.0))
+    choose = convolutions.faster_native_sizes.__wrapped__  # what one process does
     assert choose(kernels, 1) == {3}
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text()) == {"1": "onednn", "3": "own", "1_ms": [2000, 1000], "3_ms": [1000, 2000]}
-    monkeypatch.setattr(own_convolutions, "_seconds", lambda *_: (1.0, 2.0))
+    monkeypatch.setattr(convolutions, "_time_layer", lambda *_: (1.0, 2.0))
     assert choose(kernels, 1) == {3}
     assert choose(kernels, 2) == {1, 3}  # another number of threads
     file.write_text('{"1": "own"')

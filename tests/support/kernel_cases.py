@@ -39,7 +39,7 @@ def make_kernels(name: str) -> Kernels:
     from densenet_dist.model.kernels import triton_kernels
     from densenet_dist.model.kernels.triton_kernels import TritonKernels
 
-    triton_kernels._MOST_GROUPS = 3  # so that few pixels are several tiles in each of several groups
+    triton_kernels._MAX_GROUPS = 3  # so that few pixels are several tiles in each of several groups
     return TritonKernels()
 
 

@@ -1,16 +1,38 @@
-"""The fused dense block, backward; notation as in `densenet_dist.model.fused.forward`.
+"""The backward pass of the fused dense block; notation as in `densenet_dist.model.fused.forward`.
 
-    g_l = [s_l x + t_l > 0] (W_l^T * d made_l);  d beta_l = sum g_l;  d gamma_l = sum g_l (x - mean) / sigma
-    for a map, over all units l that read it:  G = sum_l s_l g_l
-    dx = G - offset - slope (x - mean),  offset = sum_l s_l sum(g_l) / M,
-    slope = sum_l s_l sum(g_l (x - mean)) / (sigma^2 M),  M = N H W
-    d made_j = dropout mask * dx[slot_j]
+Let x be a channel of the buffer with batch mean and variance, r = 1 / sqrt(var + eps), M = N H W, and let l run over
+the units that read it. All sums without an index are over (N, H, W).
 
-Sums are over (N, H, W); offset and slope count the units in training only (a frozen one has constant statistics).
+    g_l = [s_l x + t_l > 0] * conv_transpose(d output_l, W_l)        the gradient of norm_l(x)
+    d beta_l = sum g_l,   d gamma_l = r sum g_l (x - mean)
 
-Gradients W_l^T * d made_l wait until a map below them is needed; after a few of them (`WAITING`) all that they add to
-the maps below is added to the buffer of G at once. So the buffer is read and written once for several layers, and
-memory stays linear in depth. Where a convolution adds to the buffer itself (`Convolutions.accumulates`) none waits.
+The textbook gradient of one batch normalisation in training mode is
+
+    dx = s_l (g_l - sum(g_l) / M - (x - mean) r^2 sum(g_l (x - mean)) / M)
+
+All units share x, mean and r, so only s_l and g_l have an index, and the sum over l can be moved inside:
+
+    dx = G - (A + B (x - mean)) / M
+    G = sum_l s_l g_l,   A = sum_l s_l sum g_l,   B = sum_l s_l r^2 sum g_l (x - mean)
+
+G needs a pass over the maps for each unit, but the second term, the "correction", is only two numbers per channel that
+are summed up meanwhile and applied once. Units in evaluation mode have constant statistics: they add to G alone.
+
+Example: 3 input channels, k = 2, two layers and a tail. x marks the channels whose G, A and B a unit adds to, in the
+    order of the backward pass; "=>" marks the channels that no further unit reads, whose correction is applied then.
+
+    channel     0 1 2 | 3 4 | 5 6
+    tail        x x x   x x   x x      => 5, 6: corrected and multiplied by dropout's mask, d output of layer 2
+    layer 2     x x x   x x            => 3, 4: d output of layer 1
+    layer 1     x x x                  => 0, 1, 2: the gradient of the block's input
+
+The gradients of beta and gamma of these units are one tensor (3, 2, 7) and A and B one tensor (2, 7), so that each is
+allocated once. Unit i uses row i up to its number of channels (the x above); the rest of the row is never read.
+
+The outputs of conv_transpose wait until a channel that they add to is needed; after `MAX_WAITING` of them everything
+they add to the remaining channels is added to the buffer of G at once. So the buffer is read and written once for
+several layers, and memory stays linear in depth. None waits if the convolution itself adds to the buffer
+(`Convolutions.accumulates`).
 """
 
 from __future__ import annotations
@@ -20,158 +42,170 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from densenet_dist.model.fused.own_convolutions import choose_convolutions
-from densenet_dist.model.fused.structure import (
-    Arriving,
-    Forward,
-    Gradients,
+from densenet_dist.model.fused.convolutions import choose_convolutions
+from densenet_dist.model.fused.types import (
+    BlockSpec,
+    ForwardResult,
+    OutputGradient,
     Statistics,
-    Structure,
     Unit,
-    new_buffer,
-    new_maps,
+    empty_buffer,
+    empty_maps,
 )
-from densenet_dist.model.kernels.interface import (
-    MOST_CONSUMERS,
-    Consumer,
-    Correction,
-    Kernels,
-    Reader,
-    accumulation_type,
-)
+from densenet_dist.model.kernels import interface
+from densenet_dist.model.kernels.interface import Consumer, Correction, Kernels, NormGrad
 
-WAITING = MOST_CONSUMERS
-"""How many layers' gradients wait: more of them cost memory and save traffic."""
+MAX_WAITING = interface.MAX_CONSUMERS
+"""How many layers' gradients wait. More would cost memory and save traffic."""
 
 
 class BackwardPass:
-    """All gradients of a block.
+    """Compute the gradients of a block.
 
     Args:
-        kernels: for the device and type of the maps.
+        kernels: for the device and dtype of the maps.
         block: as for the forward pass.
-        made: by the forward pass; `Forward.out` is not needed.
+        result: of the forward pass; `ForwardResult.out` is not used.
         masks: as for the forward pass.
-        need_weights: whether a unit's weight needs a gradient, in order of `Structure.units`; False where it has none.
+        need_weights: whether each unit's weight needs a gradient, in order of `BlockSpec.units`; False without a
+            weight.
     """
 
     def __init__(
-        self, kernels: Kernels, block: Structure, made: Forward, masks: Sequence[Tensor], need_weights: Sequence[bool]
-    ) -> None:
-        maps, layers = made.maps, len(made.inner)
-        self._kernels, self._block, self._made = kernels, block, made
-        self._masks, self._needs = list(masks), list(need_weights)
-        self._wide = accumulation_type(maps.dtype)
-        self._count = maps.numel() // maps.shape[1]
+        self, kernels: Kernels, block: BlockSpec, result: ForwardResult, masks: Sequence[Tensor],
+        need_weights: Sequence[bool],
+    ) -> None:  # fmt: skip
+        maps, layers = result.maps, len(result.bottlenecks)
+        self._kernels, self._block, self._result = kernels, block, result
+        self._masks, self._need_weights = list(masks), list(need_weights)
+        self._wide = interface.accumulation_type(maps.dtype)
+        self._values = maps.numel() // maps.shape[1]
         self._convolutions = choose_convolutions(kernels, maps, block.units)
-        self._sums = maps.new_empty((len(block.readers), 2, maps.shape[1]), dtype=self._wide)
-        self._inner_sums = maps.new_empty((layers, 2, block.inner_width), dtype=self._wide)
-        # The statistics' share in the gradients of all maps: of those that layers read, then of those within layers.
-        self._corrections = maps.new_zeros((2, maps.shape[1] + layers * block.inner_width), dtype=self._wide)
-        self._readers = [self._reader(unit, made.statistics, self._sums[i], 0) for i, unit in enumerate(block.readers)]
-        self._weights: list[Tensor | None] = []  # last layer first
+        self._gradients = maps.new_empty((len(block.buffer_units), 2, maps.shape[1]), dtype=self._wide)
+        self._bottleneck_gradients = maps.new_empty((layers, 2, block.bottleneck_width), dtype=self._wide)
+        # A and B of all channels: of the buffer, then of the bottlenecks, layer after layer.
+        self._corrections = maps.new_zeros((2, maps.shape[1] + layers * block.bottleneck_width), dtype=self._wide)
+        self._norms = [
+            self._norm_backward(unit, result.statistics, self._gradients[i], 0)
+            for i, unit in enumerate(block.buffer_units)
+        ]
+        self._d_weights: list[Tensor | None] = []  # last layer first
         self._waiting: list[Consumer] = []
-        self._carry: Tensor | None = None  # G without what waits; at first the gradient of the maps themselves
-        self._buffer: Tensor | None = None
-        self._between: Tensor | None = None  # what comes back to the maps between two convolutions: one layer at a time
+        self._carry: Tensor | None = None  # G without what waits; without a tail, first the gradient of the maps
+        self._buffer: Tensor | None = None  # the memory of G
+        self._d_bottleneck: Tensor | None = None  # the memory of a bottleneck's gradient, of one layer at a time
 
-    def run(self, gradient: Tensor, need_x: bool) -> Gradients:
-        """Compute them from that of `Forward.out`, or without a tail of `Forward.maps`; channels_last."""
+    def run(self, gradient: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor]]:
+        """Run the backward pass.
+
+        Args:
+            gradient: with respect to `ForwardResult.out`, or without a tail to `ForwardResult.maps`; channels_last.
+            need_x: whether the gradient of the block's input is needed.
+
+        Returns:
+            The gradient of the input (N, C, H, W), or None; of beta and gamma of `BlockSpec.buffer_units`, (units, 2,
+            all channels), of which a unit's own channels are valid; of beta and gamma of each layer's second unit,
+            (layers, 2, bottleneck width); of the weights that need one, in order of `BlockSpec.units`.
+        """
         layers, widths = self._block.layers, self._block.widths
-        needs = zip(self._block.units, self._needs, strict=True)
-        weights = [unit.weight for unit, needed in needs if needed and unit.weight is not None]
+        needed = zip(self._block.units, self._need_weights, strict=True)
+        weights = [unit.weight for unit, need in needed if need and unit.weight is not None]
         tail = self._block.tail
         if tail is None:
             self._carry = gradient
         else:
-            self._through_reader(len(layers), tail, Arriving(gradient, gradient))
-        for number, (start, stop) in reversed(list(enumerate(pairwise(widths)))):
-            layer = layers[number]
-            arriving = self._slot(start, stop, self._next_mask())
+            self._backward_buffer_unit(len(layers), tail, OutputGradient(gradient, gradient))
+        for i, (start, stop) in reversed(list(enumerate(pairwise(widths)))):
+            layer = layers[i]
+            d_output = self._slot_gradient(start, stop, self._next_mask())
             if len(layer) == 2:
-                arriving = self._through_inner(number, layer[1], arriving)
-            self._through_reader(number, layer[0], arriving)
-        entering, d_x = self._slot(0, widths[0], None), None
+                d_output = self._backward_second_unit(i, layer[1], d_output)
+            self._backward_buffer_unit(i, layer[0], d_output)
+        d_input, d_x = self._slot_gradient(0, widths[0], None), None
         if need_x:
-            d_x = new_maps(self._made.maps, widths[0])
-            self._kernels.finish(entering.gradient, entering.maps, entering.correction, None, 1.0, d_x)
-        found = [weight for weight in reversed(self._weights) if weight is not None]
-        return Gradients(d_x, self._sums, self._inner_sums, self._convolutions.like_weights(found, weights))
+            d_x = empty_maps(self._result.maps, widths[0])
+            self._kernels.correct_gradient(d_input.gradient, d_input.maps, d_input.correction, None, 1.0, d_x)
+        d_weights = [weight for weight in reversed(self._d_weights) if weight is not None]
+        d_weights = self._convolutions.like_weights(d_weights, weights)
+        return d_x, self._gradients, self._bottleneck_gradients, d_weights
 
-    def _reader(self, unit: Unit, statistics: Statistics, gradients: Tensor, first: int) -> Reader:
-        """That of a unit; `first` is the place of its first channel in the corrections."""
-        correction = self._corrections[:, first : first + unit.reads] if unit.frozen is None else None
-        return Reader(unit.norm(statistics, self._wide), gradients[:, : unit.reads], correction)
+    def _norm_backward(self, unit: Unit, statistics: Statistics, gradients: Tensor, start: int) -> NormGrad:
+        """Return a unit's normalisation; `start` is the index of its first channel in the corrections."""
+        channels = unit.in_channels
+        correction = self._corrections[:, start : start + channels] if unit.frozen is None else None
+        return NormGrad(unit.norm(statistics, self._wide), gradients[:, :channels], correction)
 
-    def _through_reader(self, number: int, unit: Unit, arriving: Arriving) -> None:
-        """Back through a unit that reads the block's maps: what comes out is added to G, at once or with others."""
-        reader, needed = self._readers[number], self._needs.pop()
-        maps = self._made.maps[:, : unit.reads]
+    def _backward_buffer_unit(self, i: int, unit: Unit, d_output: OutputGradient) -> None:
+        """Go back through `BlockSpec.buffer_units` [i]: its gradient is added to G, or waits."""
+        norm, need_weight = self._norms[i], self._need_weights.pop()
+        maps = self._result.maps[:, : unit.in_channels]
         if self._convolutions.accumulates(unit):
             if self._waiting:
-                self._flush(unit.reads)
-            carry, out = self._carried(0, unit.reads), self._room(unit.reads)
-            self._weights.append(self._convolutions.accumulate(unit, maps, reader, arriving, needed, carry, out))
+                self._flush(unit.in_channels)
+            carry, out = self._carry_slice(0, unit.in_channels), self._buffer_slice(unit.in_channels)
+            self._d_weights.append(
+                self._convolutions.backward_accumulate(unit, maps, norm, d_output, need_weight, carry, out)
+            )
             self._carry = out
             return
-        came, d_weight = self._convolutions.backward(unit, maps, reader.norm, arriving, needed)
-        self._weights.append(d_weight)
-        self._waiting.insert(0, Consumer(came, reader))
-        if len(self._waiting) == WAITING and number > 0:
-            self._flush(unit.reads)
+        gradient, d_weight = self._convolutions.backward(unit, maps, norm.norm, d_output, need_weight)
+        self._d_weights.append(d_weight)
+        self._waiting.insert(0, Consumer(gradient, norm))
+        if len(self._waiting) == MAX_WAITING and i > 0:
+            self._flush(unit.in_channels)
 
     def _flush(self, channels: int) -> None:
         """Add all that waits to G of the first channels."""
-        out = self._room(channels)
-        self._gather(0, channels, out)
+        out = self._buffer_slice(channels)
+        self._sum_waiting(0, channels, out)
         self._carry = out
         self._waiting.clear()
 
-    def _through_inner(self, number: int, unit: Unit, arriving: Arriving) -> Arriving:
-        """Back through a second unit, to the gradient of what the first one's convolution made."""
-        maps, width = self._made.inner[number], unit.reads
-        statistics = self._made.inner_statistics.narrow(number * width, (number + 1) * width)
-        first = self._made.maps.shape[1] + number * width
-        reader = self._reader(unit, statistics, self._inner_sums[number], first)
-        if self._between is None:
-            self._between = new_maps(maps, width, self._wide)
-        total, needed = self._between, self._needs.pop()
-        self._weights.append(self._convolutions.accumulate(unit, maps, reader, arriving, needed, None, total))
-        correction = self._correction(reader.norm.mean, first, first + width) if unit.frozen is None else None
-        return Arriving(total, maps, correction, self._next_mask(), self._block.keep, owned=True)
+    def _backward_second_unit(self, i: int, unit: Unit, d_output: OutputGradient) -> OutputGradient:
+        """Go back through the second unit of layer i; return the gradient of the bottleneck."""
+        maps, width = self._result.bottlenecks[i], unit.in_channels
+        statistics = self._result.bottleneck_statistics.narrow(i * width, (i + 1) * width)
+        start = self._result.maps.shape[1] + i * width
+        norm = self._norm_backward(unit, statistics, self._bottleneck_gradients[i], start)
+        if self._d_bottleneck is None:
+            self._d_bottleneck = empty_maps(maps, width, self._wide)
+        out, need_weight = self._d_bottleneck, self._need_weights.pop()
+        self._d_weights.append(
+            self._convolutions.backward_accumulate(unit, maps, norm, d_output, need_weight, None, out)
+        )
+        correction = self._correction(norm.norm.mean, start, start + width) if unit.frozen is None else None
+        return OutputGradient(out, maps, correction, self._next_mask(), self._block.keep, owned=True)
 
-    def _room(self, channels: int) -> Tensor:
-        """The first channels of the buffer of G."""
+    def _buffer_slice(self, channels: int) -> Tensor:
+        """Return the first channels of the buffer of G."""
         if self._buffer is None:
-            self._buffer = new_buffer(self._made.maps, channels)
+            self._buffer = empty_buffer(self._result.maps, channels)
         return self._buffer[:, :channels]
 
-    def _carried(self, start: int, stop: int) -> Tensor | None:
+    def _carry_slice(self, start: int, stop: int) -> Tensor | None:
         return None if self._carry is None else self._carry[:, start:stop]
 
-    def _slot(self, start: int, stop: int, mask: Tensor | None) -> Arriving:
-        """The gradient of what was stored as the block's maps `start` to before `stop`."""
-        maps = self._made.maps[:, start:stop]
+    def _slot_gradient(self, start: int, stop: int, mask: Tensor | None) -> OutputGradient:
+        """Return the gradient of channels ``start:stop`` of the buffer, which no further unit reads."""
+        maps = self._result.maps[:, start:stop]
         if self._waiting:
-            total = new_maps(maps, stop - start, self._wide)
-            self._gather(start, stop, total)
+            total = empty_maps(maps, stop - start, self._wide)
+            self._sum_waiting(start, stop, total)
         else:
             assert self._carry is not None
             total = self._carry[:, start:stop]
         correction = None
-        if any(unit.frozen is None for unit in self._block.readers):
-            correction = self._correction(self._made.statistics.mean[start:stop], start, stop)
-        return Arriving(total, maps, correction, mask, self._block.keep)
+        if any(unit.frozen is None for unit in self._block.buffer_units):
+            correction = self._correction(self._result.statistics.mean[start:stop], start, stop)
+        return OutputGradient(total, maps, correction, mask, self._block.keep)
 
-    def _gather(self, start: int, stop: int, out: Tensor) -> None:
-        """Put G of a range of channels and what waits into `out`."""
-        consumers = [
-            Consumer(gradient[:, start:stop], reader.narrow(start, stop)) for gradient, reader in self._waiting
-        ]
-        self._kernels.gather(self._made.maps[:, start:stop], consumers, self._carried(start, stop), out)
+    def _sum_waiting(self, start: int, stop: int, out: Tensor) -> None:
+        """Write G of channels ``start:stop``, with all that waits, to `out`."""
+        consumers = [Consumer(gradient[:, start:stop], norm.narrow(start, stop)) for gradient, norm in self._waiting]
+        self._kernels.sum_gradients(self._result.maps[:, start:stop], consumers, self._carry_slice(start, stop), out)
 
     def _correction(self, mean: Tensor, start: int, stop: int) -> Correction:
-        return Correction(mean, *self._block.reduction.total(self._corrections[:, start:stop], self._count))
+        return Correction(mean, *self._block.reduction.total(self._corrections[:, start:stop], self._values))
 
     def _next_mask(self) -> Tensor | None:
         return self._masks.pop() if self._masks else None

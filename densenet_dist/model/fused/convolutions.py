@@ -1,165 +1,335 @@
-"""BN-ReLU and the convolution after it, forward and backward."""
+"""BN-ReLU and the convolution after it, forward and backward: by PyTorch (cuDNN, oneDNN) or by this project's C++.
+
+On a CPU both can convolve. Which is faster for a kernel size depends on the processor, so it is measured once per
+machine.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
+from functools import cache, partial
 from itertools import compress
+from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.structure import TENSOR_CORE_CHANNELS, Arriving, Statistics, Unit, new_maps
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, Reader, Rectify
-from densenet_dist.model.kernels.native import NativeKernels
+from densenet_dist.cache_folder import cache_folder
+from densenet_dist.model.fused.types import TENSOR_CORE_CHANNELS, OutputGradient, Statistics, Unit, empty_maps
+from densenet_dist.model.kernels.interface import BNReLU, Consumer, Kernels, Norm, NormGrad
+from densenet_dist.model.kernels.native import KERNEL_SIZES, NativeKernels
 
 PIECE_BYTES = 24 * 2**20
-"""Most rectified maps that a CPU works on at a time. What is larger than 32 MiB glibc gives back to the system when it
-is freed: its pages are faulted in and cleared anew for every layer. Much smaller pieces cost more calls than they
-save."""
+"""Most bytes of rectified maps that oneDNN convolves at a time. glibc returns larger blocks (over 32 MiB) to the system
+when they are freed, so that their pages are faulted in and cleared again for every layer. Much smaller pieces cost more
+in calls than they save."""
+
+TYPICAL_LAYERS: Final = {1: (120, 48), 3: (48, 12)}
+"""By kernel size, input and output channels of a layer in the middle of DenseNet-BC (k = 12)."""
+IMAGES, SIDE, ROUNDS = 8, 32, 5
+_ONEDNN_VARIABLES: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 class Convolutions:
-    """The convolutions of one block, one after the other, by PyTorch (oneDNN, cuDNN).
+    """The convolutions of one block, by PyTorch. They share one scratch tensor, so they must run one after another.
 
     Args:
-        kernels: for the maps' device and type.
-        like: maps of the block's images, device and type.
-        units: whose convolutions they are.
+        kernels: for the device and dtype of the maps.
+        like: maps with N, H, W, device and dtype of the block's.
+        units: whose convolutions are to be computed.
     """
 
     def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
         self._kernels, self._like = kernels, like
         self._multiple = TENSOR_CORE_CHANNELS if like.is_cuda else 1
-        # One piece of memory for all layers: on a CPU fresh pages cost more than the pass that fills them.
+        # On a CPU newly allocated pages cost more than the pass that fills them.
         n, _, height, width = like.shape
-        self._scratch = like.new_empty(n * height * width * self.padded(_widest(units)))
-        # All weights are converted together on a GPU, for fewer launches, and one at a time on a CPU, for less memory.
-        self._together = like.is_cuda
-        self._prepared_weights: dict[int, Tensor] = {}
-        if self._together:
+        self._scratch = like.new_empty(n * height * width * self.padded(_max_in_channels(units)))
+        # On a GPU all weights are converted in one launch; on a CPU one at a time, which needs less memory.
+        self._convert_together = like.is_cuda
+        self._converted: dict[int, Tensor] = {}
+        if self._convert_together:
             weights = [unit.weight for unit in units if unit.weight is not None]
-            prepared = _convert(kernels, weights, [self._room_for_weight(weight) for weight in weights])
-            self._prepared_weights = {id(weight): made for weight, made in zip(weights, prepared, strict=True)}
+            converted = _convert(kernels, weights, [self._empty_weight(weight) for weight in weights])
+            self._converted = {id(weight): out for weight, out in zip(weights, converted, strict=True)}
 
     def accumulates(self, unit: Unit) -> bool:
-        """Whether `accumulate` is better than `backward`, with gradients that wait."""
+        """Return whether `backward_accumulate` is faster than `backward` followed by one sum for several units."""
         return False
 
     def padded(self, channels: int) -> int:
-        """The next multiple that the device likes."""
+        """Round up to the multiple of channels that the device needs."""
         return -(-channels // self._multiple) * self._multiple
 
     def apply(self, unit: Unit, maps: Tensor, norm: Norm) -> Tensor:
-        """``conv(relu(norm(maps)))``: (N, C, H, W) -> (N, K, H, W), fresh memory; without a weight BN-ReLU."""
+        """Compute ``conv(relu(norm(maps)))``, without a weight BN-ReLU: (N, C, H, W) -> (N, K, H, W), new memory."""
         if unit.weight is None:
-            out = new_maps(maps, unit.reads)
+            out = empty_maps(maps, unit.in_channels)
             self._kernels.bn_relu(maps, norm, out)
             return out
-        # Not a view of padded maps: nobody could change it in place.
-        slot = None if self.padded(unit.makes) == unit.makes else new_maps(maps, unit.makes)
-        return self.write(unit, maps, norm, None, 1.0, slot, None)
+        # A view of padded maps could not be changed in place by the caller.
+        slot = None if self.padded(unit.out_channels) == unit.out_channels else empty_maps(maps, unit.out_channels)
+        return self.forward(unit, maps, norm, None, 1.0, slot, None)
 
-    def write(
+    def forward(
         self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
         into: Statistics | None,
     ) -> Tensor:  # fmt: skip
-        """``slot = conv(relu(norm(maps))) * mask / keep`` and the slot's statistics, as `Kernels.write`.
+        """Compute ``slot = conv(relu(norm(maps))) * mask / keep`` and its statistics, as `Kernels.store_output` does.
 
         Returns:
-            `slot`, fresh memory where it is None.
+            `slot`, or new memory if it is None.
         """
         assert unit.weight is not None
-        made = self._convolve(unit.weight, maps, norm)
+        output = self._convolve(unit.weight, maps, norm)
         if slot is None:
-            slot = made if made.shape[1] == unit.makes else made[:, : unit.makes]
-        self._kernels.write(made, mask, keep, slot, *(into or (None, None)))
+            slot = output if output.shape[1] == unit.out_channels else output[:, : unit.out_channels]
+        self._kernels.store_output(output, mask, keep, slot, *(into or (None, None)))
         return slot
 
     def backward(
-        self, unit: Unit, maps: Tensor, norm: Norm, arriving: Arriving, need_weight: bool
+        self, unit: Unit, maps: Tensor, norm: Norm, d_output: OutputGradient, need_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """From the gradient of what the convolution made.
-
-        Returns:
-            Gradients of relu(norm(maps)), (N, at least C, H, W), and of the weight, for `like_weights`.
-        """
+        """Compute the gradients of relu(norm(maps)), (N, >= C, H, W), and of the weight, for `like_weights`."""
         if unit.weight is None:
-            return arriving.gradient, None
-        weight, rectified = self._prepared(unit.weight), self._room(maps)
-        d_made = self._finished(arriving, unit.makes, Rectify(maps, norm, rectified))
-        d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-            d_made, rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
+            return d_output.gradient, None
+        weight, rectified = self._convert_weight(unit.weight), self._scratch_like(maps)
+        gradient = self._corrected(d_output, unit.out_channels, BNReLU(maps, norm, rectified))
+        d_rectified, d_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
             [True, need_weight, False],
         )  # fmt: skip
-        return _channels_last(d_input), self._like_weight(d_weight if need_weight else None, unit.weight)
+        return _channels_last(d_rectified), self._like_weight(d_weight if need_weight else None, unit.weight)
 
-    def accumulate(
-        self, unit: Unit, maps: Tensor, reader: Reader, arriving: Arriving, need_weight: bool, carry: Tensor | None,
-        out: Tensor,
+    def backward_accumulate(
+        self, unit: Unit, maps: Tensor, norm: NormGrad, d_output: OutputGradient, need_weight: bool,
+        carry: Tensor | None, out: Tensor,
     ) -> Tensor | None:  # fmt: skip
-        """`backward`, and `Kernels.gather` of what came out of it.
-
-        Returns:
-            The weight's gradient, for `like_weights`.
-        """
-        came, d_weight = self.backward(unit, maps, reader.norm, arriving, need_weight)
-        self._kernels.gather(maps, [Consumer(came[:, : unit.reads], reader)], carry, out)
+        """Compute `backward`, then `Kernels.sum_gradients` of its result; return the weight's gradient."""
+        d_rectified, d_weight = self.backward(unit, maps, norm.norm, d_output, need_weight)
+        self._kernels.sum_gradients(maps, [Consumer(d_rectified[:, : unit.in_channels], norm)], carry, out)
         return d_weight
 
     def like_weights(self, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients with the shapes, types and strides of weights: torch's fused optimizers do not look at strides."""
-        if not self._together:
+        """Give gradients the shapes, dtypes and strides of the weights: torch's fused optimizers ignore strides."""
+        if not self._convert_together:
             return list(gradients)
         return _convert(self._kernels, gradients, [torch.empty_like(weight) for weight in weights])
 
     def _like_weight(self, gradient: Tensor | None, weight: Tensor) -> Tensor | None:
-        if gradient is None or self._together:
+        if gradient is None or self._convert_together:
             return gradient
         return _convert(self._kernels, [gradient], [torch.empty_like(weight)])[0]
 
-    def _prepared(self, weight: Tensor) -> Tensor:
-        """The weight in the maps' type, padded."""
-        if self._together:
-            return self._prepared_weights[id(weight)]
-        return _convert(self._kernels, [weight], [self._room_for_weight(weight)])[0]
+    def _convert_weight(self, weight: Tensor) -> Tensor:
+        """Return the weight in the maps' dtype, padded."""
+        if self._convert_together:
+            return self._converted[id(weight)]
+        return _convert(self._kernels, [weight], [self._empty_weight(weight)])[0]
 
-    def _finished(self, arriving: Arriving, makes: int, also: Rectify | None = None) -> Tensor:
-        """The gradient of what a convolution made: (N, `padded` K, H, W), padding zero; and `also` done."""
-        gradient, maps, correction, mask, keep, owned = arriving
-        padded, same = self.padded(makes), gradient.dtype == maps.dtype
+    def _corrected(self, d_output: OutputGradient, channels: int, also: BNReLU | None = None) -> Tensor:
+        """Return the gradient of a convolution's output, (N, padded K, H, W); run `also`."""
+        gradient, maps, correction, mask, keep, owned = d_output
+        padded, same_dtype = self.padded(channels), gradient.dtype == maps.dtype
         dense = gradient.shape[1] == padded and gradient.is_contiguous(memory_format=torch.channels_last)
-        if same and dense and correction is None and mask is None:
+        if same_dtype and dense and correction is None and mask is None:
             if also is not None:
                 self._kernels.bn_relu(*also)
             return gradient
-        out = gradient if owned and same and padded == makes else new_maps(maps, padded)
-        self._kernels.finish(gradient, maps, correction, mask, keep, out, also)
+        out = gradient if owned and same_dtype and padded == channels else empty_maps(maps, padded)
+        self._kernels.correct_gradient(gradient, maps, correction, mask, keep, out, also)
         return out
 
     def _convolve(self, weight: Tensor, maps: Tensor, norm: Norm) -> Tensor:
-        weight, rectified = self._prepared(weight), self._room(maps)
+        weight, rectified = self._convert_weight(weight), self._scratch_like(maps)
         self._kernels.bn_relu(maps, norm, rectified)
-        made: Tensor = torch.ops.aten.convolution(
+        output: Tensor = torch.ops.aten.convolution(
             rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1
         )
-        return _channels_last(made)
+        return _channels_last(output)
 
-    def _room(self, maps: Tensor) -> Tensor:
-        """For rectified maps, padded."""
+    def _scratch_like(self, maps: Tensor) -> Tensor:
+        """Return scratch memory for rectified maps, padded."""
         n, channels, height, width = maps.shape
         padded = self.padded(channels)
         flat = self._scratch[: n * height * width * padded]
         return flat.view(n, height, width, padded).permute(0, 3, 1, 2)
 
-    def _room_for_weight(self, weight: Tensor) -> Tensor:
-        """For a weight in the maps' type, padded."""
+    def _empty_weight(self, weight: Tensor) -> Tensor:
+        """Allocate a weight in the maps' dtype, padded."""
         shape = (self.padded(weight.shape[0]), self.padded(weight.shape[1]), *weight.shape[2:])
         like = self._like
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+class CpuConvolutions(Convolutions):
+    """The convolutions of one block on a CPU: by the C++ kernels, or by oneDNN, some images at a time (`PIECE_BYTES`).
+
+    The C++ kernels normalise what they read and compute the statistics of what they store, in one pass.
+
+    Args:
+        native_sizes: kernel sizes of the convolutions that the C++ kernels compute.
+    """
+
+    def __init__(
+        self, kernels: Kernels, like: Tensor, units: Sequence[Unit], native_sizes: Collection[int] = ()
+    ) -> None:
+        self._native = kernels if isinstance(kernels, NativeKernels) else None
+        self._native_sizes = native_sizes
+        self._dtype = like.dtype
+        others = [unit for unit in units if not self._native_for(unit)]
+        self._images = max(1, PIECE_BYTES // max(1, like[:1, :1].nbytes * _max_in_channels(others)))
+        self._several_pieces = len(like) > self._images
+        super().__init__(kernels, like[: self._images], others)
+
+    def accumulates(self, unit: Unit) -> bool:
+        """Return True for several pieces or C++; otherwise the gradients of several units are small enough to wait."""
+        return self._several_pieces or self._native_for(unit) is not None
+
+    def forward(
+        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        into: Statistics | None,
+    ) -> Tensor:  # fmt: skip
+        """See `Convolutions.forward`."""
+        assert unit.weight is not None
+        native = self._native_for(unit)
+        if native is None and len(maps) <= self._images:
+            return super().forward(unit, maps, norm, mask, keep, slot, into)
+        slot = empty_maps(maps, unit.out_channels) if slot is None else slot
+        if native is not None:
+            weight = unit.weight.to(maps.dtype).contiguous()
+            native.convolve(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
+            return slot
+        pieces = self._split(maps)
+        parts = None if into is None else torch.stack([torch.stack(into)] * len(pieces))
+        masks = [None] * len(pieces) if mask is None else self._split(mask)
+        for i, (piece, mask_piece, slot_piece) in enumerate(zip(pieces, masks, self._split(slot), strict=True)):
+            output, statistics = self._convolve(unit.weight, piece, norm), (None, None) if parts is None else parts[i]
+            self._kernels.store_output(output, mask_piece, keep, slot_piece, *statistics)
+        if into is not None and parts is not None:
+            _merge_statistics(parts, [len(piece) for piece in pieces], into)
+        return slot
+
+    def backward_accumulate(
+        self, unit: Unit, maps: Tensor, norm: NormGrad, d_output: OutputGradient, need_weight: bool,
+        carry: Tensor | None, out: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """See `Convolutions.backward_accumulate`."""
+        native = self._native_for(unit)
+        if unit.weight is None or (native is None and len(maps) <= self._images):
+            return super().backward_accumulate(unit, maps, norm, d_output, need_weight, carry, out)
+        gradient = self._corrected(d_output, unit.out_channels)
+        if native is not None:
+            weight, sums = unit.weight.to(maps.dtype).contiguous(), norm.norm.mean.new_empty(2, unit.in_channels)
+            d_weight = torch.empty_like(weight) if need_weight else None
+            native.convolve_backward(maps, norm.norm, weight, gradient, carry, out, sums, d_weight)
+            norm.apply_sums(sums)
+            return self._like_weight(d_weight, unit.weight)
+        pieces = self._split(maps)
+        carries = [None] * len(pieces) if carry is None else self._split(carry)
+        parts = norm.gradients.new_empty(len(pieces), *norm.gradients.shape)
+        d_weight = torch.zeros_like(unit.weight, dtype=parts.dtype) if need_weight else None
+        for piece, part, d_piece, carry_piece, out_piece in zip(
+            pieces, parts, self._split(gradient), carries, self._split(out), strict=True
+        ):
+            d_weight_piece = super().backward_accumulate(
+                unit, piece, norm._replace(gradients=part), OutputGradient(d_piece, d_piece), need_weight, carry_piece,
+                out_piece,
+            )  # fmt: skip
+            if d_weight is not None and d_weight_piece is not None:
+                d_weight += d_weight_piece
+        torch.sum(parts, 0, out=norm.gradients)
+        return self._like_weight(d_weight, unit.weight)
+
+    def _native_for(self, unit: Unit) -> NativeKernels | None:
+        """Return the C++ kernels if they compute this unit's convolution."""
+        if self._native is None or unit.weight is None or unit.weight.shape[2] not in self._native_sizes:
+            return None
+        return self._native if self._native.convolves(unit.weight, self._dtype) else None
+
+    def _split(self, maps: Tensor) -> tuple[Tensor, ...]:
+        pieces: tuple[Tensor, ...] = maps.split(self._images)
+        return pieces
+
+
+def choose_convolutions(kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> Convolutions:
+    """Return the convolutions for the device of `like`; arguments as for `Convolutions`."""
+    if like.device.type != "cpu":
+        return Convolutions(kernels, like, units)
+    sizes: frozenset[int] = frozenset()
+    if isinstance(kernels, NativeKernels) and like.dtype == torch.float32:
+        sizes = faster_native_sizes(kernels, torch.get_num_threads())
+    elif isinstance(kernels, NativeKernels) and like.dtype == torch.float64:
+        sizes = frozenset(KERNEL_SIZES)  # float64 is for tests; its speed does not matter
+    return CpuConvolutions(kernels, like, units, sizes)
+
+
+@cache
+def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
+    """Return the kernel sizes of the convolutions that `kernels` compute faster than oneDNN with this many threads.
+
+    They are measured in float32 (about 0.1 s) and kept in `cache_folder`: the two differ by rounding, and runs on one
+    machine must be reproducible bit for bit.
+    """
+    parts = [kernels.name, torch.__version__, str(threads), *(os.environ.get(name, "") for name in _ONEDNN_VARIABLES)]
+    key = hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
+    file: Path | None = None
+    with suppress(Exception):  # no cache folder, or a damaged file: measure
+        file = cache_folder() / f"convolutions-{key}.json"
+        return frozenset(size for size in KERNEL_SIZES if json.loads(file.read_text())[str(size)] == "own")
+    times = {size: _time_layer(kernels, size) for size in KERNEL_SIZES}
+    faster = frozenset(size for size, (native, onednn) in times.items() if native <= onednn)
+    record = {str(size): "own" if size in faster else "onednn" for size in KERNEL_SIZES}
+    figures = {f"{size}_ms": [round(1e3 * seconds, 3) for seconds in pair] for size, pair in times.items()}
+    with suppress(OSError):
+        if file is not None:
+            temporary = file.with_name(f"{file.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(record | figures) + "\n")
+            temporary.rename(file)
+    return faster
+
+
+def _time_layer(kernels: NativeKernels, size: int) -> tuple[float, float]:
+    """Return the seconds of a typical layer's forward and backward pass by `kernels` and by oneDNN, each the fastest.
+
+    The two take turns, so that other work on the machine slows down both.
+    """
+    in_channels, out_channels = TYPICAL_LAYERS[size]
+    generator = torch.Generator().manual_seed(0)
+    like = torch.empty(IMAGES, 1, SIDE, SIDE)
+    maps, d_output = (empty_maps(like, c).normal_(generator=generator) for c in (in_channels, out_channels))
+    weight = torch.empty(out_channels, in_channels, size, size).normal_(generator=generator)
+    ones, zeros = torch.ones(in_channels), torch.zeros(in_channels)
+    unit = Unit(ones, zeros, weight, 1e-5, frozen=(zeros, ones))
+    runs = [
+        partial(_run_layer, CpuConvolutions(kernels, maps, [unit], sizes), unit, maps, d_output)
+        for sizes in (KERNEL_SIZES, ())
+    ]
+    best = [float("inf")] * 2
+    for _ in range(ROUNDS):
+        for i, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return best[0], best[1]
+
+
+def _run_layer(convolutions: CpuConvolutions, unit: Unit, maps: Tensor, d_output: Tensor) -> None:
+    norm, k = unit.norm(Statistics.empty(0, maps), maps.dtype), unit.out_channels
+    convolutions.forward(unit, maps, norm, None, 1.0, empty_maps(maps, k), Statistics.empty(k, maps))
+    norm_grad = NormGrad(norm, maps.new_empty(2, unit.in_channels), None)
+    gradient, out = OutputGradient(d_output, d_output), empty_maps(maps, unit.in_channels)
+    convolutions.backward_accumulate(unit, maps, norm_grad, gradient, True, maps, out)
+
+
 def _convert(kernels: Kernels, sources: Sequence[Tensor], outs: Sequence[Tensor]) -> list[Tensor]:
-    """Return `sources` in the shapes, types and strides of `outs`, into which they are copied if they differ."""
+    """Return each source if it has the shape, strides and dtype of its `out`, else `out` with a copy of it."""
     pairs = list(zip(sources, outs, strict=True))
     different = [_layout(source) != _layout(out) for source, out in pairs]
     needed = list(compress(pairs, different))
@@ -172,93 +342,8 @@ def _layout(weight: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return weight.shape, weight.stride(), weight.dtype
 
 
-class CpuConvolutions(Convolutions):
-    """The same on a CPU: by kernels of our own, which normalise what they read and sum what they make, or by oneDNN.
-
-    Args:
-        own: the sides of the convolutions that go to our own kernels. The others are computed some images at a time
-            (`PIECE_BYTES`).
-    """
-
-    def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit], own: Collection[int] = ()) -> None:
-        self._native = kernels if isinstance(kernels, NativeKernels) else None
-        self._own = own
-        self._dtype = like.dtype
-        cut = [unit for unit in units if not self._takes(unit)]
-        self._images = max(1, PIECE_BYTES // max(1, like[:1, :1].nbytes * _widest(cut)))
-        self._many = len(like) > self._images
-        super().__init__(kernels, like[: self._images], cut)
-
-    def accumulates(self, unit: Unit) -> bool:
-        """Where there are several pieces or a kernel of our own; else several gradients are small enough to wait."""
-        return self._many or self._takes(unit) is not None
-
-    def write(
-        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
-        into: Statistics | None,
-    ) -> Tensor:  # fmt: skip
-        """As in the base class."""
-        assert unit.weight is not None
-        native = self._takes(unit)
-        if native is None and len(maps) <= self._images:
-            return super().write(unit, maps, norm, mask, keep, slot, into)
-        slot = new_maps(maps, unit.makes) if slot is None else slot
-        if native is not None:
-            weight = unit.weight.to(maps.dtype).contiguous()
-            native.convolve(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
-            return slot
-        pieces = self._cut(maps)
-        parts = None if into is None else torch.stack([torch.stack(into)] * len(pieces))
-        masks = [None] * len(pieces) if mask is None else self._cut(mask)
-        for i, (few, kept, place) in enumerate(zip(pieces, masks, self._cut(slot), strict=True)):
-            made = self._convolve(unit.weight, few, norm)
-            self._kernels.write(made, kept, keep, place, *((None, None) if parts is None else parts[i]))
-        if into is not None and parts is not None:
-            _merge(parts, [len(few) for few in pieces], into)
-        return slot
-
-    def accumulate(
-        self, unit: Unit, maps: Tensor, reader: Reader, arriving: Arriving, need_weight: bool, carry: Tensor | None,
-        out: Tensor,
-    ) -> Tensor | None:  # fmt: skip
-        """As in the base class."""
-        native = self._takes(unit)
-        if unit.weight is None or (native is None and len(maps) <= self._images):
-            return super().accumulate(unit, maps, reader, arriving, need_weight, carry, out)
-        d_made = self._finished(arriving, unit.makes)
-        if native is not None:
-            weight, sums = unit.weight.to(maps.dtype).contiguous(), reader.norm.mean.new_empty(2, unit.reads)
-            d_weight = torch.empty_like(weight) if need_weight else None
-            native.convolve_backward(maps, reader.norm, weight, d_made, carry, out, sums, d_weight)
-            reader.settle(sums)
-            return self._like_weight(d_weight, unit.weight)
-        pieces = self._cut(maps)
-        carries = [None] * len(pieces) if carry is None else self._cut(carry)
-        parts = reader.gradients.new_empty(len(pieces), *reader.gradients.shape)
-        d_weight = torch.zeros_like(unit.weight, dtype=parts.dtype) if need_weight else None
-        for i, (few, came, before, place) in enumerate(
-            zip(pieces, self._cut(d_made), carries, self._cut(out), strict=True)
-        ):
-            part = reader._replace(gradients=parts[i])
-            d_few = super().accumulate(unit, few, part, Arriving(came, came), need_weight, before, place)
-            if d_weight is not None and d_few is not None:
-                d_weight += d_few
-        torch.sum(parts, 0, out=reader.gradients)
-        return self._like_weight(d_weight, unit.weight)
-
-    def _takes(self, unit: Unit) -> NativeKernels | None:
-        """Return our own kernels where they convolve for this unit."""
-        if self._native is None or unit.weight is None or unit.weight.shape[2] not in self._own:
-            return None
-        return self._native if self._native.convolves(unit.weight, self._dtype) else None
-
-    def _cut(self, maps: Tensor) -> tuple[Tensor, ...]:
-        pieces: tuple[Tensor, ...] = maps.split(self._images)
-        return pieces
-
-
-def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
-    """Statistics of some images each, (pieces, 2, C), to those of all."""
+def _merge_statistics(parts: Tensor, images: list[int], into: Statistics) -> None:
+    """Combine the mean and variance of pieces, (pieces, 2, C), of so many images each."""
     share = parts.new_tensor(images, dtype=torch.float64)[:, None] / sum(images)
     means, variances = parts.double().unbind(1)
     mean = (share * means).sum(0)
@@ -266,13 +351,12 @@ def _merge(parts: Tensor, images: list[int], into: Statistics) -> None:
     into.var.copy_((share * (variances + (means - mean).square())).sum(0))
 
 
-def _widest(units: Sequence[Unit]) -> int:
-    """The most channels that a unit reads."""
-    return max((unit.reads for unit in units), default=1)
+def _max_in_channels(units: Sequence[Unit]) -> int:
+    return max((unit.in_channels for unit in units), default=1)
 
 
 def _padding(weight: Tensor) -> list[int]:
-    return [side // 2 for side in weight.shape[2:]]
+    return [size // 2 for size in weight.shape[2:]]
 
 
 def _channels_last(maps: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The fused dense block as two operators of PyTorch: ``densenet_dist::dense_block`` and its gradient.
+"""The fused dense block as two PyTorch operators: ``densenet_dist::dense_block`` and its gradient.
 
-As operators they are one node of the autograd graph and one of a compiled or exported program. Random numbers and
-running statistics stay outside, so that both are pure functions.
+As operators they are one node of the autograd graph, and one of a compiled or exported program. Random numbers and
+running statistics are handled outside, so both are pure functions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from densenet_dist.model.fused.backward import BackwardPass
 from densenet_dist.model.fused.forward import run_forward
 from densenet_dist.model.fused.reduction import Reduction
-from densenet_dist.model.fused.structure import Forward, Statistics, Structure, Unit, new_buffer, new_maps
-from densenet_dist.model.kernels.choice import choose_kernels
+from densenet_dist.model.fused.types import BlockSpec, ForwardResult, Statistics, Unit, empty_buffer, empty_maps
+from densenet_dist.model.kernels import choose_kernels
 from densenet_dist.model.kernels.interface import accumulation_type
 
 
@@ -36,36 +36,35 @@ def dense_block(
     synchronised: bool,
     keep_inner: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """Run a dense block. A "unit" is a BN-ReLU and the convolution after it, see `Unit`.
+    """Run a dense block. Lists have one element per unit, a BN-ReLU with the convolution after it: see `Unit`.
 
     Args:
-        x: (N, C, H, W), channels_last; the convolutions compute in its type.
-        gammas: of every unit.
-        betas: of every unit.
-        weights: of every unit; the tail may have none.
-        frozen: running mean and variance of every unit that is not in training, one after the other.
-        masks: bool (N, channels, H, W), channels_last: what dropout keeps after each convolution but the tail's.
-        training: of every unit, whether it takes the batch's statistics.
-        eps: of every unit.
+        x: (N, C, H, W), channels_last; the convolutions compute in its dtype.
+        gammas: scales of the batch normalisations.
+        betas: their shifts.
+        weights: of the convolutions; the tail may have none.
+        frozen: running mean and variance of the units in evaluation mode, one unit after another.
+        masks: bool (N, K, H, W), channels_last: what dropout keeps after each convolution but the tail's; may be empty.
+        training: whether each unit uses the statistics of the batch.
+        eps: of each batch normalisation.
         bottleneck: whether layers have two units.
         tail: whether the last unit is a tail.
         keep: probability that dropout keeps a value.
-        synchronised: whether statistics are over all ranks.
-        keep_inner: whether a gradient may be asked for.
+        synchronised: whether statistics are those of all ranks.
+        keep_inner: whether a backward pass may follow.
 
     Returns:
-        maps (N, all maps, H, W); the tail's output, of no elements without a tail; mean and variance of the maps, of
-        no elements where no unit is in training; with a bottleneck and `keep_inner` each layer's maps between its
-        convolutions; mean and variance of those; the number of values that a statistic is over, (1,) where
-        synchronised, else of no elements.
+        The maps, (N, C + L k, H, W); the tail's output, empty without a tail; mean and variance of the maps, empty if
+        no unit is in training mode; with `keep_inner` the outputs of each layer's bottleneck, and their mean and
+        variance; the number of values of each statistic, (1,) if synchronised, else empty.
     """
-    block = _structure(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
+    block = _block_spec(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
     with torch.autocast(x.device.type, enabled=False):
         kernels = choose_kernels(x.device, x.dtype, x.numel())
-        made = run_forward(kernels, block, x, _channels_last(masks), keep_inner)
+        result = run_forward(kernels, block, x, _channels_last(masks), keep_inner)
         count = block.reduction.count(x.numel() // x.shape[1], x.device)
-    out = x.new_empty(0) if made.out is None else made.out.contiguous(memory_format=torch.channels_last)
-    return made.maps, out, *made.statistics, made.inner, *made.inner_statistics, count
+    out = x.new_empty(0) if result.out is None else result.out.contiguous(memory_format=torch.channels_last)
+    return result.maps, out, *result.statistics, result.bottlenecks, *result.bottleneck_statistics, count
 
 
 @torch.library.custom_op("densenet_dist::dense_block_backward", mutates_args=())
@@ -91,87 +90,90 @@ def dense_block_backward(
     need_x: bool,
     need_weights: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of `dense_block`; most arguments are its own or what it returned.
+    """Compute the gradients of `dense_block`. Other arguments are its own or what it returned.
 
     Args:
-        gradient: of the tail's output, or without a tail of the maps.
-        need_x: whether x's gradient is wanted.
-        need_weights: of every weight, whether its gradient is wanted.
+        gradient: with respect to the tail's output, or without a tail to the maps.
+        need_x: whether the gradient of x is needed.
+        need_weights: whether the gradient of each weight is needed.
 
     Returns:
-        x's gradient, of no elements where it is not wanted; `Gradients.readers`; `Gradients.inner`; the weights'
-        gradients that are wanted.
+        As `BackwardPass.run`, with an empty gradient of x if it is not needed.
     """
-    block = _structure(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
-    made = Forward(maps, None, Statistics(mean, var), list(inner), Statistics(inner_mean, inner_var))
+    block = _block_spec(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
+    result = ForwardResult(maps, None, Statistics(mean, var), list(inner), Statistics(inner_mean, inner_var))
     needs = [*need_weights, *[False] * (len(gammas) - len(weights))]
     with torch.autocast(maps.device.type, enabled=False):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         kernels = choose_kernels(maps.device, maps.dtype, maps.numel())
-        found = BackwardPass(kernels, block, made, _channels_last(masks), needs).run(gradient, need_x)
-    return maps.new_empty(0) if found.x is None else found.x, found.readers, found.inner, found.weights
+        backward = BackwardPass(kernels, block, result, _channels_last(masks), needs)
+        d_x, buffer_gradients, inner_gradients, d_weights = backward.run(gradient, need_x)
+    return maps.new_empty(0) if d_x is None else d_x, buffer_gradients, inner_gradients, d_weights
 
 
 def _channels_last(masks: Sequence[Tensor]) -> list[Tensor]:
-    # A compiled program may have laid them out otherwise.
+    # A compiled program may have given them another layout.
     return [mask.contiguous(memory_format=torch.channels_last) for mask in masks]
 
 
-def _structure(
+def _block_spec(
     gammas: Sequence[Tensor], betas: Sequence[Tensor], weights: Sequence[Tensor], frozen: Sequence[Tensor],
     training: Sequence[bool], eps: Sequence[float], bottleneck: bool, tail: bool, keep: float, synchronised: bool,
-) -> Structure:  # fmt: skip
+) -> BlockSpec:  # fmt: skip
     pairs = iter(zip(frozen[::2], frozen[1::2], strict=True))
-    padded = [*weights, *[None] * (len(gammas) - len(weights))]
+    weight_or_none = [*weights, *[None] * (len(gammas) - len(weights))]
     units = [
         Unit(gamma.detach(), beta.detach(), weight, epsilon, None if trains else next(pairs))
-        for gamma, beta, weight, epsilon, trains in zip(gammas, betas, padded, eps, training, strict=True)
+        for gamma, beta, weight, epsilon, trains in zip(gammas, betas, weight_or_none, eps, training, strict=True)
     ]
     last = units.pop() if tail else None
     step = 2 if bottleneck else 1
     layers = [tuple(units[i : i + step]) for i in range(0, len(units), step)]
-    return Structure(layers, last, keep, Reduction(synchronised))
+    return BlockSpec(layers, last, keep, Reduction(synchronised))
+
+
+# The fake implementations return empty tensors of the right shapes, dtypes and strides. `settings` are the operator's
+# remaining arguments, from `training` on.
 
 
 @dense_block.register_fake
 def _dense_block_fake(
     x: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], weights: Sequence[Tensor], frozen: Sequence[Tensor],
-    masks: Sequence[Tensor], training: Sequence[bool], eps: Sequence[float], bottleneck: bool, tail: bool, keep: float,
-    synchronised: bool, keep_inner: bool,
+    masks: Sequence[Tensor], *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
-    block = _structure(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
-    width, between = block.widths[-1], block.inner_width
+    *settings, keep_inner = settings  # type: ignore[assignment]
+    block = _block_spec(gammas, betas, weights, frozen, *settings)
+    width, narrow = block.widths[-1], block.bottleneck_width
     stats = Statistics.empty(width if block.in_training else 0, x)
-    inner_stats = Statistics.empty(between * len(block.layers) if block.in_training else 0, x)
-    inner = [new_maps(x, between) for _ in block.layers] if between and keep_inner else []
-    out = new_maps(x, block.tail.makes) if block.tail else x.new_empty(0)
-    count = x.new_empty(1 if synchronised else 0, dtype=torch.float64)
-    return new_buffer(x, width), out, *stats, inner, *inner_stats, count
+    inner_stats = Statistics.empty(narrow * len(block.layers) if block.in_training else 0, x)
+    inner = [empty_maps(x, narrow) for _ in block.layers] if narrow and keep_inner else []
+    out = empty_maps(x, block.tail.out_channels) if block.tail else x.new_empty(0)
+    count = x.new_empty(1 if block.reduction.synchronised else 0, dtype=torch.float64)
+    return empty_buffer(x, width), out, *stats, inner, *inner_stats, count
 
 
 @dense_block_backward.register_fake
 def _dense_block_backward_fake(
     gradient: Tensor, maps: Tensor, mean: Tensor, var: Tensor, inner: Sequence[Tensor], inner_mean: Tensor,
     inner_var: Tensor, gammas: Sequence[Tensor], betas: Sequence[Tensor], weights: Sequence[Tensor],
-    frozen: Sequence[Tensor], masks: Sequence[Tensor], training: Sequence[bool], eps: Sequence[float],
-    bottleneck: bool, tail: bool, keep: float, synchronised: bool, need_x: bool, need_weights: Sequence[bool],
+    frozen: Sequence[Tensor], masks: Sequence[Tensor], *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    block = _structure(gammas, betas, weights, frozen, training, eps, bottleneck, tail, keep, synchronised)
+    *settings, need_x, need_weights = settings  # type: ignore[assignment]
+    block = _block_spec(gammas, betas, weights, frozen, *settings)
     wide = accumulation_type(maps.dtype)
-    d_x = new_maps(maps, block.widths[0]) if need_x else maps.new_empty(0)
-    readers = maps.new_empty((len(block.readers), 2, maps.shape[1]), dtype=wide)
-    inner_gradients = maps.new_empty((len(inner), 2, block.inner_width), dtype=wide)
+    d_x = empty_maps(maps, block.widths[0]) if need_x else maps.new_empty(0)
+    buffer_gradients = maps.new_empty((len(block.buffer_units), 2, maps.shape[1]), dtype=wide)
+    inner_gradients = maps.new_empty((len(inner), 2, block.bottleneck_width), dtype=wide)
     d_weights = [torch.empty_like(weight) for weight, needed in zip(weights, need_weights, strict=True) if needed]
-    return d_x, readers, inner_gradients, d_weights
+    return d_x, buffer_gradients, inner_gradients, d_weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, gammas, betas, weights, frozen, masks, training, eps, bottleneck, tail, keep, synchronised, _ = inputs
+    _, gammas, betas, weights, frozen, masks, *settings, _ = inputs
     maps, _, mean, var, inner, inner_mean, inner_var, _ = output
     groups = ([maps], [mean, var], inner, [inner_mean, inner_var], gammas, betas, weights, frozen, masks)
     ctx.save_for_backward(*(tensor for group in groups for tensor in group))
-    ctx.lengths = [len(group) for group in groups]
-    ctx.settings = (training, eps, bottleneck, tail, keep, synchronised)
+    ctx.lengths, ctx.settings = [len(group) for group in groups], settings
     ctx.set_materialize_grads(False)
 
 
@@ -179,26 +181,27 @@ def _backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     groups = [[saved.pop(0) for _ in range(length)] for length in ctx.lengths]
     (maps,), (mean, var), inner, (inner_mean, inner_var), gammas, betas, weights, frozen, masks = groups
-    training, eps, bottleneck, tail, keep, synchronised = ctx.settings
+    _, _, _, tail, *_ = ctx.settings
     gradient = gradients[1] if tail else gradients[0]
     need_x, need_gammas, need_betas, need_weights = ctx.needs_input_grad[:4]
-    nothing = ([None] * len(frozen), [None] * len(masks), *[None] * 7)
+    rest = ([None] * len(frozen), [None] * len(masks), *[None] * 7)
     if gradient is None:
-        return None, [None] * len(gammas), [None] * len(gammas), [None] * len(weights), *nothing
-    d_x, readers, inner_gradients, d_weights = dense_block_backward(
-        gradient, maps, mean, var, inner, inner_mean, inner_var, gammas, betas, weights, frozen, masks, training, eps,
-        bottleneck, tail, keep, synchronised, need_x, need_weights,
+        return None, [None] * len(gammas), [None] * len(gammas), [None] * len(weights), *rest
+    d_x, buffer_gradients, inner_gradients, d_weights = dense_block_backward(
+        gradient, maps, mean, var, inner, inner_mean, inner_var, gammas, betas, weights, frozen, masks, *ctx.settings,
+        need_x, need_weights,
     )  # fmt: skip
-    by_unit = list(readers)
-    for number in reversed(range(len(inner))):
-        by_unit.insert(number + 1, inner_gradients[number])
+    # In order of the units: with bottlenecks, each layer's second unit comes after its first.
+    by_unit = list(buffer_gradients)
+    for i in reversed(range(len(inner))):
+        by_unit.insert(i + 1, inner_gradients[i])
     remaining = iter(d_weights)
     d_betas, d_gammas = (
         [part[row, : len(p)].to(p.dtype) if need else None for part, p, need in zip(by_unit, of, needs, strict=True)]
         for row, (of, needs) in enumerate(((betas, need_betas), (gammas, need_gammas)))
     )
     all_weights = [next(remaining) if need else None for need in need_weights]
-    return d_x if need_x else None, d_gammas, d_betas, all_weights, *nothing
+    return d_x if need_x else None, d_gammas, d_betas, all_weights, *rest
 
 
 dense_block.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""What batch statistics are taken over: this process' maps, or those of all ranks."""
+"""Batch statistics of one rank, or of all ranks together (SyncBN)."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reduction:
-    """Sums over ranks where `synchronised`; nothing where not. Ranks may have unequal numbers of images.
+    """Sums over all ranks if `synchronised`, else over this rank. Ranks may have different numbers of images.
 
-    Sums are float64: a mean far from zero must not swallow the variance.
+    Sums are float64, because a mean far from zero must not cancel the variance.
     """
 
     synchronised: bool = False
 
     def merge(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Turn this rank's mean and variance (C,) of `count` values each into those of all ranks', in place.
+        """Replace this rank's mean and variance (C,) of `count` values each by those of all ranks.
 
-        One collective call of 2 C + 1 numbers.
+        One all-reduce of 2 C + 1 numbers.
         """
         if not self.synchronised:
             return
         local, square = mean.double(), var.double()
-        if count == 0:  # a rank may be without images: its NaN must not count
+        if count == 0:  # a rank without images has NaN statistics, which must not spread
             local, square = torch.zeros_like(local), torch.zeros_like(square)
         sums = torch.cat([local * count, (square + local.square()) * count, local.new_full((1,), count)])
         dist.all_reduce(sums)
         total = sums / sums[-1]
-        middle, second = total[:-1].chunk(2)
-        mean.copy_(middle)
-        var.copy_((second - middle.square()).clamp_(min=0))
+        global_mean, second_moment = total[:-1].chunk(2)
+        mean.copy_(global_mean)
+        var.copy_((second_moment - global_mean.square()).clamp_(min=0))
 
     def total(self, sums: Tensor, count: int) -> tuple[Tensor, float]:
-        """Return sums (2, C) over this rank's `count` values and that, or the mean over all ranks' values and 1."""
+        """Return sums (2, C) and the number of values they are over.
+
+        Synchronised: the sums of all ranks divided by that number, and 1, because reading the number from a GPU would
+        wait for it.
+        """
         if not self.synchronised:
             return sums, max(count, 1)
         flat = torch.cat([sums.double().flatten(), sums.new_full((1,), count, dtype=torch.float64)])
@@ -44,7 +48,7 @@ class Reduction:
         return (flat[:-1] / flat[-1]).to(sums.dtype).view_as(sums), 1.0
 
     def count(self, values: int, device: torch.device) -> Tensor:
-        """How many values a statistic is over, all ranks together: (1,), float64; empty where not synchronised."""
+        """Return the number of values of all ranks, (1,), float64; an empty tensor if not synchronised."""
         if not self.synchronised:
             return torch.empty(0, dtype=torch.float64, device=device)
         total = torch.full((1,), values, dtype=torch.float64, device=device)

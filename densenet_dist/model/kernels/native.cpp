@@ -1,7 +1,8 @@
-// The kernels of interface.py for CPUs, in C++ with OpenMP. No header but the standard library's: a build takes a few
-// seconds, and fits every version of torch. Maps are rows of channels, `ld` elements apart, one row a pixel.
+// The kernels of interface.py for CPUs, in C++ with OpenMP. They do not include PyTorch's headers, so that a build
+// takes a few seconds and works with every version of torch. Maps are rows of channels, one row per pixel, `ld`
+// elements apart.
 //
-// Sums go over fixed chunks of rows, added up in order: the same bits with any number of threads.
+// Sums are computed for fixed chunks of rows and added up in order, so any number of threads gives the same bits.
 
 #include "native_common.h"
 #include "native_conv1x1.h"
@@ -24,11 +25,11 @@ void bn_relu(int64_t rows, int64_t channels, int64_t padded, const T *x, int64_t
 }
 
 template <typename T>
-void write(int64_t rows, int64_t channels, const T *made, int64_t ldm, const uint8_t *mask, double keep, T *slot,
-           int64_t lds, void *mean, void *var, int threads) {
+void store_output(int64_t rows, int64_t channels, const T *output, int64_t ldp, const uint8_t *mask, double keep,
+                  T *slot, int64_t lds, void *mean, void *var, int threads) {
   using A = typename Wide<T>::type;
   const A factor = keep > 0 ? static_cast<A>(1 / keep) : A(0);
-  const bool copies = made != slot || mask != nullptr;
+  const bool copies = output != slot || mask != nullptr;
   Moments<A> moments(rows, channels, mean != nullptr);
   const int64_t groups = moments.groups();
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -39,29 +40,31 @@ void write(int64_t rows, int64_t channels, const T *made, int64_t ldm, const uin
       const int64_t last = std::min(end, first + kChunk);
       if (copies)
         for (int64_t row = first; row < last; ++row)
-          drop(channels, made + row * ldm, mask == nullptr ? nullptr : mask + row * channels, factor, slot + row * lds);
+          drop(channels, output + row * ldp, mask == nullptr ? nullptr : mask + row * channels, factor,
+               slot + row * lds);
       moments.add(begin, first, last, slot, lds, scratch.data());
     }
   }
   moments.finish(mean, var);
 }
 
-// One consumer's share of a chunk: out (+)= scale g, and the sums of g and of g (x - mean).
+// Add one consumer to a chunk: out (+)= scale g, and the sums of g and of g (x - mean).
 template <typename T, typename B, typename O, bool kFirst>
-void add_consumer(int64_t first, int64_t last, int64_t channels, const T *x, int64_t ldx, const T *gradient, int64_t ldg,
-                  const typename Wide<T>::type *__restrict scale, const typename Wide<T>::type *__restrict shift,
+void add_consumer(int64_t first, int64_t last, int64_t channels, const T *x, int64_t ldx, const T *gradient,
+                  int64_t ldg, const typename Wide<T>::type *__restrict scale,
+                  const typename Wide<T>::type *__restrict shift,
                   const typename Wide<T>::type *__restrict mean, const B *carry, int64_t ldc, O *out, int64_t ldo,
                   typename Wide<T>::type *__restrict sum, typename Wide<T>::type *__restrict moment) {
   using A = typename Wide<T>::type;
   for (int64_t row = first; row < last; ++row) {
     const T *__restrict maps = x + row * ldx;
-    const T *__restrict came = gradient + row * ldg;
+    const T *__restrict d_rectified = gradient + row * ldg;
     const B *before = carry + row * ldc;
     O *to = out + row * ldo;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const A value = load(maps + c);
-      const A g = value * scale[c] + shift[c] <= 0 ? A(0) : static_cast<A>(load(came + c));
+      const A g = value * scale[c] + shift[c] <= 0 ? A(0) : static_cast<A>(load(d_rectified + c));
       const A base = kFirst ? A(0) : static_cast<A>(load(before + c));
       store(to + c, base + scale[c] * g);
       sum[c] += g;
@@ -80,8 +83,8 @@ struct Consumer {
 };
 
 template <typename T, typename O>
-void gather(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count, const Consumer<T> *consumers,
-            const T *carry, int64_t ldc, O *out, int64_t ldo, int threads) {
+void sum_gradients(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count, const Consumer<T> *consumers,
+                   const T *carry, int64_t ldc, O *out, int64_t ldo, int threads) {
   using A = typename Wide<T>::type;
   std::vector<Affine<A>> norms;
   for (int64_t i = 0; i < count; ++i)
@@ -107,7 +110,7 @@ void gather(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t cou
               norms[i].shift.data(), mean, before, ldb, to, ldt, sums.data(), sums.data() + channels);
         };
         if constexpr (sizeof(O) < sizeof(A)) {
-          // Summed in single precision and rounded once, or every consumer would add a rounding.
+          // Sum in the accumulation type and round once, instead of after every consumer.
           A *chunk = kept.data() - first * channels;
           if (i == 0 && carry != nullptr)
             for (int64_t row = first; row < last; ++row)
@@ -142,16 +145,16 @@ void gather(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t cou
 }
 
 template <typename T, typename G>
-void finish(int64_t rows, int64_t channels, int64_t padded, const G *gradient, int64_t ldg, const T *x, int64_t ldx,
-            const void *mean_, const void *offset_, const void *slope_, const uint8_t *mask, double keep, T *out,
-            int64_t ldo, int threads) {
+void correct_gradient(int64_t rows, int64_t channels, int64_t padded, const G *gradient, int64_t ldg, const T *x,
+                      int64_t ldx, const void *mean_, const void *offset_, const void *slope_, const uint8_t *mask,
+                      double keep, T *out, int64_t ldo, int threads) {
   using A = typename Wide<T>::type;
   const A *mean = static_cast<const A *>(mean_), *slope = static_cast<const A *>(slope_);
   const A *offset = static_cast<const A *>(offset_);
   const A factor = keep > 0 ? static_cast<A>(1 / keep) : A(0);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    const G *g = gradient + row * ldg;  // may be `out` itself
+    const G *g = gradient + row * ldg;  // may be `out`
     const T *__restrict maps = x + row * ldx;
     const uint8_t *__restrict kept = mask + row * channels;
     T *to = out + row * ldo;
@@ -181,28 +184,30 @@ void finish(int64_t rows, int64_t channels, int64_t padded, const G *gradient, i
                                  T *out, int64_t ldo, int threads) {                                                   \
     bn_relu(rows, channels, padded, x, ldx, gamma, beta, mean, var, eps, out, ldo, threads);                           \
   }                                                                                                                    \
-  extern "C" void write_##NAME(int64_t rows, int64_t channels, const T *made, int64_t ldm, const uint8_t *mask,        \
-                               double keep, T *slot, int64_t lds, void *mean, void *var, int threads) {                \
-    write(rows, channels, made, ldm, mask, keep, slot, lds, mean, var, threads);                                       \
+  extern "C" void store_output_##NAME(int64_t rows, int64_t channels, const T *output, int64_t ldp,                    \
+                                      const uint8_t *mask, double keep, T *slot, int64_t lds, void *mean, void *var,   \
+                                      int threads) {                                                                   \
+    store_output(rows, channels, output, ldp, mask, keep, slot, lds, mean, var, threads);                              \
   }                                                                                                                    \
-  extern "C" void gather_##NAME(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count,                \
-                                const void *consumers, const T *carry, int64_t ldc, void *out, int64_t ldo,            \
-                                int wide, int threads) {                                                               \
+  extern "C" void sum_gradients_##NAME(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count,         \
+                                       const void *consumers, const T *carry, int64_t ldc, void *out, int64_t ldo,     \
+                                       int wide, int threads) {                                                        \
     const auto *all = static_cast<const Consumer<T> *>(consumers);                                                     \
     if (wide)                                                                                                          \
-      gather<T, WIDE>(rows, channels, x, ldx, count, all, carry, ldc, static_cast<WIDE *>(out), ldo, threads);         \
+      sum_gradients<T, WIDE>(rows, channels, x, ldx, count, all, carry, ldc, static_cast<WIDE *>(out), ldo, threads);  \
     else                                                                                                               \
-      gather<T, T>(rows, channels, x, ldx, count, all, carry, ldc, static_cast<T *>(out), ldo, threads);               \
+      sum_gradients<T, T>(rows, channels, x, ldx, count, all, carry, ldc, static_cast<T *>(out), ldo, threads);        \
   }                                                                                                                    \
-  extern "C" void finish_##NAME(int64_t rows, int64_t channels, int64_t padded, const void *gradient, int64_t ldg,     \
-                                const T *x, int64_t ldx, const void *mean, const void *offset, const void *slope,      \
-                                const uint8_t *mask, double keep, T *out, int64_t ldo, int wide, int threads) {        \
+  extern "C" void correct_gradient_##NAME(int64_t rows, int64_t channels, int64_t padded, const void *gradient,        \
+                                          int64_t ldg, const T *x, int64_t ldx, const void *mean, const void *offset,  \
+                                          const void *slope, const uint8_t *mask, double keep, T *out, int64_t ldo,    \
+                                          int wide, int threads) {                                                     \
     if (wide)                                                                                                          \
-      finish(rows, channels, padded, static_cast<const WIDE *>(gradient), ldg, x, ldx, mean, offset, slope, mask,      \
-             keep, out, ldo, threads);                                                                                 \
+      correct_gradient(rows, channels, padded, static_cast<const WIDE *>(gradient), ldg, x, ldx, mean, offset, slope,  \
+                       mask, keep, out, ldo, threads);                                                                 \
     else                                                                                                               \
-      finish(rows, channels, padded, static_cast<const T *>(gradient), ldg, x, ldx, mean, offset, slope, mask, keep,   \
-             out, ldo, threads);                                                                                       \
+      correct_gradient(rows, channels, padded, static_cast<const T *>(gradient), ldg, x, ldx, mean, offset, slope,     \
+                       mask, keep, out, ldo, threads);                                                                 \
   }
 
 #define FOR_WIDE_TYPE(NAME, T)                                                                                         \

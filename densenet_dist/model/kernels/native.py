@@ -1,4 +1,4 @@
-"""The passes on a CPU, in C++: see ``native.cpp``."""
+"""The kernels for CPUs, in C++: see ``native.cpp``."""
 
 from __future__ import annotations
 
@@ -12,25 +12,35 @@ import torch
 from torch import Tensor
 
 from densenet_dist.model.kernels.build import native_library
-from densenet_dist.model.kernels.interface import Consumer, Correction, Kernels, Norm, Rectify, accumulation_type
+from densenet_dist.model.kernels.interface import (
+    BNReLU,
+    Consumer,
+    Correction,
+    Kernels,
+    Norm,
+    accumulation_type,
+)
 
 TYPES: Final = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+KERNEL_SIZES: Final = (1, 3)
+"""Sizes of the convolutions that C++ can compute."""
 
+_CONVOLUTION_TYPES: Final = (torch.float32, torch.float64)
 _P, _I, _D, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "bn_relu": (_I, _I, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N),
-    "write": (_I, _I, _P, _I, _P, _D, _P, _I, _P, _P, _N),
-    "gather": (_I, _I, _P, _I, _I, _P, _P, _I, _P, _I, _N, _N),
-    "finish": (_I, _I, _I, _P, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N, _N),
+    "store_output": (_I, _I, _P, _I, _P, _D, _P, _I, _P, _P, _N),
+    "sum_gradients": (_I, _I, _P, _I, _I, _P, _P, _I, _P, _I, _N, _N),
+    "correct_gradient": (_I, _I, _I, _P, _I, _P, _I, _P, _P, _P, _P, _D, _P, _I, _N, _N),
 }
-_CONVOLVED: Final = (torch.float32, torch.float64)
-SIDES: Final = (1, 3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Convolution(ctypes.Structure):
+    """``Convolution`` of native_convolution.h, as the two below are its subclasses."""
+
     _fields_ = (
-        *((name, _I) for name in ("images", "height", "width", "channels", "makes")), ("x", _P), ("ldx", _I),
+        *((name, _I) for name in ("images", "height", "width", "channels", "out_channels")), ("x", _P), ("ldx", _I),
         *((name, _P) for name in ("gamma", "beta", "mean", "var")), ("eps", _D), ("weight", _P), ("threads", _I),
     )  # fmt: skip
 
@@ -43,7 +53,7 @@ class _ConvolutionForward(_Convolution):
 
 class _ConvolutionBackward(_Convolution):
     _fields_ = (
-        ("d_made", _P), ("ldd", _I), ("carry", _P), ("ldc", _I), ("out", _P), ("ldo", _I), ("sums", _P),
+        ("d_output", _P), ("ldd", _I), ("carry", _P), ("ldc", _I), ("out", _P), ("ldo", _I), ("sums", _P),
         ("d_weight", _P),
     )  # fmt: skip
 
@@ -55,13 +65,13 @@ class _Consumer(ctypes.Structure):
 
 
 class NativeKernels(Kernels):
-    """The passes for maps in float32, float64 and bfloat16 on a CPU, and convolutions for the first two.
+    """The kernels for maps in float32, float64 and bfloat16, and convolutions for the first two.
 
     Args:
         library: the compiled kernels; None: those for this processor.
 
     Attributes:
-        name: tells libraries for other processors, compilers and versions of the kernels apart.
+        name: identifies the processor, the compiler and the version of the kernels.
 
     Raises:
         BuildError: the library cannot be built.
@@ -77,75 +87,75 @@ class NativeKernels(Kernels):
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = arguments, None
                 self._functions[name, dtype] = function
-        for dtype in _CONVOLVED:
-            for side in SIDES:
-                for name in (f"conv{side}x{side}", f"conv{side}x{side}_backward"):
+        for dtype in _CONVOLUTION_TYPES:
+            for size in KERNEL_SIZES:
+                for name in (f"conv{size}x{size}", f"conv{size}x{size}_backward"):
                     function = getattr(library, f"{name}_{TYPES[dtype]}")
                     function.argtypes, function.restype = (_P,), None
                     self._functions[name, dtype] = function
 
     @staticmethod
     def convolves(weight: Tensor | None, dtype: torch.dtype) -> bool:
-        """Return whether `convolve` takes this weight and maps of this type."""
-        return weight is not None and weight.shape[2] == weight.shape[3] in SIDES and dtype in _CONVOLVED
+        """Return whether `convolve` supports this weight and maps of this dtype."""
+        return weight is not None and weight.shape[2] == weight.shape[3] in KERNEL_SIZES and dtype in _CONVOLUTION_TYPES
 
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
-        """Normalise and rectify."""
-        rows, channels, ld = _rows(maps)
-        _, padded, ldo = _rows(out)
+        """See `Kernels.bn_relu`."""
+        pixels, channels, ld = _pixels(maps)
+        _, padded, ldo = _pixels(out)
         self._functions["bn_relu", maps.dtype](
-            rows, channels, padded, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
+            pixels, channels, padded, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
             out.data_ptr(), ldo, torch.get_num_threads(),
         )  # fmt: skip
 
-    def write(
-        self, made: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
+    def store_output(
+        self, output: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
     ) -> None:
-        """Drop, store, and take the statistics of what was stored."""
-        rows, channels, lds = _rows(slot)
-        _, _, ldm = _rows(made)
-        assert made.dtype == slot.dtype
+        """See `Kernels.store_output`."""
+        pixels, channels, lds = _pixels(slot)
+        _, _, ld = _pixels(output)
+        assert output.dtype == slot.dtype
         assert (mean is None) == (var is None)
-        self._functions["write", slot.dtype](
-            rows, channels, made.data_ptr(), ldm, _mask(mask, slot), keep, slot.data_ptr(), lds,
+        self._functions["store_output", slot.dtype](
+            pixels, channels, output.data_ptr(), ld, _mask(mask, slot), keep, slot.data_ptr(), lds,
             _vector(mean, channels, slot.dtype), _vector(var, channels, slot.dtype), torch.get_num_threads(),
         )  # fmt: skip
 
-    def gather(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
-        """Sum what came back to the consumers."""
-        rows, channels, ld = _rows(maps)
-        _, _, ldo = _rows(out)
+    def sum_gradients(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
+        """See `Kernels.sum_gradients`."""
+        pixels, channels, ld = _pixels(maps)
+        _, _, ldo = _pixels(out)
         assert carry is None or carry.dtype == maps.dtype
         assert out.shape == maps.shape
-        ldc = ldo if carry is None else _rows(carry)[2]
-        described = (_Consumer * len(consumers))()
+        ldc = ldo if carry is None else _pixels(carry)[2]
+        structures = (_Consumer * len(consumers))()
         sums = maps.new_empty((len(consumers), 2, channels), dtype=accumulation_type(maps.dtype))
-        for into, (gradient, (norm, *_)), summed in zip(described, consumers, sums, strict=True):
+        for structure, (gradient, (norm, *_)), own_sums in zip(structures, consumers, sums, strict=True):
             assert gradient.dtype == maps.dtype
             assert gradient.shape == maps.shape
-            into.gradient, (_, _, into.ld) = gradient.data_ptr(), _rows(gradient)
-            into.gamma, into.beta, into.mean, into.var = _pointers(norm, channels, maps.dtype)
-            into.eps, into.sums = norm.eps, _vector(summed, 2 * channels, maps.dtype)
-        self._functions["gather", maps.dtype](
-            rows, channels, maps.data_ptr(), ld, len(consumers), ctypes.addressof(described),
+            structure.gradient, (_, _, structure.ld) = gradient.data_ptr(), _pixels(gradient)
+            structure.gamma, structure.beta, structure.mean, structure.var = _pointers(norm, channels, maps.dtype)
+            structure.eps, structure.sums = norm.eps, _vector(own_sums, 2 * channels, maps.dtype)
+        self._functions["sum_gradients", maps.dtype](
+            pixels, channels, maps.data_ptr(), ld, len(consumers), ctypes.addressof(structures),
             None if carry is None else carry.data_ptr(), ldc, out.data_ptr(), ldo, _is_wide(out, maps),
             torch.get_num_threads(),
         )  # fmt: skip
-        for (_, reader), summed in zip(consumers, sums, strict=True):
-            reader.settle(summed)
+        for consumer, own_sums in zip(consumers, sums, strict=True):
+            consumer.norm.apply_sums(own_sums)
 
-    def finish(
+    def correct_gradient(
         self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
-        out: Tensor, also: Rectify | None = None,
+        out: Tensor, also: BNReLU | None = None,
     ) -> None:  # fmt: skip
-        """Apply the statistics' share of the gradient, then dropout's."""
-        rows, channels, ld = _rows(maps)
-        _, _, ldg = _rows(gradient)
-        _, padded, ldo = _rows(out)
-        settled = (None,) * 3 if correction is None else (correction.mean, *(correction.sums / correction.values))
-        vectors = [_vector(vector, channels, maps.dtype) for vector in settled]
-        self._functions["finish", maps.dtype](
-            rows, channels, padded, gradient.data_ptr(), ldg, maps.data_ptr(), ld, *vectors, _mask(mask, maps), keep,
+        """See `Kernels.correct_gradient`."""
+        pixels, channels, ld = _pixels(maps)
+        _, _, ldg = _pixels(gradient)
+        _, padded, ldo = _pixels(out)
+        divided = (None,) * 3 if correction is None else (correction.mean, *(correction.sums / correction.values))
+        vectors = [_vector(vector, channels, maps.dtype) for vector in divided]
+        self._functions["correct_gradient", maps.dtype](
+            pixels, channels, padded, gradient.data_ptr(), ldg, maps.data_ptr(), ld, *vectors, _mask(mask, maps), keep,
             out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
         )  # fmt: skip
         if also is not None:
@@ -155,64 +165,60 @@ class NativeKernels(Kernels):
         self, maps: Tensor, norm: Norm, weight: Tensor, mask: Tensor | None, keep: float, slot: Tensor,
         mean: Tensor | None, var: Tensor | None,
     ) -> None:  # fmt: skip
-        """Compute `write` of ``conv(relu(norm(maps)))``.
+        """Compute ``conv(relu(norm(maps)))`` and `store_output` of it, whose arguments these are too.
 
         Args:
             maps: (N, C, H, W).
             norm: of `maps`.
-            weight: (K, C, 1, 1) or (K, C, 3, 3), of the maps' type; stride 1, zero padding that keeps H and W.
-            mask: as for `write`.
-            keep: as for `write`.
+            weight: (K, C, 1, 1) or (K, C, 3, 3), contiguous, of the maps' dtype; stride 1, "same" padding with zeros.
             slot: (N, K, H, W).
-            mean: as for `write`, (K,).
-            var: as for `write`, (K,).
         """
-        slot_rows, makes, lds = _rows(slot)
-        assert slot_rows == _rows(maps)[0]
+        pixels, out_channels, lds = _pixels(slot)
+        assert pixels == _pixels(maps)[0]
         assert slot.dtype == maps.dtype
         assert (mean is None) == (var is None)
-        call = _ConvolutionForward(*_convolution(maps, norm, weight, makes))
+        call = _ConvolutionForward(*_convolution(maps, norm, weight, out_channels))
         call.mask, call.keep = _mask(mask, slot), keep
         call.slot, call.lds = slot.data_ptr(), lds
-        call.slot_mean, call.slot_var = _vector(mean, makes, slot.dtype), _vector(var, makes, slot.dtype)
+        call.slot_mean, call.slot_var = (_vector(vector, out_channels, slot.dtype) for vector in (mean, var))
         self._functions[_name(weight), maps.dtype](ctypes.addressof(call))
 
     def convolve_backward(
-        self, maps: Tensor, norm: Norm, weight: Tensor, d_made: Tensor, carry: Tensor | None, out: Tensor, sums: Tensor,
-        d_weight: Tensor | None,
+        self, maps: Tensor, norm: Norm, weight: Tensor, d_output: Tensor, carry: Tensor | None, out: Tensor,
+        sums: Tensor, d_weight: Tensor | None,
     ) -> None:  # fmt: skip
-        """Go back through `convolve`, and `gather` what comes out of it.
+        """Compute the backward pass of `convolve` and `sum_gradients` of it, with one consumer.
 
         Args:
-            maps: (N, C, H, W): x.
+            maps: x, (N, C, H, W).
             norm: of x.
             weight: as for `convolve`.
-            d_made: (N, K, H, W), the gradient of what the convolution made.
-            carry: as for `gather`.
-            out: as for `gather`, of the maps' type.
-            sums: (2, C), contiguous, accumulation type: becomes what `Reader.settle` takes.
-            d_weight: of the weight's shape, contiguous, becomes its gradient; None: not wanted.
+            d_output: (N, K, H, W), the gradient with respect to the convolution's output.
+            carry: as for `sum_gradients`.
+            out: as for `sum_gradients`, of the maps' dtype.
+            sums: (2, C), contiguous, accumulation dtype; overwritten with the argument of `NormGrad.apply_sums`.
+            d_weight: of the weight's shape, contiguous, overwritten with its gradient; None: not needed.
         """
-        rows, channels, _ = _rows(maps)
-        made_rows, makes, ldd = _rows(d_made)
-        _, _, ldo = _rows(out)
-        assert made_rows == rows
+        pixels, channels, _ = _pixels(maps)
+        output_pixels, out_channels, ldd = _pixels(d_output)
+        _, _, ldo = _pixels(out)
+        assert output_pixels == pixels
         assert out.shape == maps.shape
-        assert d_made.dtype == out.dtype == maps.dtype
+        assert d_output.dtype == out.dtype == maps.dtype
         assert carry is None or (carry.dtype == maps.dtype and carry.shape == maps.shape)
-        call = _ConvolutionBackward(*_convolution(maps, norm, weight, makes))
-        call.d_made, call.ldd = d_made.data_ptr(), ldd
+        call = _ConvolutionBackward(*_convolution(maps, norm, weight, out_channels))
+        call.d_output, call.ldd = d_output.data_ptr(), ldd
         if carry is not None:
-            call.carry, call.ldc = carry.data_ptr(), _rows(carry)[2]
+            call.carry, call.ldc = carry.data_ptr(), _pixels(carry)[2]
         call.out, call.ldo = out.data_ptr(), ldo
         call.sums = _vector(sums, 2 * channels, maps.dtype)
         assert d_weight is None or d_weight.shape == weight.shape
-        call.d_weight = None if d_weight is None else _weight(d_weight, makes, channels, maps.dtype)
+        call.d_weight = None if d_weight is None else _weight(d_weight, out_channels, channels, maps.dtype)
         self._functions[f"{_name(weight)}_backward", maps.dtype](ctypes.addressof(call))
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep up to 512 MiB of freed memory: fresh pages in each step cost 4 % of its time."""
+    """Make glibc keep up to 512 MiB of freed memory: page faults of new memory cost 4 % of a step."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
@@ -223,20 +229,20 @@ def _name(weight: Tensor) -> str:
     return f"conv{weight.shape[2]}x{weight.shape[3]}"
 
 
-def _convolution(maps: Tensor, norm: Norm, weight: Tensor, makes: int) -> tuple[Any, ...]:
-    """The fields of `_Convolution`."""
+def _convolution(maps: Tensor, norm: Norm, weight: Tensor, out_channels: int) -> tuple[Any, ...]:
+    """Return the fields of `_Convolution`."""
     images, channels, height, width = maps.shape
     return (
-        images, height, width, channels, makes, maps.data_ptr(), _rows(maps)[2],
-        *_pointers(norm, channels, maps.dtype), norm.eps, _weight(weight, makes, channels, maps.dtype),
+        images, height, width, channels, out_channels, maps.data_ptr(), _pixels(maps)[2],
+        *_pointers(norm, channels, maps.dtype), norm.eps, _weight(weight, out_channels, channels, maps.dtype),
         torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _rows(maps: Tensor) -> tuple[int, int, int]:
-    """Pixels, channels, and elements from one pixel to the next.
+def _pixels(maps: Tensor) -> tuple[int, int, int]:
+    """Return the number of pixels (N H W), the channels, and the elements from one pixel to the next.
 
-    Pointers go to code that trusts them, so the layout is checked here.
+    C++ trusts the pointers that it gets, so the layout is checked here.
     """
     n, channels, height, width = maps.shape
     ld = maps.stride(3) if width > 1 else maps.stride(2) if height > 1 else maps.stride(0)
@@ -259,9 +265,9 @@ def _vector(vector: Tensor | None, elements: int, dtype: torch.dtype) -> int | N
     return vector.data_ptr()
 
 
-def _weight(weight: Tensor, makes: int, channels: int, dtype: torch.dtype) -> int:
+def _weight(weight: Tensor, out_channels: int, channels: int, dtype: torch.dtype) -> int:
     assert weight.dtype == dtype
-    assert weight.shape[:2] == (makes, channels)
+    assert weight.shape[:2] == (out_channels, channels)
     assert weight.is_contiguous()
     return weight.data_ptr()
 

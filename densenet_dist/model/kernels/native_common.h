@@ -1,4 +1,4 @@
-// What the CPU kernels share: the types of maps, the affine form of a normalisation, and the statistics of rows.
+// Shared by the CPU kernels: element types, a batch normalisation as scale and shift, and the statistics of rows.
 
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 128;     // rows summed in single precision, their maps still in the first cache
-constexpr int64_t kGroup = 1024;    // rows whose sums one thread makes alone
+constexpr int64_t kChunk = 128;   // rows summed in the accumulation type, while they are in the L1 cache
+constexpr int64_t kGroup = 1024;  // rows that one thread sums, in double
 
 struct bfloat16 {
   uint16_t bits;
@@ -44,7 +44,8 @@ inline void store(bfloat16 *p, float value) {
   p->bits = static_cast<uint16_t>(value != value ? 0x7FC0 : rounded);
 }
 
-// y = scale x + shift. Forward and backward use this one expression, or the sign of y could differ by a rounding.
+// y = scale x + shift. The backward pass must recompute the same bits as the forward pass: if y > 0 in one of them and
+// y <= 0 in the other, the gradient is of another function.
 template <typename A>
 struct Affine {
   std::vector<A> scale, shift;
@@ -68,7 +69,7 @@ inline void rectify(int64_t channels, const T *__restrict from, const Affine<A> 
   }
 }
 
-// A row after dropout, perhaps in place; without a mask a copy.
+// Apply dropout to a row, or copy it if there is no mask. `to` may be `from`.
 template <typename S, typename T, typename A>
 inline void drop(int64_t channels, const S *from, const uint8_t *kept, A factor, T *to) {
   if (kept != nullptr) {
@@ -80,8 +81,12 @@ inline void drop(int64_t channels, const S *from, const uint8_t *kept, A factor,
   }
 }
 
-// Means and sums of squared deviations of a map's channels, taken of chunks of rows while those are in the first cache,
-// and merged as Chan, Golub and LeVeque (1983), eq. 2.1. A group's chunks are added in order, by one thread.
+// Mean and sum of squared deviations (M2) of each channel. They are computed for a chunk of rows while it is in the L1
+// cache, and combined as in Chan, Golub and LeVeque (1983), eq. 2.1:
+//
+//   chunk 0..127: mean, M2 -> group 0 (rows 0..1023): 8 chunks, added in order by one thread -> all groups, in order
+//
+// The order depends on the number of rows only, so any number of threads gives the same bits.
 template <typename A>
 class Moments {
  public:
@@ -91,7 +96,7 @@ class Moments {
 
   int64_t groups() const { return (rows_ + group_ - 1) / group_; }
 
-  // Rows from `first` to before `last`, of the group that begins at `begin`; `scratch` has room for 3 times the channels.
+  // Add rows [first, last) of the group that begins at row `begin`. `scratch` has 3 * channels elements.
   template <typename T>
   void add(int64_t begin, int64_t first, int64_t last, const T *values, int64_t ld, A *scratch) {
     if (!wanted_) return;

@@ -1,4 +1,4 @@
-// What the convolutions share: their arguments, and the last pass of their gradients.
+// Shared by the convolutions: their arguments, and the last step of their backward pass.
 
 #pragma once
 
@@ -7,17 +7,17 @@
 
 namespace {
 
-constexpr int64_t kMostGradients = 64;  // of a weight, each summed by one thread
+constexpr int64_t kMaxGradients = 64;  // partial gradients of a weight, each summed by one thread
 
-// conv(relu(norm(x))), stride 1, "same" padding. native.py declares the same three structures.
+// conv(relu(norm(x))) with stride 1 and "same" padding with zeros. native.py declares the same three structures.
 template <typename A>
 struct Convolution {
-  int64_t images, height, width, channels, makes;
+  int64_t images, height, width, channels, out_channels;
   const A *x;
   int64_t ldx;
   const A *gamma, *beta, *mean, *var;
   double eps;
-  const A *weight;  // (makes, channels, side, side), contiguous
+  const A *weight;  // (out_channels, channels, side, side), contiguous
   int64_t threads;
 
   int64_t pixels() const { return height * width; }
@@ -25,7 +25,7 @@ struct Convolution {
   Affine<A> norm() const { return Affine<A>(channels, gamma, beta, mean, var, eps); }
 };
 
-// slot = drop(conv(relu(norm(x)))), and the slot's mean and variance unless those are null.
+// slot = dropout(conv(relu(norm(x)))), and the mean and variance of `slot` unless they are null.
 template <typename A>
 struct ConvolutionForward : Convolution<A> {
   const uint8_t *mask;
@@ -34,18 +34,18 @@ struct ConvolutionForward : Convolution<A> {
   int64_t lds;
   A *slot_mean, *slot_var;
 
-  // Drop one row of what was made, and store it.
-  void store(int64_t row, const A *made) const {
-    drop(this->makes, made, mask == nullptr ? nullptr : mask + row * this->makes,
+  // Apply dropout to one row of the convolution's output and store it in `slot`.
+  void store(int64_t row, const A *output) const {
+    drop(this->out_channels, output, mask == nullptr ? nullptr : mask + row * this->out_channels,
          keep > 0 ? static_cast<A>(1 / keep) : A(0), slot + row * lds);
   }
 };
 
-// From d_made, the gradient of what the convolution made: out = carry + scale g, where g is the gradient of norm(x);
-// the sums of g and of g (x - mean), (2, channels); and the weight's gradient, of its shape, unless d_weight is null.
+// The backward pass, given d_output, the gradient of the convolution's output. With g the gradient of norm(x), it
+// computes out = carry + scale g, the sums of g and of g (x - mean), (2, channels), and d_weight unless it is null.
 template <typename A>
 struct ConvolutionBackward : Convolution<A> {
-  const A *d_made;
+  const A *d_output;
   int64_t ldd;
   const A *carry;
   int64_t ldc;
@@ -53,16 +53,16 @@ struct ConvolutionBackward : Convolution<A> {
   int64_t ldo;
   A *sums, *d_weight;
 
-  // One row of `out`, from what was rectified and what came back to it; adds to its sums.
-  void add_row(int64_t row, const A *rectified, const A *came, const A *scale, A *sum) const {
+  // Compute one row of `out` from the rectified row and its gradient, and add to the row's sums.
+  void add_row(int64_t row, const A *rectified, const A *d_rectified, const A *scale, A *sum) const {
     const A *values = this->x + row * this->ldx;
     if (carry == nullptr)
-      add_row<false>(values, rectified, came, scale, nullptr, out + row * ldo, sum);
+      add_row<false>(values, rectified, d_rectified, scale, nullptr, out + row * ldo, sum);
     else
-      add_row<true>(values, rectified, came, scale, carry + row * ldc, out + row * ldo, sum);
+      add_row<true>(values, rectified, d_rectified, scale, carry + row * ldc, out + row * ldo, sum);
   }
 
-  // The sums of all groups, added up in order.
+  // Add up the sums of all groups, (groups, 2, channels), in order.
   void add_groups(const std::vector<double> &partial) const {
     const size_t width = 2 * this->channels;
     for (size_t c = 0; c < width; ++c) {
@@ -73,15 +73,15 @@ struct ConvolutionBackward : Convolution<A> {
   }
 
  private:
-  // `kCarried` is known at compile time: a load that is masked out faults silently on a null pointer, and slowly.
+  // `kCarried` is a template argument because a masked vector load from a null pointer takes a slow, silent fault.
   template <bool kCarried>
-  void add_row(const A *__restrict values, const A *__restrict rectified, const A *__restrict came,
+  void add_row(const A *__restrict values, const A *__restrict rectified, const A *__restrict d_rectified,
                const A *__restrict scale, const A *before, A *to, A *__restrict sum) const {
     const A *__restrict means = this->mean;
     A *__restrict moment = sum + this->channels;
 #pragma omp simd
     for (int64_t c = 0; c < this->channels; ++c) {
-      const A g = rectified[c] <= 0 ? A(0) : came[c];
+      const A g = rectified[c] <= 0 ? A(0) : d_rectified[c];
       to[c] = kCarried ? before[c] + scale[c] * g : scale[c] * g;
       sum[c] += g;
       moment[c] += g * (values[c] - means[c]);
@@ -89,7 +89,7 @@ struct ConvolutionBackward : Convolution<A> {
   }
 };
 
-// A weight's gradient, summed by each group of pixels for itself, in one piece of memory.
+// The partial gradients of a weight, one for each group of pixels.
 template <typename A>
 class Gradients {
  public:
@@ -97,7 +97,7 @@ class Gradients {
       : rows_(rows), groups_(groups), all_(groups * rows, columns) {}
   A *row(int64_t group, int64_t number) { return all_.row(group * rows_ + number); }
 
-  // One row summed over all groups in order: (columns,).
+  // Sum one row over all groups, in order: (columns,).
   void sum(int64_t number, std::vector<double> &total) const {
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t group = 0; group < groups_; ++group) {

@@ -1,4 +1,4 @@
-// Small matrix products on data that lies in the caches, by one thread.
+// Products of small matrices that are in the caches, by one thread.
 
 #pragma once
 
@@ -18,7 +18,7 @@ constexpr int kVectorBytes = 16, kTall = 8;
 #else
 constexpr int kVectorBytes = 16, kTall = 4;
 #endif
-constexpr int kBroad = 3;  // kTall * kBroad sums, kBroad + 1 factors: as many vectors as the processor has registers
+constexpr int kBroad = 3;  // kTall * kBroad sums and kBroad + 1 factors fill the vector registers
 
 template <typename A>
 struct Simd {
@@ -28,14 +28,14 @@ struct Simd {
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Columns, so that a matrix' rows are whole vectors. `kTall` divides them too.
+// Round up columns, so that rows are whole vectors and kTall divides them too.
 template <typename A>
 inline int64_t padded(int64_t columns) {
   return round_up(columns, std::max<int64_t>(Simd<A>::lanes, kTall));
 }
 
-// The left factor of a product: element (i, p) of a segment lies at i * ld + p, transposed at i + p * ld. The product's
-// inner dimension is that of all segments, one after the other.
+// The left factor of a product. Element (i, p) of a segment is at i * ld + p, of a transposed factor at i + p * ld. The
+// inner dimension is that of all segments, one after another; segments begin `next_segment` elements apart.
 template <typename A>
 struct Left {
   const A *values;
@@ -43,8 +43,9 @@ struct Left {
   int64_t segments = 1, next_segment = 0;
 };
 
-// A tile of sums stays in registers only if the loops over it are unrolled, and with 16 registers gcc does not do that by
-// itself: on AVX2 the product is five times as fast with the pragmas (141 instead of 28 GFLOP/s on one core).
+// Compute a tile of kTall rows by kWide vectors. Its sums stay in registers only if the loops over it are unrolled,
+// which gcc does not do by itself for 16 registers: on AVX2 the pragmas make it five times as fast (141 instead of 28
+// GFLOP/s per core).
 template <bool kTransposed, int kWide, typename A>
 inline void multiply_tile(const Left<A> left, const A *a, const A *b, int64_t ldb, A *out, int64_t ldo, bool add) {
   using Vector = typename Simd<A>::type;
@@ -75,7 +76,7 @@ inline void multiply_tile(const Left<A> left, const A *a, const A *b, int64_t ld
     }
 }
 
-// out (+)= left right: (rows, inner) times (inner, columns). `rows` is a multiple of kTall, `columns` of the lanes.
+// out (+)= left right: (rows, inner) x (inner, columns). kTall must divide `rows`, the lanes `columns`.
 template <bool kTransposed = false, typename A>
 void multiply(int64_t rows, int64_t columns, const Left<A> &left, const A *right, int64_t ldb, A *out, int64_t ldo,
               bool add = false) {
@@ -95,7 +96,7 @@ void multiply(int64_t rows, int64_t columns, const Left<A> &left, const A *right
   }
 }
 
-// A matrix in the accumulation type, with whole vectors of columns, zero beyond its own.
+// A matrix whose rows are padded to whole vectors; padding is initially 0.
 template <typename A>
 struct Matrix {
   int64_t ld;
