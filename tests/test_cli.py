@@ -245,7 +245,7 @@ def test_events_as_json(command, quickstart):
     assert end["images_per_s"] > 0
     assert 0 < end["goodput"] <= 1
     assert all(Path(path).exists() and Path(path).is_absolute() for path in end["files"].values())
-    known = (ROOT / "docs" / "console.md").read_text()
+    known = (ROOT / "docs" / "commands.md").read_text()
     assert {key for line in lines for key in line if f"`{key}`" not in known and "goodput/" not in key} == set()
 
 

@@ -64,7 +64,7 @@ Out = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Write one JSON object per line (docs/console.md), including errors.")
+    bool, typer.Option("--json", help="Write one JSON object per line (docs/commands.md), including errors.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -1,4 +1,4 @@
-"""Write a run's events for programs: one JSON object per line on standard output (docs/console.md)."""
+"""Write a run's events for programs: one JSON object per line on standard output (docs/commands.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's events for a program: one JSON object a line on standard output (docs/console.md)."""
+"""A sweep's events for a program: one JSON object a line on standard output (docs/commands.md)."""
 
 from __future__ import annotations
 

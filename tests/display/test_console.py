@@ -260,5 +260,5 @@ def test_events_for_a_program(capsys):
     assert (end["test/top1"], end["best"]["epoch"], end["files"]["page"]) == (0.931, 88, "/a b/run/report.html")
     assert (error["type"], error["exit_code"]) == ("Interrupted", 130)
     assert "train --resume runs/run" in error["message"]
-    known = (Path(__file__).parents[2] / "docs" / "console.md").read_text()
+    known = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
     assert [key for line in found for key in line if f"`{key}`" not in known] == []

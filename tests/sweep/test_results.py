@@ -200,5 +200,5 @@ def test_events_for_a_program(sweep, capsys):
     assert (end["status"], end["best"]["name"], end["files"]["sweep_folder"]) == ("finished", "trial-000", "F")
     assert [one["name"] for one in end["trials"]] == ["trial-000", "trial-001"]
     assert (error["event"], error["type"], error["exit_code"]) == ("error", "ConfigError", 2)
-    known = (Path(__file__).parents[2] / "docs" / "console.md").read_text()
+    known = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
     assert all(f"`{key}`" in known for line in (begin, one, note, end, error) for key in line)
