@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from densenet_dist.credentials import without_credentials
-from densenet_dist.data import cifar, cifar_source
+from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
 from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
@@ -198,7 +198,7 @@ def _data_on_store(config: Config) -> Finding:
     name, root = config.data.name, config.data.root
     if config.data.download and name != "folder":
         store = DataStore(root)
-        if not cifar_source.find_on_store(cifar.SPECS[name], store):
+        if SPECS[name].archive not in store.list():
             return Finding("note", f"{name} is not in {store.place}; it will be downloaded once and uploaded there")
     found = publish_dataset(name, root, download=False)
     with locked_cache(root) as entry:

@@ -124,30 +124,12 @@ CIFAR100 = CifarSpec(
 SPECS = {spec.name: spec for spec in (CIFAR10, CIFAR100)}
 
 
-def other(spec: CifarSpec) -> CifarSpec:
-    """Return the data set that `spec` is most easily mistaken for."""
-    return SPECS["cifar100" if spec.name == "cifar10" else "cifar10"]
-
-
 def how_to_replace(spec: CifarSpec, damaged: Path) -> str:
-    """Say how to replace a damaged file or folder, as the end of an error message."""
+    """Return how to replace a damaged file or folder, as the end of an error message."""
     return (
         f"delete {damaged} and run `densenet-dist data prepare {spec.name}` again, "
         "or name a folder with a sound copy: data.root=..."
     )
-
-
-def refuse_other(spec: CifarSpec, folder: Path) -> None:
-    """Check that `folder` does not hold the other data set.
-
-    Raises:
-        DataError: it does.
-    """
-    rival = other(spec)
-    if all((folder / name).is_file() for name in rival.members):
-        raise DataError(
-            f"{folder} holds {rival.title}, not {spec.title}; set data.name={rival.name}, or another data.root"
-        )
 
 
 def read_folder(spec: CifarSpec, folder: Path) -> Contents:
@@ -158,7 +140,6 @@ def read_folder(spec: CifarSpec, folder: Path) -> Contents:
     """
     missing = [name for name in spec.members if not (folder / name).is_file()]
     if missing:
-        refuse_other(spec, folder)
         raise DataError(
             f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"
         )

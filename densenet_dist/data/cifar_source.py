@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeAlias
 
 from densenet_dist.data import cifar
 from densenet_dist.data.background import progress_bar
@@ -24,9 +23,6 @@ from densenet_dist.errors import DataError
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import sync
 
-Sizes: TypeAlias = dict[str, int]
-"""The size in bytes of each file, by name."""
-
 _MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
 _MAX_EXTRACTED_BYTES = 256 << 20  # and contain 184 MB
 
@@ -36,8 +32,8 @@ def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) 
 
     Args:
         root: a folder, in which `root/<folder>`, the files themselves and `root/<archive>` are looked for, in this
-            order; else the archive is downloaded to it. Or the URI of an object store, whose data set is copied to this
-            node's cache once; a damaged copy is replaced, and `download` and `url` are ignored.
+            order; else the archive is downloaded to it. Or the URI of an object store, whose archive is copied to this
+            node's cache and extracted once; a damaged copy is replaced, and `download` and `url` are ignored.
         download: whether a missing archive may be downloaded.
         url: where from, instead of the official address.
 
@@ -57,7 +53,7 @@ def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) 
         contents = _read_cached(spec, folder)  # another process may have copied it while we waited
         if contents is None:
             shutil.rmtree(folder, ignore_errors=True)
-            _copy_from_store(spec, DataStore(uri), folder)
+            _copy_from_store(spec, DataStore(uri), folder.parent)
     return folder, contents or cifar.read_folder(spec, folder)
 
 
@@ -88,19 +84,14 @@ def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
         return root / spec.folder
     if any((root / name).is_file() for name in (*spec.train, spec.test)):
         return root
-    cifar.refuse_other(spec, root)
     return None
 
 
 def _ways_to_get(spec: CifarSpec, root: Path) -> str:
-    """Say how to get the set, and what is there instead."""
-    rival, hint = cifar.other(spec), ""
+    """Return how to get the data set, as the end of an error message."""
     folder, archive = (name.replace("-binary", "-python") for name in (spec.folder, spec.archive))
     pickled = [name for name in (folder.replace("-bin", "-py"), archive) if (root / name).exists()]
-    if any((root / name).exists() for name in (rival.folder, rival.archive)):
-        hint = f"there is {rival.title} (data.name={rival.name}); "
-    elif pickled:
-        hint = f"{pickled[0]} is the pickled version, which is never read: the binary version is needed; "
+    hint = f"{pickled[0]} is the pickled version, which is never read: the binary version is needed; " if pickled else ""
     return (
         f"{hint}run `densenet-dist data prepare {spec.name} --root {shlex.quote(str(root))}`, "
         f"put {spec.archive} from {spec.url} into {root}, or name a folder that has it: data.root=..."
@@ -141,7 +132,6 @@ def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy:
         DataError: it is damaged, unsafe, or another archive.
         OSError: `root` cannot be written.
     """
-    seen = set()
     with _new_folder(root / spec.folder) as partial:
         try:
             with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
@@ -149,7 +139,6 @@ def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy:
                     if member.issparse():  # may declare any size without holding it
                         raise tarfile.ReadError(f"{member.name!r} is a sparse file")
                     tarfile.data_filter(member, str(partial))  # also refuses unsafe members that are not needed
-                    seen.add(member.name)
                     folder, _, name = member.name.partition("/")
                     if folder == spec.folder and name in spec.members and member.isreg():
                         official = member.replace(name=name, mtime=0, mode=0o644, deep=False)
@@ -161,9 +150,6 @@ def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy:
             ) from error
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, RecursionError, ValueError, zlib.error) as error:
             raise DataError(f"{source} is damaged or truncated ({error}); {remedy}") from error
-        rival = cifar.other(spec)
-        if f"{rival.folder}/{rival.test}" in seen:
-            raise DataError(f"{source} looks like {rival.title}, not {spec.title}; set data.name={rival.name}")
         missing = [name for name in spec.members if not (partial / name).exists()]
         if missing:
             raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(missing)}; {remedy}")
@@ -207,7 +193,7 @@ class _BoundedGzip(gzip.GzipFile):
 
 
 def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None) -> str:
-    """Make sure that the data set is on an object store; otherwise download it to this node's cache, and upload it.
+    """Make sure that the archive is on an object store; otherwise download it to this node's cache, and upload it.
 
     Returns:
         What is on the store, for people to read.
@@ -216,76 +202,42 @@ def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None) -> st
         ConfigError, DataError, StorageError: as for `load`; or the store cannot be read or written.
     """
     store = DataStore(uri)
-    if found := find_on_store(spec, store):
-        return f"{_describe(spec, found)} is in {store.place}"
+    if spec.archive in store.list():
+        return f"{spec.archive} is in {store.place}"
     if not download:
         raise DataError(_not_on_store(spec, store))
     with locked_cache(uri) as entry:
-        folder, archive = entry / spec.folder, entry / spec.archive
-        if _read_cached(spec, folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            remedy = f"put {spec.archive} from {spec.url} into {store.place}"
-            _make_folder(spec, entry, url=url, remedy=remedy)
-        extracted = {f"{spec.folder}/{name}": folder / name for name in spec.members}
-        files = {spec.archive: archive} if archive.is_file() else extracted
-        sizes = {name: path.stat().st_size for name, path in files.items()}
+        archive = entry / spec.archive
+        if not archive.is_file():  # else an earlier upload failed
+            shutil.rmtree(entry / spec.folder, ignore_errors=True)
+            _make_folder(spec, entry, url=url, remedy=f"put {spec.archive} from {spec.url} into {store.place}")
         with progress_bar(f"uploading {spec.title}") as advance:
-            for name, path in files.items():
-                store.put(path, name)
-                advance(sizes[name], sum(sizes.values()))
-        archive.unlink(missing_ok=True)
-    return f"{_describe(spec, sizes)} has been put into {store.place}"
+            store.put(archive, spec.archive)
+            advance(size := archive.stat().st_size, size)
+        archive.unlink()
+    return f"{spec.archive} has been put into {store.place}"
 
 
-def find_on_store(spec: CifarSpec, store: DataStore) -> Sizes:
-    """Find the archive, or all extracted files, on an object store; an incomplete set counts as missing.
-
-    Raises:
-        DataError: the store cannot be read.
-    """
-    listed = store.list()
-    if stamp := listed.get(spec.archive):
-        return {spec.archive: stamp[0]}
-    for prefix, entries in (("", listed), (f"{spec.folder}/", store.list(spec.folder))):
-        sizes = {f"{prefix}{name}": stamp[0] for name in spec.members if (stamp := entries.get(name))}
-        if len(sizes) == len(spec.members):
-            return sizes
-    return {}
-
-
-def _copy_from_store(spec: CifarSpec, store: DataStore, folder: Path) -> None:
-    """Make `folder` from what is on the store. The caller holds the lock."""
-    sizes = find_on_store(spec, store)
-    if not sizes:
+def _copy_from_store(spec: CifarSpec, store: DataStore, cache: Path) -> None:
+    """Copy the archive from the store and extract it to `cache`. The caller holds the lock."""
+    stamp = store.list().get(spec.archive)
+    if stamp is None:
         raise DataError(_not_on_store(spec, store))
+    source, size = f"{spec.archive} in {store.place}", stamp[0]
     remedy = (
         f"delete it there and run `densenet-dist data prepare {spec.name} --root '{store.uri}'`, "
         "or name a place with a sound copy: data.root=..."
     )
-    total = sum(sizes.values())
-    if total > _MAX_ARCHIVE_BYTES:
-        found = _describe(spec, sizes)
-        raise DataError(f"{found} in {store.place} has {total} bytes, so it is something else; {remedy}")
-    with progress_bar(f"downloading {spec.title}") as advance:
-        if spec.archive in sizes:
-            with _partial(folder.with_name(spec.archive)) as archive:
-                store.copy(spec.archive, archive, lambda size: advance(size, total))
-                source = f"{spec.archive} in {store.place}"
-                _extract(spec, archive, folder.parent, source=source, remedy=remedy)
-            return
-        with _new_folder(folder) as partial:
-            for name in sizes:
-                target = partial / name.rpartition("/")[2]
-                store.copy(name, target, lambda size: advance(size, total))
-                cifar.read_member(spec, target, source=f"{name} in {store.place}", remedy=remedy)
-
-
-def _describe(spec: CifarSpec, names: Sizes) -> str:
-    return spec.archive if spec.archive in names else f"{spec.title} in {len(names)} files"
+    if size > _MAX_ARCHIVE_BYTES:
+        raise DataError(f"{source} has {size} bytes, so it is something else; {remedy}")
+    with _partial(cache / spec.archive) as archive:
+        with progress_bar(f"downloading {spec.title}") as advance:
+            store.copy(spec.archive, archive, lambda received: advance(received, size))
+        _extract(spec, archive, cache, source=source, remedy=remedy)
 
 
 def _not_on_store(spec: CifarSpec, store: DataStore) -> str:
     return (
-        f"{spec.title} is not in data.root={store.place}: there is neither {spec.archive} nor all of {spec.folder}; "
+        f"{spec.title} is not in data.root={store.place}: there is no {spec.archive}; "
         f"put it there, once for all nodes: densenet-dist data prepare {spec.name} --root '{store.uri}'"
     )

@@ -62,7 +62,7 @@ class TestExtract:
     def test_archive_of_the_other_set(self, toys: Callable[[str], Toy], tmp_path: Path) -> None:
         for name, rival in (("cifar10", "cifar100"), ("cifar100", "cifar10")):
             toys(rival).write_archive(tmp_path / toys(name).spec.archive)
-            with pytest.raises(DataError, match=rf"looks like {toys(rival).spec.title}, not .*data\.name={rival}"):
+            with pytest.raises(DataError, match=rf"is not the {toys(name).spec.title} archive: it lacks"):
                 load(tmp_path, name)
 
 
@@ -82,9 +82,6 @@ class TestNotThere:
         for options in ({"download": False}, {"download": True, "url": (tmp_path / "no-network").as_uri()}):
             with pytest.raises(DataError, match=said):
                 load_dataset("cifar10", tmp_path, **options)
-        (tmp_path / "cifar-100-binary.tar.gz").touch()
-        with pytest.raises(DataError, match=r"there is CIFAR-100 \(data\.name=cifar100\)"):
-            load(tmp_path)
 
     def test_root_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -76,14 +76,9 @@ class TestPublish:
 
 
 class TestTake:
-    @pytest.mark.parametrize("layout", ["archive", "folder", "files"])
-    def test_whatever_lies_there(self, toy: Toy, store: Store, packed: bytes, layout: str) -> None:
+    def test_the_archive_lies_there(self, toy: Toy, store: Store, packed: bytes) -> None:
         """The next time the node's cache is used, without asking."""
-        if layout == "archive":
-            store.write(toy.spec.archive, packed)
-        else:
-            for name, data in toy.files.items():
-                store.write(f"{toy.spec.folder}/{name}" if layout == "folder" else name, data)
+        store.write(toy.spec.archive, packed)
         np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
         asked = len(store.server.seen)
         np.testing.assert_array_equal(load_dataset("cifar10", store.uri).train.images, train_images(toy))
@@ -112,14 +107,10 @@ class TestTake:
         assert file.read_bytes() == toy.files["data_batch_2.bin"]
         assert store.server.count("GET", toy.spec.archive) == 2
 
-    @pytest.mark.parametrize("layout", ["archive", "folder"])
-    def test_a_damaged_origin_is_refused(self, toy: Toy, store: Store, packed: bytes, layout: str) -> None:
-        name = toy.spec.archive if layout == "archive" else f"{toy.spec.folder}/test_batch.bin"
-        for member, data in toy.files.items():
-            if layout == "folder":
-                store.write(f"{toy.spec.folder}/{member}", data)
-        store.write(name, packed[: len(packed) // 2] if layout == "archive" else bytes(999))
-        with pytest.raises(DataError, match=rf"{name} in s3://bucket/\d+/data is (damaged|truncated).*delete it there"):
+    def test_a_damaged_origin_is_refused(self, toy: Toy, store: Store, packed: bytes) -> None:
+        name = toy.spec.archive
+        store.write(name, packed[: len(packed) // 2])
+        with pytest.raises(DataError, match=rf"{name} in s3://bucket/\d+/data is damaged or truncated.*delete it there"):
             load_dataset("cifar10", store.uri)
         assert [path.name for path in cache_of(store.uri).iterdir()] == [".lock"]
 
