@@ -34,7 +34,7 @@ def bench_data(
     out: Out = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the throughput of each data loader: images per second and per CPU-second, and memory.
+    """Measure the throughput of each data loader: images per second and per CPU-second.
 
     densenet-dist bench data configs/cifar10_notebook.yaml --out loaders.json
     """

@@ -16,12 +16,9 @@ from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from densenet_dist.inference.classifier import Prediction
 
 _BAR_LENGTH = 20
-_FILE_WIDTH = 4000
 
 
 def evaluate(
@@ -136,7 +133,6 @@ def predict(
 
     classifier = load_classifier(model, checkpoint=checkpoint, device=device)
     started = time.perf_counter()
-    table = None if as_json else _table()
     good = bad = 0
     for item in classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta):
         if isinstance(item, Unreadable):
@@ -144,53 +140,29 @@ def predict(
             typer.echo(without_credentials(f"{printable(item.source)}: {item.reason}"), err=True)
             continue
         good += 1
-        if table is not None:
-            _add(table, item)
+        if not as_json:
+            _show(item)
         else:
             guesses = [{"class": each.name, "label": each.label, "probability": each.probability} for each in item.top]
             typer.echo(json.dumps({"image": item.source, "top": guesses}))
     seconds = time.perf_counter() - started
     if good:
-        if table is not None:
-            _print(table)
         count = "1 image" if good == 1 else f"{good:,} images"
         typer.echo(f"{count} in {seconds:.2f} s: {good / seconds:,.1f} images/s on {classifier.device}", err=True)
     if bad:
         raise DataError(f"{bad} of {bad + good} images could not be used; they are listed above")
 
 
-def _table() -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("image", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    return table
-
-
-def _add(table: Table, item: Prediction) -> None:
-    from rich.text import Text
-
+def _show(item: Prediction) -> None:
+    """Print an image's name, and below it its most probable classes with their probabilities as numbers and bars."""
     from densenet_dist.data.image_folder import printable
 
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    for rank, guess in enumerate(item.top):
-        name = printable(item.source) if rank == 0 else ""
-        style = "bold" if rank == 0 else None
+    width = max(len(guess.name) for guess in item.top)
+    typer.secho(printable(item.source), bold=True)
+    for guess in item.top:
         bar = block * round(guess.probability * _BAR_LENGTH)
-        table.add_row(Text(name), Text(guess.name), f"{guess.probability:.2%}", bar, style=style)
-    if len(item.top) > 1:
-        table.add_section()
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    # Only a terminal has a width: a file or another program needs complete names.
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=_FILE_WIDTH).print(table)
+        typer.echo(f"  {guess.name:<{width}}  {guess.probability:7.2%}  {bar}".rstrip())
 
 
 def export(

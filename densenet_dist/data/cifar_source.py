@@ -91,7 +91,7 @@ def _ways_to_get(spec: CifarSpec, root: Path) -> str:
     """Return how to get the data set, as the end of an error message."""
     folder, archive = (name.replace("-binary", "-python") for name in (spec.folder, spec.archive))
     pickled = [name for name in (folder.replace("-bin", "-py"), archive) if (root / name).exists()]
-    hint = f"{pickled[0]} is the pickled version, which is never read: the binary version is needed; " if pickled else ""
+    hint = f"{pickled[0]} is the pickled version, which is never read; " if pickled else ""
     return (
         f"{hint}run `densenet-dist data prepare {spec.name} --root {shlex.quote(str(root))}`, "
         f"put {spec.archive} from {spec.url} into {root}, or name a folder that has it: data.root=..."

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -189,20 +189,33 @@ def _has_pictures(root: Path, folder: Path) -> bool:
 
 
 def _walk(root: Path, folder: Path) -> Iterator[str]:
-    """Names, relative to `root`, of the image files below `folder`; every folder is visited once."""
+    """Yield the names, relative to `root`, of the image files below `folder`."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
     prefix = os.path.join(root, "")
-    seen = {os.path.realpath(root), os.path.realpath(folder.parent)}
-    pending = [folder]
-    while pending:
-        current = pending.pop()
-        if (real := os.path.realpath(current)) in seen:
-            continue  # reached again through a link
+    for place, names in walk(folder, {os.path.realpath(root), os.path.realpath(folder.parent)}, fail):
+        for name in names:
+            yield os.path.join(place, name).removeprefix(prefix)
+
+
+def walk(
+    folder: str | Path, seen: set[str], on_error: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below `folder` once, links included, with the sorted names of its image files.
+
+    Args:
+        seen: real paths of folders that are skipped; those visited are added.
+        on_error: called if a folder cannot be read; by default it is skipped.
+    """
+    for place, folders, names in os.walk(folder, onerror=on_error, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()  # reached again through a link
+            continue
         seen.add(real)
-        for entry in _entries(current):
-            if _is_folder(entry):
-                pending.append(Path(entry.path))
-            elif named_as_picture(entry.name):
-                yield entry.path.removeprefix(prefix)
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        yield place, sorted(name for name in names if named_as_picture(name) and not is_ignored(name))
 
 
 def _subfolders(folder: Path) -> list[str]:

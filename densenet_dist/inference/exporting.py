@@ -162,14 +162,8 @@ def _path(out: str | Path | None, name: str, format: Format, precision: Precisio
     path = Path(os.path.expanduser(out or name + ("" if precision == "fp32" else f"-{precision}") + suffix))
     if path.suffix != suffix:
         raise ConfigError(f"--out {path}: a file in the format {format} must end in {suffix}")
-    folder = path.absolute().parent
-    problem = None
     if path.exists() and not path.is_file():
-        problem = "not a regular file"
-    elif not folder.is_dir():
-        problem = "no such folder"
-    elif not os.access(folder, os.W_OK):
-        problem = "read-only folder"
-    if problem:
-        raise StorageError(f"{path} cannot be written: {problem}")
+        raise StorageError(f"{path} cannot be written: not a regular file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise StorageError(f"{path} cannot be written: no such folder, or it is read-only")
     return path

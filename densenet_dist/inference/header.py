@@ -137,11 +137,6 @@ def header_of(text: str | bytes | None, origin: str) -> Header:
     try:
         header = _ADAPTER.validate_json(text)
     except ValidationError as error:
-        if any(item["loc"] == ("precision",) and item["input"] == "int8" for item in error.errors()):
-            raise CheckpointError(
-                f"{origin} has int8 weights, which are no longer supported\n"
-                "  export the run again with --precision fp32 or bf16"
-            ) from None
         raise CheckpointError(f"{origin}: its metadata is not that of an exported model: {_problem(error)}") from None
     if problem := _contradiction(header):
         raise CheckpointError(f"{origin}: its metadata is not that of an exported model: {problem}")

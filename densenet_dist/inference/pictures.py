@@ -17,8 +17,8 @@ from torch import Tensor
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import central_windows
 from densenet_dist.data.background import map_ahead
-from densenet_dist.data.image_files import BadImage, decode_any, named_as_picture, on_white, pixels_of
-from densenet_dist.data.image_folder import is_ignored
+from densenet_dist.data.image_files import BadImage, decode_any, on_white, pixels_of
+from densenet_dist.data.image_folder import walk
 from densenet_dist.errors import DataError
 
 Picture: TypeAlias = Any
@@ -68,38 +68,23 @@ def _matches(pattern: str) -> list[str]:
     if not rest:
         return [root or "." for root in roots]
     seen: set[str] = set()
-    folders = [place for root in roots for place, _ in _walk(root or ".", seen)]
+    folders = [place for root in roots for place, _ in walk(root or ".", seen)]
     return [match for place in folders for match in _matches(os.path.join(glob.escape(place), *rest))]
 
 
 def _below(folder: str, listed: set[str]) -> Iterator[Path | Unreadable]:
     """Yield the image files below `folder`, except in folders of `listed`, to which those visited are added."""
     problems: list[Unreadable] = []
-    count = 0
-    for place, names in _walk(folder, listed, problems):
-        for name in sorted(names):
-            if named_as_picture(name) and not is_ignored(name):
-                count += 1
-                yield Path(place, name)
+    found = False
+    for place, names in walk(
+        folder, listed, lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror)))
+    ):
+        for name in names:
+            found = True
+            yield Path(place, name)
     yield from problems
-    if not count and not problems:
+    if not found and not problems:
         yield Unreadable(str(Path(folder)), "contains no images")
-
-
-def _walk(folder: str, seen: set[str], problems: list[Unreadable] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below `folder`, links included, with the names of its files; skip real paths in `seen`."""
-
-    def report(error: OSError) -> None:
-        if problems is not None:
-            problems.append(Unreadable(str(error.filename), str(error.strerror)))
-
-    for place, folders, names in os.walk(folder, onerror=report, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # visited through another link
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_ignored(name))
-        yield place, names
 
 
 def prepare(picture: Picture, size: int, crop: float) -> Tensor:

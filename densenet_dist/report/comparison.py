@@ -110,7 +110,6 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         total_seconds=sum(run.summary.get("train_seconds", 0.0) for run in runs),
         legend=[(found.colour, "●", found.label) for found in groups],
         runs=[(found, run) for found in groups for run in found.members],
-        classes=_classes(groups) if all(run.results is not None for run in runs) else [],
     )
 
 
@@ -172,17 +171,6 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean, None)
     half = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Interval(mean, half)
-
-
-def _classes(groups: Sequence[Group]) -> list[tuple[str, list[Interval | None]]]:
-    """Each class and its accuracy in each group."""
-    first = groups[0].members[0].results
-    names = first.class_names if first is not None else ()
-
-    def accuracy(label: int) -> Metric:
-        return lambda run: None if run.results is None else float(run.results.class_accuracy[label])
-
-    return [(name, [found.interval(accuracy(label)) for found in groups]) for label, name in enumerate(names)]
 
 
 def _curves(groups: Sequence[Group]) -> list[str]:

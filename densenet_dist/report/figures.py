@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from densenet_dist.pages.figures import (
     printed_confusion,
     to_svg,
 )
-from densenet_dist.pages.render import time_unit
 from densenet_dist.train.results import BINS, Calibration, Counts
 
 if TYPE_CHECKING:
@@ -117,44 +115,6 @@ def logarithmic(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-
-
-def progress_figures(epochs: Records) -> list[str]:
-    """Plot the learning rate against the epoch, and throughput, data wait and goodput against time."""
-    ends = list(itertools.accumulate(float(record.get("seconds", 0.0)) for record in epochs))
-    unit, divisor = time_unit(ends[-1])
-    times = [end / divisor for end in ends]
-    with drawing():
-        figures = [
-            _progress(epochs, [float(record["epoch"]) for record in epochs], "epoch", "lr", 1.0, "learning rate")
-        ]
-        for key, scale, label in (
-            ("perf/images_per_s", 1.0, "training images/s"),
-            ("perf/data_wait", 100.0, "waiting for data (% of time)"),
-            ("goodput/ratio", 100.0, "goodput (% of time)"),
-        ):
-            if key != "goodput/ratio" or any(key in record for record in epochs):
-                figures.append(_progress(epochs, times, f"time ({unit})", key, scale, label))
-    return figures
-
-
-def _progress(epochs: Records, x: Sequence[float], xlabel: str, key: str, unit: float, ylabel: str) -> str:
-    figure = new_figure(2.9, 2.6)  # four fit side by side
-    axes = figure.add_subplot()
-    values = [record.get(key, math.nan) * unit for record in epochs]
-    points = [(place, value) for place, value in zip(x, values, strict=True) if math.isfinite(value)]
-    line(axes, points, colour("train"))
-    finite = [value for _, value in points] or [0.0]
-    if key == "lr" and min(finite) > 0 and max(finite) > 100 * min(finite):
-        logarithmic(axes)
-    else:
-        axes.set_ylim(0, 1.08 * max(finite) or 1.0)
-    if xlabel == "epoch":
-        whole_epochs(axes)
-    else:
-        axes.set_xlim(0, 1.03 * x[-1] or 1.0)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    return to_svg(figure, f"{ylabel} against {xlabel}")
 
 
 def calibration_figures(found: Calibration) -> list[str]:

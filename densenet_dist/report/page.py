@@ -18,7 +18,6 @@ from densenet_dist.report.figures import (
     calibration_figures,
     confusion_svg,
     curves_figure,
-    progress_figures,
     result_figures,
     titled_confusion,
 )
@@ -136,7 +135,6 @@ def run_page(run: RunRecord) -> str:
         environment={name: _plain(value) for name, value in run.environment.items()},
         legend=_legend(run),
         result_figures=result_figures(run.epochs, run.test),
-        progress_figures=progress_figures(run.epochs),
         results=run.results,
         **({} if run.results is None else _test_section(run.results)),
     )

@@ -110,13 +110,6 @@ class TestResults:
         if self.confusion.min(initial=0) < 0 or bins.images.min() < 0:
             raise ValueError("a number of images is negative")
 
-    @property
-    def class_accuracy(self) -> Numbers:
-        """(classes,) float64: share of each class's images that are recognised; NaN for a class without images."""
-        with np.errstate(invalid="ignore"):
-            accuracy: Numbers = np.diag(self.confusion) / self.confusion.sum(1)
-        return accuracy
-
 
 class ResultsAccumulator:
     """Accumulates `TestResults` over the batches of one rank, then over all ranks.

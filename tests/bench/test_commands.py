@@ -59,7 +59,6 @@ def test_loaders(tmp_path, command):
     for row in rows.values():
         assert row["spread"][0] <= row["images_per_s"] <= row["spread"][1]
         assert row["images_per_cpu_s"] > 0
-        assert 100 < row["peak_mib"] < 4000
         assert f"{row['images_per_s']:,.0f}" in shown
 
 

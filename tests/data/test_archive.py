@@ -78,7 +78,7 @@ class TestNotThere:
 
     def test_names_what_is_there_instead(self, tmp_path: Path) -> None:
         (tmp_path / "cifar-10-batches-py").mkdir()
-        said = "cifar-10-batches-py is the pickled version, which is never read: the binary version is needed"
+        said = "cifar-10-batches-py is the pickled version, which is never read"
         for options in ({"download": False}, {"download": True, "url": (tmp_path / "no-network").as_uri()}):
             with pytest.raises(DataError, match=said):
                 load_dataset("cifar10", tmp_path, **options)

@@ -108,9 +108,8 @@ class TestTake:
         assert store.server.count("GET", toy.spec.archive) == 2
 
     def test_a_damaged_origin_is_refused(self, toy: Toy, store: Store, packed: bytes) -> None:
-        name = toy.spec.archive
-        store.write(name, packed[: len(packed) // 2])
-        with pytest.raises(DataError, match=rf"{name} in s3://bucket/\d+/data is damaged or truncated.*delete it there"):
+        store.write(toy.spec.archive, packed[: len(packed) // 2])
+        with pytest.raises(DataError, match=r"gz in s3://bucket/\d+/data is damaged or truncated.*delete it there"):
             load_dataset("cifar10", store.uri)
         assert [path.name for path in cache_of(store.uri).iterdir()] == [".lock"]
 

@@ -132,7 +132,7 @@ def test_files_of_others_are_refused(exported, tmp_path, command):
     save_file(weights | {"more": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"densenet_dist": header})
     for name, said in (
         ("plain.safetensors", "was not written by densenet-dist export"),
-        ("int8.safetensors", "has int8 weights, which are no longer supported"),
+        ("int8.safetensors", "precision: Input should be 'fp32' or 'bf16'"),
         ("other.safetensors", "not in this model: more"),
         ("missing.onnx", "cannot be read: No such file"),
     ):
