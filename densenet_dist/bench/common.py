@@ -97,7 +97,7 @@ def reset_peak() -> float:
 
 
 def peak_bytes() -> float:
-    """The peak resident memory of this process since `reset_peak`; NaN where Linux does not report it."""
+    """Return the peak resident memory of this process since `reset_peak`; NaN where Linux does not report it."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -106,7 +106,7 @@ def peak_bytes() -> float:
 
 
 def conditions(config: Config, device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:
-    """How and where something was measured, for the result."""
+    """Return how and where something was measured, for the result."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": local_threads(config.cluster),
@@ -117,12 +117,12 @@ def conditions(config: Config, device: torch.device, seconds: float, rounds: int
 
 
 def num_classes(config: Config) -> int:
-    """The number of classes of the data set; 10 for a folder, which is not read."""
+    """Return the number of classes of the data set; 10 for a folder, which is not read."""
     return SPECS[config.data.name].num_classes if config.data.name in SPECS else 10
 
 
 def median_and_spread(values: Sequence[float], digits: int = 5) -> tuple[float, tuple[float, float]]:
-    """The median, and the lowest and highest value, each to `digits` significant digits."""
+    """Return the median, and the lowest and highest value, each to `digits` significant digits."""
     return rounded(statistics.median(values), digits), (rounded(min(values), digits), rounded(max(values), digits))
 
 
@@ -164,7 +164,7 @@ def with_spread(value: float, spread: Sequence[float]) -> str:
 
 
 def conditions_line(found: dict[str, Any], device_suffix: str = "") -> str:
-    """The `conditions` of a result, for the title of its table."""
+    """Format the `conditions` of a result for the title of its table."""
     device = str(found["device"])
     if device == "CPU":
         device = f"{found['environment']['cpu']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"

@@ -150,14 +150,14 @@ def bench_scaling(
 
 
 def _images(config: Config, mode: str, workers: int) -> int:
-    """The size of the global batch."""
+    """Return the size of the global batch."""
     return config.train.global_batch_size * (workers if mode == "weak" else 1)
 
 
 def rows(
     config: Config, results: dict[int, list[RankMeasurements]], modes: Sequence[str], room: int
 ) -> list[dict[str, Any]]:
-    """The figures of `DEFINITIONS` for each mode and number of workers, from the measurements of the ranks."""
+    """Compute the figures of `DEFINITIONS` for each mode and number of workers, from the measurements of the ranks."""
     made = []
     for mode in modes:
         alone = statistics.median(_slowest(results[1], _images(config, mode, 1)))
@@ -188,7 +188,7 @@ def rows(
 
 
 def _slowest(ranks: Sequence[RankMeasurements], images: int, *, exchange: bool = True) -> list[float]:
-    """Seconds per step of the slowest rank, in each round."""
+    """Return the seconds per step of the slowest rank, in each round."""
     return [max(times) for times in zip(*(rank.timings[images, exchange] for rank in ranks), strict=True)]
 
 
@@ -231,7 +231,7 @@ def measure_rank(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
         context = RunContext(RunFolder(folder, "run"), device, rank, world_size)
-        trainer = _Trainer(validate(plain), context, num_classes, max(global_sizes))
+        trainer = _make_trainer(validate(plain), context, num_classes, max(global_sizes))
         try:
             whole = next(iter(trainer.train_loader.epoch(0)))
             batches = {size: _share(trainer, whole, size) for size in global_sizes}
@@ -246,8 +246,8 @@ def measure_rank(
             trainer.store.close()
 
 
-def _Trainer(config: Config, context: RunContext, num_classes: int, images: int) -> Trainer:
-    """A training trainer on random images, with a learning rate that barely changes the weights."""
+def _make_trainer(config: Config, context: RunContext, num_classes: int, images: int) -> Trainer:
+    """Make a trainer on random images, with a learning rate that barely changes the weights."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
     train = replace(train, epochs=1, cuda_graph=False, profile=None)
     data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1)
@@ -278,7 +278,7 @@ def _time_rounds(
 
 
 def _share(trainer: Trainer, whole: Batch, global_size: int) -> Batch:
-    """This rank's share of a global batch."""
+    """Return this rank's share of a global batch."""
     count = len(range(trainer.context.rank, global_size, trainer.context.world_size))
     return Batch(whole.images[:count], whole.targets[:count], global_size)
 
@@ -295,7 +295,7 @@ def time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> fl
 
 
 def longest(seconds: float, device: torch.device) -> float:
-    """The maximum over all ranks."""
+    """Return the maximum over all ranks."""
     longest = torch.tensor([seconds], dtype=torch.float64, device=device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return float(longest)

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _hint(error: Any, arguments: list[str]) -> str:
-    """How to give a setting, if an unknown option has the name of one: ``--epochs 3`` is ``train.epochs=3``."""
+    """Return how to give a setting, if an unknown option has its name: ``--epochs 3`` is ``train.epochs=3``."""
     from densenet_dist.config import SETTINGS
     from densenet_dist.schema import Config
     from densenet_dist.yaml_settings import flatten

@@ -86,7 +86,7 @@ def load(sources: list[str] | None) -> Config:
 
 
 def is_sweep(source: str) -> bool:
-    """Whether an argument names a sweep file."""
+    """Return whether an argument names a sweep file."""
     from densenet_dist.yaml_settings import read_yaml
 
     path = bundled.find(source)

@@ -234,7 +234,7 @@ def random_windows(sizes: npt.NDArray[np.int64], seed: int, epoch: int, smallest
 
 
 def _notebook(draws: _Draws, image_size: int) -> _Warp:
-    """Keras' `ImageDataGenerator` with the notebook's settings, from draws (n, 6) in [0, 1).
+    """Warp as Keras' `ImageDataGenerator` with the notebook's settings does, from draws (n, 6) in [0, 1).
 
     A = R(theta) diag(zx, zy) diag(+-1, 1) and b = R(theta) (tx, ty), with R = [[cos, -sin], [sin, cos]]: Keras warps
     by rotation @ shift @ zoom about the centre (`apply_affine_transform`) and flips last.
@@ -251,7 +251,7 @@ def _notebook(draws: _Draws, image_size: int) -> _Warp:
 
 
 def _crop_flip(draws: _Draws) -> _Warp:
-    """A random crop of the original size from the image with 4 black pixels around it, then a flip, from (n, 6) draws.
+    """Crop at random from the image with 4 black pixels around it, to its original size, and flip, from (n, 6) draws.
 
     A crop at (left, top) of the padded image is a shift by a whole number of pixels, left - 4 and top - 4.
     """
@@ -272,7 +272,7 @@ def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _
 
 
 def _flip_sign(draws: _Draws) -> _Draws:
-    """-1 to mirror an image left to right, else 1, with equal probability, (n,) float64."""
+    """Return -1 to mirror an image left to right, else 1, with equal probability, (n,) float64."""
     return np.where(draws[:, 5] < 0.5, -1.0, 1.0)
 
 
@@ -285,7 +285,7 @@ def _after(drawn: trivial_augment.Drawn, warp: _Warp | None) -> _Warp:
 
 
 def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArray[np.int64]:
-    """Squares of `side` (n,) pixels around a random pixel, cut off at the border: (n, 4) left, top, right, bottom."""
+    """Return squares of `side` (n,) pixels around a random pixel, clipped: (n, 4) left, top, right, bottom."""
     corner = np.floor(draws * image_size).astype(np.int64) - (side[:, None] // 2).astype(np.int64)
     far = corner + side[:, None].astype(np.int64)
     return np.concatenate([corner, far], axis=1).clip(0, image_size)
@@ -294,7 +294,7 @@ def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArra
 def _mix(
     augmentation: Augmentation, draws: _Draws, image_size: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """`Parameters.blend`, `box` and `own` from draws (n, 4): which of the two, the share, the centre of the box."""
+    """Return `Parameters.blend`, `box` and `own` from draws (n, 4): the choice, the share, the centre of the box."""
     if augmentation.mixup > 0 and augmentation.cutmix > 0:
         cut = draws[:, 0] < 0.5
     else:
@@ -310,7 +310,7 @@ def _mix(
 
 
 def _beta(alpha: float, draws: _Draws) -> _Draws:
-    """Beta(alpha, alpha) by inversion: one uniform draw gives one number, whatever alpha is."""
+    """Draw from Beta(alpha, alpha) by inversion: one uniform draw gives one number, whatever alpha is."""
     if alpha == 1.0 or len(draws) == 0:
         return draws
     from scipy.special import betaincinv

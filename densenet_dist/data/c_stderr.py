@@ -35,7 +35,7 @@ _callback = _WRITE(_write)  # must outlive the stream
 
 @cache
 def _streams() -> tuple[Any, int | None, int | None]:
-    """The C variable `stderr`, its original value, and a stream that calls `_write`."""
+    """Return the C variable `stderr`, its original value, and a stream that calls `_write`."""
     libc = ctypes.CDLL(None)
     libc.fopencookie.restype = ctypes.c_void_p
     stream = ctypes.c_void_p(libc.fopencookie(None, b"w", _Functions(None, _callback, None, None)))

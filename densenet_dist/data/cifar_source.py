@@ -58,7 +58,7 @@ def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) 
 
 
 def _read_cached(spec: CifarSpec, folder: Path) -> Contents | None:
-    """The contents of an extracted folder; None if it is missing or damaged."""
+    """Return the contents of an extracted folder; None if it is missing or damaged."""
     with suppress(DataError):
         if folder.is_dir():
             return cifar.read_folder(spec, folder)
@@ -79,7 +79,7 @@ def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | Non
 
 
 def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
-    """The folder with the extracted data set, or None."""
+    """Return the folder with the extracted data set, or None."""
     if (root / spec.folder).is_dir():
         return root / spec.folder
     if any((root / name).is_file() for name in (*spec.train, spec.test)):
@@ -113,7 +113,7 @@ def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str) -
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """The name of an incomplete file, which is deleted at the end if it is still there."""
+    """Yield the name for an incomplete file, and delete the file at the end if it is still there."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -160,7 +160,7 @@ def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder, which is renamed to `folder` when the block ends without an error."""
+    """Yield a temporary folder, which is renamed to `folder` when the block ends without an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir()

@@ -185,7 +185,7 @@ def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, la
 
 
 def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
-    """Images (H, W, 3): uint8 from memory; float32 grey levels, not rounded, from files."""
+    """Read images (H, W, 3): uint8 from memory; float32 grey levels, not rounded, from files."""
     from nvidia.dali import fn, types
 
     gpu = engine.device.type == "cuda"

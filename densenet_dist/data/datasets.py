@@ -187,7 +187,7 @@ def _check_name(name: str) -> None:
 
 
 def _picture_folder(root: str | Path) -> Path:
-    """The local folder with a user's own images; a copy of what is on an object store is brought up to date first."""
+    """Return the local folder with the user's images; first update the copy of those on an object store."""
     return store.sync_pictures(str(root)) if is_uri(str(root)) else Path(root)
 
 
@@ -247,7 +247,7 @@ def _folder_dataset(
 
 
 def _evenly(count: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """Indices of at most `limit` of `count` image files, evenly spaced: the first ones are all of one class."""
+    """Return indices of at most `limit` of `count` image files, evenly spaced: the first ones are all of one class."""
     return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
 
 

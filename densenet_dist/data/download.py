@@ -81,7 +81,7 @@ def _transfer(url: str, target: Path, limit: int, advance: Advance) -> None:
 
 
 def _is_temporary(error: Exception) -> bool:
-    """Whether a retry may succeed."""
+    """Return whether a retry may succeed."""
     if isinstance(error, HTTPError):
         return error.code in _RETRIED_STATUS
     reason = error.reason if isinstance(error, URLError) else error

@@ -63,7 +63,7 @@ def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict]) -> 
 
 
 def _cache(root: Path) -> tuple[RunFolder, str]:
-    """The cache folder, and the name of the file in it for `root`."""
+    """Return the cache folder, and the name of the file in it for `root`."""
     digest = hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()
     return RunFolder(str(cache_folder()), "folders"), f"{digest}.json"
 

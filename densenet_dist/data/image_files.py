@@ -241,7 +241,7 @@ def _to_8_bits(levels: "Tensor") -> "Tensor":
 
 
 def _is_transparent(data: npt.NDArray[np.uint8]) -> bool:
-    """Whether a PNG or WebP may have transparent pixels, by its header."""
+    """Return whether a PNG or WebP may have transparent pixels, by its header."""
     start = data[:32].tobytes()
     if start.startswith(_PNG):  # a colour type with alpha, or transparent colours, which are listed before the pixels
         return bool(start[25] & 4) or b"tRNS" in data.tobytes().partition(b"IDAT")[0]

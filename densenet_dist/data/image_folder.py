@@ -111,7 +111,7 @@ def few(names: Sequence[str]) -> str:
 
 
 def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder with the class folders of each part (train, val, test), and the names of unused folders."""
+    """Find the folder with the class folders of each part (train, val, test), and the names of unused folders."""
     if not root.is_dir():
         what = "is not a folder (an archive must be unpacked)" if root.exists() else "does not exist"
         raise DataError(f"{root} {what}; {_NAME_ANOTHER}")
@@ -138,13 +138,13 @@ def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _part_of(name: str) -> str | None:
-    """The part named by the first or last word of a folder's name: train for Training, seg_train, trainSet."""
+    """Return the part named by the first or last word of a folder's name: train for Training, seg_train, trainSet."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
     return next((_PARTS[word.lower()] for word in (*words[:1], *words[-1:]) if word.lower() in _PARTS), None)
 
 
 def _unwrap(root: Path, folder: Path) -> tuple[Path, list[str]]:
-    """The first folder subfolders `folder` that does not only wrap another one, and the names of its subfolders."""
+    """Return the first folder from `folder` down that does not only wrap another one, and its subfolders' names."""
     while True:
         subfolders = _subfolders(folder)
         images = [name for name in subfolders if name.lower() in _IMAGES]
@@ -156,7 +156,7 @@ def _unwrap(root: Path, folder: Path) -> tuple[Path, list[str]]:
 
 
 def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The class names; and for each part the labels of its image files, by name, in byte order."""
+    """Return the class names; and for each part the labels of its image files, by name, in byte order."""
     found = {
         part: {name: _unwrap(root, folder / name) for name in _subfolders(folder)} for part, folder in folders.items()
     }
@@ -219,12 +219,12 @@ def walk(
 
 
 def _subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, in byte order."""
+    """Return the names of the folders in `folder`, in byte order."""
     return [entry.name for entry in _entries(folder) if _is_folder(entry)]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of `folder` that are not ignored, in byte order of the names."""
+    """Return the entries of `folder` that are not ignored, in byte order of the names."""
     with os.scandir(folder) as entries:
         kept = [entry for entry in entries if not is_ignored(entry.name)]
     return sorted(kept, key=lambda entry: os.fsencode(entry.name))

@@ -141,7 +141,7 @@ class TrainLoader:
         return Request(self._epochs(epoch), parts)
 
     def _partner_shift(self, size: int) -> int | None:
-        """The distance from this rank's images to their partners; None if some partners belong to other ranks.
+        """Return the distance from this rank's images to their partners; None if some belong to other ranks.
 
         The partner of image p of a global batch of n is image (p + n // 2) % n. The order is random, so any fixed
         pairing is too; half a batch away, the partner mostly belongs to the same rank.
@@ -150,7 +150,7 @@ class TrainLoader:
         return None if uneven or size % self._world_size else half
 
     def _partners(self, start: int, stop: int) -> tuple[range, range]:
-        """The positions of the partners of this rank's images, in order."""
+        """Return the positions of the partners of this rank's images, in order."""
         size, step, half = stop - start, self._world_size, (stop - start) // 2
         wrapped = self._rank + -(-max(0, size - half - self._rank) // step) * step  # the first image past the end
         return range(start + self._rank + half, stop, step), range(start + wrapped + half - size, start + half, step)
@@ -174,7 +174,7 @@ class TrainLoader:
         return stop - start
 
     def _labels_and_mixing(self, number: int) -> tuple[Tensor, ...]:
-        """The labels, and if images are mixed, the parameters of that for this rank's images."""
+        """Return the labels, and if images are mixed, the mixing parameters of this rank's images."""
         request, device = self._request(number), self._engine.device
         labels = request.tensor("labels", device)
         if not self._augmentation.mixes:
@@ -233,7 +233,7 @@ class EvalLoader:
         self.batch_indices = self._indices[:0]
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Return the number of batches of this rank."""
         return -(-(len(self._indices) - self._rank) // self._stride)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -265,7 +265,7 @@ class EvalLoader:
         return Request(self._epoch(), (range(start + self._rank, stop, self._world_size),))
 
     def _without_unreadable(self, batch: Batch) -> Batch:
-        """The batch without the substitutes: images that cannot be read are not evaluated, nor are others instead."""
+        """Remove the substitutes from a batch: neither unreadable images nor others in their place are evaluated."""
         unreadable = self._engine.substitutes.unreadable
         if not unreadable:
             return batch

@@ -54,7 +54,7 @@ def generate(count: int, *, seed: int, part: int) -> tuple[npt.NDArray[np.uint8]
 
 
 def _draw(labels: npt.NDArray[np.int64], words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-    """Images (n, 32, 32, 3) uint8 of the classes `labels` (n,) from random words (n, m)."""
+    """Draw images (n, 32, 32, 3) uint8 of the classes `labels` (n,) from random words (n, m)."""
     draws = _Draws(unit_floats(words[:, :_SCALARS]).astype(np.float32))
     dark, light = draws.take(3, 0.0, 0.4), draws.take(3, 0.6, 1.0)
     negative = draws.take(1, 0.0, 1.0) < 0.5
@@ -83,7 +83,7 @@ class _Draws:
 
 
 def _local(centre: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
-    """x and y of every pixel, (n, 32, 32) each, in a shape's coordinates: from its centre, rotated, scaled.
+    """Return x and y of every pixel, (n, 32, 32) each, in a shape's coordinates: from its centre, rotated, scaled.
 
     Args:
         centre: (n, 2) in pixels.
@@ -98,7 +98,7 @@ def _local(centre: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
 
 
 def _cover(distance: Field) -> Field:
-    """The share of each pixel that a shape covers, from the signed distance to its edge in pixels."""
+    """Return the share of each pixel that a shape covers, from the signed distance to its edge in pixels."""
     return (-distance + 0.5).clip(0.0, 1.0)
 
 
@@ -108,7 +108,7 @@ def _blend(canvas: Field, cover: Field, color: Field) -> Field:
 
 
 def _background(draws: _Draws, ground: Field) -> Field:
-    """Canvases (n, 3, 32, 32) of a ground color (n, 3), mottled and striped."""
+    """Draw canvases (n, 3, 32, 32) of a ground color (n, 3), mottled and striped."""
     grid = draws.take(3 * _MOTTLE**2, -0.2, 0.2).reshape(-1, 3, _MOTTLE, _MOTTLE)
     positions = np.linspace(0.0, _MOTTLE - 1.0, IMAGE_SIZE, dtype=np.float32)
     weights = np.clip(1.0 - np.abs(positions[:, None] - np.arange(_MOTTLE, dtype=np.float32)), 0.0, 1.0)
@@ -121,7 +121,7 @@ def _background(draws: _Draws, ground: Field) -> Field:
 
 
 def _stroke(draws: _Draws, *, is_dot: bool) -> tuple[Field, Field]:
-    """Cover (n, 32, 32) and color (n, 3) of a short round-ended stroke, or of a dot."""
+    """Draw the cover (n, 32, 32) and color (n, 3) of a short round-ended stroke, or of a dot."""
     centre, angle = draws.take(2, 0.0, IMAGE_SIZE), draws.take(1, 0.0, math.pi)
     half_length, radius = draws.take(1, 2.0, 5.0)[:, :, None], draws.take(1, 0.5, 1.2)[:, :, None]
     x, y = _local(centre, angle, np.ones_like(angle))
@@ -131,7 +131,7 @@ def _stroke(draws: _Draws, *, is_dot: bool) -> tuple[Field, Field]:
 
 
 def _shape(draws: _Draws, labels: npt.NDArray[np.int64]) -> Field:
-    """Cover (n, 32, 32) of the shapes of classes `labels` (n,), each entirely inside its image."""
+    """Draw the cover (n, 32, 32) of the shapes of classes `labels` (n,), each entirely inside its image."""
     radius, angle = draws.take(1, 7.0, 12.0), draws.take(1, 0.0, 2.0 * math.pi)
     centre = draws.take(2, -1.0, 1.0) * (-radius + IMAGE_SIZE / 2) + IMAGE_SIZE / 2
     x, y = _local(centre, angle, radius)

@@ -199,7 +199,7 @@ def _no_pictures(store: DataStore) -> str:
 
 
 def _list_pictures(store: DataStore) -> dict[str, Stamp]:
-    """The files on the store that look like pictures."""
+    """List the files on the store that have the name of an image file."""
     found = {}
     for name, stamp in store.list(recursive=True).items():
         parts = name.split("/")

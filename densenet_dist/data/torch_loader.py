@@ -48,7 +48,7 @@ class TorchEngine(Engine):
         self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
 
     def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
-        """(3,) values repeated for every pixel of a row, (W * 3,) float32 on the device."""
+        """Repeat (3,) values for every pixel of a row: (W * 3,) float32 on the device."""
         return upload(np.tile(channels, self.image_size).astype(np.float32), self.device)
 
     def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
@@ -74,7 +74,7 @@ class TorchEngine(Engine):
         return tuple(request.tensor(name, self.device) for name in names), make
 
     def _pixels(self, request: Request) -> Tensor:
-        """(m, 3, H, W) float32, channels_last, normalized."""
+        """Compute the pixels of a request, (m, 3, H, W) float32, channels_last, normalized."""
         pieces = request.pieces(_CPU_PIECE) if self.device.type == "cpu" else [request]
         if len(pieces) == 1:
             return self._piece(request)
@@ -100,7 +100,7 @@ class TorchEngine(Engine):
         return self._transformed(images, theta, parameters.padding, hole)
 
     def _decode(self, request: Request) -> Tensor:
-        """As `_gather`, of image files."""
+        """Decode image files to the same form as `_gather`."""
         files, size = self.files, self.image_size
         assert files is not None
         indices, windows = request.array("indices").tolist(), request.array("window").tolist()
@@ -117,7 +117,7 @@ class TorchEngine(Engine):
         return images.to(self.device, non_blocking=True)
 
     def _transformed(self, images: Tensor, theta: Tensor | None, padding: Padding, hole: Tensor | None) -> Tensor:
-        """Warped, normalized, and with holes cut."""
+        """Warp and normalize images, and cut holes."""
         if theta is not None:
             images = torch_ops.warp(images, theta, self._centres, padding)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -131,6 +131,6 @@ class TorchEngine(Engine):
 
 
 def _gather(images: Tensor, indices: Tensor) -> Tensor:
-    """Images (n, H, W, 3) uint8 at `indices` (m,) int64: (m, 3, H, W) float32 grey levels in memory of their own."""
+    """Copy images (n, H, W, 3) uint8 at `indices` (m,) int64 to (m, 3, H, W) float32 grey levels."""
     # index_select copies whole images; indexing by [indices] goes byte by byte and is 15 times slower on a CPU.
     return images.index_select(0, indices).permute(0, 3, 1, 2).float()

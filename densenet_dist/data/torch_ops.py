@@ -115,7 +115,7 @@ def resize(image: Tensor, size: int) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _filter_mass(length: int, size: int) -> tuple[Tensor, ...]:
-    """Shares of each output pixel's filter inside, before and beyond the image, (size,) each; `length > size`."""
+    """Return each output pixel's filter shares inside, before and beyond the image, (size,) each; `length > size`."""
     scale = length / size
     reach = math.ceil(scale) + 1
     taps = np.arange(-reach, length + reach) + 0.5
@@ -132,7 +132,7 @@ def _filter_mass(length: int, size: int) -> tuple[Tensor, ...]:
 
 
 def _inside(box: Tensor, size: int) -> Tensor:
-    """(n, 1, H, W) bool: which pixels lie in `box` (n, 4) left, top, right, bottom."""
+    """Return which pixels lie in `box` (n, 4) left, top, right, bottom: (n, 1, H, W) bool."""
     pixels = torch.arange(size, device=box.device)
     across = (pixels >= box[:, 0:1]) & (pixels < box[:, 2:3])
     down = (pixels >= box[:, 1:2]) & (pixels < box[:, 3:4])
@@ -176,7 +176,7 @@ def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, strength: Tensor) -> Tensor:
-    """The rule of OpenCV's equalizeHist and of DALI: Pillow's integer steps are too coarse for small images."""
+    """Equalize as OpenCV's equalizeHist and DALI do: Pillow's integer steps are too coarse for small images."""
     levels = _levels(images).flatten(2).int()
     pixels = levels.shape[2]
     values = torch.arange(256, dtype=torch.int32, device=images.device).expand(*levels.shape[:2], 256)
@@ -189,12 +189,12 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def _over(span: Tensor) -> Tensor:
-    """255 / span, rounded once: torch computes `255.0 / span` by the reciprocal, DALI does not."""
+    """Return 255 / span, rounded once: torch computes `255.0 / span` by the reciprocal, DALI does not."""
     return torch.full_like(span, 255.0) / span
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Grey levels rounded to integers, halves up."""
+    """Round grey levels to integers, halves up."""
     return (images + 0.5).floor_()
 
 

@@ -64,7 +64,7 @@ class RunSummary:
         return f"{self.summary['status']}: {self.run.rpartition('/')[2]}"
 
     def figures(self) -> dict[str, str]:
-        """The results, formatted."""
+        """Return the results, formatted."""
         summary, best = self.summary, self.summary["best"]
         found = {}
         if "val/top1" in best:
@@ -79,11 +79,11 @@ class RunSummary:
         return found
 
     def files(self) -> dict[str, str]:
-        """The folder, the report and the curves."""
+        """Return the folder, the report and the curves."""
         return {"run folder": self.run, "report": f"{self.run}/{PAGE_FILE}", "curves": f"{self.run}/curves.png"}
 
     def commands(self) -> dict[str, str]:
-        """Commands for the next steps."""
+        """Return commands for the next steps."""
         run = shlex.quote(self.location)
         return {
             "evaluate": f"{_program('densenet-dist')} evaluate {run}",
@@ -93,7 +93,7 @@ class RunSummary:
 
 
 def _program(name: str) -> str:
-    """A program of this environment as the shell finds it: with its path if it is not on PATH."""
+    """Return how to start a program of this environment: by its path if it is not on PATH."""
     installed = Path(sys.executable).with_name(name)
     return name if shutil.which(name) or not installed.exists() else shlex.quote(os.path.relpath(installed))
 
@@ -247,7 +247,7 @@ def print_closing(
 
 
 def _link(text: str) -> Style:
-    """A hyperlink (OSC 8) for a local path or a web address; browsers cannot open object stores."""
+    """Style a local path or a web address as a hyperlink (OSC 8); browsers cannot open object stores."""
     if text.startswith(("http://", "https://")):
         return Style(link=text)
     path = Path(text)

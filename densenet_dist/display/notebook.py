@@ -15,7 +15,7 @@ _COLUMNS: Final = ("epoch", "train loss", "train top-1", "val loss", "val top-1"
 
 
 def console() -> Console | NotebookConsole:
-    """The console for this process: in a notebook (Jupyter, Colab, VS Code) its output."""
+    """Return the console for this process: in a notebook (Jupyter, Colab, VS Code) its output."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return Console() if getattr(shell, "kernel", None) is None else NotebookConsole()
 

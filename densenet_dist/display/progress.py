@@ -104,7 +104,7 @@ def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
+    """Format a number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 

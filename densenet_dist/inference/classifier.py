@@ -195,7 +195,7 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
 
 
 def _exported_file(path: str | Path) -> Path | None:
-    """The exported file of that name, downloaded from an object store if needed; None if it names a run."""
+    """Return the exported file of that name, downloaded from an object store if needed; None if it names a run."""
     text = str(path)
     if is_uri(text):
         return fetch_file(text) if Path(text.partition("?")[0]).suffix in SUFFIXES else None

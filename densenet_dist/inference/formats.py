@@ -62,7 +62,7 @@ def read_safetensors(path: Path) -> tuple[Header, Network]:
 
 
 def _weights(model: DenseNet) -> dict[str, Tensor]:
-    """The model's tensors without the counters of training steps, which no prediction needs."""
+    """Return the model's tensors without the counters of training steps, which no prediction needs."""
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
 

@@ -144,7 +144,7 @@ def header_of(text: str | bytes | None, origin: str) -> Header:
 
 
 def architecture_of(header: Header) -> Architecture:
-    """The architecture of its model."""
+    """Return the architecture of the header's model."""
     return Architecture(**asdict(header.architecture))
 
 

@@ -127,7 +127,7 @@ def prepared(
 
 
 def _decode(picture: Picture) -> Tensor:
-    """(3, H, W) uint8, RGB, upright."""
+    """Decode an image to (3, H, W) uint8, RGB, upright."""
     if isinstance(picture, str | os.PathLike):
         return decode_any(Path(picture))
     if isinstance(picture, Tensor):

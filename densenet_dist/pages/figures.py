@@ -47,7 +47,7 @@ _RECTANGLE: Final = (1, 2, 2, 2, 79)
 
 
 def colour(role: str) -> str:
-    """A placeholder for a colour variable of the page's style sheet; `to_svg` replaces it."""
+    """Return a placeholder for a colour variable of the page's style sheet; `to_svg` replaces it."""
     return f"#0100{_ROLES.index(role):02x}"
 
 

@@ -14,7 +14,7 @@ class Picture(Figure):
     """
 
     def _repr_png_(self) -> bytes:
-        """What IPython displays."""
+        """Return the PNG that IPython displays."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=80)
         return buffer.getvalue()

@@ -54,7 +54,7 @@ class Group:
     colour: str
 
     def interval(self, metric: Metric) -> Interval | None:
-        """The mean of a metric over the members that have it; None if there are none."""
+        """Return the mean of a metric over the members that have it; None if there are none."""
         values = [value for member in self.members if (value := metric(member)) is not None and math.isfinite(value)]
         return interval(values) if values else None
 
@@ -134,7 +134,7 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """The settings that differ between groups: by key, the value of each group."""
+    """Return the settings that differ between groups: by key, the value of each group."""
     settings = [_settings(found.members[0]) for found in groups]
     return {key: [found.get(key) for found in settings] for key in _different_keys(settings)}
 
@@ -163,7 +163,7 @@ def _require_same_data(runs: Sequence[RunRecord]) -> None:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean and its 95 % confidence interval, for normally distributed values with unknown variance."""
+    """Return the mean and its 95 % confidence interval, for normally distributed values with unknown variance."""
     from scipy.stats import t
 
     count, mean = len(values), statistics.fmean(values)

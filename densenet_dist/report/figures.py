@@ -89,7 +89,7 @@ def _plot_result(
 
 
 def points_of(epochs: Records, key: str, unit: float) -> Points:
-    """The finite values of a metric, by epoch."""
+    """Return the finite values of a metric, by epoch."""
     return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
 
 

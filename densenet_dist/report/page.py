@@ -141,7 +141,7 @@ def run_page(run: RunRecord) -> str:
 
 
 def _goodput(last: dict[str, Any]) -> str | None:
-    """The share of time in productive steps, and the other shares, largest first; before the test."""
+    """Describe the share of time in productive steps, and the other shares, largest first; before the test."""
     if "goodput/ratio" not in last:
         return None
     lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOST_TIME.items()}
@@ -175,7 +175,7 @@ def _legend(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _test_section(results: TestResults) -> dict[str, Any]:
-    """The variables of the sections about test images."""
+    """Return the template's variables about test images."""
     confusion, names, calibration = results.confusion, results.class_names, results.calibration
     images, correct, predicted = confusion.sum(1).tolist(), np.diag(confusion).tolist(), confusion.sum(0).tolist()
     wrong = confusion.copy()

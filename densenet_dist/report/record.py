@@ -92,7 +92,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
 
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
-    """The layers, with the number of classes of the best checkpoint, so that the data set is not needed."""
+    """Summarise the model for the number of classes of the best checkpoint, so that the data set is not needed."""
     try:
         snapshot = CheckpointStore(folder, monitor=config.checkpoint.monitor).load_best()
     except DenseNetDistError as error:
