@@ -1,6 +1,6 @@
-"""DenseNets: the notebook's, the paper's and torchvision's.
+"""DenseNets of the Keras notebook, the paper and torchvision.
 
-`DenseNet` and what belongs to it are imported when first used, so that checking an architecture does not load PyTorch.
+`DenseNet` is imported on first use, so that an architecture can be checked without loading PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any

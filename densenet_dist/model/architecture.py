@@ -1,4 +1,4 @@
-"""The numbers that fix a DenseNet, and whether they fit together; nothing here makes a tensor."""
+"""The architecture of a DenseNet as plain numbers, and checks of their consistency. Does not use PyTorch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from itertools import pairwise
 from math import ceil
 from typing import Final, Literal, get_args
 
-_MOST_PARAMETERS: Final = 10**10
+_MAX_PARAMETERS: Final = 10**10
 """With gradients and momentum they take 112 GiB."""
-# What they mean: see `Architecture`.
+# See `Architecture` for their meaning.
 Stem = Literal["cifar", "imagenet"]
 CompressionOf = Literal["channels", "growth_rate"]
 Head = Literal["global", "pool2"]
@@ -18,26 +18,27 @@ BlockForm = Literal["reference", "fused", "auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Which net a :class:`densenet_dist.model.densenet.DenseNet` is.
+    """The architecture of a :class:`densenet_dist.model.densenet.DenseNet`.
 
     Attributes:
-        growth_rate: maps each layer adds (k).
-        num_layers: layers in each block; its length is the number of blocks.
-        num_classes: logits an image gets.
-        stem_channels: maps that enter the first block.
+        growth_rate: channels that each layer adds (k).
+        num_layers: number of layers of each block; its length is the number of blocks.
+        num_classes: number of logits.
+        stem_channels: input channels of the first block.
         stem: ``cifar``: conv3x3; ``imagenet``: conv7x7 with stride 2, BN, ReLU, 3x3 max pooling with stride 2.
-        bn_size: width of the bottleneck before each 3x3 convolution in units of k (4 in DenseNet-BC); None for none.
-        compression: a transition's width as a share of ``compression_of``, rounded down (theta, sec. 3).
-        compression_of: ``channels``, the maps entering the transition, or ``growth_rate``, as in the notebook.
-        drop_rate: dropout after every convolution but the stem's (sec. 4.2: "except the first one").
-        norm_momentum: weight of the newest batch in the running statistics (PyTorch's sense: Keras' is 1 minus this).
+        bn_size: width of the bottleneck before each 3x3 convolution, in units of k (4 in DenseNet-BC); None: no
+            bottleneck.
+        compression: output channels of a transition as a fraction of ``compression_of``, rounded down (theta, sec. 3).
+        compression_of: ``channels``, the transition's input channels, or ``growth_rate``, as in the notebook.
+        drop_rate: probability of dropout after each convolution but the stem's (sec. 4.2: "except the first one").
+        norm_momentum: weight of the new batch in the running statistics, as in PyTorch (Keras' momentum is 1 minus it).
         norm_eps: added to the variance in batch normalisation.
-        head: ``global`` average pooling, or ``pool2``: 2x2 average pooling, then every position feeds the classifier.
-        init: how weights start, see :func:`densenet_dist.model.densenet.initialise`.
-        image_size: side of the square images in pixels. ``pool2`` takes no other; ``global`` takes larger ones too.
+        head: ``global`` average pooling, or ``pool2``: 2x2 average pooling and a classifier that sees all positions.
+        init: initialisation of the weights, see :func:`densenet_dist.model.densenet.initialise`.
+        image_size: side of the square images in pixels. With ``global``, larger images work too.
         in_channels: channels of the images.
-        block: form of the dense blocks: they compute the same from the same weights. ``auto`` is the fused one, which
-            computes as the reference where it has no kernels.
+        block: implementation of the dense blocks; all compute the same function from the same weights. ``auto`` builds
+            the fused one, which falls back to the reference on devices without kernels.
     """
 
     growth_rate: int
@@ -58,7 +59,7 @@ class Architecture:
     block: BlockForm = "reference"
 
     def block_widths(self) -> list[tuple[int, int]]:
-        """Count the maps that enter and leave each block."""
+        """Return the input and output channels of each block."""
         widths: list[tuple[int, int]] = []
         entering = self.stem_channels
         for layers in self.num_layers:
@@ -68,40 +69,36 @@ class Architecture:
         return widths
 
     def block_sides(self) -> list[int]:
-        """Measure the side of each block's maps in pixels, 0 where poolings have left nothing."""
-        # Stride 2 in the stem rounds up (it pads), the transitions' average pooling rounds down (it does not).
+        """Return the height and width of each block's feature maps in pixels; 0 if nothing is left after pooling."""
+        # Stride 2 in the stem rounds up, because it pads; the transitions' average pooling rounds down.
         side = (self.image_size + 3) // 4 if self.stem == "imagenet" else self.image_size
         return [side >> i for i in range(len(self.num_layers))]
 
     def head_features(self) -> int:
-        """Count the inputs of the classifier."""
+        """Return the number of inputs of the classifier."""
         positions = (self.block_sides()[-1] // 2) ** 2 if self.head == "pool2" else 1
         return self.block_widths()[-1][1] * positions
 
     def parameters(self) -> int:
-        """Count the trainable parameters."""
+        """Return the number of trainable parameters."""
         widths, k = self.block_widths(), self.growth_rate
         area, norm = (7 * 7, 2) if self.stem == "imagenet" else (3 * 3, 0)
         total = self.stem_channels * (self.in_channels * area + norm)
         narrow = (self.bn_size or 0) * k
         for (entering, _), layers in zip(widths, self.num_layers, strict=True):
-            read = layers * entering + k * layers * (layers - 1) // 2  # by all layers together
-            total += read * (2 + (narrow or 9 * k)) + layers * narrow * (2 + 9 * k)
+            inputs = layers * entering + k * layers * (layers - 1) // 2  # input channels, summed over the layers
+            total += inputs * (2 + (narrow or 9 * k)) + layers * narrow * (2 + 9 * k)
         total += sum(leaving * (2 + entering) for (_, leaving), (entering, _) in pairwise(widths))
         return total + 2 * widths[-1][1] + (self.head_features() + 1) * self.num_classes
 
     def block_values(self) -> list[int]:
-        """Count the values of all maps that an image has in each block."""
+        """Return the number of values of each block's feature maps, per image."""
         return [leaving * side**2 for (_, leaving), side in zip(self.block_widths(), self.block_sides(), strict=True)]
 
     def problems(self) -> list[str]:
-        """List everything that keeps this net from being built, one line each with the key, the reason and a remedy.
-
-        Returns:
-            Lines that begin with ``model.<key>: ``; none when the net can be built.
-        """
+        """Return all reasons why the network cannot be built, one line each: ``model.<key>: problem; remedy``."""
         found = [*self._value_problems(), *self._choice_problems()]
-        # Widths and sides mean nothing before the values they are computed from do.
+        # Widths and sides can only be checked if the values that they are computed from are valid.
         return found or [*self._width_problems(), *self._side_problems(), *self._size_problems()]
 
     def _value_problems(self) -> Iterator[str]:
@@ -110,11 +107,11 @@ class Architecture:
                 yield f"model.{key}: {getattr(self, key)} is too small; it must be at least 1"
         if not self.num_layers or min(self.num_layers) < 1:
             yield (
-                f"model.num_layers: {list(self.num_layers)} does not give every block a layer; "
-                "give one whole number of at least 1 for each block"
+                f"model.num_layers: {list(self.num_layers)} has a block without layers; "
+                "give one integer of at least 1 per block"
             )
         if self.bn_size is not None and self.bn_size < 1:
-            yield f"model.bn_size: {self.bn_size} is too small; it must be at least 1 (4 in the paper), or none"
+            yield f"model.bn_size: {self.bn_size} is too small; it must be at least 1 (4 in the paper) or null"
         for key, fits, wanted in (
             ("compression", 0 < self.compression <= 1, "more than 0 and at most 1 (0.5 in DenseNet-BC)"),
             ("drop_rate", 0 <= self.drop_rate < 1, "at least 0 and less than 1"),
@@ -159,10 +156,10 @@ class Architecture:
         )
 
     def _size_problems(self) -> Iterator[str]:
-        if (parameters := self.parameters()) > _MOST_PARAMETERS:
+        if (parameters := self.parameters()) > _MAX_PARAMETERS:
             yield (
                 f"model.num_layers, model.growth_rate: {parameters:,} parameters ({parameters // 2**28:,} GiB) are too "
-                f"many; lower them to {_MOST_PARAMETERS:,} parameters or fewer"
+                f"many; lower them to {_MAX_PARAMETERS:,} parameters or fewer"
             )
 
 

@@ -1,4 +1,4 @@
-"""The dense block (Huang et al. 2017, sec. 3) in its reference form: the definition, for autograd to differentiate."""
+"""The reference form of the dense block (Huang et al. 2017, sec. 3), differentiated by autograd."""
 
 from collections.abc import Callable
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 
 NormFactory = Callable[[int], nn.BatchNorm2d]
-"""Makes the batch normalisation of a number of channels, with the net's own momentum and epsilon."""
+"""Builds a batch normalisation for a number of channels, with the network's momentum and epsilon."""
 
 
 class DenseLayer(nn.Sequential):
-    """Makes ``growth_rate`` new maps of all maps so far: BN-ReLU-conv3x3, with a bottleneck BN-ReLU-conv1x1 before it.
+    """Compute ``growth_rate`` new channels from all channels so far: BN-ReLU-conv3x3, or with a bottleneck before it.
 
-    Each convolution is followed by dropout when there is any, as in the paper's own Torch code (with a bottleneck
-    twice a layer; torchvision has it after the second convolution only).
+    The bottleneck is BN-ReLU-conv1x1. Dropout follows each convolution, as in the paper's Torch code (so twice with a
+    bottleneck; torchvision applies it after the second convolution only).
 
-    Input (N, in_channels, H, W), output (N, growth_rate, H, W), floating point, the input's memory format.
+    Shape: (N, in_channels, H, W) -> (N, growth_rate, H, W), floating point, in the input's memory format.
 
     Args:
-        in_channels: maps read.
-        growth_rate: maps made (k).
-        bn_size: the bottleneck's width in units of the growth rate (4 in the paper); None leaves it out.
-        drop_rate: probability of an activation to be zeroed in training.
-        norm: makes the batch normalisations.
+        in_channels: input channels.
+        growth_rate: output channels (k).
+        bn_size: width of the bottleneck in units of the growth rate (4 in the paper); None: no bottleneck.
+        drop_rate: probability of dropout in training.
+        norm: builds the batch normalisations.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class DenseLayer(nn.Sequential):
 
 
 class DenseBlock(nn.ModuleDict):
-    """The reference form: each layer's input is concatenated, everything else is left to autograd.
+    """Concatenate the input with the output of each layer, which reads all channels before it.
 
-    Input (N, in_channels, H, W), output (N, in_channels + num_layers * growth_rate, H, W): the input's maps first, then
-    each layer's in order. Floating point, the input's memory format.
+    Shape: (N, in_channels, H, W) -> (N, in_channels + num_layers * growth_rate, H, W), floating point, in the input's
+    memory format. The input's channels come first, then each layer's.
 
     Args:
-        num_layers: layers in the block.
-        in_channels: maps entering the block.
-        growth_rate: maps each layer adds (k).
+        num_layers: number of layers.
+        in_channels: input channels.
+        growth_rate: channels that each layer adds (k).
         bn_size: see :class:`DenseLayer`.
         drop_rate: see :class:`DenseLayer`.
         norm: see :class:`DenseLayer`.
@@ -73,7 +73,7 @@ class DenseBlock(nn.ModuleDict):
             self[f"denselayer{i + 1}"] = DenseLayer(width, growth_rate, bn_size=bn_size, drop_rate=drop_rate, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the layers in order; see the class for shapes."""
+        """Run the layers in order."""
         for layer in self.values():
             x = torch.cat((x, layer(x)), dim=1)
         return x

@@ -1,4 +1,4 @@
-"""DenseNet: one class for the notebook's net, the paper's (Huang et al. 2017, arXiv:1608.06993) and torchvision's."""
+"""DenseNet: the networks of the notebook, the paper (Huang et al. 2017, arXiv:1608.06993) and torchvision."""
 
 import re
 from functools import partial
@@ -20,15 +20,14 @@ _OLD_NAMES: Final = re.compile(r"(?<=\.)(norm|conv)\.([12]\.)")
 class DenseNet(nn.Module):
     """Dense blocks with transitions between them, then BN-ReLU-pooling-linear (paper, sec. 3).
 
-    Modules, parameters and buffers have torchvision's names wherever torchvision has the like; the last batch
-    normalisation is ``features.norm5`` however many blocks there are, as it is there. Weights are kept in
-    ``channels_last`` memory, and so are all maps.
+    Modules, parameters and buffers have torchvision's names. The last batch normalisation is ``features.norm5`` for any
+    number of blocks. Weights and feature maps are in ``channels_last`` memory.
 
     Args:
-        architecture: which net.
+        architecture: of the network.
 
     Raises:
-        ConfigError: no such net can be built; one line for each reason.
+        ConfigError: the network cannot be built; one line per reason.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -45,13 +44,13 @@ class DenseNet(nn.Module):
         """Classify images.
 
         Args:
-            x: (N, in_channels, H, W) in any memory format, of the weights' dtype unless under autocast.
+            x: (N, in_channels, H, W) in any memory format, of the weights' dtype, or any under autocast.
 
         Returns:
-            Logits (N, num_classes), of the input's dtype or autocast's.
+            Logits (N, num_classes), of the input's or autocast's dtype.
 
         Raises:
-            RuntimeError: PyTorch's, where channels or size are not those the net was built for.
+            RuntimeError: by PyTorch, if the network was built for other channels or image sizes.
         """
         x = self.features(x.contiguous(memory_format=torch.channels_last))
         x = F.avg_pool2d(x, 2) if self.architecture.head == "pool2" else F.adaptive_avg_pool2d(x, 1)
@@ -59,8 +58,8 @@ class DenseNet(nn.Module):
         return logits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # Also take the names in torchvision's published files (norm.1 for norm1), and those that DataParallel, DDP and
-        # torch.compile make (module., _orig_mod.). `load_state_dict` passes a copy.
+        # Accept the names in torchvision's published files (norm.1 for norm1) and the prefixes of DataParallel, DDP
+        # (module.) and torch.compile (_orig_mod.). `load_state_dict` passes a copy.
         for name in [name for name in state_dict if name.startswith(prefix)]:
             renamed = prefix + _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name.removeprefix(prefix)))
             if renamed not in state_dict:
@@ -69,14 +68,14 @@ class DenseNet(nn.Module):
 
 
 class Features(nn.Sequential):
-    """Everything up to the last batch normalisation and ReLU, in order.
+    """All modules up to the last batch normalisation, followed by ReLU.
 
-    Input (N, in_channels, H, W), output (N, last block's maps, h, w). A fused block computes the batch normalisation
-    after it, and a transition's convolution, together with its own layers.
+    Shape: (N, in_channels, H, W) -> (N, channels of the last block, h, w). A fused block also computes the batch
+    normalisation and ReLU after it, and a transition's convolution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the modules; see the class."""
+        """Run the modules in order."""
         modules = iter(self.children())
         for module in modules:
             if not isinstance(module, FusedDenseBlock):
@@ -84,19 +83,21 @@ class Features(nn.Sequential):
                 continue
             after = next(modules)
             if not isinstance(after, Transition):
-                return cast(Tensor, module(x, after))  # rectified already
-            x = after.after(module, x)
+                return cast(Tensor, module(x, after))  # ReLU included
+            x = module(x, after.norm, after.conv)
+            for following in list(after)[3:]:  # dropout and pooling
+                x = following(x)
         return F.relu(x, inplace=True)
 
 
 class Transition(nn.Sequential):
-    """Narrow and halve: (N, in_channels, H, W) -> (N, out_channels, H // 2, W // 2).
+    """BN-ReLU-conv1x1 and 2x2 average pooling: (N, in_channels, H, W) -> (N, out_channels, H // 2, W // 2).
 
     Args:
-        in_channels: maps read.
-        out_channels: maps made.
-        drop_rate: of dropout after the convolution.
-        norm: makes the batch normalisation.
+        in_channels: input channels.
+        out_channels: output channels.
+        drop_rate: probability of dropout after the convolution.
+        norm: builds the batch normalisation.
     """
 
     norm: nn.BatchNorm2d
@@ -111,16 +112,9 @@ class Transition(nn.Sequential):
             self.add_module("drop", nn.Dropout(drop_rate))
         self.add_module("pool", nn.AvgPool2d(2))
 
-    def after(self, block: FusedDenseBlock, x: Tensor) -> Tensor:
-        """Run a block and then this, leaving to the block all that it can do better."""
-        x = block(x, self.norm, self.conv)
-        for module in list(self)[3:]:
-            x = module(x)
-        return x
-
 
 def _features(arch: Architecture) -> Features:
-    """Stack the stem, the blocks and their transitions, and the last batch normalisation."""
+    """Build the stem, the blocks with transitions between them, and the last batch normalisation."""
     norm = partial(nn.BatchNorm2d, momentum=arch.norm_momentum, eps=arch.norm_eps)
     features = _stem(arch, norm)
     widths = arch.block_widths()
@@ -142,7 +136,7 @@ def _features(arch: Architecture) -> Features:
 
 
 def _stem(arch: Architecture, norm: NormFactory) -> Features:
-    """Read the image: (N, in_channels, H, W) -> (N, stem_channels, H, W), or a quarter of H and W for ``imagenet``."""
+    """Build the stem: (N, in_channels, H, W) -> (N, stem_channels, H, W), for ``imagenet`` (.., H / 4, W / 4)."""
     stem = Features()
     if arch.stem == "cifar":
         stem.add_module("conv0", nn.Conv2d(arch.in_channels, arch.stem_channels, 3, padding=1, bias=False))
@@ -155,7 +149,7 @@ def _stem(arch: Architecture, norm: NormFactory) -> Features:
 
 
 def initialise(model: nn.Module, init: Init) -> None:
-    """Draw all weights of convolutions and linear layers anew and zero the linear layers' biases.
+    """Initialise the weights of convolutions and linear layers, and set the biases of linear layers to 0.
 
     ======================  ===============================================  ==================================
     ``init``                convolutions                                     linear layers
@@ -165,8 +159,8 @@ def initialise(model: nn.Module, init: Init) -> None:
     ``torchvision``         N(0, 2 / fan_in)                                 U(-a, a), a = 1 / sqrt(fan_in)
     ======================  ===============================================  ==================================
 
-    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalisations are left as
-    PyTorch makes them, gamma 1 and beta 0. Sources: Glorot and Bengio 2010, eq. 16; He et al. 2015, sec. 2.2 (both
+    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalisations keep PyTorch's
+    initial values, gamma 1 and beta 0. Sources: Glorot and Bengio 2010, eq. 16; He et al. 2015, sec. 2.2 (both
     fans); ``models/densenet.lua`` of github.com/liuzhuang13/DenseNet (fan_out).
     """
     for module in model.modules():
@@ -186,22 +180,24 @@ def initialise(model: nn.Module, init: Init) -> None:
 
 
 class ParameterCount(NamedTuple):
-    """How many numbers a model holds."""
+    """Number of values of a model.
+
+    Attributes:
+        trainable: of parameters that require a gradient.
+        statistics: of running means and variances, which Keras counts as non-trainable parameters.
+    """
 
     trainable: int
-    """Elements of the parameters that take a gradient."""
-
     statistics: int
-    """Elements of the running means and variances, which Keras counts as non-trainable parameters."""
 
     @property
     def total(self) -> int:
-        """Both together: what Keras' ``model.summary()`` calls the total."""
+        """Return the sum of both: the total in Keras' ``model.summary()``."""
         return self.trainable + self.statistics
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's trainable parameters and its batch normalisations' running statistics."""
+    """Count the trainable parameters of a model and the running statistics of its batch normalisations."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     statistics = sum(
         buffer.numel() for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))

@@ -1,15 +1,15 @@
-"""BatchNorm over the global batch. torch's own `SyncBatchNorm` computes on GPUs only; this adds the CPU."""
+"""Batch normalisation over the global batch, on CPUs too: `torch.nn.SyncBatchNorm` supports GPUs only."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # its gradient is the sum of the ranks' gradients
+from torch.distributed.nn.functional import all_reduce  # differentiable: gradients are summed over ranks
 
 
 def synchronise_batchnorm(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm of `model` one over all ranks, in place; parameters and state dict stay the same."""
+    """Make all batch norms of `model` compute statistics over all ranks, in place. The state dict does not change."""
     if next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model
@@ -20,13 +20,13 @@ def synchronise_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over all ranks' images on CPUs (gloo), for unequal shares of the batch as well.
+    """Batch normalisation over all ranks on CPUs (gloo). Ranks may have different numbers of images.
 
-    Not a kind of `torch.nn.SyncBatchNorm`: DDP refuses those on a CPU.
+    Not a subclass of `torch.nn.SyncBatchNorm`, which DDP rejects on CPUs.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (n, C, H, W) by the statistics of all ranks' n together; in eval mode by the running ones."""
+        """Normalise (N, C, H, W) with the statistics of all ranks, in evaluation mode with the running ones."""
         if not self.training or not dist.is_initialized():
             return super().forward(input)
         x = input.float()

@@ -1,4 +1,4 @@
-"""The named nets: which numbers each stands for, what may be asked of it, and the factory that builds it."""
+"""DenseNets by name: their architectures, and the function that builds them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from densenet_dist.model.architecture import Architecture, BlockForm
 if TYPE_CHECKING:
     from densenet_dist.model.densenet import DenseNet
 
-# What a variant's name fixes of an `Architecture`; its defaults are the paper's DenseNet for CIFAR.
+# What each family changes of the defaults of `Architecture`, which are the paper's DenseNet for CIFAR.
 _PAPER: Final[Mapping[str, Any]] = {}
 _PAPER_BC: Final[Mapping[str, Any]] = {"bn_size": 4, "compression": 0.5}
 _IMAGENET: Final[Mapping[str, Any]] = {**_PAPER_BC, "stem": "imagenet", "init": "torchvision"}
 _NOTEBOOK: Final[Mapping[str, Any]] = {
     "compression_of": "growth_rate",
-    # Keras' BatchNormalization has momentum 0.99, the weight of the *old* statistics, and epsilon 1e-3.
+    # Keras' BatchNormalization: momentum 0.99, the weight of the *old* statistics, and epsilon 1e-3.
     "norm_momentum": 0.01,
     "norm_eps": 1e-3,
     "head": "pool2",
@@ -30,9 +30,9 @@ class _Variant(NamedTuple):
     growth_rate: int
     num_layers: tuple[int, ...]
     stem_channels: Callable[[int], int]
-    """The stem's width from the growth rate."""
+    """Computes the output channels of the stem from the growth rate."""
     depth_unit: int | None = None
-    """Convolutions that one more layer in each of the three blocks adds; None where depth names no such net."""
+    """Depth that one more layer in each of the three blocks adds; None if the variant has no parameter `depth`."""
 
 
 _VARIANTS: Final[Mapping[str, _Variant]] = {
@@ -45,7 +45,7 @@ _VARIANTS: Final[Mapping[str, _Variant]] = {
     "densenet201": _Variant(_IMAGENET, 32, (6, 12, 48, 32), lambda k: 2 * k),
 }
 VARIANTS: Final = tuple(_VARIANTS)
-"""The names :func:`densenet` knows."""
+"""Names of :func:`densenet`."""
 
 
 def densenet(
@@ -60,12 +60,12 @@ def densenet(
     drop_rate: float | None = None,
     block: BlockForm = "reference",
 ) -> DenseNet:
-    """Build a named DenseNet; what is None is the variant's own.
+    """Build a DenseNet by name. Arguments that are None take the variant's value.
 
     ===================  =====================================================  ===========================
     variant              source                                                 growth rate, layers
     ===================  =====================================================  ===========================
-    ``notebook``         the Keras notebook this project began with             35, 4 blocks of 12
+    ``notebook``         the Keras notebook that this project began with        35, 4 blocks of 12
     ``densenet``         paper, table 2: DenseNet for CIFAR                     12, 3 blocks of 12 (depth 40)
     ``densenet_bc``      paper, table 2: DenseNet-BC for CIFAR                  12, 3 blocks of 16 (depth 100)
     ``densenet121`` ...  paper, table 1, and torchvision, whose weights fit     32 (48 in 161), 4 blocks
@@ -73,18 +73,19 @@ def densenet(
 
     Args:
         variant: one of :data:`VARIANTS`.
-        num_classes: logits an image gets.
+        num_classes: number of logits.
         image_size: side of the square images in pixels.
-        growth_rate: maps each layer adds (k).
-        num_layers: layers in every block of the variant's own number of blocks, or in each of any number of blocks.
-        depth: instead of ``num_layers``, for the paper's CIFAR nets: all layers with weights, L = 3 n + 4 for n layers
-            a block, or 6 n + 4 with bottlenecks (paper, sec. 4).
-        compression: a transition's width as a share of the maps it reads, or, in ``notebook``, of the growth rate.
-        drop_rate: dropout after every convolution but the first; 0 unless given.
-        block: form of the dense blocks.
+        growth_rate: channels that each layer adds (k).
+        num_layers: layers of every block, with the variant's number of blocks; or a list with one number per block.
+        depth: alternative to ``num_layers`` for the paper's CIFAR networks: the number of layers with weights, 3 n + 4
+            for n layers per block, or 6 n + 4 with bottlenecks (paper, sec. 4).
+        compression: output channels of a transition as a fraction of its input channels, in ``notebook`` of the growth
+            rate.
+        drop_rate: probability of dropout after each convolution but the first; default 0.
+        block: implementation of the dense blocks, see `Architecture`.
 
     Raises:
-        ConfigError: no such net can be built; one line for each reason.
+        ConfigError: the network cannot be built; one line per reason.
     """
     architecture = variant_architecture(
         variant,
@@ -114,11 +115,10 @@ def variant_architecture(
     drop_rate: float | None = None,
     block: BlockForm = "reference",
 ) -> Architecture:
-    """Settle the net that :func:`densenet` makes of the same arguments, without building anything.
+    """Return the architecture that :func:`densenet` builds, given the same arguments.
 
     Raises:
-        ConfigError: it cannot be built; one line a problem, each of the form
-            ``model.<key>: what is wrong; how to mend it``.
+        ConfigError: the network cannot be built; one line per reason, ``model.<key>: problem; remedy``.
     """
     if variant not in _VARIANTS:
         raise ConfigError(f"model.variant: there is no {variant!r}; choose from {', '.join(VARIANTS)}")
@@ -129,7 +129,7 @@ def variant_architecture(
         growth_rate=k,
         num_layers=_layers(preset, num_layers, depth),
         num_classes=num_classes,
-        # At least 1, or a growth rate of 0 would be reported under the name of a number nobody gave.
+        # At least 1, or a growth rate of 0 would be reported as an invalid `stem_channels`, which is not a setting.
         stem_channels=preset.stem_channels(max(k, 1)),
         drop_rate=drop_rate or 0.0,
         image_size=image_size,
@@ -142,13 +142,12 @@ def variant_architecture(
 
 
 def _layers(preset: _Variant, num_layers: int | Sequence[int] | None, depth: int | None) -> tuple[int, ...]:
-    """Settle the layers of each block; a depth that fits no net counts as none, and is complained of elsewhere."""
-    blocks = len(preset.num_layers)
-    if num_layers is not None:
-        return (num_layers,) * blocks if isinstance(num_layers, int) else tuple(num_layers)
-    if depth is not None and preset.depth_unit is not None and depth >= preset.depth_unit + 4:
-        return ((depth - 4) // preset.depth_unit,) * blocks
-    return preset.num_layers
+    """Return the number of layers of each block. An invalid depth is ignored here, see `_depth_problems`."""
+    if num_layers is None and depth is not None and preset.depth_unit is not None and depth >= preset.depth_unit + 4:
+        num_layers = (depth - 4) // preset.depth_unit
+    if isinstance(num_layers, int):
+        return (num_layers,) * len(preset.num_layers)
+    return preset.num_layers if num_layers is None else tuple(num_layers)
 
 
 def _depth_problems(variant: str, num_layers: int | Sequence[int] | None, depth: int | None) -> list[str]:
@@ -156,14 +155,11 @@ def _depth_problems(variant: str, num_layers: int | Sequence[int] | None, depth:
     if depth is None:
         return []
     if unit is None:
-        return [f"model.depth: {variant} is not named by its depth; give model.num_layers instead"]
+        return [f"model.depth: {variant} has no setting for the depth; use model.num_layers instead"]
     if num_layers is not None:
-        return ["model.depth: it is given together with model.num_layers, and each settles the other; leave one out"]
+        return ["model.depth: it is given together with model.num_layers, which it determines; remove one of them"]
     layers, rest = divmod(depth - 4, unit)
     if layers >= 1 and rest == 0:
         return []
-    below, above = layers * unit + 4, (layers + 1) * unit + 4
-    nearest = (
-        f"{below} and {above} are the nearest that fit" if layers >= 1 else f"{unit + 4} is the smallest that fits"
-    )
-    return [f"model.depth: {depth} makes no {variant}, whose depth - 4 must be a multiple of {unit}; {nearest}"]
+    nearest = f"{layers * unit + 4} or {(layers + 1) * unit + 4}" if layers >= 1 else f"{unit + 4} or more"
+    return [f"model.depth: {depth} is not a depth of {variant}: depth - 4 must be a multiple of {unit}; use {nearest}"]

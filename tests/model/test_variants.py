@@ -70,13 +70,12 @@ def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) ->
         (
             "densenet",
             {"depth": 41},
-            "model.depth: 41 makes no densenet, whose depth - 4 must be a multiple of 3; "
-            "40 and 43 are the nearest that fit",
+            "model.depth: 41 is not a depth of densenet: depth - 4 must be a multiple of 3; use 40 or 43",
         ),
         ("densenet", {"depth": 40, "num_layers": 12}, "model.depth: it is given together with model.num_layers"),
         ("notebook", {"num_layers": 10**6}, "model.num_layers, model.growth_rate: 22,190,027,545,006,310 parameters"),
         ("notebook", {"growth_rate": 10**5}, "model.num_layers, model.growth_rate: 28,470,127,500,010 parameters"),
-        ("notebook", {"depth": 40}, "model.depth: notebook is not named by its depth; give model.num_layers instead"),
+        ("notebook", {"depth": 40}, "model.depth: notebook has no setting for the depth; use model.num_layers instead"),
         (
             "notebook",
             {"num_layers": [2] * 7},

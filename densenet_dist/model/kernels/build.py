@@ -1,7 +1,7 @@
-"""Builds ``native.cpp`` once a machine and user, and loads it.
+"""Compile ``native.cpp``, once per machine and user, and load it.
 
-PyTorch's own extension loader is not used: it compiles PyTorch's headers along, and a build that is killed leaves a
-lock on which every later one waits for ever.
+PyTorch's extension loader is not used: it compiles PyTorch's headers, and a build that is killed leaves a lock for
+which all later builds wait forever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Final
 
 from densenet_dist.cache_folder import CACHE_ENV, cache_folder
-from densenet_dist.errors import StorageError
 
 SOURCE: Final = Path(__file__).with_name("native.cpp")
 FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -29,15 +28,15 @@ TIMEOUT_S: Final = 300
 
 
 class BuildError(Exception):
-    """The library cannot be built or loaded here; the message says why, on one line."""
+    """The library cannot be built or loaded. The message is the reason, on one line."""
 
 
 @cache
 def native_library() -> ctypes.CDLL:
-    """The library for this processor, from the cache or compiled anew.
+    """Return the library for this processor, from `cache_folder` or newly compiled.
 
-    It is kept in `cache_folder`, named by what it was made of and for; one that cannot be loaded is made anew. The
-    compiler is the one named by ``CXX``, or the first of `COMPILERS` in the path; it gets `FLAGS`, then ``CXXFLAGS``.
+    Its name is a hash of its sources, compiler and processor. It is recompiled if it cannot be loaded. The compiler is
+    ``CXX``, or the first of `COMPILERS` on the PATH; its options are `FLAGS`, then ``CXXFLAGS``.
 
     Raises:
         BuildError: there is no compiler, it fails, or other users can write to the folder.
@@ -48,20 +47,18 @@ def native_library() -> ctypes.CDLL:
         if not _is_own(library.parent):
             raise BuildError(f"other users can write to {library.parent}: chmod go-w it, or set {CACHE_ENV}")
         if library.exists() and _is_own(library):
-            with suppress(OSError):  # damaged, or made for another C library
+            with suppress(OSError):  # damaged, or linked with another C library
                 return ctypes.CDLL(str(library))
         _compile(command, library)
         return ctypes.CDLL(str(library))
-    except StorageError as error:
-        raise BuildError(str(error)) from error
     except OSError as error:
         raise BuildError(f"{library} cannot be written or loaded: {error}") from error
 
 
 def _is_own(path: Path) -> bool:
-    """Whether only this user and root can write to it."""
-    found = path.stat()
-    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & 0o022
+    """Return whether only this user and root can write to a file or folder."""
+    status = path.stat()
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
 
 
 def _words(variable: str) -> list[str]:
@@ -72,12 +69,12 @@ def _words(variable: str) -> list[str]:
 
 
 def flags() -> list[str]:
-    """Return `FLAGS` and what ``CXXFLAGS`` adds to them or overrides, such as ``-march=haswell``."""
+    """Return `FLAGS` and ``CXXFLAGS``, which may override them, such as ``-march=haswell``."""
     return [*FLAGS, *_words("CXXFLAGS")]
 
 
 def compiler() -> list[str]:
-    """Return the words of the compiler's command.
+    """Return the compiler's command as a list of words.
 
     Raises:
         BuildError: there is none.
@@ -90,7 +87,7 @@ def compiler() -> list[str]:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """A name for the library: other sources, compilers and processors have others (home folders may be shared)."""
+    """Return a hash of sources, compiler and processor: machines may share a home folder."""
     version = _run([*compiler, "--version"]).stdout
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     parts = [*sources, *flags(), *compiler, version, platform.machine(), _processor()]
@@ -98,7 +95,7 @@ def _fingerprint(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """The instruction sets of this processor, as far as Linux tells."""
+    """Return the instruction sets of this processor, as listed by Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -108,14 +105,14 @@ def _processor() -> str:
 
 def _compile(compiler: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder, "native.so")
-        done = _run([*compiler, *flags(), str(SOURCE), "-o", str(made)])
-        if done.returncode != 0:
-            said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
-            first = next((line for line in said if "error" in line), said[0])
+        output = Path(folder, "native.so")
+        result = _run([*compiler, *flags(), str(SOURCE), "-o", str(output)])
+        if result.returncode != 0:
+            lines = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()
+            first = next((line for line in lines if "error" in line), lines[0])
             raise BuildError(f"{' '.join(compiler)} cannot compile {SOURCE.name}: {first}")
-        made.chmod(0o700)
-        made.rename(library)  # atomic: another process may be doing the same
+        output.chmod(0o700)
+        output.rename(library)  # atomic: another process may compile it at the same time
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

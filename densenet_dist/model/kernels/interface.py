@@ -37,11 +37,6 @@ class Norm(NamedTuple):
     var: Tensor
     eps: float
 
-    def narrow(self, start: int, stop: int) -> Norm:
-        """Return the normalisation of channels ``start:stop``, as views."""
-        gamma, beta, mean, var = (vector[start:stop] for vector in (self.gamma, self.beta, self.mean, self.var))
-        return Norm(gamma, beta, mean, var, self.eps)
-
     def scale(self) -> Tensor:
         """Return s = gamma / sqrt(var + eps), (C,): dy/dx if the statistics are constants."""
         return self.gamma * torch.rsqrt(self.var + self.eps)
@@ -66,9 +61,10 @@ class NormGrad(NamedTuple):
     correction: Tensor | None
 
     def narrow(self, start: int, stop: int) -> NormGrad:
-        """Return views for channels ``start:stop``."""
+        """Return views of channels ``start:stop``."""
+        gamma, beta, mean, var = (vector[start:stop] for vector in self.norm[:4])
         correction = None if self.correction is None else self.correction[:, start:stop]
-        return NormGrad(self.norm.narrow(start, stop), self.gradients[:, start:stop], correction)
+        return NormGrad(Norm(gamma, beta, mean, var, self.norm.eps), self.gradients[:, start:stop], correction)
 
     def apply_sums(self, sums: Tensor) -> None:
         """Write `gradients` and add to `correction`, given the sums of g and of g (x - mean), (2, C)."""
