@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train check test lint types contract deps pytest chaos nightly nightly-newest docs docs-serve \
+.PHONY: help train check test lint types contract deps pytest chaos nightly nightly-newest size docs docs-serve \
   hooks setup lock dist clean
 .DEFAULT_GOAL := help
 
@@ -68,6 +68,9 @@ nightly-newest: ## the tests with the newest versions that pyproject.toml allows
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
 	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+size: ## lines, modules, classes, length of functions, comments and words; tests/test_size.py sets the limits
+	@$(PYTHON) tests/support/size.py
 
 hooks: $(READY) ## have git run lint, format and types before each commit
 	$(BIN)/pre-commit install
