@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train check test lint types contract deps pytest chaos nightly nightly-newest size docs docs-serve \
+.PHONY: help train check test lint types contract deps pytest chaos nightly nightly-newest audit size docs docs-serve \
   hooks setup lock dist clean
 .DEFAULT_GOAL := help
 
@@ -58,8 +58,11 @@ pytest: $(READY) ## the tests (ARGS='tests/model -k fused' for some)
 chaos: $(READY) ## inject every fault into real commands, and write docs/reliability.md (ARGS='-k killed' for some)
 	$(BIN)/python -m pytest tests/chaos -m "nightly or not nightly" --timeout 1800 --page docs/reliability.md $(ARGS)
 
-nightly: $(READY) ## what is too slow for make test: all faults, 19,000 fuzzed inputs, long runs, the audit of dependencies
+nightly: $(READY) ## what is too slow for make test: all faults, 19,000 fuzzed inputs, long runs
 	$(BIN)/python -m pytest -m nightly --timeout 1800 $(ARGS)
+
+audit: $(READY) ## known vulnerabilities of the locked dependencies; asks the PyPI advisory database
+	$(BIN)/python -m pip_audit --strict --requirement requirements.lock --disable-pip
 
 NEWEST := .venv-newest
 
@@ -70,7 +73,7 @@ nightly-newest: ## the tests with the newest versions that pyproject.toml allows
 	PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" $(NEWEST)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 size: ## lines, modules, classes, length of functions, comments and words; tests/test_size.py sets the limits
-	@$(PYTHON) tests/support/size.py
+	@$(PYTHON) benchmarks/size.py
 
 hooks: $(READY) ## have git run lint, format and types before each commit
 	$(BIN)/pre-commit install

@@ -73,19 +73,6 @@ def test_result(result):
     assert f"<td>top-1 {result.summary['test/top1']:.2%}" in result._repr_html_()
 
 
-def test_pictures(result):
-    import matplotlib
-
-    backend = matplotlib.get_backend()
-    curves, confusion = result.plot(), result.plot_confusion()
-    assert [axes.get_title() for axes in curves.axes] == ["Accuracy", "Loss"]
-    _, labels = curves.axes[0].get_legend_handles_labels()
-    assert labels == ["training", "validation", f"test {result.summary['test/top1'] * 100:.2f} %"]
-    counts = [int(text.get_text()) for text in confusion.axes[0].texts]
-    assert sum(counts) == 75
-    assert matplotlib.get_backend() == backend  # a notebook's own figures are shown as before
-
-
 def test_resume_begins_goes_on_and_leaves_alone(tmp_path):
     config, events = tiny(tmp_path, "train.epochs=1"), []
     first = fit(config, resume=True, listener=events.append)
@@ -114,11 +101,10 @@ def test_a_run_is_loaded_again_finished_or_not(tmp_path, result):
 
 
 def test_summary_counts_what_is_documented():
-    for name, parameters in (("cifar10_notebook", 3_532_210), ("cifar100_notebook", 5_613_925), ("quickstart", 49_194)):
-        table = summary(load_config(name))
-        assert table.parameters.trainable == parameters
-        assert sum(layer.parameters for layer in table.layers if layer.is_whole) == table.parameters.total
-        assert f"\ntrainable parameters: {parameters:,}\n" in str(table)
+    table = summary(load_config("cifar10_notebook"))
+    assert table.parameters.trainable == 3_532_210
+    assert sum(layer.parameters for layer in table.layers if layer.is_whole) == table.parameters.total
+    assert "\ntrainable parameters: 3,532,210\n" in str(table)
     config = load_config("folder")
     assert summary(config, num_classes=7).layers[-1].shape == (7,)
     with pytest.raises(ConfigError, match="num_classes"):

@@ -1,17 +1,13 @@
 """``densenet-dist bench model`` and ``bench data``: what is asked for is in the table and in the file; mistakes."""
 
 import json
-import math
 import os
 from functools import partial
 
 import pytest
 import torch
 
-from densenet_dist.bench import model as bench_of_model
 from densenet_dist.bench.common import MeasuringProcess
-from densenet_dist.bench.training_step import VARIANTS, Measurement, OutOfMemory
-from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
 
 TINY = ["quickstart", "model.num_layers=[1,1]", "model.growth_rate=4", "cluster.cpus_per_worker=1"]
@@ -27,13 +23,7 @@ def test_mistakes_are_reported_before_anything_is_measured(tmp_path, command, mo
     missing = tmp_path / "missing" / "result.json"
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, *arguments, expected, reason in (
-        (
-            "data",
-            "quickstart",
-            "--batch-sizes=64,,128",
-            2,
-            "'' is not a number from 1 to 1,000,000; write them as 1,2,4",
-        ),
+        ("data", "quickstart", "--batch-sizes=64,,128", 2, "'' is not a number from 1 to 1,000,000; write them as 1,2"),
         ("data", "cifar10_small", f"data.root={tmp_path}", "data.download=false", 4, "cifar-10-batches-bin"),
         ("data", "quickstart", "--out=~/missing/result.json", 5, f"{missing} cannot be written: No such file"),
         ("model", *ON_CPU, "--variants=fast", 2, "there is no 'fast'; choose from reference, compiled, fused, graph"),
@@ -50,13 +40,13 @@ def test_mistakes_are_reported_before_anything_is_measured(tmp_path, command, mo
 
 def test_loaders(tmp_path, command):
     out = tmp_path / "loaders.json"
-    options = ["--seconds", "0.05", "--rounds", "2", "--batch-sizes", "64,100", "--out", out]
+    options = [*FAST, "--batch-sizes", "64,100", "--out", out]
     code, shown, _ = command("bench", "data", "quickstart", "data.limit=600", *options)
     assert code == 0
     found = json.loads(out.read_text())["rows"]
-    rows = {(row["loader"], row["batch_size"]): row for row in found}
-    assert set(rows) == {("torch", 64), ("torch", 100), ("dali", 64), ("dali", 100)}
-    for row in rows.values():
+    expected = [("dali", 64), ("dali", 100), ("torch", 64), ("torch", 100)]
+    assert sorted((row["loader"], row["batch_size"]) for row in found) == expected
+    for row in found:
         assert row["spread"][0] <= row["images_per_s"] <= row["spread"][1]
         assert row["images_per_cpu_s"] > 0
         assert f"{row['images_per_s']:,.0f}" in shown
@@ -92,37 +82,6 @@ def test_on_a_gpu_with_a_graph(tmp_path, command):
     rows = rows_of(out)
     assert len(rows) == 6
     assert all(row["note"] == "" and row["images_per_s"] > 0 and row["peak_mib"] > 0 for row in rows.values())
-
-
-class FakeProcess:
-    """Stands in for a measuring process: reference takes 4 ms, others 1; at batches of 64 some fail."""
-
-    def __init__(self, prepare, variant, *_):
-        self.name = next(name for name in VARIANTS if VARIANTS[name] is variant)
-
-    def wait(self):
-        pass
-
-    stop = wait
-
-    def measure(self, batch_size, seconds):
-        if batch_size == 64 and self.name != "fused":
-            raise OutOfMemory("out of memory") if self.name == "reference" else EnvironmentProblem("no compiler")
-        return Measurement(4.0 if self.name == "reference" else 1.0, 2, math.nan, 2.3)
-
-
-def test_what_cannot_work_is_a_row_with_its_reason(monkeypatch):
-    monkeypatch.setattr(bench_of_model, "MeasuringProcess", FakeProcess)
-    variants = {name: VARIANTS[name] for name in ("reference", "compiled", "fused")}
-    found = bench_of_model.bench_model(load_config(*ON_CPU), variants=variants, batch_sizes=(16, 64), rounds=3)
-    rows = {(row["arm"], row["batch_size"]): row for row in found["rows"]}
-    notes = {key: row["note"] for key, row in rows.items() if row["note"]}
-    failed = {("compiled", size): "no compiler" for size in (16, 64)}  # it is not measured again after that
-    assert notes == {("reference", 64): "out of memory", **failed}
-    assert [len(rows[name, 16]["rounds"]) for name in variants] == [3, 1, 3]
-    assert rows["fused", 16]["time_ratio"] == 0.25
-    assert rows["fused", 64]["time_ratio"] is None
-    json.loads(json.dumps(found, allow_nan=False))
 
 
 def test_a_measuring_process_answers_or_reports_that_it_died():

@@ -23,8 +23,8 @@ print(hashlib.sha256(dataset.train.images).hexdigest(), hashlib.sha256(dataset.t
 """
 
 
-def load(root: Path, name: str = "cifar10") -> None:
-    load_dataset(name, root, download=False)
+def load(root: Path) -> None:
+    load_dataset("cifar10", root, download=False)
 
 
 def start_load(root: Path) -> subprocess.Popen[str]:
@@ -63,7 +63,7 @@ class TestExtract:
         for name, rival in (("cifar10", "cifar100"), ("cifar100", "cifar10")):
             toys(rival).write_archive(tmp_path / toys(name).spec.archive)
             with pytest.raises(DataError, match=rf"is not the {toys(name).spec.title} archive: it lacks"):
-                load(tmp_path, name)
+                load_dataset(name, tmp_path, download=False)
 
 
 class TestNotThere:

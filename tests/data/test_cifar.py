@@ -78,8 +78,6 @@ class TestFolder:
 def test_damaged_folder(toy: Toy, tmp_path: Path, name: str, data: bytes | None, said: str) -> None:
     """One file is missing, or is something else."""
     path = toy.write_folder(tmp_path / toy.spec.folder) / name
-    path.unlink()
-    if data is not None:
-        path.write_bytes(data)
+    path.unlink() if data is None else path.write_bytes(data)
     with pytest.raises(DataError, match=said):
         load_dataset("cifar10", tmp_path, download=False)

@@ -1,11 +1,9 @@
 """Pictures in class folders are found, read as Pillow reads them, and refused with a reason where they are bad."""
 
-import ctypes
 import io
 import json
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from image_loaders import picture_kinds, png_chunk
 from PIL import Image, ImageOps
 
 from densenet_dist.data import image_check, image_folder
-from densenet_dist.data.c_stderr import printed_by_c
 from densenet_dist.data.image_files import Verdict
 from densenet_dist.data.image_folder import Folder, read_folder
 from densenet_dist.errors import DataError
@@ -290,20 +287,6 @@ class TestBadImages:
         assert mend == "  delete or convert them, or leave them out: data.on_bad_image=skip"
 
 
-def test_what_c_prints_in_other_threads_and_later_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    libc = ctypes.CDLL(None)
-
-    def say(text: bytes) -> None:
-        libc.fputs(text, ctypes.c_void_p.in_dll(libc, "stderr"))
-
-    with printed_by_c() as lines, ThreadPoolExecutor(1) as pool:
-        pool.submit(say, b"other thread\n").result()
-        say(b"this thread\n")
-    say(b"later\n")
-    assert lines == ["this thread"]
-    assert capfd.readouterr().err == "other thread\nlater\n"
-
-
 class TestCache:
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
@@ -337,12 +320,8 @@ class TestCache:
         (file,) = remembered.iterdir()
         whole = file.read_text()
         wrong = {"a/1.png": 1, "a/2.png": [1, 2], "b/3.png": None}
-        for damaged in (
-            whole[: len(whole) // 2],
-            "[" * 100_000,
-            json.dumps({**json.loads(whole), "version": 0}),
-            json.dumps({**json.loads(whole), "files": wrong}),
-        ):
+        others = (json.dumps(json.loads(whole) | change) for change in ({"version": 0}, {"files": wrong}))
+        for damaged in (whole[: len(whole) // 2], "[" * 100_000, *others):
             file.write_text(damaged)
             opened.clear()
             assert self.skip(root).files.names == first.files.names

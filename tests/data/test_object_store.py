@@ -10,7 +10,7 @@ from s3_store import Store, four_at_once
 from toy_cifar import Toy
 
 from densenet_dist import doctor
-from densenet_dist.config import load_config
+from densenet_dist.config import load_config, to_dict
 from densenet_dist.data import cifar
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
 from densenet_dist.data.store import cache_of
@@ -156,19 +156,18 @@ class TestCommands:
         assert len(store.server.seen) == asked
 
     def test_doctor(self, toy: Toy, store: Store, packed: bytes) -> None:
-        def look(**settings: object) -> tuple[str, str]:
-            data = {"name": "cifar10", "root": store.uri} | settings
-            finding = doctor._data(load_config({"data": data}))
-            return finding.state, finding.text
-
-        where = f"s3://{store.prefix}"
-        assert look() == ("note", f"cifar10 is not in {where}; it will be downloaded once and uploaded there")
-        for settings, said in (
-            ({"download": False}, "data prepare cifar10 --root"),
-            ({"name": "folder"}, "no pictures"),
+        config, where = load_config({"data": {"name": "cifar10", "root": store.uri}}), f"s3://{store.prefix}"
+        found = doctor._data(config)
+        assert found.state == "note"
+        assert found.text == f"cifar10 is not in {where}; it will be downloaded once and uploaded there"
+        for change, said in (
+            ("data.download=false", "data prepare cifar10 --root"),
+            ("data.name=folder", "no pictures"),
         ):
             with pytest.raises(DataError, match=said):
-                look(**settings)
+                doctor._data(load_config(to_dict(config), change))
         store.write(toy.spec.archive, packed)
-        assert look() == ("ok", f"{toy.spec.archive} is in {where}; this node copies it to {cache_of(store.uri)}")
+        found = doctor._data(config)
+        assert found.state == "ok"
+        assert found.text == f"{toy.spec.archive} is in {where}; this node copies it to {cache_of(store.uri)}"
         assert store.server.count("GET", toy.spec.archive) == 0

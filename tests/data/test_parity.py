@@ -102,23 +102,15 @@ class TestCifar:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Pictures of every kind that is taken, each in several sizes."""
     root = tmp_path_factory.mktemp("pictures")
-    for number, size in enumerate(SIZES):
+    for number, (width, height) in enumerate(SIZES):
         (root / str(number % 3)).mkdir(exist_ok=True)
-        for name, data in picture_kinds(picture(number, size)).items():
+        image = (noise_images if number % 2 else smooth_images)(4, 300)[3, :height, :width]
+        for name, data in picture_kinds(Image.fromarray(image)).items():
             (root / str(number % 3) / f"{number}-{name}").write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         folder = read_folder(root, image_size=32)
     return Split(folder.files, folder.labels)
-
-
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Smooth, or noise for every other seed."""
-    rng = np.random.default_rng(seed)
-    if seed % 2:
-        return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
 class TestFiles:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 
 import pytest
 import typer
 from pages import PAGES, ROOT, anchors, blocks, command_lines, name_of, prose, spans
+from ray.scripts.scripts import cli as ray_cli
 
 import densenet_dist
 from densenet_dist.cli import app
@@ -53,6 +55,26 @@ def test_commands_can_be_given(page):
             command, rest = command.commands[rest[0]], rest[1:]
         given = command.make_context(name, list(rest)).params  # raises on an option that there is not
         check_sources(name, given)
+
+
+def test_commands_of_the_launchers_are_rays_and_watch_on_loopback_only():
+    pages = (ROOT / "launch" / "README.md", ROOT / "docs" / "monitoring.md")
+    lines = [line for page in pages for block in blocks(page, "bash") for line in block.text.splitlines()]
+    commands = [words for line in lines if (words := shlex.split(line.removesuffix(" &"), comments=True))]
+    of_ray = [words[1:] for words in commands if words[0] == "ray"]
+    assert {words[0] for words in of_ray} >= {"up", "down", "job", "dashboard", "rsync-down", "get-auth-token"}
+    for name, *rest in of_ray:
+        command = ray_cli.commands[name]
+        if name == "job":
+            command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context(name, list(rest))  # raises on an unknown option
+    for words in commands:
+        if words[0] == "sbatch" and (sources := words[words.index("launch/slurm/train.sbatch") + 1 :]):
+            load_config(str(ROOT / sources[0]), *sources[1:])
+        assert not {"--address=0.0.0.0", "--bind_all"} & set(words)
+        addresses = [word.partition("=")[2] for word in words if word.startswith("--web.listen-address")]
+        addresses += [words[index + 1] for index, word in enumerate(words) if word in ("-L", "--host")]
+        assert {address.partition(":")[0] for address in addresses} <= {"127.0.0.1", "localhost"}
 
 
 def is_the_programs(word):
@@ -151,7 +173,5 @@ def test_messages_are_those_of_the_code():
     assert len(messages) >= 25
     # The page may name what is filled in, or leave it out.
     unknown = [message for message in messages if not any(map(pattern(message).search, texts))]
-    fillable = [
-        pattern(text) for text in texts if len(text.replace("…", "")) > 20
-    ]  # the page may say what is filled in
+    fillable = [pattern(text) for text in texts if len(text.replace("…", "")) > 20]
     assert [message for message in unknown if not any(each.fullmatch(message) for each in fillable)] == []

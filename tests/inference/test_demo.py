@@ -11,7 +11,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from densenet_dist.inference.classifier import Classifier, load_classifier
 
 pytest.importorskip("gradio", reason="gradio is not installed", exc_type=ImportError)
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
-SECONDS = 300
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 
 
@@ -40,16 +38,13 @@ def address(original, tmp_path_factory) -> Iterator[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(folder)}
     command = [sys.executable, "-u", str(DEMO), str(original)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
-        killer = threading.Timer(SECONDS, process.kill)
-        killer.start()
         try:
             assert process.stdout is not None
             first = next(line for line in process.stdout if "http" in line)
             yield f"{first.split()[-1]}/gradio_api"
             process.send_signal(signal.SIGINT)
-            assert process.wait(SECONDS) == 0
+            assert process.wait(300) == 0
         finally:
-            killer.cancel()
             process.kill()
     assert list(folder.iterdir()) == []  # nothing that was uploaded is left
 

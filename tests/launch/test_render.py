@@ -39,18 +39,15 @@ def test_values_that_cannot_work_are_refused_all_at_once(renderer, values):
 def test_check_writes_nothing_and_names_what_differs(root, tmp_path):
     launch = shutil.copytree(root / "launch", tmp_path / "launch")
     (tmp_path / "configs").symlink_to(root / "configs")
-    text = (launch / "values.yaml").read_text()
-    job = launch / "slurm" / "train.sbatch"
-    (launch / "values.yaml").write_text(text.replace('turn: "04:00:00"', 'turn: "08:00:00"'))
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, launch / "render.py", *arguments], capture_output=True, text=True)
-
-    checked = run("--check")
-    assert (checked.returncode, checked.stdout) == (1, "differs: launch/slurm/train.sbatch\n")
-    assert run().stdout == "wrote: launch/slurm/train.sbatch\n"
+    values, job = launch / "values.yaml", launch / "slurm" / "train.sbatch"
+    for arguments, old, new, code, said in (
+        (["--check"], 'turn: "04:00:00"', 'turn: "08:00:00"', 1, "differs: launch/slurm/train.sbatch\n"),
+        ([], "", "", 0, "wrote: launch/slurm/train.sbatch\n"),
+        ([], 'image_tag: "0.1.0"', "image_tag: latest", 1, "error: values.yaml: image_tag"),
+    ):
+        values.write_text(values.read_text().replace(old, new))
+        before, command = job.read_text(), [sys.executable, launch / "render.py", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True)
+        assert (job.read_text() == before) is (code == 1)
     assert "--time=08:00:00" in job.read_text()
-    (launch / "values.yaml").write_text(text.replace('image_tag: "0.1.0"', "image_tag: latest"))
-    refused = run()
-    assert refused.returncode == 1
-    assert "error: values.yaml: image_tag" in refused.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,22 +31,3 @@ def finished(tmp_path_factory) -> Path:
 def run(finished, tmp_path) -> Path:
     """A copy of it."""
     return shutil.copytree(finished, tmp_path / "runs" / "tiny")
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """Opens a page from file:// in a browser without a window; gives the DOM after its scripts have run."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no chromium here")
-
-    def dump(path: Path) -> str:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        command = [browser, *flags, "--enable-logging=stderr", "--dump-dom", path.absolute().as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        complaints = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-        assert complaints == [], complaints  # an error of a script, or something that the page's policy forbids
-        return done.stdout
-
-    return dump

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from torch import zeros
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
+from densenet_dist.report.comparison import group
 from densenet_dist.report.page import report_at_end, write_report
+from densenet_dist.report.record import read_run
 from densenet_dist.run_folder import RunFolder, open_run
 
 RECORDS = ["Accuracy and loss", "Test images"]
 TESTED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confident mistakes"]
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SETUP = ["Model", "Configuration", "Environment"]
 
 
@@ -78,16 +82,22 @@ def test_a_run_ends_with_its_page(finished, page_of):
 
 
 @pytest.mark.nightly
-def test_pages_open_in_a_browser(finished, run, tmp_path, opened):
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium here")
+def test_pages_open_in_a_browser(finished, run, tmp_path):
     _change(run, "seed: 1", 0.0)
     write_report([finished, run], tmp_path / "compared.html")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     for page, titles in (
         (finished / "report.html", [*RECORDS, *TESTED, *SETUP]),
         (tmp_path / "compared.html", ["Results", "Runs"]),
     ):
-        dom = opened(page)
-        assert 'loading="lazy"' not in dom  # what is printed, or photographed as a whole, would miss them
-        assert all(f">{title}</h2>" in dom for title in titles)
+        command = [BROWSER, *flags, "--enable-logging=stderr", "--dump-dom", page.absolute().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        # An error of a script, or something that the page's policy forbids.
+        assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
+        assert 'loading="lazy"' not in done.stdout  # what is printed, or photographed as a whole, would miss them
+        assert all(f">{title}</h2>" in done.stdout for title in titles)
 
 
 def test_the_page_of_a_finished_run_needs_no_data_and_no_evaluation(run, command, no_evaluation, page_of, monkeypatch):
@@ -167,6 +177,11 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     assert first[:3] == ["train.lr=0.05", "3", f"{top1 + 2:.2f} ± {4.302653 * 2 / 3**0.5:.2f}"]
     assert second[:3] == ["train.lr=0.01", "1", f"{top1:.2f}"]
     assert [row[0] for row in lines(page, "run")] == ["tiny", "seed1", "seed2", "other"]
+    for setting in ("cluster.workers: 1", "cluster.cpus_per_worker: 1", "checkpoint.monitor: val/loss"):
+        shutil.copy(run / "config.yaml", other)
+        _change(other, setting)
+        assert len(group([read_run(run), read_run(other)])) == 2, setting
+    assert len(group([read_run(folder) for folder in folders])) == 1
     _change(other, "data.name: cifar10")
     with pytest.raises(ConfigError, match=r"cannot be compared:\n  shapes: tiny, seed1, seed2\n  cifar10: other"):
         write_report([*folders, other], out)

@@ -1,13 +1,10 @@
-"""Downloads are encrypted or from this machine, what is signed is not shown, and no archive writes where it likes."""
+"""Downloads are encrypted or from this machine, and no archive writes outside its folder."""
 
 from __future__ import annotations
 
 import gzip
 import tarfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from toy_cifar import Toy
@@ -36,20 +33,6 @@ def test_what_is_never_asked(tmp_path: Path):
 def test_the_official_files_are_pinned():
     assert all(spec.url.startswith("https://www.cs.toronto.edu/~kriz/cifar-") for spec in SPECS.values())
     assert all(len(member.sha256) == 64 for spec in SPECS.values() for member in spec.members.values())
-
-
-def test_a_signature_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "page").write_text("no archive")
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        for name, said in (("page", "damaged"), ("missing", "404")):
-            url = f"http://127.0.0.1:{server.server_address[1]}/{name}?sig=MARKER"
-            with pytest.raises(DataError, match=said) as caught:
-                load_dataset("cifar10", tmp_path / "root", url=url)
-            assert "MARKER" not in str(caught.value)
-        server.shutdown()
 
 
 UNSAFE = (

@@ -139,16 +139,10 @@ def train_loader(
     **options: Any,
 ) -> TrainLoader:
     """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
-    return TrainLoader(
-        engine_of(engine, split, **options) if isinstance(engine, str) else engine,
-        np.arange(len(split.labels)),
-        global_batch_size=batch,
-        augmentation=augmentation,
-        seed=seed,
-        num_classes=int(split.labels.max()) + 1,
-        rank=rank,
-        world_size=world_size,
-    )
+    engine = engine_of(engine, split, **options) if isinstance(engine, str) else engine
+    ranks = {"rank": rank, "world_size": world_size, "num_classes": int(split.labels.max()) + 1}
+    indices = np.arange(len(split.labels))
+    return TrainLoader(engine, indices, global_batch_size=batch, augmentation=augmentation, seed=seed, **ranks)
 
 
 def eval_loader(
@@ -162,15 +156,9 @@ def eval_loader(
     world_size: int = 1,
     **options: Any,
 ) -> EvalLoader:
-    """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
-    return EvalLoader(
-        engine_of(engine, split, **options) if isinstance(engine, str) else engine,
-        indices,
-        batch_size=batch,
-        geometry=geometry,
-        rank=rank,
-        world_size=world_size,
-    )
+    """The same for evaluation."""
+    engine = engine_of(engine, split, **options) if isinstance(engine, str) else engine
+    return EvalLoader(engine, indices, batch_size=batch, geometry=geometry, rank=rank, world_size=world_size)
 
 
 def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:

@@ -19,35 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densenet_dist.model import DenseNet
 from densenet_dist.model.fused import operator
 
-NO_LAUNCH = frozenset(
-    [
-        "_record_function_enter_new",
-        "_record_function_exit",
-        "alias",
-        "as_strided",
-        "detach",
-        "device",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "expand",
-        "new_empty",
-        "new_empty_strided",
-        "permute",
-        "prim",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unsqueeze",
-        "view",
-        "_unsafe_view",
-    ]
-)
+NO_LAUNCH = """
+_record_function_enter_new _record_function_exit alias as_strided detach device empty empty_like empty_strided expand
+new_empty new_empty_strided permute prim select slice split split_with_sizes squeeze t transpose unbind unsqueeze view
+_unsafe_view
+"""
 MOST_TENSORS = (110, 64, 48, 36, 30)
 """How many tensors, by the number of lists, a multi-tensor operator of PyTorch works on in one launch."""
 
@@ -78,7 +54,7 @@ class Launches(TorchDispatchMode):
         lists = [value for value in args if isinstance(value, list) and value and isinstance(value[0], Tensor)]
         if name.startswith(("_foreach", "_fused")):
             self.counts[name] += math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1])
-        elif name not in NO_LAUNCH:
+        elif name not in NO_LAUNCH.split():
             self.counts[name] += 1
         if name.startswith("_fused"):  # in place, and unknown to FakeTensors
             return None

@@ -1,4 +1,4 @@
-"""Count lines, modules, classes, functions, comments and words; `make size` prints them."""
+"""Print the size of the repository: lines, modules, classes, functions, comments and words; `make size` runs it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import tokenize
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LOOP = ("fit", "train_epoch", "train_step", "save_or_stop")
 """The training loop: functions of densenet_dist/train/loop.py."""
 
