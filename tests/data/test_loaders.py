@@ -9,18 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_loaders import (
-    MEAN,
-    NOTEBOOK,
-    SPLIT,
-    STD,
-    assert_same,
-    engine_of,
-    eval_loader,
-    numbered,
-    train_loader,
-    write_pictures,
-)
+from image_loaders import MEAN, SPLIT, STD, assert_same, engine_of, eval_loader, numbered, train_loader, write_pictures
 
 from densenet_dist.data import augment
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
@@ -110,7 +99,7 @@ class TestTrainLoader:
             replace(EVERYTHING, geometry="random_resized_crop"),
         )
         for split, batch, augmentation in (
-            (SPLIT, 32, NOTEBOOK),
+            (SPLIT, 32, Augmentation("notebook")),
             (SPLIT, 32, EVERYTHING),
             (numbered(195), 32, mixed),
             (numbered(64), 33, mixed),

@@ -7,12 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from densenet_dist.data import shapes
-from densenet_dist.data.plan import (
-    BatchPlan,
-    Stream,
-    epoch_order,
-    split_indices,
-)
+from densenet_dist.data.plan import BatchPlan, Stream, epoch_order, split_indices
 from densenet_dist.errors import ConfigError
 
 LABELS = np.arange(1000) % 10

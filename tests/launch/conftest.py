@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,29 +33,19 @@ class Rendered(NamedTuple):
         return list(yaml.safe_load_all(self.files[path]))
 
 
-def load(path: Path) -> ModuleType:
-    """A script of launch/, as a module."""
-    spec = importlib.util.spec_from_file_location(f"launch_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
 
 
 @pytest.fixture(scope="session")
-def renderer() -> ModuleType:
-    return load(ROOT / "launch" / "render.py")
+def renderer() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "render.py")))
 
 
 @pytest.fixture(scope="session")
-def starter() -> ModuleType:
-    return load(ROOT / "launch" / "start.py")
+def starter() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "start.py")))
 
 
 @pytest.fixture
@@ -64,7 +54,7 @@ def values() -> dict[str, Any]:
 
 
 @pytest.fixture(params=["committed", "s3", "large"])
-def rendered(request: pytest.FixtureRequest, values: dict[str, Any], renderer: ModuleType) -> Rendered:
+def rendered(request: pytest.FixtureRequest, values: dict[str, Any], renderer: SimpleNamespace) -> Rendered:
     """For the values as committed; with an object store; with 4 workers of 8 GPUs and an image pinned by its digest."""
     if request.param == "s3":
         values["storage"], values["aws"]["instance_profile"] = "s3://bucket/runs", "may-use-the-bucket"

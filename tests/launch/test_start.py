@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -65,15 +64,14 @@ class LocalCluster:
         with open(self.output, "w") as file:
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
 
-    def left_behind(self) -> list[str]:
-        """Processes that are still there after a moment."""
-        for _ in range(30):
-            lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-            found = [line for line in lines if str(self.folder) in line]
-            if not found:
-                break
-            time.sleep(0.5)
-        return found
+    def wait_until_nothing_is_left(self) -> None:
+        """Until no process has its folder in its command line."""
+
+        def found() -> bool:
+            lines = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+            return any(str(self.folder) in line for line in lines)
+
+        until(lambda: not found(), 15)
 
 
 @pytest.fixture
@@ -87,7 +85,7 @@ def test_locally_two_workers_train_and_nothing_is_left_behind(local, epochs, cod
     assert process.wait(300) == code, local.output.read_text()
     assert ("train.epochs" if code else "2 x CPU") in local.output.read_text()
     assert len(list(local.folder.glob("runs/*/summary.json"))) == epochs
-    assert local.left_behind() == []
+    local.wait_until_nothing_is_left()
 
 
 @pytest.mark.nightly
@@ -96,4 +94,4 @@ def test_locally_an_interrupted_job_leaves_nothing_behind(local):
     until(lambda: "epoch   1/500" in local.output.read_text() or process.poll() is not None, 240)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143, local.output.read_text()
-    assert local.left_behind() == []
+    local.wait_until_nothing_is_left()
