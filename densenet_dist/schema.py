@@ -296,8 +296,8 @@ class FaultConfig:
     """What is done when something goes wrong on a cluster."""
 
     hang_timeout_s: Seconds = 60.0
-    """A worker without a heartbeat, or without a step, for so long is ended and replaced; where steps are slow,
-    ten times the longest one counts."""
+    """How long a worker may not respond, or make no progress (or ten times its longest step, if that is more), before
+    it is replaced."""
     grace_s: Seconds = 15.0
     """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills pods after 30 s."""
 

@@ -144,7 +144,7 @@ def test_what_failed_before_its_first_step_can_be_started_again(command):
     assert yaml.safe_load(Path(storage, "quickstart/config.yaml").read_text())["data"]["name"] == "shapes"
     code, _, err = command("train", "quickstart", *quick)
     assert code == 5
-    assert f"exists already\n  go on with it: densenet-dist train --resume '{Path(storage).absolute()}/quick" in err
+    assert f"exists already\n  resume it: densenet-dist train --resume '{Path(storage).absolute()}/quick" in err
 
 
 def test_relative_storage_in_a_submitted_job(command, tmp_path, monkeypatch):

@@ -28,8 +28,9 @@ from densenet_dist.bench.common import (
     rounded,
     with_spread,
 )
+from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.launch import absolute
-from densenet_dist.cluster.measured import measuring_workers
+from densenet_dist.cluster.measured import capacity, run_on_workers
 from densenet_dist.config import to_dict, validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
@@ -118,13 +119,13 @@ def bench_scaling(
         )
     check_run(config)
     results: dict[int, list[RankMeasurements]] = {}
-    with measuring_workers(config.cluster, config.storage) as cluster:
+    with connected(config.cluster) as own_cluster:
         for count in counts:
             on_progress(f"{count} workers (of {', '.join(map(str, counts))})")
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
             arguments = (to_dict(config), num_classes(config), sizes, seconds, rounds, probe)
-            results[count] = cluster.run(count, measure_rank, *arguments)
-        room, threads = cluster.room, config.cluster.cpus_per_worker
+            results[count] = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)
+        room, threads = capacity(config.cluster), config.cluster.cpus_per_worker
     first = results[1][0]
     found = {
         "rows": rows(config, results, modes, room),

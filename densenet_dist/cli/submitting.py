@@ -5,10 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import signal
 import sys
+import threading
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -16,7 +18,7 @@ from densenet_dist.cli.options import Debug, local_folder
 from densenet_dist.credentials import without_credentials
 
 if TYPE_CHECKING:
-    from densenet_dist.cluster.submit import Interrupts, Job
+    from densenet_dist.cluster.submit import Job
 
 _RESPONSE_TIMEOUT_S = 10.0
 
@@ -55,51 +57,67 @@ def submit(
     densenet-dist submit train --resume /shared/runs/k24
     """
     from densenet_dist.cluster.signals import NUMBERS, handled_by
-    from densenet_dist.cluster.submit import Interrupts, prepare
+    from densenet_dist.cluster.submit import prepare
 
-    job, interrupts = None, Interrupts()
-    with handled_by(interrupts.hear):
+    job = None
+    with handled_by(_interrupt):
         try:
-            prepared = prepare(arguments, working_dir, address)
-            interrupts.check()
-            job = prepared
-            code = _run(job, wait, interrupts)
-        except KeyboardInterrupt:  # before the job was sent, or a second one
+            job = prepare(arguments, working_dir, address)
+            code = _run(job, wait)
+        except KeyboardInterrupt as interrupt:  # before the job was sent, or a second one
             for number in NUMBERS:
                 signal.signal(number, signal.SIG_IGN)
             if job is not None:
                 _show_commands(job, "\nthe job may still be running")
-            code = 128 + interrupts.number
+            code = 128 + interrupt.args[0]
     raise typer.Exit(code)
 
 
-def _run(job: Job, wait: bool, interrupts: Interrupts) -> int:
-    from densenet_dist.cluster.submit import exit_code, follow, in_thread, send
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def _run(job: Job, wait: bool) -> int:
+    from densenet_dist.cluster.submit import exit_code, follow
 
     sending: Future[None] = Future()
     try:
-        interrupts.wait(in_thread(lambda: send(job), sending))
+        _send_in_thread(job, sending)
+        sending.result()
         typer.echo(f"job {job.id} on {without_credentials(job.address)}", err=True)
         if not wait:
             _show_commands(job)
             return 0
-        details = follow(job, partial(print, end="", flush=True), interrupts)
-    except KeyboardInterrupt:
-        details = _interrupted(job, sending, interrupts)
+        details = follow(job, partial(print, end="", flush=True))
+    except KeyboardInterrupt as interrupt:
+        number: int = interrupt.args[0]
+        details = _interrupted(job, sending, number)
         if details is None:
-            return 128 + interrupts.number
+            return 128 + number
     code = exit_code(details)
     message = f": {details.message.partition(', last available logs')[0]}" if code and details.message else ""
     typer.echo(f"job {job.id} {details.status.value.lower()}{message}", err=True)
     return code
 
 
-def _interrupted(job: Job, sending: Future[None], interrupts: Interrupts) -> Any:
-    """Stop the job if the user confirms; return its final details, or None if it continues."""
-    from densenet_dist.cluster.submit import follow, in_thread, stop
+def _send_in_thread(job: Job, sending: Future[None]) -> None:
+    """Submit the job in a thread, so that after an interrupt the cluster's confirmation can still be waited for."""
+    from densenet_dist.cluster.submit import send
 
-    interrupts.handled()
-    number = interrupts.number
+    def run() -> None:
+        try:
+            send(job)
+            sending.set_result(None)
+        except BaseException as error:
+            sending.set_exception(error)
+
+    threading.Thread(target=run, name="submit", daemon=True).start()  # must not keep the process alive
+
+
+def _interrupted(job: Job, sending: Future[None], number: int) -> Any:
+    """Stop the job if the user confirms; return its final details, or None if it continues."""
+    from densenet_dist.cluster.submit import follow, stop
+
     if not sending.done():
         typer.echo("\nwaiting for the cluster to confirm the job", err=True)
         concurrent.futures.wait([sending], timeout=_RESPONSE_TIMEOUT_S)
@@ -108,11 +126,10 @@ def _interrupted(job: Job, sending: Future[None], interrupts: Interrupts) -> Any
         return None
     sending.result()
     if not _confirms_stop(number):
-        interrupts.check()
         _show_commands(job, "\nthe job continues")
         return None
-    interrupts.wait(in_thread(lambda: stop(job)))
-    return follow(job, lambda piece: None, interrupts)
+    stop(job)
+    return follow(job, lambda piece: None)
 
 
 def _show_commands(job: Job, title: str | None = None) -> None:

@@ -8,132 +8,148 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from densenet_dist.cluster.watchdog import Heartbeats, Hung
+from densenet_dist.cluster.heartbeat import is_hung
 from densenet_dist.train.control import StopRequest
 
-if TYPE_CHECKING:  # torch would make this process several times as large
+if TYPE_CHECKING:  # torch would make the actor's process several times as large
     from densenet_dist.cluster.heartbeat import Heartbeat
     from densenet_dist.train.context import Event
 
 
 class Coordinator:
-    """Carries events and heartbeats to the driver, requests and answers to the workers.
+    """Passes events and heartbeats to the driver, requests and answers to the workers.
 
-    Asynchronous, so that the driver can wait in it: on a machine whose every core trains, polling is felt. Where its
-    process is lost, Ray starts it again and repeats the calls under way; so calls that wait bring all they wait for.
+    Asynchronous, so that the driver can wait inside a call: polling would cost time on a machine whose cores all train.
+    If its process is lost, Ray restarts it without its state and repeats pending calls, so calls that wait carry all
+    that they wait for.
+
+    Args:
+        hang_timeout_s: see `is_hung`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hang_timeout_s: float) -> None:
+        self._hang_timeout_s = hang_timeout_s
         self._events: list[Event] = []
-        self._news = asyncio.Event()
+        self._has_events = asyncio.Event()
         self._controller: Any = None
         self._answers: dict[int, asyncio.Future[bool]] = {}
-        self._heartbeats = Heartbeats()
-        self._heard = asyncio.Event()
+        self._heartbeats: dict[int, Heartbeat] = {}
+        self._has_heartbeats = asyncio.Event()
         self._request = StopRequest.NONE
         self._saved = 0
-        self._left = asyncio.Event()
+        self._ended = asyncio.Event()
 
     async def put(self, event: Event) -> None:
         """Pass an event of rank 0, or a note of the controller, to the driver."""
         if event["kind"] == "progress" and self._events and self._events[-1]["kind"] == "progress":
-            self._events.pop()  # nobody has looked at the last one yet: only the newest matters
+            self._events.pop()  # only the newest progress matters
         if event["kind"] == "end":
-            self._left.set()
+            self._ended.set()
         self._events.append(event)
-        self._news.set()
+        self._has_events.set()
 
     async def drain(self) -> list[Event]:
         """Return the events since the last call; waits until there is one, or `wake` is called."""
-        await self._news.wait()
-        self._news.clear()
+        await self._has_events.wait()
+        self._has_events.clear()
         events, self._events = self._events, []
         return events
 
     async def wake(self) -> None:
-        """End the waiting in `drain`."""
-        self._news.set()
+        """Make a waiting `drain` return."""
+        self._has_events.set()
 
-    async def heartbeat(self, heartbeat: Heartbeat) -> StopRequest:
-        """Record the state of a worker; returns what is requested of it."""
-        self._heartbeats.record(heartbeat)
-        self._heard.set()
+    async def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
+        """Record the state of a worker; return the request to it, or None if it hangs and must exit."""
+        self._heartbeats[heartbeat.rank] = heartbeat
+        for rank in [rank for rank in self._heartbeats if rank >= heartbeat.world_size]:
+            del self._heartbeats[rank]  # of an earlier, larger world
+        self._has_heartbeats.set()
+        if is_hung(heartbeat, self._heartbeats.values(), self._hang_timeout_s):
+            where = f"{heartbeat.phase} at {heartbeat.where}" if heartbeat.where else heartbeat.phase
+            await self._warn(heartbeat.rank, f"made no progress for {heartbeat.idle_s:.0f} s ({where}), and is killed")
+            return None
         if heartbeat.rank == 0:
             self._saved = heartbeat.saved
             if self._request is StopRequest.SAVE:
-                self._request = StopRequest.NONE  # one checkpoint is requested
+                self._request = StopRequest.NONE  # it is for one checkpoint
                 return StopRequest.SAVE
         return StopRequest.NONE if self._request is StopRequest.SAVE else self._request
 
-    async def hung(self, timeout_s: float) -> list[Hung]:
-        """Return the workers that hang, each once."""
-        return self._heartbeats.hung(timeout_s)
+    async def report_loss(self, rank: int, cause: str, restarts: str) -> None:
+        """Tell the driver that the workers are restarted because of this rank."""
+        await self._warn(rank, f"failed: {cause}; all workers are restarted ({restarts})")
 
-    async def ask(self, request: StopRequest) -> bool:
-        """Request something of the workers; returns whether they have begun to train."""
+    async def _warn(self, rank: int, text: str) -> None:
+        last = self._heartbeats.get(rank)
+        worker = f"rank {rank} on {last.host}, after step {last.step}," if last else f"rank {rank}"
+        await self.put({"kind": "note", "text": f"{worker} {text}", "warning": True})
+
+    async def request(self, request: StopRequest) -> bool:
+        """Make a request to the workers; return whether they have begun to train."""
         self._request = max(self._request, request)
-        return self._heartbeats.moving
+        return any(heartbeat.progress for heartbeat in self._heartbeats.values())
 
     async def save(self) -> None:
-        """Have a checkpoint written, and wait for it."""
+        """Request a checkpoint and wait for it."""
         before = self._saved
-        if await self.ask(StopRequest.SAVE):
+        if await self.request(StopRequest.SAVE):
             while self._saved == before:
                 await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
-        """Have the run saved and ended, and wait until rank 0 has left; returns at once before the first step."""
+        """Have the run saved and stopped, and wait for rank 0 to end; returns at once before the first step."""
         import ray
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
-            await self._heard.wait()  # else the workers would seem not to have begun
-        if await self.ask(StopRequest.STOP):
-            await self._left.wait()
+            await self._has_heartbeats.wait()  # to know whether the workers have begun to train
+        if await self.request(StopRequest.STOP):
+            await self._ended.wait()
 
-    async def leave(self) -> None:
-        """Note that rank 0 has done what was requested, and ends."""
-        self._left.set()
+    async def set_ended(self) -> None:
+        """Note that rank 0 has fulfilled a request to stop."""
+        self._ended.set()
 
-    async def may_go_on(self, global_step: int, event: Event | None) -> bool:
-        """Wait for the driver's word after an epoch; rank 0 brings the epoch's event."""
+    async def report_epoch(self, global_step: int, event: Event | None) -> bool:
+        """Return the driver's decision after an epoch: whether to continue. Rank 0 passes the epoch's event."""
         if event is not None:
             await self.put(event)
         return await asyncio.shield(self._answer_to(global_step))
 
-    async def answer(self, global_step: int, go_on: bool) -> None:
-        """Give the driver's word on whether to go on after a step."""
-        waiting = self._answer_to(global_step)
-        if not waiting.done():
-            waiting.set_result(go_on)
+    async def answer(self, global_step: int, proceed: bool) -> None:
+        """Set the driver's decision for the epoch that ended at a step."""
+        answer = self._answer_to(global_step)
+        if not answer.done():
+            answer.set_result(proceed)
 
     def _answer_to(self, global_step: int) -> asyncio.Future[bool]:
         return self._answers.setdefault(global_step, asyncio.get_running_loop().create_future())
 
-    async def controlled_by(self, controller: Any) -> None:
+    async def set_controller(self, controller: Any) -> None:
         """Remember Ray Train's controller of the run."""
         self._controller = controller
 
     async def controller(self) -> Any:
-        """Return that actor; None before it has started."""
+        """Return Ray Train's controller; None before it has started."""
         return self._controller
 
 
-def start_coordinator() -> Any:
-    """Start the actor on the driver's node, whose loss alone ends it for good."""
+def start_coordinator(hang_timeout_s: float) -> Any:
+    """Start the actor on the driver's node: it is restarted for as long as that node lives."""
     import ray
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)(Coordinator)
-    return actor.remote()
+    return actor.remote(hang_timeout_s)
 
 
 class EpochBarrier:
     """Makes a run wait for its driver at the end of every epoch.
 
     Args:
-        on_event: called with every event, in a thread of its own; after an epoch, returns whether to go on.
-        placements: an actor that is told what room the workers have.
-        owner: whose it is, for that actor.
+        on_event: called with every event, in a thread of its own; after an epoch, returns whether to continue.
+        placements: an actor that records the placement groups of the workers.
+        owner: the trial that they belong to.
     """
 
     def __init__(self, on_event: Callable[[Event], bool], placements: Any, owner: str) -> None:
@@ -146,17 +162,17 @@ class EpochBarrier:
         self._coordinator = coordinator
 
     def __call__(self, event: Event) -> None:
-        """Take an event, and answer at an epoch's end."""
+        """Handle an event; answer at the end of an epoch."""
         if event["kind"] != "epoch":
             self.on_event(event)
             return
         step = event["global_step"]
-        go_on = step == self._answered or self.on_event(event)  # a coordinator that was restarted asks again
+        proceed = step == self._answered or self.on_event(event)  # a restarted coordinator asks again
         self._answered = step
-        self._coordinator.answer.remote(step, go_on)
+        self._coordinator.answer.remote(step, proceed)
 
     def abort(self, timeout_s: float) -> None:
-        """End the run wherever it is, and give back its workers."""
+        """End the run at any point and release its workers."""
         import ray
 
         if self._coordinator is not None:
@@ -167,19 +183,19 @@ class EpochBarrier:
 
 
 @contextmanager
-def drained(coordinator: Any, listener: Callable[[Event], None]) -> Iterator[None]:
-    """Pass events on as they come; whatever is still there at the end is passed on before returning."""
+def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Iterator[None]:
+    """Call the listener with each event, in a thread; remaining events are passed on before the context ends."""
     import ray
 
     stop = threading.Event()
 
-    def pump() -> None:
+    def forward() -> None:
         with suppress(ray.exceptions.RayError):
             while not stop.is_set():
                 for event in ray.get(coordinator.drain.remote()):
                     listener(event)
 
-    thread = threading.Thread(target=pump, name="events")
+    thread = threading.Thread(target=forward, name="events")
     thread.start()
     try:
         yield
@@ -189,5 +205,5 @@ def drained(coordinator: Any, listener: Callable[[Event], None]) -> Iterator[Non
         thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
         with suppress(ray.exceptions.RayError):
             ray.get(coordinator.wake.remote(), timeout=5)
-            for event in ray.get(coordinator.drain.remote(), timeout=5):  # come since the thread last looked
+            for event in ray.get(coordinator.drain.remote(), timeout=5):  # those since the thread's last call
                 listener(event)

@@ -1,13 +1,14 @@
-"""What every worker tells the driver about once a second while it trains, and what is requested of it in return."""
+"""Heartbeats: each worker sends its state about once a second and receives requests; workers that hang are found."""
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,15 @@ from densenet_dist.train.control import StopRequest
 if TYPE_CHECKING:
     from densenet_dist.train.context import RunContext
 
-_EVERY_S: Final = 1.0
-_WORLD_OF_ONE_SECOND: Final = 64  # a larger world sends less often, so that the coordinator hears as much
+_INTERVAL_S: Final = 1.0
+_FULL_RATE_WORLD_SIZE: Final = 64
+"""Larger worlds send less often, so that the coordinator's load stays the same."""
+_FIRST_TIME_S: Final = 600.0
+"""Limit for the first time in a phase: it may compile, or tune kernels."""
+_UNLIMITED: Final = ("start", "save")
+"""Phases with timeouts of their own: those of collective operations, and of the storage."""
 _LAST_SAVE_S: Final = 10.0
-"""How long before a node is taken away the last checkpoint is saved: the steps after it are lost."""
+"""How long before a preempted node goes away to save once more: the steps after it are lost."""
 _PACKAGE: Final = str(Path(__file__).parents[1])
 
 
@@ -30,24 +36,21 @@ class Heartbeat:
     """The state of one worker.
 
     Attributes:
-        node: Ray's id of its node, and ``host`` its name.
-        pid: its process there, and ``started`` when that began, in seconds since the epoch: numbers are used again.
-        step: global steps completed.
-        saved: checkpoints written.
-        progress: steps and evaluated batches of this process.
-        phase: what it is doing.
-        idle_s: seconds since its last progress.
-        longest_idle_s: the longest such time so far; None where it does something for the first time.
-        where: the line of this package that it is in, where it has been idle for long.
-        waits_for_ranks: whether it may be waiting for other ranks, in a collective operation.
+        rank, world_size: of the worker.
+        host: name of its node.
+        step: number of global steps completed.
+        saved: number of checkpoints written.
+        progress: number of steps and evaluated batches of this process.
+        phase: current phase, see `WorkerStatus`.
+        idle_s: seconds since the last progress.
+        longest_idle_s: the longest such time so far; None the first time in a phase.
+        where: the line of this package that is being executed, if idle for long.
+        waits_for_ranks: whether it may be waiting for other ranks in a collective operation.
     """
 
     rank: int
     world_size: int
-    node: str
     host: str
-    pid: int
-    started: float
     step: int
     saved: int
     progress: int
@@ -58,16 +61,41 @@ class Heartbeat:
     waits_for_ranks: bool
 
 
+def is_hung(worker: Heartbeat, latest: Collection[Heartbeat], timeout_s: float) -> bool:
+    """Return whether this worker makes no progress, and is not merely waiting for one that makes none.
+
+    One hung worker stops all others in their next collective operation. So the workers outside a collective operation
+    are hung; if there are none, and all ranks are idle, those with the least progress are.
+
+    Args:
+        worker: the heartbeat that just arrived.
+        latest: the last heartbeat of each rank.
+        timeout_s: longest time without progress; ten times the longest step if that is more.
+    """
+    idle = [each for each in latest if each.idle_s > _idle_limit(each, timeout_s)]
+    outside = [each for each in idle if not each.waits_for_ranks]
+    hung = outside or (idle if len(idle) == worker.world_size else [])
+    least = min((each.progress for each in hung), default=0)
+    return any(each.rank == worker.rank and each.progress == least for each in hung)
+
+
+def _idle_limit(worker: Heartbeat, timeout_s: float) -> float:
+    if worker.phase in _UNLIMITED:
+        return math.inf
+    return max(timeout_s, _FIRST_TIME_S if worker.longest_idle_s is None else 10 * worker.longest_idle_s)
+
+
 @contextmanager
 def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
-    """Send heartbeats from a thread, and pass on to the training loop what is requested in return."""
-    import psutil
+    """Send heartbeats from a thread, and pass the requests received in return to the training loop.
+
+    A worker that the coordinator considers hung kills its own process, so that Ray Train restarts the workers.
+    """
     import ray
 
     end, training_thread = threading.Event(), threading.get_ident()
-    every_s = _EVERY_S * max(1.0, context.world_size / _WORLD_OF_ONE_SECOND)
-    node, started = ray.get_runtime_context().get_node_id(), psutil.Process().create_time()
-    notices = _SpotNotices()
+    interval_s = _INTERVAL_S * max(1.0, context.world_size / _FULL_RATE_WORLD_SIZE)
+    preemption = _PreemptionNotices()
 
     def heartbeat() -> Heartbeat:
         status = context.status
@@ -75,25 +103,29 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
         return Heartbeat(
             rank=context.rank,
             world_size=context.world_size,
-            node=node,
             host=os.uname().nodename,
-            pid=os.getpid(),
-            started=started,
             step=status.step,
             saved=status.saved,
             progress=status.progress,
             phase=status.phase,
             idle_s=status.idle_s,
             longest_idle_s=status.longest_idle_s if known else None,
-            where=_line_of(training_thread) if status.idle_s > 5 else "",
+            where=_current_line(training_thread) if status.idle_s > 5 else "",
             waits_for_ranks=status.waits_for_ranks,
         )
 
     def send() -> None:
+        sent = time.monotonic()
         with suppress(ray.exceptions.RayError):  # without a driver, Ray ends this process
-            while not end.wait(every_s):
-                request: StopRequest = ray.get(coordinator.heartbeat.remote(heartbeat()))
-                if context.rank == 0 and notices.save_now():
+            while not end.wait(interval_s):
+                before, sent = sent, time.monotonic()
+                if sent - before > 5 * interval_s:
+                    continue  # the whole process was stopped (SIGSTOP), which does not mean that training hangs
+                request: StopRequest | None = ray.get(coordinator.heartbeat.remote(heartbeat()))
+                if request is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                    return
+                if context.rank == 0 and preemption.save_now():
                     request = max(request, StopRequest.SAVE)
                 context.status.request(request)
 
@@ -106,33 +138,33 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
         thread.join()
 
 
-def _line_of(thread: int) -> str:
-    """The innermost line of this package that a thread is in."""
+def _current_line(thread: int) -> str:
+    """Return file and line of the innermost frame of a thread that belongs to this package."""
     frame = sys._current_frames().get(thread)
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-class _SpotNotices:
-    """When to save, because Ray has announced that a node of this run will be taken away (a spot notice, a drain)."""
+class _PreemptionNotices:
+    """When to save because Ray has announced the loss of a node of this run (a spot notice, a drain)."""
 
     def __init__(self) -> None:
         self._known: Any = None
-        self._again_at = math.inf
+        self._save_again_at = math.inf
 
     def save_now(self) -> bool:
-        """Whether there is a new announcement, or the node of an earlier one is about to go."""
-        with suppress(Exception):  # not public: without it a node that leaves is like one that is lost
-            # Ray's public function is a barrier of all workers; what it would tell them is in each worker already.
+        """Return whether there is a new announcement, or the deadline of an earlier one is near."""
+        with suppress(Exception):  # a private interface: without it, an announced loss is like any other
+            # Ray's public function is a barrier of all workers; each worker has the information already.
             from ray.train.v2._internal.execution.context import get_train_context
 
             info = get_train_context().preemption_context.preemption_info
             if info is not None and info != self._known:
                 self._known = info
-                self._again_at = math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - _LAST_SAVE_S
+                self._save_again_at = math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - _LAST_SAVE_S
                 return True
-        if time.time() < self._again_at:
+        if time.time() < self._save_again_at:
             return False
-        self._again_at = math.inf
+        self._save_again_at = math.inf
         return True

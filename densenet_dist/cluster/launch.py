@@ -1,4 +1,4 @@
-"""From a configuration to a trained run: `fit` prepares the folder, trains on Ray or here, and writes the page."""
+"""Train a configuration: `fit` prepares the run folder, trains on Ray or in this process, and writes the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
-from densenet_dist.cluster.resuming import is_finished, tell_of_changes
+from densenet_dist.cluster.resuming import is_finished, report_changes
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import to_yaml
 from densenet_dist.environment import describe_environment
@@ -42,20 +42,20 @@ from densenet_dist.train.control import StopRequest, WorkerStatus
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
-    """Train as configured and test the best model once.
+    """Train a model and evaluate the best checkpoint on the test set.
 
     Args:
         config: from `densenet_dist.load_config`.
-        resume: go on with the run of that name from its last checkpoint, instead of refusing to touch it; one that is
-            finished is left as it is, and where there is none it is begun. So a notebook's cell can be run again.
-        listener: called with every event; by default they are shown on the console, or in the notebook.
+        resume: resume the run of that name from its last checkpoint. A finished run is left unchanged, and a new run
+            starts if there is none, so that a notebook's cell can be run again. If False, the run must not exist.
+        listener: called with every event; by default, events are shown on the console or in the notebook.
 
     Returns:
-        Where the run lies and its final figures.
+        The run folder and the final results.
 
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError, CheckpointError: before any work is lost.
-        TrainingError: when training itself fails.
+        TrainingError: training failed.
         KeyboardInterrupt: on SIGINT (a notebook's stop button), SIGTERM or SIGHUP, once the run is saved.
 
     Examples:
@@ -73,9 +73,8 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     resume = resume and run.exists()
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
-        if is_writer(config) and (
-            run.exists(LEASE_FILE) or not run.exists(PAGE_FILE)
-        ):  # its process was killed before that
+        # The process may have been killed after training, before the report was complete.
+        if is_writer(config) and (run.exists(LEASE_FILE) or not run.exists(PAGE_FILE)):
             with hold(run, listener):
                 _write_page(run, listener)
         return Result(run.location, run.read_summary())
@@ -83,7 +82,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     require_trackers(config)
     if config.cluster.engine == "ray":
         require_cluster(config.cluster)
-    with handled_by():  # a notebook's process lives on
+    with handled_by():  # restores the handlers, since a notebook's process continues
         return Result(run.location, _train(config, run, resume, listener))
 
 
@@ -106,7 +105,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
         if is_writer(config):
             prepare_data(config)
             if resume:
-                tell_of_changes(run, config, listener)
+                report_changes(run, config, listener)
             write_run(run, config, resume)
         try:
             if config.cluster.engine == "ray":
@@ -117,7 +116,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
                 summary = _fit_here(config, run, listener, lease)
             if is_writer(config):
                 listener({"kind": "phase", "text": "writing the report"})
-                _write_page(run, listener)  # before the lease is given back: while it is there, the page may be missing
+                _write_page(run, listener)  # while the lease is held, since a held lease means an incomplete report
             return summary
         except (KeyboardInterrupt, TrainingError):
             if lease is not None:
@@ -126,54 +125,54 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
 
 
 def absolute(config: Config) -> Config:
-    """The same configuration with paths that hold in any working directory: Ray's workers have their own.
+    """Return the configuration with absolute paths: Ray's workers have other working directories.
 
     Raises:
-        ConfigError: where the run's folder would lie in the temporary folder of a submitted job.
+        ConfigError: the run folder would be in the temporary folder of a submitted job.
     """
     if "runtime_resources" in Path.cwd().parts:
-        require_lasting(config.storage)
+        require_permanent(config.storage)
     storage, root = config.storage, config.data.root
     storage = storage if "://" in storage else str(Path(storage).absolute())
     root = root if is_uri(root) else str(Path(root).absolute())
     return replace(config, storage=storage, data=replace(config.data, root=root))
 
 
-def require_lasting(storage: str) -> None:
-    """Whether what a submitted job writes stays.
+def require_permanent(storage: str) -> None:
+    """Check that the storage of a submitted job outlives the job.
 
     Raises:
-        ConfigError: where its folder would lie in the job's own.
+        ConfigError: it is relative, and so inside the temporary folder of the job.
     """
     if "://" not in storage and not Path(storage).is_absolute():
         raise ConfigError(
             f"storage: {storage} is relative, but the working directory of a submitted job is a temporary one: "
-            "the run would be deleted with it\n  give a folder that all nodes share, or s3://bucket/path"
+            "the run would be deleted with it\n  use a folder that all nodes share, or s3://bucket/path"
         )
 
 
 def is_writer(config: Config) -> bool:
-    """Return whether this process prepares the run's folder and speaks: under ``torchrun``, one of them does.
+    """Return whether this process writes the run folder and the output: under ``torchrun``, only rank 0 does.
 
     Raises:
-        EnvironmentProblem: the variables of torchrun do not fit together.
+        EnvironmentProblem: the variables of torchrun are inconsistent.
     """
     return config.cluster.engine == "ray" or torchrun_rank()[0] == 0
 
 
 def _refuse_used_name(run: RunFolder) -> None:
-    # What failed before its first step (no data, no GPU) has left nothing worth keeping, and may be started again.
+    # A run that failed before its first step (no data, no GPU) has written nothing worth keeping.
     if run.exists(TENSORBOARD_FOLDER) or run.exists(CHECKPOINTS_FOLDER):
         again = f"densenet-dist train --resume {shlex.quote(run.location)}"
         raise StorageError(
             f"the run {run.uri} exists already\n"
-            f"  go on with it: {again}   (in Python: fit(config, resume=True))\n"
-            "  or choose another name: name=NEW"
+            f"  resume it: {again}   (in Python: fit(config, resume=True))\n"
+            "  or use another name: name=NEW"
         )
 
 
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
-    """Write what a run's folder says before the first step: config.yaml, unless it is resumed, and env.json."""
+    """Write config.yaml, unless the run is resumed, and env.json, and delete the results of an earlier end."""
     environment = describe_environment()
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
@@ -186,9 +185,10 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Download and verify here, with a progress bar, what the workers will read; elsewhere each node does it itself.
+    """Download and verify the data set on this machine, with a progress bar, before any worker starts.
 
-    On an object store the data set is made sure of before any worker starts: workers take it from there only.
+    On a cluster of several machines every node does so itself, and problems on this one are ignored. A data set on an
+    object store is completed here, since workers only read it.
     """
     from densenet_dist.data.datasets import prepare_dataset, publish_dataset
 
@@ -218,34 +218,34 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
         lease.when_lost(lambda: context.status.request(StopRequest.LEAVE))
     try:
         if context.world_size > 1:
-            dist.barrier()  # rank 0 has prepared folder and data
+            dist.barrier()  # wait until rank 0 has prepared folder and data
         with _stopped_by_signals(context.status):
             return train(config, context)
     finally:
         if dist.is_initialized():
-            # DDP's reference cycles keep the group alive until they are collected, and gloo's threads with it: one that
-            # drops a tensor while the interpreter ends takes the process down.
+            # DDP's reference cycles keep the process group and gloo's threads alive; a thread that frees a tensor while
+            # the interpreter shuts down crashes the process.
             gc.collect()
             dist.destroy_process_group()
 
 
 @contextmanager
 def _stopped_by_signals(status: WorkerStatus) -> Iterator[None]:
-    """Have the run saved and ended on a signal; a second one ends it at once, as does one before it trains.
+    """Save and stop the run on a signal; a second signal, or one before the first step, ends it at once.
 
     Raises:
-        KeyboardInterrupt: with the signal.
+        KeyboardInterrupt: with the number of the signal.
     """
-    heard: list[int] = []
+    received: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if heard or not status.progress:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        if received or not status.progress:
             raise KeyboardInterrupt(number)
-        heard.append(number)
+        received.append(number)
         status.request(StopRequest.STOP)
 
-    with handled_by(ask):
+    with handled_by(request_stop):
         try:
             yield
-        except Stopped:
-            raise KeyboardInterrupt(*heard or (signal.SIGTERM,)) from None  # another rank of torchrun may have heard it
+        except Stopped:  # another rank of torchrun may have received the signal
+            raise KeyboardInterrupt(*received or (signal.SIGTERM,)) from None

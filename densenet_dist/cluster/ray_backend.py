@@ -1,4 +1,4 @@
-"""Ray Train with this package's restarts, waits and signals; imports Ray, so only what launches imports it."""
+"""Ray Train with this package's restarts, timeouts and signal handling; imports Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
+from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, ScalingPolicy
@@ -28,37 +33,42 @@ from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, Training
 
 _SAVE_WITHIN_S = 30.0
 _START_ATTEMPT_S = 60.0
-"""Longest wait for the room of a worker group before Ray looks at the cluster again."""
+"""Longest wait for the resources of a worker group before Ray tries again."""
 
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
-    """A TorchTrainer whose `run` raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, the workers stopped.
+    """A TorchTrainer whose `run` stops the workers and raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP.
 
-    Ray's own handler knows SIGINT only, and leaves by ``sys.exit(0)`` or an actor error, which tells nobody why.
+    Ray's own handler knows only SIGINT, and ends with ``sys.exit(0)`` or an actor error without the reason.
     """
 
     alone: bool = False
-    """Whether the cluster is this machine and ours: then neither an autoscaler nor who takes nodes away is asked for
-    anything. Each has an actor, a process more to start before the first step."""
+    """Whether the cluster is a private one on this machine, which has no autoscaler and loses no nodes. Ray's actors
+    for these are not started then: each is another process to start before the first step."""
     wait_s: float = 600.0
-    """Longest wait for the room of the workers, at the start and after each loss."""
+    """Longest wait for the resources of the workers, at the start and after each loss."""
+    hang_timeout_s: float = 600.0
+    """How long a worker may take to answer Ray's health check before the workers are restarted."""
     coordinator: Any = None
-    """The `Coordinator` that is told of restarts and waits."""
+    """The `Coordinator` that receives notes about restarts and waits."""
     stopped_by: int | None = None
     save: Callable[[], None] | None = None
-    """Called on the first signal, to have the run saved before the workers are stopped; a second one cuts it short."""
+    """Called on the first signal to save the run before the workers are stopped; a second signal interrupts it."""
 
     def run(self) -> Any:
-        """Run to the end.
+        """Train to the end.
 
         Returns:
-            What the training function returned on rank 0.
+            The value that the training function returned on rank 0.
 
         Raises:
-            DenseNetDistError: what a worker raised on purpose, or what became of the workers.
-            KeyboardInterrupt: with the signal, once the workers are stopped.
+            DenseNetDistError: raised by a worker, or an error that describes how the workers failed.
+            KeyboardInterrupt: with the number of the signal, once the workers are stopped.
         """
-        settings = {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(min(_START_ATTEMPT_S, self.wait_s))}
+        settings = {
+            WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(min(_START_ATTEMPT_S, self.wait_s)),
+            WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(self.hang_timeout_s),
+        }
         if self.alone:
             settings[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         settings = {name: value for name, value in settings.items() if name not in os.environ}
@@ -66,7 +76,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         try:
             returned = self.fit().return_value
         except (KeyboardInterrupt, Exception) as error:
-            if self.stopped_by is not None:  # whatever became of the exception on its way through Ray
+            if self.stopped_by is not None:  # Ray may have replaced the exception
                 raise KeyboardInterrupt(self.stopped_by) from None
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -79,9 +89,9 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         return returned
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Ray's cleaner is a detached actor that outlives a killed driver, for ever where there is no dashboard. What a
-        # driver leaves is given back when its job ends, and what a lost trial leaves by the sweep (`SweepState`).
-        # Its data sets, of which there are none, would have an actor too, which workers wait for.
+        # Ray's cleaner is a detached actor that outlives a killed driver, forever if there is no dashboard. It is not
+        # needed: Ray releases the placement groups when the job ends, and the sweep those of lost trials.
+        # The actor for Ray data sets, which are not used here, would delay the workers.
         unwanted = (PlacementGroupCleanerCallback, DatasetsCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
 
@@ -96,11 +106,11 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
             self.stopped_by = number
             save, self.save = self.save, None
             if save is not None:
-                handle(signal.default_int_handler)  # a second one cuts the saving short
+                handle(signal.default_int_handler)  # a second signal interrupts `save`
                 with suppress(KeyboardInterrupt, ray.exceptions.RayError):
                     save()
             for handled in NUMBERS:
-                signal.signal(handled, signal.SIG_IGN)  # one is enough: another would cut the cleaning short
+                signal.signal(handled, signal.SIG_IGN)  # nothing may interrupt the abort
             with suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=10)
             raise KeyboardInterrupt
@@ -109,14 +119,23 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
 
 def _raised(failure: Any) -> DenseNetDistError | None:
-    """What a worker of lowest rank, or the controller, raised on purpose."""
+    """Return the error of this package that the worker of lowest rank, or the controller, raised."""
     causes = [cause for _, cause in sorted(getattr(failure, "worker_failures", {}).items())]
     causes.append(getattr(failure, "controller_failure", None))
     return next((cause for cause in causes if isinstance(cause, DenseNetDistError)), None)
 
 
+def _first_failure(failure: WorkerGroupError) -> tuple[int, Exception]:
+    """Return rank and error of the first failed worker, preferring one whose process was lost.
+
+    A loss makes the others' collective operations fail.
+    """
+    lost = {rank: cause for rank, cause in failure.worker_failures.items() if isinstance(cause, RayTrainError)}
+    return min((lost or failure.worker_failures).items())
+
+
 def _problem_of(failure: Any) -> DenseNetDistError:
-    """Ray's failure in one message: what the first worker raised, not the wrapping around it."""
+    """Return Ray's failure as an error with one message: what a worker raised, without Ray's wrapping."""
     if (raised := _raised(failure)) is not None:
         return raised
     if isinstance(failure, ControllerError):
@@ -125,16 +144,16 @@ def _problem_of(failure: Any) -> DenseNetDistError:
             "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"
         )
     if isinstance(failure, WorkerGroupError):
-        rank, cause = min(failure.worker_failures.items())
+        rank, cause = _first_failure(failure)
         return TrainingError(
             f"training failed on rank {rank}: {explain(cause, 'the worker')}\n"
-            "  see the traceback with --debug; go on from the last checkpoint with --resume"
+            "  see the traceback with --debug; resume from the last checkpoint with --resume"
         )
     return TrainingError(f"training failed: {failure}")
 
 
 class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
-    """Restarts workers that are lost, and says so; what a worker raises on purpose no restart can fix.
+    """Restarts lost workers and reports it; an error that this package raises ends the run at once.
 
     Startup failures are retried without limit: the scaling policy ends a wait that takes too long.
     """
@@ -149,11 +168,14 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
             return FailureDecision.RAISE
         losses, preemptions = self._worker_group_failures, self._preemption_failures
         decision = super().make_decision(training_failed_error)
-        if decision is FailureDecision.RETRY and self._worker_group_failures > losses:
-            times = f"{self._worker_group_failures} of at most {self.failure_config.max_failures} times"
-            _note(self._coordinator, f"a worker was lost: all are started again ({times})", warning=True)
-        elif decision is FailureDecision.RETRY and self._preemption_failures > preemptions:
-            text = "a node was taken away, as was announced: all workers are started again; this is no failure"
+        if decision is FailureDecision.RAISE or self._coordinator is None:
+            return decision
+        if self._worker_group_failures > losses:
+            rank, cause = _first_failure(training_failed_error)
+            restarts = f"{self._worker_group_failures} of at most {self.failure_config.max_failures} times"
+            self._coordinator.report_loss.remote(rank, explain(cause, "the worker"), restarts)
+        elif self._preemption_failures > preemptions:
+            text = "a node was preempted, as announced: all workers are restarted; this does not count as a failure"
             _note(self._coordinator, text, warning=True)
         return decision
 
@@ -164,44 +186,44 @@ def _note(coordinator: Any, text: str, *, warning: bool = False) -> None:
 
 
 class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
-    """Ends a wait for room, at the start or after a loss, that takes too long.
+    """Limits the wait for resources at the start and after each loss.
 
     Args:
         scaling_config: of the run.
         wait_s: the longest wait.
-        alone: whether there is no autoscaler to be asked.
-        coordinator: is told what the run waits for.
+        alone: whether there is no autoscaler.
+        coordinator: receives a note about what the run waits for.
     """
 
     def __init__(self, scaling_config: Any, wait_s: float, alone: bool, coordinator: Any) -> None:
         super().__init__(scaling_config)
         self._wait_s, self._alone, self._coordinator = wait_s, alone, coordinator
-        self._waits_since: float | None = None
-        self._told = True  # of the first wait, by the driver
+        self._waiting_since: float | None = None
+        self._reported = True  # the driver reports the first wait
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """Runs in the controller, as all of these, before every attempt to start workers.
+        """Runs in the controller before every attempt to start workers.
 
         Raises:
-            EnvironmentProblem: there has been no room for too long.
+            EnvironmentProblem: the resources were not available in time.
         """
-        waited_s = time.monotonic() - self._waits_since if self._waits_since else 0.0
+        waited_s = time.monotonic() - self._waiting_since if self._waiting_since else 0.0
         needed = self.scaling_config.min_workers, self.scaling_config._resources_per_worker_not_none
         if waited_s > self._wait_s:
             raise EnvironmentProblem(
                 f"the workers could not start within {self._wait_s:g} s: {shortage(*needed) or 'see the log of Ray'}\n"
                 "  ask for less with cluster.workers or cluster.cpus_per_worker, or wait longer with cluster.timeout_s"
             )
-        # Right after a loss the room of the lost workers is not free yet, so the second attempt says so.
-        if waited_s and not self._told and (problem := shortage(*needed)):
-            _note(self._coordinator, f"waiting up to {self._wait_s:g} s for room: {problem}")
-            self._told = True
-        self._waits_since = self._waits_since or time.monotonic()
+        # Right after a loss the resources of the lost workers are not free yet: report from the second attempt on.
+        if waited_s and not self._reported and (problem := shortage(*needed)):
+            _note(self._coordinator, f"waiting up to {self._wait_s:g} s for resources: {problem}")
+            self._reported = True
+        self._waiting_since = self._waiting_since or time.monotonic()
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, *state: Any, **named: Any) -> Any:
-        """Called again and again while the workers run."""
-        self._waits_since, self._told = None, False
+        """Runs in the controller about once per poll while the workers run."""
+        self._waiting_since, self._reported = None, False
         return super().make_decision_for_running_worker_group(*state, **named)
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -219,14 +241,14 @@ class _Fixed(_WithDeadline, FixedScalingPolicy):  # type: ignore[misc]
 
 
 class _Elastic(_WithDeadline, ElasticScalingPolicy):  # type: ignore[misc]
-    """As many workers as there is room for."""
+    """As many workers as there are resources for."""
 
 
 class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Tells a coordinator which actor controls a run: in a thread, as in a trial, nothing else can end `fit`.
+    """Passes Ray Train's controller to the coordinator, and the workers' placement group to the sweep.
 
-    And tells a sweep's driver, through an actor of its own, what room the workers have: if the trial's process is lost,
-    nobody else gives it back.
+    Only the controller can end a `fit` that runs in a thread, as in a trial. If the trial's process is lost, only the
+    sweep can remove the placement group.
     """
 
     def __init__(self, coordinator: Any, placements: Any, owner: str) -> None:
@@ -239,28 +261,28 @@ class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs in the controller."""
-        ray.get(self._coordinator.controlled_by.remote(ray.get_runtime_context().current_actor))
+        ray.get(self._coordinator.set_controller.remote(ray.get_runtime_context().current_actor))
 
 
 class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Has a run saved before its workers are replaced by more or fewer of them, so that no step is taken twice."""
+    """Saves a run before its number of workers changes, so that no step is repeated."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator, self._trains = coordinator, False
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        """Runs in the controller, as all of these."""
+        """Runs in the controller."""
         self._trains = True
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Workers are lost: there is nobody left to ask."""
+        """Runs in the controller; lost workers cannot save."""
         self._trains = False
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Also before the first start of workers, and after a loss."""
+        """Runs in the controller, also before the first start of workers and after a loss."""
         if self._trains:
             self._trains = False
-            text = f"the room has changed: all workers are started again, now {resize_decision.num_workers}"
+            text = f"the cluster has changed: all workers are restarted, now {resize_decision.num_workers}"
             _note(self._coordinator, text)
             with suppress(ray.exceptions.RayError):
                 ray.get(self._coordinator.save.remote(), timeout=_SAVE_WITHIN_S)
@@ -273,14 +295,14 @@ class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]
 
 
 class NodeAddressTorchConfig(TorchConfig):  # type: ignore[misc]
-    """Has gloo listen on the interface that Ray knows the node by.
+    """A TorchConfig with which gloo listens on the network interface of Ray's address for the node.
 
-    Gloo looks its own host name up; where /etc/hosts says 127.0.1.1 for it, as on Debian, other hosts cannot connect.
+    Gloo resolves the host's own name; if /etc/hosts maps it to 127.0.1.1, as on Debian, other hosts cannot connect.
     """
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """Ray's torch backend with that one step before it."""
+        """Ray's torch backend, which selects the interface first."""
         return _NodeAddressBackend
 
 

@@ -1,4 +1,4 @@
-"""The only door to Ray Train: a `RayContext` for the training loop, and the TorchTrainer that launches it."""
+"""Train with Ray Train: `fit_on_ray` starts the workers, which run the training loop with a `RayContext`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any, Final
 from uuid import uuid4
 
 from densenet_dist.cluster.connection import WORKER_ENV, connected
-from densenet_dist.cluster.coordinator import EpochBarrier, drained, start_coordinator
+from densenet_dist.cluster.coordinator import EpochBarrier, forwarded_events, start_coordinator
 from densenet_dist.cluster.heartbeat import heartbeats
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores, shortage
 from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
-from densenet_dist.cluster.watchdog import watched
 from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import StorageError, TrainingError
 from densenet_dist.lease import Lease, fence
@@ -31,52 +30,51 @@ _RESIZE_EVERY_S: Final = 20.0
 
 @dataclass(frozen=True)
 class RayContext(RunContext):
-    """What one Ray Train worker tells the training loop of its world.
+    """The context of a Ray Train worker.
 
     Attributes:
-        coordinator: to the driver, for which a trial of a sweep waits after each epoch: `sync_each_epoch` says so.
+        coordinator: the `Coordinator` of the run.
     """
 
     coordinator: Any = None
 
     def report(self, event: Event) -> None:
-        """Send the event to the driver.
+        """Send the event to the driver; after an epoch of a trial (`sync_each_epoch`), wait for its decision.
 
         Raises:
-            Stopped: on every rank, where the driver is to be waited for and ends the run.
+            Stopped: on every rank, if the driver ends the trial.
         """
         import ray
 
-        waits = event["kind"] == "epoch" and self.sync_each_epoch
-        if waits:
-            news = event if self.rank == 0 else None
-            if not ray.get(self.coordinator.may_go_on.remote(event["global_step"], news)):
+        if event["kind"] == "epoch" and self.sync_each_epoch:
+            reported = event if self.rank == 0 else None
+            if not ray.get(self.coordinator.report_epoch.remote(event["global_step"], reported)):
                 raise Stopped
         elif self.rank == 0:
             sent = self.coordinator.put.remote(event)
             if event["kind"] == "end":
-                ray.get(sent)  # this process may be gone in a moment
+                ray.get(sent)  # this process may end before it is sent
 
 
 def fit_on_ray(
     config: Config, run: RunFolder, listener: Callable[[Event], None] | EpochBarrier, lease: Lease | None
 ) -> dict[str, Any]:
-    """Train on Ray: on the cluster that is named or joined already, else on one of this process' own.
+    """Train on the configured or connected Ray cluster, or else on a private one on this machine.
 
     Args:
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
-        listener: called with every event, in a thread of its own; an `EpochBarrier` also says when to go on.
-        lease: on the run's folder; where it is lost, the workers end and write nothing more. None where another
-            process holds the folder for this one.
+        listener: called with every event, in a thread; an `EpochBarrier` also decides after each epoch.
+        lease: on the run's folder; if it is lost, the workers stop and write nothing more. None if another process
+            holds the folder for this one.
 
     Returns:
         The summary of the run.
 
     Raises:
-        EnvironmentProblem: where the cluster has not what is asked for.
-        TrainingError: where workers failed more often than ``cluster.max_failures``.
-        DenseNetDistError: what a worker raised on purpose.
+        EnvironmentProblem: the cluster lacks the requested resources.
+        TrainingError: workers failed more often than ``cluster.max_failures``.
+        DenseNetDistError: raised by a worker.
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once the workers are stopped.
     """
     with connected(config.cluster) as own_cluster:
@@ -84,17 +82,17 @@ def fit_on_ray(
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if not own_cluster and (problem := shortage(resources.fewest, resources.per_worker)):
-            listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for room: {problem}"})
-        coordinator = start_coordinator()
+            listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for resources: {problem}"})
+        coordinator = start_coordinator(config.fault.hang_timeout_s)
         if lease is not None:
-            lease.when_lost(lambda: coordinator.ask.remote(StopRequest.LEAVE))
+            lease.when_lost(lambda: coordinator.request.remote(StopRequest.LEAVE))
         show_in_dashboard()
         barrier = listener if isinstance(listener, EpochBarrier) else None
-        if barrier is not None:  # its trial hears for itself
+        if barrier is not None:  # the trial exports its own telemetry
             barrier.open(coordinator)
         else:
             listener = Telemetry(config.name, listener=listener)
-        with drained(coordinator, listener), watched(coordinator, config.fault.hang_timeout_s, listener):
+        with forwarded_events(coordinator, listener):
             summary = _run_trainer(config, run, resources, coordinator, own_cluster, barrier, lease)
     if summary is None:
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
@@ -102,7 +100,7 @@ def fit_on_ray(
 
 
 def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
-    """What each Ray Train worker runs; returns the summary of a run that came to its end."""
+    """Train on a Ray Train worker; return the summary of the run if it finished."""
     import ray
     import ray.train.torch
     import torch
@@ -131,9 +129,9 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
             return fit(config, worker)
     except Stopped:
         if worker.rank == 0:
-            ray.get(worker.coordinator.leave.remote())
+            ray.get(worker.coordinator.set_ended.remote())
     finally:
-        delete_temporary_folders()  # Ray kills this process
+        delete_temporary_folders()  # Ray kills this process, so atexit functions do not run
     return None
 
 
@@ -187,19 +185,20 @@ def _run_trainer(
         ),
         torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
         run_config=RunConfig(
-            # A name of its own for every start: Ray would silently take up its own torn or finished state again.
+            # A new name for every start: Ray would silently continue from its own state, incomplete or finished.
             name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=join_location(run.location, "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=-1),
             callbacks=callbacks,
-            # A cluster of our own has inherited it; there, asking for it would only start further processes.
+            # A private cluster inherits it; a runtime environment would only start more processes there.
             worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     trainer.alone = own_cluster and not elastic
-    # A trial waits for its turn, as those of one worker do: its sweep has made sure that the cluster is large enough.
+    # A trial waits for its turn, like trials of one worker do: the sweep has checked that the cluster is large enough.
     trainer.wait_s = config.cluster.timeout_s if barrier is None else math.inf
+    trainer.hang_timeout_s = config.fault.hang_timeout_s
     trainer.coordinator = coordinator
     trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
     return trainer.run()

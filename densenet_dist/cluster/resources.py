@@ -1,4 +1,4 @@
-"""How many workers, on what: what a configuration asks for against what a cluster has."""
+"""The number of workers and their resources: what a configuration requests and what a cluster has."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from densenet_dist.sweep.schema import SweepConfig
 
 @dataclass(frozen=True)
 class Resources:
-    """What Ray is asked for.
+    """The workers to request from Ray.
 
     Attributes:
-        fewest: DDP workers at least.
-        workers: at most; as many, where the number is fixed.
-        use_gpu: one GPU each.
+        fewest: smallest number of workers.
+        workers: largest number of workers; the same unless the run is elastic.
+        use_gpu: whether each worker has a GPU.
         per_worker: Ray resources of one worker.
-        threads: torch threads a worker; None for its share of the cores of its node.
+        threads: torch threads per worker; None for its share of the node's cores.
     """
 
     fewest: int
@@ -32,15 +32,15 @@ class Resources:
 
 
 def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fixed: bool) -> Resources:
-    """Decide on workers and resources.
+    """Choose the number of workers and their resources.
 
     Args:
-        config: what is asked for.
-        available: the cluster's resources, as `ray.cluster_resources` gives them.
-        fixed: whether the cluster can get no more than that (it is this machine alone).
+        config: the requested workers.
+        available: the cluster's resources, from `ray.cluster_resources`.
+        fixed: whether the cluster cannot grow, because it is this machine alone.
 
     Raises:
-        EnvironmentProblem: a fixed cluster does not have what the fewest workers need.
+        EnvironmentProblem: a fixed cluster lacks the resources of the smallest number of workers.
     """
     cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
@@ -59,17 +59,18 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
         if available.get(name, 0) < amount
     )
     if missing and fixed:
+        use_cpu = "train on the CPU with cluster.device=cpu, " if use_gpu else ""
         raise EnvironmentProblem(
-            f"{missing}\n  ask for fewer with cluster.workers, train on the CPU with cluster.device=cpu, "
+            f"{missing}\n  request less with cluster.workers or cluster.cpus_per_worker, {use_cpu}"
             "or join a larger cluster with cluster.address"
         )
     return Resources(fewest, workers, use_gpu, per_worker, None if share == "auto" else share)
 
 
 def shortage(workers: int, per_worker: Mapping[str, float]) -> str:
-    """Why there is no room now: what is requested, what is free, and which jobs run; empty where there is room.
+    """Describe why workers cannot start now: requested and free resources, and running jobs; empty if they can.
 
-    Looks at every node of the cluster that this process is connected to, because a worker is never divided.
+    Free resources are compared node by node, since a worker needs all of its resources on one node.
     """
     import ray
     from ray._private import state
@@ -84,31 +85,32 @@ def shortage(workers: int, per_worker: Mapping[str, float]) -> str:
     own = ray.get_runtime_context().get_job_id()
     jobs = [job["Entrypoint"] for job in state.jobs() if not job["IsDead"] and job["JobID"] != own]
     others = "".join(f"\n  another job: {command}" for command in jobs)
-    requested = f"{workers} workers with {_in_words(per_worker)} each are requested"
+    requested = f"{workers} workers with {_describe(per_worker)} each are requested"
     return f"{requested}, and there is room for {room}; free: {free}{others}"
 
 
-def _in_words(per_worker: Mapping[str, float]) -> str:
+def _describe(per_worker: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in per_worker.items())
 
 
 def count_fitting(resources: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
-    """Return how many workers fit on a node with these resources."""
+    """Return how many workers fit into these resources of a node."""
     return min(int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount)
 
 
 @dataclass(frozen=True)
 class TrialRoom:
-    """What trials of a sweep get.
+    """The resources of a sweep's trials.
 
     Attributes:
         per_worker: Ray resources of one worker.
-        per_trial: what Tune requests for a trial: with several workers next to nothing, as Ray Train requests those.
-        concurrent: trials at a time.
-        gpus_per_trial: for the budget; on a cluster without GPUs its workers.
+        per_trial: resources that Tune requests for a trial; with several workers almost none, since Ray Train requests
+            those of the workers.
+        concurrent: number of trials that run at the same time.
+        gpus_per_trial: for the budget; on a cluster without GPUs, the number of workers.
         threads: torch threads per worker.
-        settings: of every trial's configuration, by dotted key.
-        missing: what the cluster does not have yet, in words.
+        settings: settings of every trial's configuration, by dotted key.
+        missing: description of resources that the cluster lacks at present.
     """
 
     per_worker: dict[str, float]
@@ -123,20 +125,20 @@ class TrialRoom:
 def plan_trials(
     sweep: SweepConfig, cluster: ClusterConfig, trials: int, nodes: Sequence[Mapping[str, float]], *, fixed: bool
 ) -> TrialRoom:
-    """Decide how many trials run at a time.
+    """Choose how many trials run at the same time.
 
-    The workers of a trial are placed all or none, and never more trials are started than have room at the same time, so
-    that none waits for what another one holds.
+    The workers of a trial are placed all or none, and no more trials are started than fit at the same time, so that
+    none waits for resources that another one holds.
 
     Args:
-        sweep: what is asked for.
+        sweep: the requested workers and their resources.
         cluster: of the base configuration.
-        trials: of the sweep.
+        trials: number of trials of the sweep.
         nodes: the resources of each node of the cluster, by Ray's names.
-        fixed: whether the cluster can get no more than that.
+        fixed: whether the cluster cannot grow.
 
     Raises:
-        EnvironmentProblem: a fixed cluster has no room for one trial, or a cluster not enough for a population.
+        EnvironmentProblem: one trial does not fit on a fixed cluster, or a population does not fit on any cluster.
     """
     gpus = sweep.gpus_per_worker
     if gpus == "auto":
@@ -146,17 +148,17 @@ def plan_trials(
     per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
     slots = sum(count_fitting(node, per_worker) for node in nodes)
     room = slots // sweep.workers
-    has = f"with {_in_words(per_worker)} per worker the cluster has room for {slots}"
+    has = f"with {_describe(per_worker)} per worker the cluster has room for {slots}"
     missing = "" if room else f"a trial needs {sweep.workers} workers; {has}"
     if missing and fixed:
         raise EnvironmentProblem(
-            f"{missing}\n  ask for less with workers, gpus_per_worker or cpus_per_worker, "
+            f"{missing}\n  request less with workers, gpus_per_worker or cpus_per_worker, "
             "or join a larger cluster with cluster.address"
         )
     if sweep.scheduler.name == "pbt" and sweep.workers > 1 and 0 < room < trials:
         raise EnvironmentProblem(
             f"pbt needs room for all {trials} trials of {sweep.workers} workers at a time; {has}\n"
-            "  ask for fewer trials, or for trials of one worker, which take turns"
+            "  use fewer trials, or trials of one worker, which take turns"
         )
     settings = {
         "cluster.workers": sweep.workers,
@@ -178,19 +180,18 @@ def plan_trials(
 
 
 def share_of_cores(workers: int) -> int:
-    """Torch threads for one of `workers` Ray workers on this machine.
+    """Return the number of torch threads for one of `workers` Ray workers on this machine.
 
-    One core is left to Ray's own processes: two torch threads on two cores ran 12 % slower beside them than alone, and
-    no faster than one.
+    One core is left to Ray's processes: beside them, two torch threads on two cores were no faster than one.
     """
     return max(1, (len(os.sched_getaffinity(0)) - 1) // workers)
 
 
 def local_threads(config: ClusterConfig, processes: int = 1) -> int:
-    """Torch threads for one of `processes` processes on this machine.
+    """Return the number of torch threads for one of `processes` processes on this machine.
 
     Raises:
-        EnvironmentProblem: the machine has not as many cores as ``cluster.cpus_per_worker`` asks for.
+        EnvironmentProblem: ``cluster.cpus_per_worker`` is more than the machine's cores.
     """
     cores, threads = len(os.sched_getaffinity(0)), config.cpus_per_worker
     if threads != "auto" and threads > cores:

@@ -1,4 +1,4 @@
-"""A run as Python sees it: its figures, its curves, its page."""
+"""The results of a run in Python: `Result` and `load_run`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """A run, from `fit` or `load_run`; a notebook shows its figures as a table.
+    """A run, from `fit` or `load_run`; a notebook shows its results as a table.
 
     Attributes:
-        run: its folder, a path or URI, which `densenet_dist.evaluate` takes.
-        summary: ``test/top1``, ``test/top5``, ``test/loss`` (shares and mean), the ``best`` epoch's validation
-            figures, ``epochs``, ``global_step``, ``train_seconds``, ``status``; empty until the run has finished.
+        run: path or URI of the run folder, also for `densenet_dist.evaluate`.
+        summary: ``test/top1``, ``test/top5`` (from 0 to 1), ``test/loss`` (mean), the validation results of the
+            ``best`` epoch, ``epochs``, ``global_step``, ``train_seconds``, ``status``; empty before the end of the run.
 
     Examples:
         >>> result = load_run("runs/quickstart")
@@ -46,34 +46,34 @@ class Result:
         """The run's configuration; ``load_config(result.config, "train.lr=0.1", "name=other")`` changes it.
 
         Raises:
-            StorageError, ConfigError: it cannot be read, or is wrong.
+            StorageError, ConfigError: config.yaml cannot be read, or is invalid.
         """
         return load_config(open_run(self.run).fetch(CONFIG_FILE))
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """A record an epoch, in order: ``epoch``, ``train/loss``, ``train/top1``, ``val/loss``, ``val/top1``, ``lr``,
-        ``seconds`` and more, as metrics.jsonl has them; ``pandas.DataFrame(result.history)`` is a table.
+        """One record per epoch from metrics.jsonl: ``epoch``, ``train/loss``, ``train/top1``, ``val/loss``,
+        ``val/top1``, ``lr``, ``seconds`` and more; ``pandas.DataFrame(result.history)`` makes a table.
 
         Raises:
-            StorageError: they cannot be read.
+            StorageError: metrics.jsonl cannot be read.
         """
         return [record for record in open_run(self.run).read_records() if "train/loss" in record]
 
     @property
     def page(self) -> str:
-        """Where the run's report.html is, a path or URI."""
+        """Path or URI of the run's report.html."""
         folder = self.run.partition("?")[0] if "://" in self.run else self.run
         return f"{folder}/{PAGE_FILE}"
 
     def plot(self) -> Picture:
-        """Accuracy and loss of training and validation over the epochs, the test result as a star.
+        """Plot accuracy and loss of training and validation by epoch, and the test result as a star.
 
         Returns:
             A matplotlib figure, which a notebook shows; ``.savefig("curves.png")`` writes it to a file.
 
         Raises:
-            StorageError: the run has no epochs yet, or they cannot be read.
+            StorageError: the run has no complete epoch, or its records cannot be read.
         """
         from densenet_dist.report.figures import curves_figure
 
@@ -81,25 +81,23 @@ class Result:
         records = folder.read_records()
         epochs = [record for record in records if "train/loss" in record]
         if not epochs:
-            raise StorageError(
-                f"the run {self.run} has no epochs yet, and so nothing to plot\n  wait for the end of its first"
-            )
+            raise StorageError(f"the run {self.run} has no complete epoch to plot\n  wait until the first one ends")
         test = next((record for record in reversed(records) if "test/loss" in record), None)
         return curves_figure(epochs, test, folder.name)
 
     def plot_confusion(self, *overrides: str) -> Picture:
-        """The confusion matrix of the best checkpoint on the test set.
+        """Plot the confusion matrix of the best checkpoint on the test set.
 
-        A run without stored test results (not finished, or of an older version) is evaluated for that.
+        If the run has no stored test results (it is not finished, or from an older version), it is evaluated.
 
         Args:
             overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
 
         Returns:
-            A matplotlib figure, as `plot` does.
+            A matplotlib figure.
 
         Raises:
-            StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+            StorageError, CheckpointError, DataError, EnvironmentProblem: the run cannot be read or evaluated.
         """
         from densenet_dist.report.figures import titled_confusion
         from densenet_dist.train.evaluation import load_test_results
@@ -117,16 +115,16 @@ class Result:
 
         cells = {name: escape(value) for name, value in self._rows().items()}
         if "page" in cells and not Path(_shown(self.page)).is_absolute() and "://" not in self.page:
-            link = escape(quote(_shown(self.page)))  # the notebook lies where its process works
+            link = escape(quote(_shown(self.page)))  # relative to the folder of the notebook
             cells["page"] = f'<a href="{link}" target="_blank">{cells["page"]}</a>'
         rows = (f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in cells.items())
         return f"<table>{''.join(rows)}</table>"
 
     def _rows(self) -> dict[str, str]:
-        """What a person wants to know of the run, in words."""
+        """Return the rows of the table, by name."""
         rows = {"run": _shown(self.run)}
         if not self.summary:
-            return rows | {"status": "not finished: fit(config, resume=True) goes on with it"}
+            return rows | {"status": "not finished; resume with fit(config, resume=True)"}
         best, seconds = self.summary["best"], self.summary["train_seconds"]
         rows["test"] = ", ".join(
             [
@@ -145,13 +143,13 @@ class Result:
 
 
 def load_run(run: str | Path) -> Result:
-    """A run that was trained before, here or elsewhere, finished or not.
+    """Load the results of a run, finished or not.
 
     Args:
-        run: its folder (path or URI), or its name under ``runs/``.
+        run: path or URI of the run folder, or the run's name under ``runs/``.
 
     Raises:
-        StorageError: there is no run, or it cannot be read.
+        StorageError: there is no such run, or it cannot be read.
 
     Examples:
         >>> load_run("quickstart").config.name
@@ -162,5 +160,5 @@ def load_run(run: str | Path) -> Result:
 
 
 def _shown(place: str) -> str:
-    """A path as it is seen from here."""
+    """Return a path relative to the working directory, if it is inside."""
     return os.path.relpath(place) if Path(place).is_relative_to(Path.cwd()) else place

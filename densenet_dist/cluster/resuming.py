@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what would make it another run."""
+"""The settings that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _RESUME_MAY_CHANGE = (
 
 
 def resume_config(run: RunFolder, overrides: list[str]) -> Config:
-    """The configuration of an existing run, with the few changes that a resumed run may take.
+    """Return the configuration of an existing run with changes that a resumed run may make.
 
     Raises:
-        StorageError: it cannot be read.
-        ConfigError: naming the overrides that would make it another run.
+        StorageError: the configuration cannot be read.
+        ConfigError: an override changes a setting that must stay the same.
     """
     path = run.fetch(CONFIG_FILE)
     before, after = load_config(path), load_config(path, *overrides)
-    # The folder may have been moved or mounted elsewhere since: it is where it was found.
+    # The folder may have been moved or mounted elsewhere since.
     after = replace(after, storage=run.storage, name=run.name)
     allowed, refused = _changes(before, after)
     if refused:
@@ -50,24 +50,24 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
 
 
 def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
-    """What is different, a line each: what a resumed run may take, and what would make it another run."""
+    """Return descriptions of the allowed and of the refused changes."""
     old, new = flatten(to_dict(before)), flatten(to_dict(after))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
     return [lines[key] for key in keys if _may_change(key)], [lines[key] for key in keys if not _may_change(key)]
 
 
-def tell_of_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
-    """Say in a note what is different from the run's config.yaml."""
+def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
+    """Report the settings that differ from the run's config.yaml in a note."""
     began = load_config(run.fetch(CONFIG_FILE))
     allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
     if allowed or refused:
-        text = "\n  ".join(["other settings than those that the run began with:", *allowed, *refused])
+        text = "\n  ".join(["settings changed since the run began:", *allowed, *refused])
         listener({"kind": "note", "text": text, "warning": bool(refused)})
 
 
 def is_finished(run: RunFolder, config: Config) -> bool:
-    """Whether the run has come to its end, with this configuration but for what a resumed run may change."""
+    """Return whether the run finished with this configuration, except for settings that a resumed run may change."""
     if not run.exists(SUMMARY_FILE):
         return False
     began = load_config(run.fetch(CONFIG_FILE))

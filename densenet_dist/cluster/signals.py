@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP (the terminal is closed), which ask a command to end."""
+"""Handlers of the signals that ask a command to end: SIGINT, SIGTERM and SIGHUP (the terminal was closed)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handle(handler: Callable[[int, FrameType | None], Any]) -> None:
-    """Have a handler called on these signals; SIGHUP stays ignored if it is, as under nohup."""
+    """Install a handler for these signals; SIGHUP stays ignored if it is already, as under nohup."""
     for number in NUMBERS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -21,12 +21,12 @@ def handle(handler: Callable[[int, FrameType | None], Any]) -> None:
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], Any] | None = None) -> Iterator[None]:
-    """Have a handler called on these signals within the context; afterwards they are handled as before.
+    """Install a handler for these signals, and restore the previous handlers at the end of the context.
 
-    Outside the main thread, which alone can handle signals, nothing changes.
+    Does nothing outside the main thread, where Python cannot set handlers.
 
     Args:
-        handler: None where others set one meanwhile, as Ray does.
+        handler: None to only restore, if other code sets handlers in the context, as Ray does.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,8 @@
-"""What a run on Ray tells Prometheus and Ray's dashboard.
+"""Metrics of runs on Ray for Prometheus and Ray's dashboard.
 
-The process that hears a run's events (the driver, or a sweep's trial) turns them into gauges of Ray's own metrics: what
-trains is not touched, and figures go on counting when workers are lost. Every ten seconds Ray hands them to the node's
-agent, where Prometheus finds them as ``ray_densenet_...``, with the labels ``run`` and ``trial``.
+The process that receives a run's events (the driver, or a sweep's trial) sets gauges of Ray's metrics, so that training
+is not slowed down, and a loss of workers does not reset them. Every ten seconds Ray passes them to the node's agent,
+where Prometheus reads them as ``ray_densenet_...``, with the labels ``run`` and ``trial``.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, Final
 from densenet_dist.train.context import Event
 
 GAUGES: Final = {
-    "densenet_images_per_second": "Images trained a second by all ranks, in the epoch under way.",
-    "densenet_train_loss": "Mean loss of the training images of the epoch under way.",
-    "densenet_train_top1_ratio": "Top-1 accuracy on the training images of the last epoch, 0 to 1.",
-    "densenet_val_loss": "Mean loss of the validation images after the last epoch.",
-    "densenet_val_top1_ratio": "Top-1 accuracy on the validation images after the last epoch, 0 to 1.",
-    "densenet_learning_rate": "Learning rate at the beginning of the last epoch.",
-    "densenet_epochs": "Epochs trained, the one under way as a fraction.",
-    "densenet_steps": "Optimizer steps taken since the run's very beginning.",
+    "densenet_images_per_second": "Images per second of all ranks in the current epoch.",
+    "densenet_train_loss": "Mean training loss of the current epoch.",
+    "densenet_train_top1_ratio": "Top-1 training accuracy of the last epoch, 0 to 1.",
+    "densenet_val_loss": "Mean validation loss after the last epoch.",
+    "densenet_val_top1_ratio": "Top-1 validation accuracy after the last epoch, 0 to 1.",
+    "densenet_learning_rate": "Learning rate at the start of the last epoch.",
+    "densenet_epochs": "Epochs trained, the current one as a fraction.",
+    "densenet_steps": "Optimizer steps since the start of the run, over all resumes.",
     "densenet_data_wait_ratio": "Share of the last epoch's training time that rank 0 waited for batches, 0 to 1.",
     "densenet_goodput_ratio": "Share of the run's time spent in steps that count, without waiting, 0 to 1.",
-    "densenet_restarts": "How often the workers were started again since the start.",
+    "densenet_restarts": "How often the workers were restarted since the command started.",
 }
-"""Names, before Ray puts ``ray_`` in front, and meanings. Restarts are no counter: Ray's cannot say 0."""
+"""Descriptions by name, to which Ray adds ``ray_``. Restarts are no counter, since Ray does not export one at 0."""
 _OF_EPOCHS: Final = {
     "perf/images_per_s": "densenet_images_per_second",
     "perf/data_wait": "densenet_data_wait_ratio",
@@ -45,12 +45,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Hears a run's events and sets its gauges. Never fails: what goes wrong is logged once, and no more is exported.
+    """Sets a run's gauges from its events. An error is logged once and ends the export, never the run.
 
     Args:
-        run: the run's name, or its sweep's.
-        trial: a trial's name in its sweep.
-        listener: hears every event after it.
+        run: name of the run, or of its sweep.
+        trial: name of the trial in its sweep.
+        listener: called with every event afterwards.
     """
 
     def __init__(self, run: str, trial: str = "", listener: Callable[[Event], None] = lambda event: None) -> None:
@@ -58,25 +58,19 @@ class Telemetry:
         self._labels = {"run": run, "trial": trial}
         self._starts = 0
         self._current: dict[str, float] = {}
-        self._gauges: dict[str, Any] | None = None
+        self._gauges: dict[str, Any] = {}
         self._works = True
 
     def __call__(self, event: Event) -> None:
-        """Hear of something."""
-        if self._works:
-            self._export(event)
-        self._listener(event)
-
-    def _export(self, event: Event) -> None:
+        """Handle an event."""
         try:
-            figures = self._figures(event)
-            if figures:
-                # All of them, not only what is new: Ray forgets a gauge that nobody sets for a while.
+            if self._works and (figures := self._figures(event)):
                 self._current |= figures
-                self._set(self._current)
+                self._export()
         except Exception as error:
             self._works = False
-            _logger.warning("figures for Prometheus are no longer exported: %s: %s", type(error).__name__, error)
+            _logger.warning("metrics for Prometheus are no longer exported: %s: %s", type(error).__name__, error)
+        self._listener(event)
 
     def _figures(self, event: Event) -> dict[str, float]:
         kind = event["kind"]
@@ -95,21 +89,21 @@ class Telemetry:
             return {name: event[key] for key, name in _OF_EPOCHS.items() if key in event}
         return {}
 
-    def _set(self, figures: dict[str, float]) -> None:
+    def _export(self) -> None:
         from ray.util.metrics import Gauge
 
-        if self._gauges is None:
+        if not self._gauges:
             self._gauges = {name: Gauge(name, text, ("run", "trial")) for name, text in GAUGES.items()}
-        for name, value in figures.items():
+        for name, value in self._current.items():  # all, since Ray forgets gauges that are not set for a while
             self._gauges[name].set(value, tags=self._labels)
 
 
 def show_in_dashboard() -> None:
-    """Let the dashboard's Train view show the runs of this process, where the cluster has a dashboard.
+    """Show the runs of this process in the Train view of the dashboard, if the cluster has a dashboard.
 
-    Ray reads the variable when a trainer starts; it also starts an actor that outlives the run, so not without use.
+    Ray reads the variable when a trainer starts, and then starts an actor that outlives the run.
     """
-    with suppress(Exception):  # not public; no run fails for its looks
+    with suppress(Exception):  # a private interface, not worth failing for
         from ray._private.worker import get_dashboard_url
 
         if get_dashboard_url():

@@ -52,12 +52,12 @@ def test_node_lost(lab: Lab) -> None:
         run.wait_for_step(12)
         for losses in (1, 2, 3):
             cluster.remove_node(second, allow_graceful=False)
-            run.wait_for(f"a worker was lost: all are started again ({losses} of at most 9 times)")
+            run.wait_for(f"all workers are restarted ({losses} of at most 9 times)")
             time.sleep(9)
             second = cluster.add_node(num_cpus=1)
             seconds = run.wait_for_step(run.saved + 3)
         run.succeed()
-    run.finish_like(lab.undisturbed(*LONG, "cluster.workers=2"), "waiting up to 20 s for room: 2 workers")
+    run.finish_like(lab.undisturbed(*LONG, "cluster.workers=2"), "waiting up to 20 s for resources: 2 workers")
     lab.observe(f"resumed {seconds:.0f} s after the last new node joined; equal", 3)
 
 
@@ -103,7 +103,7 @@ def test_node_preempted(lab: Lab) -> None:
         first = run.saved
         run.wait_until(lambda: run.saved > first, "a checkpoint before the node goes", 20)
         cluster.add_node(num_cpus=1)
-        run.wait_for("a node was taken away, as was announced", 60)
+        run.wait_for("a node was preempted, as announced", 60)
         saved = run.saved
         run.succeed()
     assert "was lost" not in run.text, run.end_of_text

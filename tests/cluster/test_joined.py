@@ -215,7 +215,8 @@ def killed(started: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Killed
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, killed):
     notes = [event["text"] for event in killed.events if event["kind"] == "note"]
-    assert "a worker was lost: all are started again (1 of at most 3 times)" in notes
+    lost = r"rank [01] on \S+, after step \d+, failed: .* was lost .*; all workers are restarted \(1 of at most 3.*"
+    assert any(re.fullmatch(lost, note) for note in notes), notes
     assert weights(killed.folder) == weights(undisturbed.folder)
     assert records(killed.folder) == records(undisturbed.folder)
 
@@ -336,8 +337,8 @@ def test_a_run_says_what_it_waits_for_and_who_has_the_rest(cluster, tmp_path, wo
     with job_with_one_cpu(cluster), pytest.raises(EnvironmentProblem, match=said):
         fit(config, listener=events.append)
     [note] = [event["text"] for event in events if event["kind"] == "note"]
-    assert note.startswith("waiting up to 4 s for room: 2 workers with 1 CPU each are requested, and there is room "
-                           "for 1; free: 1 of 2 CPUs\n  another job: "), note  # fmt: skip
+    assert note.startswith("waiting up to 4 s for resources: 2 workers with 1 CPU each are requested, and there is "
+                           "room for 1; free: 1 of 2 CPUs\n  another job: "), note  # fmt: skip
     assert "g.ready()" in note
 
 

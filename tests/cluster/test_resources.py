@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from densenet_dist.cluster.measured import Workers
+from densenet_dist.cluster.measured import plan_measurement
 from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
@@ -78,7 +78,7 @@ def test_no_room_for_one_trial():
     )
     with pytest.raises(EnvironmentProblem, match=expected) as caught:
         plan(**asked)
-    assert "ask for less with workers, gpus_per_worker or cpus_per_worker" in str(caught.value)
+    assert "request less with workers, gpus_per_worker or cpus_per_worker" in str(caught.value)
     growing = plan(**asked, fixed=False)
     assert (growing.missing, growing.concurrent) == (expected, 1)
 
@@ -107,16 +107,14 @@ def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
     assert (planned.fewest, planned.workers) == expected
 
 
-def test_more_than_a_machine_has(monkeypatch):
-    monkeypatch.setattr(Workers, "_fit", None)
+def test_more_than_a_machine_has():
     cores = len(os.sched_getaffinity(0))
     with pytest.raises(EnvironmentProblem, match=f"1000000000 are too many, this machine has {cores} cores"):
         local_threads(ClusterConfig(cpus_per_worker=10**9))
     assert local_threads(ClusterConfig(cpus_per_worker=cores), 2) == cores
-    for cpus, workers in ((10**9, 1), (1, 33)):
-        cluster = ClusterConfig(device="cpu", cpus_per_worker=cpus)
-        with pytest.raises(EnvironmentProblem, match=f"{workers} workers of {cpus} CPUs are too many: there are 2"):
-            Workers(cluster, "runs", {"CPU": 2.0}, own=True).run(workers, print)
+    assert plan_measurement(ClusterConfig(device="cpu"), 32, {"CPU": 2.0}).per_worker == {"CPU": 0.0625}
+    with pytest.raises(EnvironmentProblem, match="33 workers are too many for 2 CPUs"):
+        plan_measurement(ClusterConfig(device="cpu"), 33, {"CPU": 2.0})
 
 
 def test_more_than_a_cluster_has():

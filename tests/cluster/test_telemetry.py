@@ -26,7 +26,7 @@ def test_no_run_fails_for_its_figures(caplog: pytest.LogCaptureFixture):
 def test_every_event_renews_what_earlier_ones_said(monkeypatch: pytest.MonkeyPatch):
     """Ray forgets a gauge that nobody has set for a while."""
     told: list[dict[str, float]] = []
-    monkeypatch.setattr(Telemetry, "_set", lambda self, figures: told.append(dict(figures)))
+    monkeypatch.setattr(Telemetry, "_export", lambda self: told.append(dict(self._current)))
     telemetry = Telemetry("run")
     telemetry({"kind": "start", "global_step": 0})
     telemetry({"kind": "epoch", "epoch": 1, "global_step": 9, "val/loss": 0.5})
