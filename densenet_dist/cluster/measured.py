@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from densenet_dist.cluster.connection import WORKER_ENV
 from densenet_dist.cluster.resources import Resources, count_fitting, plan_resources
 from densenet_dist.errors import EnvironmentProblem, TrainingError
 from densenet_dist.schema import ClusterConfig, Config
@@ -63,35 +61,21 @@ def run_on_workers(
         DenseNetDistError: raised by a worker.
     """
     import ray
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.config import LoggingConfig
 
-    from densenet_dist.cluster.ray_backend import InterruptibleTrainer, NodeAddressTorchConfig
+    from densenet_dist.cluster.ray_backend import InterruptibleTrainer
 
     resources = plan_measurement(config.cluster, workers, ray.cluster_resources())
-    name = f"bench-{workers}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    payload = {"function": function, "arguments": arguments, "threads": resources.threads or 1}
     trainer = InterruptibleTrainer(
-        _run_on_rank,
-        train_loop_config={"function": function, "arguments": arguments, "threads": resources.threads or 1},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=resources.use_gpu, resources_per_worker=resources.per_worker
-        ),
-        torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
-        run_config=RunConfig(
-            name=name,
-            storage_path=config.storage,
-            worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
+        _run_on_rank, payload, config, resources, name="bench", storage=config.storage, own_cluster=own_cluster
     )
-    trainer.wait_s = config.cluster.timeout_s
     try:
         return list(trainer.run())
     except TrainingError as error:
         raise EnvironmentProblem(f"the measurement on {workers} workers did not finish: {error}") from error
     finally:
         if "://" not in config.storage:
-            shutil.rmtree(os.path.join(config.storage, name), ignore_errors=True)
+            shutil.rmtree(os.path.join(config.storage, trainer.run_config.name), ignore_errors=True)
 
 
 def _run_on_rank(payload: dict[str, Any]) -> list[Any]:

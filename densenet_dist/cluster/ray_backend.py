@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -24,14 +25,19 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, ScalingPolicy
+from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from densenet_dist.cluster.connection import WORKER_ENV
 from densenet_dist.cluster.failures import explain
-from densenet_dist.cluster.resources import shortage
+from densenet_dist.cluster.resources import Resources, shortage
 from densenet_dist.cluster.signals import NUMBERS, handle
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
+from densenet_dist.schema import Config
 
-_SAVE_WITHIN_S = 30.0
+_SAVE_TIMEOUT_S = 30.0
+_RESIZE_INTERVAL_S = 20.0
+"""How often an elastic run checks for more resources; using them costs a restart."""
 _START_ATTEMPT_S = 60.0
 """Longest wait for the resources of a worker group before Ray tries again."""
 
@@ -40,20 +46,65 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     """A TorchTrainer whose `run` stops the workers and raises KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP.
 
     Ray's own handler knows only SIGINT, and ends with ``sys.exit(0)`` or an actor error without the reason.
+
+    Args:
+        function: called on each worker with the payload.
+        payload: picklable.
+        config: ``cluster`` and ``fault`` are used.
+        resources: from `plan_resources`.
+        storage: where Ray keeps its own files, in a folder that starts with the given name.
+        own_cluster: whether the cluster is a private one, whose processes have inherited this one's environment.
+        coordinator: the `Coordinator` that receives notes about restarts and waits.
+        max_failures: how often lost workers are restarted.
+        callbacks: of Ray Train.
     """
 
-    alone: bool = False
-    """Whether the cluster is a private one on this machine, which has no autoscaler and loses no nodes. Ray's actors
-    for these are not started then: each is another process to start before the first step."""
-    wait_s: float = 600.0
-    """Longest wait for the resources of the workers, at the start and after each loss."""
-    hang_timeout_s: float = 600.0
-    """How long a worker may take to answer Ray's health check before the workers are restarted."""
-    coordinator: Any = None
-    """The `Coordinator` that receives notes about restarts and waits."""
     stopped_by: int | None = None
     save: Callable[[], None] | None = None
     """Called on the first signal to save the run before the workers are stopped; a second signal interrupts it."""
+
+    def __init__(
+        self,
+        function: Callable[[dict[str, Any]], Any],
+        payload: dict[str, Any],
+        config: Config,
+        resources: Resources,
+        *,
+        name: str,
+        storage: str,
+        own_cluster: bool,
+        coordinator: Any = None,
+        max_failures: int = 0,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        elastic = resources.fewest < resources.workers
+        super().__init__(
+            function,
+            train_loop_config=payload,
+            scaling_config=ScalingConfig(
+                num_workers=(resources.fewest, resources.workers) if elastic else resources.workers,
+                use_gpu=resources.use_gpu,
+                resources_per_worker=resources.per_worker,
+                elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+            ),
+            torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
+            run_config=RunConfig(
+                # A new name for every start: Ray would silently continue from its own state, incomplete or finished.
+                name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=-1),
+                callbacks=[*callbacks, *([SaveBeforeResize(coordinator)] if elastic else [])],
+                # A runtime environment would only start more processes on a private cluster.
+                worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        # A private cluster of fixed size has no autoscaler and loses no nodes. Ray's actors for these are not started:
+        # each is another process to start before the first step.
+        self._alone = own_cluster and not elastic
+        self._coordinator, self._hang_timeout_s = coordinator, config.fault.hang_timeout_s
+        self.wait_s = config.cluster.timeout_s
+        """Longest wait for the resources of the workers, at the start and after each loss."""
 
     def run(self) -> Any:
         """Train to the end.
@@ -67,9 +118,9 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         """
         settings = {
             WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(min(_START_ATTEMPT_S, self.wait_s)),
-            WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(self.hang_timeout_s),
+            WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(self._hang_timeout_s),
         }
-        if self.alone:
+        if self._alone:
             settings[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         settings = {name: value for name, value in settings.items() if name not in os.environ}
         os.environ |= settings
@@ -97,8 +148,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         policy = _Elastic if isinstance(given["scaling_policy"], ElasticScalingPolicy) else _Fixed
-        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self.alone, self.coordinator)
-        given["failure_policy"] = RestartPolicy(self.run_config.failure_config, self.coordinator)
+        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self._alone, self._coordinator)
+        given["failure_policy"] = RestartPolicy(self.run_config.failure_config, self._coordinator)
         return super()._initialize_and_run_controller(**given)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -285,7 +336,7 @@ class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore
             text = f"the cluster has changed: all workers are restarted, now {resize_decision.num_workers}"
             _note(self._coordinator, text)
             with suppress(ray.exceptions.RayError):
-                ray.get(self._coordinator.save.remote(), timeout=_SAVE_WITHIN_S)
+                ray.get(self._coordinator.save.remote(), timeout=_SAVE_TIMEOUT_S)
 
 
 class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]

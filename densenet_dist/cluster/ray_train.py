@@ -7,10 +7,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 from uuid import uuid4
 
-from densenet_dist.cluster.connection import WORKER_ENV, connected
+from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.coordinator import EpochBarrier, forwarded_events, start_coordinator
 from densenet_dist.cluster.heartbeat import heartbeats
 from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores, shortage
@@ -23,9 +23,6 @@ from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
 from densenet_dist.train.context import Event, RunContext, Stopped
 from densenet_dist.train.control import StopRequest
-
-_RESIZE_EVERY_S: Final = 20.0
-"""A resize costs a start of the workers."""
 
 
 @dataclass(frozen=True)
@@ -153,23 +150,12 @@ def _run_trainer(
     lease: Lease | None,
 ) -> Any:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.config import LoggingConfig
 
-    from densenet_dist.cluster.ray_backend import (
-        ControllerNotice,
-        InterruptibleTrainer,
-        NodeAddressTorchConfig,
-        SaveBeforeResize,
-    )
+    from densenet_dist.cluster.ray_backend import ControllerNotice, InterruptibleTrainer
 
-    elastic = resources.fewest < resources.workers
-    callbacks: list[Any] = [SaveBeforeResize(coordinator)] if elastic else []
-    if barrier is not None:
-        callbacks.append(ControllerNotice(coordinator, barrier.placements, barrier.owner))
     trainer = InterruptibleTrainer(
         _train_worker,
-        train_loop_config={
+        {
             "config": to_dict(config),
             "coordinator": coordinator,
             "threads": resources.threads,
@@ -177,28 +163,17 @@ def _run_trainer(
             "lease": None if lease is None else lease.key,
             "launch": (uuid4().hex, time.time()),
         },
-        scaling_config=ScalingConfig(
-            num_workers=(resources.fewest, resources.workers) if elastic else resources.workers,
-            use_gpu=resources.use_gpu,
-            resources_per_worker=resources.per_worker,
-            elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
-        ),
-        torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
-        run_config=RunConfig(
-            # A new name for every start: Ray would silently continue from its own state, incomplete or finished.
-            name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=join_location(run.location, "ray"),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=-1),
-            callbacks=callbacks,
-            # A private cluster inherits it; a runtime environment would only start more processes there.
-            worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
+        config,
+        resources,
+        name=config.name,
+        storage=join_location(run.location, "ray"),
+        own_cluster=own_cluster,
+        coordinator=coordinator,
+        max_failures=config.cluster.max_failures,
+        callbacks=[ControllerNotice(coordinator, barrier.placements, barrier.owner)] if barrier else [],
     )
-    trainer.alone = own_cluster and not elastic
-    # A trial waits for its turn, like trials of one worker do: the sweep has checked that the cluster is large enough.
-    trainer.wait_s = config.cluster.timeout_s if barrier is None else math.inf
-    trainer.hang_timeout_s = config.fault.hang_timeout_s
-    trainer.coordinator = coordinator
+    if barrier is not None:
+        # A trial waits for its turn: the sweep has checked that the cluster is large enough.
+        trainer.wait_s = math.inf
     trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
     return trainer.run()
