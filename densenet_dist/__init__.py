@@ -17,38 +17,23 @@ from typing import TYPE_CHECKING, Any
 from densenet_dist.cache_folder import provide_user
 
 if TYPE_CHECKING:
-    from densenet_dist.cluster.launch import fit
-    from densenet_dist.cluster.result import Result, load_run
-    from densenet_dist.cluster.sweep import tune
-    from densenet_dist.config import load_config
-    from densenet_dist.inference.classifier import Classifier, load_classifier
-    from densenet_dist.inference.exporting import export
-    from densenet_dist.model import DenseNet
-    from densenet_dist.report.summary import summary
-    from densenet_dist.schema import Config
-    from densenet_dist.sweep.definition import load_sweep
-    from densenet_dist.sweep.results import SweepResult
-    from densenet_dist.train.evaluation import evaluate
-    from densenet_dist.train.network import build_model
+    from densenet_dist.cluster.launch import fit as fit
+    from densenet_dist.cluster.result import Result as Result
+    from densenet_dist.cluster.result import load_run as load_run
+    from densenet_dist.cluster.sweep import tune as tune
+    from densenet_dist.config import load_config as load_config
+    from densenet_dist.inference.classifier import Classifier as Classifier
+    from densenet_dist.inference.classifier import load_classifier as load_classifier
+    from densenet_dist.inference.exporting import export as export
+    from densenet_dist.model import DenseNet as DenseNet
+    from densenet_dist.report.summary import summary as summary
+    from densenet_dist.schema import Config as Config
+    from densenet_dist.sweep.definition import load_sweep as load_sweep
+    from densenet_dist.sweep.results import SweepResult as SweepResult
+    from densenet_dist.train.evaluation import evaluate as evaluate
+    from densenet_dist.train.network import build_model as build_model
 
 __version__ = "0.1.0"
-__all__ = [
-    "Classifier",
-    "Config",
-    "DenseNet",
-    "Result",
-    "SweepResult",
-    "build_model",
-    "evaluate",
-    "export",
-    "fit",
-    "load_classifier",
-    "load_config",
-    "load_run",
-    "load_sweep",
-    "summary",
-    "tune",
-]
 _HOMES = {
     "Classifier": "inference.classifier",
     "Config": "schema",
@@ -66,6 +51,8 @@ _HOMES = {
     "summary": "report.summary",
     "tune": "cluster.sweep",
 }
+"""The module of each public name."""
+__all__ = list(_HOMES)
 
 provide_user()  # here, since it must come before PyTorch and Ray ask, in Ray's workers too
 

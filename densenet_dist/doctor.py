@@ -134,9 +134,6 @@ def _dali(config: Config) -> Finding:
 
 def _ray(config: Config) -> Finding:
     version = package_version("ray")
-    if version is None:
-        return Finding("bad" if config.cluster.engine == "ray" else "note", "not installed",
-                       "pip install 'ray[default,train,tune]', or cluster.engine=local")  # fmt: skip
     if config.cluster.engine == "local":
         return Finding("ok", f"{version}, not used (cluster.engine=local)")
     from densenet_dist.cluster.connection import survey

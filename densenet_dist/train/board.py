@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HYPERPARAMETERS = ("model.", "train.", "data.name", "data.augment", "data.normalize", "data.limit", "seed")
-"""What decides a result; where and how it is computed or kept would only crowd TensorBoard's table."""
+"""Settings that affect results. Others would only crowd the table of the HPARAMS tab."""
 _CELL_INCHES: Final = 0.3
-"""Of the confusion matrix: TensorBoard shows images 320 pixels wide, whatever their size, so texts must be large."""
+"""Cell size of the confusion matrix. TensorBoard shows all images 320 pixels wide, so the text must be large."""
 _LAYOUT: Final = {
     "training and validation": {
         "loss": ["Multiline", ["train/loss", "val/loss"]],
@@ -41,17 +41,17 @@ _LAYOUT: Final = {
         "what time was lost to": ["Multiline", ["goodput/lost_to_.*"]],
     },
 }
-"""The Custom Scalars tab: TensorBoard puts tags into one chart there alone."""
+"""Layout of the Custom Scalars tab, the only one where a chart can have several tags."""
 
 
 class Board:
     """The TensorBoard events of one run.
 
     Args:
-        folder: for the files of events.
-        hides_from: the step from which on what earlier processes wrote is hidden. Every process has to say one:
-            where TensorBoard runs without its data server, the first that it reads hides nothing.
-        earlier: names of the files of events of earlier processes.
+        folder: folder of the event files.
+        hides_from: events of earlier processes from this step on are hidden. Every process must set it: without its
+            data server, TensorBoard ignores it in the first file that it reads.
+        earlier: names of the event files of earlier processes.
     """
 
     def __init__(self, folder: Path, hides_from: int = 0, earlier: Iterable[str] = ()) -> None:
@@ -59,7 +59,7 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter  # a second to import: only rank 0 pays it
 
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of the times in their names, and the clock may have been ahead before.
+        # TensorBoard reads files in the order of the times in their names, but clocks of machines differ.
         times = [int(found[1]) + 1 for name in earlier if (found := re.match(r"events\.out\.tfevents\.(\d+)\.", name))]
         named = max([int(time.time()), *times])
         event_file_writer.time = SimpleNamespace(time=lambda: named)
@@ -67,13 +67,13 @@ class Board:
             self._writer = SummaryWriter(str(folder), purge_step=hides_from, flush_secs=10)
         finally:
             event_file_writer.time = time
-        # In this thread, where an error can be handled: TensorBoard's own would print a traceback.
+        # Write in this thread, where errors can be handled; in TensorBoard's own thread they print a traceback.
         events = self._writer._get_file_writer().event_writer
         events._async_writer._worker.stop()
         events._async_writer = events._async_writer._writer
 
     def scalars(self, values: dict[str, Any], step: int) -> None:
-        """Show each number under its own tag."""
+        """Write each number under its own tag."""
         for tag, value in values.items():
             if "/" in tag or tag == "lr":
                 self._writer.add_scalar(tag, value, step)
@@ -85,17 +85,17 @@ class Board:
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:
-        """Show up to 64 normalised images, (n, 3, H, W) float, as one grid."""
+        """Write up to 64 normalised images, (n, 3, H, W) float, as one grid."""
         shown = images[:64].detach().float().cpu()
         scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
         self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
 
     def hparams(self, config: Config) -> None:
-        """Fill TensorBoard's HPARAMS tab, in this same run (`SummaryWriter.add_hparams` would start another).
+        """Write the settings for TensorBoard's HPARAMS tab (`SummaryWriter.add_hparams` would start another run).
 
-        Before the first step, so that a run that is stopped or lost is in it too. The settings alone: told what an
-        experiment consists of, the tab would believe it, and not put first what differs between its runs. All scalars
-        are metrics to it, in the order of their names; ``best/...`` are there to come first.
+        It is called before the first step, so that stopped and lost runs are in the tab too. Without a description of
+        the experiment, the tab lists settings that differ between runs first, and all scalars as metrics, by name:
+        ``best/...`` come first.
         """
         from torch.utils.tensorboard.summary import hparams
 
@@ -109,7 +109,7 @@ class Board:
         writer.add_summary(start)
 
     def test_results(self, results: TestResults, step: int) -> None:
-        """Show the confusion matrix and the worst mistakes; `step` is the run's last."""
+        """Write the confusion matrix and the worst mistakes; `step` is the last of the run."""
         names = results.class_names
         with printed():
             if len(names) <= MAX_CLASSES:
@@ -118,17 +118,17 @@ class Board:
                 self._figure("test/worst_mistakes", _mistakes_figure(shown, names), step)
 
     def finished(self, step: int) -> None:
-        """Tell the HPARAMS tab that the run came to its end; `step` is its last."""
+        """Mark the run as finished in the HPARAMS tab; `step` is its last."""
         from torch.utils.tensorboard.summary import hparams
 
         self._writer._get_file_writer().add_summary(hparams({}, {})[2], step)
 
     def flush(self) -> None:
-        """Write out what there is."""
+        """Flush the event file."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Write out and close everything."""
+        """Flush and close the event file."""
         self._writer.close()
 
     def _figure(self, tag: str, figure: Figure, step: int) -> None:
@@ -137,7 +137,7 @@ class Board:
 
 
 def _mistakes_figure(mistakes: Sequence[Mistake], names: Sequence[str]) -> Figure:
-    """The images in rows, each with the predicted class, its probability, and the true class."""
+    """Draw the images in rows, each with the predicted class, its probability, and the true class."""
     from PIL import Image
 
     columns = min(4, len(mistakes))

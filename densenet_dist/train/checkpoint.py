@@ -1,7 +1,7 @@
-"""The checkpoints of a run: which are complete, which is the best, and saving in the background.
+"""The checkpoints of a run: saving in the background, the list of complete checkpoints, and which is the best.
 
-A checkpoint is complete or absent: its folder (see `densenet_dist.train.snapshot`) is written beside, checksummed,
-fsynced and renamed, then listed in ``checkpoints/manifest.json``, which is replaced atomically.
+A checkpoint is complete or absent: its folder (see `densenet_dist.train.snapshot`) is written under a temporary name,
+checksummed, fsynced and renamed, then listed in ``checkpoints/manifest.json``, which is replaced atomically.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from densenet_dist.train.snapshot import FILES, META, UNREADABLE, Position, Snap
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
 MIN_INTERVAL_S: Final = 30.0
 MAX_COST: Final = 0.01
-"""Limits of ``every_steps: auto``: the time between two checkpoints, and the share of it that they may cost."""
+"""Limits of ``every_steps: auto``: least time between two checkpoints, and the share of the time that they may cost."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Entry:
     """One complete checkpoint in the manifest.
 
     Attributes:
-        name: its folder.
+        name: name of its folder.
         position: where training resumes from it.
-        metrics: validation figures, for checkpoints at an epoch's end.
+        metrics: validation metrics, for checkpoints at the end of an epoch.
     """
 
     name: str
@@ -55,15 +55,15 @@ class CheckpointStore:
     Args:
         run: the run's folder.
         keep: number of newest checkpoints to keep beside the best.
-        monitor: what makes a checkpoint the best: ``val/top1`` or ``val/loss``.
-        status: of this rank, if it saves.
+        monitor: the metric of the best checkpoint: ``val/top1`` or ``val/loss``.
+        status: status of this rank, if it saves.
 
     Attributes:
-        entries: the complete checkpoints, and the one that is being written; the newest is last.
+        entries: the complete checkpoints and the one that is being written, oldest first.
         best: the name of the best one.
-        damaged: what is wrong with checkpoints that could not be loaded.
+        damaged: descriptions of the checkpoints that could not be loaded.
         rebuilt: why the list of checkpoints was rebuilt from their folders, if it was.
-        total_cost_s: seconds spent on saving, the pauses and the writing.
+        total_cost_s: seconds spent on saving: pauses of training and writing.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class CheckpointStore:
         """Copy a snapshot and write it in the background; `entries` and `best` include it at once.
 
         Raises:
-            StorageError: the checkpoint before could not be written.
+            StorageError: the previous checkpoint could not be written.
         """
         self.wait()
         started = time.perf_counter()
@@ -119,7 +119,7 @@ class CheckpointStore:
         return not writing and time.perf_counter() - self._saved_at > interval
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written; for as long as the storage takes.
+        """Wait until the last checkpoint is written, however long the storage takes.
 
         Raises:
             StorageError: it cannot be written, or the folder belongs to another job now. Earlier ones stay intact.
@@ -133,13 +133,13 @@ class CheckpointStore:
             raise failure
 
     def close(self) -> None:
-        """Like `wait`, without raising: after an error that matters more."""
+        """Wait without raising errors, for cleaning up after another error."""
         with suppress(Exception):
             self.wait()
 
     def _plan(self, snapshot: Snapshot) -> Entry:
-        """Add a checkpoint to `entries`, and remove those that are not to be kept once it is written."""
-        # Names are used once: a folder is never replaced by another while the manifest lists it.
+        """Add a checkpoint to `entries`, and remove those that will be deleted once it is written."""
+        # Each name is used once, so that a folder in the manifest is never replaced.
         name = f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
         entry = Entry(name, snapshot.position, snapshot.metrics)
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
@@ -155,7 +155,7 @@ class CheckpointStore:
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise StorageError(
                 f"the checkpoint {self.run.uri}/{folder} cannot be written: {error}\n"
-                "  the checkpoints before it are intact: make room, then resume with --resume"
+                "  earlier checkpoints are intact: free some space, then resume with --resume"
             ) from error
         self.run.publish(*(f"{folder}/{name}" for name in FILES))
         self.write_list()
@@ -167,16 +167,16 @@ class CheckpointStore:
         Raises:
             StorageError: it cannot be written, or another job has taken over the folder.
         """
-        self.run.guard()  # writing a checkpoint may have taken long
+        self.run.guard()  # again: writing the files may have taken long enough for another job to take over
         content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
         self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
 
     def latest(self) -> Entry | None:
-        """The newest complete checkpoint."""
+        """Return the newest checkpoint."""
         return self.entries[-1] if self.entries else None
 
     def best_or_latest(self) -> Entry | None:
-        """The best checkpoint; the newest one if none has validation figures."""
+        """Return the best checkpoint, or the newest one if none has validation metrics."""
         return next((entry for entry in self.entries if entry.name == self.best), self.latest())
 
     def load_latest(self) -> Snapshot | None:
@@ -193,7 +193,7 @@ class CheckpointStore:
         return newest
 
     def load_best(self) -> Snapshot | None:
-        """Load the best checkpoint that is intact, or the newest one if none has validation figures.
+        """Load the best checkpoint that is intact, or the newest one if none has validation metrics.
 
         Damaged ones are removed from `entries` and described in `damaged`.
 
@@ -206,7 +206,7 @@ class CheckpointStore:
         """Verify and read one checkpoint onto the CPU.
 
         Raises:
-            CheckpointError: where a file is missing or is not what was written.
+            CheckpointError: a file is missing or damaged.
         """
         folder = f"{CHECKPOINTS_FOLDER}/{entry.name}"
         try:
@@ -220,7 +220,7 @@ class CheckpointStore:
         while found is None and (entry := choose()) is not None:
             found = self._load_or_drop(entry)
         if self.damaged and found is None:
-            raise CheckpointError("no checkpoint of this run is whole:\n  " + "\n  ".join(self.damaged))
+            raise CheckpointError("all checkpoints of this run are damaged:\n  " + "\n  ".join(self.damaged))
         return found
 
     def _load_or_drop(self, entry: Entry) -> Snapshot | None:
@@ -233,12 +233,12 @@ class CheckpointStore:
             return None
 
     def _find_best(self) -> str | None:
-        """The name of the best checkpoint in the list; the older of two that are equally good."""
+        """Return the name of the best checkpoint in the list; of equally good ones the oldest."""
         best = best_record([{**entry.metrics, "name": entry.name} for entry in self.entries], self.monitor)
         return None if best is None else best["name"]
 
     def _sweep(self) -> None:
-        """Delete the checkpoints that are not in the list, those that a killed process left as well."""
+        """Delete checkpoints that are not in the list, including those that a killed process left."""
         for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in self.entries}:
             if name.startswith(("step-", ".step-")):
                 self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
@@ -257,7 +257,7 @@ class CheckpointStore:
                 raise CheckpointError(problem) from error
 
     def _rebuild(self, problem: str) -> None:
-        """List the checkpoints that have a readable description, the oldest first."""
+        """Rebuild the list from the checkpoints whose checkpoint.json can be read, oldest first."""
         found = []
         for name in self.run.names(CHECKPOINTS_FOLDER):
             with suppress(*UNREADABLE):
@@ -269,19 +269,19 @@ class CheckpointStore:
 
 
 def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
-    """The first record with the best ``val/top1`` or ``val/loss``; None if none has a finite one."""
+    """Return the first record with the best ``val/top1`` or ``val/loss``, or None if no record has a finite value."""
     validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
     pick = max if monitor.endswith("top1") else min
     return pick(validated, key=lambda record: record[monitor]) if validated else None
 
 
 def _entry(name: str, content: dict[str, Any]) -> Entry:
-    """An entry of the list, or of a checkpoint.json. The content is not trusted: the name becomes a path."""
+    """Read an entry of the manifest or a checkpoint.json. It is not trusted: the name becomes part of a path."""
     entry = Entry(name, Position(**content["position"]), content["metrics"])
     if not re.fullmatch(r"step-[0-9a-z-]+", name):
-        raise ValueError(f"{name[:80]!r} is no name of a checkpoint")
+        raise ValueError(f"{name[:80]!r} is not the name of a checkpoint")
     if not all(type(value) is int and 0 <= value <= sys.maxsize for value in asdict(entry.position).values()):
-        raise ValueError(f"the position of {name} is not three counts of epochs and steps")
+        raise ValueError(f"the position of {name} must be three non-negative integers")
     if not all(type(value) in (int, float) for value in entry.metrics.values()):
-        raise ValueError(f"the metrics of {name} are no numbers")
+        raise ValueError(f"the metrics of {name} must be numbers")
     return entry

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from densenet_dist.data.dali_support import dali_installed
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.engine import ENGINES
 from densenet_dist.data.speed import Speed, endless, measure, synchronize
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import DenseNet
@@ -35,17 +36,16 @@ CHOICES: Final = {
 }
 """The keys under which env.json holds choices, and the settings that each depends on."""
 
-LOADERS: Final = ("torch", "dali")
 LOADER_SECONDS: Final = 0.4
 CLEARLY: Final = 1.1
-"""How much faster a loader must be to replace the usual one of the device: DALI on a GPU, torch on a CPU."""
+"""How many times as fast a loader must be to replace the default of the device: DALI on a GPU, torch on a CPU."""
 
 FORMS: Final = ("fused", "reference")
 SECONDS: Final = 2.0
 SHARE: Final = 0.01
-"""Limits of the time in which both forms are measured: seconds, and a share of the run."""
-MOST_IMAGES: Final = 32
-"""In a measured step on a CPU, where the reference form may take several times the memory of the fused one."""
+"""Limits of the time for measuring both forms: seconds, and a share of the estimated duration of the run."""
+MAX_IMAGES: Final = 32
+"""In a measured step on a CPU: the reference form may need several times the memory of the fused one."""
 WORTH_IT: Final = 10_000
 """Training images per rank, over all epochs, below which blocks are not measured."""
 
@@ -76,34 +76,40 @@ def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices
         if not dali_installed():
             return Choice("torch", "DALI is not installed", {})
         try:
-            return compare_loaders({loader: speed(loader) for loader in LOADERS}, context.device.type)
+            return compare_loaders({loader: speed(loader) for loader in ENGINES}, context.device.type)
         except EnvironmentProblem as error:
             return Choice("torch", str(error).splitlines()[0], {})
 
-    return _recorded(context, "loader", LOADERS, measure_both)
+    return _recorded(context, "loader", ENGINES, measure_both)
 
 
 def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
-    """Choose the faster loader, or the usual one of the type of device if the other is not clearly faster."""
-    usual, other = ("dali", "torch") if device == "cuda" else ("torch", "dali")
-    unit, key = ("images/s", "images_per_s") if device == "cuda" else ("images/CPU-s", "images_per_cpu_s")
-    rates = {name: speed.per_second if device == "cuda" else speed.per_cpu_second for name, speed in speeds.items()}
-    name, loser = (other, usual) if rates[other] > CLEARLY * rates[usual] else (usual, other)
-    reason = f"{rates[name]:,.0f} {unit}; {loser}: {rates[loser]:,.0f}"
-    return Choice(name, reason, {f"{loader}_{key}": round(rate) for loader, rate in rates.items()})
+    """Choose DALI on a GPU and torch on a CPU, or the other one if it is clearly faster."""
+    if device == "cuda":
+        rates = {name: speed.per_second for name, speed in speeds.items()}
+        return _choice(rates, "dali" if CLEARLY * rates["dali"] >= rates["torch"] else "torch")
+    rates = {name: speed.per_cpu_second for name, speed in speeds.items()}
+    name = "torch" if CLEARLY * rates["torch"] >= rates["dali"] else "dali"
+    return _choice(rates, name, "images/CPU-s", "images_per_cpu_s")
+
+
+def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str = "images_per_s") -> Choice:
+    (other,) = rates.keys() - {name}
+    figures = {f"{each}_{key}": round(rate, 1) for each, rate in rates.items()}
+    return Choice(name, f"{rates[name]:,.0f} {unit}; {other}: {rates[other]:,.0f}", figures)
 
 
 def choose_block(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> ModelConfig:
     """Return the model's settings with the form of the dense block to train. A collective call.
 
-    ``auto`` becomes the form that is faster at the run's own network, batch size, precision and number of threads. It
-    is ``fused`` without a measurement where the steps are compiled or captured as a CUDA graph (the eager speed says
-    little about them), in short runs, and in runs that started before the choice was measured.
+    ``auto`` becomes the form that is faster with the run's own network, batch size, precision and number of threads. It
+    is ``fused`` without a measurement if the steps are compiled or captured as a CUDA graph (the eager speed says
+    little about them), in short runs, and in runs of versions that did not measure it.
 
     Args:
-        num_classes: of the data set.
+        num_classes: number of classes of the data set.
         image_size: side of the images in pixels.
-        images: that this run trains on over all epochs, on all ranks.
+        images: number of training images over all epochs and ranks.
     """
     model = config.model
     if model.block == "reference":
@@ -137,7 +143,7 @@ def _measure_blocks(config: Config, context: RunContext, num_classes: int, image
         measure_steps(2)
         per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
         remaining = min(SECONDS, SHARE * images * min(1 / rate for rate in rates.values()))
-        most = share if context.device.type == "cuda" else min(share, MOST_IMAGES)
+        most = share if context.device.type == "cuda" else min(share, MAX_IMAGES)
         count = max(2, min(most, int(remaining / 2 / per_image)))
         while remaining > count * per_image:
             started = time.perf_counter()
@@ -145,9 +151,7 @@ def _measure_blocks(config: Config, context: RunContext, num_classes: int, image
             remaining -= time.perf_counter() - started
     except torch.OutOfMemoryError:
         return Choice("fused", "the reference form does not fit into memory", {})
-    name, other = sorted(FORMS, key=lambda form: -rates[form])
-    reason = f"{rates[name]:,.0f} images/s; {other}: {rates[other]:,.0f}"
-    return Choice(name, reason, {f"{form}_images_per_s": round(rate, 1) for form, rate in rates.items()})
+    return _choice(rates, max(FORMS, key=lambda form: rates[form]))
 
 
 def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device: torch.device) -> float:
@@ -163,9 +167,10 @@ def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device
 
 
 def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:
-    """Return the name that env.json records under `key` for this type of device, or that `measure` finds.
+    """Return the choice that env.json records under `key` for this type of device, or else measure and record it.
 
-    Anything but `names` is measured again. A collective call; rank 0 alone measures, reports the result and records it.
+    A collective call. Only rank 0 measures, reports the result and writes env.json. A recorded value that is not one of
+    `names` is replaced.
     """
     name = ""
     if context.rank == 0:

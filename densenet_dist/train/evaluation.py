@@ -30,7 +30,7 @@ from densenet_dist.train.inputs import (
     engine_of,
     eval_loader,
     load_run_data,
-    tell_lines,
+    report_lines,
     train_and_val,
 )
 from densenet_dist.train.metrics import Metrics
@@ -48,12 +48,12 @@ def evaluate_model(
     on_batch: Callable[[Tensor, Batch], None] | None = None,
     split: str = "test",
 ) -> dict[str, float]:
-    """Loss, top-1, top-5 and number of images over all ranks' batches; every rank calls it, with its own batches.
+    """Compute loss, top-1, top-5 and number of images over the batches of all ranks; every rank calls it with its own.
 
-    `on_batch` is called with the logits and the batch; `split` names the images in the error.
+    `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
 
     Raises:
-        DataError: on every rank, if no image could be read.
+        DataError: no image could be read. Every rank raises it.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
@@ -78,14 +78,14 @@ def evaluate_test_set(
     engine: Engine,
     watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> TestResults:
-    """Evaluate a model on the test set, which is shared among the ranks; every rank calls it.
+    """Evaluate a model on the test set, each rank on its share of the images. Every rank calls it.
 
     Args:
         engine: of the test split.
-        watch: wraps the batches, to do something between two of them.
+        watch: wraps the iterable of batches, for instance to stop between two of them.
 
     Returns:
-        The same on every rank, but rank 0 alone has the images of the mistakes.
+        The same on every rank, except that only rank 0 has the images of the mistakes.
     """
     loader = eval_loader(config, context, engine)
     accumulator = ResultsAccumulator(dataset.num_classes)
@@ -99,7 +99,7 @@ def evaluate_test_set(
     if context.rank == 0:
         try:
             results = add_images(results, config, engine)
-        except Exception as error:  # the results are worth more than images
+        except Exception as error:  # do not lose the results for want of images
             context.report({"kind": "note", "text": f"the images of the worst mistakes could not be read: {error}"})
     return results
 
@@ -113,15 +113,15 @@ def evaluate(
     overrides: tuple[str, ...] = (),
     notify: Callable[[str], object] = warnings.warn,
 ) -> dict[str, float]:
-    """Compute loss, top-1 and top-5 of a run's checkpoint on every image once, without augmentation.
+    """Evaluate a run's checkpoint on every image of a split once, without augmentation.
 
     Args:
         run: its folder (path or URI), or its name under ``runs/``.
-        split: which images; val and train are the parts that the run itself used.
+        split: which images; val and train are the ones that the run used.
         checkpoint: best (by ``checkpoint.monitor``) or last.
-        device: auto takes a GPU if there is one.
+        device: auto selects a GPU if there is one.
         overrides: changes to the run's configuration, such as ``data.root=...``.
-        notify: called with a message if images are left out, or are not those of the run.
+        notify: called with a message if images are skipped, or differ from those of the run.
 
     Returns:
         ``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images``.
@@ -135,12 +135,12 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A checkpoint, and the images to evaluate it on.
+    """A model with the weights of a checkpoint, and the images to evaluate it on.
 
     Attributes:
-        model: with the checkpoint's weights, on the device.
-        engine: of the split that is evaluated.
-        indices: of the images in that split, in the order of evaluation.
+        model: on the device of `context`.
+        engine: produces the images of the split.
+        indices: (n,) int64, indices into that split, in the order of evaluation.
     """
 
     config: Config
@@ -151,18 +151,18 @@ class Evaluation:
     indices: Indices
 
     def loader(self) -> EvalLoader:
-        """Batches of the images, unaugmented."""
+        """Return a loader of the images, without augmentation."""
         return eval_loader(self.config, self.context, self.engine, self.indices)
 
 
 def load_test_results(
     run: RunFolder, overrides: Sequence[str] = (), notify: Callable[[str], None] = lambda text: None
 ) -> TestResults:
-    """The stored test results of a run; without any, those of its best checkpoint, which are not stored.
+    """Return the stored test results of a run. If there are none, evaluate its best checkpoint without storing them.
 
     Args:
         overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-        notify: called with a message before the test set is evaluated, and if images are left out.
+        notify: called with a message before the test set is evaluated, and if images are skipped.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
@@ -191,7 +191,7 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 def trained_model(
     run: RunFolder, config: ModelConfig, snapshot: Snapshot, num_classes: int, image_size: int
 ) -> DenseNet:
-    """A run's model with the weights it is evaluated with: averaged ones, where the checkpoint has them.
+    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average.
 
     Raises:
         CheckpointError: the checkpoint does not fit this model.
@@ -216,9 +216,9 @@ def prepare_evaluation(
     context = RunContext(folder, choose_device(device))
     dataset = load_run_data(config, folder)
     require_same(snapshot, {"always": {"class names": list(dataset.class_names)}}, f"the checkpoint of {folder.uri}")
-    tell_lines(notify, dataset.skipped)
+    report_lines(notify, dataset.skipped)
     if snapshot.state.get("pictures") != digest_of_files(dataset):
-        notify("these are not the pictures that the run began with: it may have been trained on some of them")
+        notify("the pictures differ from those at the start of the run, which may have been trained on some of them")
     train, val = train_and_val(config, dataset)
     indices = {"test": np.arange(len(dataset.test.labels)), "val": val, "train": train}[split]
     images = dataset.test if split == "test" else dataset.train
@@ -227,6 +227,6 @@ def prepare_evaluation(
     evaluated = min(config.train.eval_batch_size, len(indices))
     require_memory(config, dataset.num_classes, context.device, 0, evaluated)
     model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)
-    # One pass is not worth a measurement: torch needs none of DALI's imports.
+    # Measuring both loaders would take longer than it saves in a single pass.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
     return Evaluation(config, context, dataset, model.to(context.device), engine, indices)

@@ -32,7 +32,7 @@ _FEW = 30  # images: each is more than 3 % of the accuracy
 
 
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
-    """The configured data set, verified; `split` as for `load_dataset`."""
+    """Load and verify the configured data set; `split` as for `load_dataset`."""
     data = config.data
     return load_dataset(
         data.name,
@@ -48,11 +48,11 @@ def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> D
     )
 
 
-def tell_lines(tell: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
-    """Show the number of lines and the first five; nothing if there are none."""
+def report_lines(report: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
+    """Call `report` with the number of lines and the first five; not if there are none."""
     if lines:
         more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
-        tell("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
+        report("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
 
 
 def _normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -63,8 +63,8 @@ def _normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float
 
 
 def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
-    """Indices into the training split to train on, and to validate with; each (n,) int64 and sorted."""
-    if dataset.val is not None:  # the set says so itself
+    """Return the indices of the training and the validation images in the training split; each (n,) int64, sorted."""
+    if dataset.val is not None:  # a folder with its own validation images
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
     data, labels = config.data, dataset.train.labels
     return split_indices(
@@ -73,21 +73,21 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
 
 
 def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
-    """Warnings for the parts of a folder of images: missing classes, and few images."""
+    """Yield warnings about a folder of images: parts without images of some classes, and parts of few images."""
+    if dataset.name != "folder":
+        return
     train, val = (dataset.train.labels[part] for part in train_and_val(config, dataset))
     for part, labels in (("training", train), ("validation", val), ("test", dataset.test.labels)):
         missing = sorted(set(range(dataset.num_classes)).difference(labels.tolist()))
-        if dataset.name != "folder" or not len(labels):
-            continue
-        if missing:
+        if missing and len(labels):
             names = few([dataset.class_names[label] for label in missing])
             yield f"{len(missing)} of {dataset.num_classes} classes have no {part} pictures: {names}"
-        if len(labels) < _FEW:
+        if 0 < len(labels) < _FEW:
             yield f"only {len(labels)} {part} pictures"
 
 
 def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:
-    """The engine of a split of the data set, for every loader that reads from it.
+    """Create the engine that produces the images of a split; several loaders may share it.
 
     Args:
         loader: torch or dali.
@@ -110,7 +110,7 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
 def train_loader(
     config: Config, context: RunContext, dataset: Dataset, engine: Engine, indices: Indices
 ) -> TrainLoader:
-    """The loader of the training images at `indices`, augmented as configured."""
+    """Create the loader of the training images at `indices`, augmented as configured."""
     data = config.data
     augmentation = Augmentation(
         data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
@@ -128,7 +128,7 @@ def train_loader(
 
 
 def eval_loader(config: Config, context: RunContext, engine: Engine, indices: Indices | None = None) -> EvalLoader:
-    """Return the loader of all images of the engine's split, or of those at `indices`, without augmentation."""
+    """Create a loader without augmentation: of all images of the engine's split, or of those at `indices`."""
     return EvalLoader(
         engine,
         indices,
@@ -144,10 +144,9 @@ class ModelMetadata:
     """The content of classes.json: what a network needs besides weights to classify images.
 
     Attributes:
-        names: of the classes, by label.
+        names: class names by label.
         image_size: side of the square images in pixels.
-        mean: of each channel, by which images in [0, 1] are normalised.
-        std: likewise.
+        mean, std: normalisation of each channel, for images in [0, 1].
     """
 
     names: tuple[str, ...]
@@ -168,11 +167,11 @@ def write_metadata(run: RunFolder, config: Config, dataset: Dataset) -> None:
 def load_run_data(config: Config, run: RunFolder) -> Dataset:
     """Load the configured data set for a run that may have started: with its split, and only if it has its classes.
 
-    The split is read from split.json.gz, which names the split of each image of a folder: split again after images
-    were added, the test part would contain images that the run was trained on.
+    The split is read from split.json.gz, which names the part of each image of a folder. If it were drawn again after
+    images were added, the test part could contain images that the run was trained on.
 
     Raises:
-        CheckpointError: the classes, or their order, are not those of the run; with the names of both.
+        CheckpointError: the classes, or their order, differ from those of the run; the message names both.
         DataError, StorageError: the data set, or one of the run's files, cannot be used.
     """
     parts = run.read_json(SPLIT_FILE).items()
@@ -193,11 +192,11 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 
 
 def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
-    """Read classes.json of a run; a run of a version before it takes them from the data set.
+    """Read classes.json of a run. Runs of versions that wrote none take its content from the data set.
 
     Raises:
         StorageError: the file is damaged.
-        DataError: there is none, and the data set is missing.
+        DataError: there is no file, and the data set is missing.
     """
     found = run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
     return found or _metadata(config, load_dataset_of(config))
@@ -208,7 +207,7 @@ def _metadata(config: Config, dataset: Dataset) -> ModelMetadata:
 
 
 def digest_of_files(dataset: Dataset) -> str | None:
-    """Identify the images of a folder by their names; None for images in memory."""
+    """Return a digest of the file names of a folder of images; None for images in memory."""
     train, test = dataset.train.images, dataset.test.images
     if not (isinstance(train, ImageFiles) and isinstance(test, ImageFiles)):
         return None
@@ -217,10 +216,10 @@ def digest_of_files(dataset: Dataset) -> str | None:
 
 
 def require_same_files(dataset: Dataset) -> None:
-    """Check that all ranks see the same files: images are numbered by their names. A collective call.
+    """Check that all ranks see the same files, since indices refer to the sorted file names. A collective call.
 
     Raises:
-        DataError: naming the nodes.
+        DataError: they do not; the message names the nodes.
     """
     digest = digest_of_files(dataset)
     if digest is None:

@@ -1,4 +1,4 @@
-"""Logging: metrics.jsonl, TensorBoard and trackers (`RunLog`), and the events for console and programs."""
+"""Write metrics.jsonl, TensorBoard and trackers (`RunLog`), and make the events for the console and programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunLog:
     Args:
         run: the run's folder.
         global_step: steps completed; records of later steps, left by a process that died, are dropped.
-        monitor: what makes an epoch the best, see `densenet_dist.schema.CheckpointConfig`.
+        monitor: the metric of the best epoch, see `densenet_dist.schema.CheckpointConfig`.
     """
 
     def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
@@ -39,19 +39,19 @@ class RunLog:
         self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
         self._records = self._keep_until(global_step)
         if global_step == 0:
-            run.remove(TENSORBOARD_FOLDER)  # of a process that saved nothing
+            run.remove(TENSORBOARD_FOLDER)  # left by a process that stopped before its first checkpoint
         self._earlier = run.names(TENSORBOARD_FOLDER)
-        # An interrupted test was logged at the step of the last epoch: both are hidden, and the epoch is logged again.
+        # If the test was interrupted, its events have the step of the last epoch. Board hides both: log the epoch anew.
         if self._earlier and self._records and self._records[-1]["global_step"] == global_step:
             self.show(Board.scalars, self._records[-1] | best_scalars(self._records, monitor), global_step)
-        self.publish()  # from here on the run's name is taken
+        self.publish()  # metrics.jsonl marks the run as started
 
     def missing_epochs(self, epochs: int) -> list[int]:
-        """The epochs of the first `epochs` without a record: their lines were lost or damaged."""
+        """Return which of the first `epochs` epochs have no record because their lines were lost or damaged."""
         return sorted(set(range(1, epochs + 1)) - {record["epoch"] for record in self._records})
 
     def show(self, method: Callable[..., None], *arguments: Any) -> None:
-        """Call a method of `Board`. The run does not need it: an error becomes a warning, given once."""
+        """Call a method of `Board`. An error does not end the run: it becomes a warning, shown once."""
         try:
             if self._board is None:
                 self._board = Board(self.run.path / TENSORBOARD_FOLDER, self._first_step, self._earlier)
@@ -62,7 +62,7 @@ class RunLog:
     def track(self, config: Config, notify: Callable[[str, bool], None]) -> None:
         """Also send the records to the configured services.
 
-        `notify` is called with messages, also of TensorBoard, and whether they are warnings, in the thread that logs.
+        `notify` is called with each message (of TensorBoard too) and whether it is a warning, in the logging thread.
 
         Raises:
             EnvironmentProblem: the package of a service is missing.
@@ -70,7 +70,7 @@ class RunLog:
         self._trackers, self._notify = open_trackers(config, self.run, list(self._records)), notify
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
-        """Append one line to metrics.jsonl and each number to TensorBoard under its own tag."""
+        """Append one line to metrics.jsonl, and write each number to TensorBoard under its own tag."""
         self.run.guard()
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         self.run.append(METRICS_FILE, json.dumps(line) + "\n")
@@ -87,15 +87,15 @@ class RunLog:
         self._report_messages()
 
     def end_tracking(self, summary: dict[str, Any]) -> None:
-        """Tell the services that the run is finished. They may be slow: call this last."""
+        """Mark the run as finished at the services. They may be slow, so call this last."""
         for tracker in self._trackers:
             tracker.finish("finished", summary)
         self._report_messages()
 
     def abandon(self, *, failed: bool = True, leaves: bool = False) -> None:
-        """Close the files after an error or a stop; what was recorded by then is in them.
+        """Close the files after an error or a stop.
 
-        `leaves`: the run continues elsewhere, so no service is told that it ended.
+        With `leaves` the run continues in another process, so it is not marked as ended at the services.
         """
         self.show(Board.close)
         for tracker in self._trackers:
@@ -112,7 +112,7 @@ class RunLog:
                 self._notify(text, False)
 
     def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
-        """The records of steps up to that one; metrics.jsonl holds no others from here on."""
+        """Return the records up to a step, and drop later ones from metrics.jsonl."""
         records = self.run.read_records()
         kept = [line for line in records if line["global_step"] <= global_step and "test/loss" not in line]
         if (self.run.path / METRICS_FILE).exists():
@@ -121,7 +121,7 @@ class RunLog:
 
 
 def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, float]:
-    """What TensorBoard's HPARAMS tab shows of the best epoch so far; if the last record is the test's, of the test."""
+    """Return the scalars for TensorBoard's HPARAMS tab: of the test after it, else of the best epoch so far."""
     if "test/top1" in records[-1]:
         return {f"best/test_{name}": records[-1][f"test/{name}"] for name in ("loss", "top1")}
     best = best_record(records, monitor)
@@ -131,7 +131,7 @@ def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, f
 
 
 def start_event(trainer: Trainer) -> Event:
-    """What is about to be trained, on what."""
+    """Describe the model, the data and the device at the start of training."""
     device = torch.cuda.get_device_name(trainer.context.device) if trainer.context.device.type == "cuda" else "CPU"
     best = next((entry for entry in trainer.store.entries if entry.name == trainer.store.best and entry.metrics), None)
     return {
@@ -157,7 +157,7 @@ def start_event(trainer: Trainer) -> Event:
 
 
 def progress_event(trainer: Trainer) -> Event:
-    """How far the epoch is, with the metrics so far; waits for the device."""
+    """Describe the progress of the epoch, with the metrics so far. Waits for the device."""
     loss, top1, _, images = trainer.metrics.sums.tolist()
     trained, _ = trainer.count_time()
     return {
@@ -175,7 +175,7 @@ def progress_event(trainer: Trainer) -> Event:
 
 
 def epoch_event(trainer: Trainer, record: dict[str, Any]) -> Event:
-    """The record of a completed epoch, and its checkpoint."""
+    """Return the record of a completed epoch, with its checkpoint."""
     latest, position = trainer.store.latest(), trainer.position
     return {
         "kind": "epoch",

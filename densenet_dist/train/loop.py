@@ -1,7 +1,7 @@
 """The training loop: plain PyTorch, the same for one process, torchrun and Ray.
 
-`fit` trains epoch by epoch (`train_epoch`) and step by step (`train_step`), then tests the best model. What a step or
-an epoch is followed by (checkpoints, stop requests, validation, logging) is below, in the order in which it is called.
+`fit` trains epoch by epoch (`train_epoch`) and step by step (`train_step`), then tests the best model. The functions
+below them handle checkpoints, stop requests, validation and logging, in the order in which they are called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
 from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
-from densenet_dist.train.inputs import engine_of, part_warnings, tell_lines, write_metadata
+from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.metrics import broadcast, gather_objects
 from densenet_dist.train.network import load_weights
@@ -44,11 +44,11 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     the run's folder.
 
     Returns:
-        The content of summary.json: final figures, the same on every rank.
+        The content of summary.json: the final metrics, the same on every rank.
 
     Raises:
-        TrainingError: a loss is NaN or infinite; on every rank at the same step.
-        Stopped: it was requested, and everything is saved.
+        TrainingError: a loss is NaN or infinite. Every rank raises it at the same step.
+        Stopped: a stop was requested, and everything is saved.
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     trainer = Trainer(config, context)
@@ -61,6 +61,8 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
+            # A save requested now happens after the validation, so that the checkpoint contains its metrics. A stop
+            # request stays pending: `_validate` or the next step handles it.
             request = sync_requests(trainer, _save_is_due(trainer))
             validation = _validate(trainer)
             trainer.end_epoch(validation.get("val/loss"))
@@ -68,7 +70,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
         return _test(trainer, log)
     except BaseException as error:
-        if log is not None:  # this process may continue with another run
+        if log is not None:  # this process may train another run, as in a notebook or a sweep
             log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
         raise
     finally:
@@ -96,7 +98,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         with trainer.profile_step():
             train_step(trainer, batch)
         status.advance(trainer.position.global_step)
-        if trainer.position.step < trainer.train_loader.steps_per_epoch:  # after the last step: `fit` does
+        if trainer.position.step < trainer.train_loader.steps_per_epoch:  # `fit` saves after the last step
             save_or_stop(trainer)
         if trainer.context.rank == 0 and time.perf_counter() - shown > PROGRESS_EVERY_S:
             shown = time.perf_counter()
@@ -111,7 +113,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
 
 
 def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
-    """One optimizer step on this rank's share of a global batch.
+    """Take one optimizer step on this rank's share of a global batch.
 
     The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
     scaled by world_size / global_size, which stays exact where the shares are unequal.
@@ -134,7 +136,7 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
 
 
 def save_or_stop(trainer: Trainer) -> None:
-    """Save within an epoch where the configuration or a request says so, and stop where that is requested.
+    """Save within an epoch if the configuration or a request asks for it, and stop if that is requested.
 
     Raises:
         Stopped: on every rank, once everything is saved.
@@ -153,15 +155,15 @@ def save_or_stop(trainer: Trainer) -> None:
 
 
 def _save_is_due(trainer: Trainer) -> bool:
-    """Return whether the configuration asks for a checkpoint after this step; for ``auto``, rank 0 decides."""
+    """Return whether the configuration asks for a checkpoint after this step."""
     every = trainer.config.checkpoint.every_steps
-    if every == "auto":
+    if every == "auto":  # depends on the clock, so rank 0 decides for all ranks
         return trainer.context.rank == 0 and trainer.store.save_is_due()
     return every is not None and trainer.position.global_step % every == 0
 
 
 def sync_requests(trainer: Trainer, save_is_due: bool = False) -> StopRequest:
-    """Return the greatest request of all ranks. A collective call.
+    """Exchange the requests of all ranks and return the greatest one. A collective call.
 
     Raises:
         TrainingError: a loss since the last call was not finite.
@@ -180,7 +182,8 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
         TrainingError: the weights are not finite.
         StorageError: the checkpoint before could not be written.
     """
-    # The last step's loss was that of the weights before it.
+    # The losses checked so far are those before the last update, which may have produced NaN. Such weights must not
+    # replace a good checkpoint.
     norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in trainer.model.parameters()]))
     if not norms.isfinite().all():
         raise trainer.diverged("norm of the weights is", trainer.position.global_step - 1)
@@ -201,7 +204,7 @@ def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
 
 
 def _stoppable(trainer: Trainer, batches: Iterable[Batch], on_stop: Callable[[], None]) -> Iterator[Batch]:
-    """The batches of an evaluation. Between two of them, rank 0 handles requests to stop."""
+    """Yield the batches of an evaluation. Between two of them, rank 0 calls `on_stop` if a stop is requested."""
     status = trainer.context.status
     for batch in batches:
         yield batch
@@ -215,7 +218,7 @@ def _stoppable(trainer: Trainer, batches: Iterable[Batch], on_stop: Callable[[],
 def _validate(trainer: Trainer) -> dict[str, float]:
     if trainer.val_loader is None:
         return {}
-    before = trainer.snapshot(validated=False)  # refers to the state, which validation does not change
+    before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which validation does not change
     batches = _stoppable(trainer, trainer.val_loader, lambda: stop(trainer, before))
     device, precision = trainer.context.device, trainer.config.train.precision
     try:
@@ -232,7 +235,7 @@ def _validate(trainer: Trainer) -> dict[str, float]:
 def _end_epoch(
     trainer: Trainer, log: RunLog | None, record: dict[str, Any], validation: dict[str, float], *, save_now: bool
 ) -> None:
-    """Record an epoch, save where that is due, and report it."""
+    """Record an epoch, save if that is due, and report it."""
     config, context, position = trainer.config, trainer.context, trainer.position
     record["perf/device_hours"] = context.goodput.device_hours
     if log is not None:
@@ -244,7 +247,7 @@ def _end_epoch(
         save(trainer, trainer.snapshot(validation))
     if context.sync_each_epoch or last:
         trainer.store.wait()
-    with context.status.during("save"):  # a scheduler of trials may take longer than a step
+    with context.status.during("save"):  # in a sweep this call waits for the scheduler, which is no hang
         context.report(epoch_event(trainer, record))
 
 
@@ -292,10 +295,10 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
 
 
 def _start_log(trainer: Trainer, log: RunLog) -> None:
-    """Record and report what is about to be trained."""
+    """Record and report the configuration, and warn about problems of the log and the data."""
     config, context, dataset = trainer.config, trainer.context, trainer.dataset
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
-    tell_lines(trainer.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
+    report_lines(trainer.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
         log.show(Board.introduce, config)
     log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
@@ -303,7 +306,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     context.report(start_event(trainer))
     for text in part_warnings(config, dataset):
         trainer.warn(text)
-    tell_lines(trainer.warn, dataset.skipped)
+    report_lines(trainer.warn, dataset.skipped)
 
 
 def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -315,4 +318,4 @@ def _report_lost_files(trainer: Trainer) -> None:
     """Report the images that became unreadable in this epoch on any rank. A collective call."""
     if trainer.engine.files is not None:
         lines = {line for lines in gather_objects(trainer.engine.substitutes.news()) for line in lines}
-        tell_lines(trainer.warn, sorted(lines), "images that can no longer be read, and are replaced")
+        report_lines(trainer.warn, sorted(lines), "images that can no longer be read, and are replaced")

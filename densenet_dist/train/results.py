@@ -1,6 +1,6 @@
-"""Results on the test set: counted over all ranks in one pass, stored in the run's folder as test_results.json.
+"""Results on the test set: accumulated over all ranks in one pass, stored in the run's folder as test_results.json.
 
-Nothing here grows with the number of images times the number of classes.
+Memory does not grow with the number of images: predictions are counted, not stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from densenet_dist.train.control import collective
 from densenet_dist.train.metrics import gather_objects
 
 BINS: Final = 15
-"""Of confidence, for calibration."""
+"""Number of bins of confidence for the calibration."""
 MAX_MISTAKES: Final = 24
 _IMAGE_SIDE: Final = 128
 
@@ -45,7 +45,7 @@ class Mistake:
         predicted: the predicted class.
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
-        png: the image as the model sees it, at most 128 pixels wide; None if the file can no longer be read.
+        png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
     """
 
     index: int
@@ -134,7 +134,7 @@ class ResultsAccumulator:
             indices: (n,) int64, the images' indices in the split.
         """
         classes = len(self.confusion)
-        predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # equal logits: the same one as in top-1
+        predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # of equal logits as in `Metrics`
         probabilities, labels = logits.float().cpu().double().softmax(1).nan_to_num(), labels.cpu()
         confidence, label_probability = (
             probabilities.gather(1, chosen[:, None])[:, 0] for chosen in (predicted, labels)
@@ -148,7 +148,7 @@ class ResultsAccumulator:
         self._keep_worst(Mistake(*found) for found in zip(*(value[wrong].tolist() for value in values), strict=True))
 
     def reduce(self, device: torch.device) -> None:
-        """Add up the counts of all ranks, on each of them. A collective call on `device`."""
+        """Add up the counts of all ranks. A collective call; communication happens on `device`."""
         for counts in (self.confusion, self.calibration) if dist.is_initialized() else ():
             on_device = counts.to(device)
             with collective():
@@ -158,7 +158,7 @@ class ResultsAccumulator:
         self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
 
     def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
-        """The results; `metrics` are those of the same images."""
+        """Return the results; `metrics` are loss, top-1, top-5 and number of the same images."""
         images, confidence, correct = self.calibration.numpy()
         filled = np.maximum(images, 1)
         return TestResults(
@@ -176,7 +176,7 @@ class ResultsAccumulator:
 
 
 def add_images(results: TestResults, config: Config, engine: Engine) -> TestResults:
-    """Read the images of the mistakes again, with the engine of the test split; one rank calls it.
+    """Add the images of the mistakes, read again with the engine of the test split. Only one rank calls it.
 
     Raises:
         DataError: an image can no longer be read, and ``data.on_bad_image`` is error.

@@ -1,4 +1,4 @@
-"""One checkpoint: its content, and its folder of files.
+"""The content of one checkpoint, and reading and writing its files.
 
 ``step-00001234/`` holds::
 
@@ -36,18 +36,18 @@ from densenet_dist.schema import Config
 
 WEIGHTS, AVERAGE, STATE, META = "model.safetensors", "ema.safetensors", "state.pt", "checkpoint.json"
 FILES: Final = (WEIGHTS, AVERAGE, STATE, META)
-"""In the order in which they are uploaded: checkpoint.json is last, and says that the upload is complete."""
+"""In the order of upload: checkpoint.json is last and marks a complete upload."""
 UNREADABLE: Final = (
     *(OSError, StorageError, SafetensorError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),  # torch.load
     *(ValueError, KeyError, TypeError, AttributeError),  # JSON that is not what was written
 )
-"""What reading a damaged file raises."""
+"""The errors that reading damaged files can raise."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         epoch: epochs completed.
@@ -70,7 +70,7 @@ class Snapshot:
         state: nested plain values and tensors: optimizer, scaler, learning rate, sums.
         position: where training resumes.
         metrics: validation figures, at the end of an epoch.
-        validated: False for a state before a validation, which must not replace the one after it.
+        validated: False for the state at the end of an epoch before its validation, which is stored under another name.
     """
 
     model: Mapping[str, Tensor]
@@ -81,7 +81,7 @@ class Snapshot:
     validated: bool = True
 
     def copy(self) -> Snapshot:
-        """A copy on the CPU, so that training can continue to change the original."""
+        """Copy it to the CPU, so that training can continue while the copy is written."""
         return replace(
             self,
             model=_copy(dict(self.model)),
@@ -100,7 +100,7 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
     if (meta["position"], meta["metrics"]) != (asdict(position), metrics):
         raise CheckpointError(f"{META} is damaged")
     for name in {WEIGHTS, STATE, *meta["sha256"]}:
-        # A path of another name may lead to a device, or a pipe, that is read without end.
+        # Other names could be paths to a device or a pipe, which would be read forever.
         if name not in (WEIGHTS, AVERAGE, STATE) or _sha256(folder / name) != meta["sha256"][name]:
             raise CheckpointError(f"{name} is damaged")
     average = load_file(folder / AVERAGE) if AVERAGE in meta["sha256"] else None
@@ -111,7 +111,7 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Write a checkpoint: `folder` is complete or absent."""
+    """Write a checkpoint. The rename at the end makes `folder` either complete or absent."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -126,10 +126,10 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
         mode = (temporary / META).stat().st_mode
         for file in temporary.iterdir():
             with open(file, "rb+") as handle:
-                os.fchmod(handle.fileno(), mode)  # safetensors makes files that their owner alone may read
+                os.fchmod(handle.fileno(), mode)  # safetensors creates files that only their owner can read
                 os.fsync(handle.fileno())
         sync(temporary)
-        if folder.exists():  # left by an attempt that died between its rename and the manifest
+        if folder.exists():  # left by a process that died before it updated the manifest
             shutil.rmtree(folder)
         os.replace(temporary, folder)
         sync(folder.parent)
@@ -143,7 +143,7 @@ def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unpacked_size(path: Path) -> int:
-    """The bytes in the records of a file of `torch.save`, which does not compress them."""
+    """Return the uncompressed size of a file of `torch.save`, in bytes; `torch.save` does not compress."""
     with zipfile.ZipFile(path) as archive:
         return sum(record.file_size for record in archive.infolist())
 
@@ -164,7 +164,7 @@ def _copy(value: Any) -> Any:
 
 
 _CHANGEABLE: Final = ("block", "drop_rate")
-"""Settings of the model that its weights do not depend on."""
+"""Model settings that may differ between a checkpoint and the run: the weights fit all the same."""
 
 
 def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -181,27 +181,27 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
-    """Check that a checkpoint belongs to a run like this one.
+    """Check that a checkpoint fits this run.
 
     Args:
         snapshot: the checkpoint.
         here: `identity_of` this run.
-        origin: what to call the checkpoint in the error.
+        origin: name of the checkpoint in the error.
 
     Raises:
-        CheckpointError: with every difference.
+        CheckpointError: listing every difference.
     """
     there = snapshot.state.get("identity")
     if there is None:
-        return  # written before there was one
+        return  # a checkpoint of an older version
     kinds = ("always", "within an epoch") if snapshot.position.step else ("always",)
-    # What an older version did not write is not compared.
+    # Keys that an older version did not write are not compared.
     pairs = [(key, there[kind].get(key, value), value) for kind in kinds for key, value in here.get(kind, {}).items()]
     different = [f"  {key}: {_shown(one)} there, {_shown(other)} here" for key, one, other in pairs if one != other]
     if different:
         raise CheckpointError(
             "\n".join([f"{origin} does not fit this run:", *different])
-            + "\n  give the run back its own config.yaml, or start a new one with name=NEW"
+            + "\n  restore the config.yaml of that run, or start a new run with name=NEW"
         )
 
 

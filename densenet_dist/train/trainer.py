@@ -1,4 +1,4 @@
-"""The state of one rank: model, optimizer, loaders and counters, saved to and restored from checkpoints."""
+"""`Trainer`: model, optimizer, loaders and counters of one rank, which checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class Trainer:
     Args:
         config: of the run.
         context: of this rank.
-        dataset: the configured data set, where it is loaded already.
+        dataset: the configured data set, if it is already loaded.
 
     Attributes:
         model: the plain model, whose state dict is in checkpoints.
-        forward: what a training step calls: `model`, compiled and wrapped for DDP as configured.
+        forward: `model`, compiled and wrapped for DDP as configured; a training step calls it.
         average: the moving average of the weights, if configured.
         loader: name of the loader, torch or dali.
         engine: produces the pixels of the training split.
         num_images: training and validation images.
-        position: the next step.
+        position: steps and epochs completed.
         saved_step: the global step of the newest checkpoint, known on every rank.
         seconds: time spent in training epochs so far, over all restarts.
-        epoch_time: of the current epoch so far: seconds of training, and those of them spent waiting for batches.
-        step_graph: takes the steps, where they are captured as a CUDA graph.
+        epoch_time: seconds of training in the current epoch, and how many of them were spent waiting for batches.
+        step_graph: takes the steps if they are captured as a CUDA graph.
         profiler: records some steps, on rank 0, if configured.
 
     Raises:
@@ -109,7 +109,7 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model to evaluate: the weight average where there is one."""
+        """The model to evaluate: the weight average if there is one."""
         return self.average.model if self.average else self.model
 
     def warn(self, text: str) -> None:
@@ -118,20 +118,23 @@ class Trainer:
             self.context.report({"kind": "note", "text": text, "warning": True})
 
     def batches(self) -> Iterator[Batch] | Iterator[BatchRecipe]:
-        """The remaining batches of the epoch; recipes where a captured step can also make the batch."""
+        """Yield the remaining batches of the epoch; as recipes if the CUDA graph of a step can include the batch."""
         start = (self.position.epoch, self.position.step)
         recipes = None if self.step_graph is None else self.train_loader.recipes(*start)
         return self.train_loader.epoch(*start) if recipes is None else recipes
 
     def profile_step(self) -> AbstractContextManager[None]:
-        """A context to take the next step in, which is recorded if that is configured."""
+        """Return a context manager for the next step, which profiles it if configured."""
         if self.profiler is None:
             return nullcontext()
         ends_epoch = self.position.step + 1 == self.train_loader.steps_per_epoch
         return self.profiler.step(self.position.global_step, ends_epoch=ends_epoch)
 
     def prepare_step(self) -> None:
-        """Set the learning rate and seed dropout: both are functions of the step, so that no state is saved."""
+        """Set the learning rate and seed dropout.
+
+        Both are functions of the step, so a resumed run needs no state of a scheduler or random number generator.
+        """
         lr = self.lr_controller.lr(self.position.global_step)
         if self.step_graph is not None:
             self.step_graph.set_learning_rate(lr)
@@ -143,10 +146,10 @@ class Trainer:
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
     def forward_backward(self, images: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Add the gradients of ``scale`` times the summed loss.
+        """Run the forward and backward pass; gradients of ``scale`` times the summed loss are accumulated.
 
         Returns:
-            The summed loss, (), and the logits.
+            The summed loss, (), and the logits, (n, classes).
         """
         with autocast(self.context.device, self.config.train.precision):
             logits = self.forward(images)
@@ -156,7 +159,7 @@ class Trainer:
         return loss.detach(), logits.detach()
 
     def update_weights(self) -> None:
-        """Clip the gradients as configured, and take the optimizer's step."""
+        """Clip the gradients if configured, and update the weights."""
         if self.config.train.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
@@ -169,7 +172,7 @@ class Trainer:
         self.rank_sync.watch(loss, self.position.global_step)
 
     def count_time(self) -> tuple[float, float]:
-        """Add the time since the last call to `seconds` and `epoch_time`; returns `epoch_time`."""
+        """Add the time since the last call to `seconds` and `epoch_time`; return `epoch_time`."""
         spent = self.context.status.seconds()
         waited, trained = spent.get("wait", 0.0), spent.get("wait", 0.0) + spent.get("train", 0.0)
         added = trained - self._counted[0], waited - self._counted[1]
@@ -193,7 +196,7 @@ class Trainer:
         self.epoch_time = (0.0, 0.0)
 
     def diverged(self, what: str, step: int) -> TrainingError:
-        """The error for a value that is not finite."""
+        """Return the error for a value that is not finite."""
         kept = "no checkpoint was saved yet"
         if self.saved_step is not None:
             kept = f"the checkpoint of step {self.saved_step} is kept"
@@ -205,11 +208,11 @@ class Trainer:
         )
 
     def snapshot(self, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
-        """The current state. A collective call: every rank's running sums are included."""
+        """Return the current state. A collective call: it contains the running metrics of every rank."""
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "course": self.lr_controller.state_dict(),
+            "lr_controller": self.lr_controller.state_dict(),
             "sums": self.metrics.gather(),
             "clock": {
                 "seconds": self.seconds,
@@ -229,7 +232,7 @@ class Trainer:
             snapshot = self.store.load_latest()
             chosen = snapshot.position if snapshot else None
             if self.store.rebuilt:
-                self.warn(f"{self.store.rebuilt}; it is rebuilt from the checkpoints' folders")
+                self.warn(f"{self.store.rebuilt}; rebuilt from the folders of the checkpoints")
             self.report_damage()
         chosen = broadcast(chosen)
         for entry in self.store.entries:
@@ -237,12 +240,12 @@ class Trainer:
                 snapshot = self.store.load(entry)
                 self.restore(snapshot)
                 if snapshot.state.get("pictures") != digest_of_files(self.dataset):
-                    self.warn("the images are not those that the run began with: it resumes, but no longer exactly")
+                    self.warn("the images differ from those at the start of the run: it resumes, but no longer exactly")
 
     def report_damage(self) -> None:
         """Show which checkpoints were found damaged while loading."""
         for problem in self.store.damaged:
-            self.warn(f"{problem}; it is left out")
+            self.warn(f"{problem}; it is skipped")
 
     def restore(self, snapshot: Snapshot) -> None:
         """Load a checkpoint.
@@ -262,17 +265,18 @@ class Trainer:
     def _restore(self, snapshot: Snapshot, origin: str) -> None:
         state = snapshot.state
         require_same(snapshot, identity_of(self.config, self.dataset), origin)
-        _require_valid(state)
+        controller = state["lr_controller" if "lr_controller" in state else "course"]  # its name in older checkpoints
+        _require_valid(state, controller)
         if snapshot.position.step > self.train_loader.steps_per_epoch:
             raise ValueError(f"an epoch has {self.train_loader.steps_per_epoch} steps, not {snapshot.position.step}")
         load_weights(self.model, snapshot.model, origin)
         if self.average:
             load_weights(self.average.model, snapshot.average or snapshot.model, origin)
         load_optimizer_state(self.optimizer, state["optimizer"])
-        # A checkpoint holds state; settings are the configuration's.
+        # Only the state is restored: settings such as the growth interval come from the configuration.
         scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
         self.scaler.load_state_dict(self.scaler.state_dict() | scale)
-        self.lr_controller.load_state_dict(state["course"])
+        self.lr_controller.load_state_dict(controller)
         self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
         self.position = snapshot.position
         self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]
@@ -311,21 +315,21 @@ class Trainer:
         return made
 
 
-def _require_valid(state: Mapping[str, Any]) -> None:
-    """Check the numbers in a checkpoint's state; NaN passes none of the comparisons.
+def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) -> None:
+    """Check the numbers in a checkpoint's state. NaN fails each of the comparisons.
 
     Raises:
         ValueError: a count is negative, or another number is impossible.
     """
-    course, scaler, sums, clock = (state[part] for part in ("course", "scaler", "sums", "clock"))
+    scaler, sums, clock = state["scaler"], state["sums"], state["clock"]
     if (sums.dtype, sums.shape[1:], sums.is_contiguous()) != (torch.float64, (4,), True):
         raise ValueError("the sums of loss, hits and images have another form")
-    counts = [course["plateau.waited"], course["early.waited"], scaler.get("_growth_tracker", 0)]
+    counts = [controller["plateau.waited"], controller["early.waited"], scaler.get("_growth_tracker", 0)]
     times = [clock["seconds"], *clock["epoch_time"], *clock["goodput"]["seconds"].values()]
     if not (
         all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
         and all(map(math.isfinite, times))
-        and 0 <= course["scale"] <= 1
+        and 0 <= controller["scale"] <= 1
         and 0 < scaler.get("scale", 1) <= torch.finfo(torch.float32).max
     ):
         raise ValueError("it holds an impossible count, time or scale")

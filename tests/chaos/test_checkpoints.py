@@ -114,7 +114,7 @@ def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
     again.finish_like(
         lab.undisturbed(*LOCAL, "checkpoint.keep=4"), f"resumed after step {int(before.removeprefix('step-'))}"
     )
-    notes = [line for line in again.text.splitlines() if newest in line and "left out" in line]
+    notes = [line for line in again.text.splitlines() if newest in line and "skipped" in line]
     assert notes, f"it did not say that {newest} is damaged:{again.end_of_text}"
     lab.observe("reported; equal")
 
@@ -124,7 +124,7 @@ def test_manifest_torn(lab: Lab) -> None:
     # It is replaced as a whole, so that only a broken disk or a person can do this.
     run = lab.begin_and_kill(20, "checkpoint.keep=4")
     truncate("manifest.json", run.folder / "checkpoints")
-    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "it is rebuilt")
+    lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "; rebuilt from")
     lab.observe("reported; equal")
 
 

@@ -52,7 +52,7 @@ def test_poisoned_checkpoint(lab: Lab, canary: Path, with_checksum: bool) -> Non
             meta = json.loads((folder / "checkpoint.json").read_text())
             meta["sha256"]["state.pt"] = hashlib.sha256(content).hexdigest()
             (folder / "checkpoint.json").write_text(json.dumps(meta))
-    lab.begin(resume=run.folder).fail(6, "no checkpoint of this run is whole")
+    lab.begin(resume=run.folder).fail(6, "all checkpoints of this run are damaged")
     assert not canary.exists(), "it was run"
     lab.observe("exit 6; nothing ran")
 

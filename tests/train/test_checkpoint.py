@@ -43,7 +43,7 @@ def snapshot(step: int, metrics: dict[str, float] | None = None, size: int = 64)
     }
     state = {
         "optimizer": {"state": {0: {"momentum_buffer": torch.randn(size, generator=generator)}}, "lr": 0.1},
-        "course": {"best": math.inf, "scale": 0.1},
+        "lr_controller": {"best": math.inf, "scale": 0.1},
     }
     average = {name: tensor * 2 for name, tensor in model.items()}
     return Snapshot(model, average, state, Position(step // 10, step % 10, step), metrics or {})

@@ -228,7 +228,7 @@ def test_weights_meet_only_the_classes_they_were_trained_on(photos, tmp_path, co
     train(go_on)
     (run / "split.json.gz").unlink()
     shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
-    with pytest.warns(UserWarning, match="not the pictures that the run began with"):
+    with pytest.warns(UserWarning, match="the pictures differ from those at the start of the run"):
         evaluate(run)
 
 

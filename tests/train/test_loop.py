@@ -252,7 +252,7 @@ def test_if_the_best_checkpoint_is_lost_during_the_run_the_next_best_is_tested(t
     summary = train(config, listener=listen)
     (left,) = {"step-00000005", "step-00000010"} - set(lost)
     assert summary["best"]["epoch"] == int(left[-2:]) // 5
-    assert [note.endswith("it is left out") for note in notes if lost[0] in note] == [True]
+    assert [note.endswith("it is skipped") for note in notes if lost[0] in note] == [True]
     assert CheckpointStore(run_of(config)).best == left
     assert evaluate(run_of(config).path)["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
 
