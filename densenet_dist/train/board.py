@@ -79,23 +79,11 @@ class Board:
                 self._writer.add_scalar(tag, value, step)
 
     def introduce(self, config: Config) -> None:
-        """Write what is known before the first step: the settings, and which curves belong together."""
-        self.hparams(config)
-        self._writer.add_custom_scalars(_LAYOUT)
-        self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
+        """Write the settings, and which curves belong together, before the first step.
 
-    def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:
-        """Write up to 64 normalised images, (n, 3, H, W) float, as one grid."""
-        shown = images[:64].detach().float().cpu()
-        scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
-        self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
-
-    def hparams(self, config: Config) -> None:
-        """Write the settings for TensorBoard's HPARAMS tab (`SummaryWriter.add_hparams` would start another run).
-
-        It is called before the first step, so that stopped and lost runs are in the tab too. Without a description of
-        the experiment, the tab lists settings that differ between runs first, and all scalars as metrics, by name:
-        ``best/...`` come first.
+        `SummaryWriter.add_hparams` would start another run in TensorBoard. Stopped and lost runs are in the HPARAMS tab
+        too, since it is not written at the end. Without a description of the experiment, the tab lists settings that
+        differ between runs first, and all scalars as metrics, by name: ``best/...`` come first.
         """
         from torch.utils.tensorboard.summary import hparams
 
@@ -104,9 +92,15 @@ class Board:
             for key, value in settings_of(config).items()
             if key.startswith(_HYPERPARAMETERS)
         }
-        writer = self._writer._get_file_writer()
-        _, start, _ = hparams(settings, {})
-        writer.add_summary(start)
+        self._writer._get_file_writer().add_summary(hparams(settings, {})[1])
+        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
+
+    def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:
+        """Write up to 64 normalised images, (n, 3, H, W) float, as one grid."""
+        shown = images[:64].detach().float().cpu()
+        scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
+        self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)
 
     def test_results(self, results: TestResults, step: int) -> None:
         """Write the confusion matrix and the worst mistakes; `step` is the last of the run."""

@@ -115,7 +115,7 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     if model.block == "reference":
         return model
     if reason := unavailable(context.device.type):
-        context.report({"kind": "note", "text": f"block: reference ({reason})"})
+        context.note(f"block: reference ({reason})")
         return replace(model, block="reference")
     short = images < WORTH_IT * context.world_size
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
@@ -183,5 +183,5 @@ def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Ca
             name = choice.name
             record = {"name": choice.name, "device": context.device.type, "reason": choice.reason, **choice.figures}
             context.run.write(ENV_FILE, json.dumps(environment | {key: record}, indent=1) + "\n")
-            context.report({"kind": "note", "text": f"{key}: {choice.name} ({choice.reason})"})
+            context.note(f"{key}: {choice.name} ({choice.reason})")
     return broadcast(name)

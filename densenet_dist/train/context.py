@@ -1,6 +1,6 @@
-"""What the training loop is given: rank, device, run folder, and where to report events.
+"""The context of a training process: rank, device, run folder, and where to report events.
 
-The loop does not know Ray: `densenet_dist.cluster` has a subclass of `RunContext` for workers of Ray Train.
+The training loop does not depend on Ray: `densenet_dist.cluster` subclasses `RunContext` for workers of Ray Train.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.control import Goodput, WorkerStatus
 
 Event: TypeAlias = dict[str, Any]
-"""Something that happened, as plain values: ``kind`` (start, progress, epoch, phase, note, end) and what belongs to it.
+"""An event as plain values: ``kind`` (start, progress, epoch, phase, note, end) and the keys of that kind.
 
-A note is ``text``, and ``warning`` (true) where something is not as it should be."""
+A note has ``text``, and ``warning`` is true if it is a warning."""
 
 
 class Stopped(BaseException):
@@ -34,14 +34,14 @@ class RunContext:
 
     Attributes:
         run: the run's folder; every rank reads it, rank 0 writes.
-        device: of this process.
-        rank: from 0.
+        device: device of this process.
+        rank: rank of this process, from 0.
         world_size: number of ranks.
         listener: called with rank 0's events.
-        sync_each_epoch: whether the checkpoint that an epoch's event names must be complete by then.
+        sync_each_epoch: whether an epoch's checkpoint must be complete before its event is reported.
         launch: identifies one start of the command; ``launched`` is its time, see `Goodput`.
         status: what this rank is doing, and the pending stop request.
-        goodput: where the run's time goes; that of rank 0 is reported.
+        goodput: how the run spends its time; that of rank 0 is reported.
     """
 
     run: RunFolder
@@ -62,6 +62,14 @@ class RunContext:
         """Report an event. Every rank calls it for ``epoch`` events, rank 0 alone for others."""
         if self.listener is not None and self.rank == 0:
             self.listener(event)
+
+    def note(self, text: str, warning: bool = False) -> None:
+        """Show a message to the user, if this is rank 0."""
+        self.report({"kind": "note", "text": text, "warning": warning})
+
+    def warn(self, text: str) -> None:
+        """Show a warning to the user, if this is rank 0."""
+        self.note(text, warning=True)
 
 
 def torchrun_context(

@@ -100,7 +100,7 @@ def evaluate_test_set(
         try:
             results = add_images(results, config, engine)
         except Exception as error:  # do not lose the results for want of images
-            context.report({"kind": "note", "text": f"the images of the worst mistakes could not be read: {error}"})
+            context.note(f"the images of the worst mistakes could not be read: {error}")
     return results
 
 

@@ -74,7 +74,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
         raise
     finally:
-        if trainer.profiler is not None and context.status.requested is not StopRequest.LEAVE:
+        if context.status.requested is not StopRequest.LEAVE:
             trainer.profiler.finish()
         trainer.store.close()
 
@@ -95,10 +95,11 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         status.enter("train")
         if log is not None and trainer.position.global_step == 0:
             log.show(_show_images, trainer, batch)
-        with trainer.profile_step():
+        ends_epoch = trainer.position.step + 1 == trainer.train_loader.steps_per_epoch
+        with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
         status.advance(trainer.position.global_step)
-        if trainer.position.step < trainer.train_loader.steps_per_epoch:  # `fit` saves after the last step
+        if not ends_epoch:  # `fit` saves at the end of the epoch
             save_or_stop(trainer)
         if trainer.context.rank == 0 and time.perf_counter() - shown > PROGRESS_EVERY_S:
             shown = time.perf_counter()
@@ -197,9 +198,7 @@ def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
     if snapshot is not None:
         save(trainer, snapshot)
     trainer.store.wait()
-    if trainer.context.rank == 0:
-        text = f"stopped; the checkpoint of step {trainer.saved_step} is saved"
-        trainer.context.report({"kind": "note", "text": text})
+    trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
     raise Stopped
 
 
@@ -298,15 +297,15 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     """Record and report the configuration, and warn about problems of the log and the data."""
     config, context, dataset = trainer.config, trainer.context, trainer.dataset
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
-    report_lines(trainer.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
+    report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
         log.show(Board.introduce, config)
-    log.track(config, lambda text, warning: context.report({"kind": "note", "text": text, "warning": warning}))
+    log.track(config, context.note)
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))
     for text in part_warnings(config, dataset):
-        trainer.warn(text)
-    report_lines(trainer.warn, dataset.skipped)
+        context.warn(text)
+    report_lines(context.warn, dataset.skipped)
 
 
 def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -318,4 +317,4 @@ def _report_lost_files(trainer: Trainer) -> None:
     """Report the images that became unreadable in this epoch on any rank. A collective call."""
     if trainer.engine.files is not None:
         lines = {line for lines in gather_objects(trainer.engine.substitutes.news()) for line in lines}
-        report_lines(trainer.warn, sorted(lines), "images that can no longer be read, and are replaced")
+        report_lines(trainer.context.warn, sorted(lines), "images that can no longer be read, and are replaced")

@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from densenet_dist.errors import ConfigError
 from densenet_dist.train.context import RunContext
 
 PROFILE_FOLDER: Final = "profile"
@@ -24,20 +25,29 @@ class StepProfiler:
     A profile must not fail the run: an error becomes a note.
 
     Args:
-        context: of rank 0; ``profile/steps-START-STOP.trace.json.gz`` and ``.txt`` are written to its run folder.
-        steps: the first step of the range and the one after its last, counted from 0.
+        context: of this rank; ``profile/steps-START-STOP.trace.json.gz`` and ``.txt`` are written to its run folder.
+        steps: the first step of the range and the one after its last, counted from 0; None for no profile.
+        total: steps of the whole run.
+
+    Raises:
+        ConfigError: the run ends before the range begins.
     """
 
-    def __init__(self, context: RunContext, steps: tuple[int, int]) -> None:
+    def __init__(self, context: RunContext, steps: tuple[int, int] | None, total: int) -> None:
         self._context = context
-        self._start, self._stop = steps
+        self._start, self._stop = (0, 0) if steps is None else steps
+        if steps is not None and self._start >= total:
+            raise ConfigError(
+                f"train.profile: starts after step {self._start:,}, but the whole run has {total:,} steps\n"
+                "  use earlier steps"
+            )
         self._profile: profile | None = None
         self._first = self._next = 0
 
     @contextmanager
     def step(self, number: int, *, ends_epoch: bool) -> Iterator[None]:
         """Record step `number`, if it is in the range."""
-        if not self._start <= number < self._stop:
+        if self._context.rank != 0 or not self._start <= number < self._stop:
             yield
             return
         if self._profile is None:
@@ -75,8 +85,9 @@ class StepProfiler:
             (folder / f"{name}.txt").write_text(head + table + "\n", encoding="utf-8")
             run.publish(PROFILE_FOLDER)
             path = f"{run.uri}/{PROFILE_FOLDER}/{name}"
-            text = f"profile of {count} steps: {path}.trace.json.gz (open it at https://ui.perfetto.dev) and {path}.txt"
-            self._context.report({"kind": "note", "text": text})
+            self._context.note(
+                f"profile of {count} steps: {path}.trace.json.gz (open it at https://ui.perfetto.dev) and {path}.txt"
+            )
 
     @contextmanager
     def _optional(self) -> Iterator[None]:
@@ -84,5 +95,4 @@ class StepProfiler:
             try:
                 yield
             except Exception as error:
-                text = f"the profile could not be written: {type(error).__name__}: {error}"
-                self._context.report({"kind": "note", "text": text, "warning": True})
+                self._context.warn(f"the profile could not be written: {type(error).__name__}: {error}")

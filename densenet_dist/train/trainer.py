@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Trainer:
         seconds: time spent in training epochs so far, over all restarts.
         epoch_time: seconds of training in the current epoch, and how many of them were spent waiting for batches.
         step_graph: takes the steps if they are captured as a CUDA graph.
-        profiler: records some steps, on rank 0, if configured.
+        profiler: profiles steps if configured.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -105,30 +104,18 @@ class Trainer:
         self.step_graph: StepGraph | None = None
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
-        self.profiler = self._profiler()
+        self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
 
     @property
     def eval_model(self) -> nn.Module:
         """The model to evaluate: the weight average if there is one."""
         return self.average.model if self.average else self.model
 
-    def warn(self, text: str) -> None:
-        """Show a warning, on rank 0."""
-        if self.context.rank == 0:
-            self.context.report({"kind": "note", "text": text, "warning": True})
-
     def batches(self) -> Iterator[Batch] | Iterator[BatchRecipe]:
         """Yield the remaining batches of the epoch; as recipes if the CUDA graph of a step can include the batch."""
         start = (self.position.epoch, self.position.step)
         recipes = None if self.step_graph is None else self.train_loader.recipes(*start)
         return self.train_loader.epoch(*start) if recipes is None else recipes
-
-    def profile_step(self) -> AbstractContextManager[None]:
-        """Return a context manager for the next step, which profiles it if configured."""
-        if self.profiler is None:
-            return nullcontext()
-        ends_epoch = self.position.step + 1 == self.train_loader.steps_per_epoch
-        return self.profiler.step(self.position.global_step, ends_epoch=ends_epoch)
 
     def prepare_step(self) -> None:
         """Set the learning rate and seed dropout.
@@ -232,7 +219,7 @@ class Trainer:
             snapshot = self.store.load_latest()
             chosen = snapshot.position if snapshot else None
             if self.store.rebuilt:
-                self.warn(f"{self.store.rebuilt}; rebuilt from the folders of the checkpoints")
+                self.context.warn(f"{self.store.rebuilt}; rebuilt from the folders of the checkpoints")
             self.report_damage()
         chosen = broadcast(chosen)
         for entry in self.store.entries:
@@ -240,12 +227,14 @@ class Trainer:
                 snapshot = self.store.load(entry)
                 self.restore(snapshot)
                 if snapshot.state.get("pictures") != digest_of_files(self.dataset):
-                    self.warn("the images differ from those at the start of the run: it resumes, but no longer exactly")
+                    self.context.warn(
+                        "the images differ from those at the start of the run: it resumes, but no longer exactly"
+                    )
 
     def report_damage(self) -> None:
         """Show which checkpoints were found damaged while loading."""
         for problem in self.store.damaged:
-            self.warn(f"{problem}; it is skipped")
+            self.context.warn(f"{problem}; it is skipped")
 
     def restore(self, snapshot: Snapshot) -> None:
         """Load a checkpoint.
@@ -296,18 +285,6 @@ class Trainer:
         num_test = len(self.dataset.test.labels)
         evaluated = min(train.eval_batch_size, max(num_val, num_test) // context.world_size)
         require_memory(config, self.dataset.num_classes, context.device, trained, evaluated)
-
-    def _profiler(self) -> StepProfiler | None:
-        steps, context = self.config.train.profile, self.context
-        if steps is None:
-            return None
-        total = self.config.train.epochs * self.train_loader.steps_per_epoch
-        if steps[0] >= total:
-            raise ConfigError(
-                f"train.profile: starts when {steps[0]:,} steps are taken, but the whole run has {total:,}: give it "
-                "earlier steps"
-            )
-        return StepProfiler(context, steps) if context.rank == 0 else None
 
     def _graph_step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         made = self.forward_backward(images, targets, 1 / len(images))

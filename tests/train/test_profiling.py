@@ -41,7 +41,7 @@ def test_a_profile_has_its_steps_changes_nothing_and_goes_on_in_a_resumed_run(tm
 
 
 def test_steps_that_never_come_and_what_is_no_range_of_up_to_100_steps_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.profile: starts when 15 steps are taken.*has 15"):
+    with pytest.raises(ConfigError, match=r"train\.profile: starts after step 15, .* has 15"):
         launch(tiny(tmp_path, "train.profile=[15, 17]"), listener=lambda event: None)
     assert not (run_of(tiny(tmp_path)).path / "metrics.jsonl").exists()
     for steps in ("[5, 5]", "[0, 101]", "5"):
