@@ -13,12 +13,12 @@ _IN_CHECKOUT: Final = Path(__file__).parents[1] / "configs"
 
 
 def folder() -> Path:
-    """The folder of the configurations: in the installed package, or at the root of a checkout."""
+    """Return the folder of the configurations: in the installed package, or at the root of a checkout."""
     return _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
 
 
 def names() -> list[str]:
-    """The names of the configurations."""
+    """Return the names of the configurations."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
@@ -37,7 +37,7 @@ def find(source: str | Path) -> Path:
 
 
 def headline(name: str) -> str:
-    """The purpose of a configuration: the first sentence of its first comment."""
+    """Return the purpose of a configuration: the first sentence of its first comment."""
     comment = []
     for line in (folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         text = line.removeprefix("#").strip()

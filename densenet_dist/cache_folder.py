@@ -12,11 +12,11 @@ CACHE_ENV = "DENSENET_DIST_CACHE"
 def cache_folder() -> Path:
     """Return ``$DENSENET_DIST_CACHE``, else ``densenet_dist`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    It is created for this user alone, if possible. Its content may be deleted while nothing runs.
+    It is created with permissions for this user only, if possible. It may be deleted when nothing runs.
     """
     own, base = os.environ.get(CACHE_ENV), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own).expanduser() if own else Path(base or Path.home() / ".cache") / "densenet_dist"
-    with suppress(OSError):  # writing to it will report that
+    with suppress(OSError):  # a later write reports the error
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder.absolute()
 

@@ -23,7 +23,7 @@ _HINTS: Final = {
     "gradient_accumulation_steps": "use train.grad_accum_steps",
     "num_classes": "the number of classes comes from the data",
 }
-"""What to do instead of using keys that do not exist, by the last part of the key."""
+"""Advice for unknown keys, by the last part of the key."""
 
 SETTINGS: Final = Settings(Config, conflicts, _HINTS)
 
@@ -32,12 +32,11 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
     """Merge `sources` over the defaults, left to right, and validate the result.
 
     Args:
-        sources: a path of a YAML file; a ``dotted.key=value`` string, its value read as YAML; a mapping, nested or
-            with dotted keys (a search trial's overrides); or a configuration, all of it. Where none gives a ``name``,
-            the last file's stem becomes it.
+        sources: paths of YAML files; ``dotted.key=value`` strings with YAML values; mappings, nested or with dotted
+            keys; or complete configurations. If none sets ``name``, it is the stem of the last file.
 
     Raises:
-        ConfigError: with every problem found, one a line.
+        ConfigError: listing every problem, one per line.
 
     Examples:
         >>> config = load_config({"name": "small", "model": {"growth_rate": 12}}, "train.epochs=3")
@@ -66,20 +65,20 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
 
 
 def name_of_file(path: str | Path) -> str:
-    """What a file's name makes of a run's: its stem, as far as that can be one."""
+    """Return the default name of a run: the stem of the file, with invalid characters replaced."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")[:100]
 
 
 def validate(values: Mapping[str, Any]) -> Config:
-    """Turn nested plain values into a `Config`, or raise one `ConfigError` that lists every problem."""
+    """Convert nested plain values to a `Config`; raise one `ConfigError` that lists every problem."""
     return SETTINGS.validate(values)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as nested plain values, ready for YAML or JSON."""
+    """Convert a configuration to nested plain values, ready for YAML or JSON."""
     return SETTINGS.to_dict(config)
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal `Config`."""
+    """Format a configuration as YAML that `load_config` reads back to an equal `Config`."""
     return yaml_settings.to_yaml(to_dict(config))

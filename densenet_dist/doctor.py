@@ -32,7 +32,7 @@ class Finding:
     """The result of a check.
 
     Attributes:
-        state: ok, note (it works with a limitation) or bad (it cannot work).
+        state: ok, note (works with a limitation) or bad (does not work).
         text: what was found.
         hint: what to do about it.
     """

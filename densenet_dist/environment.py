@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, code; env.json holds it."""
+"""Versions, machine and code of a run, for env.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("densenet-dist", "torch", "torchvision", "ray", "nvidia-dali-cuda13
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine, git commit and command, as plain values; nothing secret (no environment variables)."""
+    """Return versions, machine, git commit and command as plain values; no secrets (no environment variables)."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -38,7 +38,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def package_version(name: str) -> str | None:
 
 
 def git_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The commit of the checkout that `folder` lies in, with ``+dirty`` where files differ from it; else None."""
+    """Return the commit of the checkout that contains `folder`, with ``+dirty`` if files differ from it; else None."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
@@ -56,7 +56,7 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed package may lie inside somebody else's checkout: only one that tracks this very file counts.
+    # An installed package may be inside the checkout of another project, which does not track this file.
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit = git("rev-parse", "HEAD")
@@ -64,7 +64,7 @@ def git_commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """Return the model name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,7 @@
-"""One family of exceptions; each class carries the exit code that the command line ends with.
+"""The exceptions of this package; each class has the exit code of the command line.
 
-A message says what is wrong, where, and how to fix it, in words for the person who started the run. The command line
-prints it alone; the traceback appears only with ``--debug``.
+A message says what is wrong, where, and how to fix it. The command line prints only the message; ``--debug`` shows the
+traceback too.
 """
 
 import errno
@@ -14,7 +14,7 @@ from densenet_dist.credentials import without_credentials
 
 
 class DenseNetDistError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
     exit_code = 1
 
@@ -22,11 +22,11 @@ class DenseNetDistError(Exception):
         super().__init__(*(without_credentials(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[type["DenseNetDistError"], tuple[object, ...]]:
-        # Errors travel between processes: rebuild from the message alone, whatever a subclass' constructor takes.
+        # Errors are sent between processes: rebuild them from the message, whatever arguments a subclass takes.
         return type(self), self.args
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows, so that notebooks too say it in one message."""
+        """Show only the message in IPython and notebooks."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -43,13 +43,13 @@ class ConfigError(DenseNetDistError):
 
 
 class EnvironmentProblem(DenseNetDistError):
-    """This machine or cluster cannot do the job: no GPU, too few CPUs, a missing library."""
+    """This machine or cluster cannot run the configuration: no GPU, too few CPUs, a missing library."""
 
     exit_code = 3
 
 
 class DataError(DenseNetDistError):
-    """A data set is missing, damaged or not what its name says."""
+    """A data set is missing, damaged, or not the expected one."""
 
     exit_code = 4
 
@@ -61,7 +61,7 @@ class StorageError(DenseNetDistError):
 
 
 class DamagedRecord(StorageError):
-    """A file of a run's folder is not what was written."""
+    """A file in a run's folder is damaged."""
 
 
 class CheckpointError(DenseNetDistError):
@@ -74,9 +74,9 @@ class Interrupted(DenseNetDistError):
     """The run was stopped by a signal; what it saved is intact.
 
     Args:
-        run: the run's folder, or a sweep's.
-        number: the signal.
-        command: the one that resumes it.
+        run: the folder of the run or sweep.
+        number: number of the signal.
+        command: the command that resumes it.
     """
 
     def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train") -> None:
@@ -95,7 +95,7 @@ def storage_errors(place: object = None) -> Iterator[None]:
     """Turn an OSError into a StorageError.
 
     Args:
-        place: what cannot be written. Without it, only errors of a disk that is full, read-only or failing are turned.
+        place: name of what cannot be written. Without it, only errors of a full, read-only or failing disk are turned.
     """
     try:
         yield

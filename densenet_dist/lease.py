@@ -1,7 +1,7 @@
-"""One job per run folder: lease.json names the process that holds the folder, and is renewed while it lives.
+"""One job per run folder: lease.json names the process that holds the folder, which renews it while it runs.
 
-Clocks of different machines are never compared. A lease is stale if whoever waits for it sees no renewal for `STALE_S`
-of its own time, or sees that the process is gone from its own machine.
+Clocks of different machines are never compared. A lease is stale if another process observes no renewal for `STALE_S`
+by its own clock, or finds on the same machine that the holder has ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEASE_FILE: Final = "lease.json"
 RENEW_S = 5.0
 STALE_S = 15.0
 _SETTLE_S: Final = 0.2
-"""After this, two processes that take a stale lease at the same time both see whose it became."""
+"""After this, two processes that take a stale lease at the same time both see which of them has it."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Holder:
     """The process that holds a folder.
 
     Attributes:
-        key: of this hold alone.
-        host: the name of its machine; ``machine`` also tells a container, and one boot of the machine from another.
-        pid: its process; ``born`` is when that started, in the machine's own count, because numbers are reused.
+        key: identifies this lease.
+        host: name of the machine.
+        machine: identifies the machine, its boot and the container.
+        pid: process id.
+        born: start time of the process, in ticks since boot, because process ids are reused.
         beat: number of renewals.
     """
 
@@ -48,12 +50,12 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process."""
+        """Return the holder for this process."""
         return cls(uuid4().hex, os.uname().nodename, _machine(), os.getpid(), _born(os.getpid()))
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process lives; None where it is on another machine, or that cannot be known."""
+        """Whether the process is running; None if it is on another machine or this cannot be determined."""
         if self.machine != _machine():
             return None
         born = _born(self.pid)
@@ -64,11 +66,11 @@ class Holder:
 
 
 class Lease:
-    """A hold on a folder, see `hold`; a thread renews it.
+    """A lease of a folder, see `hold`. A thread renews it.
 
     Attributes:
-        key: of the hold, for other processes that write to the folder, see `fence`.
-        lost: why the folder is no longer held; None while it is.
+        key: for other processes of the job that write to the folder, see `fence`.
+        lost: why the lease was lost; None while it is held.
     """
 
     def __init__(self, folder: RunFolder, holder: Holder) -> None:
@@ -82,20 +84,20 @@ class Lease:
         self._thread.start()
 
     def when_lost(self, on_loss: Callable[[], None]) -> None:
-        """Set what to call, in a thread, once the folder is no longer held: nothing more may be written to it."""
+        """Set a function to call, in a thread, when the lease is lost: nothing more may be written to the folder."""
         self._on_loss = on_loss
 
     def check(self) -> None:
-        """Check that the folder was held all the time.
+        """Check that the lease has not been lost.
 
         Raises:
-            StorageError: naming who took it over, or saying that lease.json is gone.
+            StorageError: another process took the folder over, or lease.json was deleted.
         """
         if self.lost is not None:
             raise self.lost
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Stop renewing and delete lease.json."""
         self._end.set()
         self._thread.join()
         with suppress(StorageError):
@@ -104,7 +106,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._end.wait(RENEW_S):
-            with suppress(StorageError):  # a passing fault, or writing a checkpoint will report it
+            with suppress(StorageError):  # if it is not temporary, writing a checkpoint will report it
                 self.lost = _loss(self._folder, self.key)
                 if self.lost is not None:
                     self._on_loss()
@@ -114,14 +116,14 @@ class Lease:
 
 
 def fence(folder: RunFolder, key: str | None) -> None:
-    """Have `folder.guard`, which is called before a checkpoint is listed, check that a job still holds the folder.
+    """Make `folder.guard`, which is called before a checkpoint is listed, check that the job still has the lease.
 
-    A job that is frozen for longer than `STALE_S` may wake up anywhere, and its workers do not even notice. Without
-    this, it would list its own checkpoints once more, and delete those of the job that took over.
+    A job that is frozen for longer than `STALE_S` may wake up at any point without noticing. Without this check it
+    would list its own checkpoints again, and delete those of the job that took over.
 
     Args:
-        folder: that this process writes to.
-        key: of the job's hold; None for a folder that nobody holds.
+        folder: the folder that this process writes to.
+        key: key of the job's lease; None for a folder without one.
     """
     folder.guard = partial(_require_held, folder, key)
 
@@ -137,14 +139,14 @@ def _require_held(folder: RunFolder, key: str | None) -> None:
 
 @contextmanager
 def hold(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> Iterator[Lease]:
-    """Hold an existing folder for this process alone.
+    """Take the lease of an existing folder, and release it at the end.
 
     Args:
         folder: the run's or sweep's folder.
-        listener: called with a ``note`` event before waiting: a holder on another machine may be dead.
+        listener: called with a ``note`` event before waiting to see whether a holder on another machine is alive.
 
     Raises:
-        StorageError: another living job holds it.
+        StorageError: another running job has the lease.
     """
     _wait_until_free(folder, listener)
     holder = Holder.here()
@@ -179,7 +181,7 @@ def _wait_until_free(folder: RunFolder, listener: Callable[[dict[str, Any]], Non
 
 
 def _loss(folder: RunFolder, key: str) -> StorageError | None:
-    """The error if the folder is no longer held under that key."""
+    """Return an error if the folder is no longer held under `key`."""
     found = _read(folder)
     if found is not None and found.key != key:
         return StorageError(
@@ -188,7 +190,7 @@ def _loss(folder: RunFolder, key: str) -> StorageError | None:
         )
     if found is not None or folder.exists(LEASE_FILE):  # a damaged file is replaced at the next renewal
         return None
-    # Not written again: a job that took the folder over and has finished since also leaves it without the file.
+    # Do not write it again: another job may have taken the folder over, finished, and deleted the file.
     return StorageError(
         f"{folder.uri}/{LEASE_FILE}, which says that this job holds the folder, was deleted\n"
         "  what was saved is kept: resume from the last checkpoint with --resume"
@@ -202,7 +204,7 @@ def _in_use(folder: RunFolder, holder: Holder | None) -> StorageError:
 
 
 def _read(folder: RunFolder) -> Holder | None:
-    """The holder; None where there is none, or where the file is damaged."""
+    """Return the holder; None if there is none or the file is damaged."""
     return folder.read(LEASE_FILE, Holder, strict=False)
 
 
@@ -211,7 +213,7 @@ def _write(folder: RunFolder, holder: Holder) -> None:
 
 
 def _machine() -> str:
-    """Identify this boot of this machine, and the container: process numbers mean something only within it."""
+    """Identify the machine, its boot and the container: process ids are unique only within these."""
     parts = [os.uname().nodename]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -219,7 +221,7 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process started, in ticks since the boot; empty where there is none, or where that cannot be known."""
+    """Return the start time of a process in ticks since boot; empty if it is not running or this cannot be read."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

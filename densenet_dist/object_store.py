@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 _JUST_MADE_S: Final = 60.0
-"""A lock is made before it is held."""
+"""Age of a folder below which its lock may not be held yet: the file is created first."""
 _HINTS: Final = {
-    "NO_SUCH_BUCKET": "there is no such bucket: make it, or name another",
-    "NETWORK_CONNECTION": "it cannot be reached from here: see whether endpoint_override and scheme in the address "
-    "are right, and that the network lets this machine through",
+    "NO_SUCH_BUCKET": "there is no such bucket: create it, or use another",
+    "NETWORK_CONNECTION": "it cannot be reached from this machine: check endpoint_override and scheme in the address, "
+    "and the network",
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN": "the "
-    "credentials do not allow it: they come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "credentials do not allow this: they come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "AWS_PROFILE, or the machine's role)",
 }
 
@@ -85,8 +85,8 @@ _PREFIX: Final = "densenet_dist-files-"
 def temporary_folder() -> Path:
     """Make an empty folder that is deleted when this process ends.
 
-    Where the process is killed instead, the next one of this machine that makes such a folder deletes it: by then
-    nobody holds its lock.
+    If the process is killed, the next process on this machine that makes such a folder deletes it, since nobody holds
+    its lock.
     """
     if not _temporary:
         _delete_left_behind()
@@ -100,7 +100,7 @@ def temporary_folder() -> Path:
 
 
 def delete_temporary_folders() -> None:
-    """Delete the temporary folders of this process now, for processes that others kill."""
+    """Delete the temporary folders of this process now, for processes that will be killed without running atexit."""
     for folder in list(_temporary):
         shutil.rmtree(folder, ignore_errors=True)
         os.close(_temporary.pop(folder))

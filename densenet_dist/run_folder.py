@@ -89,7 +89,7 @@ class RunFolder:
     Attributes:
         path: the local folder to write to: the run's folder, or a temporary one that is uploaded.
         uri: the folder as shown in messages: a path or a URI.
-        guard: called before checkpoints and records are written; raises if another job has taken the folder over.
+        guard: called before checkpoints and records are written; raises StorageError if the job has lost its lease.
     """
 
     def __init__(self, storage: str, name: str) -> None:
@@ -137,7 +137,7 @@ class RunFolder:
             return bool(info.type.value)
 
     def names(self, relative: str) -> set[str]:
-        """The names of the files in a folder of the run, here and on the object store; none if it is missing.
+        """Return the names of the files in a folder of the run, local and on the object store; none if it is missing.
 
         Raises:
             StorageError: it cannot be read.
@@ -153,10 +153,10 @@ class RunFolder:
         return found
 
     def fetch(self, relative: str) -> Path:
-        """The local path of a file or folder of the run, downloaded first from an object store.
+        """Return the local path of a file or folder of the run, after downloading it from an object store.
 
         Raises:
-            DamagedRecord: it is, or contains, something else than files and folders, such as a pipe.
+            DamagedRecord: it is or contains something other than files and folders, such as a pipe.
             StorageError: it cannot be read.
         """
         local = self.path / relative
@@ -238,16 +238,16 @@ class RunFolder:
         """Read a JSON file of the run.
 
         Args:
-            relative: the file.
-            kind: the type of its content: a dataclass, or any other type known to pydantic.
-            strict: whether a damaged file raises an error; otherwise it counts as missing.
+            relative: path of the file in the folder.
+            kind: type of its content: a dataclass, or another type that pydantic supports.
+            strict: whether a damaged file raises an error; otherwise it is treated as missing.
             remedy: what to do about a damaged file, for the message.
 
         Returns:
-            None where there is no file.
+            The content, or None if there is no file.
 
         Raises:
-            DamagedRecord: the file is torn, of another type, or not a regular file.
+            DamagedRecord: the file is truncated, of another type, or not a regular file.
             StorageError: the file cannot be read.
         """
         if not self.exists(relative):
@@ -275,7 +275,7 @@ class RunFolder:
         """Read the records of metrics.jsonl, in order; damaged lines are skipped.
 
         Raises:
-            StorageError: the file cannot be read, or has other content.
+            StorageError: the file cannot be read, or no line is a record.
         """
         if not self.exists(METRICS_FILE):
             return []
@@ -315,10 +315,10 @@ def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -
     Args:
         location: its path or URI, or its name under ``runs/``.
         file: a file that every such folder has.
-        kind: its name in the error.
+        kind: run or sweep, for the error.
 
     Raises:
-        StorageError: where there is none.
+        StorageError: there is none.
     """
     text = str(location)
     if "://" not in text:

@@ -57,7 +57,7 @@ def multistep(now: ScheduleState, *, milestones: tuple[float, ...], gamma: float
 
 @schedule
 def cosine(now: ScheduleState, *, final_lr: float) -> float:
-    """SGDR without restarts (Loshchilov and Hutter 2017, eq. 5), over the steps after the warm-up."""
+    """Cosine annealing (SGDR without restarts, Loshchilov and Hutter 2017, eq. 5) over the steps after the warm-up."""
     progress = (now.step - now.warmup) / max(now.steps - now.warmup, 1)
     return final_lr + (now.lr - final_lr) * (1 + math.cos(math.pi * progress)) / 2
 

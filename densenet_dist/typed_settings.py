@@ -1,4 +1,4 @@
-"""Plain nested values as a frozen dataclass of settings, checked by pydantic; errors name the full key."""
+"""Convert nested plain values to a frozen dataclass of settings with pydantic; errors name the full key."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from densenet_dist.errors import ConfigError
 
 T = TypeVar("T")
 _Path: TypeAlias = tuple[str | int, ...]
-_MOST_SHOWN: Final = 30
-_LONGEST: Final = 200
+_MAX_SHOWN: Final = 30
+_MAX_LENGTH: Final = 200
 
 
 class Settings(Generic[T]):
-    """Turns plain values into settings and back.
+    """Converts plain values to settings and back.
 
     Args:
         kind: a frozen pydantic dataclass, every field with a default.
         conflicts: yields a message for each combination of settings that cannot work together.
-        hints: what to do instead of using an unknown key, by its last part.
+        hints: advice for unknown keys, by the last part of the key.
 
     Attributes:
-        adapter: pydantic's, for the JSON schema of all settings.
+        adapter: pydantic's type adapter, which has the JSON schema of all settings.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class Settings(Generic[T]):
         self._defaults: dict[str, Any] = dataclasses.asdict(kind())  # type: ignore[call-overload]
 
     def validate(self, values: Mapping[str, Any], *, combinations: bool = True) -> T:
-        """Settings of these values, defaults for the rest.
+        """Convert values to settings, with defaults for the rest.
 
         Args:
             values: nested plain values.
-            combinations: whether they must also be able to work together.
+            combinations: whether to check that the settings can work together.
 
         Raises:
-            ConfigError: with every problem found, one a line.
+            ConfigError: listing every problem, one per line.
         """
         try:
-            # JSON's strict mode takes lists for tuples and mappings for groups, and nothing else for something else.
+            # Via JSON, because strict mode accepts lists for tuples and mappings for dataclasses only there.
             settings = self.adapter.validate_json(json.dumps(values, default=lambda path: str(PurePath(path))))
         except ValidationError as error:
             raise ConfigError(self._problems(error)) from None
@@ -68,13 +68,13 @@ class Settings(Generic[T]):
         return settings
 
     def to_dict(self, settings: T) -> dict[str, Any]:
-        """Nested plain values, ready for YAML or JSON."""
+        """Convert settings to nested plain values, ready for YAML or JSON."""
         values = self.adapter.dump_python(settings, mode="json")
         assert isinstance(values, dict)
         return values
 
     def unknown_key(self, dotted: str) -> str | None:
-        """What is wrong with a dotted key; None where it names one setting."""
+        """Return what is wrong with a dotted key, or None if it names a setting."""
         path = tuple(dotted.split("."))
         group, known = _at(self._defaults, path[:-1]), _at(self._defaults, path)
         if not isinstance(group, dict) or path[-1] not in group:
@@ -82,19 +82,19 @@ class Settings(Generic[T]):
         return f"{dotted}: is a group of settings: {', '.join(known)}" if isinstance(known, dict) else None
 
     def _problems(self, error: ValidationError) -> str:
-        """One line for each setting that is wrong."""
+        """Format one line for each invalid setting."""
         wrong: dict[_Path, list[Any]] = {}
         for item in error.errors(include_url=False, include_context=False):
             wrong.setdefault(self._key_of(item["loc"]), []).append(item)
-        # Of a list that could also be a single number, only the wrong element matters.
+        # For a list that could also be a number, pydantic reports both the list and the element: show the element.
         parents = {path[:-1] for path in wrong if path}
         lines = [(path, items) for path, items in wrong.items() if path not in parents]
-        return join_problems([self._line(path, items) for path, items in lines[:_MOST_SHOWN]], len(lines))
+        return join_problems([self._line(path, items) for path, items in lines[:_MAX_SHOWN]], len(lines))
 
     def _line(self, path: _Path, items: Sequence[Any]) -> str:
-        """What is wrong with one setting; several items where it may be one of several types."""
+        """Format the problem of one setting; there are several items if it may have several types."""
         kind, value = items[0]["type"], items[0]["input"]
-        if kind == "json_invalid":  # nested too deep, or letters that no text has
+        if kind == "json_invalid":  # nested too deeply, or surrogates
             return f"the configuration holds a value that cannot be written down: {items[0]['msg']}"
         in_group = isinstance(_at(self._defaults, path[:-1]), dict)
         if in_group and kind in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -125,7 +125,7 @@ class Settings(Generic[T]):
         return f"{_dotted(path)}: unknown key; {hint}"
 
     def _key_of(self, location: Sequence[str | int]) -> _Path:
-        """pydantic's location without the name of the type it tried, which follows the key where there are several."""
+        """Return pydantic's location without the name of the tried type, which follows the key of a union."""
         depth = next((n for n in range(len(location)) if not isinstance(_at(self._defaults, location[:n]), dict)), None)
         if depth is None or isinstance(location[depth], int):
             return tuple(location)
@@ -149,8 +149,8 @@ def _at(values: Any, path: Sequence[str | int]) -> Any:
 
 def _dotted(path: _Path) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: _LONGEST + 1])
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: _MAX_LENGTH + 1])
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
 def _all_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,17 +16,21 @@ import yaml
 from densenet_dist import bundled
 from densenet_dist.errors import ConfigError
 
-_MOST_VALUES: Final = 10_000
-_DEEPEST: Final = 40
+_MAX_VALUES: Final = 10_000
+_MAX_DEPTH: Final = 40
 _TAG: Final = "tag:yaml.org,2002:"
 _INT: Final = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
 _FLOAT: Final = re.compile(r"[-+]?((\.[0-9]|[0-9][0-9_]*\.?)[0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN)$")
 
 
+_problem = partial(yaml.MarkedYAMLError, None, None)
+"""An error with a message and, if known, the place in the file."""
+
+
 class _Loader(yaml.SafeLoader):
     """`yaml.SafeLoader` that reads numbers as YAML 1.2 does: 010 is 10, 1e-3 is a number, 1:30 and 2026-01-01 are text.
 
-    It refuses tags, duplicate keys, characters that no text has and what aliases blow up.
+    It refuses tags, duplicate keys, control characters, and aliases that expand to too many values.
     """
 
     composed = 0
@@ -33,35 +38,33 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         self.composed += 1
-        if self.composed > _MOST_VALUES:  # before all of a large file is read, which takes a minute
-            raise yaml.composer.ComposerError(None, None, f"it holds more than {_MOST_VALUES} values", None)
+        if self.composed > _MAX_VALUES:  # stop here: reading all of a large file takes a minute
+            raise _problem(f"it holds more than {_MAX_VALUES} values")
         if tag := getattr(event, "tag", None):
-            what = f"the tag {tag.replace(_TAG, '!!')} cannot be used; put text in quotes"
-            raise yaml.composer.ComposerError(None, None, what, event.start_mark)
+            raise _problem(f"the tag {tag.replace(_TAG, '!!')} cannot be used; put text in quotes", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_document(self, node: yaml.Node) -> Any:
         count, depth = _extent(node, {})
-        if count > _MOST_VALUES or depth > _DEEPEST:
-            what = f"it holds more than {_MOST_VALUES} values" if count > _MOST_VALUES else "it is nested too deep"
-            raise yaml.constructor.ConstructorError(None, None, f"{what}, aliases written out", node.start_mark)
+        if count > _MAX_VALUES or depth > _MAX_DEPTH:
+            what = f"it holds more than {_MAX_VALUES} values" if count > _MAX_VALUES else "it is nested too deep"
+            raise _problem(f"{what}, aliases written out", node.start_mark)
         return super().construct_document(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
-        # What no path may hold (NUL), no file (surrogates) and no terminal should get; escapes can write all of it.
+        # Escapes can produce characters that are invalid in paths (NUL) or files (surrogates), or control a terminal.
         if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" for letter in str(value)):
-            raise yaml.constructor.ConstructorError(None, None, f"{value!r} holds no text", node.start_mark)
+            raise _problem(f"{value!r} contains control characters", node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key.start_mark)
+                raise _problem("a key must be a single word", key.start_mark)
             if key.value in seen:
-                what = f"the key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                raise _problem(f"the key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -71,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """`yaml.SafeDumper` that quotes every text which `_Loader` or another YAML reader would read as something else."""
+    """`yaml.SafeDumper` that quotes text which `_Loader` or another YAML reader would read as another type."""
 
 
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
@@ -89,7 +92,7 @@ def _parsed(text: str) -> Any:
 
 
 def _extent(node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node has with all aliases written out, and how deep it is; one that holds itself ends there."""
+    """Return the number of values of a node with all aliases expanded, and its depth; cycles are not followed."""
     if node not in known:
         known[node] = 0, 0
         parts = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -100,10 +103,10 @@ def _extent(node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[i
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file that must hold a mapping; one that comes with the package goes by its name (`bundled.find`).
+    """Read a YAML file that contains a mapping; the bundled ones are found by name (`bundled.find`).
 
     Raises:
-        ConfigError: where the file is missing, is not YAML, repeats a key, or holds something else.
+        ConfigError: the file is missing, is not YAML, repeats a key, or does not contain a mapping.
     """
     path = bundled.find(path)
     try:
@@ -127,10 +130,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_override(text: str) -> dict[str, Any]:
-    """Read ``dotted.key=value``, its value YAML, as nested values.
+    """Parse ``dotted.key=value``, where the value is YAML, to nested values.
 
     Raises:
-        ConfigError: where it is none.
+        ConfigError: it has no key, or the value is not YAML.
     """
     key, _, value = text.partition("=")
     if not key.strip():
@@ -144,12 +147,12 @@ def read_override(text: str) -> dict[str, Any]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML that `read_yaml` reads back the same."""
+    """Format plain values as YAML that `read_yaml` reads back unchanged."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as one level of dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    """Convert nested values to dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -160,7 +163,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys as levels: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``; `prefix` is for errors.
+    """Convert dotted keys to nested values: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``; `prefix` is for errors.
 
     Raises:
         ConfigError: a key is given twice, dotted and nested, or has too many parts.
@@ -168,8 +171,8 @@ def nest(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = str(key).split(".")
-        if len(parents) > _DEEPEST:
-            raise ConfigError(f"the key {str(key)[:40]}... has {len(parents) + 1} parts; no setting lies so deep")
+        if len(parents) > _MAX_DEPTH:
+            raise ConfigError(f"the key {str(key)[:40]}... has {len(parents) + 1} parts, more than any setting")
         layer: dict[str, Any] = {last: nest(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value}
         for parent in reversed(parents):
             layer = {parent: layer}
@@ -178,7 +181,7 @@ def nest(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], layer: Mapping[str, Any], *, once: str | None = None) -> None:
-    """Lay nested values over others, in place; with `once`, the prefix of their keys, refuse to replace any."""
+    """Merge nested values into others in place. `once`, the prefix of the keys for errors, refuses to replace any."""
     for key, value in layer.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value, once=None if once is None else f"{once}{key}.")

@@ -14,10 +14,10 @@ from densenet_dist.schema import Config
 
 
 def check_run(config: Config) -> None:
-    """Check what can be checked before data set and cluster are known: the model, and the batches where it can be.
+    """Check the model, and the batches if the numbers of images and workers are known from the configuration.
 
     Raises:
-        ConfigError: naming every setting that cannot work.
+        ConfigError: settings cannot work; the message names each of them.
     """
     _architecture(config)
     images = train_size(config.data.name, config.data.limit)
@@ -26,14 +26,14 @@ def check_run(config: Config) -> None:
 
 
 def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:
-    """Check that every rank has enough images in every forward pass of training: one, or what BatchNorm needs.
+    """Check that every rank has enough images in each forward pass of training: one, or two if BatchNorm needs them.
 
     Args:
-        num_images: training images.
+        num_images: number of training images.
         world_sizes: possible numbers of ranks.
 
     Raises:
-        ConfigError: naming settings that work.
+        ConfigError: it has not; the message suggests settings that work.
     """
     train, size = config.train, config.train.global_batch_size
     sizes = range(size, max(size, num_images) + 1)

@@ -1,4 +1,4 @@
-"""Stop requests, the status of a worker and goodput: what other threads and processes may ask of a rank and read."""
+"""Stop requests, the status of a rank, and goodput, which other threads and processes may read or set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Any, Final, Literal, TypeAlias
 
 Phase: TypeAlias = Literal["start", "wait", "train", "validate", "save", "test"]
-"""wait: for the next batch; train: the rest of a step; save: pausing for a checkpoint, waiting for it."""
+"""wait: waiting for the next batch; train: the rest of a step; save: pausing for a checkpoint or waiting for it."""
 
 _LOSSES: Final = ("start", "wait", "validate", "save", "recovery", "test")
 
@@ -20,7 +20,7 @@ _IN_COLLECTIVE: Final = threading.Event()
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Mark a collective operation outside of the training step, so that a rank that waits in it is not called hung."""
+    """Mark a collective operation outside of a training step, so that a rank waiting in it is not considered hung."""
     _IN_COLLECTIVE.set()
     try:
         yield
@@ -29,11 +29,11 @@ def collective() -> Iterator[None]:
 
 
 class StopRequest(IntEnum):
-    """A request to a run from outside; of several, the greatest counts."""
+    """A request to a run from outside. Of several pending requests the greatest is carried out."""
 
     NONE = 0
     SAVE = 1
-    """Save a checkpoint as soon as possible: this machine may soon be gone."""
+    """Save a checkpoint as soon as possible: this machine may be lost soon."""
     STOP = 2
     """Save a checkpoint, then stop."""
     LEAVE = 3
@@ -47,10 +47,10 @@ class WorkerStatus:
         phase: current phase.
         step: global steps completed.
         saved: checkpoints written.
-        progress: steps and evaluated batches of this process; a rank whose count does not change for long hangs.
-        longest_idle_s: the longest time between two increments of `progress`, the first one of the process left out.
+        progress: number of steps and evaluated batches of this process; if it stays the same for long, the rank hangs.
+        longest_idle_s: the longest time between two increments of `progress`, without the first of the process.
         requested: the pending request.
-        known_phases: phases in which `progress` has increased. The first time in each may compile or tune kernels.
+        known_phases: phases in which `progress` has increased. The first step of each may compile or tune kernels.
     """
 
     def __init__(self) -> None:
@@ -94,31 +94,31 @@ class WorkerStatus:
 
     @property
     def waits_for_ranks(self) -> bool:
-        """Whether it may be waiting for other ranks: in the exchange of gradients, or in a `collective`."""
+        """Whether this rank may be waiting for others: in the exchange of gradients, or in a `collective`."""
         return self.phase == "train" or _IN_COLLECTIVE.is_set()
 
     def request(self, request: StopRequest) -> None:
-        """Make a request; from any thread, or a signal handler."""
+        """Make a request. Any thread or signal handler may call it."""
         self.requested = max(self.requested, request)
 
     def seconds(self) -> dict[str, float]:
-        """Time spent in each phase so far."""
+        """Return the time spent in each phase so far, in seconds."""
         spent = dict(self._seconds)
         spent[self.phase] = spent.get(self.phase, 0.0) + time.perf_counter() - self._entered
         return spent
 
 
 class Goodput:
-    """The share of a run's time spent in training steps that count, over all restarts, and where the rest went.
+    """The share of a run's time spent in training steps that count, over all restarts, and what the rest was spent on.
 
-    Steps lost with a process, and the time until it is replaced, are ``recovery``. The time between the end of a
-    process and ``--resume`` is not counted.
+    Steps lost with a process and the time until it is replaced count as ``recovery``. The time between the end of a
+    process and ``--resume`` does not count.
 
     Args:
-        status: of rank 0.
-        launch: identifies one start of the command; restarts within it have the same.
+        status: status of rank 0.
+        launch: identifies one start of the command; restarts within it have the same value.
         launched: time of that start, in seconds since the epoch; None for now.
-        workers: number of ranks, each on a device of its own: a GPU, or its share of a CPU.
+        workers: number of ranks, each with its own device: a GPU, or a share of a CPU.
     """
 
     def __init__(self, status: WorkerStatus, launch: str = "", launched: float | None = None, workers: int = 1) -> None:
@@ -127,17 +127,17 @@ class Goodput:
         self._before = {} if launched is None else {"start": max(0.0, time.time() - launched)}
 
     def seconds(self) -> dict[str, float]:
-        """Time by phase, and in ``recovery``, since the run began."""
+        """Return the time in each phase and in ``recovery`` since the run began, in seconds."""
         now = self._status.seconds()
         return {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in ("train", *_LOSSES)}
 
     @property
     def ratio(self) -> float:
-        """Share of the time in steps that count, in [0, 1]."""
+        """Share of the time spent in steps that count, in [0, 1]."""
         return self.figures()["goodput/ratio"]
 
     def figures(self) -> dict[str, float]:
-        """``goodput/ratio``, and each loss as a share of all time: ``goodput/lost_to_start`` and so on."""
+        """Return ``goodput/ratio``, and other uses as shares of the time: ``goodput/lost_to_start`` and so on."""
         spent = self.seconds()
         total = max(sum(spent.values()), 1e-9)
         return {"goodput/ratio": spent["train"] / total} | {
@@ -146,12 +146,12 @@ class Goodput:
 
     @property
     def device_hours(self) -> float:
-        """Hours for which devices were held, summed over all workers: GPU-hours, where they have GPUs."""
+        """Hours for which devices were allocated, summed over all workers: GPU-hours if they have GPUs."""
         since = sum(self.seconds().values()) - self._counted
         return (self._device_seconds + since * self._workers) / 3600
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         seconds, devices = self.seconds(), self.device_hours * 3600
         return {"seconds": seconds, "device_seconds": devices, "launch": self._launch, "time": time.time()}
 

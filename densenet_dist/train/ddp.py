@@ -1,7 +1,7 @@
-"""DistributedDataParallel as training uses it: gradients reduced in buckets that fit the dense blocks.
+"""DistributedDataParallel with gradient buckets that fit the dense blocks, and exchange of requests between ranks.
 
-DDP sends gradients in buckets during the backward pass (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Its
-buckets of 25 MiB are larger than most DenseNets: the notebook's 14 MB would go in one, after the last gradient.
+DDP reduces gradients in buckets during the backward pass (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Its
+default of 25 MiB is larger than most DenseNets: the notebook's 14 MB would be sent at once, after the last gradient.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from densenet_dist.train.control import StopRequest, collective
 from densenet_dist.train.metrics import gather_ranks
 
 SMALLEST_BUCKET: Final = 2**20
-"""Bytes below which a block's gradients join the next one's: such a message takes the latency, whatever its size. DDP's
-own first bucket is as large (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
+"""Bytes below which a block's gradients are sent with those of the next: latency dominates smaller messages. DDP's
+own first bucket has the same size (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
 MAX_SYNC_STEPS: Final = 50
 """Steps between two calls of `RankSync.exchange` at most: each is a host sync and a collective call."""
 _SYNC_EVERY_S: Final = 0.5
@@ -39,20 +39,20 @@ def wrap(model: DenseNet, config: Config, context: RunContext, precision: Abstra
 
     Args:
         model: on its device, in training mode.
-        config: ``train`` says how.
-        context: of this rank.
-        precision: in which the forward pass will run.
+        config: configuration of the run.
+        context: context of this rank.
+        precision: autocast context of the forward pass.
     """
     forward = _data_parallel(model, config, context, precision) if context.world_size > 1 else model
     return cast(nn.Module, torch.compile(forward)) if config.train.compile else forward
 
 
 def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
-    """Bytes at which DDP closes its buckets of gradients, in the order of the backward pass; the last is for the rest.
+    """Return the sizes of DDP's gradient buckets in bytes, in the order of the backward pass; the last is for the rest.
 
-    Computed, a bucket is what one dense block and the transition after it have: in the fused form they come all at
-    once, so smaller buckets would not leave earlier, and larger ones would wait for the next block. Blocks of less than
-    `SMALLEST_BUCKET` go together.
+    By default a bucket has the gradients of one dense block and the transition after it. The fused form produces them
+    all at once, so smaller buckets would not be sent earlier, and larger ones would wait for the next block. Blocks of
+    less than `SMALLEST_BUCKET` are combined.
     """
     if train.bucket_mb is not None:
         return [int(train.bucket_mb * 2**20)]
@@ -66,9 +66,9 @@ def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
 
 
 def _stages(model: DenseNet) -> list[int]:
-    """Bytes of the gradients of each dense block with what comes before the next one, the last block first.
+    """Return the bytes of gradients of each dense block and the layers up to the next one, the last block first.
 
-    The stem counts to the first block, the last normalisation and the classifier to the last.
+    The stem belongs to the first block, the last normalisation and the classifier to the last.
     """
     stages = [0]
     for name, module in [*model.features.named_children(), ("classifier", model.classifier)]:
@@ -84,7 +84,7 @@ def _data_parallel(
     train, device = config.train, context.device
     module = synchronise_batchnorm(model) if train.sync_bn else model
     limits = bucket_sizes(model, train)
-    if train.compile:  # it insists on a limit of DDP's first bucket at least; the last one's is for what is left
+    if train.compile:  # torch.compile requires a limit of at least DDP's first bucket; the last bucket takes the rest
         limits[-1] = max(limits[-1], SMALLEST_BUCKET)
     parallel = DistributedDataParallel(
         module,
@@ -92,11 +92,11 @@ def _data_parallel(
         broadcast_buffers=False,
         # Gradients live in the buckets: no copies, and no second memory of the parameters' size.
         gradient_as_bucket_view=True,
-        # Every step uses every parameter once, so DDP need not find that out. It buys little by itself; blocks may be
-        # checkpointed (reentrant backward passes) under it. Not with no_sync, where torch loses count
-        # (pytorch/pytorch#187732), nor under torch.compile, which splits the graph where buckets end (#93672).
+        # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed blocks).
+        # It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with torch.compile, which
+        # splits the graph where buckets end (#93672).
         static_graph=train.grad_accum_steps == 1 and not train.compile,
-        # In MiB, and exact: a power of two is all that it is divided by.
+        # In MiB, and exact, because the divisor is a power of two.
         bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
     )
     if train.gradient_compression == "bf16":
@@ -108,7 +108,7 @@ def _data_parallel(
 def _settle_buckets(
     parallel: DistributedDataParallel, side: int, device: torch.device, precision: AbstractContextManager[Any]
 ) -> None:
-    """Run backward passes and discard the gradients, so that DDP settles its buckets before the first step.
+    """Run backward passes and discard the gradients, so that DDP has its final buckets before the first step.
 
     DDP fills its buckets in the order of the parameters at first, then in the order in which gradients are ready: with
     a static graph after two passes, else after one. With three or more ranks, the rounding of a sum over ranks depends
@@ -129,7 +129,7 @@ def _settle_buckets(
 
 def no_sync(forward: nn.Module) -> AbstractContextManager[Any]:
     """Return a context without the exchange of gradients, if there is one."""
-    inner = getattr(forward, "_orig_mod", forward)  # of what torch.compile wraps
+    inner = getattr(forward, "_orig_mod", forward)  # the module that torch.compile wraps
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 

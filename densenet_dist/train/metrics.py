@@ -15,7 +15,7 @@ _LOSS, _TOP1, _TOP5, _IMAGES = range(4)
 
 
 class Metrics:
-    """Running sums of loss, top-1 and top-5 hits and images, without a host sync a step.
+    """Running sums of loss, top-1 and top-5 hits and images, updated without a host sync.
 
     Attributes:
         sums: (4,) float64 on the device: summed loss, top-1 hits, top-5 hits, images.
@@ -31,7 +31,7 @@ class Metrics:
         Args:
             loss_sum: () summed loss of the batch.
             logits: (n, classes), any float dtype.
-            labels: (n,) int64, or (n, classes) float32 probabilities: a hit counts as much as it was to be hit.
+            labels: (n,) int64, or (n, classes) float32 probabilities, by which hits are weighted.
         """
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = labels.gather(1, top) if labels.ndim == 2 else top == labels[:, None]
@@ -41,25 +41,25 @@ class Metrics:
         self.sums[_IMAGES] += len(labels)
 
     def gather(self) -> Tensor:
-        """(world_size, 4) float64 on the CPU: every rank's sums, for a checkpoint. A collective call."""
+        """Return every rank's sums for a checkpoint: (world_size, 4) float64 on the CPU. A collective call."""
         return gather_ranks(self.sums).cpu()
 
     def restore(self, gathered: Tensor, rank: int, world_size: int) -> None:
-        """Take up the sums of a checkpoint; at another world size, rank 0 takes all of them."""
+        """Load the sums of a checkpoint; if the world size differs, rank 0 gets all of them."""
         if len(gathered) == world_size:
             self.sums.copy_(gathered[rank])
         elif rank == 0:
             self.sums.copy_(gathered.sum(0))
 
     def compute(self) -> dict[str, float]:
-        """``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images`` over all ranks. A collective call."""
+        """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call."""
         loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
         count = max(images, 1.0)
         return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
 
 
 def gather_ranks(tensor: Tensor) -> Tensor:
-    """(world_size, *shape): every rank's `tensor`, in the order of the ranks, the same bits everywhere."""
+    """Return every rank's `tensor`, (world_size, *shape) in the order of ranks. A collective call."""
     if not dist.is_initialized():
         return tensor[None].clone()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -69,7 +69,7 @@ def gather_ranks(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, on every rank; any picklable one. A collective call."""
+    """Return rank 0's value, a picklable object, on every rank. A collective call."""
     values: list[Any] = [value]
     if dist.is_initialized():
         with collective():
@@ -78,7 +78,7 @@ def broadcast(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all ranks, on every rank; any picklable ones. A collective call."""
+    """Return the values of all ranks, picklable objects, on every rank. A collective call."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

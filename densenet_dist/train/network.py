@@ -1,4 +1,4 @@
-"""The network of a configuration: building, memory, weights and precision."""
+"""Build the model of a configuration; memory limits, weights and precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:
-    """The configured DenseNet on the CPU, its weights drawn from `seed` where one is given.
+    """Build the configured DenseNet on the CPU, initialised from `seed` if one is given.
 
     Raises:
         ConfigError: naming every setting that cannot work.
@@ -35,13 +35,13 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
 
 
 def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
-    """Refuse, before anything is built, what certainly needs more memory than `device` has.
+    """Check, before anything is built, that the configuration does not need more memory than `device` has.
 
-    Counted are weights, gradients, the optimizer's state, and the maps of `trained` images in all dense blocks, or of
-    `evaluated` images in the largest one.
+    The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
+    dense blocks or of `evaluated` images in the largest block.
 
     Raises:
-        ConfigError: naming parameters, images and memory.
+        ConfigError: it needs more; the message states parameters, images and memory.
     """
     train, side = config.train, config.data.side
     net = variant_architecture(**asdict(config.model), num_classes=num_classes, image_size=side)
@@ -62,7 +62,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision on `device`; a context that does nothing for fp32."""
+    """Return the autocast context for a precision; it is disabled for fp32."""
     dtype = AUTOCAST[precision]
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
 
@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
     """Load a state dict.
 
     Raises:
-        CheckpointError: naming the tensors that are missing, unexpected, of another shape or dtype, or negative.
+        CheckpointError: tensors are missing, unexpected, of another shape or dtype, or counts are negative.
     """
     own = model.state_dict()
     require_same_tensors(kinds_of(weights), kinds_of(own), f"{origin} does not fit this model")
@@ -82,12 +82,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
 
 
 def kinds_of(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
-    """The dtype and shape of each tensor, as `require_same_tensors` compares them."""
+    """Return the dtype and shape of each tensor, for `require_same_tensors`."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
 
 def require_same_tensors(found: Mapping[str, Kind], wanted: Mapping[str, Kind], problem: str) -> None:
-    """Check that a file holds exactly the tensors of a model.
+    """Check that a file contains exactly the tensors of a model.
 
     Raises:
         CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.

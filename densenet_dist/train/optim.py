@@ -20,7 +20,7 @@ from densenet_dist.schema import OptimizerConfig, TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimizer over `model`'s parameters, in two groups where biases and BatchNorm are spared the decay."""
+    """Build the optimizer; with ``decay: weights``, biases and BatchNorm are in a second group without weight decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.decay == "all":
         groups = [{"params": parameters, "weight_decay": config.weight_decay}]
@@ -37,9 +37,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load the state of an optimizer, which keeps its own settings (a trial may inherit weights).
+    """Load the state of an optimizer, but not the settings of its groups: they come from the configuration.
 
-    PyTorch's fused kernels trust these tensors: with one of another shape or layout they write out of bounds.
+    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds.
 
     Raises:
         ValueError: the state does not fit the optimizer's parameters.
@@ -60,17 +60,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 
 def _fits(value: Any, like: Tensor) -> bool:
-    """Whether a value is a tensor of the same dtype, shape and order in memory."""
+    """Return whether a value is a tensor of the same dtype, shape and memory layout."""
     if not isinstance(value, Tensor) or value.layout != like.layout or value.is_meta:
         return False
-    # The stride of a dimension of size 1 means nothing.
+    # The stride of a dimension of size 1 is arbitrary.
     found, wanted = ([s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1] for t in (value, like))
     return (value.dtype, value.shape, found) == (like.dtype, like.shape, wanted)
 
 
 @dataclass
 class Patience:
-    """Counts epochs without improvement of the validation loss, as Keras' callbacks do.
+    """Counts epochs without improvement of the validation loss, like Keras' callbacks.
 
     Keras acts in the epoch in which the count *reaches* the patience; torch's ReduceLROnPlateau one epoch later.
     """
@@ -81,7 +81,7 @@ class Patience:
     waited: int = 0
 
     def exhausted(self, loss: float) -> bool:
-        """Count an epoch; return whether `patience` epochs in a row have brought no improvement."""
+        """Count an epoch; return whether the last `patience` epochs brought no improvement."""
         if loss < self.best - self.min_delta:
             self.best, self.waited = loss, 0
         else:
@@ -97,7 +97,7 @@ class LRController:
         steps_per_epoch: optimizer steps per epoch.
 
     Attributes:
-        scale: product of the reductions by the schedule ``plateau`` so far.
+        scale: product of the reductions by the ``plateau`` schedule so far.
         stopped: whether early stopping has ended the run.
     """
 
@@ -110,7 +110,7 @@ class LRController:
         self.stopped = False
 
     def lr(self, step: int) -> float:
-        """The rate of global step `step`, from 0."""
+        """Return the learning rate of global step `step`, counted from 0."""
         rate = self._scheduled(step) * self.scale
         return max(rate, self._config.schedule.min_lr) if self.scale < 1 else rate
 
@@ -125,7 +125,7 @@ class LRController:
         return SCHEDULES[schedule.name](state, **self._settings)
 
     def end_epoch(self, val_loss: float | None) -> None:
-        """Act on an epoch's validation loss, if there is one."""
+        """Reduce the learning rate or stop, depending on an epoch's validation loss, if there is one."""
         if val_loss is None:
             return
         schedule = self._config.schedule
@@ -135,13 +135,13 @@ class LRController:
         self.stopped = self._config.early_stopping.enabled and self._early.exhausted(val_loss)
 
     def state_dict(self) -> dict[str, float]:
-        """The state as plain numbers."""
+        """Return the state as plain numbers."""
         counters = {"plateau": self._plateau, "early": self._early}
         state = {f"{name}.{key}": float(value) for name, c in counters.items() for key, value in asdict(c).items()}
         return state | {"scale": self.scale, "stopped": float(self.stopped)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load such a state; patience and min_delta stay those of the configuration."""
+        """Load a state; patience and min_delta come from the configuration."""
         for name, counter in (("plateau", self._plateau), ("early", self._early)):
             counter.best, counter.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
         self.scale, self.stopped = state["scale"], bool(state["stopped"])
@@ -162,8 +162,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """``average += (1 - decay) * (model - average)``, after optimizer step `step`.
+        """Compute ``average += (1 - decay) * (model - average)`` after optimizer step `step`.
 
-        The first steps use a smaller decay, (1 + step) / (10 + step), so that the random start is soon forgotten.
+        The first steps use a smaller decay, (1 + step) / (10 + step), so that the random initial weights soon fade.
         """
         torch._foreach_lerp_(self._averaged, self._source, 1 - min(self.decay, (1 + step) / (10 + step)))

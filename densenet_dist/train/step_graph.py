@@ -1,6 +1,6 @@
-"""A training step as one CUDA graph: hundreds of kernels, one launch, so that small batches do not wait for Python.
+"""A training step as one CUDA graph: one launch for hundreds of kernels, so that small batches do not wait for Python.
 
-Where the batch's images lie on the GPU, making the batch is part of it (`densenet_dist.data.loader.BatchRecipe`).
+If the images are on the GPU, the graph also produces the batch (`densenet_dist.data.loader.BatchRecipe`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Step: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images, targets) -> (loss, logits): forward, backward and optimizer step, all on the device."""
 
 WARM_UP_STEPS: Final = 3
-"""Steps taken as usual before a shape is captured: cuDNN chooses its kernels, the optimizer makes its state."""
+"""Steps without a graph before a shape is captured: cuDNN selects kernels, the optimizer allocates its state."""
 
 
 class Made(NamedTuple):
-    """What a step gives: loss, logits, and what the loss was taken against; all on the device."""
+    """The result of a step: loss, logits and targets, on the device."""
 
     loss: Tensor
     logits: Tensor
@@ -41,14 +41,14 @@ class _Captured:
 
 
 class StepGraph:
-    """Takes steps, by replaying a graph once a batch shape has been seen often enough.
+    """Takes training steps; once a batch shape has been seen often enough, by replaying a graph.
 
-    What a step reads besides a batch must stay where it is: weights do, learning rates become tensors
-    (`set_learning_rate`). Dropout follows the generator's seed at every replay, as it does without a graph.
+    A graph reads fixed memory addresses: weights stay in place, learning rates become tensors (`set_learning_rate`).
+    Dropout uses the generator's seed at every replay, as it does without a graph.
 
     Args:
-        step: the step; it must not wait for the device. Gradients are cleared here, before it.
-        optimizer: whose learning rates and gradients it uses.
+        step: the step, which must not wait for the device. Gradients are cleared before it is called.
+        optimizer: the optimizer of the step.
         device: a GPU.
     """
 
@@ -62,7 +62,7 @@ class StepGraph:
         return torch.cuda.Stream(self._device)
 
     def __call__(self, recipe: BatchRecipe) -> Made:
-        """Take a step on a batch; what is given back is overwritten by the next step on a batch of the same shapes."""
+        """Take a step. The next step with the same shapes overwrites the returned tensors."""
         shapes = tuple(tensor.shape for tensor in recipe.inputs)
         captured = self._captured.get(shapes)
         if captured is None:
@@ -75,7 +75,7 @@ class StepGraph:
         return captured.made
 
     def set_learning_rate(self, value: float) -> None:
-        """Set every group's learning rate where a captured step reads it."""
+        """Set the learning rate of every group in the tensor that a captured step reads."""
         for group in self._optimizer.param_groups:
             # The type alone: "cuda" differs from "cuda:0", and a new tensor would not be the one that a graph reads.
             if not isinstance(group["lr"], Tensor) or group["lr"].device.type != self._device.type:
@@ -85,7 +85,7 @@ class StepGraph:
                 group["capturable"] = True
 
     def _warm_up(self, recipe: BatchRecipe) -> Made:
-        # On the stream that captures: cuBLAS and the allocator keep memory for each stream.
+        # Use the stream of the capture: cuBLAS and the allocator have memory per stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._optimizer.zero_grad(set_to_none=True)
@@ -97,8 +97,8 @@ class StepGraph:
         """Record a step; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         held = recipe._replace(inputs=tuple(tensor.clone() for tensor in recipe.inputs))
-        self._optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients in memory of its own
-        # Other threads (a loader's, DALI's) may allocate and wait meanwhile: only this one's calls are captured.
+        self._optimizer.zero_grad(set_to_none=True)  # so that the graph allocates gradients in its own memory
+        # Other threads (of loaders and DALI) may allocate memory and synchronise during the capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             made = self._whole_step(held)
         return _Captured(graph, list(held.inputs), made)

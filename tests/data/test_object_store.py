@@ -126,7 +126,7 @@ class TestErrors:
     def test_no_such_bucket(self, toy: Toy, s3: str) -> None:
         uri = (s3 % "/x").replace("bucket/x", "nobucket/x")
         for name in ("cifar10", "folder"):
-            with pytest.raises(DataError, match=r"data\.root=s3://nobucket/x: .*there is no such bucket: make it"):
+            with pytest.raises(DataError, match=r"data\.root=s3://nobucket/x: .*there is no such bucket: create it"):
                 load_dataset(name, uri)
 
     def test_an_upload_that_is_refused(self, toy: Toy, store: Store, origin: Path) -> None:
