@@ -125,8 +125,8 @@ class RunFolder:
         with self._errors("cannot be written", remedy=_ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / probe).write_text("ok")
-        self.publish(probe, remedy=_ELSEWHERE)
-        self.remove(probe, remedy=_ELSEWHERE)
+            self._upload(probe)
+            self._delete(probe)
 
     def exists(self, relative: str = CONFIG_FILE) -> bool:
         """Return whether a file or folder exists; by default, whether a run has started here."""
@@ -174,36 +174,41 @@ class RunFolder:
                     raise DamagedRecord(f"{path} is not a regular file\n  {_COPY}")
         return local
 
-    def publish(self, *relative: str, remedy: str = _LATER) -> None:
+    def publish(self, *relative: str) -> None:
         """Upload files or folders to an object store; on a path they are in place already.
 
         Raises:
-            StorageError: they cannot be written; the message ends with `remedy`.
+            StorageError: they cannot be written.
         """
-        if self._remote is None:
+        for item in relative:
+            with self._errors("cannot be written", item):
+                self._upload(item)
+
+    def remove(self, relative: str) -> None:
+        """Delete a file or folder of the run, local and on the object store; it may be missing."""
+        with self._errors("cannot be written", relative):
+            self._delete(relative)
+
+    def _upload(self, relative: str) -> None:
+        source = self.path / relative
+        if self._remote is None or not source.exists():
             return
         from pyarrow import fs
 
-        for item in relative:
-            source, target = self.path / item, f"{self._prefix}/{item}"
-            if source.exists():
-                with self._errors("cannot be written", item, remedy):
-                    self._remote.create_dir(target if source.is_dir() else target.rpartition("/")[0], recursive=True)
-                    fs.copy_files(str(source), target, fs.LocalFileSystem(), self._remote)
+        target = f"{self._prefix}/{relative}"
+        self._remote.create_dir(target if source.is_dir() else target.rpartition("/")[0], recursive=True)
+        fs.copy_files(str(source), target, fs.LocalFileSystem(), self._remote)
 
-    def remove(self, relative: str, *, remedy: str = _LATER) -> None:
-        """Delete a file or folder of the run, here and on the object store; it may be missing. As `publish`."""
-        local, remote = self.path / relative, self._remote
-        with self._errors("cannot be written", relative, remedy):
-            if local.is_dir():
-                shutil.rmtree(local)
-            else:
-                local.unlink(missing_ok=True)
-            if remote is None:
-                return
+    def _delete(self, relative: str) -> None:
+        local = self.path / relative
+        if local.is_dir():
+            shutil.rmtree(local)
+        else:
+            local.unlink(missing_ok=True)
+        if self._remote is not None:
             place = f"{self._prefix}/{relative}"
-            delete = {"Directory": remote.delete_dir, "File": remote.delete_file}
-            kind = remote.get_file_info(place).type.name
+            delete = {"Directory": self._remote.delete_dir, "File": self._remote.delete_file}
+            kind = self._remote.get_file_info(place).type.name
             if kind in delete:
                 delete[kind](place)
 

@@ -227,8 +227,8 @@ class TrainConfig:
     bucket_mb: Positive | None = None
     """MiB of gradients that workers exchange at a time; null: what a dense block has (docs/scaling.md)."""
     profile: tuple[Index, Index] | None = None
-    """Record what time goes to, from when so many steps are taken until so many are, such as [100, 105]: a trace and
-    a table, in the run's folder profile; null: no steps."""
+    """Profile the steps after the first number of steps up to the second, such as [100, 105]: a trace and a table in
+    profile in the run's folder; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How parameters follow gradients."""
     schedule: ScheduleConfig = ScheduleConfig()
