@@ -74,8 +74,9 @@ class Trainer:
         require_same_files(dataset)
         train_indices, val_indices = train_and_val(config, dataset)
         self.num_images = len(train_indices), len(val_indices)
-        self._require_feasible()
+        self._require_feasible()  # before anything is measured or built
 
+        # Validation images are part of the training split, so that one engine serves both loaders.
         self.loader = choose_loader(config, context, dataset, train_indices)
         self.engine = engine_of(config, context.device, dataset, dataset.train, self.loader)
         self.train_loader = train_loader(config, context, dataset, self.engine, train_indices)
@@ -86,6 +87,7 @@ class Trainer:
         train = config.train
         total = train.epochs * len(train_indices)
         settings = choose_block(config, context, dataset.num_classes, dataset.image_size, total)
+        # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         self.model = build_model(settings, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
         self.forward = wrap(self.model, config, context, autocast(context.device, train.precision))
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
