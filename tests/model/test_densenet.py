@@ -1,4 +1,4 @@
-"""The whole net: against its definition and torchvision, its names, its first weights, and the ways it is run."""
+"""DenseNet: its definition, torchvision's weights, names, initialisation, memory format and torch.compile."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ VARIANTS = ["notebook", "densenet_bc", "densenet121"]
 
 
 def small(variant: str, **options: Any) -> DenseNet:
-    """Make a variant with 2 layers a block and 6 maps a layer unless told otherwise, from seeded weights."""
+    """Build a variant with seeded weights, by default with 2 layers per block and a growth rate of 6."""
     torch.manual_seed(0)
     narrow: dict[str, Any] = {"growth_rate": 6, "num_layers": 2}
     if variant == "notebook":
@@ -26,12 +26,12 @@ def small(variant: str, **options: Any) -> DenseNet:
 
 
 def images(side: int = 32) -> Tensor:
-    """Draw four seeded images, float32, in the default memory format."""
+    """Return four seeded images, float32, contiguous."""
     return torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def definition(x: Tensor, params: dict[str, Tensor], *, num_layers: int, blocks: int, eps: float, head: str) -> Tensor:
-    """Compute a CIFAR net in training mode without dropout, on plain NCHW tensors, from the papers' definitions."""
+    """Compute a CIFAR network in training mode without dropout, from the definition in the papers."""
 
     def norm_relu(x: Tensor, name: str) -> Tensor:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
@@ -67,7 +67,7 @@ def definition(x: Tensor, params: dict[str, Tensor], *, num_layers: int, blocks:
 def test_logits_and_gradients_equal_the_definition(variant: str, blocks: int, eps: float, head: str, form: str) -> None:
     net = small(variant, block=form).double().train()
     with torch.no_grad():
-        for p in net.parameters():  # Fresh batch norms and biases of 1 and 0 would hide an error in them.
+        for p in net.parameters():  # Initial values of 1 and 0 would hide errors.
             if p.ndim == 1:
                 p.add_(torch.randn_like(p), alpha=0.2)
     params = {name: p.detach().clone().contiguous().requires_grad_() for name, p in net.named_parameters()}
@@ -80,12 +80,12 @@ def test_logits_and_gradients_equal_the_definition(variant: str, blocks: int, ep
 
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
     for name, p in net.named_parameters():
-        assert params[name].grad.abs().max() > 1e-6, f"{name} has no part in the loss: nothing is compared"
+        assert params[name].grad.abs().max() > 1e-6, f"{name} has no influence on the loss: nothing is compared"
         torch.testing.assert_close(p.grad, params[name].grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def published(net: nn.Module) -> dict[str, Tensor]:
-    """Name weights as in torchvision's published files, which torch 0.3 wrote."""
+    """Rename weights as in torchvision's published files, written by torch 0.3."""
     weights = {re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", name): w for name, w in net.state_dict().items()}
     return {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
 
@@ -105,7 +105,7 @@ def test_torchvision_weights_give_torchvision_logits(variant: str, written: Call
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(variant, weights=None, num_classes=10)
     with torch.no_grad():
-        theirs.train()(images(64) * 2 + 1)  # Running statistics that are not 0 and 1.
+        theirs.train()(images(64) * 2 + 1)  # Running statistics other than 0 and 1.
     ours = densenet(variant, num_classes=10, image_size=64)
     weights = written(theirs)
     names = list(weights)
@@ -123,7 +123,7 @@ def test_torchvision_weights_give_torchvision_logits(variant: str, written: Call
 
 
 def test_names_of_the_state() -> None:
-    """Names are a promise to every checkpoint: only with a way to load the old ones may they change."""
+    """Checkpoints depend on these names: if they change, the old ones must still load."""
 
     def norm(name: str) -> list[str]:
         return [f"{name}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
@@ -143,12 +143,12 @@ def test_names_of_the_state() -> None:
         "classifier.bias",
     ]
     # Those of bottlenecks are torchvision's, see above.
-    # Dropout has no state: a net trained with it loads into one without.
+    # Dropout has no state: the checkpoint of a network with dropout loads into one without.
     assert list(small("densenet_bc", drop_rate=0.5).state_dict()) == list(small("densenet_bc").state_dict())
 
 
 def fans(weight: Tensor) -> tuple[int, int]:
-    """Count what one output reads and what one input feeds."""
+    """Return fan_in and fan_out."""
     area = weight[0, 0].numel() if weight.ndim == 4 else 1
     return weight.shape[1] * area, weight.shape[0] * area
 
@@ -169,21 +169,21 @@ def test_glorot_uniform() -> None:
 
 @pytest.mark.parametrize(("variant", "fan"), [("densenet_bc", 1), ("densenet121", 0)])
 def test_he_normal(variant: str, fan: int) -> None:
-    """The paper's Torch code divides by the outputs, torchvision by the inputs."""
+    """The paper's Torch code uses fan_out, torchvision fan_in."""
     net = small(variant, growth_rate=24)
     convs = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)]
     for weight in convs:
         std = (2 / fans(weight)[fan]) ** 0.5
         assert weight.std().item() == pytest.approx(std, rel=0.12)
         assert weight.mean().item() == pytest.approx(0, abs=0.25 * std)
-        assert weight.abs().max() > 2.2 * std  # A uniform distribution ends at 1.73.
+        assert weight.abs().max() > 2.2 * std  # A uniform distribution ends at 1.73 std.
     bound = net.classifier.in_features**-0.5
     assert 0.98 * bound < net.classifier.weight.abs().max() <= bound
     assert not net.classifier.bias.any()
 
 
 def children(module: nn.Module) -> list[str]:
-    """Name the kinds of the modules that compute, in order."""
+    """Return the class names of the leaf modules, in order."""
     return [type(m).__name__ for m in module.modules() if not list(m.children())]
 
 
@@ -199,13 +199,13 @@ def test_dropout_follows_every_convolution_but_the_first() -> None:
 
 
 def side_of(variant: str) -> int:
-    """Give the side of images that leave more than one pixel in the last block: one pixel has no memory format."""
+    """Return an image size with several pixels in the last block: one pixel has no memory format."""
     return 64 if variant == "densenet121" else 32
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_maps_weights_and_gradients_are_in_channels_last(variant: str) -> None:
-    """Were a gradient laid out otherwise than its weight, DDP would copy it into its bucket at every step."""
+    """If a gradient had other strides than its weight, DDP would copy it in every step."""
     net, x = small(variant, drop_rate=0.2).train(), images(side_of(variant))
     maps = net.features(x)
     maps.square().sum().backward()
@@ -219,7 +219,7 @@ def test_maps_weights_and_gradients_are_in_channels_last(variant: str) -> None:
 
 
 def training_step(net: Callable[[Tensor], Tensor], weights: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Compute logits and gradients with seeded dropout."""
+    """Return logits and gradients, with seeded dropout."""
     torch.manual_seed(5)
     logits = net(x)
     F.cross_entropy(logits, torch.tensor([1, 4, 0, 9])).backward()
@@ -230,7 +230,7 @@ def training_step(net: Callable[[Tensor], Tensor], weights: nn.Module, x: Tensor
     ("variant", "form", "drop_rate", "backend"),
     [
         ("notebook", "reference", 0.2, "aot_eager"),
-        # Without dropout: Inductor draws its masks with a generator of its own.
+        # Without dropout: Inductor has its own random number generator.
         *(
             pytest.param("notebook", form, 0.0, "inductor", marks=pytest.mark.nightly)
             for form in ("reference", "fused")

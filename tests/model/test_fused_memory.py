@@ -1,4 +1,4 @@
-"""Memory of the fused dense block: a fraction of the reference form's, and linear in depth."""
+"""The memory of the fused dense block is a fraction of the reference form's and linear in depth."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +14,9 @@ from densenet_dist.model.variants import densenet
 
 
 def bytes_saved(model: nn.Module, x: Tensor) -> int:
-    """What a forward pass keeps for the backward pass beside parameters and buffers; each piece of memory once."""
+    """Return the bytes that a forward pass saves for the backward pass, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
+    kept: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -30,7 +30,7 @@ def bytes_saved(model: nn.Module, x: Tensor) -> int:
 
 
 def most_bytes_alive(run: Callable[[], object]) -> int:
-    """The most memory for tensors that `run` has at any time, beside what it found and inside operators too."""
+    """Return the peak memory of the tensors that `run` allocates, also inside operators."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     alive = most = 0
@@ -45,15 +45,15 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
     def step() -> None:
         model(x).sum().backward()
 
-    step()  # gradients of parameters are there from now on
+    step()  # allocates the gradients of parameters
     return step
 
 
 @pytest.mark.parametrize(
     ("variant", "options", "most"), [("notebook", {}, 0.11), ("densenet_bc", {"depth": 100, "drop_rate": 0.2}, 0.24)]
 )
-def test_a_net_keeps_a_fraction(variant: str, options: dict[str, Any], most: float) -> None:
-    """A third is promised; what is asked for is little more than measured."""
+def test_saved_bytes_are_a_fraction_of_the_reference(variant: str, options: dict[str, Any], most: float) -> None:
+    """The docs promise a third; the limits are slightly above the measured values."""
     x, saved = torch.randn(1, 3, 32, 32), {}
     for form in ("reference", "fused"):
         model = densenet(variant, num_classes=10, block=form, **options)
@@ -70,7 +70,7 @@ both_kinds = pytest.mark.parametrize("bn_size", [None, 4], ids=["plain", "bottle
 
 @both_kinds
 def test_the_most_alive_in_a_step_is_linear_in_depth(bn_size: int | None) -> None:
-    """Gradients of parameters apart: of these there are as many as parameters, in either form."""
+    """Gradients of parameters do not count: they are the same in both forms."""
     most = {}
     for form in ("reference", "fused"):
         for layers in (12, 24):

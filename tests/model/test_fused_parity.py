@@ -1,4 +1,4 @@
-"""The fused dense block computes what the reference form computes: outputs, gradients, running statistics."""
+"""The fused dense block has the outputs, gradients and running statistics of the reference form."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from densenet_dist.model.kernels.native import NativeKernels
 
 @pytest.fixture(autouse=True)
 def new_memory_is_nan() -> Iterator[None]:
-    """So PyTorch fills it with deterministic algorithms: none may be read before it is written."""
+    """Deterministic mode fills new memory with NaN, which reveals reads of uninitialised memory."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -47,7 +47,7 @@ def assert_same_step(
     atol: float = 1e-10,
     **options: Any,
 ) -> Found:
-    """Compare a step of both forms; returns what came of the fused one's."""
+    """Compare a step of both forms; return the results of the fused one."""
     x = maps() if x is None else x
     found = []
     for form in ("reference", "fused"):
@@ -59,7 +59,7 @@ def assert_same_step(
 
 
 def freeze(which: str, model: Block) -> None:
-    """Some batch norms in eval mode while the block trains."""
+    """Put some batch norms into evaluation mode."""
     norms = norms_of(model)
     for number, norm in enumerate(norms):
         chosen = {
@@ -81,19 +81,19 @@ def test_a_step_is_the_same(bn_size: int | None, tail: str) -> None:
         assert all(tensor is not None for tensor in found.values())
         tracked = {int(tensor) for name, tensor in found.items() if name.endswith("num_batches_tracked")}
         assert tracked == {int(training)}
-    # It is the operator that runs, or the reference form would be compared with itself.
+    # The operator ran: the reference form was not compared with itself.
     made = [Block(form, bn_size=bn_size, tail=tail)(maps()) for form in ("reference", "fused")]
     assert ["dense_block" in y.grad_fn.name() for y in made] == [False, True]
 
 
 @both_kinds
 def test_odd_shapes(bn_size: int | None) -> None:
-    """Also no images at all: a rank's share of a batch may be empty."""
+    """Also without images: a rank's share of a batch may be empty."""
     for shape in ((4, 5, 7, 5), (3, 5, 1, 9), (1, 5, 1, 2), (2, 5, 40, 33), (0, 5, 6, 5)):
         for training in (True, False):
-            # Of a handful of values a variance may be tiny, and what is divided by it large.
+            # The variance of a few values may be tiny, and a quotient of it large.
             assert_same_step(lambda m, t=training: m.train(t), maps(shape), bn_size=bn_size, tail=TAILS[2], atol=1e-9)
-    # Nine layers: so many gradients wait for each other more than once.
+    # With nine layers, gradients that wait are flushed more than once.
     for channels, growth, layers in ((1, 1, 1), (3, 1, 9), (35, 35, 2)):
         x = maps((2, channels, 4, 3))
         assert_same_step(x=x, channels=channels, growth=growth, layers=layers, bn_size=bn_size, tail=TAILS[2])
@@ -105,7 +105,7 @@ def test_odd_shapes(bn_size: int | None) -> None:
 def test_some_images_at_a_time(
     monkeypatch: pytest.MonkeyPatch, bn_size: int | None, kind: type[Kernels], images: int
 ) -> None:
-    """oneDNN convolves large batches in pieces, here of four images of 6x5."""
+    """oneDNN convolves large batches in pieces; here the batch is four images of 6x5."""
     monkeypatch.setattr(convolutions, "PIECE_BYTES", images * 6 * 5 * 8 * 17 + 1)
     monkeypatch.setattr(operator, "choose_kernels", lambda *_: kind())
     monkeypatch.setattr(NativeKernels, "convolves", lambda *_: False)
@@ -160,7 +160,7 @@ def test_inputs_gradients_and_weights_in_other_layouts(bn_size: int | None, tail
         for form in ("reference", "fused"):
             model = Block(form, bn_size=bn_size, tail=tail).to(memory_format=torch.contiguous_format)
             leaf = x.detach().requires_grad_()
-            model(leaf * 1.5).sum().backward()  # whose gradient is one number, expanded
+            model(leaf * 1.5).sum().backward()  # the gradient is an expanded scalar
             model(leaf).mul(maps((4, 1, 6, 1)).contiguous()).sum().backward()
             results.append({"x": leaf.grad, **state_of(model)})
             assert all(parameter.grad.stride() == parameter.stride() for parameter in model.parameters())
@@ -169,7 +169,7 @@ def test_inputs_gradients_and_weights_in_other_layouts(bn_size: int | None, tail
 
 
 @both_kinds
-def test_what_a_convolution_made_may_be_changed_in_place(bn_size: int | None) -> None:
+def test_outputs_can_be_changed_in_place(bn_size: int | None) -> None:
     results = []
     for form in ("reference", "fused"):
         model = Block(form, bn_size=bn_size, tail="norm and conv")
@@ -191,7 +191,7 @@ def test_one_value_a_channel_is_refused_in_training(which: str) -> None:
 
 @both_kinds
 @pytest.mark.parametrize("number", [1, None], ids=["one", "all"])
-def test_norms_that_the_operator_does_not_know_are_computed_as_usual(bn_size: int | None, number: int | None) -> None:
+def test_unsupported_norms_use_the_reference_form(bn_size: int | None, number: int | None) -> None:
     def average_all_batches(model: Block) -> None:
         for norm in norms_of(model)[:number]:
             norm.momentum = None
@@ -201,8 +201,8 @@ def test_norms_that_the_operator_does_not_know_are_computed_as_usual(bn_size: in
 
 @both_kinds
 @pytest.mark.parametrize("where", ["x", "block.denselayer2.conv1.weight"])
-def test_nan_reaches_what_it_reaches_in_the_reference_form(bn_size: int | None, where: str) -> None:
-    """Training must find it, and the maps it does not touch stay right."""
+def test_nan_propagates_as_in_the_reference_form(bn_size: int | None, where: str) -> None:
+    """Training must detect NaN, and channels that do not depend on it must stay correct."""
     x = maps()
 
     def spoil(model: Block) -> None:
@@ -215,7 +215,7 @@ def test_nan_reaches_what_it_reaches_in_the_reference_form(bn_size: int | None, 
 
 @both_kinds
 def test_a_step_gives_the_same_bits_again(bn_size: int | None) -> None:
-    x = maps((3, 5, 33, 31), dtype=torch.float32)  # so many pixels that several threads share them
+    x = maps((3, 5, 33, 31), dtype=torch.float32)  # enough pixels for several threads
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         model = Block("fused", bn_size=bn_size, tail="norm and conv", drop_rate=0.3).float()
@@ -223,7 +223,7 @@ def test_a_step_gives_the_same_bits_again(bn_size: int | None) -> None:
 
 
 def error(found: Found, exact: Found) -> float:
-    """Mean over outputs, gradients and statistics of a tensor's distance to the exact one, in units of its norm."""
+    """Return the relative error of outputs, gradients and statistics, averaged over tensors."""
     names = [name for name in exact if name == "y" or name.endswith(("grad", "running_mean", "running_var"))]
     assert len(names) > 20
     parts = [(found[name].double() - exact[name]).norm() / exact[name].norm() for name in names]
@@ -238,7 +238,7 @@ def error(found: Found, exact: Found) -> float:
 def test_errors_of_rounding_are_no_larger(
     dtype: torch.dtype, most: float, bn_size: int | None, drop_rate: float
 ) -> None:
-    """In half precision on the average of many draws: a sign that flips weighs more than all roundings."""
+    """On average over many draws: in half precision, one flipped sign outweighs all rounding errors."""
     options: dict[str, Any] = {"bn_size": bn_size, "tail": "norm and conv", "layers": 5, "drop_rate": drop_rate}
     totals = {"reference": 0.0, "fused": 0.0}
     for seed in range(12):
@@ -262,7 +262,7 @@ NETS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", NETS)
-def test_nets_train_alike(variant: str) -> None:
+def test_networks_train_alike(variant: str) -> None:
     side, results = NETS[variant].get("image_size", 8), []
     x = maps((4, 3, side, side)).contiguous()
     for form in ("reference", "fused"):

@@ -1,4 +1,4 @@
-"""The fused dense block over several processes: DDP, and batch statistics of all ranks together."""
+"""The fused dense block in several processes: DDP, and batch statistics over all ranks."""
 
 import itertools
 from typing import Any
@@ -30,7 +30,7 @@ def loss_of(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor, weights: Tensor, factor: float = 1.0) -> dict[str, Any]:
-    """Sum the loss over the images, scaled so that DDP's average over ranks is the sum over all images."""
+    """Run a step with the sum of the loss, scaled so that DDP's average is the sum over all images."""
     x = x.clone().requires_grad_()
     logits = model(x)
     (loss_of(logits, weights) * factor).backward()
@@ -39,7 +39,7 @@ def step(model: nn.Module, x: Tensor, weights: Tensor, factor: float = 1.0) -> d
 
 
 FORMS = {"reference": (torch.float32, 1e-3), "fused": (torch.float64, 1e-10)}
-"""With a type that its batch norms over ranks compute in, and what is allowed for rounding."""
+"""Each form with the dtype in which its synchronised batch norms compute, and a tolerance."""
 
 
 def synchronised_steps(variant: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_synchronised_ranks_with_unequal_shares_together_equal_one_process(varia
         x, weights = (tensor.to(dtype) for tensor in images(mean=3.0))
         model = small_net(form, variant).to(dtype)
         whole = step(model, x, weights)
-        # The test can tell: statistics of a share alone give other logits.
+        # Statistics of one rank's share give different logits, so the test can fail.
         alone = step(small_net(form, variant).to(dtype), x[SHARES[0]], weights[SHARES[0]])
         assert (alone["logits"] - whole["logits"][SHARES[0]]).abs().max() > 10 * atol
         model.eval()
@@ -77,7 +77,7 @@ def test_synchronised_ranks_with_unequal_shares_together_equal_one_process(varia
 
 
 def merged() -> list[tuple[Tensor, Tensor]]:
-    """Statistics in float32 of far and of constant channels: merged from two kernels', and the batch norm's own."""
+    """Return float32 statistics over all ranks, from `Reduction` and from the batch norm."""
     x = far_from_zero()[SHARES[dist.get_rank()]]
     mean, var = x.double().mean((0, 2, 3)).float(), x.double().var((0, 2, 3), correction=0).float()
     Reduction(True).merge(mean, var, x.numel() // x.shape[1])
@@ -100,6 +100,6 @@ def test_statistics_of_all_ranks_survive_a_mean_far_from_zero() -> None:
     exact = x.var((0, 2, 3), correction=0)
     for mean, var in itertools.chain(*run_ranks(merged, 2)):
         torch.testing.assert_close(mean.double(), x.mean((0, 2, 3)), rtol=1e-6, atol=1e-8)
-        # Ranks hand on float32: of a mean of 1e4 no more than 5e-4 is known, of one of 10 no more than 5e-7.
+        # Ranks exchange float32, with a resolution of 5e-4 for a mean of 1e4 and 5e-7 for a mean of 10.
         torch.testing.assert_close(var.double()[varies], exact[varies], rtol=1e-3, atol=0)
         assert 0 <= var[3] < 1e-12

@@ -1,4 +1,4 @@
-"""The fused dense block under what PyTorch does to modules: compiling, exporting, checkpointing, copying."""
+"""The fused dense block with torch.compile, torch.export, activation checkpointing and opcheck."""
 
 import copy
 from collections.abc import Callable
@@ -29,9 +29,7 @@ def small_maps(number: int = 2, side: int = 4) -> Tensor:
 @pytest.mark.parametrize(
     ("tail", "which", "dropped"), [("no tail", "all", False), ("norm", "none", True), ("norm and conv", "some", True)]
 )
-def test_the_operators_keep_the_rules(
-    monkeypatch: pytest.MonkeyPatch, bn_size: int | None, tail: str, which: str, dropped: bool
-) -> None:
+def test_opcheck(monkeypatch: pytest.MonkeyPatch, bn_size: int | None, tail: str, which: str, dropped: bool) -> None:
     calls: dict[str, tuple[Any, ...]] = {}
 
     def record(name: str) -> Callable[..., Any]:
@@ -47,7 +45,7 @@ def test_the_operators_keep_the_rules(
     take_step(model, maps((2, 3, 3, 4)))
 
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if which == "some":  # it traces, which takes ten times as long
+    if which == "some":  # tracing takes ten times as long
         tests += ["test_aot_dispatch_dynamic"]
     torch.library.opcheck(forward, calls["dense_block"], test_utils=tests)
     torch.library.opcheck(backward, calls["dense_block_backward"], test_utils=["test_schema", "test_faketensor"])
@@ -56,7 +54,7 @@ def test_the_operators_keep_the_rules(
         with FakeTensorMode() as mode:
             fake = function(*tree_map_only(Tensor, mode.from_tensor, detached))
         strides, expected = (tree_map_only(Tensor, Tensor.stride, made) for made in (fake, function(*detached)))
-        assert strides == expected  # of which `opcheck` says nothing
+        assert strides == expected  # `opcheck` does not compare strides
 
 
 def test_a_compiled_net_is_the_same() -> None:
@@ -72,7 +70,7 @@ def test_a_compiled_net_is_the_same() -> None:
         x = small_maps(number, side=8)
         assert_same(take_step(model, x, call=run), take_step(eager, x))
         graphs.append(counter.frame_count)
-    assert graphs == [1, 1, 2, 2]  # the second size makes it dynamic, and no other needs a third
+    assert graphs == [1, 1, 2, 2]  # the second batch size makes the graph dynamic; no other size recompiles it
     for mode in (eager, model):
         mode.eval()
     for number in (4, 5):
@@ -103,6 +101,6 @@ def test_a_checkpointed_block_is_the_same(bn_size: int | None, reentrant: bool) 
     for form in ("reference", "fused"):
         model = block(form, bn_size=bn_size, drop_rate=0.3, layers=3)
         found = take_step(model, small_maps(), call=lambda x, m=model: checkpoint(m, x, use_reentrant=reentrant))
-        # As soon as all is back that the gradient needs PyTorch stops: where, is its own affair.
+        # PyTorch stops recomputing once it has all tensors that the gradient needs.
         results.append(found if reentrant else without_statistics(found))
     assert_same(results[1], results[0])

@@ -1,4 +1,4 @@
-"""Building the passes for CPUs: what is kept, what is said where it cannot be done, and what happens then."""
+"""Compiling the CPU kernels: the cache, error messages, and the fallback to the reference form."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ from densenet_dist.model import fused_block, kernels
 from densenet_dist.model.kernels import build
 from densenet_dist.model.kernels.build import BuildError
 
-load = build.native_library.__wrapped__  # what one process does, however often this one has done it
+load = build.native_library.__wrapped__  # without the process-wide cache
 
 Script = Callable[[str], str]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, no compiler named, and a umask that protects nothing."""
+    """Use an empty cache, no CXX and a umask of 0."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     umask = os.umask(0)
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
-    """Make a compiler of a few lines of shell; its calls are in the file ``calls``."""
+    """Return a function that makes a compiler from shell code; it logs its calls in the file ``calls``."""
 
     def make(body: str, name: str = "compiler") -> str:
         path = tmp_path / name
@@ -54,7 +54,7 @@ def compilations(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small library in place of ours, with a header."""
+    """Replace the kernels by a small library with a header."""
     monkeypatch.setattr(build, "SOURCE", tmp_path / "native.cpp")
     monkeypatch.setattr(build, "FLAGS", ("-shared", "-fPIC"))
     build.SOURCE.write_text('#include "native_one.h"\nextern "C" int one() { return kOne; }\n')
@@ -65,10 +65,10 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_built_once(
     tmp_path: Path, source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
-    monkeypatch.setenv("CXX", script(f'exec {compiler()} "$@"') + " -O1 '-DNAME=two words'")  # options are allowed
+    monkeypatch.setenv("CXX", script(f'exec {compiler()} "$@"') + " -O1 '-DNAME=two words'")  # CXX may have options
     kept = cache / f"native-{build._fingerprint(build.compiler())}.so"
     cache.mkdir(mode=0o700, parents=True)
-    kept.write_bytes(b"\x7fELF, but no more")  # damaged, it is made anew
+    kept.write_bytes(b"\x7fELF, but no more")  # damaged: compiled again
     first, second = load(), load()
     assert first.one() == second.one() == 1
     assert first._name == second._name == str(kept)
@@ -76,7 +76,7 @@ def test_it_is_built_once(
     assert list(cache.iterdir()) == [kept]
 
 
-def test_for_other_machines_and_sources_it_is_built_anew(
+def test_other_machines_and_sources_have_their_own_library(
     tmp_path: Path, source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
     """A home folder may be shared by machines with other processors."""
@@ -95,10 +95,10 @@ def test_for_other_machines_and_sources_it_is_built_anew(
         assert len(compilations(tmp_path)) == len(list(cache.iterdir())) == number
 
 
-def test_those_that_build_at_once_all_succeed(
+def test_concurrent_builds_succeed(
     tmp_path: Path, source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, script: Script
 ) -> None:
-    # Neither compiles before both have begun to.
+    # Both have started before either compiles.
     wait = f"until test $(grep -c native.cpp {tmp_path}/calls) -ge 2; do sleep 0.01; done"
     monkeypatch.setenv("CXX", script(f"test $1 = --version || {{ {wait}; }}; exec {compiler()} $@"))
     with ThreadPoolExecutor(2) as pool:
@@ -114,9 +114,7 @@ def test_those_that_build_at_once_all_succeed(
         ('g++ "-O1', 'CXX=g++ "-O1 cannot be split into words: No closing quotation'),
     ],
 )
-def test_a_compiler_that_is_not_there(
-    named: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_compiler(named: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", named)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError) as caught:
@@ -135,10 +133,8 @@ def test_a_compiler_that_is_not_there(
     ],
     ids=["error", "bytes", "hangs", "no library made"],
 )  # fmt: skip
-def test_what_a_compiler_failed_at_is_said_in_one_line(
-    body: str, message: str, monkeypatch: pytest.MonkeyPatch, script: Script
-) -> None:
-    # Asked for its version it answers at once.
+def test_compiler_errors_are_one_line(body: str, message: str, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    # It answers --version at once.
     monkeypatch.setattr(build, "TIMEOUT_S", 1 if "sleep" in body else 60)
     monkeypatch.setenv("CXX", script(f'test "$1" = --version && exit 0; {body}'))
     with pytest.raises(BuildError, match=message) as caught:
@@ -146,7 +142,7 @@ def test_what_a_compiler_failed_at_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
     with pytest.raises(BuildError, match=r"^/proc/densenet_dist/native-.* cannot be written or loaded"):
         load()
@@ -170,7 +166,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(
         load()
 
 
-def test_without_the_library_the_reference_form_computes_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_reference_form_is_used_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     known = (build.native_library, kernels.unavailable, kernels._native, fused_block._warn_once)
     for function in known:

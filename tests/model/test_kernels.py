@@ -1,6 +1,6 @@
-"""The four passes in C++ and in Triton against their definition in PyTorch's operators, which computes in float64.
+"""The kernels in C++ and Triton compared with those in PyTorch operators, in float64.
 
-Triton's run in its interpreter, and on a GPU where there is one: see tests/support/kernel_cases.py.
+Triton's run in its interpreter, and on a GPU if there is one: see tests/support/kernel_cases.py.
 """
 
 import math
@@ -30,18 +30,18 @@ from densenet_dist.model.kernels.native import NativeKernels
 EXACT = Kernels()
 Case = tuple[tuple[int, int, int, int], tuple[int, int], int]
 
-# A shape, the channels that its buffer has before and after it, and those that an output has beyond an input's.
+# A shape, the channels before and after it in its buffer, and the channels by which an output is padded.
 CASES: list[Case] = [
     ((2, 35, 7, 5), (3, 6), 5),  # nothing aligned
     ((2, 40, 9, 9), (8, 16), 0),  # all aligned
     ((1, 12, 1, 1), (0, 0), 0),  # one pixel
-    ((3, 1, 13, 17), (3, 6), 0),  # one channel, and more rows than a tile of Triton's has
+    ((3, 1, 13, 17), (3, 6), 0),  # one channel, and more rows than a tile of Triton
     ((1, 36, 4, 4), (4, 4), 0),  # aligned by fours
-    ((1, 130, 3, 2), (0, 0), 0),  # more channels than a tile has
+    ((1, 130, 3, 2), (0, 0), 0),  # more channels than a tile
 ]
 MANY_PIXELS = (2, 12, 9, 17) if INTERPRETED else (3, 12, 33, 31)
 if not INTERPRETED:
-    CASES += [((5, 35, 16, 14), (0, 5), 5)]  # 1120 pixels: more than one thread sums alone
+    CASES += [((5, 35, 16, 14), (0, 5), 5)]  # 1120 pixels: more than one thread sums
 if torch.cuda.is_available() and not INTERPRETED:
     CASES += [((64, 40, 32, 32), (40, 400), 0), ((5, 475, 31, 33), (0, 5), 5)]
 
@@ -49,7 +49,7 @@ with_names = pytest.mark.parametrize("name", NAMES)
 
 
 def cases(name: str) -> Iterator[tuple[Case, torch.dtype]]:
-    """All in float32; in the other types, where these take long or hardly differ, the first two."""
+    """Yield all cases in float32; only the first two in dtypes that are slow or hardly differ."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
         if name != "native" or dtype != torch.float16:
             some = dtype in (torch.float64, torch.float16) or (dtype == torch.bfloat16 and INTERPRETED)
@@ -96,11 +96,11 @@ def test_write(name: str, dropout: bool) -> None:
 
 @with_names
 def test_variance_survives_a_mean_far_from_zero(name: str) -> None:
-    """The mean of squares less the square of the mean would have no digit right, nor parts that differ by much."""
+    """E[x^2] - E[x]^2 would have no correct digit, nor would a merge of parts with different means."""
     draw = Draw(device_of(name))
     made = draw.maps(*MANY_PIXELS) + 3e4
     made[1] += 100
-    made[:, 1] = 3e4  # a channel that does not vary
+    made[:, 1] = 3e4  # a constant channel
     mean, var = draw.normal(12), draw.normal(12)
     make_kernels(name).store_output(made, None, 1.0, made, mean, var)
     close(mean, made.double().mean((0, 2, 3)), 1e-6)
@@ -168,7 +168,7 @@ def test_finish(name: str, corrected: bool, dropout: bool) -> None:
 @with_names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gradient_passes_exactly_where_the_rectified_map_is_positive(name: str, dtype: torch.dtype) -> None:
-    """Also where norm(x) is but rounding errors: otherwise the gradient would be of another function."""
+    """Also where norm(x) is only a rounding error: the gradient must be that of the same function."""
     draw, kernels = Draw(device_of(name), dtype), make_kernels(name)
     x = draw.maps(1, 40, 9, 9)
     gamma, _, mean, var, eps = draw.norm(40)
@@ -195,12 +195,12 @@ def test_copy_weights(name: str) -> None:
     for source, out in zip(sources, outs, strict=True):
         expected, (makes, reads) = torch.zeros_like(out), out.shape[:2]
         expected[: len(source), : source.shape[1]] = source[:makes, :reads]
-        rtol = 2**-7 if out.dtype == torch.bfloat16 else 0  # the interpreter cuts off
+        rtol = 2**-7 if out.dtype == torch.bfloat16 else 0  # the interpreter truncates
         torch.testing.assert_close(out, expected, rtol=rtol, atol=0)
 
 
 class Padded(convolutions.Convolutions):
-    """Those of a GPU, on any device: channels in multiples of eight."""
+    """Pad channels to multiples of eight on any device, as on GPUs."""
 
     def padded(self, channels: int) -> int:
         return -(-channels // 8) * 8
@@ -214,8 +214,8 @@ class Padded(convolutions.Convolutions):
 def test_a_whole_block_with_padded_convolutions(
     monkeypatch: pytest.MonkeyPatch, name: str, bn_size: int | None, drop_rate: float, tail: str, spoilt: float
 ) -> None:
-    # In float64 wrong formulas cannot hide behind rounding; but a GPU multiplies no float64 matrices in Triton.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # in TF32 convolutions are off by 1e-3
+    # In float64, rounding cannot hide a wrong formula; Triton has no float64 matrix products on GPUs.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # TF32 convolutions have errors of 1e-3
     dtype, tolerance = (torch.float32, 1e-4) if device_of(name) == "cuda" else (torch.float64, 1e-10)
     kernels, found, x = make_kernels(name), [], maps((2, 7, 5, 3))
     x[1, 4, 2, 1] += spoilt
@@ -231,7 +231,7 @@ def test_a_whole_block_with_padded_convolutions(
 
 @pytest.mark.skipif(INTERPRETED, reason="C++ alone")
 def test_bfloat16_is_rounded_as_pytorch_rounds_it() -> None:
-    """To nearest, ties to even; checked on every upper half of a float32 with the lower halves that decide."""
+    """To nearest, ties to even: all upper halves of a float32 with the lower halves that matter."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     values = (upper[:, None] | lower).view(torch.float32)

@@ -1,4 +1,4 @@
-"""BN-ReLU with a convolution in C++ against PyTorch's operators, which compute here in float64."""
+"""BN-ReLU and a convolution in C++, compared with PyTorch operators in float64."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from densenet_dist.model.kernels import build
 from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, NormGrad
 from densenet_dist.model.kernels.native import NativeKernels
 
-# A kernel takes about 128 pixels at a time (3x3: whole image rows), a thread 256 or more; columns are taken in tiles of
-# three vectors of 2 to 16 numbers. These shapes have all the remainders.
+# Kernels work on chunks of about 128 pixels (3x3: whole image rows), threads on 256 or more, products on tiles of three
+# vectors of 2 to 16 values. These shapes have all kinds of remainders.
 CASES = [
     ((1, 1, 1, 1), 1, 1),
     ((1, 130, 1, 1), 17, 1),
@@ -35,7 +35,7 @@ CASES = [
     ((2, 35, 16, 16), 35, 3),
     ((2, 20, 5, 7), 49, 3),
     ((1, 9, 2, 300), 3, 3),  # an image row longer than a strip
-    ((2, 130, 23, 9), 17, 3),  # a last strip of other height
+    ((2, 130, 23, 9), 17, 3),  # the last strip has another height
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}  # of sums of up to 67,405 terms
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -44,7 +44,7 @@ each_side = pytest.mark.parametrize("side", [1, 3])
 
 @pytest.fixture(scope="module", params=["this processor", "AVX2"])
 def native(request: pytest.FixtureRequest) -> NativeKernels:
-    """The kernels as users have them, and on a processor with AVX-512 also those of one that has AVX2 alone."""
+    """The kernels for this processor, and with AVX-512 also those for AVX2."""
     if request.param == "this processor":
         return NativeKernels()
     if "avx512f" not in build._processor():
@@ -73,7 +73,7 @@ class Layer(NamedTuple):
 
 
 def rectify_exactly(maps: Tensor, norm: Norm) -> Tensor:
-    """relu(norm(maps)) in float64."""
+    """Return relu(norm(maps)) in float64."""
     rectified = torch.empty(maps.shape, dtype=torch.float64)
     Kernels().bn_relu(maps.double(), double(norm), rectified)
     return rectified
@@ -93,7 +93,7 @@ def test_forward_equals_float64(native: NativeKernels, dtype: torch.dtype, maske
         native.convolve(layer.maps, layer.norm, layer.weight, mask, 0.7, slot, mean, var)
 
         close(slot, expected, TOLERANCE[dtype], label=(shape, makes, side))
-        stored = slot.double()  # statistics are of what was stored, rounding included
+        stored = slot.double()  # statistics are those of the stored, rounded values
         close(mean, stored.mean((0, 2, 3)), TOLERANCE[dtype], label=(shape, makes, side))
         close(var, stored.var((0, 2, 3), correction=0), TOLERANCE[dtype], label=(shape, makes, side))
         rest.check()
@@ -128,8 +128,8 @@ def test_backward_equals_float64(native: NativeKernels, dtype: torch.dtype, carr
 
 @each_dtype
 @each_side
-def test_all_rectify_as_bn_relu_does(native: NativeKernels, dtype: torch.dtype, side: int) -> None:
-    """However close to 0: one rounding apart, and the gradient would be of another function."""
+def test_relu_signs_equal_those_of_bn_relu(native: NativeKernels, dtype: torch.dtype, side: int) -> None:
+    """Also close to 0: if the sign differed by rounding, the gradient would be of another function."""
     draw = Draw("cpu", dtype)
     norm = draw.norm(35)
     norm.mean[::2] = norm.beta[::2] = 0
@@ -147,12 +147,12 @@ def test_all_rectify_as_bn_relu_does(native: NativeKernels, dtype: torch.dtype, 
     native.convolve_backward(maps, norm, identity, torch.ones_like(maps), None, total, sums, None)
     assert torch.equal(rectified > 0, total != 0)
     assert torch.equal(sums[0].double(), (rectified > 0).double().sum((0, 2, 3)))
-    assert (total[0, ::2] == 0).all()  # where y is 0 nothing passes
+    assert (total[0, ::2] == 0).all()  # no gradient where y is 0
     assert 0.1 < (rectified[1:] > 0).double().mean() < 0.9
 
 
 def all_at_once(native: NativeKernels, layer: Layer) -> list[Tensor]:
-    """Slot, mean, variance, out, sums, and the weight's gradient."""
+    """Return slot, mean, variance, out, sums and the weight's gradient."""
     maps, norm, weight, mask, d_made, carry = layer
     slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
     mean, var, sums = weight.new_empty(len(weight)), weight.new_empty(len(weight)), weight.new_empty(2, maps.shape[1])
@@ -163,8 +163,8 @@ def all_at_once(native: NativeKernels, layer: Layer) -> list[Tensor]:
 
 @each_side
 @pytest.mark.parametrize("where", ["maps", "weight", "d_made", "carry"])
-def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, where: str, side: int) -> None:
-    for row in (0, 1080, 1124):  # of 1125: the last ones follow others in the same memory
+def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: str, side: int) -> None:
+    for row in (0, 1080, 1124):  # of 1125; the last chunk reuses memory
         layer = Layer.draw((5, 17, 15, 15), 9, side, torch.float32)
         layer.weight[4, 5] = 0  # times NaN is NaN
         image, pixel = divmod(row, 225)
@@ -172,7 +172,7 @@ def test_nan_reaches_what_a_convolution_lets_it_reach(native: NativeKernels, whe
             layer.weight[4, 5] = math.nan
         else:
             getattr(layer, where)[image, 4 if where == "d_made" else 5, pixel // 15, pixel % 15] = math.nan
-        # In slot, mean, var, out, sums and the weight's gradient. What came back passes where y is NaN, as in PyTorch.
+        # In slot, mean, var, out, sums, d_weight. As in PyTorch, the gradient passes where y is NaN.
         assert [int(tensor.isnan().any()) for tensor in all_at_once(native, layer)] == {
             "maps": [1, 1, 1, 0, 1, 1],
             "weight": [1, 1, 1, 1, 1, 0],
@@ -186,7 +186,7 @@ def test_the_faster_convolutions_are_chosen_once_per_machine(tmp_path: Path, mon
     kernels, measured = NativeKernels(), convolutions._time_layer
     assert all(seconds > 0 for side in (1, 3) for seconds in measured(kernels, side))
     monkeypatch.setattr(convolutions, "_time_layer", lambda _, side: (2.0, 1.0) if side == 1 else (1.0, 2.0))
-    choose = convolutions.faster_native_sizes.__wrapped__  # what one process does
+    choose = convolutions.faster_native_sizes.__wrapped__  # without the process-wide cache
     assert choose(kernels, 1) == {3}
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text()) == {"1": "onednn", "3": "own", "1_ms": [2000, 1000], "3_ms": [1000, 2000]}

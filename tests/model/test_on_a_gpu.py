@@ -1,4 +1,4 @@
-"""What happens on a GPU, told without one: tests/support/launches.py."""
+"""GPU launches, simulated without a GPU: see tests/support/launches.py."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytest.importorskip("triton")
     ids=["notebook", "bc100"],
 )
 def test_launches_of_a_step(net, most, wide, synchronised, monkeypatch):
-    """Each costs 10 to 40 us of Python. Nearly all passes that rectify read 16 bytes at once."""
+    """A launch costs 10 to 40 us of Python. Nearly all BN-ReLU passes read 16 bytes at once."""
     model = densenet(**net, num_classes=10, block="fused")
     if synchronised:
         model, most = nn.SyncBatchNorm.convert_sync_batchnorm(model), 10 * most
@@ -35,7 +35,7 @@ def test_launches_of_a_step(net, most, wide, synchronised, monkeypatch):
 
 def test_a_captured_learning_rate_stays_where_it_is():
     with pretended_gpu():
-        device = torch.device("cuda")  # without an index, as contexts name it
+        device = torch.device("cuda")  # without an index, as in RunContext
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1, device=device))], lr=0.0, fused=True)
         graph = StepGraph(lambda *batch: batch, optimizer, device)
         graph.set_learning_rate(0.1)

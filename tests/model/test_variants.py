@@ -1,4 +1,4 @@
-"""The named nets: their exact sizes, their presets, and what is said of nets that cannot be."""
+"""The variants: exact sizes, presets, and errors for networks that cannot be built."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from densenet_dist.model.variants import densenet, variant_architecture
 
 
 def on_meta(variant: str, **options: Any) -> DenseNet:
-    """Build a net without memory for its weights."""
+    """Build a network without allocating its weights."""
     with torch.device("meta"):
         return densenet(variant, **options)
 
 
 def problems_of(variant: str, **options: Any) -> list[str]:
-    with pytest.raises(ConfigError) as caught:  # nothing is built: some of these nets would take exabytes
+    with pytest.raises(ConfigError) as caught:  # nothing is built: some would take exabytes
         variant_architecture(variant, **{"num_classes": 10, **options})
     return str(caught.value).splitlines()
 
@@ -47,9 +47,9 @@ def test_exact_size(variant: str, options: dict[str, Any], trainable: int, stati
 @pytest.mark.parametrize(
     ("variant", "widths"),
     [
-        # int(5 * 0.5) = 2 maps enter each later block; 5 + 5, then 2 + 5 leave.
+        # int(5 * 0.5) = 2 channels enter each later block; 5 + 5, then 2 + 5 leave.
         ("notebook", [(5, 10), (2, 7), (2, 7)]),
-        # A share of the maps themselves: int(15 * 0.5), int(12 * 0.5).
+        # A fraction of the input channels: int(15 * 0.5), int(12 * 0.5).
         ("densenet_bc", [(10, 15), (7, 12), (6, 11)]),
     ],
 )
@@ -101,7 +101,7 @@ def test_all_problems_are_named_at_once() -> None:
 )
 def test_smallest_image(variant: str, blocks: int, smallest: int) -> None:
     options: dict[str, Any] = {"num_classes": 10, "growth_rate": 2, "num_layers": [1] * blocks}
-    for side in (smallest, smallest + 1, 2 * smallest - 1):  # poolings round what does not halve evenly
+    for side in (smallest, smallest + 1, 2 * smallest - 1):  # pooling rounds odd sizes
         net = on_meta(variant, image_size=side, **options).eval()
         assert net(torch.empty(2, 3, side, side, device="meta")).shape == (2, 10)
     (problem,) = problems_of(variant, image_size=smallest - 1, **options)
