@@ -79,7 +79,7 @@ def test_bn_relu(name: str) -> None:
 
 @with_names
 @pytest.mark.parametrize("dropout", [False, True])
-def test_write(name: str, dropout: bool) -> None:
+def test_store_output(name: str, dropout: bool) -> None:
     for case, dtype in cases(name):
         shape, (before, after), padding = case
         n, c, h, w = shape
@@ -110,7 +110,7 @@ def test_variance_survives_a_mean_far_from_zero(name: str) -> None:
 
 @with_names
 @pytest.mark.parametrize("carried", ["nothing", "maps", "wide", "in place"])
-def test_gather(name: str, carried: str) -> None:
+def test_sum_gradients(name: str, carried: str) -> None:
     count = {"nothing": 1, "maps": MAX_CONSUMERS, "wide": 2, "in place": 3}[carried]
     for case, dtype in cases(name):
         shape, (before, after), _ = case
@@ -142,7 +142,7 @@ def test_gather(name: str, carried: str) -> None:
 
 @with_names
 @pytest.mark.parametrize(("corrected", "dropout"), [(True, True), (True, False), (False, True)])
-def test_finish(name: str, corrected: bool, dropout: bool) -> None:
+def test_correct_gradient(name: str, corrected: bool, dropout: bool) -> None:
     for case, dtype in cases(name):
         shape, (before, after), padding = case
         n, c, h, w = shape

@@ -85,9 +85,8 @@ class BackwardPass:
         self._bottleneck_gradients = maps.new_empty((layers, 2, block.bottleneck_width), dtype=self._wide)
         # A and B of all channels: of the buffer, then of the bottlenecks, layer after layer.
         self._corrections = maps.new_zeros((2, maps.shape[1] + layers * block.bottleneck_width), dtype=self._wide)
-        self._norms = [
-            self._norm_backward(unit, result.statistics, self._gradients[i], 0)
-            for i, unit in enumerate(block.buffer_units)
+        self._norm_grads = [
+            self._norm_grad(unit, result.statistics, self._gradients[i], 0) for i, unit in enumerate(block.buffer_units)
         ]
         self._d_weights: list[Tensor | None] = []  # last layer first
         self._waiting: list[Consumer] = []
@@ -129,7 +128,7 @@ class BackwardPass:
         d_weights = self._convolutions.like_weights(d_weights, weights)
         return d_x, self._gradients, self._bottleneck_gradients, d_weights
 
-    def _norm_backward(self, unit: Unit, statistics: Statistics, gradients: Tensor, start: int) -> NormGrad:
+    def _norm_grad(self, unit: Unit, statistics: Statistics, gradients: Tensor, start: int) -> NormGrad:
         """Return a unit's normalisation; `start` is the index of its first channel in the corrections."""
         channels = unit.in_channels
         correction = self._corrections[:, start : start + channels] if unit.frozen is None else None
@@ -137,20 +136,20 @@ class BackwardPass:
 
     def _backward_buffer_unit(self, i: int, unit: Unit, d_output: OutputGradient) -> None:
         """Go back through `BlockSpec.buffer_units` [i]: its gradient is added to G, or waits."""
-        norm, need_weight = self._norms[i], self._need_weights.pop()
+        norm_grad, need_weight = self._norm_grads[i], self._need_weights.pop()
         maps = self._result.maps[:, : unit.in_channels]
         if self._convolutions.accumulates(unit):
             if self._waiting:
                 self._flush(unit.in_channels)
             carry, out = self._carry_slice(0, unit.in_channels), self._buffer_slice(unit.in_channels)
             self._d_weights.append(
-                self._convolutions.backward_accumulate(unit, maps, norm, d_output, need_weight, carry, out)
+                self._convolutions.backward_accumulate(unit, maps, norm_grad, d_output, need_weight, carry, out)
             )
             self._carry = out
             return
-        gradient, d_weight = self._convolutions.backward(unit, maps, norm.norm, d_output, need_weight)
+        gradient, d_weight = self._convolutions.backward(unit, maps, norm_grad.norm, d_output, need_weight)
         self._d_weights.append(d_weight)
-        self._waiting.insert(0, Consumer(gradient, norm))
+        self._waiting.insert(0, Consumer(gradient, norm_grad))
         if len(self._waiting) == MAX_WAITING and i > 0:
             self._flush(unit.in_channels)
 
@@ -166,14 +165,14 @@ class BackwardPass:
         maps, width = self._result.bottlenecks[i], unit.in_channels
         statistics = self._result.bottleneck_statistics.narrow(i * width, (i + 1) * width)
         start = self._result.maps.shape[1] + i * width
-        norm = self._norm_backward(unit, statistics, self._bottleneck_gradients[i], start)
+        norm_grad = self._norm_grad(unit, statistics, self._bottleneck_gradients[i], start)
         if self._d_bottleneck is None:
             self._d_bottleneck = empty_maps(maps, width, self._wide)
         out, need_weight = self._d_bottleneck, self._need_weights.pop()
         self._d_weights.append(
-            self._convolutions.backward_accumulate(unit, maps, norm, d_output, need_weight, None, out)
+            self._convolutions.backward_accumulate(unit, maps, norm_grad, d_output, need_weight, None, out)
         )
-        correction = self._correction(norm.norm.mean, start, start + width) if unit.frozen is None else None
+        correction = self._correction(norm_grad.norm.mean, start, start + width) if unit.frozen is None else None
         return OutputGradient(out, maps, correction, self._next_mask(), self._block.keep, owned=True)
 
     def _buffer_slice(self, channels: int) -> Tensor:
@@ -201,7 +200,9 @@ class BackwardPass:
 
     def _sum_waiting(self, start: int, stop: int, out: Tensor) -> None:
         """Write G of channels ``start:stop``, with all that waits, to `out`."""
-        consumers = [Consumer(gradient[:, start:stop], norm.narrow(start, stop)) for gradient, norm in self._waiting]
+        consumers = [
+            Consumer(gradient[:, start:stop], norm_grad.narrow(start, stop)) for gradient, norm_grad in self._waiting
+        ]
         self._kernels.sum_gradients(self._result.maps[:, start:stop], consumers, self._carry_slice(start, stop), out)
 
     def _correction(self, mean: Tensor, start: int, stop: int) -> Correction:

@@ -81,7 +81,7 @@ class Consumer(NamedTuple):
     """A unit that reads maps x, with the gradient of the loss with respect to its relu(norm(x)), (N, C, H, W)."""
 
     gradient: Tensor
-    norm: NormGrad
+    norm_grad: NormGrad
 
 
 class Correction(NamedTuple):
@@ -158,11 +158,11 @@ class Kernels:
         """
         x = maps.to(accumulation_type(maps.dtype))
         total = torch.zeros_like(x) if carry is None else carry.to(x.dtype)
-        for gradient, backward in consumers:
-            norm = backward.norm
+        for gradient, norm_grad in consumers:
+            norm = norm_grad.norm
             g = torch.where(_normalise(maps, norm) <= 0, 0, gradient.to(x.dtype))
             total = total + _per_channel(norm.scale()) * g
-            backward.apply_sums(torch.stack([g.sum((0, 2, 3)), (g * (x - _per_channel(norm.mean))).sum((0, 2, 3))]))
+            norm_grad.apply_sums(torch.stack([g.sum((0, 2, 3)), (g * (x - _per_channel(norm.mean))).sum((0, 2, 3))]))
         out.copy_(total)
 
     def correct_gradient(

@@ -142,7 +142,7 @@ class NativeKernels(Kernels):
             torch.get_num_threads(),
         )  # fmt: skip
         for consumer, own_sums in zip(consumers, sums, strict=True):
-            consumer.norm.apply_sums(own_sums)
+            consumer.norm_grad.apply_sums(own_sums)
 
     def correct_gradient(
         self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,

@@ -102,7 +102,7 @@ class TritonKernels(Kernels):
             carry, 0 if carry_layout is None else carry_layout.ld, out, written.ld, sums, self._tickets_for(maps),
             read.rows, read.channels, groups.tiles, groups.number, COUNT=count,
             READ=_read_width(read.channels, read, carry_layout, *layouts), WRITE=_write_width(read.channels, written),
-            NORM=_vector_width(maps, *(vector for consumer in consumers for vector in consumer.norm.norm[:4])),
+            NORM=_vector_width(maps, *(vector for consumer in consumers for vector in consumer.norm_grad.norm[:4])),
             BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
 
