@@ -1,25 +1,25 @@
 """The backward pass of the fused dense block; notation as in `densenet_dist.model.fused.forward`.
 
-Let x be a channel of the buffer with batch mean and variance, r = 1 / sqrt(var + eps), M = N H W, and let l run over
-the units that read it. All sums without an index are over (N, H, W).
+Let x be a channel of the buffer with its batch mean and variance, M = N H W, and let l run over the units that read it,
+r_l = 1 / sqrt(var + eps_l). All sums without an index are over (N, H, W).
 
     g_l = [s_l x + t_l > 0] * conv_transpose(d output_l, W_l)        the gradient of norm_l(x)
-    d beta_l = sum g_l,   d gamma_l = r sum g_l (x - mean)
+    d beta_l = sum g_l,   d gamma_l = r_l sum g_l (x - mean)
 
 The textbook gradient of one batch normalisation in training mode is
 
-    dx = s_l (g_l - sum(g_l) / M - (x - mean) r^2 sum(g_l (x - mean)) / M)
+    dx = s_l (g_l - sum(g_l) / M - (x - mean) r_l^2 sum(g_l (x - mean)) / M)
 
-All units share x, mean and r, so only s_l and g_l have an index, and the sum over l can be moved inside:
+All units share x and its mean, so the gradient of x, the sum over l, is
 
     dx = G - (A + B (x - mean)) / M
-    G = sum_l s_l g_l,   A = sum_l s_l sum g_l,   B = sum_l s_l r^2 sum g_l (x - mean)
+    G = sum_l s_l g_l,   A = sum_l s_l sum g_l,   B = sum_l s_l r_l^2 sum g_l (x - mean)
 
 G needs a pass over the maps for each unit, but the second term, the "correction", is only two numbers per channel that
 are summed up meanwhile and applied once. Units in evaluation mode have constant statistics: they add to G alone.
 
 Example: 3 input channels, k = 2, two layers and a tail. x marks the channels whose G, A and B a unit adds to, in the
-    order of the backward pass; "=>" marks the channels that no further unit reads, whose correction is applied then.
+order of the backward pass; "=>" marks the channels that no further unit reads, whose correction is applied then.
 
     channel     0 1 2 | 3 4 | 5 6
     tail        x x x   x x   x x      => 5, 6: corrected and multiplied by dropout's mask, d output of layer 2
