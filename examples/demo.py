@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from densenet_dist import Classifier, load_classifier
-from densenet_dist.inference.pictures import Unreadable
+from densenet_dist.inference.images import Unreadable
 
 LARGEST_UPLOAD = 20 << 20
 LARGEST_TOTAL = 200 << 20

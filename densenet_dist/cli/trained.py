@@ -129,7 +129,7 @@ def predict(
     with status("loading PyTorch"):
         from densenet_dist.data.image_folder import printable
         from densenet_dist.inference.classifier import load_classifier
-        from densenet_dist.inference.pictures import Unreadable, find
+        from densenet_dist.inference.images import Unreadable, find
 
     classifier = load_classifier(model, checkpoint=checkpoint, device=device)
     started = time.perf_counter()

@@ -195,8 +195,8 @@ def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
         return images
     encoded, start, shape = fn.external_source(source=source, num_outputs=3, batch=True)
     device = "mixed" if gpu else "cpu"
-    pictures = fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
-    windows = fn.slice(pictures, start=start, shape=shape, axes=[0, 1])
+    images = fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    windows = fn.slice(images, start=start, shape=shape, axes=[0, 1])
     size = [engine.image_size, engine.image_size]
     return fn.resize(windows, size=size, dtype=types.FLOAT, interp_type=types.INTERP_LINEAR, antialias=True)
 

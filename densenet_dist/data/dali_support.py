@@ -51,7 +51,7 @@ def require_dali(device: torch.device, *, decoding: bool) -> None:
     if decoding and backend.GetNvimgcodecVersion() == -1:
         package = "nvidia-nvimgcodec-cu13"
         raise EnvironmentProblem(
-            f"DALI {dali_version()} cannot decode pictures: its decoder library {package} is missing\n"
+            f"DALI {dali_version()} cannot decode images: its decoder library {package} is missing\n"
             f"  install it: pip install {package}\n  or {_WAY_OUT}"
         )
 

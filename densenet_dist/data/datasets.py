@@ -113,7 +113,7 @@ def load_dataset(
     if name in GENERATED:
         return GENERATED[name](seed, limit)
     if name == "folder":
-        path = _picture_folder(root)
+        path = _image_folder(root)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
         # Older versions could leave a class without a training image.
         return _folder_dataset(_keep_split(folder, split or {}, limit), limit, test_fraction, split != {})
@@ -150,7 +150,7 @@ def prepare_dataset(
         return Path(root), "generated when used"
     skipped: tuple[str, ...] = ()
     if name == "folder":
-        path = _picture_folder(root)
+        path = _image_folder(root)
         folder = image_folder.read_folder(path, image_size=1, on_bad_image=on_bad_image)
         class_names, skipped = folder.class_names, folder.skipped
     else:
@@ -177,7 +177,7 @@ def publish_dataset(name: str, root: str, *, download: bool = True, url: str | N
     if name in GENERATED:
         return f"{name} is generated when used"
     if name == "folder":
-        return store.require_pictures(root)
+        return store.require_images(root)
     return cifar_source.publish(cifar.SPECS[name], root, download=download, url=url)
 
 
@@ -186,9 +186,9 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"there is no data set {name!r}; known: {', '.join(DATASET_NAMES)}")
 
 
-def _picture_folder(root: str | Path) -> Path:
+def _image_folder(root: str | Path) -> Path:
     """Return the local folder with the user's images; first update the copy of those on an object store."""
-    return store.sync_pictures(str(root)) if is_uri(str(root)) else Path(root)
+    return store.sync_images(str(root)) if is_uri(str(root)) else Path(root)
 
 
 def _shapes(seed: int, limit: int | None) -> Dataset:
@@ -214,7 +214,7 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
     if folder.test_files is not None:
         return kept
     if not len(test):
-        raise DataError(f"{files.root} has none of the run's test pictures any more: bring them back")
+        raise DataError(f"{files.root} has none of the run's test images any more: bring them back")
     return replace(kept, test_files=files.subset(test), test_labels=labels[test])
 
 

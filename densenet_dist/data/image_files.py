@@ -81,7 +81,7 @@ class ImageFiles:
         data = _read(self.path(index))
         unchanged = zlib.crc32(data.data) == self.checksums[index]
         if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[index].tolist():
-            raise BadImage("another picture than when it was verified")
+            raise BadImage("another image than when it was verified")
         return data
 
     def encoded(self, index: int) -> npt.NDArray[np.uint8]:
@@ -141,7 +141,7 @@ def on_white(pixels: "Tensor") -> "Tensor":
     return ((color * alpha + 255 * (255 - alpha) + 127) // 255).byte()
 
 
-def named_as_picture(name: str) -> bool:
+def has_image_suffix(name: str) -> bool:
     """Return whether a file's name has the suffix of an image format, supported or not."""
     return _suffix(name) in (*IMAGE_SUFFIXES, *_REFUSED_SUFFIXES)
 
@@ -204,7 +204,7 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_format: bool) -> str:
         start = data[:16].tobytes()
         if start[4:].startswith(_HEIF):
             raise BadImage(_not_supported("HEIC")) from error
-        raise BadImage(_DAMAGED if start.startswith(_MAGIC) else "not a picture") from error
+        raise BadImage(_DAMAGED if start.startswith(_MAGIC) else "not an image") from error
     if kind not in _FORMATS and not any_format:
         raise BadImage(_not_supported(kind))
     if frames > 1:

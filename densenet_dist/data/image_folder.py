@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densenet_dist.data.image_check import verify
-from densenet_dist.data.image_files import IMAGE_SUFFIXES, ImageFiles, named_as_picture
+from densenet_dist.data.image_files import IMAGE_SUFFIXES, ImageFiles, has_image_suffix
 from densenet_dist.errors import DataError
 
 _PARTS = {
@@ -32,7 +32,7 @@ _IMAGES = ("images", "image", "imgs", "img", "jpg", "jpegimages")
 _IGNORED = ("__MACOSX", "Thumbs.db", "@eaDir", "lost+found")  # created by systems, as are names that begin with a dot
 _SHOWN = 20
 _NAME_ANOTHER = "name the folder that holds your class folders: data.root=..."
-_EXPECTED = f"pictures are looked for in <class>/, or in train/<class>/ and test/<class>/; {_NAME_ANOTHER}"
+_EXPECTED = f"images are looked for in <class>/, or in train/<class>/ and test/<class>/; {_NAME_ANOTHER}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "
     if bad and on_bad_image == "error":
         more = (f"... and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()
         remedy = "delete or convert them, or leave them out: data.on_bad_image=skip"
-        first = f"{len(bad)} of {len(verdicts)} pictures in {root} cannot be used:"
+        first = f"{len(bad)} of {len(verdicts)} images in {root} cannot be used:"
         raise DataError("\n  ".join((first, *bad[:_SHOWN], *more, remedy)))
     for part, labels in parts.items():
         parts[part] = {name: label for name, label in labels.items() if not isinstance(verdicts[name], str)}
@@ -89,7 +89,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "
         empty = [name for label, name in enumerate(class_names) if label not in present]
         if empty and (part == "train" or not present):
             raise DataError(
-                f"{folders[part]} has no picture that can be used in {printable(', '.join(empty))}: "
+                f"{folders[part]} has no image that can be used in {printable(', '.join(empty))}: "
                 f"add some ({', '.join(IMAGE_SUFFIXES)}), or take these folders away"
             )
 
@@ -130,7 +130,7 @@ def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         if "train" in parts:
             if "test" not in parts and "val" in parts:
                 parts["test"] = parts.pop("val")
-            return parts, [name for name in unused if _has_pictures(root, parent / name)]
+            return parts, [name for name in unused if _has_images(root, parent / name)]
     named = set(map(_part_of, subfolders))
     if None not in named and {"train"} < named:
         raise DataError(f"{parent} has no class folders in {few(subfolders)}: {_EXPECTED}")
@@ -148,9 +148,9 @@ def _unwrap(root: Path, folder: Path) -> tuple[Path, list[str]]:
     while True:
         subfolders = _subfolders(folder)
         images = [name for name in subfolders if name.lower() in _IMAGES]
-        filled = list(islice((name for name in images or subfolders if _has_pictures(root, folder / name)), 2))
+        filled = list(islice((name for name in images or subfolders if _has_images(root, folder / name)), 2))
         wraps = len(filled) == 1 and (images or filled[0] == folder.name or _subfolders(folder / filled[0]))
-        if not wraps or any(named_as_picture(entry.name) for entry in _entries(folder)):
+        if not wraps or any(has_image_suffix(entry.name) for entry in _entries(folder)):
             return folder, subfolders
         folder = folder / filled[0]
 
@@ -170,12 +170,12 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
         raise DataError(
             f"{train} has more than one folder of each of these names: {few(repeated)}; look into {few(copies)}\n"
             f"  {_NAME_ANOTHER}\n  or call the parts of one data set train and test\n"
-            f"  or, if {few(copies)} are classes, move their pictures up into them"
+            f"  or, if {few(copies)} are classes, move their images up into them"
         )
     label_of = {name: label for label, name in enumerate(subfolders)}
     parts = {}
     for part, folder in folders.items():
-        if unknown := [name for name in found[part] if name not in label_of and _has_pictures(root, folder / name)]:
+        if unknown := [name for name in found[part] if name not in label_of and _has_images(root, folder / name)]:
             problem = f"{folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
             raise DataError(f"{problem}; rename these folders, or take them away")
         classes = {name: inner for name, (inner, _) in found[part].items() if name in label_of}
@@ -184,7 +184,7 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
     return list(subfolders), parts
 
 
-def _has_pictures(root: Path, folder: Path) -> bool:
+def _has_images(root: Path, folder: Path) -> bool:
     return next(_walk(root, folder), None) is not None
 
 
@@ -215,7 +215,7 @@ def walk(
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not is_ignored(name))
-        yield place, sorted(name for name in names if named_as_picture(name) and not is_ignored(name))
+        yield place, sorted(name for name in names if has_image_suffix(name) and not is_ignored(name))
 
 
 def _subfolders(folder: Path) -> list[str]:

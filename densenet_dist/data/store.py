@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from densenet_dist.cache_folder import CACHE_ENV, cache_folder
 from densenet_dist.data.background import map_ahead, progress_bar
-from densenet_dist.data.image_files import named_as_picture
+from densenet_dist.data.image_files import has_image_suffix
 from densenet_dist.data.image_folder import is_ignored
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.object_store import explain, open_filesystem
@@ -157,14 +157,14 @@ def locked_cache(uri: str) -> Iterator[Path]:
         yield folder
 
 
-def sync_pictures(uri: str) -> Path:
-    """Bring this node's copy of the pictures at an address up to date, and return its folder.
+def sync_images(uri: str) -> Path:
+    """Bring this node's copy of the images at an address up to date, and return its folder.
 
     Only files whose size or modification time differs are copied; a copy gets the time of its original, as in rsync.
     Processes of a node that start at once wait for the first one, and use its result.
 
     Raises:
-        DataError: the store cannot be read, has no pictures, or has a name that is no valid file name.
+        DataError: the store cannot be read, has no images, or has a name that is no valid file name.
         StorageError: the cache cannot be written, or the address cannot be used.
     """
     asked = time.time()
@@ -172,13 +172,13 @@ def sync_pictures(uri: str) -> Path:
     with locked_cache(uri) as entry:
         folder, synced = entry / "files", entry / ".compared"
         if not (synced.is_file() and synced.stat().st_mtime > asked):  # else another process synced while we waited
-            _copy_changed(store, _list_pictures(store), folder, entry / ".partial")
+            _copy_changed(store, _list_images(store), folder, entry / ".partial")
             synced.touch()
             os.utime(synced)
     return folder
 
 
-def require_pictures(uri: str) -> str:
+def require_images(uri: str) -> str:
     """Check that an address has folders, without copying anything; return what was found, for people to read.
 
     Raises:
@@ -187,30 +187,30 @@ def require_pictures(uri: str) -> str:
     store = DataStore(uri)
     folders = [name for name, stamp in store.list().items() if stamp is None and not is_ignored(name)]
     if not folders:
-        raise DataError(_no_pictures(store))
+        raise DataError(_no_images(store))
     return f"{len(folders)} folders are in {store.place}"
 
 
-def _no_pictures(store: DataStore) -> str:
+def _no_images(store: DataStore) -> str:
     return (
-        f"there are no pictures in data.root={store.place}: they are looked for in <class>/ or train/<class>/ there; "
+        f"there are no images in data.root={store.place}: they are looked for in <class>/ or train/<class>/ there; "
         "put them there, or name the place that holds your class folders"
     )
 
 
-def _list_pictures(store: DataStore) -> dict[str, Stamp]:
+def _list_images(store: DataStore) -> dict[str, Stamp]:
     """List the files on the store that have the name of an image file."""
     found = {}
     for name, stamp in store.list(recursive=True).items():
         parts = name.split("/")
         # Ignoring what begins with a dot also ignores names that lead out of the folder through "..".
-        if stamp is None or not named_as_picture(name) or any(map(is_ignored, parts)):
+        if stamp is None or not has_image_suffix(name) or any(map(is_ignored, parts)):
             continue
         if "" in parts or "\0" in name:
             raise DataError(f"{name!r} in {store.place} cannot be the name of a file here: rename it there")
         found[name] = stamp
     if not found:
-        raise DataError(_no_pictures(store))
+        raise DataError(_no_images(store))
     return found
 
 
@@ -225,7 +225,7 @@ def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, part
             elif wanted[name] == (status.st_size, status.st_mtime_ns):
                 del missing[name]
         with suppress(OSError):
-            os.rmdir(place)  # only if it is empty: a class without pictures would be an error
+            os.rmdir(place)  # only if it is empty: a class without images would be an error
     for parent in {os.path.dirname(name) for name in missing}:
         (folder / parent).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -242,7 +242,7 @@ def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, part
         return size
 
     total = sum(size for size, _ in missing.values())
-    with progress_bar(f"downloading {len(missing)} pictures") as advance:
+    with progress_bar(f"downloading {len(missing)} images") as advance:
         for size in map_ahead(copy, enumerate(missing), _QUEUED, _THREADS):
             advance(size, total)
     shutil.rmtree(partial, ignore_errors=True)

@@ -71,14 +71,14 @@ class Substitutes:
         lines = "\n  ".join(self._lines(reasons))
         if self._policy == "error":
             raise DataError(
-                f"pictures that were sound when the run started can no longer be read:\n  {lines}\n"
+                f"images that were sound when the run started can no longer be read:\n  {lines}\n"
                 "  put them back and resume the run, or continue without them: data.on_bad_image=skip"
             )
         self.unreadable.update(reasons)
         labels = self._split.labels
         for label in {int(labels[index]) for index in reasons}:
             if self.unreadable.keys() >= set(np.flatnonzero(labels == label).tolist()):
-                raise DataError(f"no picture of class {label} can be read any more:\n  {lines}")
+                raise DataError(f"no image of class {label} can be read any more:\n  {lines}")
 
     def resolve(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return `indices` (n,) with unreadable images replaced."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.inference import formats
 from densenet_dist.inference.header import Header
+from densenet_dist.inference.images import ImageLike, Unreadable, prepared
 from densenet_dist.inference.network import open_trained
-from densenet_dist.inference.pictures import Picture, Unreadable, prepared
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.train.context import choose_device
 
@@ -86,7 +86,7 @@ class Classifier:
 
     def predict(
         self,
-        images: Picture | Iterable[Picture],
+        images: ImageLike | Iterable[ImageLike],
         *,
         top: int = 5,
         batch_size: int = DEFAULT_BATCH,
@@ -115,7 +115,7 @@ class Classifier:
 
     def stream(
         self,
-        images: Iterable[Picture | Unreadable],
+        images: Iterable[ImageLike | Unreadable],
         *,
         top: int = 5,
         batch_size: int = DEFAULT_BATCH,

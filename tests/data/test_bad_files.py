@@ -46,8 +46,8 @@ def another(path: Path) -> None:
 
 HARMS: dict[Callable[[Path], None], str] = {
     cut_short: "cut short or damaged",
-    zeroed: "not a picture",
-    another: "another picture than when it was verified",
+    zeroed: "not an image",
+    another: "another image than when it was verified",
     Path.unlink: "cannot be read: it is not there",
 }
 
@@ -200,7 +200,7 @@ class TestRefusal:
     def test_a_whole_class_is_unreadable(self, kind: str, split: Split, training: bool) -> None:
         for row in range(OF_EACH, 2 * OF_EACH):
             path_of(split, row).unlink()
-        with pytest.raises(DataError, match=r"no picture of class 1 can be read any more:\n  .*/1/.*it is not there"):
+        with pytest.raises(DataError, match=r"no image of class 1 can be read any more:\n  .*/1/.*it is not there"):
             self.make_all(engine_of(kind, split), split, training)
 
     def test_error_is_the_policy(self, kind: str, split: Split, training: bool) -> None:

@@ -47,7 +47,7 @@ def test_a_part_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "GetNvimgcodecVersion", lambda: -1)
     require_dali(CPU, decoding=False)  # no matter for images in memory
     said = problem(decoding=True)
-    assert re.search(rf"DALI {VERSION} cannot decode pictures: .*\n.*pip install nvidia-nvimgcodec-cu13", said)
+    assert re.search(rf"DALI {VERSION} cannot decode images: .*\n.*pip install nvidia-nvimgcodec-cu13", said)
 
     def fail(name: str) -> None:
         raise ImportError("libdali_core.so: cannot open shared object file")

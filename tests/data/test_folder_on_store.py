@@ -11,7 +11,7 @@ from s3_store import Store
 
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
 from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.store import cache_of, sync_pictures
+from densenet_dist.data.store import cache_of, sync_images
 from densenet_dist.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -39,7 +39,7 @@ def here(folder: Path) -> dict[str, bytes]:
 
 def sync(store: Store) -> dict[str, bytes]:
     """The node's pictures, brought up to date."""
-    return here(sync_pictures(store.uri))
+    return here(sync_images(store.uri))
 
 
 def taken(store: Store) -> list[str]:
@@ -83,7 +83,7 @@ class TestSync:
 
     @pytest.mark.parametrize("damage", ["missing", "rewritten", "added"])
     def test_a_damaged_copy_is_mended(self, store: Store, photos: dict[str, bytes], damage: str) -> None:
-        folder = sync_pictures(store.uri)
+        folder = sync_images(store.uri)
         taken(store)
         copy = folder / ("dog/1.png" if damage != "added" else "dog/other.png")
         copy.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ class TestErrors:
     def test_no_pictures(self, store: Store) -> None:
         store.write("readme.txt", b"nothing here")
         for function in (load_dataset, publish_dataset):
-            with pytest.raises(DataError, match=r"no pictures in data\.root=s3://bucket/\d+/data: they are looked"):
+            with pytest.raises(DataError, match=r"no images in data\.root=s3://bucket/\d+/data: they are looked"):
                 function("folder", store.uri)
 
     def test_the_store_goes_away_in_the_middle(self, store: Store, photos: dict[str, bytes]) -> None:

@@ -168,10 +168,10 @@ class TestWrongFolders:
                 ["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"],
                 "more than one val folder: remove valid",
             ),
-            (["train/cat.1.png", "test1/1.png"], "has no class folders in test1, train: pictures are looked for"),
+            (["train/cat.1.png", "test1/1.png"], "has no class folders in test1, train: images are looked for"),
             (["images/1.png", "annotations/trimaps/1.png"], "images has 0 class folders"),
             (["train/a/1.png", "train/b/1.png", "val/z/1.png"], r"/val has classes that .*/train lacks: z; rename"),
-            (["a/1.png", "b/1.png", "c/x.txt", "d/e/x.txt"], r"no picture that can be used in c, d: add some \(\.jpg"),
+            (["a/1.png", "b/1.png", "c/x.txt", "d/e/x.txt"], r"no image that can be used in c, d: add some \(\.jpg"),
         ],
     )
     def test_no_such_layout(self, tmp_path: Path, names: list[str], said: str) -> None:
@@ -229,7 +229,7 @@ def flipped(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
 
 
-DAMAGED, NO_PICTURE = "cut short or damaged", "not a picture"
+DAMAGED, NO_PICTURE = "cut short or damaged", "not an image"
 BAD: dict[str, tuple[bytes, str]] = {
     "empty.jpg": (b"", "empty file"),
     "text.jpg": (b"this is no picture\n" * 9, NO_PICTURE),
@@ -281,7 +281,7 @@ class TestBadImages:
             read(root)
         first, *shown, more, mend = str(error.value).splitlines()
         total = len(FOUND)
-        assert first == f"{total} of {total + 2} pictures in {root} cannot be used:"
+        assert first == f"{total} of {total + 2} images in {root} cannot be used:"
         assert all(FOUND[name] == reason for name, reason in (line.strip().split(": ", 1) for line in shown))
         assert more == f"  ... and {total - 10} more"
         assert mend == "  delete or convert them, or leave them out: data.on_bad_image=skip"

@@ -162,7 +162,7 @@ class TestCommands:
         assert found.text == f"cifar10 is not in {where}; it will be downloaded once and uploaded there"
         for change, said in (
             ("data.download=false", "data prepare cifar10 --root"),
-            ("data.name=folder", "no pictures"),
+            ("data.name=folder", "no images"),
         ):
             with pytest.raises(DataError, match=said):
                 doctor._data(load_config(to_dict(config), change))

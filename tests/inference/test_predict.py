@@ -15,9 +15,9 @@ from PIL import Image
 from runs import run_of, tiny, train
 
 from densenet_dist.errors import DataError, StorageError
-from densenet_dist.inference import pictures
+from densenet_dist.inference import images as inference_images
 from densenet_dist.inference.classifier import load_classifier
-from densenet_dist.inference.pictures import Unreadable, find, prepare
+from densenet_dist.inference.images import Unreadable, find, prepare
 from densenet_dist.train.evaluation import prepare_evaluation
 
 
@@ -99,7 +99,7 @@ def test_kinds_of_pictures(tmp_path, photo):
     pixels = np.array(ink.convert("RGBA"))
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     for given in (ink, palette, pixels, tensor, tmp_path / "ink.png", tmp_path / "palette.png"):
-        assert pictures._decode(given).tolist() == [[[191, 255]]] * 3
+        assert inference_images._decode(given).tolist() == [[[191, 255]]] * 3
     for name in ("a.webp", "a.bmp", "a.tif", "a.ppm"):
         photo.save(tmp_path / name, lossless=True)
         assert torch.equal(prepare(tmp_path / name, 32, 1.0), wanted)
@@ -123,7 +123,7 @@ def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     assert [type(item).__name__ for item in found] == ["Prediction"] + ["Unreadable"] * len(names)
     assert found.pop().reason.startswith("damaged: Corrupt JPEG data: ")
     assert [item.reason for item in found[1:]] == [
-        "cut short or damaged", "not a picture", "not a picture", "an animation of 2 frames", "not a file",
+        "cut short or damaged", "not an image", "not an image", "an animation of 2 frames", "not a file",
         "cannot be read: it is not there, or is a link to nothing",
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: cannot be read: it is not there"):
@@ -179,7 +179,7 @@ def test_predict_command(original, tmp_path, photo, command):
     assert [line["image"] for line in lines] == ["a.png", "b[bold].png"]
     assert sum(guess["probability"] for guess in lines[0]["top"]) <= 1
     assert sorted(lines[0]["top"], key=lambda guess: -guess["probability"]) == lines[0]["top"]
-    assert "c.png: not a picture" in err
+    assert "c.png: not an image" in err
     assert "error: 1 of 3 images could not be used" in err
 
 

@@ -184,7 +184,7 @@ def test_pictures_that_come_later_change_neither_evaluation_nor_training(photos,
     if not with_parts:
         for name in parts["test"]:
             (photos / name).unlink()
-        with pytest.raises(DataError, match="has none of the run's test pictures any more"):
+        with pytest.raises(DataError, match="has none of the run's test images any more"):
             evaluate(run)
     for damaged in (gzip.compress(b"[]"), (run / "split.json.gz").read_bytes()[:-20]):
         (run / "split.json.gz").write_bytes(damaged)

@@ -21,7 +21,7 @@ from densenet_dist.data.image_files import BadImage, decode_any, on_white, pixel
 from densenet_dist.data.image_folder import walk
 from densenet_dist.errors import DataError
 
-Picture: TypeAlias = Any
+ImageLike: TypeAlias = Any
 """A path; (H, W, 3), (H, W, 4) or (H, W) uint8 as an array; (3 or 4, H, W) uint8 as a tensor; or a PIL image."""
 
 
@@ -87,11 +87,11 @@ def _below(folder: str, listed: set[str]) -> Iterator[Path | Unreadable]:
         yield Unreadable(str(Path(folder)), "contains no images")
 
 
-def prepare(picture: Picture, size: int, crop: float) -> Tensor:
+def prepare(image: ImageLike, size: int, crop: float) -> Tensor:
     """Decode an image, crop its central square and resample it.
 
     Args:
-        picture: see `Picture`.
+        image: see `ImageLike`.
         size: side in pixels.
         crop: side of the square as a share of the image's shorter side.
 
@@ -101,48 +101,48 @@ def prepare(picture: Picture, size: int, crop: float) -> Tensor:
     Raises:
         BadImage: it cannot be used.
     """
-    pixels = _decode(picture)
+    pixels = _decode(image)
     height, width = pixels.shape[1:]
     ((left, top, side, _),) = central_windows(np.array([[width, height]]), crop).tolist()
     return torch_ops.resize(pixels[:, top : top + side, left : left + side], size)
 
 
 def prepared(
-    pictures: Iterable[Picture | Unreadable], size: int, crop: float, *, threads: int, ahead: int
+    images: Iterable[ImageLike | Unreadable], size: int, crop: float, *, threads: int, ahead: int
 ) -> Iterator[tuple[str, Tensor | Unreadable]]:
     """Yield each image's name with its pixels or its problem, in order, prepared ahead by threads."""
 
-    def make(numbered: tuple[int, Picture | Unreadable]) -> tuple[str, Tensor | Unreadable]:
-        index, picture = numbered
-        if isinstance(picture, Unreadable):
-            return picture.source, picture
-        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"image {index + 1}"
+    def make(numbered: tuple[int, ImageLike | Unreadable]) -> tuple[str, Tensor | Unreadable]:
+        index, image = numbered
+        if isinstance(image, Unreadable):
+            return image.source, image
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {index + 1}"
         try:
-            return name, prepare(picture, size, crop)
+            return name, prepare(image, size, crop)
         except BadImage as error:
             return name, Unreadable(name, str(error))
 
     with warnings.catch_warnings(action="ignore"):  # of Pillow
-        yield from map_ahead(make, enumerate(pictures), ahead, threads)
+        yield from map_ahead(make, enumerate(images), ahead, threads)
 
 
-def _decode(picture: Picture) -> Tensor:
+def _decode(image: ImageLike) -> Tensor:
     """Decode an image to (3, H, W) uint8, RGB, upright."""
-    if isinstance(picture, str | os.PathLike):
-        return decode_any(Path(picture))
-    if isinstance(picture, Tensor):
-        array = picture
-    elif isinstance(picture, np.ndarray):
-        array = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
+    if isinstance(image, str | os.PathLike):
+        return decode_any(Path(image))
+    if isinstance(image, Tensor):
+        array = image
+    elif isinstance(image, np.ndarray):
+        array = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
         array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
-    elif hasattr(picture, "convert"):
-        return pixels_of(picture)
+    elif hasattr(image, "convert"):
+        return pixels_of(image)
     else:
-        raise DataError(f"a {type(picture).__name__} is not an image: give paths, uint8 arrays (H, W, 3) or PIL images")
+        raise DataError(f"a {type(image).__name__} is not an image: give paths, uint8 arrays (H, W, 3) or PIL images")
     if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] not in (3, 4) or 0 in array.shape:
         raise DataError(
-            f"an image of shape {tuple(picture.shape)} and dtype {picture.dtype}: arrays must be uint8 and (H, W, 3), "
+            f"an image of shape {tuple(image.shape)} and dtype {image.dtype}: arrays must be uint8 and (H, W, 3), "
             "(H, W, 4) or (H, W), tensors uint8 and (3, H, W) or (4, H, W)"
         )
     return on_white(array) if len(array) == 4 else array
