@@ -155,14 +155,18 @@ def predict(
 
 def _show(item: Prediction) -> None:
     """Print an image's name, and below it its most probable classes with their probabilities as numbers and bars."""
+    from rich.console import Console
+    from rich.text import Text
+
     from densenet_dist.data.image_folder import printable
 
+    console = Console(highlight=False, soft_wrap=True)  # unlike typer.echo it keeps the encoding of standard output
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     width = max(len(guess.name) for guess in item.top)
-    typer.secho(printable(item.source), bold=True)
+    console.print(Text(printable(item.source), style="bold"))
     for guess in item.top:
         bar = block * round(guess.probability * _BAR_LENGTH)
-        typer.echo(f"  {guess.name:<{width}}  {guess.probability:7.2%}  {bar}".rstrip())
+        console.print(Text(f"  {guess.name:<{width}}  {guess.probability:7.2%}  {bar}".rstrip()))
 
 
 def export(
