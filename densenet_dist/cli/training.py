@@ -75,7 +75,11 @@ def tune(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="SWEEP", help="Resume this sweep: its folder, or its name in runs/."),
+        typer.Option(
+            "--resume",
+            metavar="SWEEP",
+            help="Resume this sweep: its folder, or its name in runs/. trials=N extends it.",
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -86,6 +90,7 @@ def tune(
     densenet-dist tune sweep_quickstart
     densenet-dist tune configs/sweep_cifar10.yaml trials=32 name=wide
     densenet-dist tune --resume runs/wide
+    densenet-dist tune --resume runs/wide trials=64
     """
     from densenet_dist.cluster.signals import handle
     from densenet_dist.sweep.console import SweepConsole
@@ -99,13 +104,11 @@ def tune(
             from densenet_dist.sweep.definition import load_sweep
 
             sweep = load_sweep(*sources)
-        elif sources:
-            raise ConfigError(f"{sources[0]}: a resumed sweep has its own sweep.yaml; no settings can be given")
         with status("loading PyTorch"):
             from densenet_dist.cluster.sweep import open_sweep
             from densenet_dist.cluster.sweep import tune as run_sweep
         if resume is not None:
-            sweep = open_sweep(resume)
+            sweep = open_sweep(resume, *sources or ())
         try:
             result = run_sweep(sweep, resume=resume is not None, listener=console)
         except KeyboardInterrupt as stop:

@@ -1,4 +1,4 @@
-"""The only door to Ray Tune: a sweep's schedulers, searchers and trials, on a cluster that has room for them."""
+"""Run the trials of a sweep with Ray Tune: its schedulers and searchers, and the resources of a trial."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,12 @@ from densenet_dist.cluster.resources import TrialRoom, plan_trials, shortage
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config
 from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.lease import Lease
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import ClusterConfig
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import Trial
+from densenet_dist.sweep.results import Trial, Usage
 from densenet_dist.sweep.space import Choice, Domain
 from densenet_dist.train.context import Event
 
@@ -35,21 +37,27 @@ TUNE_ENV = {
 }
 
 
-def run_trials(sweep: Sweep, recorded: Sequence[Trial], listener: Callable[[Event], None]) -> str | None:
-    """Run what is left of a sweep.
+def run_trials(
+    sweep: Sweep, recorded: Sequence[Trial], usage: Usage, lease: Lease, listener: Callable[[Event], None]
+) -> str | None:
+    """Run the trials of a sweep that have not ended.
 
     Args:
         sweep: what is searched, its paths absolute.
-        recorded: trials of before, by their names; those that did not end go on.
+        recorded: trials from before, ordered by name. Interrupted ones are resumed; what the others achieved is passed
+            to the scheduler and the searcher.
+        usage: time that the sweep has used so far; updated in place.
+        lease: of the sweep's folder; the sweep stops if it is lost.
         listener: called with ``trial`` and ``note`` events.
 
     Returns:
-        Why the sweep ended before all its trials had, where a budget did it.
+        Which budget ended the sweep; None if all trials ended.
 
     Raises:
-        EnvironmentProblem: where the cluster has not what a trial needs.
-        DenseNetDistError: what made a trial fail, where all others would fail as well.
-        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all is given back.
+        EnvironmentProblem: the cluster lacks the resources of a trial.
+        StorageError: another job has taken the folder over.
+        DenseNetDistError: a trial's error that all others would run into as well.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released.
     """
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
@@ -63,7 +71,7 @@ def run_trials(sweep: Sweep, recorded: Sequence[Trial], listener: Callable[[Even
         elif isinstance(wanted := sweep.settings.concurrent, int) and room.concurrent < min(wanted, sweep.trials):
             text = f"{room.concurrent} trials run at a time, not {wanted}: the cluster has room for no more"
             listener({"kind": "note", "text": text})
-        return _run(sweep, recorded, room, listener)
+        return _run(sweep, recorded, usage, room, lease, listener)
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -75,7 +83,7 @@ def _nodes() -> list[dict[str, float]]:
 def _wait_for_room(
     sweep: Sweep, cluster: ClusterConfig, room: TrialRoom, listener: Callable[[Event], None]
 ) -> TrialRoom:
-    """Request the room of one trial, so that a cluster that can grow does, and wait for it."""
+    """Request the resources of one trial, so that an autoscaler adds nodes, and wait for them."""
     import ray
 
     listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {room.missing}"})
@@ -91,132 +99,145 @@ def _wait_for_room(
         ray.util.remove_placement_group(wanted)
 
 
-def _run(sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, listener: Callable[[Event], None]) -> str | None:
+def _run(
+    sweep: Sweep,
+    recorded: Sequence[Trial],
+    usage: Usage,
+    room: TrialRoom,
+    lease: Lease,
+    listener: Callable[[Event], None],
+) -> str | None:
     import ray
     from ray import tune
 
     from densenet_dist.cluster.trial import TrialPlan, TrialRunner
-    from densenet_dist.cluster.tune_events import Ending, Names, SweepState, Watcher
+    from densenet_dist.cluster.tune_events import SweepState, SweepStopper, TrialEvents, TrialNames
 
     settings = sweep.settings
     state = ray.remote(num_cpus=0, max_restarts=-1)(SweepState).remote()
-    plan = TrialPlan(sweep, room.settings, room.threads, settings.scheduler.name != "pbt", state)
-    watcher, names = Watcher(settings.metric, listener, state), Names(recorded)
-    ending = Ending(settings, room.gpus_per_trial, watcher, state)
-    points = _points(sweep, recorded)
+    events = TrialEvents(listener, state)
+    stopper = SweepStopper(settings, usage, room.gpus_per_trial, events, state)
+    points = points_to_try(sweep, recorded)
+    ended = [trial for trial in recorded if trial.status != "interrupted"]
+    resumed = len(recorded) - len(ended)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(TrialRunner, plan=plan), room.per_trial),
+        tune.with_resources(
+            tune.with_parameters(TrialRunner, plan=TrialPlan(sweep, room.settings, room.threads, state)), room.per_trial
+        ),
         param_space={} if settings.search.name == "optuna" else _first_values(points),
         tune_config=tune.TuneConfig(
-            metric=settings.metric,
-            mode="max" if settings.maximise else "min",
-            scheduler=_scheduler(sweep),
-            search_alg=_searcher(sweep, points, room.concurrent),
-            num_samples=max(sweep.trials, len(recorded)),
+            scheduler=make_scheduler(sweep, ended),
+            search_alg=make_searcher(sweep, ended, points, room.concurrent),
+            num_samples=resumed + max(0, sweep.trials - len(recorded)),
             max_concurrent_trials=room.concurrent if settings.search.name == "optuna" else None,
             reuse_actors=True,
-            trial_name_creator=names,
+            trial_name_creator=TrialNames(recorded),
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=join_location(sweep.folder, "ray"),
-            stop=ending,
+            stop=stopper,
             verbose=0,
-            callbacks=[watcher],
+            callbacks=[events],
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            # Tune's default would copy every trial's last checkpoint, and fail on one that had none.
+            # Tune's default copies the last checkpoint of every trial, and fails if there is none.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     for name in ("ray.tune", "ray.train", "ray._private"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is in the events
-    with handled_by(ending.hear):
+    lease.when_lost(stopper.stop)
+    with handled_by(stopper.on_signal):
         try:
             tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise EnvironmentProblem(
-                f"the cluster failed the sweep: {explain(error, 'the sweep')}\n"
-                f"  go on with it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
+                f"the cluster failed during the sweep: {explain(error, 'the sweep')}\n"
+                f"  resume it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
             ) from error
         finally:
-            ray.kill(state)  # what Tune has kept of the plan holds on to it
-    if watcher.fatal is not None:
-        raise watcher.fatal
-    if ending.spent is None and (ending.signals or watcher.interrupted):
-        raise KeyboardInterrupt(*ending.signals[:1])
-    return ending.spent
+            ray.kill(state)  # Tune keeps a reference to it
+    lease.check()
+    if events.fatal is not None:
+        raise events.fatal
+    if stopper.spent is None and (stopper.signals or events.interrupted):
+        raise KeyboardInterrupt(*stopper.signals[:1])
+    return stopper.spent
 
 
-def _points(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:
-    """What is tried, as far as that is known beforehand: first what was tried before, in its order."""
+def points_to_try(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return the settings of the trials to run, as far as they are known beforehand: first those of resumed trials."""
     settings = sweep.settings
-    before = [trial.overrides for trial in recorded if trial.overrides]
+    resumed = [trial.overrides for trial in recorded if trial.status == "interrupted"]
     if settings.search.name == "optuna":
-        return before
+        return resumed
     if settings.search.name == "grid":
         drawn = list(spaces.grid(sweep.space))
     else:
         drawn = spaces.samples(sweep.space, random.Random(settings.search.seed), sweep.trials)
-    if settings.scheduler.name == "pbt":  # settings have changed on the way
-        return before + drawn[len(before) :]
-    for point in before:
-        if point in drawn:
-            drawn.remove(point)
-    return before + drawn[: max(0, sweep.trials - len(before))]
+    if settings.scheduler.name == "pbt":  # recorded settings differ from those drawn: they changed during training
+        return resumed + drawn[len(recorded) :]
+    for trial in recorded:
+        if trial.overrides in drawn:
+            drawn.remove(trial.overrides)
+    return resumed + drawn[: max(0, sweep.trials - len(recorded))]
 
 
 def _first_values(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # Every trial's values come from the points; Tune wants to see the keys.
+    # The values of all trials come from the points, but Tune requires a space with their keys.
     from ray import tune
 
     keys = {key for point in points for key in point}
     return {key: tune.choice([spaces.encode_value(point[key]) for point in points]) for key in sorted(keys)}
 
 
-def _searcher(sweep: Sweep, points: Sequence[Mapping[str, Any]], concurrent: int) -> Any:
+def make_searcher(sweep: Sweep, ended: Sequence[Trial], points: Sequence[Mapping[str, Any]], concurrent: int) -> Any:
+    """Return Tune's search algorithm.
+
+    Args:
+        sweep: what is searched.
+        ended: trials that Optuna learns from.
+        points: settings to try first.
+        concurrent: most trials at a time.
+    """
     encoded = [spaces.encode(point) for point in points]
     search = sweep.settings.search
     if search.name != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        # A population is alive together; where it has no room, Tune lets its trials take turns.
-        together = sweep.settings.scheduler.name == "pbt"
-        return BasicVariantGenerator(points_to_evaluate=encoded, max_concurrent=0 if together else concurrent)
+        # All of a population must be alive; where there is no room for it, Tune lets its trials take turns.
+        is_population = sweep.settings.scheduler.name == "pbt"
+        return BasicVariantGenerator(points_to_evaluate=encoded, max_concurrent=0 if is_population else concurrent)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=search.seed)
-    return OptunaSearch(
+    # Another seed than before, or the random trials of a resumed sweep would repeat the first ones.
+    seed = search.seed + len(ended)
+    searcher = OptunaSearch(
         space={key: domain.distribution() for key, domain in sweep.space.items()},
         metric=sweep.settings.metric,
         mode="max" if sweep.settings.maximise else "min",
         points_to_evaluate=encoded or None,
-        sampler=sampler,
+        sampler=optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed),
     )
+    for trial in ended:
+        if trial.history and spaces.contains(sweep.space, trial.overrides):
+            searcher.add_evaluated_point(spaces.encode(trial.overrides), trial.history[max(trial.history)])
+    return searcher
 
 
-def _scheduler(sweep: Sweep) -> Any:
+def make_scheduler(sweep: Sweep, ended: Sequence[Trial]) -> Any:
+    """Return Tune's scheduler; ASHA and median stopping compare new trials with those that ended before, too."""
     from ray.tune import schedulers
 
-    wanted, searched = sweep.settings.scheduler, sweep.space.get("train.epochs")
-    epochs = int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
-    if wanted.name == "asha":
-        # The last epoch is never a rung: there is nothing left to save.
-        return schedulers.AsyncHyperBandScheduler(
-            time_attr="epoch",
-            max_t=max(epochs, wanted.grace_epochs + 1),
-            grace_period=wanted.grace_epochs,
-            reduction_factor=wanted.reduction_factor,
-        )
-    if wanted.name == "median":
-        return schedulers.MedianStoppingRule(
-            time_attr="epoch", grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials
-        )
+    settings, searched = sweep.settings, sweep.space.get("train.epochs")
+    wanted = settings.scheduler
+    measured = {"time_attr": "epoch", "metric": settings.metric, "mode": "max" if settings.maximise else "min"}
     if wanted.name == "pbt":
         return schedulers.PopulationBasedTraining(
-            time_attr="epoch",
+            **measured,
             perturbation_interval=wanted.perturb_epochs,
             hyperparam_mutations=_mutations(sweep),
             quantile_fraction=wanted.quantile,
@@ -224,7 +245,34 @@ def _scheduler(sweep: Sweep) -> Any:
             custom_explore_fn=partial(_into_space, sweep.space),
             log_config=False,
         )
-    return schedulers.FIFOScheduler()
+    scheduler = schedulers.FIFOScheduler()
+    if wanted.name == "asha":
+        epochs = int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
+        # The last epoch must not be a rung: stopping there would save nothing but the test.
+        scheduler = schedulers.AsyncHyperBandScheduler(
+            **measured,
+            max_t=max(epochs, wanted.grace_epochs + 1),
+            grace_period=wanted.grace_epochs,
+            reduction_factor=wanted.reduction_factor,
+        )
+    elif wanted.name == "median":
+        scheduler = schedulers.MedianStoppingRule(
+            **measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials
+        )
+    for trial in ended:
+        past = _PastTrial(trial.name)
+        for epoch, value in trial.history.items():
+            # As the last result of a trial, a value is recorded without a decision on whether to stop.
+            scheduler.on_trial_add(None, past)
+            scheduler.on_trial_complete(None, past, {"epoch": epoch, settings.metric: value})
+    return scheduler
+
+
+@dataclass(frozen=True)
+class _PastTrial:
+    """What schedulers need to know of a trial."""
+
+    trial_id: str
 
 
 def _mutations(sweep: Sweep) -> dict[str, Any]:
@@ -238,7 +286,7 @@ def _mutations(sweep: Sweep) -> dict[str, Any]:
 
 
 def _into_space(space: Mapping[str, Domain], config: dict[str, Any]) -> dict[str, Any]:
-    # A factor of 0.8 or 1.2 knows no limits.
+    # Tune multiplies by 0.8 or 1.2, which may leave the domain.
     return {
         key: value if isinstance(space[key], Choice) else space[key].clip(value)  # type: ignore[union-attr]
         for key, value in config.items()

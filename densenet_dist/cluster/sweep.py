@@ -1,18 +1,21 @@
-"""From a sweep file to its results: `tune` prepares the folder, runs the trials, and keeps the record of them."""
+"""Run a sweep: `tune` prepares its folder, runs the trials and records their results."""
 
 from __future__ import annotations
 
+import bisect
 import shlex
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from densenet_dist.cluster.connection import require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
-from densenet_dist.errors import DamagedRecord, StorageError
-from densenet_dist.lease import hold
+from densenet_dist.errors import ConfigError, DamagedRecord, StorageError
+from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import RunFolder, open_run
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
 from densenet_dist.sweep.page import write_page
@@ -21,12 +24,14 @@ from densenet_dist.sweep.results import (
     TRIAL_PREFIX,
     SweepResult,
     Trial,
+    Usage,
     add_epoch,
     best_trial,
+    format_results,
     read_figures,
+    read_usage,
     trials_on_record,
     write_note,
-    write_results,
 )
 from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.context import Event
@@ -35,20 +40,20 @@ _WRITE_EVERY_S = 5.0
 
 
 def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> SweepResult:
-    """Run a sweep's trials, or what is left of them.
+    """Run the trials of a sweep.
 
     Args:
         sweep: from `densenet_dist.load_sweep`.
-        resume: go on with the sweep of that name instead of refusing to touch it. Trials that ended are not run again,
-            others go on from their last checkpoints.
+        resume: resume the sweep of that name, if there is one, instead of raising an error. Trials that ended are not
+            run again, interrupted ones continue from their last checkpoints. A larger `trials` extends the sweep.
         listener: called with every event; by default they are shown on the console.
 
     Returns:
-        The trials, and the best of them. The sweep's folder then has sweep.json, sweep.csv, sweep.html and best.yaml.
+        The trials and the best of them. The sweep's folder then has sweep.json, sweep.csv, sweep.html and best.yaml.
 
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError: before any work is lost.
-        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all is given back; the record is whole.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released and the results are written.
     """
     if listener is None:
         from densenet_dist.sweep.console import SweepConsole
@@ -63,133 +68,169 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
     if not resume:
         _refuse_used_name(folder)
     folder.create()
-    with hold(folder, listener):
-        return _tune(sweep, folder, resume, listener)
+    with hold(folder, listener) as lease:
+        return _tune(sweep, folder, lease, listener)
 
 
-def _tune(sweep: Sweep, folder: RunFolder, resume: bool, listener: Callable[[Event], None]) -> SweepResult:
-    from densenet_dist.cluster.ray_tune import run_trials
-
-    prepare_data(sweep.config("data", {}))
-    if not resume:
-        folder.write(SWEEP_FILE, sweep.to_yaml())
-    recorded = trials_on_record(folder, sweep) if resume else []
-    record = Record(folder, sweep, recorded, listener)
+def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Event], None]) -> SweepResult:
+    recorded = trials_on_record(folder, sweep)
+    usage = read_usage(folder) if recorded else Usage()
+    remaining = len(recorded) < sweep.trials or any(trial.status == "interrupted" for trial in recorded)
+    ended_by = usage.spent(sweep.settings) if remaining else None
+    runs_trials = remaining and ended_by is None
+    if runs_trials:
+        prepare_data(sweep.config("data", {}))
+    folder.write(SWEEP_FILE, sweep.to_yaml())
     listener({"kind": "sweep", "sweep": sweep, "trials": recorded, "folder": folder.uri})
-    try:
-        ended_by = run_trials(sweep, recorded, record)
-    except BaseException:
-        record.close("interrupted")  # no page: a job that is stopped has seconds
-        folder.remove("ray")
-        raise
-    record.close("stopped" if ended_by else "interrupted")
-    folder.remove("ray")
-    write_page(folder, sweep, record.trials)
+    with SweepRecord(folder, sweep, recorded, usage, listener) as record:
+        if runs_trials:
+            from densenet_dist.cluster.ray_tune import run_trials
+
+            try:
+                ended_by = run_trials(sweep, recorded, usage, lease, record)
+            finally:
+                if lease.lost is None:
+                    folder.remove("ray")
+        record.end_running("stopped" if ended_by else "interrupted")
+    write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
     return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
 
 
 def _refuse_used_name(folder: RunFolder) -> None:
-    # What failed before its first trial (no data, no GPU) has left nothing worth keeping, and may be started again.
+    # A sweep that failed before its first trial (no data, no GPU) may be started again under its name.
     if folder.exists() or any(name.startswith(TRIAL_PREFIX) for name in folder.names("")):
         raise StorageError(
             f"the sweep {folder.uri} exists already\n"
-            f"  go on with it: densenet-dist tune --resume {shlex.quote(folder.location)}\n"
+            f"  resume it: densenet-dist tune --resume {shlex.quote(folder.location)}\n"
             "  or choose another name: name=NEW"
         )
 
 
-def open_sweep(folder: str | Path) -> Sweep:
-    """The sweep of a folder: its path or URI, or its name under ``runs/``.
-
-    Raises:
-        StorageError: where there is no sweep.
-    """
-    found = open_run(folder, SWEEP_FILE, "sweep")
-    return with_storage(load_sweep(found.fetch(SWEEP_FILE)), found.storage, found.name)
-
-
-class Record:
-    """Keeps the record of a sweep as its trials tell of themselves, and passes their events on.
+def open_sweep(folder: str | Path, *settings: str) -> Sweep:
+    """Read the sweep of a folder.
 
     Args:
-        folder: the sweep's.
+        folder: its path or URI, or its name under ``runs/``.
+        settings: ``trials=N`` to extend it, ``max_hours=H`` or ``max_gpu_hours=H`` to change a budget.
+
+    Raises:
+        StorageError: there is no sweep.
+        ConfigError: a setting is wrong, or cannot be changed.
+    """
+    for text in settings:
+        if text.partition("=")[0] not in ("trials", "max_hours", "max_gpu_hours"):
+            raise ConfigError(
+                f"{text}: a resumed sweep has its own sweep.yaml; only trials, max_hours and max_gpu_hours can change"
+            )
+    found = open_run(folder, SWEEP_FILE, "sweep")
+    file = found.fetch(SWEEP_FILE)
+    sweep = load_sweep(file, *settings)
+    if settings and sweep.trials < (before := load_sweep(file).trials):
+        raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")
+    return with_storage(sweep, found.storage, found.name)
+
+
+class SweepRecord:
+    """Record a sweep's trials from their events, pass the events on, and write the results every few seconds.
+
+    Writing happens in a thread, so that Tune's loop does not wait for storage. On exit, trials that are still running
+    become interrupted and everything is written.
+
+    Args:
+        folder: the sweep's folder.
         sweep: what is searched.
-        trials: of before.
-        listener: hears ``trial`` events with the `Trial` itself as ``trial``, and the best so far as ``best``.
+        trials: from before.
+        usage: time used so far.
+        listener: called with ``trial`` events that have the `Trial` itself as ``trial``, the best one so far as
+            ``best`` and all as ``all``.
     """
 
     def __init__(
-        self, folder: RunFolder, sweep: Sweep, trials: Sequence[Trial], listener: Callable[[Event], None]
+        self,
+        folder: RunFolder,
+        sweep: Sweep,
+        trials: Sequence[Trial],
+        usage: Usage,
+        listener: Callable[[Event], None],
     ) -> None:
-        self._folder, self._sweep, self._listener = folder, sweep, listener
+        self._folder, self._sweep, self._usage, self._listener = folder, sweep, usage, listener
+        self.trials = list(trials)
         self._by_name = {trial.name: trial for trial in trials}
-        self._ended = {trial.name for trial in trials if trial.status in ("finished", "stopped", "failed")}
-        self._written = 0.0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._write_regularly, name="sweep record", daemon=True)
 
-    @property
-    def trials(self) -> list[Trial]:
-        """All trials, by name."""
-        return [self._by_name[name] for name in sorted(self._by_name)]
+    def __enter__(self) -> SweepRecord:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        self.end_running("interrupted")
+        self._write()
 
     def __call__(self, event: Event) -> None:
-        """Hear of something."""
+        """Handle an event."""
         if event["kind"] != "trial":
             self._listener(event)
             return
-        if event["name"] in self._ended:
-            return  # told again for the scheduler's sake
-        trial = self._by_name.setdefault(event["name"], Trial(event["name"], event["overrides"]))
-        self._update(trial, event["state"], event)
-        settings = self._sweep.settings
-        self._listener(
-            {
-                "kind": "trial",
-                "state": event["state"],
-                "trial": trial,
-                "best": best_trial(self.trials, settings.maximise),
-                "all": self.trials,
-            }
-        )
-        self._write(at_once=event["state"] not in ("running", "epoch"))
+        with self._lock:
+            trial = self._by_name.get(event["name"])
+            if trial is None:
+                trial = self._by_name[event["name"]] = Trial(event["name"], event["overrides"])
+                bisect.insort(self.trials, trial, key=attrgetter("name"))
+            self._update(trial, event["state"], event)
+        best = best_trial(self.trials, self._sweep.settings.maximise)
+        self._listener({"kind": "trial", "state": event["state"], "trial": trial, "best": best, "all": self.trials})
 
-    def _update(self, trial: Trial, state: str, event: Event) -> None:
+    def _update(self, trial: Trial, state: Any, event: Event) -> None:
         figures: Mapping[str, Any] = event["figures"]
+        settings = self._sweep.settings
         trial.overrides, trial.cause = event["overrides"], event["cause"]
         trial.parameters = figures.get("parameters", trial.parameters)
+        if figures.get("epoch", 0) > trial.epochs:
+            add_epoch(trial, figures, settings.metric, settings.maximise)
         if state == "running":
             trial.status = "running"
-        elif state == "epoch":
-            if figures["epoch"] not in trial.history:
-                add_epoch(trial, figures, self._sweep.settings.metric, self._sweep.settings.maximise)
-        else:
+        elif state != "epoch":
+            trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
             self._end(trial, state)
 
     def _end(self, trial: Trial, status: Any) -> None:
         run = RunFolder(self._sweep.folder, trial.name)
-        if run.exists():
+        trial.status = status
+        if not run.exists():
+            return
+        if self._sweep.settings.scheduler.name == "pbt":  # a copied checkpoint may have rewound the epochs
             try:
                 read_figures(trial, self._sweep)
             except DamagedRecord as error:
-                status, trial.cause = "failed", str(error)
-            write_note(run, overrides=trial.overrides, parameters=trial.parameters)
-            if status in ("stopped", "failed"):
-                write_note(run, status=status, cause=trial.cause)
-        trial.status = status
-        self._ended.add(trial.name)
+                trial.status, trial.cause = "failed", str(error)
+        ended = {"status": trial.status, "cause": trial.cause} if trial.status in ("stopped", "failed") else {}
+        write_note(run, overrides=trial.overrides, parameters=trial.parameters, **ended)
 
-    def close(self, status: Any) -> None:
-        """Give those that are still running their status, and write everything."""
-        for trial in self.trials:
-            if trial.status == "running":
-                trial.status = status
-                if status == "stopped":
+    def end_running(self, status: Any) -> None:
+        """Set the status of trials that are still running."""
+        with self._lock:
+            for trial in self.trials:
+                if trial.status == "running" and status == "stopped":
                     self._end(trial, status)
-        self._write(at_once=True)
+                elif trial.status == "running":
+                    trial.status = status
 
-    def _write(self, *, at_once: bool) -> None:
-        if at_once or time.monotonic() - self._written > _WRITE_EVERY_S:
-            self._written = time.monotonic()
-            write_results(self._folder, self._sweep, self.trials)
+    def _write_regularly(self) -> None:
+        while not self._closed.wait(_WRITE_EVERY_S):
+            with suppress(StorageError):  # a passing fault, or writing at the end will report it
+                self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            files = format_results(self._sweep, self.trials, self._usage)
+        self._folder.guard()
+        for name, text in files.items():
+            self._folder.write(name, text)
 
 
 def _absolute(sweep: Sweep) -> Sweep:

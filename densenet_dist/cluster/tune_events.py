@@ -1,4 +1,4 @@
-"""What Ray Tune tells of a sweep, in our words; imports Ray, so it is imported only by what runs trials."""
+"""Connect Ray Tune's callbacks to a sweep: trial events, trial names, and when to stop. Imports Ray."""
 
 from __future__ import annotations
 
@@ -15,73 +15,72 @@ from ray import tune
 from densenet_dist import errors
 from densenet_dist.cluster.failures import explain
 from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME
-from densenet_dist.sweep.results import TRIAL_PREFIX, Trial
+from densenet_dist.sweep.results import TRIAL_PREFIX, Trial, Usage
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.context import Event
 
 
-class Names:
-    """Names trials: those of before by their settings, new ones by number."""
+class TrialNames:
+    """Name Tune's trials: resumed ones by their settings, new ones by the next number."""
 
     def __init__(self, recorded: Sequence[Trial]) -> None:
-        self._known = [(trial.overrides, trial.name) for trial in recorded if trial.overrides]
+        self._resumed = [(trial.overrides, trial.name) for trial in recorded if trial.status == "interrupted"]
         numbers = [int(trial.name.removeprefix(TRIAL_PREFIX)) for trial in recorded]
         self._next = max(numbers, default=-1) + 1
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Names:
-        return self  # Tune copies what it is given for every trial; numbers must not begin anew
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrialNames:
+        return self  # Tune copies its arguments for every trial; the copies must share one counter
 
     def __call__(self, trial: Any) -> str:
-        """The name of a Tune trial that was just made."""
+        """Return the name of a new Tune trial."""
         overrides = decode(trial.config)
-        for known in self._known:
-            if known[0] == overrides:
-                self._known.remove(known)
-                return known[1]
+        for resumed in self._resumed:
+            if resumed[0] == overrides:
+                self._resumed.remove(resumed)
+                return resumed[1]
         self._next += 1
         return f"{TRIAL_PREFIX}{self._next - 1:03d}"
 
 
 class SweepState:
-    """An actor that outlives trials: what room their workers have, for when a trial is lost; whether all is over."""
+    """An actor that outlives trials: the placement groups of their workers, and whether the sweep is stopping."""
 
     def __init__(self) -> None:
-        self._of: dict[str, list[Any]] = {}
-        self._ending = False
+        self._placement_groups: dict[str, list[Any]] = {}
+        self._stopping = False
 
     def add(self, trial: str, placement_group: Any) -> None:
-        """A trial's workers were placed."""
-        self._of.setdefault(trial, []).append(placement_group)
+        """Record the placement group of a trial's workers."""
+        self._placement_groups.setdefault(trial, []).append(placement_group)
 
     def take(self, trial: str) -> list[Any]:
-        """All that a trial ever had."""
-        return self._of.pop(trial, [])
+        """Return and forget all placement groups of a trial."""
+        return self._placement_groups.pop(trial, [])
 
-    def end(self) -> None:
-        """The sweep ends."""
-        self._ending = True
+    def stop(self) -> None:
+        """Tell the trials that the sweep is stopping."""
+        self._stopping = True
 
-    def ending(self) -> bool:
-        """Whether it does: asked by trials in the middle of an epoch, whom Tune would only kill, and later."""
-        return self._ending
+    def stopping(self) -> bool:
+        """Return whether the sweep is stopping: trials ask during an epoch, when Tune could only kill them later."""
+        return self._stopping
 
 
-class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
-    """Turns Tune's callbacks into ``trial`` events: ``name``, ``overrides``, ``state``, ``figures``, ``cause``.
+class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
+    """Turn Tune's callbacks into ``trial`` events: ``name``, ``overrides``, ``state``, ``figures``, ``cause``.
 
     Attributes:
-        fatal: what made a trial fail, where all others would fail as well.
-        interrupted: whether trials were running when Tune ended.
+        fatal: the error of a trial that all other trials would run into as well.
     """
 
-    def __init__(self, metric: str, listener: Callable[[Event], None], state: Any) -> None:
-        self._metric, self._listener, self._state = metric, listener, state
+    def __init__(self, listener: Callable[[Event], None], state: Any) -> None:
+        self._listener, self._state = listener, state
         self.fatal: errors.DenseNetDistError | None = None
         self._running: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return tune.Callback, ()  # Tune writes its callbacks down; a listener cannot be, and need not
+        return tune.Callback, ()  # Tune pickles its callbacks, but the listener cannot be pickled
 
     @property
     def interrupted(self) -> bool:
@@ -89,111 +88,110 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray's classes are untyped
         return bool(self._running)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins, or goes on after a pause or a crash."""
+        """Handle a trial that starts, or resumes after a pause or a crash."""
         self._running.add(str(trial))
-        self._tell(trial, "running", {})
+        self._emit(trial, "running", {})
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """An epoch is done."""
+        """Handle the end of an epoch."""
         if "epoch" in result:
-            self._tell(trial, "epoch", result)
+            self._emit(trial, "epoch", result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended: on its own, or by the scheduler."""
+        """Handle a trial that ended by itself or was stopped by the scheduler."""
         self._running.discard(str(trial))
         result = trial.last_result or {}
         cause, fatal = result.get(CAUSE), result.get(FATAL)
-        # One that lacked only room on a disk can go on when there is some.
-        self._tell(trial, "interrupted" if fatal else result.get(OUTCOME, "stopped"), result, cause)
+        # After a fatal error, such as a full disk, the trial can be resumed once its cause is removed.
+        self._emit(trial, "interrupted" if fatal else result.get(OUTCOME, "stopped"), result, cause)
         if fatal and self.fatal is None:
             self.fatal = getattr(errors, fatal)(cause)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial crashed more often than it may."""
+        """Handle a trial that crashed more than ``max_failures`` times."""
         self._running.discard(str(trial))
-        self._give_back(trial)
-        self._tell(trial, "failed", trial.last_result or {}, explain(_last_failure(trial), "the trial"))
+        self._remove_placement_groups(trial)
+        self._emit(trial, "failed", trial.last_result or {}, explain(_last_failure(trial), "the trial"))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial crashed, and is started again."""
-        self._give_back(trial)
-        self._listener(
-            {
-                "kind": "note",
-                "text": f"{trial} crashed and is started again: {explain(_last_failure(trial), 'the trial')}",
-                "warning": True,
-            }
-        )
+        """Handle a trial that crashed and is started again."""
+        self._remove_placement_groups(trial)
+        text = f"{trial} crashed and is started again: {explain(_last_failure(trial), 'the trial')}"
+        self._listener({"kind": "note", "text": text, "warning": True})
 
-    def _give_back(self, trial: Any) -> None:
-        with suppress(ray.exceptions.RayError):  # the cluster is lost, and all of it with it
+    def _remove_placement_groups(self, trial: Any) -> None:
+        with suppress(ray.exceptions.RayError):  # if the cluster is lost, they are too
             for placement_group in ray.get(self._state.take.remote(str(trial)), timeout=10):
                 ray.util.remove_placement_group(placement_group)
 
-    def _tell(self, trial: Any, state: str, result: dict[str, Any], cause: str | None = None) -> None:
+    def _emit(self, trial: Any, state: str, result: dict[str, Any], cause: str | None = None) -> None:
         event = {"kind": "trial", "name": str(trial), "overrides": decode(trial.config), "state": state}
         self._listener(event | {"figures": result, "cause": cause})
 
 
-class Ending(tune.Stopper):  # type: ignore[misc]
-    """Ends a sweep before all its trials have: by its budget, a signal, or an error that all trials would run into.
+class SweepStopper(tune.Stopper):  # type: ignore[misc]
+    """Stop a sweep before all trials have ended: on a spent budget, a signal, a fatal error or a lost lease.
 
-    What was running is not told of as stopped, so that it can go on later.
+    Running trials are reported as interrupted rather than stopped, so that they can be resumed.
 
     Args:
-        settings: the sweep's, with its budgets: hours by the clock, from now on, and GPU hours of all trials together.
-        gpus_per_trial: of each.
-        watcher: hears of errors.
-        state: the `SweepState`, for trials in the middle of an epoch.
+        settings: the sweep's, with its budgets.
+        usage: time used by the sweep so far; updated in place.
+        gpus_per_trial: for the budget of GPU hours.
+        events: the source of fatal errors.
+        state: the `SweepState`, through which trials learn of it during an epoch.
 
     Attributes:
-        signals: those that came.
-        spent: which budget is spent, in words; None while there is some left.
+        signals: numbers of the signals received.
+        spent: a message about the budget that is spent; None while there is some left.
     """
 
-    def __init__(self, settings: SweepConfig, gpus_per_trial: float, watcher: Watcher, state: Any) -> None:
-        self._settings, self._gpus, self._watcher, self._state = settings, gpus_per_trial, watcher, state
-        self._started = time.monotonic()
-        self._seconds: dict[str, float] = {}
-        self._said = False
+    def __init__(
+        self, settings: SweepConfig, usage: Usage, gpus_per_trial: float, events: TrialEvents, state: Any
+    ) -> None:
+        self._settings, self._usage, self._gpus, self._events = settings, usage, gpus_per_trial, events
+        self._state = state
+        self._counted_until = time.monotonic()
+        self._stopping = False
         self.signals: list[int] = []
         self.spent: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return tune.stopper.NoopStopper, ()  # Tune writes it down for a later sweep, which has its own
+        return tune.stopper.NoopStopper, ()  # Tune pickles it for restoring an experiment, which is never done
 
-    def hear(self, number: int, frame: object) -> None:
-        """A signal: the first one ends the sweep in order, the next one at once."""
+    def on_signal(self, number: int, frame: object) -> None:
+        """Handle a signal: the first one stops the sweep in order, the second one at once."""
         self.signals.append(number)
         if len(self.signals) > 1:
             raise KeyboardInterrupt(number)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Count a trial's time; it is never stopped alone."""
-        self._seconds[trial_id] = result.get("time_total_s", 0.0)
+        """Count a trial's time; never stops a single trial."""
+        self._usage.gpu_hours += result.get("time_this_iter_s", 0.0) * self._gpus / 3600
         return False
 
     def stop_all(self) -> bool:
-        """Whether the sweep ends now."""
-        if self._said:
-            return True
-        if not (self.signals or self._watcher.fatal):
-            hours, gpu_hours = self._settings.max_hours, self._settings.max_gpu_hours
-            if hours is not None and time.monotonic() - self._started > hours * 3600:
-                self.spent = f"max_hours: {hours:g} hours are over"
-            if gpu_hours is not None and sum(self._seconds.values()) * self._gpus > gpu_hours * 3600:
-                self.spent = f"max_gpu_hours: {gpu_hours:g} GPU hours are used"
-            if self.spent is None:
-                return False
-        self._said = True
-        self._state.end.remote()
-        return True
+        """Return whether the sweep stops now."""
+        now = time.monotonic()
+        self._usage.hours += (now - self._counted_until) / 3600
+        self._counted_until = now
+        if not self._stopping:
+            if not (self.signals or self._events.fatal):
+                self.spent = self._usage.spent(self._settings)
+            if self.signals or self._events.fatal or self.spent:
+                self.stop()
+        return self._stopping
+
+    def stop(self) -> None:
+        """Stop the sweep; running trials end during their epoch."""
+        self._stopping = True
+        self._state.stop.remote()
 
 
 def _last_failure(trial: Any) -> Any:
-    # Tune copies this file to the trial's storage, where `get_error` looks, only later.
+    # Tune copies this file later to the trial's storage, where `get_error` looks for it.
     path = trial.error_file
     if path is None or not os.path.exists(path):
         return trial.get_error()

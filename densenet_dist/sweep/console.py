@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.status import Status
 from rich.table import Table
@@ -14,7 +14,9 @@ from densenet_dist.display.console import LastingConsole, print_closing
 from densenet_dist.display.progress import counted, wrapped
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import SweepResult, Trial, ranked
-from densenet_dist.train.context import Event
+
+if TYPE_CHECKING:  # it imports torch
+    from densenet_dist.train.context import Event
 
 
 class SweepConsole:

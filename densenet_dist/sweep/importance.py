@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import Trial
-from densenet_dist.sweep.space import encode
+from densenet_dist.sweep.space import contains, encode
 
 FEWEST_TRIALS: Final = 4
 
@@ -36,7 +36,11 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> Importance:
     """
     if sweep.settings.scheduler.name == "pbt":
         return Importance({}, 0, "Population based training changes a trial's settings on the way.")
-    rows = [(row, trial.metric) for trial in trials if (row := _row(sweep, trial)) and trial.metric is not None]
+    rows = [
+        (encode({key: trial.overrides[key] for key in sweep.space}), trial.metric)
+        for trial in trials
+        if contains(sweep.space, trial.overrides) and trial.metric is not None
+    ]
     if len(rows) < FEWEST_TRIALS:
         return Importance({}, len(rows), f"It needs {FEWEST_TRIALS} trials with a figure, and there are {len(rows)}.")
     if len({metric for _, metric in rows}) == 1:
@@ -64,9 +68,3 @@ def _shares(sweep: Sweep, rows: Sequence[tuple[dict[str, Any], float]]) -> dict[
         )
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=best)
         return optuna.importance.get_param_importances(study, evaluator=evaluator)
-
-
-def _row(sweep: Sweep, trial: Trial) -> dict[str, Any] | None:
-    """A trial's values as Optuna takes them; None where one is not of the space."""
-    row = encode({key: trial.overrides.get(key) for key in sweep.space})
-    return row if all(domain.has(trial.overrides.get(key)) for key, domain in sweep.space.items()) else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from densenet_dist.display.json_lines import JsonLines, by_key
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import SweepResult, Trial, ranked
-from densenet_dist.train.context import Event
+
+if TYPE_CHECKING:  # it imports torch
+    from densenet_dist.train.context import Event
 
 
 class SweepJsonLines(JsonLines):

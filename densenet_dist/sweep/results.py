@@ -1,4 +1,4 @@
-"""What a sweep has found: one record a trial, read from the trials' own run folders, and the files made of them."""
+"""The results of a sweep: one record per trial, read from the run folders, and the files written from them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, DamagedRecord
 from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.yaml_settings import flatten, read_yaml
 from densenet_dist.yaml_settings import to_yaml as dump_yaml
 
@@ -27,7 +29,7 @@ PAGE_FILE: Final = "sweep.html"
 TRIAL_PREFIX: Final = "trial-"
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
-"""stopped: by the scheduler or a budget; interrupted: neither, it can go on."""
+"""stopped: by the scheduler or a budget; interrupted: neither, it can be resumed."""
 
 
 @dataclass
@@ -35,18 +37,18 @@ class Trial:
     """One trial.
 
     Attributes:
-        name: of its run folder, in the sweep's.
-        overrides: its values of the space, by dotted key; with population based training those of its end.
-        status: what became of it.
+        name: of its run folder, which is in the sweep's folder.
+        overrides: its values of the searched keys, by dotted key; with population based training the last ones.
+        status: its status.
         cause: why it failed.
-        parameters: trainable ones of its model; None where it never started.
-        epochs: that it trained.
-        seconds: of training, evaluation excluded.
-        metric: the sweep's, at its best epoch; None before the first.
-        best_epoch: which that was.
+        parameters: number of trainable parameters of its model; None if it never started.
+        epochs: number of epochs trained.
+        seconds: of training, without evaluation.
+        metric: the sweep's metric at the best epoch; None before the first epoch.
+        best_epoch: that epoch.
         history: the metric after each epoch, by epoch.
-        figures: of the best epoch and, where it was tested, ``test/...``.
-        origin: the trial whose weights it took over last (population based training).
+        figures: of the best epoch and, once tested, ``test/...``.
+        origin: the trial whose checkpoint it copied last (population based training).
     """
 
     name: str
@@ -63,15 +65,36 @@ class Trial:
     origin: str | None = None
 
 
+@dataclass
+class Usage:
+    """Time used by a sweep, over all resumes; recorded in sweep.json.
+
+    Attributes:
+        hours: by the clock, while the sweep ran.
+        gpu_hours: GPU hours of all trials together, or CPU worker hours on a cluster without GPUs.
+    """
+
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+
+    def spent(self, settings: SweepConfig) -> str | None:
+        """Return a message about the budget that is spent; None while there is some left."""
+        if settings.max_hours is not None and self.hours > settings.max_hours:
+            return f"max_hours: {settings.max_hours:g} hours are over"
+        if settings.max_gpu_hours is not None and self.gpu_hours > settings.max_gpu_hours:
+            return f"max_gpu_hours: {settings.max_gpu_hours:g} GPU hours are used"
+        return None
+
+
 @dataclass(frozen=True)
 class SweepResult:
-    """A sweep's end; a notebook shows its trials as a table.
+    """The result of a sweep; a notebook shows its trials as a table.
 
     Attributes:
         sweep: what was searched.
-        folder: the sweep's, a path or URI without a query.
-        trials: all of them.
-        best: the best one; None where no trial came to its first figure.
+        folder: the sweep's folder, a path or URI without a query.
+        trials: all trials.
+        best: the best trial; None if no trial has a value of the metric.
         ended_by: the budget that ended it early; None otherwise.
     """
 
@@ -83,11 +106,11 @@ class SweepResult:
 
     @property
     def status(self) -> str:
-        """How it ended, in words."""
+        """How it ended, as a message."""
         return self.ended_by or "finished"
 
     def figures(self) -> dict[str, str]:
-        """What it came to."""
+        """The results that the console shows at the end."""
         count = {status: sum(trial.status == status for trial in self.trials) for status in ("stopped", "failed")}
         also = "".join(f", {number} {status}" for status, number in count.items() if number)
         found = {"trials": f"{len(self.trials)}{also}"}
@@ -96,13 +119,13 @@ class SweepResult:
         return found
 
     def files(self) -> dict[str, str]:
-        """Where to look."""
+        """The files and folders that the console shows at the end."""
         found = {"sweep folder": self.folder, "page": f"{self.folder}/{PAGE_FILE}"}
         found |= {"results": f"{self.folder}/{RESULTS_FILE}", "table": f"{self.folder}/{TABLE_FILE}"}
         return found if self.best is None else found | {"best": self._best_file}
 
     def commands(self) -> dict[str, str]:
-        """What to do next."""
+        """The commands that the console suggests at the end."""
         train = {} if self.best is None else {"train it again": f"densenet-dist train {shlex.quote(self._best_file)}"}
         return train | {"TensorBoard": f"tensorboard --logdir {shlex.quote(self.folder)}"}
 
@@ -112,7 +135,7 @@ class SweepResult:
         return "".join((self.folder, "/", BEST_FILE, *query))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the trials, the best one in bold."""
+        """Return a table of the trials, the best one in bold, for IPython."""
         from densenet_dist.pages.render import escape
         from densenet_dist.sweep.console import figure, shown
 
@@ -127,7 +150,7 @@ class SweepResult:
 
 
 def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bool) -> None:
-    """Count an epoch's record of metrics.jsonl in."""
+    """Add an epoch's record of metrics.jsonl to a trial."""
     trial.epochs = int(record["epoch"])
     trial.seconds += record.get("seconds", 0.0)
     value = record.get(metric)
@@ -142,7 +165,7 @@ def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bo
 
 
 def read_figures(trial: Trial, sweep: Sweep) -> None:
-    """Take a trial's figures anew from its run folder, which is the truth whatever was reported.
+    """Read a trial's figures from its run folder.
 
     Raises:
         DamagedRecord: a file in it is damaged.
@@ -162,7 +185,12 @@ def read_figures(trial: Trial, sweep: Sweep) -> None:
 
 @dataclass(frozen=True)
 class Note:
-    """trial.json: what the sweep knows of a run; `taken` is the trial and checkpoint it took over, its overrides."""
+    """The content of trial.json, which the sweep keeps in the run folder.
+
+    Attributes:
+        overrides, status, cause, parameters: see `Trial`.
+        taken: the other trial and the checkpoint that were copied last, and the overrides from then on.
+    """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     status: Status | None = None
@@ -172,23 +200,23 @@ class Note:
 
 
 def read_note(run: RunFolder) -> Note:
-    """Read trial.json; a missing or damaged one says nothing."""
+    """Read trial.json; a missing or damaged file counts as empty."""
     return run.read(TRIAL_FILE, Note, strict=False) or Note()
 
 
 def write_note(run: RunFolder, **changes: Any) -> None:
-    """Change some of it.
+    """Change fields of trial.json.
 
     Raises:
-        StorageError: where it cannot be written.
+        StorageError: it cannot be written.
     """
     run.write(TRIAL_FILE, json.dumps(asdict(replace(read_note(run), **changes)), indent=1) + "\n")
 
 
 def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
-    """All trials that have a folder in the sweep's, in order of their names.
+    """Read all trials of a sweep's folder, in order of their names.
 
-    Those that did not end are interrupted. One whose files are damaged has failed; without overrides, if they are lost.
+    Trials that did not end are interrupted. A trial with damaged files has failed; it may lack overrides.
     """
     trials = []
     for name in sorted(name for name in folder.names("") if re.fullmatch(rf"{TRIAL_PREFIX}\d+", name)):
@@ -209,7 +237,7 @@ def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
 
 
 def ranked(trials: Sequence[Trial], maximise: bool) -> list[Trial]:
-    """Best first; then those that failed, and those without a figure, in their order."""
+    """Sort trials: best first, then those without a value of the metric, failed ones last."""
     sign = -1.0 if maximise else 1.0
 
     def rank(trial: Trial) -> tuple[bool, float]:
@@ -219,17 +247,14 @@ def ranked(trials: Sequence[Trial], maximise: bool) -> list[Trial]:
 
 
 def best_trial(trials: Sequence[Trial], maximise: bool) -> Trial | None:
-    """The best of those that did not fail and have their figures."""
-    judged = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
-    return ranked(judged, maximise)[0] if judged else None
+    """Return the best trial that did not fail and has a value of the metric."""
+    found = [(trial.metric, trial) for trial in trials if trial.metric is not None and trial.status != "failed"]
+    best = (max if maximise else min)(found, key=itemgetter(0), default=None)
+    return None if best is None else best[1]
 
 
-def write_results(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Write sweep.json, sweep.csv and, where some trial has a figure, best.yaml.
-
-    Raises:
-        StorageError: where they cannot be written.
-    """
+def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[str, str]:
+    """Return the content of sweep.json, sweep.csv and, if some trial has a value of the metric, best.yaml."""
     settings = sweep.settings
     best = best_trial(trials, settings.maximise)
     content = {
@@ -237,16 +262,24 @@ def write_results(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> N
         "metric": settings.metric,
         "mode": "max" if settings.maximise else "min",
         "best": best.name if best else None,
-        "trials": [asdict(trial) for trial in trials],
+        **asdict(usage),
     }
-    folder.write(RESULTS_FILE, json.dumps(content, indent=1) + "\n")
-    folder.write(TABLE_FILE, _csv(sweep, ranked(trials, settings.maximise)))
-    if best is not None:
-        folder.write(BEST_FILE, best_yaml(sweep, best))
+    # A trial per line: with an indent, json.dumps is slow pure Python. asdict would copy each value.
+    lines = ",\n".join(json.dumps(vars(trial)) for trial in trials)
+    files = {
+        RESULTS_FILE: f'{json.dumps(content)[:-1]}, "trials": [\n{lines}\n]}}\n',
+        TABLE_FILE: _csv(sweep, ranked(trials, settings.maximise)),
+    }
+    return files if best is None else files | {BEST_FILE: best_yaml(sweep, best)}
+
+
+def read_usage(folder: RunFolder) -> Usage:
+    """Read the time that a sweep has used from sweep.json; none if the file is missing, damaged or older."""
+    return folder.read(RESULTS_FILE, Usage, strict=False) or Usage()
 
 
 def best_yaml(sweep: Sweep, trial: Trial) -> str:
-    """A configuration that `train` takes as it is: the best trial's, under a name and in a place of its own."""
+    """Return the best trial's configuration for `train`, under another name and outside the sweep's folder."""
     config = sweep.config(f"{sweep.settings.name}-best", trial.overrides, storage=sweep.settings.storage)
     settings = sweep.settings
     said = [
@@ -254,7 +287,7 @@ def best_yaml(sweep: Sweep, trial: Trial) -> str:
         *(f"  {line}" for line in dump_yaml(trial.overrides).splitlines()),
     ]
     if trial.origin is not None:
-        said.append(f"Its settings changed on the way, and its weights came from {trial.origin}: see sweep.json.")
+        said.append(f"Its settings changed during training, and its weights came from {trial.origin}: see sweep.json.")
     return "".join(f"# {line}\n" for line in said) + to_yaml(config)
 
 
@@ -273,5 +306,5 @@ def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:
 
 
 def _as_text(value: Any) -> Any:
-    """The value of a cell; text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Return the value of a cell; text that a spreadsheet would take for a formula gets a leading apostrophe."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value

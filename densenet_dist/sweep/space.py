@@ -206,6 +206,11 @@ def samples(space: Space, rng: random.Random, count: int) -> list[dict[str, Valu
     return found
 
 
+def contains(space: Space, overrides: Mapping[str, Value]) -> bool:
+    """Return whether the overrides have a value of its domain for every key."""
+    return all(domain.has(overrides.get(key)) for key, domain in space.items())
+
+
 def encode_value(value: Value) -> Value:
     """A value as Tune and Optuna take it: what is no scalar as its JSON."""
     return value if isinstance(value, (bool, int, float, str)) else _JSON + json.dumps(value)

@@ -15,12 +15,13 @@ import pytest
 from ray_runs import RAY_NOISE, SWEEP, Run, assert_gone, bytes_of, epochs_of, is_ray_process, until
 
 from densenet_dist.cluster.sweep import tune
-from densenet_dist.cluster.trial import TrialPlan, _Work
-from densenet_dist.cluster.tune_events import Ending
+from densenet_dist.cluster.trial import TrialPlan, _Training
+from densenet_dist.cluster.tune_events import SweepStopper
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.sweep.results import Usage
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.train.evaluation import evaluate
 
@@ -167,15 +168,18 @@ def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     sweep = load_sweep(tmp_path / "sweep.yaml", f"storage={tmp_path}", "data.name=folder", "data.val_fraction=0")
     run = RunFolder(sweep.folder, "trial-000")
-    work = _Work(sweep.config(run.name, {}), run, TrialPlan(sweep, {}, 1, False, None))
-    assert not work._heard({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
-    kind, error = work._news.get(timeout=0)
+    training = _Training(sweep.config(run.name, {}), run, TrialPlan(sweep, {}, 1, None))
+    assert not training._on_event({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
+    kind, error = training._output.get(timeout=0)
     assert (kind, type(error)) == ("error", ConfigError)
     assert "metric: val/top1 needs validation images" in str(error)
 
 
 def test_hours_of_the_clock():
-    ending = Ending(SweepConfig(max_hours=1e-12), 1.0, Mock(fatal=None), Mock())
-    assert ending.stop_all()
-    assert ending.spent == "max_hours: 1e-12 hours are over"
-    assert not Ending(SweepConfig(max_hours=1.0), 1.0, Mock(fatal=None), Mock()).stop_all()
+    usage = Usage(hours=0.9)
+    stopper = SweepStopper(SweepConfig(max_hours=1.0), usage, 1.0, Mock(fatal=None), Mock())
+    assert not stopper.stop_all()
+    assert 0.9 < usage.hours < 1
+    usage.hours = 1.1
+    assert stopper.stop_all()
+    assert stopper.spent == "max_hours: 1 hours are over"

@@ -6,9 +6,14 @@ import csv
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import ray
+from optuna.trial import TrialState
 
+from densenet_dist.cluster.ray_tune import make_scheduler, make_searcher, points_to_try
+from densenet_dist.cluster.sweep import open_sweep, tune
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
@@ -21,12 +26,14 @@ from densenet_dist.sweep.results import (
     TABLE_FILE,
     SweepResult,
     Trial,
+    Usage,
     add_epoch,
     best_trial,
+    format_results,
     ranked,
+    read_usage,
     trials_on_record,
     write_note,
-    write_results,
 )
 
 
@@ -50,6 +57,22 @@ def trial(name: str, *values: float, status: str = "finished", lr: float = 0.1, 
     for epoch, value in enumerate(values, 1):
         add_epoch(made, {"epoch": epoch, "seconds": 1.5, "val/top1": value, "val/loss": 1 - value}, "val/top1", True)
     return made
+
+
+def write_results(folder: RunFolder, sweep: Sweep, trials: list[Trial]) -> None:
+    for name, text in format_results(sweep, trials, Usage(hours=1.5)).items():
+        folder.write(name, text)
+
+
+def leave(sweep: Sweep, name: str, *values: float, **note: object) -> Path:
+    """Make the folder of a trial that had these values."""
+    run = RunFolder(sweep.folder, name)
+    write_note(run, **{"overrides": {"train.lr": 0.1}} | note)
+    run.write("config.yaml", "train: {lr: 0.2}\n")
+    for epoch, value in enumerate(values, 1):
+        line = {f"{split}/{key}": value for split in ("train", "val") for key in ("loss", "top1", "top5")}
+        run.append("metrics.jsonl", json.dumps({"epoch": epoch, "global_step": epoch, **line}) + "\n")
+    return run.path
 
 
 def test_the_best_epoch_counts():
@@ -83,7 +106,7 @@ def test_files(sweep, folder):
     write_results(folder, sweep, [trial("000", -0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)])
     content = json.loads((folder.path / RESULTS_FILE).read_text())
     trials = content.pop("trials")
-    assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"}
+    assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"} | vars(Usage(1.5))
     assert [entry["name"] for entry in trials] == ["trial-000", "trial-001", "trial-002"]
     assert (trials[1]["cause"], trials[2]["history"]) == (failed.cause, {"1": 0.2, "2": 0.4})
     with open(folder.path / TABLE_FILE, newline="") as file:
@@ -108,32 +131,23 @@ def test_best_yaml_is_a_configuration(sweep, folder):
 
 
 def test_trials_on_record(sweep, folder):
-    def left(name: str, *values: float, **note: object) -> Path:
-        run = RunFolder(sweep.folder, name)
-        write_note(run, overrides={"train.lr": 0.1}, **note)
-        run.write("config.yaml", "train: {lr: 0.2}\n")
-        for epoch, value in enumerate(values, 1):
-            line = {f"{split}/{key}": value for split in ("train", "val") for key in ("loss", "top1", "top5")}
-            run.append("metrics.jsonl", json.dumps({"epoch": epoch, "global_step": epoch, **line}) + "\n")
-        return run.path
-
-    finished = left("trial-002", 0.1, 0.3, parameters=77)
+    finished = leave(sweep, "trial-002", 0.1, 0.3, parameters=77)
     test = {"test/loss": 2.0, "test/top1": 0.25, "test/top5": 0.9}
     summary = {"status": "finished", "epochs": 2, "global_step": 2, "train_seconds": 3, "best": {"epoch": 2}, **test}
     (finished / "summary.json").write_text(json.dumps(summary))
     with open(finished / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"epoch": 2, "global_step": 2, **test}) + "\n")
-    left("trial-000", 0.2, status="stopped")
-    left("trial-001", status="failed", cause="NaN")
-    broken = left("trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])
+    leave(sweep, "trial-000", 0.2, status="stopped")
+    leave(sweep, "trial-001", status="failed", cause="NaN")
+    broken = leave(sweep, "trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "tra')
-    (left("trial-004", 0.1) / "trial.json").write_text('{"overri')
-    (left("trial-006", 0.1) / "metrics.jsonl").write_text("[1]\n[2]\n")
-    (left("trial-007", 0.1) / "summary.json").write_text("[]")
-    (left("trial-008", 0.1, parameters="many") / "config.yaml").write_bytes(b"\xff")
+    (leave(sweep, "trial-004", 0.1) / "trial.json").write_text('{"overri')
+    (leave(sweep, "trial-006", 0.1) / "metrics.jsonl").write_text("[1]\n[2]\n")
+    (leave(sweep, "trial-007", 0.1) / "summary.json").write_text("[]")
+    (leave(sweep, "trial-008", 0.1, parameters="many") / "config.yaml").write_bytes(b"\xff")
     (folder.path / "ray").mkdir()
-    left("other", 0.9)
+    leave(sweep, "other", 0.9)
     (folder.path / "trial-005").mkdir()  # killed before its first line
 
     found = {one.name: one for one in trials_on_record(folder, sweep)}
@@ -148,6 +162,51 @@ def test_trials_on_record(sweep, folder):
     assert found["trial-002"].figures.items() >= {"train/loss": 0.3, "val/top1": 0.3, "test/top1": 0.25}.items()
     assert found["trial-001"].cause == "NaN"
     assert (found["trial-003"].history, found["trial-003"].origin) == ({1: 0.1, 2: 0.2}, "trial-002")
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_schedulers_compare_with_trials_that_ended_before(sweep, name):
+    scheduler = f"scheduler={{name: {name}, reduction_factor: 2, min_trials: 2}}"
+    asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", scheduler)
+    ended = [trial("000", 0.5, 0.6), trial("001", 0.6, 0.7, status="stopped"), trial("002", status="failed")]
+    decisions = []
+    for past in (ended, []):
+        scheduler, new = make_scheduler(asked, past), Mock(trial_id="new")
+        scheduler.on_trial_add(None, new)
+        result = {"epoch": 1, "val/top1": 0.1}
+        decisions.append(scheduler.on_trial_result(Mock(get_live_trials=list), new, result))
+    assert decisions == ["STOP", "CONTINUE"]
+
+
+def test_optuna_learns_the_last_values_of_trials_that_ended_before(sweep):
+    asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", "search.name=optuna")
+    ended = [trial("000", 0.6, 0.5), trial("001", 0.2, status="failed"), trial("002"), trial("003", 0.4, lr=7.0)]
+    searcher = make_searcher(asked, ended, [trial("004", 0.3, lr=0.07).overrides], 2)
+    assert [one.value for one in searcher._ot_study.get_trials(states=(TrialState.COMPLETE,))] == [0.5, 0.2]
+    assert searcher.suggest("resumed")["train.lr"] == 0.07
+
+
+def test_resuming_and_extending_a_sweep(sweep, folder):
+    ended = [trial("000", 0.5, 0.6), trial("001", 0.6, lr=0.2)]
+    for one in ended:
+        leave(sweep, one.name, *one.history.values(), overrides=one.overrides, status="stopped")
+    folder.write("sweep.yaml", load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", "trials=2").to_yaml())
+    result = tune(open_sweep(folder.location), resume=True, listener=list)
+    assert [(one.status, one.history) for one in result.trials] == [("stopped", one.history) for one in ended]
+    assert not ray.is_initialized(), "all trials have ended: no cluster is needed"
+    assert (folder.path / "sweep.html").exists()
+
+    for setting, problem in (("trials=1", "can only be extended"), ("train.epochs=5", "only trials, max_hours and")):
+        with pytest.raises(ConfigError, match=problem):
+            open_sweep(folder.location, setting)
+    extended = open_sweep(folder.location, "trials=3", "max_hours=1")
+    [point] = points_to_try(extended, result.trials)
+    assert point not in [one.overrides for one in ended]
+    folder.write(RESULTS_FILE, json.dumps({"hours": 1.5, "gpu_hours": 0.5}))
+    result = tune(extended, resume=True, listener=list)
+    assert (result.ended_by, len(result.trials)) == ("max_hours: 1 hours are over", 2)
+    assert read_usage(folder) == Usage(1.5, 0.5)
+    assert open_sweep(folder.location).trials == 3
 
 
 def test_what_the_console_says(sweep, capsys):
