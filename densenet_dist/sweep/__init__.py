@@ -1,1 +1,1 @@
-"""Searching settings: what a sweep file says, the space it spans, and what its trials left behind. Knows no Ray."""
+"""Sweeps: sweep files, search spaces, results and pages; independent of Ray."""

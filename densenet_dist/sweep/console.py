@@ -1,4 +1,4 @@
-"""Shows a sweep to a person: a line for each trial that ends, a live line on a terminal, and a table at the end."""
+"""Console output of a sweep: a line per trial that ends, a status line on terminals, and a table at the end."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # it imports torch
 
 
 class SweepConsole:
-    """Takes a sweep's events; see `densenet_dist.cluster.sweep`."""
+    """Show the events of a sweep; see `densenet_dist.cluster.sweep`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        # Piped, a table has no terminal to fit into.
+        # Without a terminal, tables need no limit of their width.
         width = None if sys.stdout.isatty() else 200
         self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width, force_jupyter=False)
         self._status: Status | None = None
@@ -58,7 +58,7 @@ class SweepConsole:
             self._console.say(f"  {key}: {shown(domain.describe())}")
         if recorded:
             ended = sum(trial.status != "interrupted" for trial in recorded)
-            self._console.say(f"resumed: {ended} trials ended before, {len(recorded) - ended} go on")
+            self._console.say(f"resumed: {ended} trials have ended, {len(recorded) - ended} continue")
 
     def _trial(self, event: Event) -> None:
         trial: Trial = event["trial"]
@@ -87,7 +87,7 @@ class SweepConsole:
         return text if best is None else f"{text}; best {self._metric} {figure(best.metric)} ({best.name})"
 
     def table(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
-        """All trials, best first; without their settings where there is no room for them: the page has them all."""
+        """Print all trials, best first; without their settings if the terminal is too narrow for them."""
         if self._status is not None:
             self._status.stop()
         keys = list(sweep.space)
@@ -99,7 +99,7 @@ class SweepConsole:
         self._console.print(_table(sweep, trials, keys, causes=any(trial.cause for trial in trials)))
 
     def finish(self, result: SweepResult) -> None:
-        """All trials, the best of them, where all of it lies, and what can be done with it."""
+        """Print all trials, the best one, the files written and the commands to continue with."""
         self.table(result.sweep, result.trials)
         title = f"{result.status}: {result.sweep.settings.name}"
         print_closing(self._console, title, result.figures(), result.files(), result.commands())
@@ -118,18 +118,18 @@ def _table(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], *, causes
 
 
 def figure(value: float | None) -> str:
-    """A metric, or that there is none."""
+    """Format a value of the metric, or a dash if there is none."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def short(key: str) -> str:
-    """A dotted key's last part, or two where one says too little."""
+    """Shorten a dotted key to its last part, or to two parts if that is ``name``."""
     *before, last = key.split(".")
     return f"{before[-1]}.{last}" if last == "name" and before else last
 
 
 def shown(value: Any) -> str:
-    """A value of a setting, short."""
+    """Format the value of a setting briefly."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A sweep as a whole: settings, base configuration and space, read from a sweep file and judged at once."""
+"""Read and validate a sweep file: settings, base configuration and search space."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _PBT_MAY_CHANGE: Final = (
     *("train.optimizer.momentum", "train.optimizer.betas", "train.optimizer.eps", "model.drop_rate"),
     *("data.augment", "data.crop_scale", "data.trivial_augment", "data.cutout", "data.mixup", "data.cutmix"),
 )
-"""What weights in the middle of their training can be handed over to."""
+"""Settings that may change when a trial continues from another trial's checkpoint."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is searched.
+    """A validated sweep.
 
     Attributes:
-        settings: of the sweep.
+        settings: the sweep's own settings.
         base: the configuration that trials start from, as nested plain values.
         space: a domain for each dotted key.
     """
@@ -51,29 +51,34 @@ class Sweep:
 
     @property
     def trials(self) -> int:
-        """How many trials there are to be."""
+        """The planned number of trials."""
         if self.settings.trials is not None:
             return self.settings.trials
         return (spaces.size(self.space) or 0) if self.settings.search.name == "grid" else DEFAULT_TRIALS
 
     @property
     def folder(self) -> str:
-        """The sweep's folder, a path or URI; the storage of its trials."""
+        """The sweep's folder, a path or URI, which contains the run folders of its trials."""
         return join_location(self.settings.storage, self.settings.name)
 
     def config(self, name: str, overrides: Mapping[str, Value], **changed: Any) -> Config:
-        """The configuration of one trial.
+        """Return the configuration of one trial.
+
+        Args:
+            name: the trial's.
+            overrides: its values of the searched keys.
+            changed: further settings by dotted key.
 
         Raises:
-            ConfigError: where these values cannot work together.
+            ConfigError: these values cannot work together.
         """
         return load_config(self.base, overrides, {"name": name, "storage": self.folder}, changed)
 
     def to_yaml(self) -> str:
-        """The whole sweep as one file, which `load_sweep` reads back."""
-        said = SETTINGS.to_dict(self.settings) | {"base": ""}
+        """Return the whole sweep as one file for `load_sweep`."""
+        settings = SETTINGS.to_dict(self.settings) | {"base": ""}
         return to_yaml(
-            said | {"settings": self.base, "space": {key: domain.describe() for key, domain in self.space.items()}}
+            settings | {"settings": self.base, "space": {key: domain.describe() for key, domain in self.space.items()}}
         )
 
 
@@ -85,17 +90,17 @@ def load_sweep(*sources: str | Path) -> Sweep:
             (``train.epochs=3``), or of the space (``space.train.lr={loguniform: [0.01, 1]}``). Later ones win.
 
     Raises:
-        ConfigError: with every problem of settings, base and space, one a line.
+        ConfigError: with all problems of settings, base and space, one per line.
     """
     merged: dict[str, Any] = {}
     name: dict[str, str] = {}
-    said: dict[str, Any] = {}
+    domains: dict[str, Any] = {}
     for source in sources:
         layer = _read(source)
         space_of_layer = layer.pop("space", None) or {}
         if not isinstance(space_of_layer, Mapping):
             raise ConfigError(f"space: must hold a domain for each key, not {space_of_layer!r}")
-        said |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
+        domains |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
         merge(merged, layer)
         if not _is_override(source):
             name = {"name": name_of_file(source)}
@@ -103,11 +108,11 @@ def load_sweep(*sources: str | Path) -> Sweep:
     problems: list[str] = []
     settings = _try(partial(SETTINGS.validate, name | merged), problems, "")
     base = _try(partial(_load_base, str(merged.get("base") or ""), settings_of_base), problems, "")
-    space = _read_space(said, problems)
+    space = _read_space(domains, problems)
     if settings is not None and base is not None:
         values = run_config.to_dict(base)
         sweep = Sweep(settings, {key: values[key] for key in values if key not in ("name", "storage")}, space)
-        problems += _judge(sweep)
+        problems += _find_problems(sweep)
         if not problems:
             return sweep
     raise ConfigError(join_problems(list(dict.fromkeys(problems))))
@@ -137,7 +142,7 @@ def _read(source: str | Path) -> dict[str, Any]:
 
 
 def _beside(file: Path, base: str) -> Path:
-    """The base that a sweep file names: beside it, or one that comes with the package."""
+    """Find the base of a sweep file: in the same folder, or one that comes with the package."""
     path = bundled.find(file).parent / os.path.expanduser(base)
     return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
 
@@ -148,26 +153,28 @@ def _load_base(path: str, settings: Any) -> Config:
     return load_config(*([path] if path else []), nest(settings))
 
 
-def _read_space(said: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:
+def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:
     space: dict[str, Domain] = {}
-    if not said:
+    if not domains:
         problems.append("space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}")
         return space
-    for key, value in said.items():
+    for key, value in domains.items():
         unknown = run_config.SETTINGS.unknown_key(key)
         if unknown is not None:
             problems.append(f"space.{unknown}")
         elif key in ("name", "storage") or key.startswith("cluster."):
-            problems.append(f"space.{key}: is the same for all trials; see the sweep's own settings")
+            problems.append(
+                f"space.{key}: cannot be searched: it is the same for all trials and part of the sweep's own settings"
+            )
         else:
             domain = _try(partial(read_domain, value), problems, f"space.{key}: ")
             space |= {} if domain is None else {key: domain}
     return space
 
 
-def _leaves(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what is said of each, down to settings of a run."""
-    for part, value in said.items():
+def _leaves(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys of run settings with their domains."""
+    for part, value in space.items():
         key = f"{prefix}{part}"
         group = isinstance(value, Mapping) and run_config.SETTINGS.unknown_key(key) is not None
         if group and not set(value) & {"choice", "uniform", "loguniform", "integer", "loginteger"}:
@@ -176,8 +183,8 @@ def _leaves(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield key, value
 
 
-def _judge(sweep: Sweep) -> list[str]:
-    """What is wrong with settings, base and space together."""
+def _find_problems(sweep: Sweep) -> list[str]:
+    """Return the problems of settings, base and space together."""
     problems: list[str] = []
     for key, domain in sweep.space.items():
         for end in domain.ends:
@@ -198,16 +205,16 @@ def _judge(sweep: Sweep) -> list[str]:
         fixed = [key for key in sweep.space if key not in _PBT_MAY_CHANGE]
         if fixed:
             problems.append(
-                f"space: pbt hands weights over in the middle of training, and {', '.join(fixed)} cannot change there; "
+                f"space: pbt copies checkpoints during training, and {', '.join(fixed)} cannot change then; "
                 f"it can search {', '.join(_PBT_MAY_CHANGE)}"
             )
     data = sweep.base["data"]
     if settings.metric.startswith("val/") and data["val_fraction"] == 0 and data["name"] != "folder":
         problems.append(f"metric: {settings.metric} needs validation images, but data.val_fraction is 0")
-    return problems or _judge_combinations(sweep)
+    return problems or _check_combinations(sweep)
 
 
-def _judge_combinations(sweep: Sweep) -> list[str]:
+def _check_combinations(sweep: Sweep) -> list[str]:
     rng = random.Random(0)
     for _ in range(_CHECKED_COMBINATIONS):
         overrides = spaces.sample(sweep.space, rng)
@@ -220,7 +227,7 @@ def _judge_combinations(sweep: Sweep) -> list[str]:
 
 
 def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
-    """Raise where a trial of these values could not even start."""
+    """Raise ConfigError if a trial with these values cannot start."""
     from densenet_dist.train.checks import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
@@ -228,7 +235,7 @@ def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
 
 
 def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:
-    """What `make` gives, or None and its problems, each after `prefix`."""
+    """Return the result of `make`; if it fails, add its problems, each after `prefix`, and return None."""
     try:
         return make()
     except ConfigError as error:
@@ -239,5 +246,5 @@ def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:
 
 
 def with_storage(sweep: Sweep, storage: str, name: str) -> Sweep:
-    """The same sweep where it was found: its folder may have been moved since it was written."""
+    """Return the sweep with another storage and name: its folder may have been moved since it was written."""
     return replace(sweep, settings=replace(sweep.settings, storage=storage, name=name))

@@ -1,4 +1,4 @@
-"""Which searched keys decide a sweep's metric: PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) by Optuna."""
+"""Importance of the searched keys for a sweep's metric: PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FEWEST_TRIALS: Final = 4
 
 
 class Importance(NamedTuple):
-    """How much each key matters for a good metric.
+    """The importance of each key.
 
     Attributes:
-        shares: by key, the largest first; they add up to 1. Empty where `reason` says why.
-        trials: how many it rests on.
-        reason: why there is none, as a sentence.
+        shares: by key, the largest first; their sum is 1. Empty if there is a `reason`.
+        trials: number of trials compared.
+        reason: a sentence about why it could not be computed.
     """
 
     shares: Mapping[str, float]
@@ -28,11 +28,11 @@ class Importance(NamedTuple):
 
 
 def importance(sweep: Sweep, trials: Sequence[Trial]) -> Importance:
-    """Compare the settings of the best trials with those of all trials.
+    """Compute the importance of each key from the settings of the best trials and of all trials.
 
     Args:
         sweep: what was searched.
-        trials: those to learn from; all have a metric.
+        trials: the trials to compare; all have a value of the metric.
     """
     if sweep.settings.scheduler.name == "pbt":
         return Importance({}, 0, "Population based training changes a trial's settings on the way.")
@@ -62,7 +62,7 @@ def _shares(sweep: Sweep, rows: Sequence[tuple[dict[str, Any], float]]) -> dict[
         optuna.logging.set_verbosity(verbosity)
     # Optuna's default, the best tenth of all trials, is one or two of a small sweep: too few to tell keys apart.
     best = max(0.1, min(0.5, 5 / len(rows)))
-    with warnings.catch_warnings(action="ignore"):  # values off a step; few trials, which the page says itself
+    with warnings.catch_warnings(action="ignore"):  # values off a step; few trials, about which the page warns
         study.add_trials(
             [optuna.trial.create_trial(params=row, distributions=distributions, value=metric) for row, metric in rows]
         )

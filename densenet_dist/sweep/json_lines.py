@@ -1,4 +1,4 @@
-"""A sweep's events for a program: one JSON object a line on standard output (docs/commands.md)."""
+"""Events of a sweep as JSON lines on standard output (docs/commands.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # it imports torch
 
 
 class SweepJsonLines(JsonLines):
-    """Takes a sweep's events; see `densenet_dist.cluster.sweep`."""
+    """Write the events of a sweep; see `densenet_dist.cluster.sweep`."""
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
@@ -33,7 +33,7 @@ class SweepJsonLines(JsonLines):
             self.note(event)
 
     def finish(self, result: SweepResult) -> None:
-        """The last line of a sweep that came to its end."""
+        """Write the last line of a sweep that ended."""
         settings = result.sweep.settings
         self.emit(
             "end",
@@ -62,7 +62,7 @@ class SweepJsonLines(JsonLines):
 
 
 def described(trial: Trial) -> dict[str, Any]:
-    """A trial as plain values."""
+    """Convert a trial to plain values."""
     return {
         "name": trial.name,
         "status": trial.status,

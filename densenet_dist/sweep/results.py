@@ -282,13 +282,13 @@ def best_yaml(sweep: Sweep, trial: Trial) -> str:
     """Return the best trial's configuration for `train`, under another name and outside the sweep's folder."""
     config = sweep.config(f"{sweep.settings.name}-best", trial.overrides, storage=sweep.settings.storage)
     settings = sweep.settings
-    said = [
+    lines = [
         f"The best of {settings.name}: {trial.name}, {settings.metric} {trial.metric:.4f}, epoch {trial.best_epoch}.",
         *(f"  {line}" for line in dump_yaml(trial.overrides).splitlines()),
     ]
     if trial.origin is not None:
-        said.append(f"Its settings changed during training, and its weights came from {trial.origin}: see sweep.json.")
-    return "".join(f"# {line}\n" for line in said) + to_yaml(config)
+        lines.append(f"Its settings changed during training, and its weights came from {trial.origin}: see sweep.json.")
+    return "".join(f"# {line}\n" for line in lines) + to_yaml(config)
 
 
 def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:

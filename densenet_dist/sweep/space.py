@@ -1,4 +1,4 @@
-"""The space of a sweep: for each dotted configuration key, the values that trials may have."""
+"""The search space of a sweep: a domain of values for each dotted configuration key."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ Value: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """One of a list of values."""
 
     values: tuple[Value, ...]
 
     def sample(self, rng: random.Random) -> Value:
-        """A value, uniformly."""
+        """Draw a value uniformly."""
         return rng.choice(self.values)
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """Values which, if they are legal, let all others be expected to be."""
+        """Values to check: if they are valid, all values are."""
         return self.values
 
     @property
     def count(self) -> int:
-        """How many values there are."""
+        """The number of values."""
         return len(self.values)
 
     def at(self, i: int) -> Value:
-        """One value of a grid."""
+        """Return the i-th value of a grid."""
         return self.values[i]
 
     def has(self, value: Value) -> bool:
-        """Whether it is one of the values."""
+        """Return whether the domain contains a value."""
         return value in self.values
 
     def distribution(self) -> Any:
-        """As Optuna takes it."""
+        """Return the distribution for Optuna."""
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution([encode_value(value) for value in self.values])
 
     def describe(self) -> dict[str, Any]:
-        """As a sweep file says it."""
+        """Return the domain as written in a sweep file."""
         return {"choice": list(self.values)}
 
 
@@ -73,25 +73,25 @@ class Range:
     step: Number | None = None
 
     def sample(self, rng: random.Random) -> Number:
-        """A value, uniformly (in its logarithm where `log`)."""
+        """Draw a value uniformly, or uniformly in the logarithm if `log`."""
         if self.log:
             drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + self.integer)))
             return self.clip(int(drawn) if self.integer else drawn)
         return rng.uniform(self.low, self.high) if self.count is None else self.at(rng.randrange(self.count))
 
     def clip(self, value: Number) -> Number:
-        """The nearest value of the range."""
+        """Return the nearest value of the range."""
         value = min(max(value, self.low), self.high)
         if self.count is not None:
             return self.at(min(round((value - self.low) / (self.step or 1)), self.count - 1))
         return round(value) if self.integer else value
 
     def has(self, value: Value) -> bool:
-        """Whether it is one of the values."""
+        """Return whether the domain contains a value."""
         return type(value) in (int, float) and math.isclose(self.clip(value), value)
 
     def distribution(self) -> Any:
-        """As Optuna takes it."""
+        """Return the distribution for Optuna."""
         from optuna.distributions import FloatDistribution, IntDistribution
 
         low, high = self.ends
@@ -106,21 +106,21 @@ class Range:
 
     @property
     def count(self) -> int | None:
-        """How many values there are; None where there are too many to name."""
+        """The number of values; None for a continuous range."""
         if self.step is not None:
             return math.floor((self.high - self.low) / self.step + 1e-9) + 1
         return int(self.high) - int(self.low) + 1 if self.integer else None
 
     def at(self, i: int) -> Number:
-        """One value of a grid."""
+        """Return the i-th value of a grid."""
         value = self.low + i * (self.step or 1)
         return value if self.integer else float(f"{value:.12g}")
 
     def describe(self) -> dict[str, Any]:
-        """As a sweep file says it."""
+        """Return the domain as written in a sweep file."""
         kind = ("loginteger" if self.log else "integer") if self.integer else ("loguniform" if self.log else "uniform")
-        said: dict[str, Any] = {kind: [self.low, self.high]}
-        return said if self.step is None else said | {"step": self.step}
+        described: dict[str, Any] = {kind: [self.low, self.high]}
+        return described if self.step is None else described | {"step": self.step}
 
 
 Domain: TypeAlias = Choice | Range
@@ -130,10 +130,10 @@ FORMS = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, in
 
 
 def read_domain(value: Any) -> Domain:
-    """What a sweep file says of one key.
+    """Read the domain of one key from a sweep file.
 
     Raises:
-        ConfigError: where it says nothing that can be drawn from; the message begins in the middle of a sentence.
+        ConfigError: it is not a domain; the caller puts the key in front of the message.
     """
     if isinstance(value, list):
         value = {"choice": value}
@@ -177,24 +177,24 @@ def _read_range(kind: str, ends: Any, step: Any) -> Range:
 
 
 def size(space: Space) -> int | None:
-    """How many combinations a grid has; None where some key has too many values to name."""
+    """Return the number of combinations of a grid; None if a range is continuous."""
     counts = [domain.count for domain in space.values()]
     return math.prod(count for count in counts if count is not None) if None not in counts else None
 
 
 def grid(space: Space) -> Iterator[dict[str, Value]]:
-    """Every combination, the last key varying fastest."""
-    for places in itertools.product(*(range(domain.count or 0) for domain in space.values())):
-        yield {key: domain.at(i) for (key, domain), i in zip(space.items(), places, strict=True)}
+    """Yield every combination; the last key varies fastest."""
+    for indices in itertools.product(*(range(domain.count or 0) for domain in space.values())):
+        yield {key: domain.at(i) for (key, domain), i in zip(space.items(), indices, strict=True)}
 
 
 def sample(space: Space, rng: random.Random) -> dict[str, Value]:
-    """One combination, each key drawn alone."""
+    """Draw one combination, each key independently."""
     return {key: domain.sample(rng) for key, domain in space.items()}
 
 
 def samples(space: Space, rng: random.Random, count: int) -> list[dict[str, Value]]:
-    """So many combinations; of a finite number of them, none twice as long as there are others."""
+    """Draw combinations; in a finite space, none is repeated before all were drawn."""
     combinations = size(space)
     found: list[dict[str, Value]] = []
     seen: set[str] = set()
@@ -212,17 +212,17 @@ def contains(space: Space, overrides: Mapping[str, Value]) -> bool:
 
 
 def encode_value(value: Value) -> Value:
-    """A value as Tune and Optuna take it: what is no scalar as its JSON."""
+    """Encode a value for Tune and Optuna: other values than scalars as JSON."""
     return value if isinstance(value, (bool, int, float, str)) else _JSON + json.dumps(value)
 
 
 def encode(overrides: Mapping[str, Value]) -> dict[str, Value]:
-    """The same for each key."""
+    """Apply `encode_value` to each key."""
     return {key: encode_value(value) for key, value in overrides.items()}
 
 
 def decode(encoded: Mapping[str, Value]) -> dict[str, Value]:
-    """The reverse of `encode`."""
+    """Invert `encode`."""
     return {
         key: json.loads(value.removeprefix(_JSON)) if isinstance(value, str) and value.startswith(_JSON) else value
         for key, value in encoded.items()

@@ -91,7 +91,7 @@ def test_resume_after_the_driver_was_killed_is_exact(undisturbed, start_sweep):
 
     resumed = start_sweep(name="killed", resume=True)
     assert resumed.wait() == 0, resumed.text()
-    assert re.search(r"resumed: [23] trials ended before, [12] go on", resumed.text()), resumed.text()
+    assert re.search(r"resumed: [23] trials have ended, [12] continue", resumed.text()), resumed.text()
     for name, content in before.items():
         assert bytes_of(run.folder / name).items() >= content.items(), "what had finished is not trained again"
     found, expected = results(run.folder), results(undisturbed.folder)

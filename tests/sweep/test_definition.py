@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from densenet_dist.cluster.ray_tune import _points
+from densenet_dist.cluster.ray_tune import points_to_try
 from densenet_dist.errors import ConfigError
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import DEFAULT_TRIALS, Sweep, load_sweep
@@ -61,7 +61,7 @@ space:
         "storage: there is no such home folder, give the whole path; got '~no-such-user/runs' (str)",
         "train.lr: Input should be a valid number; got 'fast' (str)",
         "space.train.lrr: unknown key; did you mean train.lr?",
-        "space.name: is the same for all trials; see the sweep's own settings",
+        "space.name: cannot be searched: it is the same for all trials and part of the sweep's own settings",
         "space.train.ema_decay: uniform needs [low, high] in numbers, not [0.5]",
         "space.train.epochs: a step (uniform, integer) must be above 0 and fit into [1, 5], not 7",
         f"space.train.optimizer.name: must be {forms}; uniform and integer with a step: if wanted; not 'sgd'",
@@ -84,11 +84,11 @@ space:
         ),
         (
             LR + "scheduler.name: pbt\nsearch.name: optuna",
-            "search.name: optuna; pbt finds its own settings",
+            "search.name: optuna; pbt starts from random settings",
         ),
         (
             "scheduler.name: pbt\nspace: {model.growth_rate: [4, 8], train.epochs: [2, 3], train.lr: [0.1, 0.2]}",
-            "space: pbt hands weights over in the middle of training, and model.growth_rate, train.epochs cannot",
+            "space: pbt copies checkpoints during training, and model.growth_rate, train.epochs cannot",
         ),
         (LR + "trials: 1000000000", "trials: Input should be less than or equal to 10000; got 1000000000 (int)"),
         ("space: {seed: [010, 1:30]}", "space.seed: Input should be a valid integer; got '1:30' (str)"),
@@ -214,10 +214,13 @@ def test_random_search_repeats_nothing_while_there_is_something_new():
 def test_a_resumed_search_tries_what_is_left(load, search, trials):
     text = "space: {seed: [1, 2, 3], data.cutout: {integer: [0, 3]}}"
     sweep = load(text, f"search.name={search}", f"trials={trials}")
-    points = _points(sweep, [])
+    points = points_to_try(sweep, [])
     assert len(points) == trials
     assert len({str(point) for point in points}) == min(trials, 12)
     for begun in (points[:5], points[3:6], points):
-        resumed = _points(sweep, [Trial(f"trial-{number}", point) for number, point in enumerate(begun)])
+        recorded = [Trial(f"trial-{number}", point, "interrupted") for number, point in enumerate(begun)]
+        resumed = points_to_try(sweep, recorded)
         assert resumed[: len(begun)] == begun
         assert sorted(map(str, resumed)) == sorted(map(str, points))
+        recorded[0].status = "finished"
+        assert points_to_try(sweep, recorded) == resumed[1:]
