@@ -130,6 +130,7 @@ class TritonKernels(Kernels):
         """See `Kernels.copy_weights`."""
         for first in range(0, len(sources), _MAX_WEIGHTS):
             some, into = sources[first : first + _MAX_WEIGHTS], outs[first : first + _MAX_WEIGHTS]
+            # Triton specialises on numbers in tuples, so only pointers are passed in them.
             rows = (_weight_layout(source) + _weight_layout(out) for source, out in zip(some, into, strict=True))
             layouts = _table(some[0].device, *rows)
             _copy_weights[(triton.cdiv(max(map(torch.numel, into)), _WEIGHT_TILE), len(some))](
