@@ -43,58 +43,58 @@ Place: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Which DenseNet. Everything left at null takes the variant's own value."""
+    """The DenseNet. Settings at null have the value of the variant."""
 
     variant: Literal[
         "notebook", "densenet", "densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"
     ] = "notebook"
-    """notebook: the Keras notebook's net; densenet, densenet_bc: the paper's CIFAR nets; the others: torchvision's."""
+    """notebook: the Keras notebook's; densenet, densenet_bc: the paper's networks for CIFAR; others: torchvision's."""
     growth_rate: Count | None = None
     """Feature maps each layer adds (k in the paper)."""
     num_layers: Count | tuple[Count, ...] | None = None
     """Layers in each dense block: one number for all, or a list with one number per block."""
     depth: Count | None = None
-    """Total depth of the paper's nets (L in the paper), instead of num_layers."""
+    """Total depth of the paper's networks (L in the paper), instead of num_layers."""
     compression: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of feature maps a transition keeps (theta in the paper)."""
     drop_rate: Probability = 0.0
     """Probability that dropout zeroes a value."""
     block: Literal["auto", "fused", "reference"] = "auto"
-    """How dense blocks are computed, the same function every time: reference is the plain definition; fused takes
+    """Implementation of dense blocks. All compute the same function: reference is the plain definition; fused needs
     memory linear in depth and is usually faster; auto: the faster one, measured at the start (short runs: fused)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Which images, and what is done to them."""
+    """The images, their augmentation and loading."""
 
     name: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
-    """shapes is generated; the CIFAR sets are downloaded when they are not in root; folder is pictures of your own in
-    root: a folder for each class, or such folders below train and test (and val)."""
+    """shapes: generated images; cifar10, cifar100: downloaded if they are not in root; folder: your own images in root,
+    with a folder for each class, or such folders in train and test (and val)."""
     root: Place = "data"
-    """Folder that holds the data sets; relative paths are taken from where the command is started. Or an object store,
-    s3://bucket/path (credentials from the environment only): each node takes the set from there once, into its cache
-    ($DENSENET_DIST_CACHE, else densenet_dist under $XDG_CACHE_HOME or ~/.cache)."""
+    """Folder of the data sets, relative to the working directory; or an object store, s3://bucket/path (credentials
+    from the environment), from which each node copies the data set once to its cache ($DENSENET_DIST_CACHE, else
+    densenet_dist in $XDG_CACHE_HOME or ~/.cache)."""
     download: bool = True
-    """Whether a missing set may be downloaded; for an object store once, onto it, by the process that starts a run."""
+    """Whether to download a missing data set; with an object store, the process that starts a run uploads it there."""
     url: str | None = None
-    """Where to download from instead of the official address (a mirror); the files are checked all the same."""
+    """A mirror to download from instead of the official address; checksums are verified all the same."""
     limit: Count | None = None
     """Use only the first so many training images, and as many test images (folder: evenly, of every class)."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
     stratified: bool = False
-    """Whether every class is held out in the same proportion."""
+    """Whether to hold out the same share of every class."""
     augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
     of random size and shape, resized, flip."""
     flip: Literal["random", "alternating"] = "random"
-    """alternating: drawn in the first epoch, and the other way round in every next one, so that two epochs show each
-    image both ways; better in short runs."""
+    """random: at random in each epoch; alternating: at random in the first epoch, then in turns, so that two epochs
+    show each image both ways, which helps short runs."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """random_resized_crop: the smallest share of the area that is shown."""
+    """random_resized_crop: the smallest share of the area that a crop covers."""
     trivial_augment: bool = False
-    """Whether each image also gets one of TrivialAugment's fourteen operations at a random strength."""
+    """Whether to apply one of TrivialAugment's fourteen operations at a random strength to each image."""
     cutout: Index = 0
     """Side in pixels of a square hole in each training image (16 in the paper for CIFAR-10); 0: none."""
     mixup: NonNegative = 0.0
@@ -104,18 +104,18 @@ class DataConfig:
     """alpha likewise, for a box of one image pasted into the other (1 in the paper); with both, half of the images get
     each; 0: off."""
     image_size: Annotated[int, Field(ge=8, le=10**9)] | None = None
-    """folder: side in pixels of the square images that pictures are cut and resized to; null: 224."""
+    """folder: side in pixels of the square images after cropping and resizing; null: 224."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """folder: whether pictures that cannot be read end the run, all of them named, or are left out. Either way,
-    the run ends if no picture of a class, or none of the validation part, can be read."""
+    """folder: error: unreadable images end the run with a list of them; skip: they are left out. The run always ends if
+    no image of a class, or none of the validation images, can be read."""
     test_fraction: Probability = 0.1
-    """folder: share of the pictures held out as the test part where there is no folder test."""
+    """folder: share of the images held out for the test if there is no folder test."""
     normalize: Literal["standard", "unit"] = "standard"
-    """standard: the set's own mean and standard deviation (folder: ImageNet's); unit: pixel / 255 and nothing else."""
+    """standard: by the mean and standard deviation of the data set (folder: ImageNet's); unit: only pixel / 255."""
     loader: Literal["auto", "torch", "dali"] = "auto"
-    """What makes the batches, the same ones but for rounding; auto measures both when a run starts."""
+    """The library that produces batches, the same ones up to rounding; auto: the faster one, measured at the start."""
     prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Batches prepared ahead, except from images that lie on a GPU already."""
+    """Number of batches prepared ahead, except from images that are already on a GPU."""
 
     @property
     def side(self) -> int:
@@ -125,10 +125,10 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-    """How parameters follow gradients."""
+    """The optimizer."""
 
     name: Literal["adam", "adamw", "sgd"] = "sgd"
-    """adam, adamw: with weight decay as part of the gradient, or beside it; sgd: with momentum."""
+    """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum."""
     momentum: Probability = 0.9
     """SGD only."""
     nesterov: bool = True
@@ -140,7 +140,7 @@ class OptimizerConfig:
     weight_decay: NonNegative = 0.0
     """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
     decay: Literal["all", "weights"] = "weights"
-    """weights: no decay on biases and BatchNorm's gamma and beta; all: decay everything, as the paper does."""
+    """weights: no decay of biases and BatchNorm's gamma and beta; all: decay of all parameters, as in the paper."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -158,79 +158,79 @@ class ScheduleConfig:
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """multistep: the factor at each milestone."""
     final_lr: NonNegative = 0.0
-    """cosine: the rate at the very end."""
+    """cosine: the rate at the end."""
     pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """one_cycle: share of the run in which the rate rises."""
+    """one_cycle: share of the run during which the rate rises."""
     div_factor: Annotated[float, Field(ge=1)] = 25.0
     """one_cycle: the first rate is lr / div_factor."""
     final_div_factor: Annotated[float, Field(ge=1)] = 1e4
     """one_cycle: the last rate is the first / final_div_factor."""
     anneal: Literal["cos", "linear"] = "cos"
-    """one_cycle: the form of both slopes."""
+    """one_cycle: the shape of both slopes."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """plateau: what the rate is multiplied by when the validation loss stops improving."""
+    """plateau: the factor for the rate when the validation loss stops improving."""
     patience: Count = 5
-    """plateau: epochs without improvement until then."""
+    """plateau: epochs without improvement before the rate is reduced."""
     min_delta: NonNegative = 0.01
-    """plateau: how much lower counts as improvement."""
+    """plateau: the least decrease of the loss that counts as improvement."""
     min_lr: NonNegative = 0.0
-    """plateau: the rate never falls below."""
+    """plateau: lower limit of the rate."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class EarlyStoppingConfig:
-    """Stop when validation loss has not improved for a while."""
+    """Stop when the validation loss has not improved for some epochs."""
 
     enabled: bool = False
     """Whether training may stop before its last epoch."""
     patience: Count = 10
-    """Epochs without improvement until training stops."""
+    """Epochs without improvement before training stops."""
     min_delta: NonNegative = 0.0
-    """How much lower counts as improvement."""
+    """The least decrease of the loss that counts as improvement."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """How the model is trained."""
+    """Training of the model."""
 
     epochs: Count = 30
     """Passes over the training images."""
     global_batch_size: Count = 64
-    """Images per step, over all workers together."""
+    """Images per step, over all workers."""
     eval_batch_size: Count = 500
     """Images per evaluation step and worker."""
     lr: Positive = 0.1
-    """The peak learning rate, for the global batch size as it stands."""
+    """The peak learning rate; it is not scaled with the batch size."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: automatic mixed precision over fp32 weights; fp16 scales the loss. In fp32 a GPU's convolutions
-    multiply in TF32 (10 bits of mantissa), PyTorch's default; results differ by about 1e-3 from a CPU's."""
+    """bf16, fp16: automatic mixed precision with fp32 weights; fp16 scales the loss. In fp32, convolutions on a GPU use
+    TF32 (10 bits of mantissa), PyTorch's default; results differ from those on a CPU by about 1e-3."""
     compile: bool = False
-    """Whether torch.compile is used."""
+    """Whether to use torch.compile."""
     cuda_graph: bool = False
-    """Whether a step is launched as one CUDA graph, which helps small batches; on one GPU, elsewhere it changes
-    nothing. Augmentation is in it where the torch loader does it on the GPU, trivial_augment excepted."""
+    """Whether to launch a step as one CUDA graph, which helps small batches; only with a single GPU. The graph includes
+    the augmentation if the torch loader does it on the GPU, except for trivial_augment."""
     deterministic: bool = False
-    """On a GPU: use deterministic kernels only, so that a resumed run equals the undisturbed one bit for bit, at some
-    cost in speed. On CPUs training always is deterministic."""
+    """On a GPU: use only deterministic kernels, so that a resumed run equals the undisturbed one bit for bit, at some
+    cost in speed. On CPUs training is always deterministic."""
     grad_accum_steps: Count = 1
-    """Parts into which each worker's share of a step is cut to save memory; the result stays that of the whole."""
+    """Number of parts of each worker's share of a step, to save memory; gradients are those of the whole."""
     clip_grad_norm: Positive | None = None
-    """Largest L2 norm of all gradients together."""
+    """Maximum L2 norm of all gradients together; null: no clipping."""
     label_smoothing: Probability = 0.0
-    """Share of the target that is spread evenly over all classes."""
+    """Share of the target that is distributed evenly over all classes."""
     ema_decay: Probability | None = None
-    """Decay per step of an exponential moving average of the weights, which is then what is evaluated."""
+    """Decay per step of an exponential moving average of the weights, which is evaluated instead; null: none."""
     sync_bn: bool = False
-    """Whether BatchNorm's statistics are those of the global batch."""
+    """Whether BatchNorm uses the statistics of the global batch."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """bf16: workers exchange gradients in half the bytes, rounded to 8 bits; weights and optimizer stay fp32."""
+    """bf16: workers exchange gradients in half the bytes, with 8 bits of mantissa; weights and optimizer stay fp32."""
     bucket_mb: Positive | None = None
-    """MiB of gradients that workers exchange at a time; null: what a dense block has (docs/scaling.md)."""
+    """MiB of gradients that workers exchange at a time; null: those of a dense block (docs/scaling.md)."""
     profile: tuple[Index, Index] | None = None
-    """Profile the steps after the first number of steps up to the second, such as [100, 105]: a trace and a table in
-    profile in the run's folder; null: none."""
+    """Range of steps to profile, such as [100, 105] for the five steps after step 100: a trace and a table in profile
+    in the run's folder; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How parameters follow gradients."""
+    """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the run."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
@@ -239,27 +239,27 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
-    """What is kept for resuming. The last and the best are always kept."""
+    """Checkpoints. The newest and the best are always kept."""
 
     every_epochs: Count = 1
-    """Save at the end of every so many epochs, and of the last."""
+    """Save at the end of every so many epochs, and at the end of training."""
     every_steps: Count | Literal["auto"] | None = "auto"
-    """Save within epochs too, every so many steps; auto: as often as costs less than 1 % of the time, at most twice a
+    """Also save every so many steps within epochs; auto: as often as costs less than 1 % of the time, at most twice per
     minute; null: never. Files are written while training continues."""
     keep: Count = 1
-    """How many of the newest checkpoints to keep beside the best."""
+    """Number of newest checkpoints to keep besides the best."""
     monitor: Literal["val/top1", "val/loss"] = "val/top1"
-    """What makes a checkpoint the best: the highest val/top1 or the lowest val/loss."""
+    """The metric of the best checkpoint: the highest val/top1 or the lowest val/loss."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class WorkerRange:
-    """As many workers as the cluster has room for."""
+    """As many workers as the cluster has resources for."""
 
     min: Workers
-    """Below that the run waits."""
+    """The run waits for at least so many."""
     max: Workers
-    """Never more than that."""
+    """The most workers to use."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -267,18 +267,18 @@ class ClusterConfig:
     """Where training runs."""
 
     engine: Literal["ray", "local"] = "ray"
-    """ray: Ray Train; local: this process alone, or the ranks that torchrun started."""
+    """ray: Ray Train; local: this process, or the processes that torchrun started."""
     workers: Workers | WorkerRange | Literal["auto"] = "auto"
-    """DDP workers; auto: one per GPU of the cluster, or two on CPUs; {min: 1, max: 4}: as many as there is room for,
-    fewer when nodes are lost and more when they come, the same images in every step."""
+    """DDP workers; auto: one per GPU of the cluster, or two on CPUs; {min: 1, max: 4}: as many as the cluster has
+    resources for, changing as nodes are lost or added, with the same images in every step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if the cluster has any."""
     cpus_per_worker: Count | Literal["auto"] = "auto"
-    """CPU cores, and so torch threads, per worker; auto: its share of the machine, less one for Ray."""
+    """CPU cores and torch threads per worker; auto: its share of the machine, less one for Ray."""
     address: str | None = None
-    """A running Ray cluster, as for ray.init; null: the one in RAY_ADDRESS, else one of this process' own."""
+    """Address of a running Ray cluster, as for ray.init; null: RAY_ADDRESS, else a cluster started by this process."""
     max_failures: Index = 3
-    """How often a run is restarted from its last checkpoint after a lost worker or node."""
+    """How many times a run is restarted from its last checkpoint after losing a worker or node."""
     timeout_s: Seconds = 600.0
     """How long to wait for resources, and for a collective operation, before giving up."""
 
@@ -293,13 +293,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class FaultConfig:
-    """What is done when something goes wrong on a cluster."""
+    """Handling of failures on a cluster."""
 
     hang_timeout_s: Seconds = 60.0
     """How long a worker may not respond, or make no progress (or ten times its longest step, if that is more), before
     it is replaced."""
     grace_s: Seconds = 15.0
-    """How long a run that is told to stop (SIGTERM, Ctrl-C) may take to save; Kubernetes kills pods after 30 s."""
+    """How long a run may take to save after SIGTERM or Ctrl-C; Kubernetes kills pods after 30 s."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -307,11 +307,11 @@ class WandbConfig:
     """Weights & Biases; its key comes from WANDB_API_KEY or 'wandb login'."""
 
     enabled: bool = False
-    """Whether the run's figures are sent there too; needs the extra wandb."""
+    """Whether to send metrics to W&B; needs the extra wandb."""
     project: Annotated[str, Field(min_length=1, max_length=128)] = "densenet-dist"
-    """The project there."""
+    """The project at W&B."""
     entity: str | None = None
-    """The user or team there; null: your default."""
+    """The user or team at W&B; null: your default."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -319,16 +319,16 @@ class MlflowConfig:
     """MLflow; user and password come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
 
     enabled: bool = False
-    """Whether the run's figures are sent there too; needs the extra mlflow."""
+    """Whether to send metrics to MLflow; needs the extra mlflow."""
     tracking_uri: Place | None = None
     """The tracking server, such as http://mlflow:5000; null: MLFLOW_TRACKING_URI."""
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "densenet-dist"
-    """The experiment there."""
+    """The experiment at MLflow."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """Where figures go besides metrics.jsonl and TensorBoard; training continues if they do not answer."""
+    """Services that receive metrics too, besides metrics.jsonl; training continues if they do not respond."""
 
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
@@ -338,32 +338,32 @@ class LogConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """Everything a run depends on."""
+    """The configuration of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
-    """The run's name, and its folder's; by default the config file's name."""
+    """Name of the run and of its folder; by default the name of the config file."""
     storage: Place = "runs"
-    """Where run folders are: a path (shared by all nodes, where there are several) or s3://bucket/path."""
+    """Place of the run folders: a path (shared by all nodes of a cluster) or s3://bucket/path."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Fixes the split, the order, every augmentation, the initial weights and dropout."""
+    """Determines the split, the order, every augmentation, the initial weights and dropout."""
     model: ModelConfig = ModelConfig()
-    """Which DenseNet."""
+    """The DenseNet."""
     data: DataConfig = DataConfig()
-    """Which images, and what is done to them."""
+    """The images, their augmentation and loading."""
     train: TrainConfig = TrainConfig()
-    """How the model is trained."""
+    """Training of the model."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """What is kept for resuming."""
+    """Checkpoints."""
     cluster: ClusterConfig = ClusterConfig()
     """Where training runs."""
     fault: FaultConfig = FaultConfig()
-    """What is done when something goes wrong on a cluster."""
+    """Handling of failures on a cluster."""
     log: LogConfig = LogConfig()
-    """Where figures go besides metrics.jsonl and TensorBoard."""
+    """Services that receive metrics too, besides metrics.jsonl."""
 
 
 def without_validation(train: TrainConfig) -> Iterator[str]:
-    """Name what cannot work without validation images."""
+    """Yield a message for settings that need validation images."""
     if train.early_stopping.enabled or train.schedule.name == "plateau":
         what = "train.early_stopping" if train.early_stopping.enabled else "train.schedule.name: plateau"
         yield f"data.val_fraction: 0 leaves nothing to validate on, but {what} watches the validation loss"
