@@ -23,7 +23,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ MAPS: dict[str, tuple[int, int]] = {
     "layer backward": (8, 2),
 }
 """How often each reads or writes the C maps and the K maps."""
+UNFINISHED = 75
+"""Exit code if cases are left."""
 SLEEP = 8_000_000
 """Cycles for which the GPU waits while its queue is filled: about 4 ms."""
 
@@ -216,7 +218,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                         yield Case(side, batch, read, made)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, else fp32")
@@ -228,7 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.0, help="no case begins after them")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.exit(3, "convolutions.py: PyTorch sees no CUDA GPU here; --device cpu tries the script out\n")
     torch.backends.cudnn.benchmark = True
@@ -250,7 +252,8 @@ def main() -> None:
         show(row, DTYPES[dtype].itemsize)
     show_steps([row for row in results.rows if all(row[name] == value for name, value in about.items())])
     if left_out:
-        print(f"{left_out} cases are left: the same command with --out goes on with them")
+        print(f"{left_out} cases are left: the same command with --out continues with them")
+        raise SystemExit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ PASSES: Final[Mapping[str, Mapping[str, Passes]]] = {
     "graph": _FUSED,
     "padded": _REFERENCE,
     "compiled_graph": _COMPILED,
+    "padded_compiled_graph": _COMPILED,
 }
 """The passes of each variant of ``bench model`` over the maps of each part of a net."""
 

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.data.cifar import SPECS
@@ -88,19 +86,24 @@ def reset_peak() -> float:
     """Reset `peak_bytes`; return the resident memory of this process in bytes, NaN where Linux refuses."""
     with suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
-    resident = psutil.Process().memory_info().rss
+    resident = proc_bytes("self/status", "VmRSS")
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return float("nan")
-    return float(resident)
+    return resident
 
 
 def peak_bytes() -> float:
     """Return the peak resident memory of this process since `reset_peak`; NaN where Linux does not report it."""
+    return proc_bytes("self/status", "VmHWM")
+
+
+def proc_bytes(file: str, key: str) -> float:
+    """Read a size from a file in ``/proc``; NaN where Linux does not report it."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(f"{key}:"):
                 return float(line.split()[1]) * 1024
     return float("nan")
 
@@ -133,17 +136,14 @@ def rounded(value: float, digits: int = 5) -> float:
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print a title, a table with columns as wide as their contents, and notes below it."""
-    console = Console(highlight=False)
-    console.width = max(console.width, 140)  # a file has no width; a narrow terminal wraps lines
-    table = Table(box=None, pad_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(title, markup=False, soft_wrap=True)
-    console.print(table)
+    lines = [*zip_longest(*(heading.split("\n") for heading in headings), fillvalue=""), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(title)
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        print(note)
 
 
 def number(value: float | None) -> str:

@@ -41,11 +41,13 @@ DEFINITIONS: Final = {
     "fused": "model.block=fused",
     "graph": "model.block=fused, the whole step in one CUDA graph",
     "compiled_graph": "compiled, the whole step in one CUDA graph",
+    "padded": "reference with the growth rate rounded up to a multiple of 8 (tensor cores), another network",
+    "padded_compiled_graph": "padded with torch.compile, the whole step in one CUDA graph",
     "step_ms": "forward, cross entropy, backward, optimizer step, zeroing the gradients",
     "spreads": "lowest and highest of the rounds",
     "peak_mib": "peak memory of a step: on a GPU of all tensors, on a CPU what the step added to the process",
     "time_ratio, memory_ratio": "relative to reference at the same batch size; of times round by round",
-    "loss": "of the first step, equal in all variants except for rounding and dropout",
+    "loss": "of the first step, equal in all variants of the same network except for rounding and dropout",
 }
 _FIGURES: Final = (
     *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),

@@ -11,21 +11,19 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
-from densenet_dist.bench.common import peak_bytes, reset_peak
+from densenet_dist.bench.common import peak_bytes, proc_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
-from densenet_dist.model import DenseNet
 from densenet_dist.model.kernels import unavailable
-from densenet_dist.model.variants import densenet
+from densenet_dist.model.variants import densenet, variant_architecture
 from densenet_dist.schema import Config
 from densenet_dist.train.network import autocast
 from densenet_dist.train.optim import build_optimizer
@@ -39,13 +37,14 @@ class Variant(NamedTuple):
         block: the form of its dense blocks.
         compile: whether to use `torch.compile`.
         cuda_graph: whether the whole step is one CUDA graph, as with ``train.cuda_graph``.
-        convert: a module-level function applied to the model first.
+        padded: whether the growth rate is rounded up to a multiple of 8, the widths that tensor cores need. This costs
+            as much as padding every layer of a network without bottlenecks with zeros.
     """
 
     block: str
     compile: bool = False
     cuda_graph: bool = False
-    convert: Callable[[DenseNet], DenseNet] | None = None
+    padded: bool = False
 
 
 VARIANTS: Final = {
@@ -54,6 +53,8 @@ VARIANTS: Final = {
     "fused": Variant("fused"),
     "graph": Variant("fused", cuda_graph=True),
     "compiled_graph": Variant("reference", compile=True, cuda_graph=True),
+    "padded": Variant("reference", padded=True),
+    "padded_compiled_graph": Variant("reference", compile=True, cuda_graph=True, padded=True),
 }
 
 
@@ -110,8 +111,10 @@ class TrainingStep:
         self._variant, self._config, self._num_classes, self._device = variant, config, num_classes, device
         torch.manual_seed(config.seed)
         settings = {**asdict(config.model), "num_classes": num_classes, "image_size": config.data.side}
-        model = densenet(**{**settings, "block": variant.block})
-        self._model = (variant.convert(model) if variant.convert else model).to(device).train()
+        architecture = variant_architecture(**settings)
+        if variant.padded:
+            settings["growth_rate"] = -(-architecture.growth_rate // 8) * 8
+        self._model = densenet(**{**settings, "block": variant.block}).to(device).train()
         self._forward: nn.Module = self._model
         # With a learning rate of zero the work is the same, but the weights do not change during the measurement.
         self._optimizer = build_optimizer(self._model, config.train.optimizer, lr=0.0)
@@ -150,6 +153,11 @@ class TrainingStep:
             del step, images, labels
             torch.cuda.empty_cache()  # for other processes
         return Measurement(1e3 * step_s, steps, peak, loss)
+
+    def prepare(self, batch_size: int) -> Callable[[], Tensor]:
+        """Return the step on a batch of random images; with a CUDA graph, the captured step."""
+        images, labels = self._batch(batch_size)
+        return self._capture(images, labels) if self._variant.cuda_graph else partial(self._step, images, labels)
 
     def _batch(self, size: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self._device).manual_seed(self._config.seed)
@@ -193,7 +201,7 @@ class TrainingStep:
         return (perf_counter() - started) / steps
 
     def _require_memory(self, batch_size: int) -> None:
-        needed, available = self._bytes_per_image * batch_size, psutil.virtual_memory().available
+        needed, available = self._bytes_per_image * batch_size, proc_bytes("meminfo", "MemAvailable")
         if needed > 0.8 * available:
             raise OutOfMemory(
                 f"skipped: needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available"

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
-
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder
 from densenet_dist.train.control import WorkerStatus
@@ -152,7 +150,7 @@ class CheckpointStore:
         self.run.guard()
         try:
             write_snapshot(self.run.path / folder, snapshot)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise StorageError(
                 f"the checkpoint {self.run.uri}/{folder} cannot be written: {error}\n"
                 "  earlier checkpoints are intact: free some space, then resume with --resume"

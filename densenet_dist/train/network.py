@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeAlias
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
     state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
     needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
-    memory = psutil.virtual_memory().total
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if device.type == "cuda":

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from densenet_dist.config import to_dict
@@ -38,9 +36,9 @@ WEIGHTS, AVERAGE, STATE, META = "model.safetensors", "ema.safetensors", "state.p
 FILES: Final = (WEIGHTS, AVERAGE, STATE, META)
 """In the order of upload: checkpoint.json is last and marks a complete upload."""
 UNREADABLE: Final = (
-    *(OSError, StorageError, SafetensorError),
+    *(OSError, StorageError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),  # torch.load
-    *(ValueError, KeyError, TypeError, AttributeError),  # JSON that is not what was written
+    *(ValueError, KeyError, TypeError, AttributeError),  # safetensors; JSON that is not what was written
 )
 """The errors that reading damaged files can raise."""
 
@@ -103,11 +101,32 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
         # Other names could be paths to a device or a pipe, which would be read forever.
         if name not in (WEIGHTS, AVERAGE, STATE) or _sha256(folder / name) != meta["sha256"][name]:
             raise CheckpointError(f"{name} is damaged")
-    average = load_file(folder / AVERAGE) if AVERAGE in meta["sha256"] else None
+    average = _load(folder / AVERAGE) if AVERAGE in meta["sha256"] else None
     if _unpacked_size(folder / STATE) > (folder / STATE).stat().st_size:
         raise CheckpointError(f"{STATE} is compressed, and could unpack to any size")
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    return Snapshot(load_file(folder / WEIGHTS), average, state, position, metrics)
+    return Snapshot(_load(folder / WEIGHTS), average, state, position, metrics)
+
+
+# Imported where needed, so that a GPU machine without safetensors can run the tests of the training step.
+def _load(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(_contiguous(tensors), path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
@@ -116,9 +135,9 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(_contiguous(snapshot.model), temporary / WEIGHTS)
+        _save(snapshot.model, temporary / WEIGHTS)
         if snapshot.average is not None:
-            save_file(_contiguous(snapshot.average), temporary / AVERAGE)
+            _save(snapshot.average, temporary / AVERAGE)
         torch.save(snapshot.state, temporary / STATE)
         digests = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         meta = {"format": 1, "position": asdict(snapshot.position), "metrics": snapshot.metrics, "sha256": digests}

@@ -1,0 +1,112 @@
+"""Predict the training speed of the notebook's network on an H200 from FLOPs, bytes and kernel launches.
+
+    python benchmarks/launch_model.py
+
+Nothing is measured; the figures are to be compared with those of a visit (gpu.md) and may be off by 30 %. The time of a
+step is that of its convolutions, of its other passes over the maps, and of its launches, one after another:
+
+- memory: 4.3 TB/s, for the bytes that `roofline.traffic` counts in bfloat16; before the rows of a block began at
+  multiples of 8 channels, most passes read 2 bytes at once and reached 70 % of it;
+- cuDNN: 220, 200 and 160 useful TFLOP/s (fprop, dgrad, wgrad; products with padding do not count), at least 8 us;
+- a small kernel: 2 us, and 10 us of Python if it is not in a CUDA graph, hidden while the GPU is busy;
+- custom convolutions for sm_90a: 55 % of 790 TFLOP/s, of which 35 of 40 columns are useful; they normalise what they
+  read and add up statistics themselves, so that their bytes are hidden behind the products;
+- launches per step: counted by tests/support/launches.py for eager and fused forms; estimated for the compiled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from roofline import traffic
+
+from densenet_dist.bench.common import number, print_table
+from densenet_dist.model.architecture import Architecture
+from densenet_dist.model.variants import variant_architecture
+
+BATCH_SIZES: Final = (64, 256, 1024)
+BYTES_PER_S: Final = 4.3e12
+CUDNN: Final = (220e12, 200e12, 160e12)
+CUSTOM: Final = (0.55 * 790e12 * 35 / 40,) * 3
+CUDNN_CALL_S, KERNEL_S, LAUNCH_S = 8e-6, 2e-6, 10e-6
+NARROW_READS: Final = 0.7
+
+
+class Way(NamedTuple):
+    """A way to run the training step.
+
+    Attributes:
+        name: for the table.
+        passes: the variant of `roofline.PASSES`.
+        launches: kernels per step.
+        padded: whether all maps have widths that are multiples of 8.
+        graph: whether the step is a CUDA graph.
+        custom_sides: sides of the maps that custom convolutions serve.
+        bandwidth: share of the memory's bandwidth that passes reach.
+    """
+
+    name: str
+    passes: str
+    launches: int
+    padded: bool = False
+    graph: bool = True
+    custom_sides: tuple[int, ...] = ()
+    bandwidth: float = 1.0
+
+
+WAYS: Final = (
+    Way("padded, eager", "padded", 593, padded=True, graph=False),
+    Way("padded, compiled, graph", "compiled_graph", 450, padded=True),
+    Way("fused, graph, 1,811 launches (until 2026-11-29)", "graph", 1811, bandwidth=NARROW_READS),
+    Way("fused, graph, 389 launches (today)", "graph", 389),
+    Way("fused, one by one, 389 launches (today; DDP)", "fused", 389, graph=False),
+    Way("custom convolutions at 32x32 and 16x16", "graph", 389, custom_sides=(32, 16)),
+    Way("custom convolutions everywhere", "graph", 389, custom_sides=(32, 16, 8, 4)),
+)
+
+
+def layers(net: Architecture) -> Iterator[tuple[int, float]]:
+    """The side and the FLOPs per image of each layer's forward convolution."""
+    for side, (entering, leaving) in zip(net.block_sides(), net.block_widths(), strict=True):
+        for read in range(entering, leaving, net.growth_rate):
+            yield side, 2 * 9 * read * net.growth_rate * side**2
+
+
+def bytes_by_side(net: Architecture, passes: str) -> dict[int, float]:
+    """The bytes per image of all passes in bfloat16, divided among the blocks in proportion to their FLOPs."""
+    weights = dict.fromkeys(net.block_sides(), 0.0)
+    for side, flops in layers(net):
+        weights[side] += flops
+    total = traffic(net, passes, 2)
+    return {side: total * weight / sum(weights.values()) for side, weight in weights.items()}
+
+
+def step_seconds(way: Way, batch_size: int) -> float:
+    """The predicted time of a training step."""
+    useful = variant_architecture("notebook", num_classes=10)
+    net = variant_architecture("notebook", num_classes=10, growth_rate=40) if way.padded else useful
+    seconds = 0.0
+    for side, flops in layers(useful):
+        if side in way.custom_sides:
+            seconds += sum(max(batch_size * flops / rate, KERNEL_S) for rate in CUSTOM)
+        else:
+            seconds += sum(max(batch_size * flops / rate, CUDNN_CALL_S) for rate in CUDNN)
+    moved = sum(size for side, size in bytes_by_side(net, way.passes).items() if side not in way.custom_sides)
+    seconds += batch_size * moved / (BYTES_PER_S * way.bandwidth)
+    seconds += way.launches * KERNEL_S
+    return seconds if way.graph else max(seconds, way.launches * LAUNCH_S)
+
+
+def main() -> None:
+    rows = []
+    for way in WAYS:
+        speeds = [size / step_seconds(way, size) for size in BATCH_SIZES]
+        rows.append([way.name, *(number(float(f"{speed:.3g}")) for speed in speeds)])
+    print_table(
+        "predicted images/s on an H200, +-30 %", ["training step, bf16", *(f"batch {s}" for s in BATCH_SIZES)], rows
+    )
+
+
+if __name__ == "__main__":
+    main()
