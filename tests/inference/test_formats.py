@@ -1,4 +1,4 @@
-"""Exported files: the same network as the run's, whatever the format; and what is refused."""
+"""Exported files: the same network as the run's, whatever the format, and metadata; and what is refused."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProble
 from densenet_dist.inference import formats
 from densenet_dist.inference.classifier import load_classifier
 from densenet_dist.inference.exporting import LARGEST_DIFFERENCE, export
+from densenet_dist.inference.header import header_of
 from densenet_dist.inference.network import open_trained
 from densenet_dist.train.evaluation import evaluate, prepare_evaluation
 
@@ -122,10 +123,43 @@ def test_onnx_without_its_packages_names_the_extra(original, monkeypatch, comman
         assert "pip install 'densenet-dist[onnx]'" in err
 
 
-def test_files_of_others_are_refused(exported, tmp_path, command):
-    weights = load_file(exported("safetensors"))
+@pytest.fixture
+def header(exported) -> str:
+    """The metadata of an exported file."""
     with safe_open(exported("safetensors"), "pt") as file:
-        header = file.metadata()["densenet_dist"]
+        return file.metadata()["densenet_dist"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h.update(format=2), "format"),
+        (lambda h: h.update(mean=[float("nan"), 0, 0]), "mean.0"),
+        (lambda h: h.update(class_names=["Käse ☂"]), "1 class names for 10 classes"),
+        (lambda h: h.update(run="\u202etxt"), "cannot be printed"),
+        (lambda h: h["architecture"].update(growth_rate=10**9), "architecture.growth_rate"),
+        (lambda h: h["architecture"].update(num_layers=[2000] * 3), "6000 layers, more than 2000"),
+    ],
+)
+def test_metadata_that_cannot_be_true(header, change, said):
+    assert header_of(header, "x").to_json() == header
+    content = json.loads(header)
+    change(content)
+    with pytest.raises(CheckpointError, match="x: its metadata is not that of an exported model: ") as caught:
+        header_of(json.dumps(content), "x")
+    assert said in str(caught.value)
+
+
+def test_metadata_of_another_kind():
+    others = dict.fromkeys(("", "[]", "[" * 100_000, b"\xff"), "is not that of an exported model")
+    others |= {None: "it has no densenet_dist in its metadata", " " * 9_000_000: "has 9,000,000 bytes"}
+    for text, said in others.items():
+        with pytest.raises(CheckpointError, match=said):
+            header_of(text, "x")
+
+
+def test_files_of_others_are_refused(exported, header, tmp_path, command):
+    weights = load_file(exported("safetensors"))
     old = json.dumps(json.loads(header) | {"precision": "int8"})  # as an earlier version wrote
     save_file(weights, tmp_path / "plain.safetensors")
     save_file(weights, tmp_path / "int8.safetensors", metadata={"densenet_dist": old})

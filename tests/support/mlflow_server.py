@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ray_runs import free_ports
+from ray_runs import free_ports, until
 
 
 @contextmanager
@@ -24,19 +23,17 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     with open(folder / "log", "w") as log:
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
+
+    def answers() -> bool:
+        assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        with suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return True
+        return False
+
     try:
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            time.sleep(0.2)
+        until(answers, 1800)
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # nothing of it is wanted again
         process.wait()
-
-
-def _answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(address, timeout=5).close()
-    except OSError:
-        return False
-    return True
