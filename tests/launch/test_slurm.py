@@ -77,12 +77,15 @@ def turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Turn:
     return Turn(tmp_path)
 
 
-def test_the_shape_is_in_the_header_that_slurm_reads(rendered):
-    text, workers = rendered.files["slurm/train.sbatch"], rendered.values["workers"]
+def test_the_shape_is_that_of_the_values(rendered):
+    text, values, workers = rendered.files["slurm/train.sbatch"], rendered.values, rendered.values["workers"]
     header = text[: text.index("set -euo pipefail")]
     assert not [line for line in header.splitlines() if not line.startswith("#")][1:]  # Slurm stops reading there
-    assert f"#SBATCH --nodes={workers['count']}\n#SBATCH --gpus-per-node={workers['gpus']}\n" in header
-    assert "#SBATCH --signal=B:USR1@120\n" in header
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", header, re.MULTILINE))
+    assert (options["nodes"], options["gpus-per-node"]) == (str(workers["count"]), str(workers["gpus"]))
+    assert (options["cpus-per-task"], options["mem"]) == (str(workers["cpus"]), f"{workers['memory_gib']}G")
+    assert (options["signal"], options["requeue"], options["open-mode"]) == ("B:USR1@120", "", "append")
+    assert all(f"\nexport {key}={value}\n" in text for key, value in values["env"].items())
 
 
 def test_a_first_turn_starts_the_run_on_all_nodes(turn, root, values):
