@@ -14,6 +14,7 @@ from ray.scripts.scripts import cli as ray_cli
 import densenet_dist
 from densenet_dist.cli import app
 from densenet_dist.config import SETTINGS, load_config
+from densenet_dist.sweep.definition import SETTINGS as SWEEP_SETTINGS
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.yaml_settings import read_override
 
@@ -87,7 +88,10 @@ def check_sources(name, given):
     """Whether a command line's settings are ones, its files there, and all of it makes a configuration."""
     sources = list(given.get("sources") or given.get("settings") or [])
     files = [source for source in sources if "=" not in source]
-    if all((ROOT / file).exists() for file in files):
+    if name == "tune" and not files:  # a sweep that is resumed
+        for source in sources:
+            SWEEP_SETTINGS.validate(read_override(source), combinations=False)
+    elif all((ROOT / file).exists() for file in files):
         paths = [str(ROOT / source) if source in files else source for source in sources]
         is_sweep = any("space:" in (ROOT / file).read_text() for file in files)
         (load_sweep if is_sweep else load_config)(*paths)
