@@ -93,7 +93,7 @@ def test_a_run_is_loaded_again_finished_or_not(tmp_path, result):
     (run / "config.yaml").write_text((Path(result.run) / "config.yaml").read_text())
     begun = load_run(run)
     assert begun.history == []
-    with pytest.raises(StorageError, match="no epochs yet"):
+    with pytest.raises(StorageError, match="no complete epoch to plot"):
         begun.plot()
     (run / "summary.json").write_text("{")
     with pytest.raises(StorageError, match="damaged"):

@@ -72,7 +72,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
     for block in blocks(page):
         if not block.tried or block.language not in begins:
             continue
-        for line in block.text.splitlines():
+        for line in block.text.replace("\\\n", "").splitlines():
             if not line.startswith(begins[block.language]) or "densenet" not in line.partition("#")[0]:
                 continue
             words = shlex.split(line.removeprefix("$ ").removesuffix(" &"), comments=True)
