@@ -6,6 +6,7 @@ Reading them from YAML and the command line, and error messages, are in `densene
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -38,6 +39,7 @@ def _expand_home(place: str) -> str:
 
 
 Place: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
+Variable: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*=")]
 """A path, which may start with ``~`` or ``~user``, or the URI of an object store."""
 
 
@@ -275,12 +277,25 @@ class ClusterConfig:
     """auto: GPUs if the cluster has any."""
     cpus_per_worker: Count | Literal["auto"] = "auto"
     """CPU cores and torch threads per worker; auto: its share of the machine, less one for Ray."""
+    accelerator_type: str | None = None
+    """Use only nodes with this accelerator, by Ray's name, such as H100; null: any node."""
+    placement: Literal["pack", "spread"] = "pack"
+    """pack: as few nodes as possible; spread: workers on as many nodes as possible."""
+    env: tuple[Variable, ...] = ()
+    """Environment variables of Ray's workers, such as ["NCCL_SOCKET_IFNAME=eth1"]; credentials are refused."""
     address: str | None = None
     """Address of a running Ray cluster, as for ray.init; null: RAY_ADDRESS, else a cluster started by this process."""
     max_failures: Index = 3
     """How many times a run is restarted from its last checkpoint after losing a worker or node."""
     timeout_s: Seconds = 600.0
     """How long to wait for resources, and for a collective operation, before giving up."""
+    elastic_interval_s: Seconds = 20.0
+    """How often a run with a range of workers checks whether it can use more; using them costs a restart."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables by name."""
+        return {name: value for name, _, value in (variable.partition("=") for variable in self.env)}
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -400,6 +415,9 @@ def conflicts(config: Config) -> Iterator[str]:
         yield f"train.profile: must be up to 100 steps, [START, STOP] with START below STOP, not {list(train.profile)}"
     if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
         yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
+    for name in config.cluster.variables:
+        if re.search("key|secret|token|passw|credential", name, re.IGNORECASE):
+            yield f"cluster.env: {name} may be a credential, which run folders would show; set it on the nodes instead"
     if config.cluster.workers != "auto":
         least, workers = config.cluster.worker_range
         if least > workers:

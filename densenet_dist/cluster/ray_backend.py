@@ -36,8 +36,6 @@ from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, Training
 from densenet_dist.schema import Config
 
 _SAVE_TIMEOUT_S = 30.0
-_RESIZE_INTERVAL_S = 20.0
-"""How often an elastic run checks for more resources; using them costs a restart."""
 _START_ATTEMPT_S = 60.0
 """Longest wait for the resources of a worker group before Ray tries again."""
 
@@ -77,7 +75,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         max_failures: int = 0,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        elastic = resources.fewest < resources.workers
+        elastic, variables = resources.fewest < resources.workers, config.cluster.variables
         super().__init__(
             function,
             train_loop_config=payload,
@@ -85,7 +83,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 num_workers=(resources.fewest, resources.workers) if elastic else resources.workers,
                 use_gpu=resources.use_gpu,
                 resources_per_worker=resources.per_worker,
-                elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+                placement_strategy=config.cluster.placement.upper(),
+                elastic_resize_monitor_interval_s=config.cluster.elastic_interval_s,
             ),
             torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
             run_config=RunConfig(
@@ -94,8 +93,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=-1),
                 callbacks=[*callbacks, *([SaveBeforeResize(coordinator)] if elastic else [])],
-                # A runtime environment would only start more processes on a private cluster.
-                worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
+                # A private cluster has inherited WORKER_ENV, and starts faster without a runtime environment.
+                worker_runtime_env={"env_vars": WORKER_ENV | variables} if variables or not own_cluster else None,
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )

@@ -262,6 +262,7 @@ class _Training:
 
         from densenet_dist.train.loop import fit
 
+        os.environ |= self._config.cluster.variables
         torch.set_num_threads(self._plan.threads)
         device = choose_device(self._config.cluster.device)
         context = RunContext(self._run, device, sync_each_epoch=True, listener=self._stop_or_handle)

@@ -107,6 +107,15 @@ def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
     assert (planned.fewest, planned.workers) == expected
 
 
+def test_workers_and_trials_on_an_accelerator():
+    """On an H200, whose node has the resource ``accelerator_type:H200``."""
+    wanted = ClusterConfig(workers=1, accelerator_type="H200")
+    on_h200 = {"CPU": 1, "GPU": 1, "accelerator_type:H200": 0.001}
+    node = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H200": 1.0}
+    assert plan_resources(wanted, node, fixed=True).per_worker == on_h200
+    assert plan_trials(SweepConfig(), wanted, 4, [{"CPU": 8.0, "GPU": 2.0}, node], fixed=True).concurrent == 2
+
+
 def test_more_than_a_machine_has():
     cores = len(os.sched_getaffinity(0))
     with pytest.raises(EnvironmentProblem, match=f"1000000000 are too many, this machine has {cores} cores"):
