@@ -67,7 +67,7 @@ NO_AUGMENTATION = Augmentation()
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """What is done to each of n images: arrays with one row per image, or None for operations that are not used.
+    """The operations on each of n images: arrays with one row per image, or None for operations that are not used.
 
     Attributes:
         window: (n, 4) int64: left, top, width, height of the part of an image file that is shown.

@@ -1,4 +1,4 @@
-"""Long work: threads that run ahead of their consumer, and a progress bar on standard error."""
+"""Threads that run ahead of their consumer, and a progress bar on standard error."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

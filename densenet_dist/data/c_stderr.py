@@ -1,4 +1,4 @@
-"""Captures what C libraries print on standard error, per thread: libjpeg reports damage in no other way.
+"""Capture what C libraries print on standard error, per thread: libjpeg reports damage in no other way.
 
 glibc documents both parts: `stderr` is a variable that may be set, and `fopencookie` creates a stream of callbacks.
 """

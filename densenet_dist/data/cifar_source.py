@@ -1,4 +1,4 @@
-"""Where the files of a CIFAR set come from: a local folder, the official archive, a download, or an object store.
+"""Obtain the files of a CIFAR data set: from a local folder, the official archive, a download, or an object store.
 
 An archive does not decide what is written: only regular files with the names, sizes and SHA-256 of the official ones
 are. They are written to a temporary folder, which is renamed when all of them are complete and correct. A lock lets one

@@ -31,7 +31,7 @@ _READERS = 8  # threads that read files: they mostly wait for a disk or a networ
 
 
 class DaliEngine(Engine):
-    """See the module.
+    """Engine of DALI pipelines, one for each loader.
 
     Raises:
         EnvironmentProblem: DALI is not installed, or cannot run on the device.

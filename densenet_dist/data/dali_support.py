@@ -1,4 +1,4 @@
-"""Whether DALI works on this machine, and what to do otherwise. DALI is imported only when it is selected."""
+"""Check whether DALI works on this machine, and explain what to do otherwise. DALI is imported only when selected."""
 
 from __future__ import annotations
 

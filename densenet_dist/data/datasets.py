@@ -1,4 +1,4 @@
-"""The data sets by name: verified uint8 arrays in memory, or image files."""
+"""Load data sets by name: verified uint8 arrays in memory, or image files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -81,7 +81,7 @@ class Request(NamedTuple):
 
     @property
     def parameters(self) -> Parameters:
-        """Those of the whole epoch: the ones that are not None tell what to do."""
+        """The parameters of the whole epoch; operations whose parameters are None are not used."""
         return self.epoch.parameters
 
     def array(self, name: str) -> npt.NDArray[Any]:

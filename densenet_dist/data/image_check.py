@@ -1,4 +1,4 @@
-"""Verifies image files before training starts, by decoding each of them once.
+"""Verify image files before training starts, by decoding each of them once.
 
 The results are cached by size and modification time, so that the next start decodes only new and changed files.
 """

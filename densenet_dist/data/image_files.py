@@ -1,4 +1,4 @@
-"""Image files: which formats are accepted, how they are decoded, and what is wrong with the others."""
+"""Decode image files of the accepted formats, and explain what is wrong with others."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""A user's own images in class folders: finds and lists them before training starts.
+"""Find and list a user's own images in class folders before training starts.
 
 `root/<class>/**/*.jpg` has no test split: the caller holds one out. `root/train/<class>/...` may have folders for test
 and validation beside it, by the names that public data sets use (`_PARTS`); a validation folder alone is the test

@@ -1,4 +1,4 @@
-"""Which image comes when: pure functions of (seed, epoch, dataset index).
+"""Plan splits, orders and batches: pure functions of (seed, epoch, dataset index).
 
 Nothing here has a state. A split, the order of an epoch and the augmentation of every image (`augment`) are computed
 from the seed wherever they are needed. So all ranks agree without communication, any number of ranks sees the same
@@ -112,7 +112,7 @@ def _quotas(sizes: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an epoch of `num_images` is divided into global batches, the same for every world size.
+    """The division of an epoch of `num_images` into global batches, the same for every world size.
 
     Global step t takes `order[t * B : (t + 1) * B]`. The remaining images are a batch of their own if they are at least
     ceil(B / 8), else they join the previous batch. So every image is seen once per epoch, up to B / 8 ranks always have

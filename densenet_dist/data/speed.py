@@ -1,4 +1,4 @@
-"""Measures the speed of a loader on this machine."""
+"""Measure the speed of a loader on this machine."""
 
 from __future__ import annotations
 

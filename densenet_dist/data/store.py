@@ -1,4 +1,4 @@
-"""Data sets on an object store, and each node's copies of them.
+"""Copy data sets from an object store to each node's cache.
 
 A node keeps one folder per address in ``data`` below `cache_folder`, from run to run. A lock lets one process at a
 time change it.

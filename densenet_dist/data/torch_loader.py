@@ -30,7 +30,7 @@ _CPU_PIECE = 64
 
 
 class TorchEngine(Engine):
-    """See the module; on a GPU, images in memory need no background thread."""
+    """Engine of PyTorch operations; on a GPU, images in memory need no background thread."""
 
     def __init__(self, split: Split, **options: Any) -> None:
         super().__init__(split, **options)

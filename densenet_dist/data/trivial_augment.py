@@ -26,7 +26,7 @@ OPERATIONS = (  # in torchvision's order
 
 
 class Tone(IntEnum):
-    """What is done to an image's tones, and the meaning of its strength."""
+    """The operation on an image's tones; the comments give the meaning of its strength."""
 
     NONE = 0
     BRIGHTNESS = 1  # grey levels are multiplied by the strength

@@ -117,28 +117,19 @@ def logarithmic(axes: Axes) -> None:
     axes.minorticks_off()
 
 
-def calibration_figures(found: Calibration) -> list[str]:
-    """Plot the reliability diagram, and the number of images at each confidence."""
+def calibration_svg(found: Calibration) -> str:
+    """Plot the reliability diagram; the area of a dot is proportional to the number of its images."""
     centres = (np.arange(BINS) + 0.5) / BINS * 100
     used = found.images > 0
     with drawing():
-        reliability = new_figure(4.3, 3.7)
-        axes = reliability.add_subplot()
+        figure = new_figure(4.3, 3.7)
+        axes = figure.add_subplot()
         axes.bar(centres[used], found.accuracy[used] * 100, width=92 / BINS, color=colour("train"))
         axes.plot([0, 100], [0, 100], color=colour("muted"), linewidth=1.4, linestyle="--")
-        axes.scatter(found.confidence[used] * 100, found.accuracy[used] * 100, s=16, c=colour("test"), zorder=4)
+        areas = 8 + 120 * found.images[used] / found.images.max()
+        axes.scatter(found.confidence[used] * 100, found.accuracy[used] * 100, s=areas, c=colour("test"), zorder=4)
         axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence (%)", ylabel="accuracy (%)")
-        histogram = new_figure(4.3, 3.7)
-        axes = histogram.add_subplot()
-        axes.bar(centres, found.images, width=92 / BINS, color=colour("train"))
-        if max(found.images) > 20 * statistics.median(found.images[used].tolist()):
-            logarithmic(axes)
-            axes.set_ylim(bottom=0.8)  # so that a single image is visible
-        axes.set(xlim=(0, 100), xlabel="confidence (%)", ylabel="test images")
-        return [
-            to_svg(reliability, "accuracy against confidence"),
-            to_svg(histogram, "test images against confidence"),
-        ]
+        return to_svg(figure, "accuracy against confidence")
 
 
 def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, printed
 from densenet_dist.pages.render import percent, render
 from densenet_dist.report.comparison import comparison_page, group
 from densenet_dist.report.figures import (
-    calibration_figures,
+    calibration_svg,
     confusion_svg,
     curves_figure,
     result_figures,
@@ -206,5 +206,5 @@ def _test_section(results: TestResults) -> dict[str, Any]:
             }
             for label, name in enumerate(names)
         ],
-        "calibration_figures": calibration_figures(calibration),
+        "calibration_figures": [calibration_svg(calibration)],
     }

@@ -1,4 +1,4 @@
-"""A run as read from its folder: settings, machine, epochs, test results; the data set is not needed."""
+"""Read a run from its folder: settings, machine, epochs, test results; the data set is not needed."""
 
 from __future__ import annotations
 
