@@ -3,17 +3,15 @@
 import runpy
 from pathlib import Path
 
-import pytest
-
 LIMITS = {
-    "lines of densenet_dist": 23_300,
+    "lines of densenet_dist": 22_700,
     "lines of the training loop": 120,
-    "lines of tests": 16_500,
+    "lines of tests": 16_000,
     "words of README.md": 1_400,
+    "words of docs without the log": 15_000,
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_limits(name):
+def test_sizes_are_within_their_limits():
     sizes = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "size.py"))["sizes"]()
-    assert 0 < sizes[name] <= LIMITS[name]
+    assert {name: sizes[name] for name, most in LIMITS.items() if not 0 < sizes[name] <= most} == {}

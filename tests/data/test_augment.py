@@ -34,55 +34,51 @@ def picture_sizes(count: int) -> npt.NDArray[np.int64]:
     return sizes
 
 
-class TestGolden:
+def test_golden() -> None:
     """What was drawn when these streams were first released. A difference makes every run of old unrepeatable."""
 
-    def drawn(self, geometry: str = "none", **options: Any) -> Parameters:
+    def drawn(geometry: str = "none", **options: Any) -> Parameters:
         return draw(Augmentation(geometry, **options), 42, 7, 1000, 32)
 
-    def test_whole_numbers(self) -> None:
-        crops = self.drawn("crop_flip").affine
-        assert (sha(crops[:, :, :2]), sha(crops[:, :, 2])) == ("85daec488d06d345", "6b8d45db91135a02")
-        windows = augment.random_windows(np.full((1000, 2), [500, 375]), 42, 7, 0.08)
-        assert windows[0].tolist() == [9, 0, 473, 375]
-        assert sha(windows) == "36a258a32c48f63c"
-        assert sha(self.drawn(trivial_augment=True).tone) == "4a36a6fcf2a35d93"
-        assert sha(self.drawn(cutout=8).hole) == "93045bbe06759957"
-        mixed = self.drawn(mixup=1.0, cutmix=1.0)
-        assert (sha(mixed.box), sha(mixed.blend)) == ("5b0e4cdcc11f2745", "939d29279ea5332a")
-        assert sha(mixed.own) == "68dd32dea8504aaf"
+    crops = drawn("crop_flip").affine
+    assert (sha(crops[:, :, :2]), sha(crops[:, :, 2])) == ("85daec488d06d345", "6b8d45db91135a02")
+    windows = augment.random_windows(np.full((1000, 2), [500, 375]), 42, 7, 0.08)
+    assert windows[0].tolist() == [9, 0, 473, 375]
+    assert sha(windows) == "36a258a32c48f63c"
+    assert sha(drawn(trivial_augment=True).tone) == "4a36a6fcf2a35d93"
+    assert sha(drawn(cutout=8).hole) == "93045bbe06759957"
+    mixed = drawn(mixup=1.0, cutmix=1.0)
+    assert (sha(mixed.box), sha(mixed.blend)) == ("5b0e4cdcc11f2745", "939d29279ea5332a")
+    assert sha(mixed.own) == "68dd32dea8504aaf"
 
 
-class TestAlternatingFlip:
+@pytest.mark.parametrize("geometry", ["crop_flip", "random_resized_crop"])
+def test_alternating_flip_shows_every_image_the_other_way_in_the_next_epoch(geometry: str) -> None:
     """Jordan 2024, arXiv:2404.00498, section 3.6."""
-
-    @pytest.mark.parametrize("geometry", ["crop_flip", "random_resized_crop"])
-    def test_every_image_is_shown_the_other_way_in_the_next_epoch(self, geometry: str) -> None:
-        kinds = Augmentation(geometry), Augmentation(geometry, flip="alternating")
-        epochs = [[draw(kind, 3, epoch, 2000, 32).affine for epoch in range(4)] for kind in kinds]
-        random, alternating = (np.array([np.linalg.det(affine[:, :, :2]) < 0 for affine in each]) for each in epochs)
-        assert (alternating[0] == random[0]).all()
-        for epoch in range(3):
-            assert (alternating[epoch] != alternating[epoch + 1]).all()
-        assert 0.4 < (random[1] != random[2]).mean() < 0.6
-        assert 0.4 < alternating[0].mean() < 0.6
-        for one, other in zip(*epochs, strict=True):  # all else is as it was
-            np.testing.assert_array_equal(abs(one[:, :, 0]), abs(other[:, :, 0]))
-            np.testing.assert_array_equal(one[:, :, 1:], other[:, :, 1:])
+    kinds = Augmentation(geometry), Augmentation(geometry, flip="alternating")
+    epochs = [[draw(kind, 3, epoch, 2000, 32).affine for epoch in range(4)] for kind in kinds]
+    random, alternating = (np.array([np.linalg.det(affine[:, :, :2]) < 0 for affine in each]) for each in epochs)
+    assert (alternating[0] == random[0]).all()
+    for epoch in range(3):
+        assert (alternating[epoch] != alternating[epoch + 1]).all()
+    assert 0.4 < (random[1] != random[2]).mean() < 0.6
+    assert 0.4 < alternating[0].mean() < 0.6
+    for one, other in zip(*epochs, strict=True):  # all else is as it was
+        np.testing.assert_array_equal(abs(one[:, :, 0]), abs(other[:, :, 0]))
+        np.testing.assert_array_equal(one[:, :, 1:], other[:, :, 1:])
 
 
-class TestDraw:
-    def test_depends_on_seed_epoch_and_index_alone(self) -> None:
-        kind = Augmentation("random_resized_crop", trivial_augment=True, cutout=8, mixup=0.2, cutmix=1.0)
-        few, many, later, other = (
-            draw(kind, seed, epoch, count, 32, picture_sizes(500)[:count])
-            for seed, epoch, count in [(1, 2, 20), (1, 2, 500), (1, 3, 20), (2, 2, 20)]
-        )
-        for name in NAMES:
-            expected = getattr(few, name)
-            assert np.array_equal(expected, getattr(many, name)[:20])
-            assert not np.array_equal(expected, getattr(later, name))
-            assert not np.array_equal(expected, getattr(other, name))
+def test_parameters_depend_on_seed_epoch_and_index_alone() -> None:
+    kind = Augmentation("random_resized_crop", trivial_augment=True, cutout=8, mixup=0.2, cutmix=1.0)
+    few, many, later, other = (
+        draw(kind, seed, epoch, count, 32, picture_sizes(500)[:count])
+        for seed, epoch, count in [(1, 2, 20), (1, 2, 500), (1, 3, 20), (2, 2, 20)]
+    )
+    for name in NAMES:
+        expected = getattr(few, name)
+        assert np.array_equal(expected, getattr(many, name)[:20])
+        assert not np.array_equal(expected, getattr(later, name))
+        assert not np.array_equal(expected, getattr(other, name))
 
 
 class TestWindows:
@@ -101,30 +97,29 @@ class TestWindows:
         assert augment.central_windows(sizes).tolist() == expected
 
 
-class TestResizedCropInMemory:
-    def test_shows_the_window(self) -> None:
-        """Enlarged as torch would, and mirrored; but at its rim the warp sees what lies beyond the window."""
-        size = 32
-        images = np.random.default_rng(0).integers(0, 256, (100, size, size, 3), dtype=np.uint8)
-        kind = Augmentation("random_resized_crop")
-        todo = draw(kind, 3, 4, 100, size)
-        windows = augment.random_windows(np.full((100, 2), size), 3, 4, kind.crop_scale)
-        words = random_words(600, seed=3, stream=Stream.AUGMENTATION, epoch=4)
-        flipped = unit_floats(words).reshape(100, 6)[:, 5] < 0.5
-        assert 30 < flipped.sum() < 70
-        assert todo.padding == "border"
-        found = by_torch(images, todo)
-        for index, (left, top, width, height) in enumerate(windows.tolist()):
-            part = torch.from_numpy(images[index, top : top + height, left : left + width]).permute(2, 0, 1)[None]
-            enlarged = F.interpolate(part.double(), (size, size), mode="bilinear", align_corners=False)[0]
-            expected = enlarged.permute(1, 2, 0).numpy()
-            middles = (np.arange(size) + 0.5) / size
-            across, down = (
-                np.flatnonzero((middles * side >= 0.5) & (middles * side <= side - 0.5)) for side in (width, height)
-            )
-            shown = found[index, :, ::-1] if flipped[index] else found[index]
-            inside = np.ix_(down, across)
-            assert np.abs(shown[inside] - expected[inside]).max() < 0.002
+def test_random_resized_crop_shows_the_window() -> None:
+    """Enlarged as torch would, and mirrored; but at its rim the warp sees what lies beyond the window."""
+    size = 32
+    images = np.random.default_rng(0).integers(0, 256, (100, size, size, 3), dtype=np.uint8)
+    kind = Augmentation("random_resized_crop")
+    todo = draw(kind, 3, 4, 100, size)
+    windows = augment.random_windows(np.full((100, 2), size), 3, 4, kind.crop_scale)
+    words = random_words(600, seed=3, stream=Stream.AUGMENTATION, epoch=4)
+    flipped = unit_floats(words).reshape(100, 6)[:, 5] < 0.5
+    assert 30 < flipped.sum() < 70
+    assert todo.padding == "border"
+    found = by_torch(images, todo)
+    for index, (left, top, width, height) in enumerate(windows.tolist()):
+        part = torch.from_numpy(images[index, top : top + height, left : left + width]).permute(2, 0, 1)[None]
+        enlarged = F.interpolate(part.double(), (size, size), mode="bilinear", align_corners=False)[0]
+        expected = enlarged.permute(1, 2, 0).numpy()
+        middles = (np.arange(size) + 0.5) / size
+        across, down = (
+            np.flatnonzero((middles * side >= 0.5) & (middles * side <= side - 0.5)) for side in (width, height)
+        )
+        shown = found[index, :, ::-1] if flipped[index] else found[index]
+        inside = np.ix_(down, across)
+        assert np.abs(shown[inside] - expected[inside]).max() < 0.002
 
 
 SPACE = TrivialAugmentWide._AUGMENTATION_SPACE

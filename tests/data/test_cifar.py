@@ -12,25 +12,24 @@ from densenet_dist.data.datasets import DATASET_NAMES, load_dataset, prepare_dat
 from densenet_dist.errors import ConfigError, DataError
 
 
-class TestOfficialFiles:
-    @pytest.mark.parametrize(("name", "a_class"), [("cifar10", 5000), ("cifar100", 500)])
-    def test_arrays_are_the_raw_bytes(self, official: Path, name: str, a_class: int) -> None:
-        spec, dataset = cifar.SPECS[name], load_dataset(name, official, download=False)
-        for split, files in ((dataset.train, spec.train), (dataset.test, (spec.test,))):
-            raw = np.concatenate([np.fromfile(official / spec.folder / file, dtype=np.uint8) for file in files])
-            raw = raw.reshape(-1, spec.record_bytes)
-            assert split.images.flags.c_contiguous
-            assert split.labels.dtype == np.int64
-            assert np.array_equal(split.labels, raw[:, spec.label_bytes - 1])
-            planes = raw[:, spec.label_bytes :].reshape(-1, 3, 32, 32)
-            assert np.array_equal(split.images, planes.transpose(0, 2, 3, 1))
-        assert np.bincount(dataset.train.labels).tolist() == [a_class] * dataset.num_classes
-        assert np.bincount(dataset.test.labels).tolist() == [a_class // 5] * dataset.num_classes
-        names = {"cifar10": ["airplane", "truck"], "cifar100": ["apple", "worm"]}[name]
-        assert [dataset.class_names[0], dataset.class_names[-1]] == names
-        mean, std = statistics(dataset.train.images)
-        np.testing.assert_allclose(dataset.mean, mean, rtol=0, atol=5e-5)
-        np.testing.assert_allclose(dataset.std, std, rtol=0, atol=6e-5)
+@pytest.mark.parametrize(("name", "a_class"), [("cifar10", 5000), ("cifar100", 500)])
+def test_arrays_are_the_raw_bytes_of_the_official_files(official: Path, name: str, a_class: int) -> None:
+    spec, dataset = cifar.SPECS[name], load_dataset(name, official, download=False)
+    for split, files in ((dataset.train, spec.train), (dataset.test, (spec.test,))):
+        raw = np.concatenate([np.fromfile(official / spec.folder / file, dtype=np.uint8) for file in files])
+        raw = raw.reshape(-1, spec.record_bytes)
+        assert split.images.flags.c_contiguous
+        assert split.labels.dtype == np.int64
+        assert np.array_equal(split.labels, raw[:, spec.label_bytes - 1])
+        planes = raw[:, spec.label_bytes :].reshape(-1, 3, 32, 32)
+        assert np.array_equal(split.images, planes.transpose(0, 2, 3, 1))
+    assert np.bincount(dataset.train.labels).tolist() == [a_class] * dataset.num_classes
+    assert np.bincount(dataset.test.labels).tolist() == [a_class // 5] * dataset.num_classes
+    names = {"cifar10": ["airplane", "truck"], "cifar100": ["apple", "worm"]}[name]
+    assert [dataset.class_names[0], dataset.class_names[-1]] == names
+    mean, std = statistics(dataset.train.images)
+    np.testing.assert_allclose(dataset.mean, mean, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(dataset.std, std, rtol=0, atol=6e-5)
 
 
 def statistics(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -68,12 +68,9 @@ PUBLIC = (  # layouts of archives: * is a class, part= what the part is found to
     "train=Training/* test=Testing/*",  # brain tumor MRI
     "train=seg_train/seg_train/* test=seg_test/seg_test/* left=seg_pred/seg_pred",  # Intel image classification
     "train=x/train/* val=x/val/* test=x/test/* left=x/x/train/* x/__MACOSX/train/*",  # chest X-ray
-    "train=imagenette2/train/* test=imagenette2/val/*",
     "train=flower_data/train/* test=flower_data/valid/* left=flower_data/test",  # Flowers 102
     "train=Final_Training/Images/* left=Final_Test/Images",  # GTSRB
     "train=train/*/images left=val/images left=test/images train/notes.txt",  # tiny ImageNet
-    "train=asl_train/asl_train/* left=asl_test/asl_test",  # ASL alphabet
-    "train=trainingSet/* test=testSet/*",
     "flat=images/Images/* annotations/Annotation/*/x.xml",  # Stanford dogs
     "flat=food-101/images/* food-101/meta/train.txt",
     "flat=101_ObjectCategories/* Annotations/*/1.mat",  # Caltech 101
@@ -196,22 +193,21 @@ def by_pillow(data: bytes) -> npt.NDArray[np.uint8]:
         return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8).transpose(2, 0, 1)
 
 
-class TestPictures:
-    def test_as_pillow_reads_them(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        kinds = {name: data for name, data in picture_kinds(picture()).items() if "16" not in name}
-        kinds |= {"png.jpg": PNG, "two.jpg": encode(picture(), "MPO", save_all=True, append_images=[picture(1)])}
-        for name, data in kinds.items():
-            put(tmp_path, f"a/{name}", data=data)
-        put(tmp_path, "b/1.png")
-        files = read(tmp_path).files
-        assert len(files) == len(kinds) + 1
-        for row, name in enumerate(files.names[:-1]):
-            expected = by_pillow(kinds[name[2:]])
-            pixels = files.decode(row)
-            assert str(pixels.dtype) == "torch.uint8", name
-            assert np.array_equal(pixels.numpy(), expected), name
-            assert files.sizes[row].tolist() == [expected.shape[2], expected.shape[1]], name
-        assert capfd.readouterr().err.replace("libpng warning: iCCP: too short\n", "") == ""
+def test_pictures_are_as_pillow_reads_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kinds = {name: data for name, data in picture_kinds(picture()).items() if "16" not in name}
+    kinds |= {"png.jpg": PNG, "two.jpg": encode(picture(), "MPO", save_all=True, append_images=[picture(1)])}
+    for name, data in kinds.items():
+        put(tmp_path, f"a/{name}", data=data)
+    put(tmp_path, "b/1.png")
+    files = read(tmp_path).files
+    assert len(files) == len(kinds) + 1
+    for row, name in enumerate(files.names[:-1]):
+        expected = by_pillow(kinds[name[2:]])
+        pixels = files.decode(row)
+        assert str(pixels.dtype) == "torch.uint8", name
+        assert np.array_equal(pixels.numpy(), expected), name
+        assert files.sizes[row].tolist() == [expected.shape[2], expected.shape[1]], name
+    assert capfd.readouterr().err.replace("libpng warning: iCCP: too short\n", "") == ""
 
 
 def bomb() -> bytes:

@@ -149,34 +149,33 @@ class TestTrainLoader:
         assert_same(found_other, expected_other)
 
 
-class TestMixing:
-    @pytest.mark.parametrize("batch", [32, 31])
-    def test_is_its_definition(self, kind: str, batch: int) -> None:
-        """Image p of a global batch of n is mixed with image (p + n // 2) % n, by the share that was drawn for it."""
-        augmentation = Augmentation("notebook", cutout=10, mixup=1.0, cutmix=0.3)
-        plain = Augmentation(augmentation.geometry, cutout=augmentation.cutout)
-        drawn = augment.draw(augmentation, 3, 2, 203, 32)
-        columns = np.arange(32)
-        batches = zip(
-            train_loader(kind, batch=batch, augmentation=augmentation).epoch(2),
-            train_loader(kind, batch=batch, augmentation=plain).epoch(2),
-            strict=True,
-        )
-        for mixed, single in batches:
-            size = mixed.global_size
-            targets = np.zeros((size, 203))
-            for place, row in enumerate(single.targets.tolist()):
-                partner = (place + size // 2) % size
-                left, top, right, bottom = drawn.box[row]
-                inside = ((columns >= left) & (columns < right)) & ((columns >= top) & (columns < bottom))[:, None]
-                share = np.where(inside, 0.0, drawn.blend[row])
-                own, other = single.images[place].numpy(), single.images[partner].numpy()
-                np.testing.assert_allclose(mixed.images[place].numpy(), share * own + (1 - share) * other, atol=1e-5)
-                targets[place, row] += drawn.own[row]
-                targets[place, int(single.targets[partner])] += 1 - drawn.own[row]
-            np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
-            np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
-            assert (mixed.targets >= 0.0).all()
+@pytest.mark.parametrize("batch", [32, 31])
+def test_mixing_is_its_definition(kind: str, batch: int) -> None:
+    """Image p of a global batch of n is mixed with image (p + n // 2) % n, by the share that was drawn for it."""
+    augmentation = Augmentation("notebook", cutout=10, mixup=1.0, cutmix=0.3)
+    plain = Augmentation(augmentation.geometry, cutout=augmentation.cutout)
+    drawn = augment.draw(augmentation, 3, 2, 203, 32)
+    columns = np.arange(32)
+    batches = zip(
+        train_loader(kind, batch=batch, augmentation=augmentation).epoch(2),
+        train_loader(kind, batch=batch, augmentation=plain).epoch(2),
+        strict=True,
+    )
+    for mixed, single in batches:
+        size = mixed.global_size
+        targets = np.zeros((size, 203))
+        for place, row in enumerate(single.targets.tolist()):
+            partner = (place + size // 2) % size
+            left, top, right, bottom = drawn.box[row]
+            inside = ((columns >= left) & (columns < right)) & ((columns >= top) & (columns < bottom))[:, None]
+            share = np.where(inside, 0.0, drawn.blend[row])
+            own, other = single.images[place].numpy(), single.images[partner].numpy()
+            np.testing.assert_allclose(mixed.images[place].numpy(), share * own + (1 - share) * other, atol=1e-5)
+            targets[place, row] += drawn.own[row]
+            targets[place, int(single.targets[partner])] += 1 - drawn.own[row]
+        np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
+        np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
+        assert (mixed.targets >= 0.0).all()
 
 
 class TestRecipes:
@@ -196,20 +195,19 @@ class TestRecipes:
         assert train_loader("torch", augmentation=Augmentation("none", trivial_augment=True)).recipes(0) is None
 
 
-class TestEvalLoader:
-    @pytest.mark.parametrize(("count", "batch", "world_size"), [(203, 32, 1), (203, 32, 2), (5, 32, 7), (3, 1, 2)])
-    def test_every_image_once_over_all_ranks(self, kind: str, count: int, batch: int, world_size: int) -> None:
-        split = numbered(count)
-        loaders = [eval_loader(kind, split, batch=batch, rank=r, world_size=world_size) for r in range(world_size)]
-        ranks = [list(loader) for loader in loaders]
-        assert sorted(label for rank in ranks for part in rank for label in part.targets.tolist()) == list(range(count))
-        assert [len(rank) for rank in ranks] == [len(loader) for loader in loaders]
-        expected = (split.images / 255.0 - MEAN) / STD
-        for part in (part for rank in ranks for part in rank):
-            assert 0 < len(part.targets) == len(part.images) <= batch
-            assert part.targets.tolist() == sorted(part.targets.tolist())
-            found = part.images.permute(0, 2, 3, 1).numpy()
-            np.testing.assert_allclose(found, expected[part.targets.numpy()], rtol=0, atol=1e-6)
-        for step, part in enumerate(ranks[0]):
-            shares = [rank[step].targets for rank in ranks if step < len(rank)]
-            assert part.global_size == sum(len(share) for share in shares)
+@pytest.mark.parametrize(("count", "batch", "world_size"), [(203, 32, 1), (203, 32, 2), (5, 32, 7), (3, 1, 2)])
+def test_evaluation_shows_every_image_once_over_all_ranks(kind: str, count: int, batch: int, world_size: int) -> None:
+    split = numbered(count)
+    loaders = [eval_loader(kind, split, batch=batch, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [list(loader) for loader in loaders]
+    assert sorted(label for rank in ranks for part in rank for label in part.targets.tolist()) == list(range(count))
+    assert [len(rank) for rank in ranks] == [len(loader) for loader in loaders]
+    expected = (split.images / 255.0 - MEAN) / STD
+    for part in (part for rank in ranks for part in rank):
+        assert 0 < len(part.targets) == len(part.images) <= batch
+        assert part.targets.tolist() == sorted(part.targets.tolist())
+        found = part.images.permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(found, expected[part.targets.numpy()], rtol=0, atol=1e-6)
+    for step, part in enumerate(ranks[0]):
+        shares = [rank[step].targets for rank in ranks if step < len(rank)]
+        assert part.global_size == sum(len(share) for share in shares)

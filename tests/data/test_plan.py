@@ -80,16 +80,15 @@ class TestSplit:
             split_indices(LABELS[:4], fraction, 0)
 
 
-class TestBatchPlan:
-    @pytest.mark.parametrize(("images", "batch"), SIZES)
-    def test_covers_every_image_once(self, images: int, batch: int) -> None:
-        plan = BatchPlan(images, batch)
-        bounds = [plan.bounds(step) for step in range(plan.steps)]
-        assert np.array_equal(np.concatenate([np.arange(*pair) for pair in bounds]), np.arange(images))
-        sizes = [stop - start for start, stop in bounds]
-        assert plan.smallest == min(sizes)
-        assert plan.smallest >= min(images, -(-batch // 8))
-        assert max(sizes) < batch + -(-batch // 8)
-        assert all(start == step * batch for step, (start, _) in enumerate(bounds))
-        with pytest.raises(IndexError, match=f"step {plan.steps}"):
-            plan.bounds(plan.steps)
+@pytest.mark.parametrize(("images", "batch"), SIZES)
+def test_batches_cover_every_image_once(images: int, batch: int) -> None:
+    plan = BatchPlan(images, batch)
+    bounds = [plan.bounds(step) for step in range(plan.steps)]
+    assert np.array_equal(np.concatenate([np.arange(*pair) for pair in bounds]), np.arange(images))
+    sizes = [stop - start for start, stop in bounds]
+    assert plan.smallest == min(sizes)
+    assert plan.smallest >= min(images, -(-batch // 8))
+    assert max(sizes) < batch + -(-batch // 8)
+    assert all(start == step * batch for step, (start, _) in enumerate(bounds))
+    with pytest.raises(IndexError, match=f"step {plan.steps}"):
+        plan.bounds(plan.steps)

@@ -1,4 +1,4 @@
-"""What docs/extending.md adds works: its changes are made to a copy of the package, which trains with all of them."""
+"""The changes of docs/extending.md work in a copy of the package, which trains with all of them; the example too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from pages import ROOT, blocks
+from photos import write_photos
 
 PAGE = ROOT / "docs" / "extending.md"
 
@@ -46,3 +47,15 @@ def test_all_of_it_trains(changed):
     rates = [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"lr"' in line]
     assert rates == pytest.approx([0.1, 0.0505])  # half of the way from the peak to the final rate
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_the_example_with_ones_own_pictures(tmp_path):
+    small = ["data.image_size=16", "train.epochs=1", "train.global_batch_size=8", "model.num_layers=[1,1]"]
+    write_photos(tmp_path / "photos", ("apple", "pear"), 20)
+    command = [sys.executable, str(ROOT / "examples" / "my_dataset.py"), "photos", *small, "data.loader=torch"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "runs/my-dataset/report.html" in done.stdout
+    assert "validation: {'loss'" in done.stdout
+    assert (tmp_path / "runs" / "my-dataset" / "confusion.png").exists()
