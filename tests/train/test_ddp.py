@@ -1,4 +1,4 @@
-"""Training over ranks: the course of one process, buckets that fit the dense blocks, restarts that are exact."""
+"""Training over ranks: the same results as one process, buckets that fit the dense blocks, restarts that are exact."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_is_refused():
             load_config(*settings)
 
 
-# The training loop over ranks: the same course as one process on the same global batches
+# The training loop over ranks: the same results as one process on the same global batches
 
 
 # In eval mode the whole step is a sum over images, so any share of it can be checked; 11 images over 2 ranks and in up

@@ -108,7 +108,7 @@ DENSENET121 = ("model.variant=densenet121", "model.num_layers=[6, 12, 24, 16]", 
 
 
 @pytest.mark.parametrize(
-    ("images", "ranks", "settings", "ways"),
+    ("images", "ranks", "settings", "remedies"),
     [
         (45_000, 8, DENSENET121, ["batch_size=65", "sync_bn=true"]),
         (9, 1, [*ONE_PIXEL, "train.global_batch_size=8", "train.sync_bn=true"], ["batch_size=9"]),
@@ -117,13 +117,13 @@ DENSENET121 = ("model.variant=densenet121", "model.num_layers=[6, 12, 24, 16]", 
         (1, 1, ONE_PIXEL, []),
     ],
 )
-def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, images, ranks, settings, ways):
+def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, images, ranks, settings, remedies):
     with pytest.raises(ConfigError, match=r"train\.global_batch_size: .* leave a batch of") as caught:
         check_batches(tiny(tmp_path, *settings), images, [ranks])
     offered = re.findall(r"train\.\S+=[^\s,]+", str(caught.value).splitlines()[1])
-    assert [way.removeprefix("train.").removeprefix("global_") for way in offered] == ways
-    for way in offered:
-        check_batches(tiny(tmp_path, *settings, way), images, [ranks])
+    assert [setting.removeprefix("train.").removeprefix("global_") for setting in offered] == remedies
+    for setting in offered:
+        check_batches(tiny(tmp_path, *settings, setting), images, [ranks])
 
 
 def test_a_model_that_ends_in_one_pixel_trains_where_no_batch_has_one_image(tmp_path):

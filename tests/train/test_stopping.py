@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or to save, at any moment loses nothing."""
+"""A run that is asked to stop or to save at any time loses nothing."""
 
 from __future__ import annotations
 
