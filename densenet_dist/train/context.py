@@ -65,7 +65,7 @@ class RunContext:
 
     def note(self, text: str, warning: bool = False) -> None:
         """Show a message to the user, if this is rank 0."""
-        self.report({"kind": "note", "text": text, "warning": warning})
+        self.report({"kind": "note", "text": text} | ({"warning": True} if warning else {}))
 
     def warn(self, text: str) -> None:
         """Show a warning to the user, if this is rank 0."""
