@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from densenet_dist.pages.figures import STATUSES
 from densenet_dist.pages.render import render
@@ -11,30 +10,20 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.plots import draw_plots, is_number
-from densenet_dist.sweep.results import (
-    BEST_FILE,
-    PAGE_FILE,
-    RESULTS_FILE,
-    TABLE_FILE,
-    Trial,
-    best_trial,
-    ranked,
-)
-
-_LONGEST_CAUSE: Final = 2000
-_TEST: Final = "test/top1"
+from densenet_dist.sweep.results import PAGE_FILE, Trial, best_trial, ranked
 
 
 def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Write sweep.html: the best trial, all trials as a table, plots, and the sweep's settings.
 
     Raises:
-        StorageError: where it cannot be written.
+        StorageError: it cannot be written.
     """
     settings = sweep.settings
     best = best_trial(trials, settings.maximise)
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
-    has_tests, has_causes = any(_TEST in trial.figures for trial in trials), any(trial.cause for trial in trials)
+    has_tests = any("test/top1" in trial.figures for trial in trials)
+    has_causes = any(trial.cause for trial in trials)
     page = render(
         "sweep.html",
         title=settings.name,
@@ -42,8 +31,6 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         planned=max(sweep.trials, len(trials)),
         counts=[f"{count} {status}" for status, count in counts.items() if count],
         sweep=settings,
-        search=settings.search,
-        scheduler=settings.scheduler,
         best=best,
         best_settings=[f"{key} {shown(best.overrides.get(key))}" for key in sweep.space] if best else [],
         keys=list(sweep.space),
@@ -53,13 +40,8 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         columns=_columns(sweep, has_tests, has_causes),
         has_tests=has_tests,
         has_causes=has_causes,
-        test_key=_TEST,
-        longest_cause=_LONGEST_CAUSE,
         plots=draw_plots(sweep, trials, best),
         settings=sweep.to_yaml(),
-        best_file=BEST_FILE,
-        results_file=RESULTS_FILE,
-        table_file=TABLE_FILE,
     )
     folder.write(PAGE_FILE, page)
 

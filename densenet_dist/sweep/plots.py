@@ -13,7 +13,7 @@ from densenet_dist.pages.figures import STATUSES, colour, drawing, new_figure, s
 from densenet_dist.pages.render import printable
 from densenet_dist.sweep.console import shown as format_value
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.importance import Importance, importance
+from densenet_dist.sweep.importance import MIN_TRIALS, importance
 from densenet_dist.sweep.results import Trial
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import Choice, Domain
@@ -47,12 +47,12 @@ class Plot:
 def draw_plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> list[Plot]:
     """Draw the curves of the trials, their settings against the metric, and the importance of each key."""
     ranked = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
-    found = importance(sweep, ranked)
+    shares = importance(sweep, ranked)
     with drawing():
         return [
             _curves(sweep.settings, trials, best),
-            _settings(sweep, ranked, list(found.shares or sweep.space), len(trials) - len(ranked), best),
-            _importance(sweep.settings, found),
+            _settings(sweep, ranked, list(shares or sweep.space), len(trials) - len(ranked), best),
+            _importance(sweep.settings, shares, len(ranked)),
         ]
 
 
@@ -145,25 +145,26 @@ def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, 
     return points
 
 
-def _importance(settings: SweepConfig, found: Importance) -> Plot:
+def _importance(settings: SweepConfig, shares: Mapping[str, float], trials: int) -> Plot:
     title = "Importance of each key"
-    if found.reason is not None:
-        return Plot(title, f"Not shown. {found.reason}")
-    keys = list(found.shares)[::-1]
+    if not shares:
+        needed = f"{MIN_TRIALS} trials that differ in their settings and in {settings.metric}"
+        return Plot(title, f"Not shown: it needs {needed}, and settings that do not change during training.")
+    keys = list(shares)[::-1]
     figure = new_figure(6.2, 0.9 + 0.34 * len(keys))
     axes = figure.add_subplot()
-    bars = axes.barh(keys, [100 * found.shares[key] for key in keys], height=0.62, color=colour("finished"))
+    bars = axes.barh(keys, [100 * shares[key] for key in keys], height=0.62, color=colour("finished"))
     axes.bar_label(bars, fmt="%.0f %%", padding=5)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     axes.margins(x=0.14)
     axes.set_xlabel(f"relative importance for {settings.metric} (%)")
     caption = (
-        f"How much the settings of the best of {found.trials} trials differ from those of all, key by key (PED-ANOVA, "
+        f"How much the settings of the best of {trials} trials differ from those of all, key by key (PED-ANOVA, "
         "Watanabe et al. 2023). A trial that was stopped early counts with the metric it had by then, which makes keys "
         "that decide the first epochs look more important than they are; failed trials are left out."
     )
-    caption += " With so few trials this is a hint at most." if found.trials < 10 * len(keys) else ""
+    caption += " With so few trials this is a hint at most." if trials < 10 * len(keys) else ""
     return Plot(title, caption, (to_svg(figure, f"Importance of each key for {settings.metric}"),))
 
 

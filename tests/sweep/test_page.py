@@ -156,7 +156,6 @@ def test_values_that_cannot_be_drawn(write):
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_importance_finds_what_decides(mode):
     sweep = sweep_of(f"mode={mode}")
-    found = importance(sweep, trials_of(sweep, 60))
-    assert (found.reason, found.trials) == (None, 60)
-    assert found.shares["train.lr"] > 0.8
-    assert sum(found.shares.values()) == pytest.approx(1)
+    shares = importance(sweep, trials_of(sweep, 60))
+    assert shares["train.lr"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
