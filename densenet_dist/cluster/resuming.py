@@ -13,17 +13,8 @@ from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import flatten
 
 _RESUME_MAY_CHANGE = (
-    "cluster.",
-    "fault.",
-    "checkpoint.",
-    "data.root",
-    "data.url",
-    "data.download",
-    "data.prefetch",
-    "data.loader",
-    "storage",
-    "train.profile",
-    "log.",
+    *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile"),
+    *("data.root", "data.url", "data.download", "data.prefetch", "data.loader"),
 )
 
 
