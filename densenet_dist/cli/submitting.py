@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from densenet_dist.cluster.submit import Job
 
 _RESPONSE_TIMEOUT_S = 10.0
+_AGAIN_S = 0.5
 
 
 def submit(
@@ -65,7 +66,7 @@ def submit(
             job = prepare(arguments, working_dir, address)
             code = _run(job, wait)
         except KeyboardInterrupt as interrupt:  # before the job was sent, or a second one
-            for number in NUMBERS:
+            for number in (*NUMBERS, signal.SIGALRM):
                 signal.signal(number, signal.SIG_IGN)
             if job is not None:
                 _show_commands(job, "\nthe job may still be running")
@@ -74,6 +75,12 @@ def submit(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise KeyboardInterrupt, and again in half a second unless `_interrupted` handles it.
+
+    Python drops an exception that is raised in a destructor, such as that of a socket.
+    """
+    signal.signal(signal.SIGALRM, lambda alarm, frame: _interrupt(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
     raise KeyboardInterrupt(number)
 
 
@@ -118,6 +125,7 @@ def _interrupted(job: Job, sending: Future[None], number: int) -> Any:
     """Stop the job if the user confirms; return its final details, or None if it continues."""
     from densenet_dist.cluster.submit import follow, stop
 
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if not sending.done():
         typer.echo("\nwaiting for the cluster to confirm the job", err=True)
         concurrent.futures.wait([sending], timeout=_RESPONSE_TIMEOUT_S)

@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from densenet_dist.cli import app
+from densenet_dist.cli import app, submitting
 from densenet_dist.cluster import submit
 from densenet_dist.cluster.signals import handled_by
-from densenet_dist.cluster.submit import prepare, send
+from densenet_dist.cluster.submit import Job, prepare, send
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 
 pytestmark = pytest.mark.timeout(60)
@@ -116,6 +118,24 @@ def test_a_job_that_may_go_on_is_named(monkeypatch, client, moment, blocked, sai
     assert (code, client.status) == (130, None if blocked else "RUNNING"), text
     assert said in text
     assert "ray job stop --address http://nowhere densenet-doctor-" in text
+
+
+def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    client.status = "RUNNING"
+    try:
+        with handled_by(submitting._interrupt), pytest.raises(KeyboardInterrupt):
+            submit.follow(Job("job", "http://nowhere", "", ""), lambda piece: Dropping())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert [type(each.exc_value) for each in dropped] == [KeyboardInterrupt]
 
 
 def test_a_closed_terminal_interrupts_but_not_under_nohup(monkeypatch):
