@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -104,3 +106,21 @@ def test_uploads_are_bounded_never_shown_as_pages_and_opened_as_photos_only(addr
             assert shown.headers["content-type"] == "application/octet-stream"
     for name in ("x.png", "x.eps"):
         assert classify(address, {"path": upload(address, name, POSTSCRIPT)} | META).startswith("event: error")
+
+
+def test_the_oldest_uploads_make_room_for_new_ones(tmp_path, monkeypatch):
+    demo = runpy.run_path(str(DEMO))
+    limits = demo["BoundedUploads"].__call__.__globals__
+    monkeypatch.setitem(limits, "LARGEST_TOTAL", 10_000)
+    monkeypatch.setitem(limits, "SMALLEST_COUNTED", 100)
+
+    async def app(upload: Any, receive: Any, send: Any) -> None:
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 10_000 - upload["size"]
+        (tmp_path / upload["name"]).write_bytes(bytes(upload["size"]))
+        os.utime(tmp_path / upload["name"], (upload["time"], upload["time"]))
+
+    bounded = demo["BoundedUploads"](app, tmp_path)
+    for time, (name, size) in enumerate([("a", 4000), ("b", 4000), ("c", 10), ("d", 4000)]):
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-length", b"%d" % size)]}
+        asyncio.run(bounded(scope | {"name": name, "size": size, "time": time}, None, None))
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "c", "d"}
