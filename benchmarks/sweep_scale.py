@@ -15,7 +15,7 @@ import time
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.results import Trial, Usage, add_epoch, format_results, write_note
+from densenet_dist.sweep.results import Note, Trial, Usage, add_epoch, format_results
 from densenet_dist.sweep.space import sample
 
 SPACE = (
@@ -77,7 +77,7 @@ def measure_resume(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) ->
     folder.write("sweep.yaml", sweep.to_yaml())
     for i in range(trials):
         run, level = RunFolder(sweep.folder, f"trial-{i:03d}"), rng.random()
-        write_note(run, overrides=sample(sweep.space, rng), status="stopped")
+        Note(sample(sweep.space, rng), "stopped").write(run)
         run.write("config.yaml", "")
         run.write(
             "metrics.jsonl", "".join(json.dumps(record_of(epoch, level)) + "\n" for epoch in range(1, epochs + 1))

@@ -9,7 +9,6 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from densenet_dist.cluster.connection import connected
@@ -24,7 +23,6 @@ from densenet_dist.schema import ClusterConfig
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import Trial, Usage
-from densenet_dist.sweep.space import Choice, Domain
 from densenet_dist.train.context import Event
 
 TUNE_ENV = {
@@ -110,7 +108,7 @@ def _run(
     import ray
     from ray import tune
 
-    from densenet_dist.cluster.trial import TrialPlan, TrialRunner
+    from densenet_dist.cluster.trial import TrialRunner
     from densenet_dist.cluster.tune_events import SweepState, SweepStopper, TrialEvents, TrialNames
 
     settings = sweep.settings
@@ -122,9 +120,10 @@ def _run(
     resumed = len(recorded) - len(ended)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(TrialRunner, plan=TrialPlan(sweep, room.settings, room.threads, state)), room.per_trial
+            tune.with_parameters(TrialRunner, sweep=sweep, cluster=room.settings, state=state), room.per_trial
         ),
-        param_space={} if settings.search.name == "optuna" else _first_values(points),
+        # The values come from the points, but Tune requires their keys here; Optuna's searcher has its own space.
+        param_space=dict.fromkeys(sweep.space) if settings.search.name != "optuna" else {},
         tune_config=tune.TuneConfig(
             scheduler=make_scheduler(sweep, ended),
             search_alg=make_searcher(sweep, ended, points, room.concurrent),
@@ -141,7 +140,7 @@ def _run(
             verbose=0,
             callbacks=[events],
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            # Tune's default copies the last checkpoint of every trial, and fails if there is none.
+            # Trials save to their run folders; Tune would call `save_checkpoint`, which they do not have.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -161,7 +160,7 @@ def _run(
     lease.check()
     if events.fatal is not None:
         raise events.fatal
-    if stopper.spent is None and (stopper.signals or events.interrupted):
+    if stopper.spent is None and (stopper.signals or events.running):
         raise KeyboardInterrupt(*stopper.signals[:1])
     return stopper.spent
 
@@ -176,20 +175,10 @@ def points_to_try(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any
         drawn = list(spaces.grid(sweep.space))
     else:
         drawn = spaces.samples(sweep.space, random.Random(settings.search.seed), sweep.trials)
-    if settings.scheduler.name == "pbt":  # recorded settings differ from those drawn: they changed during training
-        return resumed + drawn[len(recorded) :]
     for trial in recorded:
         if trial.overrides in drawn:
             drawn.remove(trial.overrides)
     return resumed + drawn[: max(0, sweep.trials - len(recorded))]
-
-
-def _first_values(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    # The values of all trials come from the points, but Tune requires a space with their keys.
-    from ray import tune
-
-    keys = {key for point in points for key in point}
-    return {key: tune.choice([spaces.encode_value(point[key]) for point in points]) for key in sorted(keys)}
 
 
 def make_searcher(sweep: Sweep, ended: Sequence[Trial], points: Sequence[Mapping[str, Any]], concurrent: int) -> Any:
@@ -206,9 +195,7 @@ def make_searcher(sweep: Sweep, ended: Sequence[Trial], points: Sequence[Mapping
     if search.name != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        # All of a population must be alive; where there is no room for it, Tune lets its trials take turns.
-        is_population = sweep.settings.scheduler.name == "pbt"
-        return BasicVariantGenerator(points_to_evaluate=encoded, max_concurrent=0 if is_population else concurrent)
+        return BasicVariantGenerator(points_to_evaluate=encoded, max_concurrent=concurrent)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
@@ -235,16 +222,6 @@ def make_scheduler(sweep: Sweep, ended: Sequence[Trial]) -> Any:
     settings, searched = sweep.settings, sweep.space.get("train.epochs")
     wanted = settings.scheduler
     measured = {"time_attr": "epoch", "metric": settings.metric, "mode": "max" if settings.maximise else "min"}
-    if wanted.name == "pbt":
-        return schedulers.PopulationBasedTraining(
-            **measured,
-            perturbation_interval=wanted.perturb_epochs,
-            hyperparam_mutations=_mutations(sweep),
-            quantile_fraction=wanted.quantile,
-            resample_probability=wanted.resample_probability,
-            custom_explore_fn=partial(_into_space, sweep.space),
-            log_config=False,
-        )
     scheduler = schedulers.FIFOScheduler()
     if wanted.name == "asha":
         epochs = int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
@@ -273,21 +250,3 @@ class _PastTrial:
     """What schedulers need to know of a trial."""
 
     trial_id: str
-
-
-def _mutations(sweep: Sweep) -> dict[str, Any]:
-    rng = random.Random(sweep.settings.search.seed)
-    return {
-        key: [spaces.encode_value(value) for value in domain.values]
-        if isinstance(domain, Choice)
-        else partial(domain.sample, rng)
-        for key, domain in sweep.space.items()
-    }
-
-
-def _into_space(space: Mapping[str, Domain], config: dict[str, Any]) -> dict[str, Any]:
-    # Tune multiplies by 0.8 or 1.2, which may leave the domain.
-    return {
-        key: value if isinstance(space[key], Choice) else space[key].clip(value)  # type: ignore[union-attr]
-        for key, value in config.items()
-    }

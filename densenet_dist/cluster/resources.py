@@ -113,7 +113,6 @@ class TrialRoom:
             those of the workers.
         concurrent: number of trials that run at the same time.
         gpus_per_trial: for the budget; on a cluster without GPUs, the number of workers.
-        threads: torch threads per worker.
         settings: settings of every trial's configuration, by dotted key.
         missing: description of resources that the cluster lacks at present.
     """
@@ -122,7 +121,6 @@ class TrialRoom:
     per_trial: dict[str, float]
     concurrent: int
     gpus_per_trial: float
-    threads: int
     settings: dict[str, Any]
     missing: str = ""
 
@@ -143,7 +141,7 @@ def plan_trials(
         fixed: whether the cluster cannot grow.
 
     Raises:
-        EnvironmentProblem: one trial does not fit on a fixed cluster, or a population does not fit on any cluster.
+        EnvironmentProblem: one trial does not fit on a fixed cluster.
     """
     gpus = sweep.gpus_per_worker
     if gpus == "auto":
@@ -160,11 +158,6 @@ def plan_trials(
             f"{missing}\n  request less with workers, gpus_per_worker or cpus_per_worker, "
             "or join a larger cluster with cluster.address"
         )
-    if sweep.scheduler.name == "pbt" and sweep.workers > 1 and 0 < room < trials:
-        raise EnvironmentProblem(
-            f"pbt needs room for all {trials} trials of {sweep.workers} workers at a time; {has}\n"
-            "  use fewer trials, or trials of one worker, which take turns"
-        )
     settings = {
         "cluster.workers": sweep.workers,
         "cluster.cpus_per_worker": cpus,
@@ -178,7 +171,6 @@ def plan_trials(
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
         concurrent=max(1, min(wanted, room, trials)),
         gpus_per_trial=(gpus or 1.0) * sweep.workers,
-        threads=cpus,
         settings=settings,
         missing=missing,
     )

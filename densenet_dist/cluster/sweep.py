@@ -14,7 +14,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
-from densenet_dist.errors import ConfigError, DamagedRecord, StorageError
+from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import RunFolder, open_run
 from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
@@ -22,16 +22,15 @@ from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
     SWEEP_FILE,
     TRIAL_PREFIX,
+    Note,
     SweepResult,
     Trial,
     Usage,
     add_epoch,
     best_trial,
     format_results,
-    read_figures,
     read_usage,
     trials_on_record,
-    write_note,
 )
 from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.context import Event
@@ -181,14 +180,13 @@ class SweepRecord:
             if trial is None:
                 trial = self._by_name[event["name"]] = Trial(event["name"], event["overrides"])
                 bisect.insort(self.trials, trial, key=attrgetter("name"))
-            self._update(trial, event["state"], event)
+            self._update(trial, event["state"], event["figures"], event["cause"])
         best = best_trial(self.trials, self._sweep.settings.maximise)
         self._listener({"kind": "trial", "state": event["state"], "trial": trial, "best": best, "all": self.trials})
 
-    def _update(self, trial: Trial, state: Any, event: Event) -> None:
-        figures: Mapping[str, Any] = event["figures"]
+    def _update(self, trial: Trial, state: Any, figures: Mapping[str, Any], cause: str | None) -> None:
         settings = self._sweep.settings
-        trial.overrides, trial.cause = event["overrides"], event["cause"]
+        trial.cause = cause
         trial.parameters = figures.get("parameters", trial.parameters)
         if figures.get("epoch", 0) > trial.epochs:
             add_epoch(trial, figures, settings.metric, settings.maximise)
@@ -203,13 +201,10 @@ class SweepRecord:
         trial.status = status
         if not run.exists():
             return
-        if self._sweep.settings.scheduler.name == "pbt":  # a copied checkpoint may have rewound the epochs
-            try:
-                read_figures(trial, self._sweep)
-            except DamagedRecord as error:
-                trial.status, trial.cause = "failed", str(error)
-        ended = {"status": trial.status, "cause": trial.cause} if trial.status in ("stopped", "failed") else {}
-        write_note(run, overrides=trial.overrides, parameters=trial.parameters, **ended)
+        if status in ("stopped", "failed"):
+            Note(trial.overrides, status, trial.cause, trial.parameters).write(run)
+        else:  # whether it finished is in its summary, and an interrupted one may be resumed
+            Note(trial.overrides, parameters=trial.parameters).write(run)
 
     def end_running(self, status: Any) -> None:
         """Set the status of trials that are still running."""

@@ -12,13 +12,10 @@ import itertools
 import json
 import os
 import queue
-import shutil
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
 import ray
@@ -29,7 +26,6 @@ from densenet_dist.cluster.coordinator import EpochBarrier
 from densenet_dist.cluster.launch import write_run
 from densenet_dist.cluster.ray_train import fit_on_ray
 from densenet_dist.cluster.telemetry import Telemetry
-from densenet_dist.config import to_yaml
 from densenet_dist.errors import (
     ConfigError,
     DamagedRecord,
@@ -39,12 +35,12 @@ from densenet_dist.errors import (
     StorageError,
 )
 from densenet_dist.object_store import delete_temporary_folders
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, ENV_FILE, RunFolder
+from densenet_dist.run_folder import ENV_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import read_note, write_note
+from densenet_dist.sweep.results import Note
+from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import decode
-from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, RunContext, Stopped, choose_device
 
@@ -54,28 +50,10 @@ CAUSE: Final = "cause"
 FATAL: Final = "fatal"
 """Key of a failed trial's last result: the class of its error if all other trials would fail as well."""
 _FATAL: Final = (StorageError, DataError, EnvironmentProblem)
-_POINTER: Final = "pointer.json"
 _STOP_S: Final = 5.0
 _POLL_S: Final = 0.5
 
 Figures: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """What all trials of a sweep share; it is sent to their processes.
-
-    Attributes:
-        sweep: the sweep.
-        cluster: settings of every trial's configuration, by dotted key.
-        threads: torch threads per worker.
-        state: the sweep's actor (`SweepState`).
-    """
-
-    sweep: Sweep
-    cluster: Mapping[str, Any]
-    threads: int
-    state: Any
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are untyped
@@ -86,11 +64,18 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 
     _choices: ClassVar[dict[str, Any]] = {}
 
-    def setup(self, config: dict[str, Any], plan: TrialPlan) -> None:
-        """Prepare a trial; training starts with the first step, after `load_checkpoint` if Tune calls it."""
+    def setup(self, config: dict[str, Any], sweep: Sweep, cluster: Mapping[str, Any], state: Any) -> None:
+        """Prepare a trial; training starts with the first step.
+
+        Args:
+            config: values of the searched keys, encoded.
+            sweep: the sweep.
+            cluster: settings of every trial's configuration, by dotted key.
+            state: the sweep's actor (`SweepState`).
+        """
         for key, value in (DRIVER_ENV | WORKER_ENV).items():
             os.environ.setdefault(key, value)
-        self._plan = plan
+        self._sweep, self._cluster, self._state = sweep, cluster, state
         self._prepare(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -125,44 +110,16 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
             sys.modules["torch"].cuda.empty_cache()
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Copy the run's newest checkpoint: population based training may need it after the run has deleted it."""
-        run = self._run()
-        entry = CheckpointStore(run).latest()
-        assert entry is not None  # every epoch of a trial saves
-        shutil.copytree(run.fetch(f"{CHECKPOINTS_FOLDER}/{entry.name}"), Path(checkpoint_dir) / entry.name)
-        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"trial": run.name, "checkpoint": entry.name}))
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Continue from a copy of another trial's checkpoint, with this trial's settings.
-
-        A checkpoint of this trial itself is ignored: its run folder has it.
-        """
-        pointer = json.loads((Path(checkpoint_dir) / _POINTER).read_text())
-        run = self._run()
-        if pointer["trial"] == run.name:
-            return
-        note = read_note(run)
-        name = pointer["checkpoint"]
-        taken = (pointer["trial"], name, self._overrides)
-        if note.taken == taken:
-            return  # the trial crashed since then: it has later checkpoints of its own
-        run.remove(CHECKPOINTS_FOLDER)
-        shutil.copytree(Path(checkpoint_dir) / name, run.path / CHECKPOINTS_FOLDER / name)
-        run.publish(f"{CHECKPOINTS_FOLDER}/{name}")
-        CheckpointStore(run).write_list()  # of this checkpoint alone
-        write_note(run, taken=taken)
-
-    def _run(self) -> RunFolder:
-        return RunFolder(self._plan.sweep.folder, self.trial_name)
-
     def _train(self) -> Generator[Figures]:
         """Yield the figures of each epoch, then those of the trial's end."""
-        run = self._run()
+        run = RunFolder(self._sweep.folder, self.trial_name)
         try:
-            config = self._plan.sweep.config(run.name, self._overrides, **self._plan.cluster)
-            self._prepare_run(run, config)
-            self._training = _Training(config, run, self._plan)
+            config = self._sweep.config(run.name, self._overrides, **self._cluster)
+            run.create()
+            Note(self._overrides).write(run)
+            write_run(run, config, resume=run.exists())
+            self._share_choices(run)
+            self._training = _Training(config, run, self._sweep.settings, self._state)
             for figures in self._training.results():
                 self._share_choices(run)
                 yield figures
@@ -171,14 +128,6 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             is_fatal = isinstance(error, _FATAL) and not isinstance(error, DamagedRecord)
             fatal = type(error).__name__ if is_fatal else None
             yield {"done": True, OUTCOME: "failed", CAUSE: str(error), FATAL: fatal}
-
-    def _prepare_run(self, run: RunFolder, config: Config) -> None:
-        run.create()
-        write_run(run, config, resume=run.exists())
-        self._share_choices(run)
-        if read_note(run).overrides != self._overrides:
-            run.write(CONFIG_FILE, to_yaml(config))  # a copied checkpoint comes with other settings
-            write_note(run, overrides=self._overrides)
 
     def _share_choices(self, run: RunFolder) -> None:
         """Reuse measured choices of the process's earlier trials if they do not depend on searched settings."""
@@ -195,13 +144,14 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 class _Training:
     """The training of one trial, in a thread that waits after each epoch until the next result is requested."""
 
-    def __init__(self, config: Config, run: RunFolder, plan: TrialPlan) -> None:
-        self._config, self._run, self._plan = config, run, plan
+    def __init__(self, config: Config, run: RunFolder, settings: SweepConfig, state: Any) -> None:
+        self._config, self._run, self._settings, self._state = config, run, settings, state
+        self._alone = config.cluster.workers == 1
         self._output: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._next = threading.Semaphore(0)
         self._stopping = threading.Event()
-        self._barrier = EpochBarrier(self._on_event, plan.state, run.name)
-        self._telemetry = Telemetry(plan.sweep.settings.name, run.name)
+        self._barrier = EpochBarrier(self._on_event, state, run.name)
+        self._telemetry = Telemetry(settings.name, run.name)
         self._parameters: int | None = None
         self._last_epoch: Figures = {}
         self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
@@ -220,7 +170,8 @@ class _Training:
             if kind == "error":
                 raise content
             if kind == "end":
-                yield {"done": True, OUTCOME: "finished", **self._last_epoch, **_test_figures(content)}
+                test = {key: value for key, value in content.items() if key.startswith("test/")}
+                yield {"done": True, OUTCOME: "finished", **self._last_epoch, **test}
                 return
             yield content
             if kind == "epoch":
@@ -239,13 +190,9 @@ class _Training:
 
     def _sweep_is_stopping(self) -> bool:
         try:
-            return bool(ray.get(self._plan.state.stopping.remote()))
+            return bool(ray.get(self._state.stopping.remote()))
         except ray.exceptions.RayActorError:
             return False  # only the actor is lost: without the driver, this process would have been killed too
-
-    @property
-    def _alone(self) -> bool:
-        return self._config.cluster.workers == 1
 
     def _train(self) -> None:
         try:
@@ -263,7 +210,7 @@ class _Training:
         from densenet_dist.train.loop import fit
 
         os.environ |= self._config.cluster.variables
-        torch.set_num_threads(self._plan.threads)
+        torch.set_num_threads(int(self._config.cluster.cpus_per_worker))  # never auto: see plan_trials
         device = choose_device(self._config.cluster.device)
         context = RunContext(self._run, device, sync_each_epoch=True, listener=self._stop_or_handle)
         return fit(self._config, context)
@@ -279,13 +226,13 @@ class _Training:
         self._telemetry(event)
         if event["kind"] == "start":
             self._parameters = event["parameters"]
-            metric = self._plan.sweep.settings.metric
+            metric = self._settings.metric
             if metric.startswith("val/") and not event["val_images"]:
                 problem = f"metric: {metric} needs validation images: set data.val_fraction, or add a folder val"
                 self._output.put(("error", ConfigError(problem)))
                 return False
         if event["kind"] == "epoch":
-            figures = {key: value for key, value in event.items() if key not in _NOT_FIGURES}
+            figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
             figures["parameters"] = self._parameters
             if event["epoch"] == event["epochs"]:  # a scheduler could save nothing but the test
                 self._last_epoch = figures
@@ -293,10 +240,3 @@ class _Training:
                 self._output.put(("epoch", figures))
                 self._next.acquire()
         return not self._stopping.is_set()
-
-
-def _test_figures(summary: Mapping[str, Any]) -> Figures:
-    return {key: value for key, value in summary.items() if key.startswith("test/")}
-
-
-_NOT_FIGURES: Final = ("kind", "checkpoint", "is_best")

@@ -72,24 +72,20 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray's classes are unt
 
     Attributes:
         fatal: the error of a trial that all other trials would run into as well.
+        running: names of the trials that have started and not ended.
     """
 
     def __init__(self, listener: Callable[[Event], None], state: Any) -> None:
         self._listener, self._state = listener, state
         self.fatal: errors.DenseNetDistError | None = None
-        self._running: set[str] = set()
+        self.running: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()  # Tune pickles its callbacks, but the listener cannot be pickled
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether trials were running when Tune ended."""
-        return bool(self._running)
-
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Handle a trial that starts, or resumes after a pause or a crash."""
-        self._running.add(str(trial))
+        """Handle a trial that starts, or restarts after a crash."""
+        self.running.add(str(trial))
         self._emit(trial, "running", {})
 
     def on_trial_result(
@@ -101,7 +97,7 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray's classes are unt
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Handle a trial that ended by itself or was stopped by the scheduler."""
-        self._running.discard(str(trial))
+        self.running.discard(str(trial))
         result = trial.last_result or {}
         cause, fatal = result.get(CAUSE), result.get(FATAL)
         # After a fatal error, such as a full disk, the trial can be resumed once its cause is removed.
@@ -111,7 +107,7 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray's classes are unt
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Handle a trial that crashed more than ``max_failures`` times."""
-        self._running.discard(str(trial))
+        self.running.discard(str(trial))
         self._remove_placement_groups(trial)
         self._emit(trial, "failed", trial.last_result or {}, explain(_last_failure(trial), "the trial"))
 

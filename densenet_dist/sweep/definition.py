@@ -27,12 +27,8 @@ DEFAULT_TRIALS: Final = 16
 _CHECKED_COMBINATIONS: Final = 200
 _LARGEST_GRID: Final = 10_000
 _GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "fault", "log", "seed")
-_PBT_MAY_CHANGE: Final = (
-    *("train.lr", "train.label_smoothing", "train.clip_grad_norm", "train.optimizer.weight_decay"),
-    *("train.optimizer.momentum", "train.optimizer.betas", "train.optimizer.eps", "model.drop_rate"),
-    *("data.augment", "data.crop_scale", "data.trivial_augment", "data.cutout", "data.mixup", "data.cutmix"),
-)
-"""Settings that may change when a trial continues from another trial's checkpoint."""
+_REMOVED: Final = ("perturb_epochs", "quantile", "resample_probability")
+"""Settings of the scheduler in earlier versions, which sweep.yaml of every earlier sweep has; they are ignored."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,8 @@ def _read(source: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
             layer["base"] = str(_beside(Path(source), str(layer["base"])))
+        if isinstance(scheduler := layer.get("scheduler"), dict):
+            layer["scheduler"] = {key: value for key, value in scheduler.items() if key not in _REMOVED}
         return layer
     layer = read_override(str(source))
     groups = {key: layer.pop(key) for key in _GROUPS if key in layer}
@@ -201,13 +199,6 @@ def _find_problems(sweep: Sweep) -> list[str]:
             problems.append(f"space: a grid may have {_LARGEST_GRID} combinations at most; set search.name=random")
         elif count is not None and settings.trials not in (None, count):
             problems.append(f"trials: the grid has {count} combinations; leave trials out")
-    if settings.scheduler.name == "pbt":
-        fixed = [key for key in sweep.space if key not in _PBT_MAY_CHANGE]
-        if fixed:
-            problems.append(
-                f"space: pbt copies checkpoints during training, and {', '.join(fixed)} cannot change then; "
-                f"it can search {', '.join(_PBT_MAY_CHANGE)}"
-            )
     data = sweep.base["data"]
     if settings.metric.startswith("val/") and data["val_fraction"] == 0 and data["name"] != "folder":
         problems.append(f"metric: {settings.metric} needs validation images, but data.val_fraction is 0")
@@ -215,23 +206,22 @@ def _find_problems(sweep: Sweep) -> list[str]:
 
 
 def _check_combinations(sweep: Sweep) -> list[str]:
-    rng = random.Random(0)
-    for _ in range(_CHECKED_COMBINATIONS):
-        overrides = spaces.sample(sweep.space, rng)
-        found: list[str] = []
-        _try(partial(_checked, sweep, overrides), found, "")
-        if found:
-            example = ", ".join(f"{key}={value}" for key, value in overrides.items())
-            return [f"space: some combinations cannot work, such as {example}", *(f"  {line}" for line in found)]
-    return []
-
-
-def _checked(sweep: Sweep, overrides: Mapping[str, Value]) -> None:
-    """Raise ConfigError if a trial with these values cannot start."""
     from densenet_dist.train.checks import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
-    check_run(sweep.config("trial", overrides, **cluster))
+
+    def check(overrides: Mapping[str, Value]) -> None:
+        check_run(sweep.config("trial", overrides, **cluster))
+
+    rng = random.Random(0)
+    for _ in range(_CHECKED_COMBINATIONS):
+        overrides = spaces.sample(sweep.space, rng)
+        example = ", ".join(f"{key}={value}" for key, value in overrides.items())
+        problems = [f"space: some combinations cannot work, such as {example}"]
+        _try(partial(check, overrides), problems, "  ")
+        if len(problems) > 1:
+            return problems
+    return []
 
 
 def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:

@@ -21,8 +21,8 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
         trials: the trials to compare; all have a value of the metric.
 
     Returns:
-        The share of each key, the largest first; their sum is 1. Empty for population based training, where settings
-        change during training, and unless `MIN_TRIALS` trials differ in their settings and in their metric.
+        The share of each key, the largest first; their sum is 1. Empty unless `MIN_TRIALS` trials differ in their
+        settings and in their metric.
     """
     rows = [
         (encode({key: trial.overrides[key] for key in sweep.space}), trial.metric)
@@ -30,7 +30,7 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
         if contains(sweep.space, trial.overrides) and trial.metric is not None
     ]
     is_constant = all(row == rows[0][0] for row, _ in rows) or all(metric == rows[0][1] for _, metric in rows)
-    if sweep.settings.scheduler.name == "pbt" or len(rows) < MIN_TRIALS or is_constant:
+    if len(rows) < MIN_TRIALS or is_constant:
         return {}
     import optuna
 

@@ -115,8 +115,6 @@ def _settings(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], left_o
         axes.set(xlabel=key, ylabel=_label(sweep.settings) if i % columns == 0 else "")
         limit = _cut(axes, sweep.settings, [[trial.metric] for trial in trials if trial.metric is not None])
     caption = "One dot per trial, with the metric of its best epoch; all other keys vary too."
-    if sweep.settings.scheduler.name == "pbt":
-        caption += " Settings changed during training: these are the last ones."
     if len(keys) > _MAX_KEYS:
         caption += f" Shown are {_MAX_KEYS} of {len(keys)} keys."
     caption += limit + _left_out(left_out, "that failed or have no value of the metric")
@@ -149,7 +147,7 @@ def _importance(settings: SweepConfig, shares: Mapping[str, float], trials: int)
     title = "Importance of each key"
     if not shares:
         needed = f"{MIN_TRIALS} trials that differ in their settings and in {settings.metric}"
-        return Plot(title, f"Not shown: it needs {needed}, and settings that do not change during training.")
+        return Plot(title, f"Not shown: it needs {needed}.")
     keys = list(shares)[::-1]
     figure = new_figure(6.2, 0.9 + 0.34 * len(keys))
     axes = figure.add_subplot()

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from typing import Any, Final, Literal, TypeAlias
 
@@ -38,7 +38,7 @@ class Trial:
 
     Attributes:
         name: of its run folder, which is in the sweep's folder.
-        overrides: its values of the searched keys, by dotted key; with population based training the last ones.
+        overrides: its values of the searched keys, by dotted key.
         status: its status.
         cause: why it failed.
         parameters: number of trainable parameters of its model; None if it never started.
@@ -48,7 +48,6 @@ class Trial:
         best_epoch: that epoch.
         history: the metric after each epoch, by epoch.
         figures: of the best epoch and, once tested, ``test/...``.
-        origin: the trial whose checkpoint it copied last (population based training).
     """
 
     name: str
@@ -62,7 +61,6 @@ class Trial:
     best_epoch: int | None = None
     history: dict[int, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
-    origin: str | None = None
 
 
 @dataclass
@@ -164,72 +162,47 @@ def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bo
         trial.figures = {key: value for key, value in record.items() if "/" in key} | tested
 
 
-def read_figures(trial: Trial, sweep: Sweep) -> None:
-    """Read a trial's figures from its run folder.
-
-    Raises:
-        DamagedRecord: a file in it is damaged.
-    """
-    run = RunFolder(sweep.folder, trial.name)
-    trial.epochs, trial.seconds, trial.metric, trial.best_epoch = 0, 0.0, None, None
-    trial.history, trial.figures = {}, {}
-    taken = read_note(run).taken
-    trial.origin = None if taken is None else taken[0]
-    for record in run.read_records():
-        if "train/loss" in record:
-            add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximise)
-        trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}
-    if run.read_summary():
-        trial.status = "finished"
-
-
 @dataclass(frozen=True)
 class Note:
-    """The content of trial.json, which the sweep keeps in the run folder.
-
-    Attributes:
-        overrides, status, cause, parameters: see `Trial`.
-        taken: the other trial and the checkpoint that were copied last, and the overrides from then on.
-    """
+    """The content of trial.json, which the sweep keeps in the run folder; see `Trial` for the fields."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
     status: Status | None = None
     cause: str | None = None
     parameters: int | None = None
-    taken: tuple[str, str, dict[str, Any]] | None = None
 
+    def write(self, run: RunFolder) -> None:
+        """Write trial.json.
 
-def read_note(run: RunFolder) -> Note:
-    """Read trial.json; a missing or damaged file counts as empty."""
-    return run.read(TRIAL_FILE, Note, strict=False) or Note()
-
-
-def write_note(run: RunFolder, **changes: Any) -> None:
-    """Change fields of trial.json.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    run.write(TRIAL_FILE, json.dumps(asdict(replace(read_note(run), **changes)), indent=1) + "\n")
+        Raises:
+            StorageError: it cannot be written.
+        """
+        run.write(TRIAL_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
     """Read all trials of a sweep's folder, in order of their names.
 
-    Trials that did not end are interrupted. A trial with damaged files has failed; it may lack overrides.
+    Trials that did not end are interrupted. A trial with damaged files has failed; it may lack overrides. A damaged
+    trial.json counts as empty.
     """
     trials = []
     for name in sorted(name for name in folder.names("") if re.fullmatch(rf"{TRIAL_PREFIX}\d+", name)):
         run = RunFolder(sweep.folder, name)
-        note = read_note(run)
         if run.exists():
+            note = run.read(TRIAL_FILE, Note, strict=False) or Note()
             trial = Trial(name, {}, note.status or "interrupted", note.cause, note.parameters)
             try:
                 values = {} if note.overrides else flatten(read_yaml(run.fetch(CONFIG_FILE)))
                 overrides = note.overrides or {key: values.get(key) for key in sweep.space}
                 sweep.config(name, overrides)
                 trial.overrides = overrides
-                read_figures(trial, sweep)
+                for record in run.read_records():
+                    if "train/loss" in record:
+                        add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximise)
+                    trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}
+                if run.read_summary():
+                    trial.status = "finished"
             except (DamagedRecord, ConfigError) as error:
                 trial.status, trial.cause = "failed", str(error)
             trials.append(trial)
@@ -286,8 +259,6 @@ def best_yaml(sweep: Sweep, trial: Trial) -> str:
         f"The best of {settings.name}: {trial.name}, {settings.metric} {trial.metric:.4f}, epoch {trial.best_epoch}.",
         *(f"  {line}" for line in dump_yaml(trial.overrides).splitlines()),
     ]
-    if trial.origin is not None:
-        lines.append(f"Its settings changed during training, and its weights came from {trial.origin}: see sweep.json.")
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config)
 
 

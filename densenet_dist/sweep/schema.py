@@ -15,21 +15,15 @@ from densenet_dist.schema import STRICT, Count, Index, Place, Positive, Workers
 class SchedulerConfig:
     """Which trials are stopped early."""
 
-    name: Literal["fifo", "asha", "median", "pbt"] = "asha"
+    name: Literal["fifo", "asha", "median"] = "asha"
     """fifo: none; asha: successive halving (Li et al. 2018, arXiv:1810.05934); median: trials below the median of the
-    others; pbt: population based training (Jaderberg et al. 2017, arXiv:1711.09846)."""
+    others."""
     grace_epochs: Count = 1
     """asha, median: epochs that every trial trains."""
     reduction_factor: Annotated[int, Field(ge=2, le=10**9)] = 3
     """asha: one trial in this many continues after each rung; rungs are this factor apart in epochs."""
     min_trials: Count = 3
     """median: number of trials that must have reached an epoch before any is stopped there."""
-    perturb_epochs: Count = 2
-    """pbt: epochs between two exploit steps."""
-    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """pbt: this share of the trials, the worst, copies checkpoints and settings from as many of the best."""
-    resample_probability: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """pbt: probability that a setting is drawn anew, not changed by a factor of 0.8 or 1.2, or to a neighbour."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -100,7 +94,3 @@ def conflicts(sweep: SweepConfig) -> Iterator[str]:
     gpus = sweep.gpus_per_worker
     if gpus != "auto" and gpus not in (0, 1) and (gpus > 1 or sweep.workers > 1):
         yield f"gpus_per_worker: {gpus:g}; a worker uses 0 or 1, and only trials of one worker can share a GPU"
-    if sweep.scheduler.name == "pbt" and sweep.search.name != "random":
-        yield f"search.name: {sweep.search.name}; pbt starts from random settings; set search.name=random"
-    if sweep.scheduler.name == "pbt" and sweep.trials is not None and sweep.trials < 2:
-        yield "trials: pbt needs a population of at least 2"

@@ -76,19 +76,18 @@ class Range:
         """Draw a value uniformly, or uniformly in the logarithm if `log`."""
         if self.log:
             drawn = math.exp(rng.uniform(math.log(self.low), math.log(self.high + self.integer)))
-            return self.clip(int(drawn) if self.integer else drawn)
+            drawn = min(max(drawn, self.low), self.high)
+            return int(drawn) if self.integer else drawn
         return rng.uniform(self.low, self.high) if self.count is None else self.at(rng.randrange(self.count))
-
-    def clip(self, value: Number) -> Number:
-        """Return the nearest value of the range."""
-        value = min(max(value, self.low), self.high)
-        if self.count is not None:
-            return self.at(min(round((value - self.low) / (self.step or 1)), self.count - 1))
-        return round(value) if self.integer else value
 
     def has(self, value: Value) -> bool:
         """Return whether the domain contains a value."""
-        return type(value) in (int, float) and math.isclose(self.clip(value), value)
+        if type(value) not in (int, float):
+            return False
+        nearest = min(max(value, self.low), self.high)
+        if self.count is not None:
+            nearest = self.at(min(round((nearest - self.low) / (self.step or 1)), self.count - 1))
+        return math.isclose(nearest, value)
 
     def distribution(self) -> Any:
         """Return the distribution for Optuna."""
