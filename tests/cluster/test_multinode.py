@@ -52,8 +52,10 @@ def status_of(folder: RunFolder) -> object:
 def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     process = submit(nodes, "train", *QUICK, f"storage={tmp_path}", "name=both")
     raylets = set()
-    until(lambda: len(raylets.update(worker.ppid() for worker in nodes.workers()) or raylets) == 2)
+    while process.poll() is None and len(raylets) < 2:
+        raylets.update(worker.ppid() for worker in nodes.workers())
     text = finished(process)
+    assert len(raylets) == 2, text
     assert not re.search(r"packaging.py|sdk.py", text), "what Ray packs"
     assert "2 x CPU" in text
     assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")][-1] == "2/2"

@@ -42,4 +42,4 @@ def test_nothing_on_the_pages_of_runs_becomes_html(tmp_path: Path, monkeypatch: 
     (copies[1] / "env.json").write_text(json.dumps(facts | {"time": "later"}))
     page = Page(Path(write_report(copies, tmp_path / "all.html")).read_text())
     assert page.is_harmless()
-    assert all(name in page.shown for name in (*CLASSES, f"{NASTY}1"))
+    assert f"{NASTY}1" in page.shown
