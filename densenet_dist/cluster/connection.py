@@ -20,7 +20,6 @@ from densenet_dist.schema import ClusterConfig, Config
 # Spinning OpenMP threads of workers that share cores made training 30 times slower.
 WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 DRIVER_ENV = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the controller notices a dead worker at its next poll; Ray: 2 s
     "RAY_worker_niceness": "0",  # Ray: 15
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # reported as an event when the workers are restarted
 }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _INTERVAL_S: Final = 1.0
 _FULL_RATE_WORLD_SIZE: Final = 64
-"""Larger worlds send less often, so that the coordinator's load stays the same."""
+"""In larger worlds workers send less often, so that the coordinator's load stays the same."""
 _FIRST_TIME_S: Final = 600.0
 """Limit for the first time in a phase: it may compile, or tune kernels."""
 _UNLIMITED: Final = ("start", "save")
@@ -94,7 +94,8 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
     import ray
 
     end, training_thread = threading.Event(), threading.get_ident()
-    interval_s = _INTERVAL_S * max(1.0, context.world_size / _FULL_RATE_WORLD_SIZE)
+    # Rank 0 also looks for notices of nodes that go away, which do not wait.
+    interval_s = _INTERVAL_S * (max(1.0, context.world_size / _FULL_RATE_WORLD_SIZE) if context.rank else 1.0)
     preemption = _PreemptionNotices()
 
     def heartbeat() -> Heartbeat:
