@@ -8,7 +8,9 @@ step is that of its convolutions, of its other passes over the maps, and of its 
 - memory: 4.3 TB/s, for the bytes that `roofline.traffic` counts in bfloat16; before the rows of a block began at
   multiples of 8 channels, most passes read 2 bytes at once and reached 70 % of it;
 - cuDNN: 220, 200 and 160 useful TFLOP/s (fprop, dgrad, wgrad; products with padding do not count), at least 8 us;
-- a small kernel: 2 us, and 10 us of Python if it is not in a CUDA graph, hidden while the GPU is busy;
+- a small kernel: 2 us, and if it is not in a CUDA graph the host's time, hidden while the GPU is busy: 10 us for an
+  operator of PyTorch; for the fused form what host_time.py measured on a Zen 5 core, 79 us per launch (30.6 ms per
+  step), and 22 us with launch_plan.patch (8.6 ms);
 - custom convolutions for sm_90a: 55 % of 790 TFLOP/s, of which 35 of 40 columns are useful; they normalise what they
   read and add up statistics themselves, so that their bytes are hidden behind the products;
 - launches per step: counted by tests/support/launches.py for eager and fused forms; estimated for the compiled one.
@@ -29,7 +31,7 @@ BATCH_SIZES: Final = (64, 256, 1024)
 BYTES_PER_S: Final = 4.3e12
 CUDNN: Final = (220e12, 200e12, 160e12)
 CUSTOM: Final = (0.55 * 790e12 * 35 / 40,) * 3
-CUDNN_CALL_S, KERNEL_S, LAUNCH_S = 8e-6, 2e-6, 10e-6
+CUDNN_CALL_S, KERNEL_S = 8e-6, 2e-6
 NARROW_READS: Final = 0.7
 
 
@@ -44,6 +46,7 @@ class Way(NamedTuple):
         graph: whether the step is a CUDA graph.
         custom_sides: sides of the maps that custom convolutions serve.
         bandwidth: share of the memory's bandwidth that passes reach.
+        host_s: seconds of the host per launch.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Way(NamedTuple):
     graph: bool = True
     custom_sides: tuple[int, ...] = ()
     bandwidth: float = 1.0
+    host_s: float = 10e-6
 
 
 WAYS: Final = (
@@ -60,7 +64,8 @@ WAYS: Final = (
     Way("padded, compiled, graph", "compiled_graph", 450, padded=True),
     Way("fused, graph, 1,811 launches (until 2026-11-29)", "graph", 1811, bandwidth=NARROW_READS),
     Way("fused, graph, 389 launches (today)", "graph", 389),
-    Way("fused, one by one, 389 launches (today; DDP)", "fused", 389, graph=False),
+    Way("fused, one by one, 389 launches (today; DDP)", "fused", 389, graph=False, host_s=79e-6),
+    Way("the same with launch_plan.patch", "fused", 389, graph=False, host_s=22e-6),
     Way("custom convolutions at 32x32 and 16x16", "graph", 389, custom_sides=(32, 16)),
     Way("custom convolutions everywhere", "graph", 389, custom_sides=(32, 16, 8, 4)),
 )
@@ -95,7 +100,7 @@ def step_seconds(way: Way, batch_size: int) -> float:
     moved = sum(size for side, size in bytes_by_side(net, way.passes).items() if side not in way.custom_sides)
     seconds += batch_size * moved / (BYTES_PER_S * way.bandwidth)
     seconds += way.launches * KERNEL_S
-    return seconds if way.graph else max(seconds, way.launches * LAUNCH_S)
+    return seconds if way.graph else max(seconds, way.launches * way.host_s)
 
 
 def main() -> None:

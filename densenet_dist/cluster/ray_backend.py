@@ -40,7 +40,7 @@ _SAVE_TIMEOUT_S = 30.0
 _START_ATTEMPT_S = 60.0
 """Longest wait for the resources of a worker group before Ray tries again."""
 _POLL_S, _POLL_S_PER_WORKER = 0.2, 0.003
-"""The controller notices a dead worker at its next poll. A poll takes 0.74 ms per worker (1,000 actors on two cores)."""
+"""The controller notices a dead worker at its next poll. A poll takes 0.74 ms per worker (1,000 on two cores)."""
 
 
 class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are untyped
