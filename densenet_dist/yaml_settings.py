@@ -22,7 +22,6 @@ _TAG: Final = "tag:yaml.org,2002:"
 _INT: Final = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
 _FLOAT: Final = re.compile(r"[-+]?((\.[0-9]|[0-9][0-9_]*\.?)[0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))$|\.(nan|NaN)$")
 
-
 _problem = partial(yaml.MarkedYAMLError, None, None)
 """An error with a message and, if known, the place in the file."""
 
@@ -77,6 +76,7 @@ class _Dumper(yaml.SafeDumper):
     """`yaml.SafeDumper` that quotes text which `_Loader` or another YAML reader would read as another type."""
 
 
+_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence(f"{_TAG}seq", items, flow_style=True))
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}bool", f"{_TAG}merge")]
@@ -148,7 +148,7 @@ def read_override(text: str) -> dict[str, Any]:
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Format plain values as YAML that `read_yaml` reads back unchanged."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=False)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

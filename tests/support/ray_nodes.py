@@ -78,7 +78,8 @@ def two_nodes() -> Iterator[Cluster]:
         gcs, dashboard, client, *agents = free_ports(9)
         head = _start("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
                       f"--ray-client-server-port={client}", f"--temp-dir={folder}")  # fmt: skip
-        second = _start(f"--address=127.0.0.1:{gcs}")
+        # In one folder, a node would unpack the working directory over that of a job that runs on the other node.
+        second = _start(f"--address=127.0.0.1:{gcs}", f"--temp-dir={folder}/2")
         for command in (head, second):
             for option in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port"):
                 command.append(f"--{option}={agents.pop()}")
