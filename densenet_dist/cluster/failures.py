@@ -23,7 +23,7 @@ def explain(error: Any, owner: str) -> str:
         return f"{owner}'s process did not respond for {float(found[1]):.0f} s"
     if "ActorDied" in name or "actor died" in text.lower() or "died unexpectedly" in text:
         return f"{owner}'s process was lost (killed, or its node is gone)"
-    # A traceback ends with the error, and the error may go on with an indented hint.
+    # A traceback ends with the error, which may have indented hints below it.
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
     cause = re.sub(r"^densenet_dist\.errors\.\w+: ", "", lines[-1]) if lines else name
     return re.sub(r"\s+", " ", cause)[:300]
