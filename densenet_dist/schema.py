@@ -39,8 +39,22 @@ def _expand_home(place: str) -> str:
 
 
 Place: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
-Variable: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*=")]
 """A path, which may start with ``~`` or ``~user``, or the URI of an object store."""
+
+
+def _form(pattern: str, form: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise PydanticCustomError("form", f"Input should be {form}")
+        return text
+
+    return AfterValidator(check)
+
+
+Variable: TypeAlias = Annotated[str, _form(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE")]
+Amount: TypeAlias = Annotated[
+    str, _form(r"[^=]+=([1-9]\d{0,14}|0\.\d{0,3}[1-9])", "NAME=AMOUNT, with an integer or a fraction below 1")
+]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -279,6 +293,8 @@ class ClusterConfig:
     """CPU cores and torch threads per worker; auto: its share of the machine, less one for Ray."""
     accelerator_type: str | None = None
     """Use only nodes with this accelerator, by Ray's name, such as H100; null: any node."""
+    resources_per_worker: tuple[Amount, ...] = ()
+    """Further Ray resources of each worker, such as ["rdma=1"], which nodes get with ray start --resources."""
     placement: Literal["pack", "spread"] = "pack"
     """pack: as few nodes as possible; spread: workers on as many nodes as possible."""
     env: tuple[Variable, ...] = ()
@@ -296,6 +312,15 @@ class ClusterConfig:
     def variables(self) -> dict[str, str]:
         """The environment variables by name."""
         return {name: value for name, _, value in (variable.partition("=") for variable in self.env)}
+
+    @property
+    def selectors(self) -> dict[str, float]:
+        """The Ray resources, besides CPUs and GPUs, that a worker's node must have."""
+        amounts = {
+            name: float(amount) for name, _, amount in (each.partition("=") for each in self.resources_per_worker)
+        }
+        # Ray gives each node one resource of its accelerator's type; a small share of it selects the node.
+        return amounts | ({f"accelerator_type:{self.accelerator_type}": 0.001} if self.accelerator_type else {})
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -418,6 +443,8 @@ def conflicts(config: Config) -> Iterator[str]:
     for name in config.cluster.variables:
         if re.search("key|secret|token|passw|credential", name, re.IGNORECASE):
             yield f"cluster.env: {name} may be a credential, which run folders would show; set it on the nodes instead"
+    for name in {"CPU", "GPU"} & config.cluster.selectors.keys():
+        yield f"cluster.resources_per_worker: {name} is requested with cluster.cpus_per_worker and cluster.device"
     if config.cluster.workers != "auto":
         least, workers = config.cluster.worker_range
         if least > workers:

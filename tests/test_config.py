@@ -150,6 +150,7 @@ def test_what_is_wrong_is_one_line_with_its_key_and_a_suggestion(setting, proble
         ("cluster.workers: min=3 is above max=2", "cluster.workers={min: 3,max: 2}"),
         ("cluster.workers: 9 workers cannot share", "cluster.workers=9", "train.global_batch_size=8"),
         ("cluster.env: WANDB_API_KEY may be a credential", 'cluster.env=["WANDB_API_KEY=abc"]'),
+        ("cluster.resources_per_worker: GPU is requested with", 'cluster.resources_per_worker=["GPU=1"]'),
         ("cluster.workers: cluster.engine=local is one", "cluster.workers=2", "cluster.engine=local"),
     ],
     ids=lambda case: case[0],

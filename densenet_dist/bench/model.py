@@ -34,21 +34,6 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device
 
-DEFINITIONS: Final = {
-    "arm": "the variant of the model",
-    "reference": "model.block=reference, eager",
-    "compiled": "reference with torch.compile, recompiled for every batch size",
-    "fused": "model.block=fused",
-    "graph": "model.block=fused, the whole step in one CUDA graph",
-    "compiled_graph": "compiled, the whole step in one CUDA graph",
-    "padded": "reference with the growth rate rounded up to a multiple of 8 (tensor cores), another network",
-    "padded_compiled_graph": "padded with torch.compile, the whole step in one CUDA graph",
-    "step_ms": "forward, cross entropy, backward, optimizer step, zeroing the gradients",
-    "spreads": "lowest and highest of the rounds",
-    "peak_mib": "peak memory of a step: on a GPU of all tensors, on a CPU what the step added to the process",
-    "time_ratio, memory_ratio": "relative to reference at the same batch size; of times round by round",
-    "loss": "of the first step, equal in all variants of the same network except for rounding and dropout",
-}
 _FIGURES: Final = (
     *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),
     *("time_ratio", "time_ratio_spread", "memory_ratio"),
@@ -75,7 +60,8 @@ def bench_model(
         on_progress: called with a description of the current measurement.
 
     Returns:
-        ``rows``, with the figures of `DEFINITIONS`, or None and a reason in ``note``; ``notes``, and the `conditions`.
+        ``rows``, with the figures of `Measurement` and their ratios to the reference of the same round and batch size,
+        or None and a reason in ``note``; ``notes``, and the `conditions`.
 
     Raises:
         ConfigError: the model cannot be built.
@@ -133,7 +119,6 @@ def bench_model(
         "image_size": config.data.side,
         "classes": num_classes(config),
         "notes": notes,
-        "definitions": DEFINITIONS,
         **conditions(config, device, seconds, rounds),
     }
 

@@ -30,7 +30,8 @@ from densenet_dist.bench.common import (
 )
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.launch import absolute
-from densenet_dist.cluster.measured import capacity, run_on_workers
+from densenet_dist.cluster.measured import run_on_workers
+from densenet_dist.cluster.resources import count_fitting, plan_resources
 from densenet_dist.config import to_dict, validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
@@ -46,17 +47,6 @@ from densenet_dist.train.loop import train_step
 from densenet_dist.train.trainer import Trainer
 
 MODES: Final = ("weak", "strong")
-
-DEFINITIONS: Final = {
-    "images": "of the global batch",
-    "oversubscribed": "more workers than cores: the times show how cores are shared, not how training scales",
-    "step_ms": "a training step of the slowest rank: forward, loss, backward with gradient all-reduce, optimizer step",
-    "local_ms": "the same step without the all-reduce (no_sync)",
-    "exposed_ms": "step_ms - local_ms: communication not overlapped with computation, and the slowdown that it causes",
-    "efficiency": "weak: T(1) / T(n); strong: T(1) / (n T(n)); T is step_ms",
-    "compute_efficiency": "the same for local_ms: the loss due to shared cores, caches and memory, not communication",
-    "spreads": "lowest and highest of the rounds",
-}
 
 Probe: TypeAlias = Callable[[Trainer, dict[int, Batch]], Any]
 """An additional measurement of a trainer; it gets this rank's share of a batch by size of the global batch."""
@@ -105,8 +95,8 @@ def bench_scaling(
         probe: an additional measurement on every rank.
 
     Returns:
-        Plain values: ``rows``, with the figures of `DEFINITIONS`, and the conditions; ``probed``: the result of the
-        probe on rank 0, by number of workers.
+        Plain values: the figures of `rows`, and the conditions; ``probed``: the result of the probe on rank 0, by
+        number of workers.
 
     Raises:
         ConfigError, EnvironmentProblem: as for training, or for more workers than images or GPUs.
@@ -125,11 +115,15 @@ def bench_scaling(
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
             arguments = (to_dict(config), num_classes(config), sizes, seconds, rounds, probe)
             results[count] = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)
-        room, threads = capacity(config.cluster), config.cluster.cpus_per_worker
+        import ray
+
+        single, threads = replace(config.cluster, workers=1), config.cluster.cpus_per_worker
+        available = ray.cluster_resources()
+        room = count_fitting(available, plan_resources(single, available, fixed=False).per_worker)
     first = results[1][0]
     found = {
         "rows": rows(config, results, modes, room),
-        "notes": [f"*: {DEFINITIONS['oversubscribed']}"] if counts[-1] > room else [],
+        "notes": ["*: more workers than cores: the times show how cores are shared"] if counts[-1] > room else [],
         "name": config.name,
         "model": to_dict(config)["model"],
         "parameters": first.parameters,
@@ -142,7 +136,6 @@ def bench_scaling(
         "room": room,
         "seconds": seconds,
         "rounds": rounds,
-        "definitions": DEFINITIONS,
         "environment": describe_environment(),
     }
     if probe is not None:
@@ -158,7 +151,11 @@ def _images(config: Config, mode: str, workers: int) -> int:
 def rows(
     config: Config, results: dict[int, list[RankMeasurements]], modes: Sequence[str], room: int
 ) -> list[dict[str, Any]]:
-    """Compute the figures of `DEFINITIONS` for each mode and number of workers, from the measurements of the ranks."""
+    """Compute the figures for each mode and number of workers, from the measurements of the ranks.
+
+    ``step_ms`` is a step of the slowest rank, ``local_ms`` the same without the all-reduce, ``exposed_ms`` their
+    difference; the efficiencies are T(1) / T(n) of the two, divided by n for strong scaling.
+    """
     made = []
     for mode in modes:
         alone = statistics.median(_slowest(results[1], _images(config, mode, 1)))

@@ -154,12 +154,8 @@ class EpochBarrier:
 
     def __init__(self, on_event: Callable[[Event], bool], placements: Any, owner: str) -> None:
         self.on_event, self.placements, self.owner = on_event, placements, owner
-        self._coordinator: Any = None
+        self.coordinator: Any = None  # set when the run starts
         self._answered = -1
-
-    def open(self, coordinator: Any) -> None:
-        """Answer through this coordinator."""
-        self._coordinator = coordinator
 
     def __call__(self, event: Event) -> None:
         """Handle an event; answer at the end of an epoch."""
@@ -169,15 +165,15 @@ class EpochBarrier:
         step = event["global_step"]
         proceed = step == self._answered or self.on_event(event)  # a restarted coordinator asks again
         self._answered = step
-        self._coordinator.answer.remote(step, proceed)
+        self.coordinator.answer.remote(step, proceed)
 
     def abort(self, timeout_s: float) -> None:
         """End the run at any point and release its workers."""
         import ray
 
-        if self._coordinator is not None:
+        if self.coordinator is not None:
             with suppress(ray.exceptions.RayError):
-                controller = ray.get(self._coordinator.controller.remote(), timeout=timeout_s)
+                controller = ray.get(self.coordinator.controller.remote(), timeout=timeout_s)
                 if controller is not None:
                     ray.get(controller.abort.remote(), timeout=timeout_s)
 

@@ -19,9 +19,6 @@ from densenet_dist.train.control import StopRequest
 if TYPE_CHECKING:
     from densenet_dist.train.context import RunContext
 
-_INTERVAL_S: Final = 1.0
-_FULL_RATE_WORLD_SIZE: Final = 64
-"""In larger worlds workers send less often, so that the coordinator's load stays the same."""
 _FIRST_TIME_S: Final = 600.0
 """Limit for the first time in a phase: it may compile, or tune kernels."""
 _UNLIMITED: Final = ("start", "save")
@@ -85,6 +82,11 @@ def _idle_limit(worker: Heartbeat, timeout_s: float) -> float:
     return max(timeout_s, _FIRST_TIME_S if worker.longest_idle_s is None else 10 * worker.longest_idle_s)
 
 
+def heartbeat_interval(world_size: int) -> float:
+    """Return the seconds between a worker's heartbeats: from 64 workers on, all together send 64 per second."""
+    return max(1.0, world_size / 64)
+
+
 @contextmanager
 def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
     """Send heartbeats from a thread, and pass the requests received in return to the training loop.
@@ -95,7 +97,7 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
 
     end, training_thread = threading.Event(), threading.get_ident()
     # Rank 0 also looks for notices of nodes that go away, which do not wait.
-    interval_s = _INTERVAL_S * (max(1.0, context.world_size / _FULL_RATE_WORLD_SIZE) if context.rank else 1.0)
+    interval_s = heartbeat_interval(context.world_size if context.rank else 1)
     preemption = _PreemptionNotices()
 
     def heartbeat() -> Heartbeat:

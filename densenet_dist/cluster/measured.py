@@ -8,19 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from densenet_dist.cluster.resources import Resources, count_fitting, plan_resources
+from densenet_dist.cluster.resources import Resources, plan_resources
 from densenet_dist.errors import EnvironmentProblem, TrainingError
 from densenet_dist.schema import ClusterConfig, Config
 
 _WORKERS_PER_CPU = 16
-
-
-def capacity(cluster: ClusterConfig) -> int:
-    """Return how many workers the connected cluster can run without sharing CPU cores or GPUs."""
-    import ray
-
-    available = ray.cluster_resources()
-    return count_fitting(available, plan_resources(replace(cluster, workers=1), available, fixed=False).per_worker)
 
 
 def plan_measurement(cluster: ClusterConfig, workers: int, available: Mapping[str, float]) -> Resources:

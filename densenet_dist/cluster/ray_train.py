@@ -86,7 +86,7 @@ def fit_on_ray(
         show_in_dashboard()
         barrier = listener if isinstance(listener, EpochBarrier) else None
         if barrier is not None:  # the trial exports its own telemetry
-            barrier.open(coordinator)
+            barrier.coordinator = coordinator
         else:
             listener = Telemetry(config.name, listener=listener)
         with forwarded_events(coordinator, listener):

@@ -49,7 +49,7 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
     else:
         fewest = workers = max(gpus, 1) if use_gpu else min(2, max(cpus, 1))
     share = config.cpus_per_worker
-    per_worker = {"CPU": 1 if share == "auto" else share} | _accelerator(config)
+    per_worker = {"CPU": 1 if share == "auto" else share} | config.selectors
     if use_gpu:
         per_worker["GPU"] = 1
     needed = {name: amount * fewest for name, amount in per_worker.items()}
@@ -65,11 +65,6 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
             "or join a larger cluster with cluster.address"
         )
     return Resources(fewest, workers, use_gpu, per_worker, None if share == "auto" else share)
-
-
-def _accelerator(config: ClusterConfig) -> dict[str, float]:
-    # Ray gives each node one resource of its accelerator's type; a small share of it selects the node.
-    return {} if config.accelerator_type is None else {f"accelerator_type:{config.accelerator_type}": 0.001}
 
 
 def shortage(workers: int, per_worker: Mapping[str, float]) -> str:
@@ -148,7 +143,7 @@ def plan_trials(
         has_gpus = any(node.get("GPU", 0) > 0 for node in nodes)
         gpus = 1.0 if cluster.device == "cuda" or (cluster.device == "auto" and has_gpus) else 0.0
     cpus = 1 if sweep.cpus_per_worker == "auto" else sweep.cpus_per_worker
-    per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | _accelerator(cluster)
+    per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | cluster.selectors
     slots = sum(count_fitting(node, per_worker) for node in nodes)
     room = slots // sweep.workers
     has = f"with {_describe(per_worker)} per worker the cluster has room for {slots}"

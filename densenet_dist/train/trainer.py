@@ -215,23 +215,23 @@ class Trainer:
         return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {}, validated)
 
     def resume(self) -> None:
-        """Restore the latest intact checkpoint, if there is one; rank 0 chooses it for all ranks."""
-        chosen = None
+        """Restore the latest intact checkpoint, if there is one.
+
+        Rank 0 reads and verifies it for all ranks, so that a restart of many workers does not load the storage.
+        """
+        snapshot = None
         if self.context.rank == 0:
             snapshot = self.store.load_latest()
-            chosen = snapshot.position if snapshot else None
             if self.store.rebuilt:
                 self.context.warn(f"{self.store.rebuilt}; rebuilt from the folders of the checkpoints")
             self.report_damage()
-        chosen = broadcast(chosen)
-        for entry in self.store.entries:
-            if entry.position == chosen:
-                snapshot = self.store.load(entry)
-                self.restore(snapshot)
-                if snapshot.state.get("pictures") != digest_of_files(self.dataset):
-                    self.context.warn(
-                        "the images differ from those at the start of the run: it resumes, but no longer exactly"
-                    )
+        snapshot = broadcast(snapshot)
+        if snapshot is not None:
+            self.restore(snapshot)
+            if snapshot.state.get("pictures") != digest_of_files(self.dataset):
+                self.context.warn(
+                    "the images differ from those at the start of the run: it resumes, but no longer exactly"
+                )
 
     def report_damage(self) -> None:
         """Show which checkpoints were found damaged while loading."""

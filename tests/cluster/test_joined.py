@@ -37,6 +37,7 @@ from ray_runs import (
 )
 from runs import run_of, train
 
+from densenet_dist.cluster.connection import DRIVER_ENV
 from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.sweep import open_sweep, tune
 from densenet_dist.cluster.telemetry import GAUGES
@@ -131,6 +132,7 @@ def started(s3: str) -> Iterator[Cluster]:
     from ray.cluster_utils import Cluster as Nodes
 
     environment = dict(os.environ)
+    os.environ.update(DRIVER_ENV)  # with Ray's niceness of 15, workers would starve on a busy machine
     dashboard, metrics = free_ports(2)
     nodes = Nodes(
         initialize_head=True,

@@ -95,11 +95,11 @@ def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
     assert (planned.fewest, planned.workers) == expected
 
 
-def test_workers_and_trials_on_an_accelerator():
+def test_workers_and_trials_on_nodes_with_an_accelerator_and_other_resources():
     """On an H200, whose node has the resource ``accelerator_type:H200``."""
-    wanted = ClusterConfig(workers=1, accelerator_type="H200")
-    on_h200 = {"CPU": 1, "GPU": 1, "accelerator_type:H200": 0.001}
-    node = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H200": 1.0}
+    wanted = ClusterConfig(workers=1, accelerator_type="H200", resources_per_worker=("rdma=1", "memory=1000000000"))
+    on_h200 = {"CPU": 1, "GPU": 1, "accelerator_type:H200": 0.001, "rdma": 1.0, "memory": 1e9}
+    node = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H200": 1.0, "rdma": 2.0, "memory": 8e9}
     assert plan_resources(wanted, node, fixed=True).per_worker == on_h200
     assert plan_trials(SweepConfig(), wanted, 4, [{"CPU": 8.0, "GPU": 2.0}, node], fixed=True).concurrent == 2
 
