@@ -141,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     again = restart(8)
     processes = min(arguments.processes, max(arguments.workers))
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     actors = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(processes)]
     ray.get([actor.poll_status.remote() for actor in actors])
     rows = [control_traffic(workers, actors[:workers]) for workers in arguments.workers]
