@@ -7,7 +7,7 @@
 #
 # For trying things out on CPUs: --build-arg TORCH_INDEX=ADDRESS, PyTorch's index of CPU wheels. The versions are those of
 # the lock, without CUDA, Triton and DALI; torch and torchvision come without hashes of ours. Without it, this image runs
-# on CPUs as well, and is the one that every figure of this project was measured with.
+# on CPUs as well.
 #
 # No HEALTHCHECK: Kubernetes ignores it; KubeRay brings its own probes, and `ray up` looks after Ray itself.
 #

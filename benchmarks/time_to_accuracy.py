@@ -207,7 +207,7 @@ def _now(trainer: Trainer) -> float:
 
 def evaluate_test(trainer: Trainer) -> dict[str, float]:
     test = trainer.dataset.test
-    engine = engine_of(trainer.config, trainer.context.device, trainer.dataset, test, trainer.loader)
+    engine = engine_of(trainer.config, trainer.context.device, trainer.dataset, test, trainer.loader_name)
     batches = eval_loader(trainer.config, trainer.context, engine)
     return evaluate_model(trainer.eval_model, batches, trainer.context.device, trainer.config.train.precision)
 

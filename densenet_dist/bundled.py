@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Final
 
 _IN_WHEEL: Final = Path(__file__).parent / "configs"
-_IN_CHECKOUT: Final = Path(__file__).parents[1] / "configs"
-
-
-def folder() -> Path:
-    """Return the folder of the configurations: in the installed package, or at the root of a checkout."""
-    return _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
+FOLDER: Final = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "configs"
+"""The folder of the configurations: in the installed package, or at the root of a checkout."""
 
 
 def names() -> list[str]:
     """Return the names of the configurations."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find(source: str | Path) -> Path:
@@ -32,14 +28,14 @@ def find(source: str | Path) -> Path:
     # Unlike Path.is_file, isfile raises no error for invalid names (too long, a zero byte).
     if os.path.isfile(path) or str(path.parent) not in (".", "configs") or path.suffix not in ("", ".yaml"):
         return path
-    bundled = folder() / f"{path.stem}.yaml"
+    bundled = FOLDER / f"{path.stem}.yaml"
     return bundled if os.path.isfile(bundled) else path
 
 
 def headline(name: str) -> str:
     """Return the purpose of a configuration: the first sentence of its first comment."""
     comment = []
-    for line in (folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+    for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         text = line.removeprefix("#").strip()
         if not line.startswith("#") or not text:
             break

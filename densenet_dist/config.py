@@ -26,6 +26,7 @@ _HINTS: Final = {
 """Advice for unknown keys, by the last part of the key."""
 
 SETTINGS: Final = Settings(Config, conflicts, _HINTS)
+validate, to_dict = SETTINGS.validate, SETTINGS.to_dict
 
 
 def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
@@ -54,7 +55,7 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
             layer = to_dict(source)
         elif isinstance(source, Mapping):
             layer = nest(source)
-        elif isinstance(source, str) and "=" in source and not os.path.exists(source):
+        elif isinstance(source, str) and "=" in source and not os.path.exists(source):  # a file's name may contain =
             layer = read_override(source)
         else:
             layer = read_yaml(Path(source))
@@ -67,16 +68,6 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
 def name_of_file(path: str | Path) -> str:
     """Return the default name of a run: the stem of the file, with invalid characters replaced."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")[:100]
-
-
-def validate(values: Mapping[str, Any]) -> Config:
-    """Convert nested plain values to a `Config`; raise one `ConfigError` that lists every problem."""
-    return SETTINGS.validate(values)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Convert a configuration to nested plain values, ready for YAML or JSON."""
-    return SETTINGS.to_dict(config)
 
 
 def to_yaml(config: Config) -> str:

@@ -122,8 +122,9 @@ def _dali(config: Config) -> Finding:
     import torch
 
     if not dali_installed():
-        state: Literal["note", "bad"] = "bad" if config.data.loader == "dali" else "note"
-        return Finding(state, "not installed; the torch loader is used", f"pip install {DALI_PACKAGE}")
+        if config.data.loader == "dali":
+            return Finding("bad", "not installed", f"pip install {DALI_PACKAGE}, or set data.loader=auto")
+        return Finding("note", "not installed; the torch loader is used", f"pip install {DALI_PACKAGE}")
     device = torch.device("cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu")
     try:
         require_dali(device, decoding=config.data.name == "folder")
@@ -136,21 +137,26 @@ def _ray(config: Config) -> Finding:
     version = package_version("ray")
     if config.cluster.engine == "local":
         return Finding("ok", f"{version}, not used (cluster.engine=local)")
-    from densenet_dist.cluster.connection import survey
+    from densenet_dist.cluster.connection import address_of, connected
 
-    resources, where = survey(config)
+    with connected(config.cluster) as own_cluster:
+        import ray
+
+        resources = ray.cluster_resources()
+    where = "starts on this machine" if own_cluster else f"cluster at {address_of(config.cluster)[0]}"
     shown = ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
     return Finding("ok", f"{version}, {where}: {shown}")
 
 
 def _storage(config: Config) -> Finding:
     run = RunFolder(config.storage, f".doctor-{uuid.uuid4().hex[:8]}")
-    existed = run.is_remote or Path(config.storage).exists()
+    folders = [] if is_uri(config.storage) else [run.path.parent, *run.path.parent.parents]
+    new = [folder for folder in folders if not folder.exists()]
     run.create()
     run.remove("")
-    if not existed:
-        with suppress(OSError):
-            Path(config.storage).rmdir()
+    with suppress(OSError):
+        for folder in new:
+            folder.rmdir()
     return Finding("ok", f"{config.storage} is writable")
 
 

@@ -21,10 +21,6 @@ class DenseNetDistError(Exception):
     def __init__(self, *args: object) -> None:
         super().__init__(*(without_credentials(arg) if isinstance(arg, str) else arg for arg in args))
 
-    def __reduce__(self) -> tuple[type["DenseNetDistError"], tuple[object, ...]]:
-        # Errors are sent between processes: rebuild them from the message, whatever arguments a subclass takes.
-        return type(self), self.args
-
     def _render_traceback_(self) -> list[str]:
         """Show only the message in IPython and notebooks."""
         return [f"{type(self).__name__}: {self}"]
@@ -32,8 +28,6 @@ class DenseNetDistError(Exception):
 
 class TrainingError(DenseNetDistError):
     """Training cannot continue, for instance after a NaN loss. Every rank raises it at the same step."""
-
-    exit_code = 1
 
 
 class ConfigError(DenseNetDistError):
@@ -95,7 +89,7 @@ def storage_errors(place: object = None) -> Iterator[None]:
     """Turn an OSError into a StorageError.
 
     Args:
-        place: name of what cannot be written. Without it, only errors of a full, read-only or failing disk are turned.
+        place: name of what cannot be written. None: convert only errors of a full, read-only or failing disk.
     """
     try:
         yield

@@ -19,13 +19,13 @@ from typing import Any, Final
 from uuid import uuid4
 
 from densenet_dist.errors import StorageError
-from densenet_dist.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder, split_location
 
 LEASE_FILE: Final = "lease.json"
 RENEW_S = 5.0
 STALE_S = 15.0
 _SETTLE_S: Final = 0.2
-"""After this, two processes that take a stale lease at the same time both see which of them has it."""
+"""After this delay, two processes that took a stale lease at the same time both see which one has it."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Holder:
     @classmethod
     def here(cls) -> Holder:
         """Return the holder for this process."""
-        return cls(uuid4().hex, os.uname().nodename, _machine(), os.getpid(), _born(os.getpid()))
+        return cls(uuid4().hex, os.uname().nodename, _machine_id(), os.getpid(), _start_time(os.getpid()))
 
     @property
     def alive(self) -> bool | None:
         """Whether the process is running; None if it is on another machine or this cannot be determined."""
-        if self.machine != _machine():
+        if self.machine != _machine_id():
             return None
-        born = _born(self.pid)
+        born = _start_time(self.pid)
         return (born != "" or None) if born == self.born else False
 
     def __str__(self) -> str:
@@ -69,23 +69,25 @@ class Lease:
     """A lease of a folder, see `hold`. A thread renews it.
 
     Attributes:
-        key: for other processes of the job that write to the folder, see `fence`.
+        held: for other processes of the job that write to the folder or below it, see `fence`.
         lost: why the lease was lost; None while it is held.
     """
 
     def __init__(self, folder: RunFolder, holder: Holder) -> None:
-        self.key = holder.key
+        self.held = folder.location, holder.key
         self.lost: StorageError | None = None
         self._folder, self._holder = folder, holder
         self._on_loss: Callable[[], None] = lambda: None
-        fence(folder, holder.key)
+        fence(folder, self.held)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
     def when_lost(self, on_loss: Callable[[], None]) -> None:
-        """Set a function to call, in a thread, when the lease is lost: nothing more may be written to the folder."""
+        """Set a function to call, perhaps in a thread, when the lease is lost: nothing more may be written."""
         self._on_loss = on_loss
+        if self.lost is not None:
+            on_loss()
 
     def check(self) -> None:
         """Check that the lease has not been lost.
@@ -101,13 +103,13 @@ class Lease:
         self._end.set()
         self._thread.join()
         with suppress(StorageError):
-            if self.lost is None and _loss(self._folder, self.key) is None:
+            if self.lost is None and _loss(self._folder, self._holder.key) is None:
                 self._folder.remove(LEASE_FILE)
 
     def _renew(self) -> None:
         while not self._end.wait(RENEW_S):
             with suppress(StorageError):  # if it is not temporary, writing a checkpoint will report it
-                self.lost = _loss(self._folder, self.key)
+                self.lost = _loss(self._folder, self._holder.key)
                 if self.lost is not None:
                     self._on_loss()
                     return
@@ -115,24 +117,25 @@ class Lease:
                 _write(self._folder, self._holder)
 
 
-def fence(folder: RunFolder, key: str | None) -> None:
-    """Make `folder.guard`, which is called before a checkpoint is listed, check that the job still has the lease.
+def fence(folder: RunFolder, held: tuple[str, str] | None) -> None:
+    """Make `folder.guard` check that the job still has the lease; it is called before a checkpoint becomes visible.
 
-    A job that is frozen for longer than `STALE_S` may wake up at any point without noticing. Without this check it
-    would list its own checkpoints again, and delete those of the job that took over.
+    A job that is frozen for longer than `STALE_S` does not notice it when it continues. Without this check it would
+    overwrite the list of checkpoints and delete those of the job that took over.
 
     Args:
         folder: the folder that this process writes to.
-        key: key of the job's lease; None for a folder without one.
+        held: `Lease.held` of the job, of this folder or of the sweep around it; None for a folder without a lease.
     """
-    folder.guard = partial(_require_held, folder, key)
+    if held is not None:
+        folder.guard = partial(_require_held, RunFolder(*split_location(held[0])), held[1])
 
 
-def _require_held(folder: RunFolder, key: str | None) -> None:
-    lost = None
-    if key is not None:
-        with suppress(StorageError):  # if lease.json cannot be read, writing will report it
-            lost = _loss(folder, key)
+def _require_held(leased: RunFolder, key: str) -> None:
+    try:
+        lost = _loss(leased, key)
+    except StorageError:
+        return  # lease.json cannot be read: writing will report it
     if lost is not None:
         raise lost
 
@@ -168,7 +171,7 @@ def _wait_until_free(folder: RunFolder, listener: Callable[[dict[str, Any]], Non
         return
     if first.alive:
         raise _in_use(folder, first)
-    text = f"{folder.uri} was held by {first}: waiting {STALE_S:g} s to see whether it still is"
+    text = f"{folder.uri} was held by {first}: waiting {STALE_S:g} s to see whether that job still runs"
     listener({"kind": "note", "text": text})
     end = time.monotonic() + STALE_S
     while time.monotonic() < end:
@@ -212,7 +215,7 @@ def _write(folder: RunFolder, holder: Holder) -> None:
     folder.write(LEASE_FILE, json.dumps(asdict(holder)) + "\n")
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     """Identify the machine, its boot and the container: process ids are unique only within these."""
     parts = [os.uname().nodename]
     with suppress(OSError):
@@ -220,7 +223,7 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _born(pid: int) -> str:
+def _start_time(pid: int) -> str:
     """Return the start time of a process in ticks since boot; empty if it is not running or this cannot be read."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

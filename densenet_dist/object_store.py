@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 _JUST_MADE_S: Final = 60.0
-"""Age of a folder below which its lock may not be held yet: the file is created first."""
+"""A folder younger than this may not be locked yet: its lock file is created before it is locked."""
 _HINTS: Final = {
     "NO_SUCH_BUCKET": "there is no such bucket: create it, or use another",
     "NETWORK_CONNECTION": "it cannot be reached from this machine: check endpoint_override and scheme in the address, "
@@ -72,12 +73,13 @@ def fetch_file(uri: str) -> Path:
     try:
         fs.copy_files(place, str(local), filesystem, fs.LocalFileSystem())
     except OSError as error:
-        raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain(error)}") from error
+        raise StorageError(f"{uri.partition('?')[0]} cannot be read: {explain_storage_error(error)}") from error
     return local
 
 
 _temporary: Final[dict[Path, int]] = {}
-"""The folders of this process, each with the descriptor of its lock."""
+"""The folder of this process, if there is one, with the descriptor of its lock."""
+_making: Final = threading.Lock()
 _LOCK: Final = ".lock"
 _PREFIX: Final = "densenet_dist-files-"
 
@@ -88,15 +90,15 @@ def temporary_folder() -> Path:
     If the process is killed, the next process on this machine that makes such a folder deletes it, since nobody holds
     its lock.
     """
-    if not _temporary:
-        _delete_left_behind()
-        atexit.register(delete_temporary_folders)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    _temporary[folder] = lock
-    (folder / "files").mkdir()
-    return folder / "files"
+    with _making:
+        if not _temporary:
+            _delete_left_behind()
+            atexit.register(delete_temporary_folders)
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _temporary[folder] = lock
+        return Path(tempfile.mkdtemp(dir=next(iter(_temporary))))
 
 
 def delete_temporary_folders() -> None:
@@ -115,7 +117,7 @@ def _delete_left_behind() -> None:
                 shutil.rmtree(folder)
 
 
-def explain(error: OSError) -> str:
+def explain_storage_error(error: OSError) -> str:
     """Describe an object store's error in one line, with a hint if one is known."""
     text = " ".join((error.strerror or str(error)).split())
     text = re.sub(r" ?\(Request ID: [^)]*\)", "", text)

@@ -38,9 +38,9 @@ TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
 CHECKPOINTS_FOLDER = "checkpoints"
 _LARGEST = 1 << 30  # bytes
-_ELSEWHERE = "choose another place with storage=PATH_OR_URI"
-_LATER = "what was saved before is safe: fix this, then resume with --resume"
-_COPY = "delete it, or restore a copy"
+_OTHER_STORAGE = "choose another place with storage=PATH_OR_URI"
+_RESUME_LATER = "everything saved so far is intact: fix the problem, then resume with --resume"
+_RESTORE_COPY = "delete it, or restore a copy"
 T = TypeVar("T")
 
 
@@ -89,6 +89,7 @@ class RunFolder:
     Attributes:
         path: the local folder to write to: the run's folder, or a temporary one that is uploaded.
         uri: the folder as shown in messages: a path or a URI.
+        location: the folder as a command-line argument: on an object store, the URI with its query parameters.
         guard: called before checkpoints and records are written; raises StorageError if the job has lost its lease.
     """
 
@@ -97,23 +98,13 @@ class RunFolder:
         self.guard: Callable[[], None] = lambda: None
         self._remote: fs.FileSystem | None = None
         if "://" in storage:
-            base, _, query = storage.partition("?")
-            self.uri = f"{base.rstrip('/')}/{name}"
-            self._remote, self._prefix = open_filesystem(f"{self.uri}?{query}" if query else self.uri)
+            self.location = join_location(storage, name)
+            self.uri = self.location.partition("?")[0]
+            self._remote, self._prefix = open_filesystem(self.location)
             self.path = temporary_folder()
         else:
             self.path = Path(storage).absolute() / name
-            self.uri = str(self.path)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the folder is on an object store."""
-        return self._remote is not None
-
-    @property
-    def location(self) -> str:
-        """The folder as an argument of commands: on an object store with the parameters of its address."""
-        return join_location(self.storage, self.name) if self.is_remote else self.uri
+            self.uri = self.location = str(self.path)
 
     def create(self) -> None:
         """Create the folder and check that it is writable.
@@ -122,7 +113,7 @@ class RunFolder:
             StorageError: it is not.
         """
         probe = ".write-test"
-        with self._errors("cannot be written", remedy=_ELSEWHERE):
+        with self._errors("cannot be written", remedy=_OTHER_STORAGE):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / probe).write_text("ok")
             self._upload(probe)
@@ -171,7 +162,7 @@ class RunFolder:
                 fs.copy_files(source, str(local), self._remote, fs.LocalFileSystem())
             for path in (local, *local.rglob("*")):
                 if path.exists() and not (path.is_file() or path.is_dir()):
-                    raise DamagedRecord(f"{path} is not a regular file\n  {_COPY}")
+                    raise DamagedRecord(f"{path} is not a regular file\n  {_RESTORE_COPY}")
         return local
 
     def publish(self, *relative: str) -> None:
@@ -239,7 +230,7 @@ class RunFolder:
         with self._errors("cannot be written", relative), open(self.path / relative, "a", encoding="utf-8") as file:
             file.write(text)
 
-    def read(self, relative: str, kind: type[T], *, strict: bool = True, remedy: str = _COPY) -> T | None:
+    def read(self, relative: str, kind: type[T], *, strict: bool = True, remedy: str = _RESTORE_COPY) -> T | None:
         """Read a JSON file of the run.
 
         Args:
@@ -290,7 +281,7 @@ class RunFolder:
             with suppress(ValueError, OverflowError, RecursionError):
                 records.append(_Line.model_validate(json.loads(line)).model_dump())
         if not records and len(lines) > 1:  # a single line may have been torn by a crash
-            raise DamagedRecord(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  {_COPY}")
+            raise DamagedRecord(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  {_RESTORE_COPY}")
         return records
 
     def _content(self, relative: str) -> bytes:
@@ -306,7 +297,7 @@ class RunFolder:
             raise ValueError(error) from error
 
     @contextmanager
-    def _errors(self, what: str, relative: str = "", remedy: str = _LATER) -> Iterator[None]:
+    def _errors(self, what: str, relative: str = "", remedy: str = _RESUME_LATER) -> Iterator[None]:
         try:
             yield
         except OSError as error:  # pyarrow's errors of storage are OSErrors too

@@ -92,7 +92,7 @@ def _between(start: float, end: float, progress: float, anneal: str) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def settings_of(function: Schedule, settings: Any) -> dict[str, Any]:
+def keyword_settings(function: Schedule, settings: Any) -> dict[str, Any]:
     """Return the settings of ``train.schedule`` that a schedule takes as keywords."""
     keywords = [name for name, one in signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
     return {name: getattr(settings, name) for name in keywords}

@@ -1,6 +1,6 @@
 """Every setting: a field of a frozen dataclass, with its type, limits, default and meaning.
 
-Reading them from YAML and the command line, and error messages, are in `densenet_dist.config`.
+`densenet_dist.config` reads them from YAML files and the command line, and reports errors.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ else:
 def _expand_home(place: str) -> str:
     expanded = os.path.expanduser(place)
     if expanded.startswith("~"):
-        raise PydanticCustomError("home", "there is no such home folder, give the whole path")
+        raise PydanticCustomError("home", "there is no such home folder; give an absolute path")
     return expanded
 
 
-Place: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
+PathOrUri: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
 """A path, which may start with ``~`` or ``~user``, or the URI of an object store."""
 
 
@@ -51,15 +51,15 @@ def _form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Variable: TypeAlias = Annotated[str, _form(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE")]
-Amount: TypeAlias = Annotated[
+EnvVariable: TypeAlias = Annotated[str, _form(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE")]
+ResourceAmount: TypeAlias = Annotated[
     str, _form(r"[^=]+=([1-9]\d{0,14}|0\.\d{0,3}[1-9])", "NAME=AMOUNT, with an integer or a fraction below 1")
 ]
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """The DenseNet. Settings at null have the value of the variant."""
+    """The DenseNet. Settings that are null take the variant's values."""
 
     variant: Literal[
         "notebook", "densenet", "densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"
@@ -87,7 +87,7 @@ class DataConfig:
     name: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
     """shapes: generated images; cifar10, cifar100: downloaded if they are not in root; folder: your own images in root,
     with a folder for each class, or such folders in train and test (and val)."""
-    root: Place = "data"
+    root: PathOrUri = "data"
     """Folder of the data sets, relative to the working directory; or an object store, s3://bucket/path (credentials
     from the environment), from which each node copies the data set once to its cache ($DENSENET_DIST_CACHE, else
     densenet_dist in $XDG_CACHE_HOME or ~/.cache)."""
@@ -96,7 +96,7 @@ class DataConfig:
     url: str | None = None
     """A mirror to download from instead of the official address; checksums are verified all the same."""
     limit: Count | None = None
-    """Use only the first so many training images, and as many test images (folder: evenly, of every class)."""
+    """Use only the first N training and the first N test images (folder: N spread evenly over the classes)."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
     stratified: bool = False
@@ -105,7 +105,7 @@ class DataConfig:
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
     of random size and shape, resized, flip."""
     flip: Literal["random", "alternating"] = "random"
-    """random: at random in each epoch; alternating: at random in the first epoch, then in turns, so that two epochs
+    """random: at random in each epoch; alternating: at random in the first epoch, then alternately, so that two epochs
     show each image both ways, which helps short runs."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """random_resized_crop: the smallest share of the area that a crop covers."""
@@ -129,7 +129,7 @@ class DataConfig:
     normalize: Literal["standard", "unit"] = "standard"
     """standard: by the mean and standard deviation of the data set (folder: ImageNet's); unit: only pixel / 255."""
     loader: Literal["auto", "torch", "dali"] = "auto"
-    """The library that produces batches, the same ones up to rounding; auto: the faster one, measured at the start."""
+    """Library that produces the batches (equal up to rounding in both); auto: the faster one, measured at the start."""
     prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """Number of batches prepared ahead, except from images that are already on a GPU."""
 
@@ -223,8 +223,8 @@ class TrainConfig:
     compile: bool = False
     """Whether to use torch.compile."""
     cuda_graph: bool = False
-    """Whether to launch a step as one CUDA graph, which helps small batches; only with a single GPU. The graph includes
-    the augmentation if the torch loader does it on the GPU, except for trivial_augment."""
+    """Whether to launch a step as one CUDA graph, which helps small batches; ignored unless there is a single GPU. The
+    graph includes the augmentation if the torch loader does it on the GPU, except for trivial_augment."""
     deterministic: bool = False
     """On a GPU: use only deterministic kernels, so that a resumed run equals the undisturbed one bit for bit, at some
     cost in speed. On CPUs training is always deterministic."""
@@ -243,8 +243,8 @@ class TrainConfig:
     bucket_mb: Positive | None = None
     """MiB of gradients that workers exchange at a time; null: those of a dense block (docs/scaling.md)."""
     profile: tuple[Index, Index] | None = None
-    """Range of steps to profile, such as [100, 105] for the five steps after step 100: a trace and a table in profile
-    in the run's folder; null: none."""
+    """Range of steps to profile: [100, 105] profiles the five steps after step 100. A trace and a table are written to
+    the run's folder, under profile/; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -258,10 +258,10 @@ class CheckpointConfig:
     """Checkpoints. The newest and the best are always kept."""
 
     every_epochs: Count = 1
-    """Save at the end of every so many epochs, and at the end of training."""
+    """Save every N epochs, and at the end of training."""
     every_steps: Count | Literal["auto"] | None = "auto"
-    """Also save every so many steps within epochs; auto: as often as costs less than 1 % of the time, at most twice per
-    minute; null: never. Files are written while training continues."""
+    """Also save every N steps within epochs; auto: as often as possible at a cost below 1 % of the time, at most twice
+    per minute; null: never. Files are written while training continues."""
     keep: Count = 1
     """Number of newest checkpoints to keep besides the best."""
     monitor: Literal["val/top1", "val/loss"] = "val/top1"
@@ -273,9 +273,9 @@ class WorkerRange:
     """As many workers as the cluster has resources for."""
 
     min: Workers
-    """The run waits for at least so many."""
+    """The minimum; the run waits until this many are available."""
     max: Workers
-    """The most workers to use."""
+    """The maximum."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -293,11 +293,11 @@ class ClusterConfig:
     """CPU cores and torch threads per worker; auto: its share of the machine, less one for Ray."""
     accelerator_type: str | None = None
     """Use only nodes with this accelerator, by Ray's name, such as H100; null: any node."""
-    resources_per_worker: tuple[Amount, ...] = ()
+    resources_per_worker: tuple[ResourceAmount, ...] = ()
     """Further Ray resources of each worker, such as ["rdma=1"], which nodes get with ray start --resources."""
     placement: Literal["pack", "spread"] = "pack"
     """pack: as few nodes as possible; spread: workers on as many nodes as possible."""
-    env: tuple[Variable, ...] = ()
+    env: tuple[EnvVariable, ...] = ()
     """Environment variables of Ray's workers, such as ["NCCL_SOCKET_IFNAME=eth1"]; credentials are refused."""
     address: str | None = None
     """Address of a running Ray cluster, as for ray.init; null: RAY_ADDRESS, else a cluster started by this process."""
@@ -314,7 +314,7 @@ class ClusterConfig:
         return {name: value for name, _, value in (variable.partition("=") for variable in self.env)}
 
     @property
-    def selectors(self) -> dict[str, float]:
+    def node_resources(self) -> dict[str, float]:
         """The Ray resources, besides CPUs and GPUs, that a worker's node must have."""
         amounts = {
             name: float(amount) for name, _, amount in (each.partition("=") for each in self.resources_per_worker)
@@ -336,8 +336,8 @@ class FaultConfig:
     """Handling of failures on a cluster."""
 
     hang_timeout_s: Seconds = 60.0
-    """How long a worker may not respond, or make no progress (or ten times its longest step, if that is more), before
-    it is replaced."""
+    """How long a worker may be unresponsive, or make no progress (ten times its longest step, if that is longer),
+    before it is replaced."""
     grace_s: Seconds = 15.0
     """How long a run may take to save after SIGTERM or Ctrl-C; Kubernetes kills pods after 30 s."""
 
@@ -360,7 +360,7 @@ class MlflowConfig:
 
     enabled: bool = False
     """Whether to send metrics to MLflow; needs the extra mlflow."""
-    tracking_uri: Place | None = None
+    tracking_uri: PathOrUri | None = None
     """The tracking server, such as http://mlflow:5000; null: MLFLOW_TRACKING_URI."""
     experiment: Annotated[str, Field(min_length=1, max_length=200)] = "densenet-dist"
     """The experiment at MLflow."""
@@ -368,7 +368,7 @@ class MlflowConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """Services that receive metrics too, besides metrics.jsonl; training continues if they do not respond."""
+    """Services to which metrics are also sent; training continues if they do not respond."""
 
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
@@ -382,8 +382,8 @@ class Config:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
     """Name of the run and of its folder; by default the name of the config file."""
-    storage: Place = "runs"
-    """Place of the run folders: a path (shared by all nodes of a cluster) or s3://bucket/path."""
+    storage: PathOrUri = "runs"
+    """Path or URI of the run folders: a path (shared by all nodes of a cluster) or s3://bucket/path."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Determines the split, the order, every augmentation, the initial weights and dropout."""
     model: ModelConfig = ModelConfig()
@@ -399,14 +399,14 @@ class Config:
     fault: FaultConfig = FaultConfig()
     """Handling of failures on a cluster."""
     log: LogConfig = LogConfig()
-    """Services that receive metrics too, besides metrics.jsonl."""
+    """Services to which metrics are also sent."""
 
 
-def without_validation(train: TrainConfig) -> Iterator[str]:
+def validation_conflicts(train: TrainConfig) -> Iterator[str]:
     """Yield a message for settings that need validation images."""
     if train.early_stopping.enabled or train.schedule.name == "plateau":
         what = "train.early_stopping" if train.early_stopping.enabled else "train.schedule.name: plateau"
-        yield f"data.val_fraction: 0 leaves nothing to validate on, but {what} watches the validation loss"
+        yield f"data.val_fraction: there are no validation images, but {what} needs the validation loss"
 
 
 def conflicts(config: Config) -> Iterator[str]:
@@ -419,11 +419,11 @@ def conflicts(config: Config) -> Iterator[str]:
     if data.cutout > data.side:
         yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
     if data.val_fraction == 0 and data.name != "folder":
-        yield from without_validation(train)
+        yield from validation_conflicts(train)
     if schedule.name == "multistep" and list(schedule.milestones) != sorted(set(schedule.milestones)):
-        yield f"train.schedule.milestones: must rise, not {list(schedule.milestones)}"
+        yield f"train.schedule.milestones: must be strictly increasing, not {list(schedule.milestones)}"
     if schedule.name != "one_cycle" and schedule.warmup_epochs >= train.epochs and schedule.warmup_epochs > 0:
-        yield f"train.schedule.warmup_epochs: {schedule.warmup_epochs:g} is the whole run of {train.epochs} epochs"
+        yield f"train.schedule.warmup_epochs: {schedule.warmup_epochs:g} must be less than train.epochs={train.epochs}"
     if schedule.name == "one_cycle" and schedule.warmup_epochs > 0:
         yield "train.schedule.warmup_epochs: one_cycle has its own warm-up (pct_start); leave this at 0"
     if schedule.name == "plateau" and schedule.min_lr > train.lr:
@@ -435,7 +435,7 @@ def conflicts(config: Config) -> Iterator[str]:
     if train.cuda_graph and train.grad_accum_steps > 1:
         yield "train.cuda_graph: a captured step has one part; leave train.grad_accum_steps at 1"
     if train.compile and train.bucket_mb is not None and train.bucket_mb < 1:
-        yield f"train.bucket_mb: train.compile=true takes 1 or more, not {train.bucket_mb:g}"
+        yield f"train.bucket_mb: must be at least 1 with train.compile=true, not {train.bucket_mb:g}"
     if train.profile is not None and not 0 < train.profile[1] - train.profile[0] <= 100:
         yield f"train.profile: must be up to 100 steps, [START, STOP] with START below STOP, not {list(train.profile)}"
     if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
@@ -443,7 +443,7 @@ def conflicts(config: Config) -> Iterator[str]:
     for name in config.cluster.variables:
         if re.search("key|secret|token|passw|credential", name, re.IGNORECASE):
             yield f"cluster.env: {name} may be a credential, which run folders would show; set it on the nodes instead"
-    for name in {"CPU", "GPU"} & config.cluster.selectors.keys():
+    for name in {"CPU", "GPU"} & config.cluster.node_resources.keys():
         yield f"cluster.resources_per_worker: {name} is requested with cluster.cpus_per_worker and cluster.device"
     if config.cluster.workers != "auto":
         least, workers = config.cluster.worker_range

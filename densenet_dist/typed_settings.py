@@ -56,7 +56,7 @@ class Settings(Generic[T]):
         except ValidationError as error:
             raise ConfigError(self._problems(error)) from None
         except (ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"the configuration holds a value that cannot be written down: {error}") from None
+            raise ConfigError(f"the configuration contains a value that cannot be serialized: {error}") from None
         problems = list(self._conflicts(settings)) if combinations else []
         plain = self.to_dict(settings)
         for key in _all_keys(plain):
@@ -95,7 +95,7 @@ class Settings(Generic[T]):
         """Format the problem of one setting; there are several items if it may have several types."""
         kind, value = items[0]["type"], items[0]["input"]
         if kind == "json_invalid":  # nested too deeply, or surrogates
-            return f"the configuration holds a value that cannot be written down: {items[0]['msg']}"
+            return f"the configuration contains a value that cannot be serialized: {items[0]['msg']}"
         in_group = isinstance(_at(self._defaults, path[:-1]), dict)
         if in_group and kind in ("unexpected_keyword_argument", "extra_forbidden"):
             return self._unknown(path)

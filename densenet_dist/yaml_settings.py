@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
         count, depth = _extent(node, {})
         if count > _MAX_VALUES or depth > _MAX_DEPTH:
             what = f"it holds more than {_MAX_VALUES} values" if count > _MAX_VALUES else "it is nested too deep"
-            raise _problem(f"{what}, aliases written out", node.start_mark)
+            raise _problem(f"{what}, with aliases expanded", node.start_mark)
         return super().construct_document(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:

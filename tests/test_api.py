@@ -103,7 +103,7 @@ def test_a_run_is_loaded_again_finished_or_not(tmp_path, result):
 def test_summary_counts_what_is_documented():
     table = summary(load_config("cifar10_notebook"))
     assert table.parameters.trainable == 3_532_210
-    assert sum(layer.parameters for layer in table.layers if layer.is_whole) == table.parameters.total
+    assert sum(layer.parameters for layer in table.layers if layer.is_leaf) == table.parameters.total
     assert "\ntrainable parameters: 3,532,210\n" in str(table)
     config = load_config("folder")
     assert summary(config, num_classes=7).layers[-1].shape == (7,)

@@ -39,9 +39,6 @@ def test_version(command):
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["python", "torch", "ray", "dali"]
 
 
-# Configurations that come with the package
-
-
 def test_configurations_that_come_along(command, tmp_path):
     code, out, _ = command("config", "--list")
     assert code == 0

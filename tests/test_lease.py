@@ -78,6 +78,16 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_once_it_is
     assert replace(holder, born="1").alive is False  # a process number that was used again is another process
 
 
+def test_a_trial_may_write_only_while_its_sweep_has_the_lease(folder):
+    trial = RunFolder(folder.location, "trial-000")
+    with hold(folder, no_wait) as lease:
+        fence(trial, lease.held)
+        trial.guard()
+        give_to_another_machine(folder)
+        with pytest.raises(StorageError, match=TAKEN_OVER):
+            trial.guard()
+
+
 def test_a_torn_lease_is_no_lease(folder):
     for text in ("", "{", "[]", '{"key": 1}', "\x00"):
         (folder.path / LEASE_FILE).write_text(text)
@@ -91,7 +101,7 @@ def test_a_job_on_another_machine_that_does_not_renew_its_lease_is_gone(folder):
     began = time.monotonic()
     with hold(folder, told.append):
         assert 0.8 <= time.monotonic() - began < 3
-    text = f"{folder.uri} was held by process {os.getpid()} on far: waiting 0.8 s to see whether it still is"
+    text = f"{folder.uri} was held by process {os.getpid()} on far: waiting 0.8 s to see whether that job still runs"
     assert told == [{"kind": "note", "text": text}]
 
 
@@ -128,7 +138,7 @@ def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_no
     with hold(folder, no_wait) as lease:
         lease.when_lost(left.set)
         worker = RunFolder(folder.storage, "run")  # in another process, without a lease
-        fence(worker, lease.key)
+        fence(worker, lease.held)
         worker.guard()
         save(store, snapshot)
         log = RunLog(folder, 1)

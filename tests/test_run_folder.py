@@ -37,9 +37,6 @@ def snapshot(step: int, top1: float) -> Snapshot:
     return Snapshot(weights, weights, {"lr": 0.1}, Position(0, step, step), {"val/top1": top1})
 
 
-# On both
-
-
 def test_what_one_process_writes_another_reads(storage):
     run = RunFolder(storage, "run")
     run.create()
@@ -92,9 +89,6 @@ def test_without_a_list_only_a_checkpoint_that_was_uploaded_completely_counts(s3
             with pytest.raises(KeyboardInterrupt):
                 save(CheckpointStore(RunFolder(storage, "run")), snapshot(1, 0.5))
         assert [entry.name for entry in CheckpointStore(RunFolder(storage, "run")).entries] == listed
-
-
-# On a disk
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path):
@@ -154,9 +148,6 @@ def test_a_line_of_other_types_is_left_out(tmp_path):
     run.write("metrics.jsonl", "\n".join(lines))
     with pytest.raises(StorageError, match=r"metrics.jsonl is damaged: no line is a record"):
         run.read_records()
-
-
-# On an object store
 
 
 def test_what_is_not_there_is_an_error(s3):

@@ -8,7 +8,6 @@ this measures the model and the optimizer on one device, without data loading an
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from densenet_dist.bench.common import (
 )
 from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, prepare_variant
 from densenet_dist.config import to_dict
+from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import DenseNetDistError
 from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
@@ -101,26 +101,29 @@ def bench_model(
     finally:
         for process in processes.values():
             process.stop()
-    return {
-        "rows": [
-            {
-                "arm": name,
-                "batch_size": size,
-                "note": failures.get((name, size), ""),
-                **dict.fromkeys(_FIGURES),
-                **_figures(size, found, results.get(("reference", size), [])),
-                "rounds": [{key: _finite(value) for key, value in asdict(one).items()} for one in found],
-            }
-            for (name, size), found in results.items()
-        ],
-        "model": plain["model"],
-        "precision": config.train.precision,
-        "optimizer": plain["train"]["optimizer"],
-        "image_size": config.data.side,
-        "classes": num_classes(config),
-        "notes": notes,
-        **conditions(config, device, seconds, rounds),
-    }
+    found: dict[str, Any] = finite(
+        {
+            "rows": [
+                {
+                    "arm": name,
+                    "batch_size": size,
+                    "note": failures.get((name, size), ""),
+                    **dict.fromkeys(_FIGURES),
+                    **_figures(size, found, results.get(("reference", size), [])),
+                    "rounds": [asdict(one) for one in found],
+                }
+                for (name, size), found in results.items()
+            ],
+            "model": plain["model"],
+            "precision": config.train.precision,
+            "optimizer": plain["train"]["optimizer"],
+            "image_size": config.data.side,
+            "classes": num_classes(config),
+            "notes": notes,
+            **conditions(config, device, seconds, rounds),
+        }
+    )
+    return found
 
 
 def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequence[Measurement]) -> dict[str, Any]:
@@ -133,21 +136,16 @@ def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequenc
         "images_per_s_spread": (rounded(slowest), rounded(fastest)),
         "step_ms": step,
         "step_ms_spread": step_spread,
-        "peak_mib": _finite(rounded(statistics.median(one.peak_bytes for one in results) / 2**20)),
-        "loss": _finite(results[0].loss),
+        "peak_mib": rounded(statistics.median(one.peak_bytes for one in results) / 2**20),
+        "loss": results[0].loss,
     }
     pairs = list(zip(results, reference, strict=False))  # of the same round; either may have failed in a later one
     if pairs:
         ratios = [one.step_ms / other.step_ms for one, other in pairs]
         figures["time_ratio"], figures["time_ratio_spread"] = median_and_spread(ratios, 4)
         memory = statistics.median(one.peak_bytes / max(other.peak_bytes, 1.0) for one, other in pairs)
-        figures["memory_ratio"] = _finite(rounded(memory, 4))
+        figures["memory_ratio"] = rounded(memory, 4)
     return figures
-
-
-def _finite(value: float | None) -> float | None:
-    """None for values that JSON cannot represent."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def print_model(found: dict[str, Any]) -> None:

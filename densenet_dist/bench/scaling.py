@@ -36,6 +36,7 @@ from densenet_dist.config import to_dict, validate
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
+from densenet_dist.display.progress import counted
 from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
@@ -111,7 +112,7 @@ def bench_scaling(
     results: dict[int, list[RankMeasurements]] = {}
     with connected(config.cluster) as own_cluster:
         for count in counts:
-            on_progress(f"{count} workers (of {', '.join(map(str, counts))})")
+            on_progress(f"{counted(count, 'worker')} (of {', '.join(map(str, counts))})")
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
             arguments = (to_dict(config), num_classes(config), sizes, seconds, rounds, probe)
             results[count] = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)

@@ -101,7 +101,9 @@ def prepare_variant(
     # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
     if variant.block == "fused" and (reason := unavailable(device.type)):
         raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
-    return partial(explained, explained(TrainingStep, variant, config, num_classes, device).measure)
+    return partial(
+        with_readable_errors, with_readable_errors(TrainingStep, variant, config, num_classes, device).measure
+    )
 
 
 class TrainingStep:
@@ -208,7 +210,7 @@ class TrainingStep:
             )
 
 
-def explained(work: Callable[..., Any], *arguments: Any) -> Any:
+def with_readable_errors(work: Callable[..., Any], *arguments: Any) -> Any:
     """Call `work`; turn errors of compilers, kernels and allocators into an `EnvironmentProblem` of one line."""
     try:
         return work(*arguments)

@@ -103,7 +103,7 @@ def config(
     if list_them:
         for name in bundled.names():
             typer.echo(f"{name:22}  {bundled.headline(name)}")
-        typer.echo(f"\nThe files and their comments: {bundled.folder()}", err=True)
+        typer.echo(f"\nThe files and their comments: {bundled.FOLDER}", err=True)
         return
     if any(map(is_sweep, sources or [])):
         from densenet_dist.sweep.definition import load_sweep
@@ -163,11 +163,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
                 error.show()
             code = error.exit_code
         else:
-            _fail(
-                f"{type(error).__name__}: {error}\n  this is a bug: --debug shows the traceback",
-                1,
-                arguments,
-            )
+            _fail(f"{type(error).__name__}: {error}\n  this is a bug: --debug shows the traceback", 1, arguments)
     _exit(code or 0)
 
 

@@ -143,7 +143,7 @@ def _interrupted(job: Job, sending: Future[None], number: int) -> Any:
 def _show_commands(job: Job, title: str | None = None) -> None:
     if title is not None:
         typer.echo(title, err=True)
-    typer.echo(f"  follow it: {job.follow_command}\n  stop it:   {job.stop_command}", err=True)
+    typer.echo(f"  follow it: {job.command('logs --follow')}\n  stop it:   {job.command('stop')}", err=True)
 
 
 def _confirms_stop(number: int) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.schema import ClusterConfig, Config
+from densenet_dist.schema import ClusterConfig
 
 # Spinning OpenMP threads of workers that share cores made training 30 times slower.
 WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
@@ -24,8 +24,10 @@ DRIVER_ENV = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # reported as an event when the workers are restarted
 }
 _RESPONSE_TIMEOUT_S = 10.0
-_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # an HTTP/2 frame of type 4, which both sides send first (RFC 9113)
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS
+_HTTP2_SETTINGS = bytes(
+    (0, 0, 0, 4, 0, 0, 0, 0, 0)
+)  # an HTTP/2 frame of type 4, which both sides send first (RFC 9113)
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS
 
 
 @contextmanager
@@ -50,8 +52,8 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     own = address is None
     if own:
         _make_private_token()
-    # A closing terminal sends SIGHUP to all processes of a command. Ray's inherit this mask, since they must outlive
-    # the last checkpoint.
+    # When a terminal closes, all processes of a command receive SIGHUP. Ray's processes inherit this mask, so that they
+    # live until the last checkpoint is written.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if own else ())
     try:
         # "local" always starts a new cluster: one left over on this machine must not be joined by accident.
@@ -115,8 +117,8 @@ def require_cluster(config: ClusterConfig) -> None:
         host, _, port = (canonicalize_bootstrap_address(address) or "").rpartition(":")
         timeout_s = min(config.timeout_s, _RESPONSE_TIMEOUT_S)
         with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
-            connection.sendall(_PREFACE)
-            if connection.recv(9)[3:4] != _SETTINGS[3:4] and os.environ.get("RAY_USE_TLS", "0") == "0":
+            connection.sendall(_HTTP2_PREFACE)
+            if connection.recv(9)[3:4] != _HTTP2_SETTINGS[3:4] and os.environ.get("RAY_USE_TLS", "0") == "0":
                 raise ConnectionError("the server is not the head of a Ray cluster")
     except Exception as error:
         raise EnvironmentProblem(
@@ -158,16 +160,3 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def survey(config: Config) -> tuple[dict[str, float], str]:
-    """Return the resources of the cluster that a run would use, and a description of it.
-
-    Raises:
-        EnvironmentProblem: the cluster cannot be reached or started.
-    """
-    with connected(config.cluster) as own:
-        import ray
-
-        address, _ = address_of(config.cluster)
-        return dict(ray.cluster_resources()), "starts on this machine" if own else f"cluster at {address}"

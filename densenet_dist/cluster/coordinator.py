@@ -20,8 +20,8 @@ class Coordinator:
     """Passes events and heartbeats to the driver, requests and answers to the workers.
 
     Asynchronous, so that the driver can wait inside a call: polling would cost time on a machine whose cores all train.
-    If its process is lost, Ray restarts it without its state and repeats pending calls, so calls that wait carry all
-    that they wait for.
+    If its process is lost, Ray restarts it without its state and repeats pending calls, so a call that waits must get
+    everything it needs as arguments.
 
     Args:
         hang_timeout_s: see `is_hung`.
@@ -98,7 +98,7 @@ class Coordinator:
                 await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
-        """Have the run saved and stopped, and wait for rank 0 to end; returns at once before the first step."""
+        """Request a checkpoint and a stop, and wait until rank 0 has ended; before the first step, return at once."""
         import ray
 
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -107,7 +107,7 @@ class Coordinator:
             await self._ended.wait()
 
     async def set_ended(self) -> None:
-        """Note that rank 0 has fulfilled a request to stop."""
+        """Record that rank 0 has stopped as requested."""
         self._ended.set()
 
     async def report_epoch(self, global_step: int, event: Event | None) -> bool:
@@ -135,12 +135,16 @@ class Coordinator:
 
 
 def start_coordinator(hang_timeout_s: float) -> Any:
-    """Start the actor on the driver's node: it is restarted for as long as that node lives."""
+    """Start the coordinator of a run."""
+    return on_this_node(Coordinator).remote(hang_timeout_s)
+
+
+def on_this_node(kind: type) -> Any:
+    """Return an actor class that runs on the driver's node, and is restarted for as long as that node lives."""
     import ray
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)(Coordinator)
-    return actor.remote(hang_timeout_s)
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)(kind)
 
 
 class EpochBarrier:
@@ -150,12 +154,15 @@ class EpochBarrier:
         on_event: called with every event, in a thread of its own; after an epoch, returns whether to continue.
         placements: an actor that records the placement groups of the workers.
         owner: the trial that they belong to.
+        held: the lease of the sweep, see `densenet_dist.lease.fence`.
     """
 
-    def __init__(self, on_event: Callable[[Event], bool], placements: Any, owner: str) -> None:
-        self.on_event, self.placements, self.owner = on_event, placements, owner
+    def __init__(
+        self, on_event: Callable[[Event], bool], placements: Any, owner: str, held: tuple[str, str] | None = None
+    ) -> None:
+        self.on_event, self.placements, self.owner, self.held = on_event, placements, owner, held
         self.coordinator: Any = None  # set when the run starts
-        self._answered = -1
+        self._answered: tuple[int, bool] | None = None
 
     def __call__(self, event: Event) -> None:
         """Handle an event; answer at the end of an epoch."""
@@ -163,9 +170,9 @@ class EpochBarrier:
             self.on_event(event)
             return
         step = event["global_step"]
-        proceed = step == self._answered or self.on_event(event)  # a restarted coordinator asks again
-        self._answered = step
-        self.coordinator.answer.remote(step, proceed)
+        if self._answered is None or step != self._answered[0]:  # a restarted coordinator asks again
+            self._answered = step, self.on_event(event)
+        self.coordinator.answer.remote(*self._answered)
 
     def abort(self, timeout_s: float) -> None:
         """End the run at any point and release its workers."""
@@ -180,16 +187,25 @@ class EpochBarrier:
 
 @contextmanager
 def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Iterator[None]:
-    """Call the listener with each event, in a thread; remaining events are passed on before the context ends."""
+    """Call the listener with each event, in a thread; remaining events are passed on before the context ends.
+
+    An exception of the listener stops the run, and is raised at the end of the context.
+    """
     import ray
 
     stop = threading.Event()
+    errors: list[Exception] = []
 
     def forward() -> None:
-        with suppress(ray.exceptions.RayError):
+        try:
             while not stop.is_set():
                 for event in ray.get(coordinator.drain.remote()):
                     listener(event)
+        except ray.exceptions.RayError:
+            pass
+        except Exception as error:  # of the listener: it ends the run, as it does without Ray
+            errors.append(error)
+            coordinator.request.remote(StopRequest.STOP)
 
     thread = threading.Thread(target=forward, name="events")
     thread.start()
@@ -199,6 +215,8 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
         stop.set()
         coordinator.wake.remote()
         thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
+        if errors:
+            raise errors[0]
         with suppress(ray.exceptions.RayError):
             ray.get(coordinator.wake.remote(), timeout=5)
             for event in ray.get(coordinator.drain.remote(), timeout=5):  # those since the thread's last call

@@ -6,18 +6,18 @@ import re
 from typing import Any
 
 
-def explain(error: Any, owner: str) -> str:
+def explain_crash(error: Any, owner: str) -> str:
     """Describe a crash in one line: its original cause, without Ray's wrapping.
 
     Args:
         error: an exception raised by Ray, or the text of one; None if the cause is unknown.
         owner: of the process, such as "the trial".
     """
-    if error is None:
+    if not error:
         return f"{owner}'s process was lost"
     name, text = type(error).__name__, str(getattr(error, "cause", None) or error).strip()
     if "OutOfMemory" in name or "running low on memory" in text:  # Ray's memory monitor
-        fix = "use a smaller batch, or fewer at a time"
+        fix = "use smaller batches, or run fewer workers or trials at a time"
         return f"out of memory: the node had none left, and Ray killed {owner}'s process; {fix}"
     if found := re.search(r"health check has been hanging for ([\d.]+)", text):
         return f"{owner}'s process did not respond for {float(found[1]):.0f} s"

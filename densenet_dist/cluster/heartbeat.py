@@ -19,12 +19,12 @@ from densenet_dist.train.control import StopRequest
 if TYPE_CHECKING:
     from densenet_dist.train.context import RunContext
 
-_FIRST_TIME_S: Final = 600.0
+_FIRST_STEP_LIMIT_S: Final = 600.0
 """Limit for the first time in a phase: it may compile, or tune kernels."""
 _UNLIMITED: Final = ("start", "save")
 """Phases with timeouts of their own: those of collective operations, and of the storage."""
 _LAST_SAVE_S: Final = 10.0
-"""How long before a preempted node goes away to save once more: the steps after it are lost."""
+"""How long before a preempted node is lost to save once more; later steps are lost with it."""
 _PACKAGE: Final = str(Path(__file__).parents[1])
 
 
@@ -59,10 +59,10 @@ class Heartbeat:
 
 
 def is_hung(worker: Heartbeat, latest: Collection[Heartbeat], timeout_s: float) -> bool:
-    """Return whether this worker makes no progress, and is not merely waiting for one that makes none.
+    """Return whether this worker itself hangs, rather than waiting for another worker that hangs.
 
-    One hung worker stops all others in their next collective operation. So the workers outside a collective operation
-    are hung; if there are none, and all ranks are idle, those with the least progress are.
+    One hung worker blocks all others in their next collective operation. So idle workers outside of a collective
+    operation are hung; if there are none and all ranks are idle, those with the least progress are.
 
     Args:
         worker: the heartbeat that just arrived.
@@ -79,7 +79,7 @@ def is_hung(worker: Heartbeat, latest: Collection[Heartbeat], timeout_s: float) 
 def _idle_limit(worker: Heartbeat, timeout_s: float) -> float:
     if worker.phase in _UNLIMITED:
         return math.inf
-    return max(timeout_s, _FIRST_TIME_S if worker.longest_idle_s is None else 10 * worker.longest_idle_s)
+    return max(timeout_s, _FIRST_STEP_LIMIT_S if worker.longest_idle_s is None else 10 * worker.longest_idle_s)
 
 
 def heartbeat_interval(world_size: int) -> float:
@@ -96,7 +96,7 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
     import ray
 
     end, training_thread = threading.Event(), threading.get_ident()
-    # Rank 0 also looks for notices of nodes that go away, which do not wait.
+    # Rank 0 keeps the short interval, since it also looks for preemption notices.
     interval_s = heartbeat_interval(context.world_size if context.rank else 1)
     preemption = _PreemptionNotices()
 
@@ -150,7 +150,7 @@ def _current_line(thread: int) -> str:
 
 
 class _PreemptionNotices:
-    """When to save because Ray has announced the loss of a node of this run (a spot notice, a drain)."""
+    """Decides when to save because Ray has announced that a node of this run will be lost (spot notice, drain)."""
 
     def __init__(self) -> None:
         self._known: Any = None

@@ -87,11 +87,13 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
 
 
 def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
-    from densenet_dist.report.page import report_at_end
+    from densenet_dist.report.page import write_report
 
-    problem = report_at_end(run)
-    if problem is not None:
-        listener({"kind": "note", "text": problem, "warning": True})
+    try:
+        write_report([run], evaluate=False)
+    except Exception as error:
+        text = f"the run is complete, but its report could not be written: {error}"
+        listener({"kind": "note", "text": text, "warning": True})
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
                 summary = _fit_here(config, run, listener, lease)
             if is_writer(config):
                 listener({"kind": "phase", "text": "writing the report"})
-                _write_page(run, listener)  # while the lease is held, since a held lease means an incomplete report
+                _write_page(run, listener)  # before the release: `fit` takes a left-over lease as a missing report
             return summary
         except (KeyboardInterrupt, TrainingError):
             if lease is not None:
@@ -172,7 +174,7 @@ def _refuse_used_name(run: RunFolder) -> None:
 
 
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
-    """Write config.yaml, unless the run is resumed, and env.json, and delete the results of an earlier end."""
+    """Write config.yaml, unless the run is resumed, and env.json; delete the summary and test results, if any."""
     environment = describe_environment()
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
@@ -187,8 +189,8 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
 def prepare_data(config: Config) -> None:
     """Download and verify the data set on this machine, with a progress bar, before any worker starts.
 
-    On a cluster of several machines every node does so itself, and problems on this one are ignored. A data set on an
-    object store is completed here, since workers only read it.
+    On a cluster that this process joins, every node prepares its own data, and problems on this machine are ignored. A
+    data set on an object store is completed here, since workers only read it.
     """
     from densenet_dist.data.datasets import prepare_dataset, publish_dataset
 

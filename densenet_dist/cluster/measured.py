@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from densenet_dist.cluster.resources import Resources, plan_resources
-from densenet_dist.errors import EnvironmentProblem, TrainingError
+from densenet_dist.errors import EnvironmentProblem, StorageError, TrainingError
+from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import ClusterConfig, Config
 
 _WORKERS_PER_CPU = 16
@@ -66,8 +66,8 @@ def run_on_workers(
     except TrainingError as error:
         raise EnvironmentProblem(f"the measurement on {workers} workers did not finish: {error}") from error
     finally:
-        if "://" not in config.storage:
-            shutil.rmtree(os.path.join(config.storage, trainer.run_config.name), ignore_errors=True)
+        with suppress(StorageError):
+            RunFolder(config.storage, trainer.run_config.name).remove("")
 
 
 def _run_on_rank(payload: dict[str, Any]) -> list[Any]:

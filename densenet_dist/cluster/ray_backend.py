@@ -30,7 +30,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from densenet_dist.cluster.connection import WORKER_ENV
-from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.failures import explain_crash
 from densenet_dist.cluster.resources import Resources, shortage
 from densenet_dist.cluster.signals import NUMBERS, handle
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
@@ -109,7 +109,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         )
         # A private cluster of fixed size has no autoscaler and loses no nodes. Ray's actors for these are not started:
         # each is another process to start before the first step.
-        self._alone = own_cluster and not elastic
+        self._static_cluster = own_cluster and not elastic
         self._coordinator, self._hang_timeout_s = coordinator, config.fault.hang_timeout_s
         self._poll_s = poll_interval(resources.workers)
         self.wait_s = config.cluster.timeout_s
@@ -130,7 +130,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
             WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(self._hang_timeout_s),
             HEALTH_CHECK_INTERVAL_S_ENV_VAR: str(self._poll_s),
         }
-        if self._alone:
+        if self._static_cluster:
             settings[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         settings = {name: value for name, value in settings.items() if name not in os.environ}
         os.environ |= settings
@@ -158,7 +158,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         policy = _Elastic if isinstance(given["scaling_policy"], ElasticScalingPolicy) else _Fixed
-        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self._alone, self._coordinator)
+        given["scaling_policy"] = policy(self.scaling_config, self.wait_s, self._static_cluster, self._coordinator)
         given["failure_policy"] = RestartPolicy(self.run_config.failure_config, self._coordinator)
         return super()._initialize_and_run_controller(**given)
 
@@ -207,7 +207,7 @@ def _problem_of(failure: Any) -> DenseNetDistError:
     if isinstance(failure, WorkerGroupError):
         rank, cause = _first_failure(failure)
         return TrainingError(
-            f"training failed on rank {rank}: {explain(cause, 'the worker')}\n"
+            f"training failed on rank {rank}: {explain_crash(cause, 'the worker')}\n"
             "  see the traceback with --debug; resume from the last checkpoint with --resume"
         )
     return TrainingError(f"training failed: {failure}")
@@ -234,9 +234,9 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
         if self._worker_group_failures > losses:
             rank, cause = _first_failure(training_failed_error)
             restarts = f"{self._worker_group_failures} of at most {self.failure_config.max_failures} times"
-            self._coordinator.report_loss.remote(rank, explain(cause, "the worker"), restarts)
+            self._coordinator.report_loss.remote(rank, explain_crash(cause, "the worker"), restarts)
         elif self._preemption_failures > preemptions:
-            text = "a node was preempted, as announced: all workers are restarted; this does not count as a failure"
+            text = "a node was preempted: all workers are restarted; this does not count as a failure"
             _note(self._coordinator, text, warning=True)
         return decision
 
@@ -258,7 +258,7 @@ class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
 
     def __init__(self, scaling_config: Any, wait_s: float, alone: bool, coordinator: Any) -> None:
         super().__init__(scaling_config)
-        self._wait_s, self._alone, self._coordinator = wait_s, alone, coordinator
+        self._wait_s, self._static_cluster, self._coordinator = wait_s, alone, coordinator
         self._waiting_since: float | None = None
         self._reported = True  # the driver reports the first wait
 
@@ -289,11 +289,11 @@ class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Register with the autoscaler."""
-        if not self._alone:
+        if not self._static_cluster:
             super().after_controller_start(train_run_context)
 
     def _maybe_send_resource_request(self) -> None:
-        if not self._alone:
+        if not self._static_cluster:
             super()._maybe_send_resource_request()
 
 
@@ -305,7 +305,7 @@ class _Elastic(_WithDeadline, ElasticScalingPolicy):  # type: ignore[misc]
     """As many workers as there are resources for."""
 
 
-class ControllerNotice(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+class RegisterWithSweep(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Passes Ray Train's controller to the coordinator, and the workers' placement group to the sweep.
 
     Only the controller can end a `fit` that runs in a thread, as in a trial. If the trial's process is lost, only the

@@ -13,7 +13,7 @@ from uuid import uuid4
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.coordinator import EpochBarrier, forwarded_events, start_coordinator
 from densenet_dist.cluster.heartbeat import heartbeats
-from densenet_dist.cluster.resources import Resources, plan_resources, share_of_cores, shortage
+from densenet_dist.cluster.resources import plan_resources, share_of_cores, shortage
 from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
 from densenet_dist.config import to_dict, validate
 from densenet_dist.errors import StorageError, TrainingError
@@ -77,6 +77,8 @@ def fit_on_ray(
     with connected(config.cluster) as own_cluster:
         import ray
 
+        from densenet_dist.cluster.ray_backend import InterruptibleTrainer, RegisterWithSweep
+
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if not own_cluster and (problem := shortage(resources.fewest, resources.per_worker)):
             listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for resources: {problem}"})
@@ -85,12 +87,35 @@ def fit_on_ray(
             lease.when_lost(lambda: coordinator.request.remote(StopRequest.LEAVE))
         show_in_dashboard()
         barrier = listener if isinstance(listener, EpochBarrier) else None
-        if barrier is not None:  # the trial exports its own telemetry
+        trainer = InterruptibleTrainer(
+            _train_worker,
+            {
+                "config": to_dict(config),
+                "coordinator": coordinator,
+                "threads": resources.threads,
+                "sync_each_epoch": barrier is not None,
+                "held": barrier.held if barrier else lease.held if lease else None,
+                "launch": (uuid4().hex, time.time()),
+            },
+            config,
+            resources,
+            name=config.name,
+            storage=join_location(run.location, "ray"),
+            own_cluster=own_cluster,
+            coordinator=coordinator,
+            max_failures=config.cluster.max_failures,
+            callbacks=[RegisterWithSweep(coordinator, barrier.placements, barrier.owner)] if barrier else [],
+        )
+        trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
+        if barrier is not None:
             barrier.coordinator = coordinator
-        else:
+            trainer.wait_s = (
+                math.inf
+            )  # a trial waits for its turn: the sweep has checked that the cluster is large enough
+        else:  # a trial exports its own telemetry
             listener = Telemetry(config.name, listener=listener)
         with forwarded_events(coordinator, listener):
-            summary = _run_trainer(config, run, resources, coordinator, own_cluster, barrier, lease)
+            summary = trainer.run()
     if summary is None:
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
     return dict(summary)
@@ -109,14 +134,18 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
     launch, launched = payload["launch"]
-    fence(run, payload["lease"])
-    _require_shared(run)
+    fence(run, payload["held"])
+    if not run.exists(CONFIG_FILE):
+        raise StorageError(
+            f"the run folder {run.uri} is not visible on node {os.uname().nodename}\n"
+            "  give storage a path that all nodes share (NFS) or an object store (s3://bucket/path)"
+        )
     worker = RayContext(
         run=run,
         device=ray.train.torch.get_device(),
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        sync_each_epoch=payload["waits"],
+        sync_each_epoch=payload["sync_each_epoch"],
         launch=launch,
         launched=launched,
         coordinator=payload["coordinator"],
@@ -130,50 +159,3 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     finally:
         delete_temporary_folders()  # Ray kills this process, so atexit functions do not run
     return None
-
-
-def _require_shared(run: RunFolder) -> None:
-    if not run.exists(CONFIG_FILE):
-        raise StorageError(
-            f"the run folder {run.uri} is not visible on node {os.uname().nodename}\n"
-            "  give storage a path that all nodes share (NFS) or an object store (s3://bucket/path)"
-        )
-
-
-def _run_trainer(
-    config: Config,
-    run: RunFolder,
-    resources: Resources,
-    coordinator: Any,
-    own_cluster: bool,
-    barrier: EpochBarrier | None,
-    lease: Lease | None,
-) -> Any:
-    import ray
-
-    from densenet_dist.cluster.ray_backend import ControllerNotice, InterruptibleTrainer
-
-    trainer = InterruptibleTrainer(
-        _train_worker,
-        {
-            "config": to_dict(config),
-            "coordinator": coordinator,
-            "threads": resources.threads,
-            "waits": barrier is not None,
-            "lease": None if lease is None else lease.key,
-            "launch": (uuid4().hex, time.time()),
-        },
-        config,
-        resources,
-        name=config.name,
-        storage=join_location(run.location, "ray"),
-        own_cluster=own_cluster,
-        coordinator=coordinator,
-        max_failures=config.cluster.max_failures,
-        callbacks=[ControllerNotice(coordinator, barrier.placements, barrier.owner)] if barrier else [],
-    )
-    if barrier is not None:
-        # A trial waits for its turn: the sweep has checked that the cluster is large enough.
-        trainer.wait_s = math.inf
-    trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
-    return trainer.run()

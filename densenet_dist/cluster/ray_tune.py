@@ -7,12 +7,13 @@ import os
 import random
 import shlex
 import time
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from densenet_dist.cluster.connection import connected
-from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.coordinator import on_this_node
+from densenet_dist.cluster.failures import explain_crash
 from densenet_dist.cluster.resources import TrialRoom, plan_trials, shortage
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config
@@ -33,6 +34,9 @@ TUNE_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+_PastTrial = namedtuple("_PastTrial", "trial_id")
+"""What schedulers need to know of a trial, as a key of their dictionaries."""
 
 
 def run_trials(
@@ -112,16 +116,15 @@ def _run(
     from densenet_dist.cluster.tune_events import SweepState, SweepStopper, TrialEvents, TrialNames
 
     settings = sweep.settings
-    state = ray.remote(num_cpus=0, max_restarts=-1)(SweepState).remote()
+    state = on_this_node(SweepState).remote()
     events = TrialEvents(listener, state)
     stopper = SweepStopper(settings, usage, room.gpus_per_trial, events, state)
     points = points_to_try(sweep, recorded)
     ended = [trial for trial in recorded if trial.status != "interrupted"]
     resumed = len(recorded) - len(ended)
+    parameters = {"sweep": sweep, "cluster": room.settings, "state": state, "held": lease.held}
     tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(TrialRunner, sweep=sweep, cluster=room.settings, state=state), room.per_trial
-        ),
+        tune.with_resources(tune.with_parameters(TrialRunner, **parameters), room.per_trial),
         # The values come from the points, but Tune requires their keys here; Optuna's searcher has its own space.
         param_space=dict.fromkeys(sweep.space) if settings.search.name != "optuna" else {},
         tune_config=tune.TuneConfig(
@@ -152,7 +155,7 @@ def _run(
             tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise EnvironmentProblem(
-                f"the cluster failed during the sweep: {explain(error, 'the sweep')}\n"
+                f"the cluster failed during the sweep: {explain_crash(error, 'the sweep')}\n"
                 f"  resume it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
             ) from error
         finally:
@@ -200,8 +203,8 @@ def make_searcher(sweep: Sweep, ended: Sequence[Trial], points: Sequence[Mapping
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Another seed than before, or the random trials of a resumed sweep would repeat the first ones.
-    seed = search.seed + len(ended)
+    # Use another seed than before; otherwise the random trials of a resumed sweep would repeat the first ones.
+    seed = (search.seed + len(ended)) % 2**32
     searcher = OptunaSearch(
         space={key: domain.distribution() for key, domain in sweep.space.items()},
         metric=sweep.settings.metric,
@@ -239,14 +242,7 @@ def make_scheduler(sweep: Sweep, ended: Sequence[Trial]) -> Any:
     for trial in ended:
         past = _PastTrial(trial.name)
         for epoch, value in trial.history.items():
-            # As the last result of a trial, a value is recorded without a decision on whether to stop.
+            # `on_trial_complete` records the value without deciding whether to stop a trial.
             scheduler.on_trial_add(None, past)
             scheduler.on_trial_complete(None, past, {"epoch": epoch, settings.metric: value})
     return scheduler
-
-
-@dataclass(frozen=True)
-class _PastTrial:
-    """What schedulers need to know of a trial."""
-
-    trial_id: str

@@ -49,7 +49,7 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
     else:
         fewest = workers = max(gpus, 1) if use_gpu else min(2, max(cpus, 1))
     share = config.cpus_per_worker
-    per_worker = {"CPU": 1 if share == "auto" else share} | config.selectors
+    per_worker = {"CPU": 1 if share == "auto" else share} | config.node_resources
     if use_gpu:
         per_worker["GPU"] = 1
     needed = {name: amount * fewest for name, amount in per_worker.items()}
@@ -143,7 +143,7 @@ def plan_trials(
         has_gpus = any(node.get("GPU", 0) > 0 for node in nodes)
         gpus = 1.0 if cluster.device == "cuda" or (cluster.device == "auto" and has_gpus) else 0.0
     cpus = 1 if sweep.cpus_per_worker == "auto" else sweep.cpus_per_worker
-    per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | cluster.selectors
+    per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | cluster.node_resources
     slots = sum(count_fitting(node, per_worker) for node in nodes)
     room = slots // sweep.workers
     has = f"with {_describe(per_worker)} per worker the cluster has room for {slots}"

@@ -114,31 +114,26 @@ class Result:
         from densenet_dist.pages.render import escape
 
         cells = {name: escape(value) for name, value in self._rows().items()}
-        if "page" in cells and not Path(_shown(self.page)).is_absolute() and "://" not in self.page:
-            link = escape(quote(_shown(self.page)))  # relative to the folder of the notebook
+        if "page" in cells and not Path(_relative_path(self.page)).is_absolute() and "://" not in self.page:
+            link = escape(quote(_relative_path(self.page)))  # relative to the folder of the notebook
             cells["page"] = f'<a href="{link}" target="_blank">{cells["page"]}</a>'
         rows = (f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in cells.items())
         return f"<table>{''.join(rows)}</table>"
 
     def _rows(self) -> dict[str, str]:
         """Return the rows of the table, by name."""
-        rows = {"run": _shown(self.run)}
+        rows = {"run": _relative_path(self.run)}
         if not self.summary:
             return rows | {"status": "not finished; resume with fit(config, resume=True)"}
         best, seconds = self.summary["best"], self.summary["train_seconds"]
-        rows["test"] = ", ".join(
-            [
-                f"top-1 {self.summary['test/top1']:.2%}",
-                f"top-5 {self.summary['test/top5']:.2%}",
-                f"loss {self.summary['test/loss']:.4f}",
-            ]
-        )
+        top1, top5, loss = (self.summary[f"test/{key}"] for key in ("top1", "top5", "loss"))
+        rows["test"] = f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.4f}"
         if "val/top1" in best:
             rows["validation"] = f"top-1 {best['val/top1']:.2%} (best, epoch {best['epoch']})"
         epochs, steps = counted(self.summary["epochs"], "epoch"), counted(self.summary["global_step"], "step")
         rows["trained"] = f"{epochs}, {steps} in {seconds:,.0f} s"
         rows["status"] = str(self.summary["status"])
-        rows["page"] = _shown(self.page)
+        rows["page"] = _relative_path(self.page)
         return rows
 
 
@@ -159,6 +154,6 @@ def load_run(run: str | Path) -> Result:
     return Result(folder.location, folder.read_summary())
 
 
-def _shown(place: str) -> str:
+def _relative_path(place: str) -> str:
     """Return a path relative to the working directory, if it is inside."""
     return os.path.relpath(place) if Path(place).is_relative_to(Path.cwd()) else place

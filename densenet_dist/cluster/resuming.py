@@ -13,7 +13,7 @@ from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import flatten
 
 _RESUME_MAY_CHANGE = (
-    *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile"),
+    *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile", "name"),
     *("data.root", "data.url", "data.download", "data.prefetch", "data.loader"),
 )
 
@@ -45,7 +45,9 @@ def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
     old, new = flatten(to_dict(before)), flatten(to_dict(after))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
-    return [lines[key] for key in keys if _may_change(key)], [lines[key] for key in keys if not _may_change(key)]
+    return [lines[key] for key in keys if key.startswith(_RESUME_MAY_CHANGE)], [
+        lines[key] for key in keys if not key.startswith(_RESUME_MAY_CHANGE)
+    ]
 
 
 def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
@@ -63,7 +65,3 @@ def is_finished(run: RunFolder, config: Config) -> bool:
         return False
     began = load_config(run.fetch(CONFIG_FILE))
     return not _changes(began, config)[1]
-
-
-def _may_change(key: str) -> bool:
-    return key == "name" or key.startswith(_RESUME_MAY_CHANGE)

@@ -20,8 +20,9 @@ from densenet_dist.cluster.signals import NUMBERS
 from densenet_dist.config import load_config
 from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
-from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.sweep.definition import find_base, load_sweep
 from densenet_dist.train.checks import check_run
+from densenet_dist.yaml_settings import read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
 EXCLUDED = (
@@ -54,15 +55,9 @@ class Job:
     entrypoint: str = ""
     folder: str = ""
 
-    @property
-    def follow_command(self) -> str:
-        """Command that shows the output."""
-        return f"ray job logs --follow --address {shlex.quote(without_credentials(self.address))} {self.id}"
-
-    @property
-    def stop_command(self) -> str:
-        """Command that stops the job."""
-        return f"ray job stop --address {shlex.quote(without_credentials(self.address))} {self.id}"
+    def command(self, verb: str) -> str:
+        """Return Ray's command for the job: ``logs --follow`` or ``stop``."""
+        return f"ray job {verb} --address {shlex.quote(without_credentials(self.address))} {self.id}"
 
 
 def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) -> Job:
@@ -132,7 +127,7 @@ def follow(job: Job, write: Callable[[str], object]) -> Any:
             if time.monotonic() - responded > _LOST_TIMEOUT_S:
                 raise EnvironmentProblem(
                     f"{job.address} does not respond any more: {_last_line(error)}\n"
-                    f"  the job may still be running; show its output with: {job.follow_command}"
+                    f"  the job may still be running; show its output with: {job.command('logs --follow')}"
                 ) from error
         else:
             responded = time.monotonic()
@@ -159,7 +154,7 @@ def stop(job: Job) -> None:
         except Exception as error:
             if time.monotonic() - responded > _LOST_TIMEOUT_S:
                 raise EnvironmentProblem(
-                    f"{job.address} does not stop the job: {_last_line(error)}\n  try again: {job.stop_command}"
+                    f"{job.address} does not stop the job: {_last_line(error)}\n  try again: {job.command('stop')}"
                 ) from error
         time.sleep(_POLL_S)
 
@@ -196,6 +191,10 @@ def _checked_command(arguments: list[str], folder: Path) -> tuple[list[str], str
         config = load_config(*sources)
     else:
         sweep = load_sweep(*sources)
+        for source in filter(_is_file, sources):
+            base = find_base(Path(source), str(read_yaml(Path(source)).get("base", "")))
+            if base.is_file() and not base.is_relative_to(bundled.FOLDER):
+                _relative(str(base), folder)
         config = sweep.config(sweep.settings.name, {}, storage=sweep.settings.storage)
     check_run(config)
     require_permanent(config.storage)
@@ -209,7 +208,7 @@ def _is_file(argument: str) -> bool:
 def _relative(argument: str, folder: Path) -> str:
     if not _is_file(argument):
         return argument
-    path = Path(argument).absolute()
+    path = Path(os.path.abspath(argument))  # without .., which relative_to would accept
     if not path.is_file() and bundled.find(argument).is_file():
         return bundled.find(argument).stem  # part of the package, which the cluster has
     if not path.is_file():

@@ -28,7 +28,7 @@ GAUGES: Final = {
     "densenet_goodput_ratio": "Share of the run's time spent in steps that count, without waiting, 0 to 1.",
     "densenet_restarts": "How often the workers were restarted since the command started.",
 }
-"""Descriptions by name, to which Ray adds ``ray_``. Restarts are no counter, since Ray does not export one at 0."""
+"""Descriptions by name, to which Ray adds ``ray_``. Restarts are a gauge: Ray does not export a counter at 0."""
 _OF_EPOCHS: Final = {
     "perf/images_per_s": "densenet_images_per_second",
     "perf/data_wait": "densenet_data_wait_ratio",

@@ -34,6 +34,7 @@ from densenet_dist.errors import (
     EnvironmentProblem,
     StorageError,
 )
+from densenet_dist.lease import fence
 from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import ENV_FILE, RunFolder
 from densenet_dist.schema import Config
@@ -64,7 +65,9 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 
     _choices: ClassVar[dict[str, Any]] = {}
 
-    def setup(self, config: dict[str, Any], sweep: Sweep, cluster: Mapping[str, Any], state: Any) -> None:
+    def setup(
+        self, config: dict[str, Any], sweep: Sweep, cluster: Mapping[str, Any], state: Any, held: tuple[str, str]
+    ) -> None:
         """Prepare a trial; training starts with the first step.
 
         Args:
@@ -72,10 +75,11 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
             sweep: the sweep.
             cluster: settings of every trial's configuration, by dotted key.
             state: the sweep's actor (`SweepState`).
+            held: the sweep's lease, see `densenet_dist.lease.fence`.
         """
         for key, value in (DRIVER_ENV | WORKER_ENV).items():
             os.environ.setdefault(key, value)
-        self._sweep, self._cluster, self._state = sweep, cluster, state
+        self._sweep, self._cluster, self._state, self._held = sweep, cluster, state, held
         self._prepare(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -116,10 +120,11 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
         try:
             config = self._sweep.config(run.name, self._overrides, **self._cluster)
             run.create()
+            fence(run, self._held)
             Note(self._overrides).write(run)
             write_run(run, config, resume=run.exists())
             self._share_choices(run)
-            self._training = _Training(config, run, self._sweep.settings, self._state)
+            self._training = _Training(config, run, self._sweep.settings, self._state, self._held)
             for figures in self._training.results():
                 self._share_choices(run)
                 yield figures
@@ -144,13 +149,15 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 class _Training:
     """The training of one trial, in a thread that waits after each epoch until the next result is requested."""
 
-    def __init__(self, config: Config, run: RunFolder, settings: SweepConfig, state: Any) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, settings: SweepConfig, state: Any, held: tuple[str, str]
+    ) -> None:
         self._config, self._run, self._settings, self._state = config, run, settings, state
-        self._alone = config.cluster.workers == 1
+        self._single_worker = config.cluster.workers == 1
         self._output: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._next = threading.Semaphore(0)
         self._stopping = threading.Event()
-        self._barrier = EpochBarrier(self._on_event, state, run.name)
+        self._barrier = EpochBarrier(self._on_event, state, run.name, held)
         self._telemetry = Telemetry(settings.name, run.name)
         self._parameters: int | None = None
         self._last_epoch: Figures = {}
@@ -183,8 +190,8 @@ class _Training:
         self._next.release()
         if not self._thread.is_alive():
             return
-        self._thread.join(_STOP_S if self._alone else 1.0)
-        if self._thread.is_alive() and not self._alone:
+        self._thread.join(_STOP_S if self._single_worker else 1.0)
+        if self._thread.is_alive() and not self._single_worker:
             self._barrier.abort(_STOP_S)
             self._thread.join(_STOP_S)
 
@@ -196,7 +203,9 @@ class _Training:
 
     def _train(self) -> None:
         try:
-            summary = self._train_here() if self._alone else fit_on_ray(self._config, self._run, self._barrier, None)
+            summary = (
+                self._train_here() if self._single_worker else fit_on_ray(self._config, self._run, self._barrier, None)
+            )
             self._output.put(("end", summary))
         except Stopped:
             pass
@@ -234,7 +243,7 @@ class _Training:
         if event["kind"] == "epoch":
             figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
             figures["parameters"] = self._parameters
-            if event["epoch"] == event["epochs"]:  # a scheduler could save nothing but the test
+            if event["epoch"] == event["epochs"]:  # the last one: stopping here would only skip the test
                 self._last_epoch = figures
             else:
                 self._output.put(("epoch", figures))

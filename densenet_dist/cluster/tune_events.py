@@ -13,7 +13,7 @@ import ray
 from ray import tune
 
 from densenet_dist import errors
-from densenet_dist.cluster.failures import explain
+from densenet_dist.cluster.failures import explain_crash
 from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME
 from densenet_dist.sweep.results import TRIAL_PREFIX, Trial, Usage
 from densenet_dist.sweep.schema import SweepConfig
@@ -63,7 +63,7 @@ class SweepState:
         self._stopping = True
 
     def stopping(self) -> bool:
-        """Return whether the sweep is stopping: trials ask during an epoch, when Tune could only kill them later."""
+        """Return whether the sweep is stopping. Trials ask within epochs; otherwise Tune would have to kill them."""
         return self._stopping
 
 
@@ -109,12 +109,12 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray's classes are unt
         """Handle a trial that crashed more than ``max_failures`` times."""
         self.running.discard(str(trial))
         self._remove_placement_groups(trial)
-        self._emit(trial, "failed", trial.last_result or {}, explain(_last_failure(trial), "the trial"))
+        self._emit(trial, "failed", trial.last_result or {}, explain_crash(_last_failure(trial), "the trial"))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Handle a trial that crashed and is started again."""
         self._remove_placement_groups(trial)
-        text = f"{trial} crashed and is started again: {explain(_last_failure(trial), 'the trial')}"
+        text = f"{trial} crashed and is started again: {explain_crash(_last_failure(trial), 'the trial')}"
         self._listener({"kind": "note", "text": text, "warning": True})
 
     def _remove_placement_groups(self, trial: Any) -> None:
@@ -158,7 +158,7 @@ class SweepStopper(tune.Stopper):  # type: ignore[misc]
         return tune.stopper.NoopStopper, ()  # Tune pickles it for restoring an experiment, which is never done
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Handle a signal: the first one stops the sweep in order, the second one at once."""
+        """Handle a signal: the first one stops the sweep gracefully, the second one at once."""
         self.signals.append(number)
         if len(self.signals) > 1:
             raise KeyboardInterrupt(number)

@@ -1,6 +1,6 @@
 """Augmentation parameters of every image, as pure functions of (seed, epoch, dataset index).
 
-The engines only apply these numbers, so torch and DALI show the same images on any number of ranks, from any step on.
+The engines only apply these numbers, so torch and DALI give the same images for any number of ranks, also on resuming.
 In this order: a window of an image file is resized to a square, tones are changed (`trivial_augment`), one bilinear
 warp does everything geometric, the result is normalized, a hole is cut, and pairs of images are mixed.
 """
@@ -29,7 +29,7 @@ ZOOM_FRACTION = 0.1  # Keras: zoom_range=0.10, so factors in [0.9, 1.1]
 CROP_PADDING = 4  # pixels on each side, He et al. 2016, section 4.2
 CROP_RATIO = 4 / 3  # random resized crop: sides within 3:4 and 4:3, Szegedy et al. 2015, section 6
 CROP_ATTEMPTS = 10  # as in torchvision
-EVAL_CROP = 0.875  # of the shorter side, where training crops at random: 224 of 256, as for ImageNet
+EVAL_CROP = 0.875  # of the shorter side, with random_resized_crop: 224 of 256, as for ImageNet
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ def draw(
         return unit_floats(words).reshape(num_images, draws)
 
     def geometric() -> _Draws:
-        drawn = uniform(Stream.AUGMENTATION, 6)
+        drawn = uniform(Stream.AUGMENTATION, 6)  # the last one decides on the flip, see `_flip_sign`
         if augmentation.flip == "alternating":
             flipped_first = uniform(Stream.AUGMENTATION, 6, epoch=0)[:, 5] < 0.5
-            drawn[:, 5] = np.where(flipped_first == (epoch % 2 == 0), 0.0, 0.5)
+            drawn[:, 5] = np.where(flipped_first == (epoch % 2 == 0), 0.0, 0.5)  # flip, else do not
         return drawn
 
     if augmentation.geometry not in GEOMETRIES:
@@ -150,12 +150,12 @@ def draw(
     elif augmentation.geometry == "random_resized_crop":
         shown = np.full((num_images, 2), image_size) if sizes is None else sizes
         windows = random_windows(shown, seed, epoch, augmentation.crop_scale)
-        if sizes is not None:  # an image file is cropped when it is resized
+        if sizes is not None:  # a file is cropped while it is resized, so the warp only flips
             arrays["window"], windows = windows, np.array([[0, 0, image_size, image_size]])
         warp = _enlarge(windows, _flip_sign(geometric()), image_size)
     if augmentation.trivial_augment:
         drawn = trivial_augment.draw(uniform(Stream.TRIVIAL_AUGMENT, 3), image_size)
-        warp = _after(drawn, warp)
+        warp = _compose(drawn, warp)
         arrays |= {"tone": drawn.tone, "strength": drawn.strength}
     if warp is not None:
         affine = np.concatenate([warp.matrix, warp.offset[:, :, None]], axis=2).astype(np.float32)
@@ -168,36 +168,16 @@ def draw(
 
 
 def evaluation_parameters(geometry: str, sizes: npt.NDArray[np.int64] | None) -> Parameters:
-    """Return the parameters for evaluation: image files are cropped to their central square, no more.
+    """Return the parameters for evaluation: a central square crop of image files, and nothing else.
 
     Args:
-        geometry: that of training; after random crops, evaluation shows `EVAL_CROP` of the square, so that objects
-            look as large as in training.
+        geometry: that of training. With random_resized_crop, which enlarges objects, the side of the crop is
+            `EVAL_CROP` of the shorter side.
         sizes: see `draw`.
     """
     if sizes is None:
         return Parameters()
     return Parameters(window=central_windows(sizes, EVAL_CROP if geometry == "random_resized_crop" else 1.0))
-
-
-def torch_theta(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
-    """Convert `Parameters.affine` for `torch.nn.functional.affine_grid(align_corners=False)`, (n, 2, 3) float32.
-
-    torch's coordinates are in [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H), W = H.
-    """
-    return np.concatenate([affine[:, :, :2], affine[:, :, 2:] * np.float32(2 / image_size)], axis=2)
-
-
-def dali_matrix(affine: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.float32]:
-    """Convert `Parameters.affine` for `nvidia.dali.fn.warp_affine`, (n, 2, 3) float32.
-
-    DALI's coordinates are in pixels from the corner, with pixel centres at +0.5:
-    M = [A | b + c - A c] with c = (W / 2, H / 2).
-    """
-    matrix = affine[:, :, :2].astype(np.float64)
-    centre = np.full(2, image_size / 2)
-    shift = affine[:, :, 2] + centre - matrix @ centre
-    return np.concatenate([matrix, shift[:, :, None]], axis=2).astype(np.float32)
 
 
 def central_windows(sizes: npt.NDArray[np.int64], share: float = 1.0) -> npt.NDArray[np.int64]:
@@ -221,7 +201,7 @@ def random_windows(sizes: npt.NDArray[np.int64], seed: int, epoch: int, smallest
         words = random_words(4 * count, seed=seed, stream=Stream.RESIZED_CROP, epoch=epoch * CROP_ATTEMPTS + attempt)
         share, ratio, left, top = unit_floats(words).reshape(count, 4)[waiting].T
         area = width[waiting] * height[waiting] * (smallest + (1.0 - smallest) * share)
-        root = CROP_RATIO ** (ratio - 0.5)  # of the aspect ratio, uniform in its logarithm
+        root = CROP_RATIO ** (ratio - 0.5)  # square root of a log-uniform aspect ratio
         side = np.rint(np.sqrt(area)[:, None] * np.stack([root, 1.0 / root], axis=1)).astype(np.int64)
         room = sizes[waiting] - side
         fits = (side >= 1).all(axis=1) & (room >= 0).all(axis=1)
@@ -251,7 +231,7 @@ def _notebook(draws: _Draws, image_size: int) -> _Warp:
 
 
 def _crop_flip(draws: _Draws) -> _Warp:
-    """Crop at random from the image with 4 black pixels around it, to its original size, and flip, from (n, 6) draws.
+    """Pad with 4 black pixels, crop at random to the original size, and flip, from draws (n, 6).
 
     A crop at (left, top) of the padded image is a shift by a whole number of pixels, left - 4 and top - 4.
     """
@@ -276,7 +256,7 @@ def _flip_sign(draws: _Draws) -> _Draws:
     return np.where(draws[:, 5] < 0.5, -1.0, 1.0)
 
 
-def _after(drawn: trivial_augment.Drawn, warp: _Warp | None) -> _Warp:
+def _compose(drawn: trivial_augment.Drawn, warp: _Warp | None) -> _Warp:
     """Combine two warps: TrivialAugment's is applied first, then `warp`."""
     if warp is None:
         return _Warp(drawn.matrix, drawn.offset, "zeros")

@@ -45,8 +45,8 @@ def _streams() -> tuple[Any, int | None, int | None]:
 
 
 @contextmanager
-def printed_by_c() -> Iterator[list[str]]:
-    """Yield the lines that C code prints on standard error in this thread; those of other threads still go there."""
+def capture_c_stderr() -> Iterator[list[str]]:
+    """Yield a list that collects what C code prints on standard error in this thread; others are not affected."""
     global _users
     with _lock:
         variable, own, ours = _streams()

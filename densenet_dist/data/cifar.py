@@ -128,7 +128,7 @@ def how_to_replace(spec: CifarSpec, damaged: Path) -> str:
     """Return how to replace a damaged file or folder, as the end of an error message."""
     return (
         f"delete {damaged} and run `densenet-dist data prepare {spec.name}` again, "
-        "or name a folder with a sound copy: data.root=..."
+        "or name a folder with an intact copy: data.root=..."
     )
 
 
@@ -141,7 +141,7 @@ def read_folder(spec: CifarSpec, folder: Path) -> Contents:
     missing = [name for name in spec.members if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{folder} is not a whole {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"
+            f"{folder} is an incomplete {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"
         )
 
     def records(*names: str) -> Arrays:
@@ -154,10 +154,10 @@ def read_folder(spec: CifarSpec, folder: Path) -> Contents:
 
 
 def read_member(spec: CifarSpec, path: Path, *, source: str = "", remedy: str = "") -> bytes:
-    """Read the official file that `path` is named after.
+    """Read a file and check that it is the official one of that name.
 
     Args:
-        source: how to call the file in messages; its path by default.
+        source: what messages call the file; its path by default.
         remedy: what to do if it is another file, for messages.
 
     Raises:

@@ -1,8 +1,8 @@
 """Obtain the files of a CIFAR data set: from a local folder, the official archive, a download, or an object store.
 
-An archive does not decide what is written: only regular files with the names, sizes and SHA-256 of the official ones
-are. They are written to a temporary folder, which is renamed when all of them are complete and correct. A lock lets one
-process do so while others wait; a complete folder is used without the lock.
+Only regular files with the names, sizes and SHA-256 of the official ones are extracted, whatever else an archive
+holds. They are written to a temporary folder, which is renamed when all of them are complete and correct. A lock lets
+one process do so while others wait; a complete folder is used without the lock.
 """
 
 import gzip
@@ -125,7 +125,7 @@ def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy:
     """Extract the official files of an archive into `root/<folder>`, all or none. The caller holds the lock.
 
     Args:
-        source: how to call the archive in messages.
+        source: what messages call the archive.
         remedy: what to do if it is damaged, for messages.
 
     Raises:
@@ -196,7 +196,7 @@ def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None) -> st
     """Make sure that the archive is on an object store; otherwise download it to this node's cache, and upload it.
 
     Returns:
-        What is on the store, for people to read.
+        A description of what is on the store.
 
     Raises:
         ConfigError, DataError, StorageError: as for `load`; or the store cannot be read or written.
@@ -225,11 +225,11 @@ def _copy_from_store(spec: CifarSpec, store: DataStore, cache: Path) -> None:
         raise DataError(_not_on_store(spec, store))
     source, size = f"{spec.archive} in {store.place}", stamp[0]
     remedy = (
-        f"delete it there and run `densenet-dist data prepare {spec.name} --root '{store.uri}'`, "
-        "or name a place with a sound copy: data.root=..."
+        f"delete it there and run `densenet-dist data prepare {spec.name} --root {shlex.quote(store.uri)}`, "
+        "or name a place with an intact copy: data.root=..."
     )
     if size > _MAX_ARCHIVE_BYTES:
-        raise DataError(f"{source} has {size} bytes, so it is something else; {remedy}")
+        raise DataError(f"{source} has {size} bytes, too many for this archive; {remedy}")
     with _partial(cache / spec.archive) as archive:
         with progress_bar(f"downloading {spec.title}") as advance:
             store.copy(spec.archive, archive, lambda received: advance(received, size))
@@ -239,5 +239,5 @@ def _copy_from_store(spec: CifarSpec, store: DataStore, cache: Path) -> None:
 def _not_on_store(spec: CifarSpec, store: DataStore) -> str:
     return (
         f"{spec.title} is not in data.root={store.place}: there is no {spec.archive}; "
-        f"put it there, once for all nodes: densenet-dist data prepare {spec.name} --root '{store.uri}'"
+        f"put it there, once for all nodes: densenet-dist data prepare {spec.name} --root {shlex.quote(store.uri)}"
     )

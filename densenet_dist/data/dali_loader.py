@@ -1,8 +1,8 @@
 """The DALI engine: the same pixels as those of `torch_loader`, on a GPU, or on a CPU without one.
 
-One endless pipeline per loader reads from an external source by request number: images in memory (kept on the GPU if
-there is one), or the bytes of files, which DALI decodes, and the parameters that `augment` has drawn. DALI itself draws
-no random numbers and has no state, and works ahead across epochs.
+One endless pipeline per loader reads the requests, by number, from an external source: images in memory (kept on the
+GPU if there is one) or the encoded bytes of files, and the parameters drawn by `augment`. DALI itself draws no random
+numbers and has no state, and it works ahead across epochs.
 
 DALI's CPU operators process single images; those on raw CIFAR records (slice, reinterpret, transpose) take more than
 half of the time there, so the images are converted to HWC once, when they are loaded (docs/log.md).
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from densenet_dist.data.dali_support import dali_problem, require_dali
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.engine import Batches, Engine, Request, upload
+from densenet_dist.data.engine import BatchProducer, Engine, Request, upload
 from densenet_dist.data.image_files import BadImage, ImageFiles
 from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
@@ -47,7 +47,7 @@ class DaliEngine(Engine):
             images = np.ascontiguousarray(split.images)
             self._resident = upload(images, self.device) if self.device.type == "cuda" else images
 
-    def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
+    def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """See `Engine.batches`; each loader has a pipeline of its own, built on first use."""
         return _Pipeline(self, request, largest).batches
 
@@ -67,7 +67,7 @@ class DaliEngine(Engine):
     @staticmethod
     def parameters(request: Request) -> dict[str, npt.NDArray[Any]]:
         """Return the parameters of a request's images, by the names that `_build` uses, in host memory."""
-        drawn = request.parameters
+        drawn = request.epoch.parameters
         arrays: dict[str, npt.NDArray[Any]] = {}
         if drawn.tone is not None:
             arrays |= {"tone": request.array("tone").astype(np.int32), "strength": request.array("strength")}
@@ -89,13 +89,13 @@ class _Pipeline:
         self._next = 0
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """See `engine.Batches`. The pipeline is rebuilt unless it is at request `first`."""
+        """See `engine.BatchProducer`. The pipeline is rebuilt unless it is at request `first`."""
         for number in range(first, last):
             if self._pipeline is None or self._next != number:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)
             try:
                 images = self._run()
-            except UnreadableFiles:  # found while working ahead: batches that are ready are lost, none that was yielded
+            except UnreadableFiles:  # raised while working ahead; batches that were not yielded are computed again
                 self._pipeline = None
                 raise
             except RuntimeError as error:
@@ -147,7 +147,7 @@ def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, la
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = engine.device.type == "cuda"
-    padding, names = request(start).parameters.padding, list(engine.parameters(request(start)))
+    padding, names = request(start).epoch.parameters.padding, list(engine.parameters(request(start)))
 
     # DALI passes the number of the batch only to a source with exactly one positional parameter.
     def parameters(number: int) -> list[npt.NDArray[Any]]:

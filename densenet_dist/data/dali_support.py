@@ -14,7 +14,7 @@ import torch
 from densenet_dist.errors import EnvironmentProblem
 
 PACKAGE = "nvidia-dali-cuda130"
-_WAY_OUT = "augment with torch instead: data.loader=torch"
+_ALTERNATIVE = "augment with torch instead: data.loader=torch"
 
 
 def dali_installed() -> bool:
@@ -36,7 +36,7 @@ def require_dali(device: torch.device, *, decoding: bool) -> None:
     """
     if not dali_installed():
         raise EnvironmentProblem(
-            f"data.loader=dali, but DALI is not installed\n  install it: pip install {PACKAGE}\n  or {_WAY_OUT}"
+            f"data.loader=dali, but DALI is not installed\n  install it: pip install {PACKAGE}\n  or {_ALTERNATIVE}"
         )
     try:
         backend = importlib.import_module("nvidia.dali.backend")
@@ -44,7 +44,7 @@ def require_dali(device: torch.device, *, decoding: bool) -> None:
     except (ImportError, OSError) as error:
         raise EnvironmentProblem(
             f"DALI {dali_version()} is installed but cannot be imported: {error}\n"
-            f"  install it again: pip install --force-reinstall {PACKAGE}\n  or {_WAY_OUT}"
+            f"  install it again: pip install --force-reinstall {PACKAGE}\n  or {_ALTERNATIVE}"
         ) from error
     if device.type == "cuda":
         _require_gpu(backend)
@@ -52,7 +52,7 @@ def require_dali(device: torch.device, *, decoding: bool) -> None:
         package = "nvidia-nvimgcodec-cu13"
         raise EnvironmentProblem(
             f"DALI {dali_version()} cannot decode images: its decoder library {package} is missing\n"
-            f"  install it: pip install {package}\n  or {_WAY_OUT}"
+            f"  install it: pip install {package}\n  or {_ALTERNATIVE}"
         )
 
 
@@ -63,7 +63,7 @@ def dali_problem(error: BaseException, device: torch.device) -> EnvironmentProbl
     lines = [line for line in lines[lines.index("encountered:") + 1 if "encountered:" in lines else 0 :] if line]
     messages = [line for line in lines if not line.startswith(("Critical error", "Error in"))]
     return EnvironmentProblem(
-        f"DALI {dali_version()} failed on {device}: {messages[0] if messages else error}\n  {_WAY_OUT}"
+        f"DALI {dali_version()} failed on {device}: {messages[0] if messages else error}\n  {_ALTERNATIVE}"
     )
 
 
@@ -95,14 +95,14 @@ def _require_gpu(backend: Any) -> None:
     if known is None:
         raise EnvironmentProblem(
             f"{title} finds no NVIDIA driver on this machine\n"
-            f"  install a driver that knows CUDA {built} (in a container: start it with its GPUs, --gpus all)\n"
-            f"  or {_WAY_OUT}, or train on the CPU: cluster.device=cpu"
+            f"  install a driver that supports CUDA {built} (in a container: start it with its GPUs, --gpus all)\n"
+            f"  or {_ALTERNATIVE}, or train on the CPU: cluster.device=cpu"
         )
-    driver = f"the driver {f'{release} ' if release else ''}knows CUDA {known[0]}.{known[1]}"
+    driver = f"the driver {f'{release} ' if release else ''}supports CUDA {known[0]}.{known[1]}"
     if known[0] < built:
         raise EnvironmentProblem(
             f"{title} cannot work here: {driver} at most\n"
-            f"  update the driver to one that knows CUDA {built}, or {_WAY_OUT}"
+            f"  update the driver to one that supports CUDA {built}, or {_ALTERNATIVE}"
         )
     problem = "finds no GPU"
     try:
@@ -113,5 +113,5 @@ def _require_gpu(backend: Any) -> None:
     raise EnvironmentProblem(
         f"{title} {problem}, although {driver}\n"
         "  see 'nvidia-smi' and CUDA_VISIBLE_DEVICES; restart the machine if the driver was updated\n"
-        f"  or {_WAY_OUT}, or train on the CPU: cluster.device=cpu"
+        f"  or {_ALTERNATIVE}, or train on the CPU: cluster.device=cpu"
     )

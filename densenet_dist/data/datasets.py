@@ -94,13 +94,13 @@ def load_dataset(
             `publish_dataset` puts it there. Ignored for data sets that are `GENERATED`.
         download: whether to download what is missing; never if `root` is a URI, so that nodes do not all download it.
         url: of the archive, instead of the official address: https:// or file://; http:// from this machine only.
-        limit: use only so many images of each split.
+        limit: use at most this many images of each split.
         seed: of a generated data set; others ignore it.
         image_size: side of the square images made from image files.
         test_fraction: share of the images that become the test split, for a folder without one.
         on_bad_image: whether image files that cannot be read are an error, or are left out.
-        split: for a folder, the part (train, val or test) of each image file that a run uses, by name; other files are
-            left out. If the folder has none of them, its parts are drawn; if it is empty, as older versions did.
+        split: for a folder, the part (train, val or test) that the run uses each file for, by name; other files are
+            left out. If it names none of the files, the parts are drawn anew; if it is empty, as older versions did.
 
     Raises:
         ConfigError: the name, `limit` or `url` is invalid.
@@ -214,7 +214,7 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
     if folder.test_files is not None:
         return kept
     if not len(test):
-        raise DataError(f"{files.root} has none of the run's test images any more: bring them back")
+        raise DataError(f"{files.root} has none of the run's test images any more: restore them")
     return replace(kept, test_files=files.subset(test), test_labels=labels[test])
 
 

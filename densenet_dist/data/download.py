@@ -32,8 +32,8 @@ _PERMANENT = (
 def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> None:
     """Download `url` to the file `target`, with a progress bar.
 
-    Connection failures and the statuses 408, 425, 429, 500, 502, 503 and 504 are retried up to five times, after about
-    1, 2, 4, 8 and 16 seconds.
+    Connection failures and the statuses 408, 425, 429, 500, 502, 503 and 504 are retried up to five times, after random
+    waits of at most 1, 2, 4, 8 and 16 seconds.
 
     Args:
         title: what is downloaded, for messages and the progress bar.
@@ -73,7 +73,7 @@ def _transfer(url: str, target: Path, limit: int, advance: Advance) -> None:
         while chunk := response.read(_CHUNK):
             received += len(chunk)
             if received > limit:
-                raise ValueError(f"it has more than {limit} bytes, so it is something else")
+                raise ValueError(f"it has more than {limit} bytes, too many for the expected file")
             file.write(chunk)
             advance(len(chunk), total)
         if total is not None and received != total:
@@ -103,7 +103,7 @@ def require_safe(url: str) -> None:
         raise ConfigError(f"data.url is not a valid address: {error}") from None
     shown = url.rpartition("@")[2].partition("?")[0]
     if user is not None:
-        raise ConfigError(f"data.url holds credentials for {shown}, which logs would show; take them out")
+        raise ConfigError(f"data.url holds credentials for {shown}, which logs would show: remove them")
     if parts.scheme not in ("https", "file") and not (parts.scheme == "http" and host in _LOCALHOST):
         raise ConfigError(
             f"cannot download from {shown!r}: data.url must begin with https:// or file://; "

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from densenet_dist.data import augment
 from densenet_dist.data.augment import Parameters
 from densenet_dist.data.datasets import Split
 from densenet_dist.data.image_files import ImageFiles
@@ -26,7 +25,7 @@ class Epoch:
     Attributes:
         indices: (n,) int64, indices into the split.
         labels: (n,) int64.
-        parameters: of the augmentation, in the same order.
+        parameters: of the augmentation, in the same order; operations whose parameters are None are not used.
     """
 
     def __init__(
@@ -38,13 +37,24 @@ class Epoch:
 
     @cached_property
     def theta(self) -> npt.NDArray[np.float32]:
-        """The warps for torch, see `augment.torch_theta`."""
-        return augment.torch_theta(self.parameters.affine, self._image_size)
+        """The warps for `torch.nn.functional.affine_grid(align_corners=False)`, (n, 2, 3) float32.
+
+        torch's coordinates are in [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H), W = H.
+        """
+        affine = self.parameters.affine
+        return np.concatenate([affine[:, :, :2], affine[:, :, 2:] * np.float32(2 / self._image_size)], axis=2)
 
     @cached_property
     def matrix(self) -> npt.NDArray[np.float32]:
-        """The warps for DALI, see `augment.dali_matrix`."""
-        return augment.dali_matrix(self.parameters.affine, self._image_size)
+        """The warps for `nvidia.dali.fn.warp_affine`, (n, 2, 3) float32.
+
+        DALI's coordinates are in pixels from the corner, with pixel centres at +0.5:
+        M = [A | b + c - A c] with c = (W / 2, H / 2).
+        """
+        matrix = self.parameters.affine[:, :, :2].astype(np.float64)
+        centre = np.full(2, self._image_size / 2)
+        shift = self.parameters.affine[:, :, 2] + centre - matrix @ centre
+        return np.concatenate([matrix, shift[:, :, None]], axis=2).astype(np.float32)
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the attribute `name` of this object or of its parameters."""
@@ -53,7 +63,7 @@ class Epoch:
         return found
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """Return the same on the engine's device; it is copied once per epoch, without waiting."""
+        """Return `array(name)` on the engine's device; it is copied once per epoch, without waiting."""
         if name not in self._tensors:
             self._tensors[name] = upload(self.array(name), device)
         return self._tensors[name]
@@ -79,11 +89,6 @@ class Request(NamedTuple):
         pieces = [part[start : start + size] for part in self.parts for start in range(0, len(part), size)]
         return [Request(self.epoch, (piece,)) for piece in pieces]
 
-    @property
-    def parameters(self) -> Parameters:
-        """The parameters of the whole epoch; operations whose parameters are None are not used."""
-        return self.epoch.parameters
-
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the rows of `Epoch.array` that belong to this request."""
         whole = self.epoch.array(name)
@@ -91,7 +96,7 @@ class Request(NamedTuple):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """Return the same on a device."""
+        """Return the rows of `Epoch.tensor` that belong to this request."""
         whole = self.epoch.tensor(name, device)
         parts = [whole[part.start : part.stop : part.step] for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -100,7 +105,7 @@ class Request(NamedTuple):
 Recipe: TypeAlias = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
 """See `Engine.recipe`."""
 
-Batches: TypeAlias = Callable[[int, int], Iterator[Tensor]]
+BatchProducer: TypeAlias = Callable[[int, int], Iterator[Tensor]]
 """Yields the pixels of requests `first` to `last`, exclusive: (m, 3, H, W) float32 in channels_last memory for each.
 
 Raises `UnreadableFiles` for image files that have become unreadable; no batch before them is lost.
@@ -142,16 +147,16 @@ class Engine:
     def recipe(self, request: Request) -> Recipe | None:
         """Return tensors on the device, and the function that computes a request's pixels from such tensors.
 
-        The function is pure, runs on the device alone, and depends on shapes only: one serves all requests of one size,
-        and a CUDA graph can contain it. None if the host takes part in producing the pixels.
+        The function is pure and runs on the device alone, so a CUDA graph can contain it; it also accepts tensors of
+        any other request of the same size. Returns None if the host takes part in producing the pixels.
         """
         return None
 
-    def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
+    def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """Return the function that produces the batches of one loader.
 
         Args:
-            request: returns the request of a number.
+            request: returns the request with a given number.
             largest: the maximum size of a request.
         """
         raise NotImplementedError

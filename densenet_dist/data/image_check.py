@@ -17,7 +17,7 @@ from densenet_dist.data.image_files import UNREADABLE, Verdict, examine
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 
-_BAR_FROM = 300  # files
+_MIN_FILES_FOR_BAR = 300  # files
 _QUEUED = 1024  # files that wait for a thread
 _CACHE_VERSION = 3
 
@@ -50,7 +50,7 @@ def verify(root: Path, names: list[str]) -> dict[str, Verdict]:
 
 def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict]) -> None:
     """Examine files with as many threads as this process has CPUs, and add the results to `verdicts`."""
-    bar = progress_bar("checking images", "files") if len(names) >= _BAR_FROM else nullcontext(lambda *_: None)
+    bar = progress_bar("checking images", "files") if len(names) >= _MIN_FILES_FOR_BAR else nullcontext(lambda *_: None)
     with (
         warnings.catch_warnings(action="ignore"),  # Pillow's; here, because the filters apply to all threads
         bar as advance,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data.c_stderr import printed_by_c
+from densenet_dist.data.c_stderr import capture_c_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,19 +81,15 @@ class ImageFiles:
         data = _read(self.path(index))
         unchanged = zlib.crc32(data.data) == self.checksums[index]
         if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[index].tolist():
-            raise BadImage("another image than when it was verified")
+            raise BadImage("no longer the image that was verified")
         return data
 
     def encoded(self, index: int) -> npt.NDArray[np.uint8]:
         """Return bytes for another decoder: those of `read`; of a transparent image, the result of `decode` as PNG."""
-        from PIL import Image
+        from torchvision.io import encode_png
 
         data = self.read(index)
-        if not _is_transparent(data):
-            return data
-        png = io.BytesIO()
-        Image.fromarray(_pixels(data).permute(1, 2, 0).numpy()).save(png, "PNG", compress_level=0)
-        return np.frombuffer(png.getvalue(), np.uint8)
+        return encode_png(_pixels(data), compression_level=0).numpy() if _is_transparent(data) else data
 
     def decode(self, index: int) -> "Tensor":
         """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright.
@@ -143,12 +139,12 @@ def on_white(pixels: "Tensor") -> "Tensor":
 
 def has_image_suffix(name: str) -> bool:
     """Return whether a file's name has the suffix of an image format, supported or not."""
-    return _suffix(name) in (*IMAGE_SUFFIXES, *_REFUSED_SUFFIXES)
+    return name.lower().endswith((*IMAGE_SUFFIXES, *_REFUSED_SUFFIXES))
 
 
 def examine(path: Path) -> Verdict:
     """Verify that a file is an image that can be used, by decoding it."""
-    suffix = _suffix(path.name)
+    suffix = path.suffix.lower()
     if suffix in _REFUSED_SUFFIXES:
         return _not_supported(suffix[1:])
     try:
@@ -159,17 +155,13 @@ def examine(path: Path) -> Verdict:
     return width, height, zlib.crc32(data.data)
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
 def _read(path: Path) -> npt.NDArray[np.uint8]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadImage("not a file")  # reading a pipe may never end
         data = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError as error:
-        raise BadImage(f"{UNREADABLE}: it is not there, or is a link to nothing") from error
+        raise BadImage(f"{UNREADABLE}: it does not exist, or is a broken link") from error
     except (OSError, ValueError) as error:
         raise BadImage(f"{UNREADABLE}: {getattr(error, 'strerror', None) or error}") from error
     if not len(data):
@@ -180,7 +172,7 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
 def _verified_pixels(data: npt.NDArray[np.uint8], *, any_format: bool = False) -> "Tensor":
     """Decode a file's bytes, of a supported format and not damaged."""
     kind = _check_header(data, any_format=any_format)
-    with printed_by_c() as lines:
+    with capture_c_stderr() as lines:
         pixels = _pixels(data)
     if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings about colour profiles; damage is an error there
         raise BadImage(f"damaged: {lines[0]}")
@@ -191,7 +183,7 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_format: bool) -> str:
     """Check that a file's bytes are one image of a supported format, whatever its name; return the format."""
     from PIL import Image
 
-    Image.init()  # all formats at once: no thread must look at them while another is still loading some
+    Image.init()  # load all formats now: threads must not read Pillow's registry while it is being filled
     try:
         with Image.open(io.BytesIO(data.data), formats=_READABLE) as image:
             kind = image.format or "this format"

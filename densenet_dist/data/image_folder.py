@@ -2,8 +2,8 @@
 
 `root/<class>/**/*.jpg` has no test split: the caller holds one out. `root/train/<class>/...` may have folders for test
 and validation beside it, by the names that public data sets use (`_PARTS`); a validation folder alone is the test
-split, as in ImageNet. A folder that only wraps another one is looked through, and so is `images`, beside which data
-sets keep annotations or masks.
+split, as in ImageNet. A folder that contains only another folder stands for that one; so does a folder with a
+subfolder `images`, next to which data sets keep annotations or masks.
 """
 
 import os
@@ -90,7 +90,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "
         if empty and (part == "train" or not present):
             raise DataError(
                 f"{folders[part]} has no image that can be used in {printable(', '.join(empty))}: "
-                f"add some ({', '.join(IMAGE_SUFFIXES)}), or take these folders away"
+                f"add some ({', '.join(IMAGE_SUFFIXES)}), or remove these folders"
             )
 
     def arrays(labels: dict[str, int]) -> tuple[ImageFiles, npt.NDArray[np.int64]]:
@@ -169,7 +169,7 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
         copies = [name for name in copies if set(subfolders[name]) & set(repeated)]
         raise DataError(
             f"{train} has more than one folder of each of these names: {few(repeated)}; look into {few(copies)}\n"
-            f"  {_NAME_ANOTHER}\n  or call the parts of one data set train and test\n"
+            f"  {_NAME_ANOTHER}\n  or name the two parts of one data set train and test\n"
             f"  or, if {few(copies)} are classes, move their images up into them"
         )
     label_of = {name: label for label, name in enumerate(subfolders)}
@@ -177,7 +177,7 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
     for part, folder in folders.items():
         if unknown := [name for name in found[part] if name not in label_of and _has_images(root, folder / name)]:
             problem = f"{folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
-            raise DataError(f"{problem}; rename these folders, or take them away")
+            raise DataError(f"{problem}; rename or remove these folders")
         classes = {name: inner for name, (inner, _) in found[part].items() if name in label_of}
         labels = {name: label_of[class_name] for class_name, inner in classes.items() for name in _walk(root, inner)}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))

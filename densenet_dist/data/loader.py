@@ -1,11 +1,12 @@
 """The batches of one rank, for training and for evaluation.
 
-A loader turns the plan into requests, numbered without end: `epoch * steps + step`. An engine, torch or DALI, turns
-requests into pixels. So neither has a state to save, and a run resumes from any step.
+A loader turns the plan into requests, numbered across epochs: `epoch * steps + step`. An engine, torch or DALI, turns
+requests into pixels. So neither has state to save, and a run resumes from any step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
-from densenet_dist.data.engine import Batches, Engine, Epoch, Request, upload
+from densenet_dist.data.engine import BatchProducer, Engine, Epoch, Request, upload
 from densenet_dist.data.plan import BatchPlan, epoch_order
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
@@ -41,8 +42,7 @@ class BatchRecipe(NamedTuple):
 
     Attributes:
         inputs: tensors on the device.
-        make: computes the batch from such tensors. It depends on shapes only: with one rank, one function serves all
-            batches of one size.
+        make: computes the batch from `inputs`, or, with one rank, from those of any other recipe with the same shapes.
         global_size: of the batch.
     """
 
@@ -56,8 +56,8 @@ class BatchRecipe(NamedTuple):
         size = batch.global_size
         return cls((batch.images, batch.targets), lambda images, targets: Batch(images, targets, size), size)
 
-    def batch(self) -> Batch:
-        """Compute it."""
+    def compute(self) -> Batch:
+        """Compute the batch."""
         return self.make(*self.inputs)
 
 
@@ -89,8 +89,9 @@ class TrainLoader:
         self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
         self._rank, self._world_size = rank, world_size
         self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead into the next epoch
-        share = -(-(global_batch_size + -(-global_batch_size // 8)) // world_size)
-        self._pixels = engine.batches(self._request, share * (2 if augmentation.mixes else 1))
+        largest = global_batch_size + math.ceil(global_batch_size / 8)  # of the largest global batch, see `BatchPlan`
+        share = math.ceil(largest / world_size)
+        self._produce = engine.batches(self._request, share * (2 if augmentation.mixes else 1))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,7 +106,7 @@ class TrainLoader:
             DataError: an image file has become unreadable, and must not be replaced.
         """
         numbers = self._numbers(epoch, start_step)
-        pixels = _replace_unreadable(self._pixels, numbers, self._engine.substitutes, self._epochs.cache_clear)
+        pixels = _replace_unreadable(self._produce, numbers, self._engine.substitutes, self._epochs.cache_clear)
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
@@ -127,7 +128,8 @@ class TrainLoader:
 
     def _make_epoch(self, epoch: int) -> Epoch:
         engine, labels = self._engine, self._engine.split.labels
-        order = engine.substitutes.resolve(epoch_order(self._indices, self._seed, epoch))
+        # Validation images are in the same split, and must not replace training images.
+        order = engine.substitutes.resolve(epoch_order(self._indices, self._seed, epoch), self._indices)
         sizes = None if engine.files is None else engine.files.sizes
         parameters = augment.draw(self._augmentation, self._seed, epoch, len(labels), engine.image_size, sizes)
         return Epoch(order, labels[order], parameters.map(lambda array: array[order]), engine.image_size)
@@ -152,7 +154,7 @@ class TrainLoader:
     def _partners(self, start: int, stop: int) -> tuple[range, range]:
         """Return the positions of the partners of this rank's images, in order."""
         size, step, half = stop - start, self._world_size, (stop - start) // 2
-        wrapped = self._rank + -(-max(0, size - half - self._rank) // step) * step  # the first image past the end
+        wrapped = self._rank + -(-max(0, size - half - self._rank) // step) * step  # first whose partner wraps around
         return range(start + self._rank + half, stop, step), range(start + wrapped + half - size, start + half, step)
 
     def _batch(self, number: int, images: Tensor) -> Batch:
@@ -210,7 +212,7 @@ class EvalLoader:
         geometry: that of training, see `augment.evaluation_parameters`.
 
     Attributes:
-        batch_indices: (n,) int64, indices into the split of the images of the last batch.
+        batch_indices: (n,) int64, indices into the split of the images of the batch yielded last.
     """
 
     def __init__(
@@ -228,7 +230,7 @@ class EvalLoader:
         self._stride = batch_size * world_size
         self._rank, self._world_size = rank, world_size
         self._epoch = lru_cache(maxsize=1)(self._make_epoch)
-        self._pixels = engine.batches(self._request, batch_size)
+        self._produce = engine.batches(self._request, batch_size)
         self._passes = 0
         self.batch_indices = self._indices[:0]
 
@@ -241,7 +243,7 @@ class EvalLoader:
         self._passes += 1
         numbers = range(first, first + len(self))
         substitutes = self._engine.substitutes
-        pixels = _replace_unreadable(self._pixels, numbers, substitutes, self._epoch.cache_clear)
+        pixels = _replace_unreadable(self._produce, numbers, substitutes, self._epoch.cache_clear)
         for number, images in zip(numbers, pixels, strict=True):
             start, stop = self._bounds(number)
             labels = self._request(number).tensor("labels", self._engine.device)
@@ -277,13 +279,13 @@ class EvalLoader:
 
 
 def _replace_unreadable(
-    batches: Batches, numbers: range, substitutes: Substitutes, replan: Callable[[], None]
+    produce: BatchProducer, numbers: range, substitutes: Substitutes, replan: Callable[[], None]
 ) -> Iterator[Tensor]:
     """Yield the pixels of requests `numbers`; if files turn out to be unreadable, replace them and continue."""
     done = numbers.start
     while done < numbers.stop:
         try:
-            for images in batches(done, numbers.stop):
+            for images in produce(done, numbers.stop):
                 done += 1
                 yield images
         except UnreadableFiles as error:

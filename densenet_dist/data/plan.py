@@ -1,6 +1,6 @@
 """Plan splits, orders and batches: pure functions of (seed, epoch, dataset index).
 
-Nothing here has a state. A split, the order of an epoch and the augmentation of every image (`augment`) are computed
+Nothing here has state. A split, the order of an epoch and the augmentation of every image (`augment`) are computed
 from the seed wherever they are needed. So all ranks agree without communication, any number of ranks sees the same
 global batches, and a run resumes from two integers, the epoch and the step.
 

@@ -41,7 +41,7 @@ def measure(batches: Iterator[Batch], device: torch.device, *, seconds: float, w
     """Take batches for about `seconds`, or until there are no more; the first `warm_up` batches are not counted.
 
     Raises:
-        ValueError: there are no more batches than that.
+        ValueError: there are at most `warm_up` batches.
     """
     for _, _ in zip(range(warm_up), batches, strict=False):
         pass

@@ -23,7 +23,7 @@ from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import has_image_suffix
 from densenet_dist.data.image_folder import is_ignored
 from densenet_dist.errors import DataError, StorageError
-from densenet_dist.object_store import explain, open_filesystem
+from densenet_dist.object_store import explain_storage_error, open_filesystem
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -55,21 +55,20 @@ class DataStore:
         self._files: fs.FileSystem
         self._files, self._prefix = open_filesystem(uri)
 
-    def list(self, folder: str = "", *, recursive: bool = False) -> dict[str, Stamp | None]:
-        """List a folder: the stamp of each file, and None for each folder, by name relative to `folder`.
+    def list(self, *, recursive: bool = False) -> dict[str, Stamp | None]:
+        """Return the stamp of each file, and None for each folder, by name.
 
         Raises:
             DataError: it cannot be read, or there is no such bucket.
         """
         from pyarrow import fs
 
-        path = f"{self._prefix}/{folder}".rstrip("/")
         with self._reading():
             try:
-                infos = self._files.get_file_info(fs.FileSelector(path, recursive=recursive))
+                infos = self._files.get_file_info(fs.FileSelector(self._prefix, recursive=recursive))
             except FileNotFoundError:  # a missing bucket raises another error
                 return {}
-        start = len(path) + 1
+        start = len(self._prefix) + 1
         return {info.path[start:]: None if info.size is None else (info.size, info.mtime_ns) for info in infos}
 
     def copy(self, name: str, target: Path, advance: Callable[[int], object] = lambda size: None) -> None:
@@ -106,7 +105,7 @@ class DataStore:
             if local:
                 self._files.move(partial, path)
         except OSError as error:
-            raise StorageError(f"cannot write {name} to {self.place}: {explain(error)}") from error
+            raise StorageError(f"cannot write {name} to {self.place}: {explain_storage_error(error)}") from error
 
     def _chunks(self, name: str) -> Iterator[bytes]:
         path = f"{self._prefix}/{name}"
@@ -120,7 +119,7 @@ class DataStore:
         try:
             yield
         except OSError as error:
-            raise DataError(f"cannot read {what}data.root={self.place}: {explain(error)}") from error
+            raise DataError(f"cannot read {what}data.root={self.place}: {explain_storage_error(error)}") from error
 
 
 def cache_of(uri: str) -> Path:
@@ -142,7 +141,7 @@ def locked_folder(folder: Path, lock_name: str, remedy: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / lock_name
-        lock.touch()  # fail here: FileLock may wait for ever for a file that cannot be created
+        lock.touch()  # fail here: FileLock may wait forever for a file that cannot be created
         with FileLock(lock):
             yield
     except OSError as error:
@@ -174,12 +173,11 @@ def sync_images(uri: str) -> Path:
         if not (synced.is_file() and synced.stat().st_mtime > asked):  # else another process synced while we waited
             _copy_changed(store, _list_images(store), folder, entry / ".partial")
             synced.touch()
-            os.utime(synced)
     return folder
 
 
 def require_images(uri: str) -> str:
-    """Check that an address has folders, without copying anything; return what was found, for people to read.
+    """Check that an address has folders, without copying anything; return a description of what was found.
 
     Raises:
         DataError: it has none, or the store cannot be read.
@@ -207,7 +205,7 @@ def _list_images(store: DataStore) -> dict[str, Stamp]:
         if stamp is None or not has_image_suffix(name) or any(map(is_ignored, parts)):
             continue
         if "" in parts or "\0" in name:
-            raise DataError(f"{name!r} in {store.place} cannot be the name of a file here: rename it there")
+            raise DataError(f"{name!r} in {store.place} is not a valid file name on this machine: rename it there")
         found[name] = stamp
     if not found:
         raise DataError(_no_images(store))

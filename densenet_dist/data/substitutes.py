@@ -48,7 +48,7 @@ def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[
 class Substitutes:
     """The image files of a split that can no longer be read, and what replaces them.
 
-    The next readable image of the same class does: batch sizes stay the same on every rank, and labels stay correct.
+    Each is replaced by the next readable image of its class: batch sizes and labels stay the same on every rank.
 
     Args:
         policy: skip replaces images; error raises.
@@ -66,30 +66,34 @@ class Substitutes:
         """Add unreadable images.
 
         Raises:
-            DataError: naming them, if the policy is error, or if no image of a class is left.
+            DataError: naming them, if the policy is error.
         """
         lines = "\n  ".join(self._lines(reasons))
         if self._policy == "error":
             raise DataError(
-                f"images that were sound when the run started can no longer be read:\n  {lines}\n"
-                "  put them back and resume the run, or continue without them: data.on_bad_image=skip"
+                f"images that were readable when the run started can no longer be read:\n  {lines}\n"
+                "  restore them and resume the run, or continue without them: data.on_bad_image=skip"
             )
         self.unreadable.update(reasons)
-        labels = self._split.labels
-        for label in {int(labels[index]) for index in reasons}:
-            if self.unreadable.keys() >= set(np.flatnonzero(labels == label).tolist()):
-                raise DataError(f"no image of class {label} can be read any more:\n  {lines}")
 
-    def resolve(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return `indices` (n,) with unreadable images replaced."""
-        if not self.unreadable:
-            return indices
+    def resolve(
+        self, indices: npt.NDArray[np.int64], among: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Return `indices` (n,) with unreadable images replaced, by images of `among` if it is given.
+
+        Raises:
+            DataError: no other image of a class can be read.
+        """
         labels = self._split.labels
         table = np.arange(len(labels))
-        for index in self.unreadable:
-            same_class = np.flatnonzero(labels == labels[index])
-            later = np.roll(same_class, -int(np.searchsorted(same_class, index)) - 1)
-            table[index] = next(other for other in later.tolist() if other not in self.unreadable)
+        among = table.copy() if among is None else np.sort(among)
+        for index in self.unreadable.keys() & set(indices.tolist()):
+            same_class = among[labels[among] == labels[index]]
+            later = np.roll(same_class, -int(np.searchsorted(same_class, index, side="right")))
+            table[index] = next((other for other in later.tolist() if other not in self.unreadable), -1)
+            if table[index] < 0:
+                lines = "\n  ".join(self._lines(self.unreadable))
+                raise DataError(f"no image of class {labels[index]} can be read any more:\n  {lines}")
         return table[indices]
 
     def news(self) -> list[str]:

@@ -1,7 +1,7 @@
 """The torch engine: pixels computed with torch ops, on a CPU or a GPU.
 
 Images in memory are kept on the device, and a batch is gathered from them; image files are read, decoded and resized by
-threads on the CPU. Then tones are changed, the images warped and normalized, and holes cut, as `augment` has drawn it.
+threads on the CPU. Then tones are changed, the images warped and normalized, and holes cut, as drawn by `augment`.
 On a GPU every op is queued without waiting, and the parameters of an epoch are copied once, at its start. On a CPU, or
 with image files, one background thread works ahead of the consumer.
 """
@@ -21,7 +21,7 @@ from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
 from densenet_dist.data.background import map_ahead
 from densenet_dist.data.datasets import Split
-from densenet_dist.data.engine import Batches, Engine, Recipe, Request, upload
+from densenet_dist.data.engine import BatchProducer, Engine, Recipe, Request, upload
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.substitutes import read_all
 
@@ -51,7 +51,7 @@ class TorchEngine(Engine):
         """Repeat (3,) values for every pixel of a row: (W * 3,) float32 on the device."""
         return upload(np.tile(channels, self.image_size).astype(np.float32), self.device)
 
-    def batches(self, request: Callable[[int], Request], largest: int) -> Batches:
+    def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """See `Engine.batches`."""
 
         def make(number: int) -> Tensor:
@@ -60,8 +60,8 @@ class TorchEngine(Engine):
         return lambda first, last: map_ahead(make, range(first, last), self.prefetch)
 
     def recipe(self, request: Request) -> Recipe | None:
-        """See `Engine.recipe`. Tones are changed by groups of images, which the host has to form."""
-        resident, parameters = self._resident, request.parameters
+        """See `Engine.recipe`. None if tones are changed: the host groups the images by operation."""
+        resident, parameters = self._resident, request.epoch.parameters
         if resident is None or parameters.tone is not None:
             return None
         warped, cut = parameters.affine is not None, parameters.hole is not None
@@ -87,7 +87,7 @@ class TorchEngine(Engine):
         return images
 
     def _piece(self, request: Request) -> Tensor:
-        parameters = request.parameters
+        parameters = request.epoch.parameters
         if self._resident is not None:
             images = _gather(self._resident, request.tensor("indices", self.device))
         else:
@@ -121,8 +121,8 @@ class TorchEngine(Engine):
         if theta is not None:
             images = torch_ops.warp(images, theta, self._centres, padding)
         images = images.contiguous(memory_format=torch.channels_last)
-        # By whole rows: broadcasting three channels in the innermost dimension is 10 times slower on a CPU. And with
-        # two roundings, never a fused one: the bits are the same for every device, thread count and batch size.
+        # By whole rows: broadcasting three channels in the innermost dimension is 10 times slower on a CPU. Separate
+        # mul_ and add_ (no fused multiply-add) give the same bits for every device, thread count and batch size.
         rows_of_channels = images.permute(0, 2, 3, 1).view(-1, self.image_size, 3 * self.image_size)
         rows_of_channels.mul_(self._scale).add_(self._shift)
         if hole is not None:

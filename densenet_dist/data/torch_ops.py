@@ -27,7 +27,7 @@ def warp(images: Tensor, theta: Tensor, centres: Tensor, padding: Padding) -> Te
 
     Args:
         images: (n, 3, H, W) float32, H = W.
-        theta: (n, 2, 3) float32, `augment.torch_theta`.
+        theta: (n, 2, 3) float32, `Epoch.theta`.
         centres: (W,) float32, the pixel centres in [-1, 1].
         padding: "border" repeats the border, "zeros" is black.
 
@@ -81,8 +81,8 @@ def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
 
 def mixed_targets(labels: Tensor, partners: Tensor, own: Tensor, num_classes: int) -> Tensor:
     """Return probabilities (n, classes) float32: `own` (n,) for `labels`, the rest for `partners`, both (n,) int64."""
-    one, other = (F.one_hot(of, num_classes).float() for of in (labels, partners))
-    return torch.lerp(other, one, own[:, None])
+    own_targets, partner_targets = (F.one_hot(each, num_classes).float() for each in (labels, partners))
+    return torch.lerp(partner_targets, own_targets, own[:, None])
 
 
 def resize(image: Tensor, size: int) -> Tensor:
@@ -103,7 +103,7 @@ def resize(image: Tensor, size: int) -> Tensor:
     if (height, width) == (size, size):
         return pixels[0]
     rows = F.interpolate(pixels, size=(height, size), mode="bilinear", antialias=True)
-    if width > size:
+    if width > size:  # give the filter's share outside the image to the border pixels, which torch left out
         inside, before, beyond = _filter_mass(width, size)
         rows = rows * inside + pixels[..., :1] * before + pixels[..., -1:] * beyond
     square = F.interpolate(rows, size=(size, size), mode="bilinear", antialias=True)
@@ -171,7 +171,7 @@ def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
-    stretched = (images - low) * _over(high - low)
+    stretched = (images - low) * _divide_255_by(high - low)
     return torch.where(high > low, stretched, images)
 
 
@@ -183,13 +183,13 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
     # By sorting instead of counting: deterministic on every device, without atomics.
     up_to = torch.searchsorted(levels.sort(dim=2).values.contiguous(), values.contiguous(), right=True)
     lowest = up_to.gather(2, levels.amin(dim=2, keepdim=True).long())
-    table = ((up_to - lowest) * _over((pixels - lowest).clamp(min=1).float())).round()
+    table = ((up_to - lowest) * _divide_255_by((pixels - lowest).clamp(min=1).float())).round()
     table = torch.where(lowest == pixels, values.float(), table)
     return table.gather(2, levels.long()).view_as(images)
 
 
-def _over(span: Tensor) -> Tensor:
-    """Return 255 / span, rounded once: torch computes `255.0 / span` by the reciprocal, DALI does not."""
+def _divide_255_by(span: Tensor) -> Tensor:
+    """Return 255 / span, rounded once: torch computes `255.0 / span` as 255 * (1 / span), DALI does not."""
     return torch.full_like(span, 255.0) / span
 
 

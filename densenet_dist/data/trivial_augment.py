@@ -2,7 +2,7 @@
 
 Each image gets one of fourteen operations, at one of 31 strengths, both drawn uniformly; the space is the paper's
 "wide" one, as in torchvision's `TrivialAugmentWide`. Shear, translation and rotation become part of the one warp that
-an image gets anyway, so they are bilinear (the paper's are nearest) and cost nothing more. The others change tones,
+an image gets anyway, so they are bilinear (in the paper: nearest) and cost nothing extra. The others change tones,
 before the warp and without rounding in between.
 """
 

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
@@ -115,9 +114,7 @@ class Console:
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._clear()
 
     def __call__(self, event: Event) -> None:
@@ -191,7 +188,7 @@ class Console:
 
 
 class LastingConsole(RichConsole):
-    """A console that survives its reader: a closed pipe (``| head``) or a full disk must not fail the run."""
+    """A console that goes quiet when writing fails: a closed pipe (``| head``) or a full disk must not fail the run."""
 
     @property
     def animates(self) -> bool:
@@ -230,11 +227,7 @@ class LastingConsole(RichConsole):
 
 
 def print_closing(
-    console: RichConsole,
-    title: str,
-    figures: Mapping[str, str],
-    files: Mapping[str, str],
-    commands: Mapping[str, str],
+    console: RichConsole, title: str, figures: Mapping[str, str], files: Mapping[str, str], commands: Mapping[str, str]
 ) -> None:
     """Print results, files and commands, each value on one line so that it can be copied."""
     width = max(map(len, [*figures, *files, *commands]))

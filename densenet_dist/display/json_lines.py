@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from densenet_dist.credentials import without_credentials
@@ -45,9 +44,7 @@ class JsonLines:
         sys.stdout = sys.stderr
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, value: BaseException | None, trace: object) -> None:
         if isinstance(value, Exception):
             ours = isinstance(value, DenseNetDistError)
             message = str(value) if ours else without_credentials(f"{type(value).__name__}: {value}")
@@ -72,7 +69,7 @@ class JsonLines:
         """Write one line and flush it; if that fails, the run continues without output."""
         if self._muted:
             return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(values)})
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite(values)})
         with self._lock:
             try:
                 self._out.write(line + "\n")
@@ -107,12 +104,14 @@ class RunJsonLines(JsonLines):
             **summary.summary,
             images_per_s=summary.images_per_s,
             goodput=summary.goodput,
-            files={"page" if name == "report" else name: path for name, path in by_key(summary.files()).items()},
+            files={
+                "page" if name == "report" else name: path for name, path in with_underscores(summary.files()).items()
+            },
             links=dict(summary.links),
         )
 
 
-def by_key(files: Mapping[str, str]) -> dict[str, str]:
+def with_underscores(files: Mapping[str, str]) -> dict[str, str]:
     """Replace the spaces in the names of files."""
     return {name.replace(" ", "_"): path for name, path in files.items()}
 
@@ -124,10 +123,10 @@ def _is_descriptor_1(file: TextIO) -> bool:
         return False
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None."""
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON lacks, by None in nested values."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

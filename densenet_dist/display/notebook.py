@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import TracebackType
 from typing import Any, Final
 
 from densenet_dist.display.console import Console, epoch_line, start_lines
@@ -32,10 +31,8 @@ class NotebookConsole:
     def __enter__(self) -> NotebookConsole:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+    def __exit__(self, kind: object, value: BaseException | None, trace: object) -> None:
+        if isinstance(value, KeyboardInterrupt):
             text = "interrupted; fit(config, resume=True) resumes from the last checkpoint"
             self._lines.append({"kind": "note", "text": text})
             # IPython shows this instead of the traceback through all of training.

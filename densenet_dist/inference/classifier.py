@@ -25,7 +25,7 @@ SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onn
 
 DEFAULT_BATCH = 64
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
-Run: TypeAlias = Callable[[Tensor], Tensor]
+Forward: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Classifier:
 
     Args:
         header: the model's metadata.
-        run: maps (n, 3, size, size) float32 grey levels on `device` to (n, classes) logits.
+        run: maps (n, 3, size, size) float32 pixel values on `device` to (n, classes) logits.
         device: where it runs.
     """
 
-    def __init__(self, header: Header, run: Run, device: torch.device) -> None:
+    def __init__(self, header: Header, run: Forward, device: torch.device) -> None:
         self.header, self.device, self._run = header, device, run
 
     @property
@@ -72,7 +72,7 @@ class Classifier:
         """Compute logits.
 
         Args:
-            pixels: (n, 3, size, size) float32 grey levels, 0 to 255.
+            pixels: (n, 3, size, size) float32 pixel values, 0 to 255.
             tta: average the logits with those of the mirrored images.
 
         Returns:

@@ -139,7 +139,7 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
     test = dataset.test
     count = len(test.labels) if header.precision == "bf16" else min(len(test.labels), _COMPARED)
     indices = np.arange(count) * len(test.labels) // count
-    # Images as evaluation shows them, but not normalised: grey levels, 0 to 255.
+    # Images as evaluation shows them, but not normalised: pixel values, 0 to 255.
     engine = engine_class("torch")(
         test, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
         on_bad_image=trained.config.data.on_bad_image,

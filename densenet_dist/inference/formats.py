@@ -26,7 +26,7 @@ from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.inference.network import Network, empty_net
 from densenet_dist.model import DenseNet
-from densenet_dist.train.network import Kind, kinds_of, require_same_tensors
+from densenet_dist.train.network import TensorSpec, require_same_tensors, tensor_specs
 
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
 _INPUT, _OUTPUT = "pixels", "logits"
@@ -50,9 +50,9 @@ def read_safetensors(path: Path) -> tuple[Header, Network]:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = header_of((file.metadata() or {}).get(HEADER_KEY), str(path))
             model = empty_net(header)
-            problem = f"{path} does not hold the model that its metadata names"
-            require_same_tensors(_kinds_in(file), kinds_of(_weights(model)), problem)  # before any is read
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+            problem = f"{path} does not contain the model that its metadata describes"
+            require_same_tensors(_specs_in(file), tensor_specs(_weights(model)), problem)  # before any is read
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name not in weights}
@@ -67,7 +67,7 @@ def _weights(model: DenseNet) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
 
 
-def _kinds_in(file: Any) -> dict[str, Kind]:
+def _specs_in(file: Any) -> dict[str, TensorSpec]:
     kinds = {}
     for name in file.keys():  # noqa: SIM118
         tensor = file.get_slice(name)
@@ -127,7 +127,7 @@ def read_onnx(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
     """Read an untrusted file.
 
     Returns:
-        Its header, and its program, run on the CPU: (n, 3, H, W) float32 grey levels to (n, classes) float32.
+        Its header, and its program, run on the CPU: (n, 3, H, W) float32 pixel values to (n, classes) float32.
 
     Raises:
         CheckpointError: it is damaged, or not what `onnx_bytes` writes; the program raises it, too.
@@ -148,15 +148,15 @@ def read_onnx(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
     inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
     size = header.image_size
     if inputs != [(_INPUT, "tensor(float)", [3, size, size])] or _OUTPUT not in {o.name for o in session.get_outputs()}:
-        raise CheckpointError(f"{path} does not take the images that its metadata names")
+        raise CheckpointError(f"{path} expects other images than its metadata describes")
 
     def run(pixels: Tensor) -> Tensor:
         try:
             (logits,) = session.run([_OUTPUT], {_INPUT: pixels.numpy()})
-        except Exception as error:  # onnxruntime has a dozen kinds, all of them RuntimeErrors or Exceptions of its own
+        except Exception as error:  # onnxruntime raises a dozen types, RuntimeErrors and its own
             raise CheckpointError(f"the exported program fails: {_first_line(error)}") from error
         if not isinstance(logits, np.ndarray) or logits.shape != (len(pixels), len(header.class_names)):
-            raise CheckpointError("the exported program does not give a logit for each class of its metadata")
+            raise CheckpointError("the exported program does not return one logit per class of its metadata")
         return torch.from_numpy(logits.astype(np.float32, copy=False))
 
     return header, run

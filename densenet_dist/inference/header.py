@@ -66,8 +66,8 @@ class Header:
         created: time in ISO 8601.
         class_names: by label.
         architecture: see `densenet_dist.model.architecture.Architecture`.
-        mean, std: normalisation of images in [0, 1], by channel (RGB). The exported programs include it: they take grey
-            levels from 0 to 255.
+        mean, std: normalisation of images in [0, 1], by channel (RGB). The exported programs include it: they take
+            pixel values from 0 to 255.
         crop: side of the central square to use as a share of the image's shorter side. The square is resampled to the
             model's size by a triangle filter.
         precision: of the weights.
@@ -87,7 +87,7 @@ class Header:
     std: tuple[Deviation, Deviation, Deviation]
     crop: Share
     precision: Precision
-    metrics: Annotated[dict[Text, Finite], Field(max_length=100)]
+    metrics: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=100)]
 
     @property
     def image_size(self) -> int:

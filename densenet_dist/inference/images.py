@@ -96,7 +96,7 @@ def prepare(image: ImageLike, size: int, crop: float) -> Tensor:
         crop: side of the square as a share of the image's shorter side.
 
     Returns:
-        (3, size, size) float32 grey levels, 0 to 255.
+        (3, size, size) float32 pixel values, 0 to 255.
 
     Raises:
         BadImage: it cannot be used.
@@ -132,12 +132,14 @@ def _decode(image: ImageLike) -> Tensor:
         return decode_any(Path(image))
     if isinstance(image, Tensor):
         array = image
-    elif isinstance(image, np.ndarray):
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
         array = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
         array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
     elif hasattr(image, "convert"):
         return pixels_of(image)
+    elif isinstance(image, np.ndarray):
+        array = torch.empty(0)  # refused below
     else:
         raise DataError(f"a {type(image).__name__} is not an image: give paths, uint8 arrays (H, W, 3) or PIL images")
     if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] not in (3, 4) or 0 in array.shape:

@@ -1,4 +1,4 @@
-"""A trained model as one module from grey levels to logits, from a run or for an exported file."""
+"""A trained model as one module from pixel values to logits, from a run or for an exported file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from densenet_dist.train.network import autocast
 class Network(nn.Module):
     """Normalises and classifies images.
 
-    Input: (N, 3, H, W) float32 grey levels from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
+    Input: (N, 3, H, W) float32 pixel values from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
     in the dtype of its weights; with bfloat16, batch normalisation keeps float32 parameters (`to_bfloat16`).
 
     Args:

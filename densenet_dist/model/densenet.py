@@ -82,7 +82,7 @@ class Features(nn.Sequential):
                 x = module(x)
                 continue
             after = next(modules)
-            if not isinstance(after, Transition):
+            if not isinstance(after, Transition):  # the last block, followed by norm5
                 return cast(Tensor, module(x, after))  # ReLU included
             x = module(x, after.norm, after.conv)
             for following in list(after)[3:]:  # dropout and pooling
@@ -155,7 +155,7 @@ def initialise(model: nn.Module, init: Init) -> None:
     ``init``                convolutions                                     linear layers
     ======================  ===============================================  ==================================
     ``glorot`` (Keras')     U(-a, a), a = sqrt(6 / (fan_in + fan_out))       the same
-    ``he`` (the paper's)    N(0, 2 / fan_out), as its Torch code             U(-a, a), a = 1 / sqrt(fan_in)
+    ``he`` (the paper's)    N(0, 2 / fan_out), as in its Torch code            U(-a, a), a = 1 / sqrt(fan_in)
     ``torchvision``         N(0, 2 / fan_in)                                 U(-a, a), a = 1 / sqrt(fan_in)
     ======================  ===============================================  ==================================
 

@@ -137,7 +137,7 @@ def _update_running_statistics(modules: _Modules, outer: tuple[Tensor, Tensor], 
     for i, bn in enumerate(modules.norms):
         if not bn.training:
             continue
-        is_inner = modules.bottleneck and i % 2 == 1 and i // 2 * width < len(inner[0])
+        is_inner = modules.bottleneck and i % 2 == 1
         start = i // 2 * width if is_inner else 0
         mean, var = (stat[start : start + bn.num_features] for stat in (inner if is_inner else outer))
         assert bn.running_mean is not None

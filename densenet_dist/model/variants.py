@@ -32,7 +32,7 @@ class _Variant(NamedTuple):
     stem_channels: Callable[[int], int]
     """Computes the output channels of the stem from the growth rate."""
     depth_unit: int | None = None
-    """Depth that one more layer in each of the three blocks adds; None if the variant has no parameter `depth`."""
+    """Increase of the depth for one more layer in each of the three blocks; None if the variant has no `depth`."""
 
 
 _VARIANTS: Final[Mapping[str, _Variant]] = {

@@ -63,12 +63,7 @@ def percent(share: float) -> str:
     return f"{share * 100:.2f}{_SPACE}%"
 
 
-def time_unit(seconds: float) -> tuple[str, float]:
-    """Choose a unit for a duration; return its name and its length in seconds."""
-    return ("h", 3600.0) if seconds > 3 * 3600 else ("min", 60.0) if seconds > 600 else ("s", 1.0)
-
-
 def duration(seconds: float) -> str:
     """Format a duration in a suitable unit."""
-    unit, divisor = time_unit(seconds)
+    unit, divisor = ("h", 3600.0) if seconds > 3 * 3600 else ("min", 60.0) if seconds > 600 else ("s", 1.0)
     return f"{seconds / divisor:,.1f}{_SPACE}{unit}"

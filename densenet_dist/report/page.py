@@ -87,15 +87,6 @@ def write_report(
     return str(path)
 
 
-def report_at_end(run: RunFolder) -> str | None:
-    """Write the report of a run that has just finished; return the problem if that fails, since the run is complete."""
-    try:
-        _write_into_folder(read_run(run))
-    except Exception as error:
-        return f"the run is complete, but its report could not be written: {error}"
-    return None
-
-
 def _evaluated(record: RunRecord, overrides: Sequence[str], notify: Callable[[str], None]) -> RunRecord:
     try:
         return replace(record, results=record.results or load_test_results(record.folder, overrides, notify))
@@ -141,7 +132,7 @@ def run_page(run: RunRecord) -> str:
 
 
 def _goodput(last: dict[str, Any]) -> str | None:
-    """Describe the share of time in productive steps, and the other shares, largest first; before the test."""
+    """Describe the share of time in productive steps, and the other shares, largest first, excluding the test."""
     if "goodput/ratio" not in last:
         return None
     lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOST_TIME.items()}

@@ -28,7 +28,7 @@ class Layer(NamedTuple):
         depth: number of modules that contain it.
         shape: of its output without the batch dimension: (C, H, W), or (classes,).
         parameters: trainable parameters and running statistics, including those of its submodules.
-        is_whole: whether it has no submodules.
+        is_leaf: whether it has no submodules.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     depth: int
     shape: tuple[int, ...]
     parameters: int
-    is_whole: bool
+    is_leaf: bool
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +115,7 @@ def summarise(config: ModelConfig, num_classes: int, image_size: int) -> ModelSu
             depth=name.count("."),
             shape=shapes[name],
             parameters=count_parameters(module).total,
-            is_whole=not list(module.children()),
+            is_leaf=not list(module.children()),
         )
         for name, module in modules.items()
     )

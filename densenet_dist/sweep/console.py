@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.status import Status
@@ -23,7 +22,7 @@ class SweepConsole:
     """Show the events of a sweep; see `densenet_dist.cluster.sweep`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        # Without a terminal, tables need no limit of their width.
+        # Without a terminal, rich would limit tables to 80 columns.
         width = None if sys.stdout.isatty() else 200
         self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width, force_jupyter=False)
         self._status: Status | None = None
@@ -32,9 +31,7 @@ class SweepConsole:
     def __enter__(self) -> SweepConsole:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._status is not None:
             self._status.stop()
 
@@ -58,7 +55,7 @@ class SweepConsole:
             self._console.say(f"  {key}: {shown(domain.describe())}")
         if recorded:
             ended = sum(trial.status != "interrupted" for trial in recorded)
-            self._console.say(f"resumed: {ended} trials have ended, {len(recorded) - ended} continue")
+            self._console.say(f"resumed: {counted(ended, 'trial')} ended, {len(recorded) - ended} to be continued")
 
     def _trial(self, event: Event) -> None:
         trial: Trial = event["trial"]
@@ -86,10 +83,14 @@ class SweepConsole:
         text = f"{ended} of {self._total} trials ended; running: {now or 'none'}"
         return text if best is None else f"{text}; best {self._metric} {figure(best.metric)} ({best.name})"
 
-    def table(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
-        """Print all trials, best first; without their settings if the terminal is too narrow for them."""
+    def finish(self, result: SweepResult) -> None:
+        """Print all trials, the best one, the files written and the commands to continue with.
+
+        The trials are listed without their settings if the terminal is too narrow.
+        """
         if self._status is not None:
             self._status.stop()
+        sweep, trials = result.sweep, result.trials
         keys = list(sweep.space)
         unbounded = self._console.options.update(max_width=10_000)
         wanted = self._console.measure(_table(sweep, trials, keys, causes=False), options=unbounded).maximum
@@ -97,10 +98,6 @@ class SweepConsole:
             keys = []
         self._console.print()
         self._console.print(_table(sweep, trials, keys, causes=any(trial.cause for trial in trials)))
-
-    def finish(self, result: SweepResult) -> None:
-        """Print all trials, the best one, the files written and the commands to continue with."""
-        self.table(result.sweep, result.trials)
         title = f"{result.status}: {result.sweep.settings.name}"
         print_closing(self._console, title, result.figures(), result.files(), result.commands())
 

@@ -28,7 +28,7 @@ _CHECKED_COMBINATIONS: Final = 200
 _LARGEST_GRID: Final = 10_000
 _GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "fault", "log", "seed")
 _REMOVED: Final = ("perturb_epochs", "quantile", "resample_probability")
-"""Settings of the scheduler in earlier versions, which sweep.yaml of every earlier sweep has; they are ignored."""
+"""Scheduler settings of earlier versions, which every sweep.yaml written by them contains; they are ignored."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ def _read(source: str | Path) -> dict[str, Any]:
         misplaced = [key for key in _GROUPS if key in layer]
         if misplaced and "space" not in layer:
             raise ConfigError(
-                f"{source} is the configuration of one run: densenet-dist train {source}\n"
-                f"  a sweep file names it: base: {Path(source).name}, and what to search: space"
+                f"{source} is the configuration of a single run; train it with: densenet-dist train {source}\n"
+                f"  a sweep file refers to it with base: {Path(source).name}, and lists the keys to search under space"
             )
         if misplaced:
             raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
-            layer["base"] = str(_beside(Path(source), str(layer["base"])))
+            layer["base"] = str(find_base(Path(source), str(layer["base"])))
         if isinstance(scheduler := layer.get("scheduler"), dict):
             layer["scheduler"] = {key: value for key, value in scheduler.items() if key not in _REMOVED}
         return layer
@@ -139,8 +139,8 @@ def _read(source: str | Path) -> dict[str, Any]:
     return layer | ({"settings": groups} if groups else {})
 
 
-def _beside(file: Path, base: str) -> Path:
-    """Find the base of a sweep file: in the same folder, or one that comes with the package."""
+def find_base(file: Path, base: str) -> Path:
+    """Find the base configuration of a sweep file: in the same folder, or one that comes with the package."""
     path = bundled.find(file).parent / os.path.expanduser(base)
     return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from densenet_dist.display.json_lines import JsonLines, by_key
+from densenet_dist.display.json_lines import JsonLines, with_underscores
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import SweepResult, Trial, ranked
 
@@ -42,7 +42,7 @@ class SweepJsonLines(JsonLines):
             metric=settings.metric,
             best=None if result.best is None else described(result.best),
             trials=[described(trial) for trial in ranked(result.trials, settings.maximise)],
-            files=by_key(result.files()),
+            files=with_underscores(result.files()),
         )
 
     def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:

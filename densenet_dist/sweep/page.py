@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from densenet_dist.pages.figures import STATUSES
 from densenet_dist.pages.render import render
-from densenet_dist.run_folder import RunFolder
+from densenet_dist.run_folder import RunFolder, join_location
 from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.plots import draw_plots, is_number
-from densenet_dist.sweep.results import PAGE_FILE, Trial, best_trial, ranked
+from densenet_dist.sweep.results import BEST_FILE, PAGE_FILE, Trial, best_trial, ranked
 
 
 def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None:
@@ -35,7 +35,8 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         best_settings=[f"{key} {shown(best.overrides.get(key))}" for key in sweep.space] if best else [],
         keys=list(sweep.space),
         show=shown,
-        uri=folder.uri,
+        location=folder.location,
+        best_file=join_location(folder.location, BEST_FILE),
         can_resume=bool(counts["interrupted"] or counts["running"] or len(trials) < sweep.trials),
         columns=_columns(sweep, has_tests, has_causes),
         has_tests=has_tests,

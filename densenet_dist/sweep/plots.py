@@ -35,7 +35,7 @@ class Plot:
         title: heading.
         caption: how to read the picture and what it leaves out; without a picture, the reason.
         pictures: SVG elements.
-        legend: of each sign the name of its colour, the sign and its meaning.
+        legend: for each marker the name of its colour, the marker and its meaning.
     """
 
     title: str
@@ -98,7 +98,7 @@ def _points(settings: SweepConfig, trial: Trial, every: int) -> list[tuple[int, 
 def _settings(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], left_out: int, best: Trial | None) -> Plot:
     title = "Metric against each key"
     if not trials:
-        return Plot(title, "Not shown: no trial that did not fail has a value of the metric.")
+        return Plot(title, "Not shown: every trial failed or has no value of the metric.")
     drawn = keys[:_MAX_KEYS]
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
@@ -123,7 +123,7 @@ def _settings(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], left_o
 
 
 def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, float]:
-    """Set up the horizontal axis of a key; return where each value lies, without those that have no place on it."""
+    """Set up the horizontal axis of a key; return the position of each value, without values that have none."""
     from matplotlib.ticker import LogLocator
 
     if isinstance(domain, Choice):

@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
+from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import ConfigError, DamagedRecord
 from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
 from densenet_dist.sweep.definition import Sweep
@@ -238,7 +239,7 @@ def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[
         **asdict(usage),
     }
     # A trial per line: with an indent, json.dumps is slow pure Python. asdict would copy each value.
-    lines = ",\n".join(json.dumps(vars(trial)) for trial in trials)
+    lines = ",\n".join(json.dumps(finite(vars(trial))) for trial in trials)
     files = {
         RESULTS_FILE: f'{json.dumps(content)[:-1]}, "trials": [\n{lines}\n]}}\n',
         TABLE_FILE: _csv(sweep, ranked(trials, settings.maximise)),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from densenet_dist.schema import STRICT, Count, Index, Place, Positive, Workers
+from densenet_dist.schema import STRICT, Count, Index, PathOrUri, Positive, Workers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,7 +44,7 @@ class SweepConfig:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "sweep"
     """Name of the sweep and of its folder; by default the name of the sweep file."""
-    storage: Place = "runs"
+    storage: PathOrUri = "runs"
     """Where the sweep's folder is, as for a run; it contains the run folders of the trials."""
     base: str = ""
     """The configuration file that every trial starts from, relative to the sweep file; empty: the defaults."""

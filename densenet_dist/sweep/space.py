@@ -63,7 +63,7 @@ class Range:
     Attributes:
         integer: whole numbers only.
         log: uniform in the logarithm.
-        step: distance of the values from each other, counted from `low`; None: any.
+        step: distance between neighbouring values, starting at `low`; None: any value.
     """
 
     low: Number
@@ -138,7 +138,7 @@ def read_domain(value: Any) -> Domain:
         value = {"choice": value}
     kinds = {"choice", "uniform", "loguniform", "integer", "loginteger"}
     if not isinstance(value, Mapping) or len(found := set(value) & kinds) != 1 or set(value) - found - {"step"}:
-        raise ConfigError(f"must be {FORMS}; uniform and integer with a step: if wanted; not {_shown(value)}")
+        raise ConfigError(f"must be {FORMS}; uniform and integer also accept a step; got {_shown(value)}")
     kind = found.pop()
     if kind == "choice":
         return _read_choice(value)

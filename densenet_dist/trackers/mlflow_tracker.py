@@ -6,7 +6,7 @@ import math
 import os
 from typing import Final
 
-from densenet_dist.trackers.tracker import MLFLOW, Record, Status, Tracker, settings_of, sweep_of, without_secrets
+from densenet_dist.trackers.tracker import MLFLOW, Record, Status, Tracker, flat_settings, sweep_of, without_secrets
 
 _DEFAULTS: Final = {
     # MLflow's defaults are a timeout of two minutes and seven retries with backoff.
@@ -67,7 +67,7 @@ class MlflowTracker(Tracker):
         tags = {"densenet_dist.folder": self.run.uri} | ({"densenet_dist.sweep": sweep} if sweep else {})
         name = f"{sweep}/{self.config.name}" if sweep else self.config.name
         run_id = str(self._client.create_run(self._experiment(), tags=tags, run_name=name).info.run_id)
-        params = [Param(key, str(value)[:_MAX_VALUE]) for key, value in settings_of(self.config).items()]
+        params = [Param(key, str(value)[:_MAX_VALUE]) for key, value in flat_settings(self.config).items()]
         for start in range(0, len(params), _MAX_BATCH):
             self._client.log_batch(run_id, params=params[start : start + _MAX_BATCH])
         return run_id

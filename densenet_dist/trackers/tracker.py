@@ -194,8 +194,8 @@ def without_secrets(text: str) -> str:
     return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """The settings of a run that are not None, by dotted key."""
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of a run that are not None, by dotted key."""
     return {key: value for key, value in flatten(to_dict(config)).items() if value is not None}
 
 

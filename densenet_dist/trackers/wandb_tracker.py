@@ -6,7 +6,7 @@ import os
 import uuid
 from typing import Any, Final
 
-from densenet_dist.trackers.tracker import WANDB, Record, Status, Tracker, settings_of, sweep_of
+from densenet_dist.trackers.tracker import WANDB, Record, Status, Tracker, flat_settings, sweep_of
 
 _SETTINGS: Final[dict[str, Any]] = {
     # Send only metrics and settings: no console output, code, git state, packages, command line or machine details.
@@ -36,7 +36,7 @@ class WandbTracker(Tracker):
             id=run_id or uuid.uuid4().hex[:12],
             resume=None if _is_offline() else "allow",  # offline the same id is enough
             dir=str(self.run.path),
-            config=settings_of(self.config),
+            config=flat_settings(self.config),
             settings=wandb.Settings(**_SETTINGS),
         )
         self._session.define_metric("global_step")

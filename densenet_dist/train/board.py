@@ -18,7 +18,7 @@ from torch import Tensor
 from densenet_dist.config import to_yaml
 from densenet_dist.pages.figures import MAX_CLASSES, new_figure, printed, printed_confusion, shortened
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import settings_of
+from densenet_dist.trackers.tracker import flat_settings
 from densenet_dist.train.results import Mistake, TestResults
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Board:
 
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in settings_of(config).items()
+            for key, value in flat_settings(config).items()
             if key.startswith(_HYPERPARAMETERS)
         }
         self._writer._get_file_writer().add_summary(hparams(settings, {})[1])

@@ -157,7 +157,7 @@ class CheckpointStore:
             ) from error
         self.run.publish(*(f"{folder}/{name}" for name in FILES))
         self.write_list()
-        self._sweep()
+        self._delete_unlisted()
 
     def write_list(self) -> None:
         """Write manifest.json.
@@ -235,7 +235,7 @@ class CheckpointStore:
         best = best_record([{**entry.metrics, "name": entry.name} for entry in self.entries], self.monitor)
         return None if best is None else best["name"]
 
-    def _sweep(self) -> None:
+    def _delete_unlisted(self) -> None:
         """Delete checkpoints that are not in the list, including those that a killed process left."""
         for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in self.entries}:
             if name.startswith(("step-", ".step-")):

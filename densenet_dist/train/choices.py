@@ -37,16 +37,16 @@ CHOICES: Final = {
 """The keys under which env.json holds choices, and the settings that each depends on."""
 
 LOADER_SECONDS: Final = 0.4
-CLEARLY: Final = 1.1
+MIN_SPEEDUP: Final = 1.1
 """How many times as fast a loader must be to replace the default of the device: DALI on a GPU, torch on a CPU."""
 
 FORMS: Final = ("fused", "reference")
-SECONDS: Final = 2.0
-SHARE: Final = 0.01
+MAX_SECONDS: Final = 2.0
+MAX_SHARE: Final = 0.01
 """Limits of the time for measuring both forms: seconds, and a share of the estimated duration of the run."""
 MAX_IMAGES: Final = 32
 """In a measured step on a CPU: the reference form may need several times the memory of the fused one."""
-WORTH_IT: Final = 10_000
+MIN_IMAGES: Final = 10_000
 """Training images per rank, over all epochs, below which blocks are not measured."""
 
 
@@ -87,9 +87,9 @@ def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
     """Choose DALI on a GPU and torch on a CPU, or the other one if it is clearly faster."""
     if device == "cuda":
         rates = {name: speed.per_second for name, speed in speeds.items()}
-        return _choice(rates, "dali" if CLEARLY * rates["dali"] >= rates["torch"] else "torch")
+        return _choice(rates, "dali" if MIN_SPEEDUP * rates["dali"] >= rates["torch"] else "torch")
     rates = {name: speed.per_cpu_second for name, speed in speeds.items()}
-    name = "torch" if CLEARLY * rates["torch"] >= rates["dali"] else "dali"
+    name = "torch" if MIN_SPEEDUP * rates["torch"] >= rates["dali"] else "dali"
     return _choice(rates, name, "images/CPU-s", "images_per_cpu_s")
 
 
@@ -117,7 +117,7 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     if reason := unavailable(context.device.type):
         context.note(f"block: reference ({reason})")
         return replace(model, block="reference")
-    short = images < WORTH_IT * context.world_size
+    short = images < MIN_IMAGES * context.world_size
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
     if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
         return replace(model, block="fused")
@@ -142,7 +142,7 @@ def _measure_blocks(config: Config, context: RunContext, num_classes: int, image
             _step_seconds(model, 2, image_size, config.train.precision, context.device)
         measure_steps(2)
         per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
-        remaining = min(SECONDS, SHARE * images * min(1 / rate for rate in rates.values()))
+        remaining = min(MAX_SECONDS, MAX_SHARE * images * min(1 / rate for rate in rates.values()))
         most = share if context.device.type == "cuda" else min(share, MAX_IMAGES)
         count = max(2, min(most, int(remaining / 2 / per_image)))
         while remaining > count * per_image:

@@ -25,7 +25,7 @@ A note has ``text``, and ``warning`` is true if it is a warning."""
 
 
 class Stopped(BaseException):
-    """Raised on every rank when a run stops on request, after everything is saved."""
+    """Raised when a run stops on request; everything is saved, except after `StopRequest.LEAVE`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            f"there is no GPU for process {local_rank} of this machine, which has {torch.cuda.device_count()}\n"
+            "  start fewer processes (torchrun --nproc-per-node), or use cluster.device=cpu"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

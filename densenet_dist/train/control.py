@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 Phase: TypeAlias = Literal["start", "wait", "train", "validate", "save", "test"]
 """wait: waiting for the next batch; train: the rest of a step; save: pausing for a checkpoint or waiting for it."""
 
-_LOSSES: Final = ("start", "wait", "validate", "save", "recovery", "test")
+_LOST_TO: Final = ("start", "wait", "validate", "save", "recovery", "test")
 
 
 _IN_COLLECTIVE: Final = threading.Event()
@@ -29,7 +29,7 @@ def collective() -> Iterator[None]:
 
 
 class StopRequest(IntEnum):
-    """A request to a run from outside. Of several pending requests the greatest is carried out."""
+    """A request to a run from outside. If several are pending, the greatest is carried out."""
 
     NONE = 0
     SAVE = 1
@@ -48,7 +48,7 @@ class WorkerStatus:
         step: global steps completed.
         saved: checkpoints written.
         progress: number of steps and evaluated batches of this process; if it stays the same for long, the rank hangs.
-        longest_idle_s: the longest time between two increments of `progress`, without the first of the process.
+        longest_idle_s: longest time between two increments of `progress`; the time before the first is not counted.
         requested: the pending request.
         known_phases: phases in which `progress` has increased. The first step of each may compile or tune kernels.
     """
@@ -117,7 +117,7 @@ class Goodput:
     Args:
         status: status of rank 0.
         launch: identifies one start of the command; restarts within it have the same value.
-        launched: time of that start, in seconds since the epoch; None for now.
+        launched: Unix time of that start; None: now.
         workers: number of ranks, each with its own device: a GPU, or a share of a CPU.
     """
 
@@ -129,19 +129,14 @@ class Goodput:
     def seconds(self) -> dict[str, float]:
         """Return the time in each phase and in ``recovery`` since the run began, in seconds."""
         now = self._status.seconds()
-        return {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in ("train", *_LOSSES)}
-
-    @property
-    def ratio(self) -> float:
-        """Share of the time spent in steps that count, in [0, 1]."""
-        return self.figures()["goodput/ratio"]
+        return {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in ("train", *_LOST_TO)}
 
     def figures(self) -> dict[str, float]:
         """Return ``goodput/ratio``, and other uses as shares of the time: ``goodput/lost_to_start`` and so on."""
         spent = self.seconds()
         total = max(sum(spent.values()), 1e-9)
         return {"goodput/ratio": spent["train"] / total} | {
-            f"goodput/lost_to_{name}": spent[name] / total for name in _LOSSES
+            f"goodput/lost_to_{name}": spent[name] / total for name in _LOST_TO
         }
 
     @property
@@ -160,7 +155,7 @@ class Goodput:
         before = dict(state["seconds"])
         if state["launch"] == self._launch:
             before["recovery"] += max(0.0, time.time() - state["time"])
-            before["start"] -= self._status.seconds().get("start", 0.0)  # within recovery, and counted by the status
+            before["start"] -= self._status.seconds().get("start", 0.0)  # part of recovery; `seconds` adds it again
         else:
             before["start"] += self._before.get("start", 0.0)
         self._before = before

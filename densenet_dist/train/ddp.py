@@ -48,7 +48,7 @@ def wrap(model: DenseNet, config: Config, context: RunContext, precision: Abstra
 
 
 def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
-    """Return the sizes of DDP's gradient buckets in bytes, in the order of the backward pass; the last is for the rest.
+    """Return the sizes of DDP's gradient buckets in bytes, in the order of the backward pass; the last takes the rest.
 
     By default a bucket has the gradients of one dense block and the transition after it. The fused form produces them
     all at once, so smaller buckets would not be sent earlier, and larger ones would wait for the next block. Blocks of
@@ -180,10 +180,11 @@ class RankSync:
             The first step with a NaN or infinite loss on any rank, or None; the greatest request of any rank.
         """
         status = self._context.status
-        own = torch.tensor([max(request, status.requested), self._next_interval()], device=self._context.device)
+        pending = status.requested  # another thread may set it at any time
+        own = torch.tensor([max(request, pending), self._next_interval()], device=self._context.device)
         rows = gather_ranks(torch.cat([self._first_bad_step[None], own])).tolist()
         self._interval, self._steps = rows[0][2], 0
-        if status.requested is StopRequest.SAVE:
+        if pending is StopRequest.SAVE and status.requested is StopRequest.SAVE:
             status.requested = StopRequest.NONE  # the caller saves
         step = min(row[0] for row in rows)
         return None if step == _NEVER else step, StopRequest(max(row[1] for row in rows))

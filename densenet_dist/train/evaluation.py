@@ -99,7 +99,7 @@ def evaluate_test_set(
     if context.rank == 0:
         try:
             results = add_images(results, config, engine)
-        except Exception as error:  # do not lose the results for want of images
+        except Exception as error:  # missing images must not lose the results
             context.note(f"the images of the worst mistakes could not be read: {error}")
     return results
 
@@ -217,8 +217,8 @@ def prepare_evaluation(
     dataset = load_run_data(config, folder)
     require_same(snapshot, {"always": {"class names": list(dataset.class_names)}}, f"the checkpoint of {folder.uri}")
     report_lines(notify, dataset.skipped)
-    if snapshot.state.get("pictures") != digest_of_files(dataset):
-        notify("the pictures differ from those at the start of the run, which may have been trained on some of them")
+    if snapshot.state.get("pictures", digest := digest_of_files(dataset)) != digest:
+        notify("the images differ from those at the start of the run; the model may have been trained on some of them")
     train, val = train_and_val(config, dataset)
     indices = {"test": np.arange(len(dataset.test.labels)), "val": val, "train": train}[split]
     images = dataset.test if split == "test" else dataset.train

@@ -28,7 +28,7 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.metrics import gather_objects
 
 Indices: TypeAlias = npt.NDArray[np.int64]
-_FEW = 30  # images: each is more than 3 % of the accuracy
+_MIN_IMAGES = 30  # with fewer, each image is more than 3 % of the accuracy
 
 
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
@@ -81,9 +81,9 @@ def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
         missing = sorted(set(range(dataset.num_classes)).difference(labels.tolist()))
         if missing and len(labels):
             names = few([dataset.class_names[label] for label in missing])
-            yield f"{len(missing)} of {dataset.num_classes} classes have no {part} pictures: {names}"
-        if 0 < len(labels) < _FEW:
-            yield f"only {len(labels)} {part} pictures"
+            yield f"there are no {part} images of {len(missing)} of {dataset.num_classes} classes: {names}"
+        if 0 < len(labels) < _MIN_IMAGES:
+            yield f"only {len(labels)} {part} images"
 
 
 def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:
@@ -227,7 +227,7 @@ def require_same_files(dataset: Dataset) -> None:
     found = gather_objects((os.uname().nodename, digest))
     if len({other for _, other in found}) > 1:
         raise DataError(
-            "the nodes do not see the same pictures in data.root: "
+            "the nodes do not see the same images in data.root: "
             + ", ".join(f"rank {rank} on {node}" for rank, (node, _) in enumerate(found))
             + "\n  give data.root a folder that all nodes share, or copy the same files to each"
         )

@@ -43,14 +43,14 @@ class RunLog:
         self._earlier = run.names(TENSORBOARD_FOLDER)
         # If the test was interrupted, its events have the step of the last epoch. Board hides both: log the epoch anew.
         if self._earlier and self._records and self._records[-1]["global_step"] == global_step:
-            self.show(Board.scalars, self._records[-1] | best_scalars(self._records, monitor), global_step)
+            self.write_board(Board.scalars, self._records[-1] | best_scalars(self._records, monitor), global_step)
         self.publish()  # metrics.jsonl marks the run as started
 
     def missing_epochs(self, epochs: int) -> list[int]:
         """Return which of the first `epochs` epochs have no record because their lines were lost or damaged."""
         return sorted(set(range(1, epochs + 1)) - {record["epoch"] for record in self._records})
 
-    def show(self, method: Callable[..., None], *arguments: Any) -> None:
+    def write_board(self, method: Callable[..., None], *arguments: Any) -> None:
         """Call a method of `Board`. An error does not end the run: it becomes a warning, shown once."""
         try:
             if self._board is None:
@@ -75,14 +75,14 @@ class RunLog:
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         self.run.append(METRICS_FILE, json.dumps(line) + "\n")
         self._records.append(line)
-        self.show(Board.scalars, values | best_scalars(self._records, self._monitor), global_step)
+        self.write_board(Board.scalars, values | best_scalars(self._records, self._monitor), global_step)
         for tracker in self._trackers:
             tracker.add(line)
 
     def publish(self, *, last: bool = False) -> None:
         """Flush the files (or close them, if it is the `last` time), and upload them to an object store."""
-        self.show(Board.close if last else Board.flush)
-        self.show(lambda board: self.run.publish(TENSORBOARD_FOLDER))
+        self.write_board(Board.close if last else Board.flush)
+        self.write_board(lambda board: self.run.publish(TENSORBOARD_FOLDER))
         self.run.publish(METRICS_FILE)
         self._report_messages()
 
@@ -97,7 +97,7 @@ class RunLog:
 
         With `leaves` the run continues in another process, so it is not marked as ended at the services.
         """
-        self.show(Board.close)
+        self.write_board(Board.close)
         for tracker in self._trackers:
             tracker.detach() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
@@ -147,7 +147,7 @@ def start_event(trainer: Trainer) -> Event:
         "steps_per_epoch": trainer.train_loader.steps_per_epoch,
         "global_batch_size": trainer.config.train.global_batch_size,
         "precision": trainer.config.train.precision,
-        "loader": trainer.loader,
+        "loader": trainer.loader_name,
         "world_size": trainer.context.world_size,
         "device": device,
         "epoch": trainer.position.epoch,
@@ -170,7 +170,7 @@ def progress_event(trainer: Trainer) -> Event:
         "loss": loss / max(images, 1.0),
         "top1": top1 / max(images, 1.0),
         "rate": trainer.position.step * trainer.config.train.global_batch_size / trained,
-        "goodput": trainer.context.goodput.ratio,
+        "goodput": trainer.context.goodput.figures()["goodput/ratio"],
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
@@ -48,7 +49,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
 
     Raises:
         TrainingError: a loss is NaN or infinite. Every rank raises it at the same step.
-        Stopped: a stop was requested, and everything is saved.
+        Stopped: a stop was requested; everything is saved, unless another job has taken over the run's folder.
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     trainer = Trainer(config, context)
@@ -58,7 +59,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if context.rank == 0:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor)
             _start_log(trainer, log)
-        while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:
+        while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
             started = time.perf_counter()
             record = train_epoch(trainer, log)
             # A save requested now happens after the validation, so that the checkpoint contains its metrics. A stop
@@ -70,7 +71,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
         return _test(trainer, log)
     except BaseException as error:
-        if log is not None:  # this process may train another run, as in a notebook or a sweep
+        if log is not None:  # release it: this process may train another run (notebook, sweep)
             log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
         raise
     finally:
@@ -84,7 +85,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
 
     Returns:
         ``epoch`` (from 1), ``lr`` (at its start); ``train/loss``, ``train/top1``, ``train/top5`` over the whole epoch
-        and all ranks; ``perf/images_per_s`` and ``perf/data_wait`` (share of time) of rank 0.
+        and all ranks; ``perf/images_per_s`` of all ranks; ``perf/data_wait``, this rank's share of time spent waiting.
     """
     trainer.forward.train()
     status, epoch = trainer.context.status, trainer.position.epoch
@@ -94,7 +95,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     for batch in trainer.batches():
         status.enter("train")
         if log is not None and trainer.position.global_step == 0:
-            log.show(_show_images, trainer, batch)
+            log.write_board(_show_images, trainer, batch)
         ends_epoch = trainer.position.step + 1 == trainer.train_loader.steps_per_epoch
         with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
@@ -107,7 +108,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         status.enter("wait")
     status.enter("train")
     totals = trainer.metrics.compute()  # waits for the device: the time below includes its work
-    status.enter("validate")
+    status.enter("validate")  # the phase of all that follows, until the next epoch
     trained, waited = trainer.count_time()
     record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
     return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
@@ -120,17 +121,17 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     scaled by world_size / global_size, which stays exact where the shares are unequal.
     """
     trainer.prepare_step()
-    if trainer.step_graph is not None:
-        trainer.count(*trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch)))
+    if trainer.step_graph is not None:  # the graph includes the update of the weights
+        trainer.update_metrics(*trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch)))
     else:
-        batch = batch.batch() if isinstance(batch, BatchRecipe) else batch
+        batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
         world_size = trainer.context.world_size
         parts = min(trainer.config.train.grad_accum_steps, batch.global_size // world_size)
         micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
         for number, (images, targets) in enumerate(micro_batches, start=1):
             with no_sync(trainer.forward) if number < parts else nullcontext():
                 loss, logits = trainer.forward_backward(images, targets, scale=world_size / batch.global_size)
-            trainer.count(loss, logits, targets)
+            trainer.update_metrics(loss, logits, targets)
         trainer.update_weights()
         trainer.optimizer.zero_grad(set_to_none=True)
     trainer.end_step()
@@ -140,7 +141,7 @@ def save_or_stop(trainer: Trainer) -> None:
     """Save within an epoch if the configuration or a request asks for it, and stop if that is requested.
 
     Raises:
-        Stopped: on every rank, once everything is saved.
+        Stopped: on every rank; everything is saved, except after `StopRequest.LEAVE`.
         TrainingError: a loss is not finite.
     """
     every = trainer.config.checkpoint.every_steps
@@ -149,7 +150,7 @@ def save_or_stop(trainer: Trainer) -> None:
         if request is StopRequest.LEAVE:
             raise Stopped
         if request is not StopRequest.NONE:
-            trainer.count_time()
+            trainer.count_time()  # so that the snapshot includes the time until now
             save(trainer, trainer.snapshot())
         if request is StopRequest.STOP:
             stop(trainer)
@@ -172,7 +173,7 @@ def sync_requests(trainer: Trainer, save_is_due: bool = False) -> StopRequest:
     request = StopRequest.SAVE if save_is_due else StopRequest.NONE
     not_finite, request = trainer.rank_sync.exchange(request)
     if not_finite is not None:
-        raise trainer.diverged("loss is", not_finite)
+        raise trainer.diverged("loss", not_finite)
     return request
 
 
@@ -181,13 +182,13 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
 
     Raises:
         TrainingError: the weights are not finite.
-        StorageError: the checkpoint before could not be written.
+        StorageError: the previous checkpoint could not be written.
     """
     # The losses checked so far are those before the last update, which may have produced NaN. Such weights must not
     # replace a good checkpoint.
     norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in trainer.model.parameters()]))
     if not norms.isfinite().all():
-        raise trainer.diverged("norm of the weights is", trainer.position.global_step - 1)
+        raise trainer.diverged("norm of the weights", trainer.position.global_step - 1)
     if trainer.context.rank == 0:
         trainer.store.save(snapshot)
     trainer.saved_step = trainer.position.global_step
@@ -210,6 +211,7 @@ def _stoppable(trainer: Trainer, batches: Iterable[Batch], on_stop: Callable[[],
         status.advance()
         if status.requested is StopRequest.LEAVE:
             raise Stopped
+        # Ranks may have different numbers of batches, so they cannot exchange requests here: rank 0 stops alone.
         if trainer.context.rank == 0 and status.requested is StopRequest.STOP:
             on_stop()
 
@@ -227,7 +229,7 @@ def _validate(trainer: Trainer) -> dict[str, float]:
         trainer.store.wait()
         raise
     if not math.isfinite(totals["loss"]):
-        raise trainer.diverged("validation loss is", trainer.position.global_step - 1)
+        raise trainer.diverged("validation loss", trainer.position.global_step - 1)
     return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
 
 
@@ -240,13 +242,13 @@ def _end_epoch(
     if log is not None:
         log.record(record, position.global_step)
         log.publish()
-    _report_lost_files(trainer)
+    _report_lost_files(context, trainer.engine)
     last = position.epoch == config.train.epochs or trainer.lr_controller.stopped
     if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
         save(trainer, trainer.snapshot(validation))
     if context.sync_each_epoch or last:
         trainer.store.wait()
-    with context.status.during("save"):  # in a sweep this call waits for the scheduler, which is no hang
+    with context.status.during("save"):  # in a sweep this waits for the scheduler, which is not a hang
         context.report(epoch_event(trainer, record))
 
 
@@ -267,11 +269,12 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         best = {"epoch": snapshot.position.epoch, **snapshot.metrics}
     best = broadcast(best)
     sync_from_rank0(list(trainer.eval_model.parameters()))
-    engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader)
+    engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
     wrap = partial(_stoppable, trainer, on_stop=lambda: stop(trainer))
     results = evaluate_test_set(trainer.eval_model, config, context, trainer.dataset, engine, wrap)
+    _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
-        raise trainer.diverged("test loss is", step - 1)
+        raise trainer.diverged("test loss", step - 1)
     test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
     summary = {
         "status": "early stop" if trainer.lr_controller.stopped else "finished",
@@ -283,8 +286,8 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     }
     if log is not None:
         log.record({"epoch": best["epoch"], **test}, step)
-        log.show(Board.test_results, results, step)
-        log.show(Board.finished, step)
+        log.write_board(Board.test_results, results, step)
+        log.write_board(Board.finished, step)
         log.publish(last=True)
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
@@ -299,7 +302,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
     report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
-        log.show(Board.introduce, config)
+        log.write_board(Board.introduce, config)
     log.track(config, context.note)
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))
@@ -309,12 +312,12 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
 
 
 def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
-    first = batch.batch() if isinstance(batch, BatchRecipe) else batch
+    first = batch.compute() if isinstance(batch, BatchRecipe) else batch
     board.images("train/augmented", first.images, trainer.engine.mean, trainer.engine.std, 0)
 
 
-def _report_lost_files(trainer: Trainer) -> None:
-    """Report the images that became unreadable in this epoch on any rank. A collective call."""
-    if trainer.engine.files is not None:
-        lines = {line for lines in gather_objects(trainer.engine.substitutes.news()) for line in lines}
-        report_lines(trainer.context.warn, sorted(lines), "images that can no longer be read, and are replaced")
+def _report_lost_files(context: RunContext, engine: Engine) -> None:
+    """Report the images that became unreadable on any rank since the last call. A collective call."""
+    if engine.files is not None:
+        lines = {line for lines in gather_objects(engine.substitutes.news()) for line in lines}
+        report_lines(context.warn, sorted(lines), "images that became unreadable (replaced in training, not evaluated)")

@@ -40,10 +40,6 @@ class Metrics:
         self.sums[_TOP5] += hits.sum()
         self.sums[_IMAGES] += len(labels)
 
-    def gather(self) -> Tensor:
-        """Return every rank's sums for a checkpoint: (world_size, 4) float64 on the CPU. A collective call."""
-        return gather_ranks(self.sums).cpu()
-
     def restore(self, gathered: Tensor, rank: int, world_size: int) -> None:
         """Load the sums of a checkpoint; if the world size differs, rank 0 gets all of them."""
         if len(gathered) == world_size:

@@ -17,7 +17,7 @@ from densenet_dist.model import DenseNet
 from densenet_dist.model.variants import densenet, variant_architecture
 from densenet_dist.schema import Config, ModelConfig
 
-Kind: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 """A tensor's dtype and shape."""
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,19 +74,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
         CheckpointError: tensors are missing, unexpected, of another shape or dtype, or counts are negative.
     """
     own = model.state_dict()
-    require_same_tensors(kinds_of(weights), kinds_of(own), f"{origin} does not fit this model")
+    require_same_tensors(tensor_specs(weights), tensor_specs(own), f"{origin} does not fit this model")
     for name, tensor in weights.items():
         if not tensor.is_floating_point() and (tensor < 0).any():
             raise CheckpointError(f"{origin} is damaged: {name} is negative")
     model.load_state_dict(dict(weights))
 
 
-def kinds_of(weights: Mapping[str, Tensor]) -> dict[str, Kind]:
+def tensor_specs(weights: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     """Return the dtype and shape of each tensor, for `require_same_tensors`."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
 
-def require_same_tensors(found: Mapping[str, Kind], wanted: Mapping[str, Kind], problem: str) -> None:
+def require_same_tensors(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], problem: str) -> None:
     """Check that a file contains exactly the tensors of a model.
 
     Raises:
@@ -104,5 +104,5 @@ def require_same_tensors(found: Mapping[str, Kind], wanted: Mapping[str, Kind], 
         raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
 
 
-def _describe(kind: Kind) -> str:
+def _describe(kind: TensorSpec) -> str:
     return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"

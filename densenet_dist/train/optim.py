@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.schedules import SCHEDULES, ScheduleState, settings_of
+from densenet_dist.schedules import SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
 
 
@@ -103,7 +103,7 @@ class LRController:
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
         self._config, self._steps_per_epoch = config, steps_per_epoch
-        self._settings = settings_of(SCHEDULES[config.schedule.name], config.schedule)
+        self._settings = keyword_settings(SCHEDULES[config.schedule.name], config.schedule)
         self._plateau = Patience(config.schedule.patience, config.schedule.min_delta)
         self._early = Patience(config.early_stopping.patience, config.early_stopping.min_delta)
         self.scale = 1.0

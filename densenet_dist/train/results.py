@@ -134,7 +134,7 @@ class ResultsAccumulator:
             indices: (n,) int64, the images' indices in the split.
         """
         classes = len(self.confusion)
-        predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # of equal logits as in `Metrics`
+        predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # ties as in `Metrics`
         probabilities, labels = logits.float().cpu().double().softmax(1).nan_to_num(), labels.cpu()
         confidence, label_probability = (
             probabilities.gather(1, chosen[:, None])[:, 0] for chosen in (predicted, labels)

@@ -124,7 +124,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file(_contiguous(tensors), path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
@@ -155,10 +155,6 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def _unpacked_size(path: Path) -> int:

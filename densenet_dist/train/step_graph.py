@@ -22,7 +22,7 @@ WARM_UP_STEPS: Final = 3
 """Steps without a graph before a shape is captured: cuDNN selects kernels, the optimizer allocates its state."""
 
 
-class Made(NamedTuple):
+class StepResult(NamedTuple):
     """The result of a step: loss, logits and targets, on the device."""
 
     loss: Tensor
@@ -37,7 +37,7 @@ _Shapes: TypeAlias = tuple[torch.Size, ...]
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    made: Made
+    made: StepResult
 
 
 class StepGraph:
@@ -61,7 +61,7 @@ class StepGraph:
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._device)
 
-    def __call__(self, recipe: BatchRecipe) -> Made:
+    def __call__(self, recipe: BatchRecipe) -> StepResult:
         """Take a step. The next step with the same shapes overwrites the returned tensors."""
         shapes = tuple(tensor.shape for tensor in recipe.inputs)
         captured = self._captured.get(shapes)
@@ -84,7 +84,7 @@ class StepGraph:
             if "capturable" in group:
                 group["capturable"] = True
 
-    def _warm_up(self, recipe: BatchRecipe) -> Made:
+    def _warm_up(self, recipe: BatchRecipe) -> StepResult:
         # Use the stream of the capture: cuBLAS and the allocator have memory per stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -103,6 +103,6 @@ class StepGraph:
             made = self._whole_step(held)
         return _Captured(graph, list(held.inputs), made)
 
-    def _whole_step(self, recipe: BatchRecipe) -> Made:
-        batch = recipe.batch()
-        return Made(*self._step(batch.images, batch.targets), batch.targets)
+    def _whole_step(self, recipe: BatchRecipe) -> StepResult:
+        batch = recipe.compute()
+        return StepResult(*self._step(batch.images, batch.targets), batch.targets)

@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
-from densenet_dist.schema import Config, WorkerRange, without_validation
+from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches
 from densenet_dist.train.choices import choose_block, choose_loader
@@ -31,7 +31,7 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
-from densenet_dist.train.metrics import Metrics, broadcast
+from densenet_dist.train.metrics import Metrics, broadcast, gather_ranks
 from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
@@ -51,7 +51,7 @@ class Trainer:
         model: the plain model, whose state dict is in checkpoints.
         forward: `model`, compiled and wrapped for DDP as configured; a training step calls it.
         average: the moving average of the weights, if configured.
-        loader: name of the loader, torch or dali.
+        loader_name: torch or dali.
         engine: produces the pixels of the training split.
         num_images: training and validation images.
         position: steps and epochs completed.
@@ -68,7 +68,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, context: RunContext, dataset: Dataset | None = None) -> None:
-        _choose_kernels(config, context)
+        _set_determinism(config, context)
         self.config, self.context = config, context
         self.dataset = dataset = load_run_data(config, context.run) if dataset is None else dataset
         require_same_files(dataset)
@@ -77,18 +77,18 @@ class Trainer:
         self._require_feasible()  # before anything is measured or built
 
         # Validation images are part of the training split, so that one engine serves both loaders.
-        self.loader = choose_loader(config, context, dataset, train_indices)
-        self.engine = engine_of(config, context.device, dataset, dataset.train, self.loader)
+        self.loader_name = choose_loader(config, context, dataset, train_indices)
+        self.engine = engine_of(config, context.device, dataset, dataset.train, self.loader_name)
         self.train_loader = train_loader(config, context, dataset, self.engine, train_indices)
         self.val_loader = None
         if len(val_indices):
             self.val_loader = eval_loader(config, context, self.engine, val_indices)
 
         train = config.train
-        total = train.epochs * len(train_indices)
-        settings = choose_block(config, context, dataset.num_classes, dataset.image_size, total)
+        images = train.epochs * len(train_indices)
+        model = choose_block(config, context, dataset.num_classes, dataset.image_size, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
-        self.model = build_model(settings, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+        self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
         self.forward = wrap(self.model, config, context, autocast(context.device, train.precision))
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
         self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
@@ -155,7 +155,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+    def update_metrics(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch to the running metrics, without a host sync."""
         self.metrics.update(loss, logits, targets)
         self.rank_sync.watch(loss, self.position.global_step)
@@ -191,7 +191,7 @@ class Trainer:
             kept = f"the checkpoint of step {self.saved_step} is kept"
         epoch = step // self.train_loader.steps_per_epoch + 1
         return TrainingError(
-            f"the {what} NaN or infinite at step {step} (epoch {epoch}); {kept}\n"
+            f"the {what} is NaN or infinite at step {step} (epoch {epoch}); {kept}\n"
             "  try a lower train.lr, a warm-up (train.schedule.warmup_epochs), train.clip_grad_norm=1 "
             "or train.precision=fp32"
         )
@@ -202,7 +202,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "lr_controller": self.lr_controller.state_dict(),
-            "sums": self.metrics.gather(),
+            "sums": gather_ranks(self.metrics.sums).cpu(),
             "clock": {
                 "seconds": self.seconds,
                 "epoch_time": self.epoch_time,
@@ -230,7 +230,7 @@ class Trainer:
             self.restore(snapshot)
             if snapshot.state.get("pictures") != digest_of_files(self.dataset):
                 self.context.warn(
-                    "the images differ from those at the start of the run: it resumes, but no longer exactly"
+                    "the images differ from those at the start of the run, so its results will differ too"
                 )
 
     def report_damage(self) -> None:
@@ -278,12 +278,14 @@ class Trainer:
         """Raise a ConfigError for what cannot work, before anything is built."""
         config, context, train = self.config, self.context, self.config.train
         num_train, num_val = self.num_images
-        for problem in () if num_val else without_validation(train):
-            raise ConfigError(f"{problem}\n  set it, or add a folder val beside train and test")
+        if not num_val and (problem := next(validation_conflicts(train), None)):
+            raise ConfigError(
+                f"{problem}\n  raise data.val_fraction or data.limit, or add a folder val beside train and test"
+            )
         workers = config.cluster.workers  # an elastic run must not fail when it gets more of them
         ranks = {context.world_size, *(config.cluster.worker_range if isinstance(workers, WorkerRange) else ())}
         check_batches(config, num_train, ranks)
-        trained = min(train.global_batch_size, num_train) // context.world_size // train.grad_accum_steps
+        trained = max(1, min(train.global_batch_size, num_train) // context.world_size // train.grad_accum_steps)
         num_test = len(self.dataset.test.labels)
         evaluated = min(train.eval_batch_size, max(num_val, num_test) // context.world_size)
         require_memory(config, self.dataset.num_classes, context.device, trained, evaluated)
@@ -314,12 +316,12 @@ def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) ->
         raise ValueError("it holds an impossible count, time or scale")
 
 
-def _choose_kernels(config: Config, context: RunContext) -> None:
+def _set_determinism(config: Config, context: RunContext) -> None:
     if context.device.type != "cuda":
         return  # CPU kernels are deterministic at a fixed number of threads
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, later than this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # takes effect when cuBLAS is initialised, later
     torch.backends.cudnn.benchmark = not config.train.deterministic
     torch.use_deterministic_algorithms(config.train.deterministic)
-    # That would also fill all new memory with NaN, which is slow and makes no result more deterministic.
+    # Deterministic mode would also fill new memory with NaN, which is slow and makes no result more deterministic.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

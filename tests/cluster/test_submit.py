@@ -175,12 +175,20 @@ def test_what_cannot_work_is_not_sent(tmp_path, monkeypatch, command, problem):
     assert "MARKER" not in str(caught.value)
 
 
+def test_the_base_of_a_sweep_must_be_uploaded_too(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {epochs: 1}")
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "sweep.yaml").write_text("base: ../base.yaml\nspace: {train.lr: {choice: [0.1]}}")
+    with pytest.raises(ConfigError, match=r"base\.yaml is not in the folder to upload"):
+        prepare(["tune", str(tmp_path / "up" / "sweep.yaml"), "storage=/shared"], tmp_path / "up")
+
+
 def test_a_cluster_that_is_not_there_and_no_password_in_what_is_said_of_it(tmp_path):
     job = prepare(["doctor"], tmp_path, "http://me:MARKER@127.0.0.1:9")
     said = r"there is no Ray cluster at http://\*\*\*@127.0.0.1:9(.|\n)*RAY_AUTH_TOKEN"
     with pytest.raises(EnvironmentProblem, match=said) as caught:
         send(job)
-    assert "MARKER" not in f"{caught.value!r} {job.follow_command} {job.stop_command}"
+    assert "MARKER" not in f"{caught.value!r} {job.command('logs --follow')} {job.command('stop')}"
 
 
 @pytest.mark.parametrize(

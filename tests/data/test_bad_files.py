@@ -20,6 +20,7 @@ from densenet_dist.data.engine import Engine
 from densenet_dist.data.image_files import ImageFiles
 from densenet_dist.data.loader import Batch, TrainLoader
 from densenet_dist.data.plan import epoch_order
+from densenet_dist.data.substitutes import Substitutes
 from densenet_dist.errors import DataError
 
 CLASSES, OF_EACH = 3, 14
@@ -47,8 +48,8 @@ def another(path: Path) -> None:
 HARMS: dict[Callable[[Path], None], str] = {
     cut_short: "cut short or damaged",
     zeroed: "not an image",
-    another: "another image than when it was verified",
-    Path.unlink: "cannot be read: it is not there",
+    another: "no longer the image that was verified",
+    Path.unlink: "cannot be read: it does not exist",
 }
 
 
@@ -192,6 +193,14 @@ class TestEvaluation:
         assert len(engine.substitutes.news()) == 2
 
 
+def test_training_images_are_replaced_by_training_images(split: Split) -> None:
+    substitutes = Substitutes(split, "skip")
+    substitutes.exclude({3: "damaged", 5: "damaged"})
+    assert substitutes.resolve(np.array([2, 3, 20]), np.r_[0:4, 14:COUNT]).tolist() == [2, 0, 20]
+    with pytest.raises(DataError, match="no image of class 0 can be read any more"):
+        substitutes.resolve(np.array([3]), np.r_[3, 14:COUNT])
+
+
 @pytest.mark.parametrize("training", [True, False])
 class TestRefusal:
     def make_all(self, engine: Engine, split: Split, training: bool) -> None:
@@ -200,7 +209,7 @@ class TestRefusal:
     def test_a_whole_class_is_unreadable(self, kind: str, split: Split, training: bool) -> None:
         for row in range(OF_EACH, 2 * OF_EACH):
             path_of(split, row).unlink()
-        with pytest.raises(DataError, match=r"no image of class 1 can be read any more:\n  .*/1/.*it is not there"):
+        with pytest.raises(DataError, match=r"no image of class 1 can be read any more:\n  .*/1/.*it does not exist"):
             self.make_all(engine_of(kind, split), split, training)
 
     def test_error_is_the_policy(self, kind: str, split: Split, training: bool) -> None:

@@ -69,7 +69,7 @@ class TestFolder:
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("data_batch_2.bin", None, r"not a whole CIFAR-10: it lacks data_batch_2\.bin; delete .*data\.root="),
+        ("data_batch_2.bin", None, r"an incomplete CIFAR-10: it lacks data_batch_2\.bin; delete .*data\.root="),
         ("data_batch_2.bin", b"x", r"data_batch_2\.bin is truncated: 1 bytes instead of \d+"),
         ("batches.meta.txt", bytes(999), r"batches\.meta\.txt is too long: 999 bytes instead of \d+"),
     ],

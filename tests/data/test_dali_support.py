@@ -60,7 +60,7 @@ def test_a_part_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_driver_that_is_too_old_or_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_support, "driver_versions", lambda: ("550.54", (12, 4)))
-    assert "built for CUDA 13, cannot work here: the driver 550.54 knows CUDA 12.4 at most" in problem(GPU)
+    assert "built for CUDA 13, cannot work here: the driver 550.54 supports CUDA 12.4 at most" in problem(GPU)
     monkeypatch.setattr(dali_support, "driver_versions", lambda: (None, (13, 5)))
     monkeypatch.setattr(backend, "GetCUDADeviceCount", lambda: 0)
-    assert "finds no GPU, although the driver knows CUDA 13.5" in problem(GPU)
+    assert "finds no GPU, although the driver supports CUDA 13.5" in problem(GPU)

@@ -246,7 +246,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 FOUND = {
     **{f"a/{name}": reason for name, (_, reason) in BAD.items()},
-    "a/dangling.png": "cannot be read: it is not there, or is a link to nothing",
+    "a/dangling.png": "cannot be read: it does not exist, or is a broken link",
     "a/itself.png": "cannot be read: Too many levels of symbolic links",
     "a/pipe.png": "not a file",
 }

@@ -187,7 +187,7 @@ class TestRecipes:
             loader = train_loader("torch", augmentation=augmentation, rank=rank, world_size=world_size)
             recipes = loader.recipes(2, 1)
             assert recipes is not None
-            assert_same((recipe.batch() for recipe in recipes), loader.epoch(2, 1))
+            assert_same((recipe.compute() for recipe in recipes), loader.epoch(2, 1))
 
     def test_there_are_none_where_the_host_has_a_part(self, pictures: Split) -> None:
         assert train_loader("torch", pictures).recipes(0) is None

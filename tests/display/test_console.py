@@ -88,9 +88,6 @@ def plain(text: str) -> list[str]:
     return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
 
 
-# Lines
-
-
 def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
     with Console() as console:
         console({"kind": "run", "name": "run", "run": "runs/run", "resumed": False})
@@ -162,9 +159,6 @@ def test_a_line_is_sent_at_once_and_a_run_outlives_its_reader(script):
     assert process.returncode == 0
 
 
-# Terminals
-
-
 @pytest.mark.parametrize("columns", [100, 40])
 def test_a_terminal_shows_bars_or_if_narrow_numbers_and_the_best(columns):
     wide = columns == 100
@@ -202,9 +196,6 @@ def test_a_dumb_terminal_gets_no_sequences():
     assert "1,234 images/s" in text
 
 
-# Time left
-
-
 def test_the_time_left_is_that_of_the_steps_so_far():
     now = 0.0
     progress = RunProgress(RichConsole(), clock=lambda: now)
@@ -218,9 +209,6 @@ def test_the_time_left_is_that_of_the_steps_so_far():
     assert progress.remaining_s() == 180
     progress.on_start({**START, "epochs": 2, "steps_per_epoch": 100, "global_step": 100})  # perhaps other workers
     assert progress.remaining_s() is None
-
-
-# Programs
 
 
 def test_events_for_a_program(capsys):

@@ -124,9 +124,9 @@ def test_pictures_that_cannot_be_used(tmp_path, photo, original):
     assert found.pop().reason.startswith("damaged: Corrupt JPEG data: ")
     assert [item.reason for item in found[1:]] == [
         "cut short or damaged", "not an image", "not an image", "an animation of 2 frames", "not a file",
-        "cannot be read: it is not there, or is a link to nothing",
+        "cannot be read: it does not exist, or is a broken link",
     ]  # fmt: skip
-    with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: cannot be read: it is not there"):
+    with pytest.raises(DataError, match=r"(?s)cut\.png: cut short.*none\.png: cannot be read: it does not exist"):
         load_classifier(original).predict([tmp_path / "cut.png", tmp_path / "whole.png", tmp_path / "none.png"])
     with Image.open(tmp_path / "cut.png") as opened, pytest.raises(DataError, match="image 1: cut short"):
         load_classifier(original).predict(opened)

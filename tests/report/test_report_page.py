@@ -18,11 +18,11 @@ from runs import tiny
 from safetensors.torch import save_file
 from torch import zeros
 
-from densenet_dist.cluster.launch import fit
+from densenet_dist.cluster.launch import _write_page, fit
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
 from densenet_dist.report.comparison import group
-from densenet_dist.report.page import report_at_end, write_report
+from densenet_dist.report.page import write_report
 from densenet_dist.report.record import read_run
 from densenet_dist.run_folder import RunFolder, open_run
 
@@ -225,7 +225,9 @@ def test_a_checkpoint_of_another_model_is_an_error(run):
 def test_a_page_that_cannot_be_made_is_an_error_but_not_at_the_end_of_training(run):
     (run / "report.html").unlink()
     (run / "report.html").mkdir()
-    assert "could not be written" in report_at_end(RunFolder(str(run.parent), run.name))
+    said: list[dict[str, object]] = []
+    _write_page(RunFolder(str(run.parent), run.name), said.append)
+    assert "could not be written" in str(said[0]["text"])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(StorageError, match=r"has no epochs yet(.|\n)*--resume"):
         write_report([run])

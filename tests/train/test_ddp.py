@@ -17,6 +17,8 @@ from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
+from densenet_dist.train import ddp
+from densenet_dist.train.control import StopRequest
 from densenet_dist.train.ddp import bucket_sizes
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_step
@@ -198,6 +200,18 @@ def test_without_it_each_rank_has_statistics_of_its_own_and_evaluation_uses_rank
     for split, checkpoint, record in (("val", "last", validated), ("test", "best", tested)):
         again = evaluate(run_of(together).path, split=split, checkpoint=checkpoint)
         assert again["loss"] == pytest.approx(record[f"{split}/loss"], rel=1e-6)
+
+
+def test_a_request_that_arrives_during_an_exchange_is_not_lost(tmp_path, monkeypatch):
+    trainer = trainer_of(tiny(tmp_path))
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        trainer.context.status.request(StopRequest.SAVE)  # by the thread of the heartbeats
+        return tensor[None]
+
+    monkeypatch.setattr(ddp, "gather_ranks", gather)
+    assert trainer.rank_sync.exchange() == (None, StopRequest.NONE)
+    assert trainer.rank_sync.exchange() == (None, StopRequest.SAVE)
 
 
 def diverge(storage: str) -> list[str]:

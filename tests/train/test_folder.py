@@ -56,7 +56,7 @@ def test_the_command_trains_on_a_folder(photos, tmp_path, command):
     code, out, err = command("train", ROOT / "configs/folder.yaml", *small, *place)
     assert code == 0, err
     assert "folder, 59 training and 6 validation images\n3 classes: apple, bär, cat\n" in out
-    assert "\nonly 6 validation pictures\nonly 7 test pictures\n" in out
+    assert "\nonly 6 validation images\nonly 7 test images\n" in out
     summary = json.loads((tmp_path / "folder" / "summary.json").read_text())
     assert summary["test/top1"] > 0.6  # of three classes: colour is easy
     figures = evaluate(tmp_path / "folder")
@@ -79,11 +79,11 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
             path.unlink()
     config = tiny(tmp_path / "runs", *settings(photos, "seed=0", "train.epochs=1"))
     assert notes_of(config) == [
-        "only 22 training pictures",
-        "2 of 3 classes have no validation pictures: apple, bär",
-        "only 2 validation pictures",
-        "2 of 3 classes have no test pictures: apple, bär",
-        "only 3 test pictures",
+        "only 22 training images",
+        "there are no validation images of 2 of 3 classes: apple, bär",
+        "only 2 validation images",
+        "there are no test images of 2 of 3 classes: apple, bär",
+        "only 3 test images",
     ]
     found = prepare_evaluation(run_of(config), split="train")
     assert np.bincount(found.engine.split.labels[found.indices]).tolist() == [1, 2, 19]
@@ -91,7 +91,9 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
 
 def test_validation_images_may_be_a_folder_of_their_own(photos, tmp_path):
     config = tiny(tmp_path, *settings(photos, "data.val_fraction=0", "train.early_stopping.enabled=true"))
-    with pytest.raises(ConfigError, match=r"val_fraction: 0 leaves nothing .*train\.early_stopping.*\n.* a folder val"):
+    with pytest.raises(
+        ConfigError, match=r"val_fraction: there are no validation images, .*train\.early_stopping.*\n.* a folder val"
+    ):
         trainer_of(config)
     for name in ("train", "test", "val"):
         shutil.copytree(photos, tmp_path / "parts" / name)
@@ -117,7 +119,7 @@ def test_with_skip_pictures_that_are_bad_or_break_meanwhile_do_not_end_the_run(p
     assert [record["train/loss"] > 0 for record in records(config) if "train/loss" in record] == [True] * 3
     notes = "\n".join(event["text"] for event in events if event["kind"] == "note")
     assert "left out of data.root: 1\n  cat/empty.jpg: empty file" in notes
-    assert f"images that can no longer be read, and are replaced: {len(broken)}\n" in notes
+    assert f"images that became unreadable (replaced in training, not evaluated): {len(broken)}\n" in notes
 
 
 def test_without_a_readable_validation_picture_there_is_no_validation_loss(photos, tmp_path):
@@ -180,7 +182,7 @@ def test_pictures_that_come_later_change_neither_evaluation_nor_training(photos,
 
     (photos / parts["train"][0]).unlink()  # which cannot be helped, and is said
     notes = notes_of(tiny(tmp_path / "runs", *settings(photos, *more, "train.epochs=3")))
-    assert "no longer exactly" in "".join(notes)
+    assert "will differ too" in "".join(notes)
     if not with_parts:
         for name in parts["test"]:
             (photos / name).unlink()
@@ -228,7 +230,7 @@ def test_weights_meet_only_the_classes_they_were_trained_on(photos, tmp_path, co
     train(go_on)
     (run / "split.json.gz").unlink()
     shutil.copy(photos / "cat" / "00.jpg", photos / "cat" / "new.jpg")
-    with pytest.warns(UserWarning, match="the pictures differ from those at the start of the run"):
+    with pytest.warns(UserWarning, match="the images differ from those at the start of the run"):
         evaluate(run)
 
 
@@ -241,5 +243,5 @@ def test_ranks_that_see_other_files_are_told_apart(photos, tmp_path):
     for rank in range(2):
         shutil.copytree(photos, tmp_path / "nodes" / str(rank))
     (tmp_path / "nodes" / "1" / "cat" / "03.jpg").unlink()
-    with pytest.raises(ProcessRaisedException, match="the nodes do not see the same pictures"):
+    with pytest.raises(ProcessRaisedException, match="the nodes do not see the same images"):
         run_ranks(other_files, 2, str(tmp_path / "runs"), str(tmp_path / "nodes"))

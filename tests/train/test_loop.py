@@ -22,7 +22,7 @@ from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_epoch, train_step
 from densenet_dist.train.network import build_model, require_memory
 from densenet_dist.train.snapshot import Position
-from densenet_dist.train.trainer import Trainer, _choose_kernels
+from densenet_dist.train.trainer import Trainer, _set_determinism
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -362,7 +362,7 @@ def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_pa
 def test_deterministic_training_does_not_fill_memory(tmp_path):
     config = tiny(tmp_path, "train.deterministic=true")
     try:
-        _choose_kernels(config, RunContext(run_of(config), torch.device("cuda")))
+        _set_determinism(config, RunContext(run_of(config), torch.device("cuda")))
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:

@@ -29,9 +29,9 @@ order of the backward pass; "=>" marks the channels that no further unit reads, 
 The gradients of beta and gamma of these units are one tensor (3, 2, 7) and A and B one tensor (2, 7), so that each is
 allocated once. Unit i uses row i up to its number of channels (the x above); the rest of the row is never read.
 
-The outputs of conv_transpose wait until a channel that they add to is needed; after `MAX_WAITING` of them everything
-they add to the remaining channels is added to the buffer of G at once. So the buffer is read and written once for
-several layers, and memory stays linear in depth. None waits if the convolution itself adds to the buffer
+The outputs of conv_transpose are not added to G one by one: they wait, and `MAX_WAITING` of them are added to the
+buffer of G in one pass. So it is read and written once for several layers, and memory stays linear in depth. Channels
+whose gradient is needed before that are summed separately. None waits if the convolution itself adds to the buffer
 (`Convolutions.accumulates`).
 """
 
@@ -90,7 +90,7 @@ class BackwardPass:
         ]
         self._d_weights: list[Tensor | None] = []  # last layer first
         self._waiting: list[Consumer] = []
-        self._carry: Tensor | None = None  # G without what waits; without a tail, first the gradient of the maps
+        self._carry: Tensor | None = None  # G without the waiting gradients; without a tail, first the maps' gradient
         self._buffer: Tensor | None = None  # the memory of G
         self._d_bottleneck: Tensor | None = None  # the memory of a bottleneck's gradient, of one layer at a time
 

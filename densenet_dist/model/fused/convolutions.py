@@ -189,7 +189,7 @@ class CpuConvolutions(Convolutions):
         super().__init__(kernels, like[: self._images], others)
 
     def accumulates(self, unit: Unit) -> bool:
-        """Return True for several pieces or C++; otherwise the gradients of several units are small enough to wait."""
+        """Return True if batches are split or C++ convolves; otherwise the gradients are small enough to wait."""
         return self._several_pieces or self._native_for(unit) is not None
 
     def forward(
@@ -282,7 +282,7 @@ def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
     file: Path | None = None
     with suppress(Exception):  # no cache folder, or a damaged file: measure
         file = cache_folder() / f"convolutions-{key}.json"
-        return frozenset(size for size in KERNEL_SIZES if json.loads(file.read_text())[str(size)] == "own")
+        return _recorded(file)
     times = {size: _time_layer(kernels, size) for size in KERNEL_SIZES}
     faster = frozenset(size for size, (native, onednn) in times.items() if native <= onednn)
     record = {str(size): "own" if size in faster else "onednn" for size in KERNEL_SIZES}
@@ -291,8 +291,19 @@ def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
         if file is not None:
             temporary = file.with_name(f"{file.name}.{os.getpid()}")
             temporary.write_text(json.dumps(record | figures) + "\n")
-            temporary.rename(file)
+            try:
+                os.link(temporary, file)
+            except FileExistsError:  # another rank was first: all must use the same
+                with suppress(ValueError, KeyError, TypeError):
+                    return _recorded(file)
+                temporary.replace(file)  # it was damaged
+            finally:
+                temporary.unlink(missing_ok=True)
     return faster
+
+
+def _recorded(file: Path) -> frozenset[int]:
+    return frozenset(size for size in KERNEL_SIZES if json.loads(file.read_text())[str(size)] == "own")
 
 
 def _time_layer(kernels: NativeKernels, size: int) -> tuple[float, float]:

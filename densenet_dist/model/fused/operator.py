@@ -90,7 +90,7 @@ def dense_block_backward(
     need_x: bool,
     need_weights: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Compute the gradients of `dense_block`. Other arguments are its own or what it returned.
+    """Compute the gradients of `dense_block`. The other arguments are the arguments and results of `dense_block`.
 
     Args:
         gradient: with respect to the tail's output, or without a tail to the maps.

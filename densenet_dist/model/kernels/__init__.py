@@ -15,7 +15,7 @@ from densenet_dist.model.kernels.native import TYPES, NativeKernels
 def choose_kernels(device: torch.device, dtype: torch.dtype, values: int = 1) -> Kernels:
     """Return the fastest kernels for maps of this device and dtype, those in PyTorch operators if there are no others.
 
-    Without any `values` (a rank may be without images) there is nothing to launch.
+    If `values` is 0 (a rank may have no images), there is nothing to launch.
     """
     if values == 0:
         return Kernels()

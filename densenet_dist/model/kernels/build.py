@@ -52,7 +52,7 @@ def native_library() -> ctypes.CDLL:
         _compile(command, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise BuildError(f"{library} cannot be written or loaded: {error}") from error
+        raise BuildError(f"the cache of compiled kernels cannot be used: {error}") from error
 
 
 def _is_own(path: Path) -> bool:

@@ -37,7 +37,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Convolution(ctypes.Structure):
-    """``Convolution`` of native_convolution.h, as the two below are its subclasses."""
+    """Mirrors ``Convolution`` of native_convolution.h; the two subclasses below mirror its subclasses."""
 
     _fields_ = (
         *((name, _I) for name in ("images", "height", "width", "channels", "out_channels")), ("x", _P), ("ldx", _I),
@@ -165,7 +165,7 @@ class NativeKernels(Kernels):
         self, maps: Tensor, norm: Norm, weight: Tensor, mask: Tensor | None, keep: float, slot: Tensor,
         mean: Tensor | None, var: Tensor | None,
     ) -> None:  # fmt: skip
-        """Compute ``conv(relu(norm(maps)))`` and `store_output` of it, whose arguments these are too.
+        """Compute ``conv(relu(norm(maps)))`` and store it as `store_output` does, which explains the other arguments.
 
         Args:
             maps: (N, C, H, W).
@@ -187,7 +187,7 @@ class NativeKernels(Kernels):
         self, maps: Tensor, norm: Norm, weight: Tensor, d_output: Tensor, carry: Tensor | None, out: Tensor,
         sums: Tensor, d_weight: Tensor | None,
     ) -> None:  # fmt: skip
-        """Compute the backward pass of `convolve` and `sum_gradients` of it, with one consumer.
+        """Compute the backward pass of `convolve`, then `sum_gradients` with the result as its only consumer.
 
         Args:
             maps: x, (N, C, H, W).
