@@ -11,6 +11,7 @@ from typing import Final
 _IN_WHEEL: Final = Path(__file__).parent / "configs"
 FOLDER: Final = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "configs"
 """The folder of the configurations: in the installed package, or at the root of a checkout."""
+_EDITORS: Final = "# yaml-language-server: "
 
 
 def names() -> list[str]:
@@ -36,6 +37,8 @@ def headline(name: str) -> str:
     """Return the purpose of a configuration: the first sentence of its first comment."""
     comment = []
     for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith(_EDITORS):
+            continue
         text = line.removeprefix("#").strip()
         if not line.startswith("#") or not text:
             break

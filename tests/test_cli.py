@@ -161,7 +161,6 @@ def test_train_evaluate_resume(command):
     assert re.search(rf"test top-1 +{summary['test/top1']:.2%}", out)
     assert f"tensorboard --logdir {folder.parent}" in out
 
-    # Evaluated again, by name, path, and as JSON.
     code, out, _ = command("evaluate", "quickstart")
     assert code == 0
     assert f"top-1 {summary['test/top1']:.2%}" in out

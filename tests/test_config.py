@@ -1,15 +1,20 @@
 """Merging, validating and writing configurations."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config, WorkerRange
-from densenet_dist.yaml_settings import flatten
+from densenet_dist.sweep.definition import json_schema
+from densenet_dist.yaml_settings import flatten, read_yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def message(*sources: Any) -> str:
@@ -179,6 +184,18 @@ def test_a_file_that_is_not_plain_yaml_is_refused(tmp_path, monkeypatch, text, p
     assert problem in said
     assert not Path("ran").exists()
     assert str(tmp_path / "c.yaml") in said
+
+
+def test_the_json_schemas_are_those_of_the_settings_and_accept_the_configurations():
+    schemas = {name: json.loads((CONFIGS / name).read_text()) for name in ("schema.json", "sweep-schema.json")}
+    assert list(schemas.values()) == [json_schema(sweeps=False), json_schema(sweeps=True)]
+    run = Draft202012Validator(schemas["schema.json"])
+    for path in CONFIGS.glob("*.yaml"):
+        schema = path.read_text().splitlines()[0].partition("$schema=")[2]
+        content = read_yaml(path)
+        run.validate(content.pop("settings", {}))
+        Draft202012Validator(schemas[schema]).validate(content)
+    assert not run.is_valid({"train": {"epoch": 3}})
 
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):

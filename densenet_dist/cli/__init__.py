@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import platform
 import sys
@@ -89,6 +90,9 @@ def config(
     list_them: Annotated[
         bool, typer.Option("--list", help="List the configurations that come with the package.")
     ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations; with a sweep file, of sweeps.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Check a configuration or a sweep file, and print all settings as YAML.
@@ -105,7 +109,13 @@ def config(
             typer.echo(f"{name:22}  {bundled.headline(name)}")
         typer.echo(f"\nThe files and their comments: {bundled.FOLDER}", err=True)
         return
-    if any(map(is_sweep, sources or [])):
+    sweeps = any(map(is_sweep, sources or []))
+    if schema:
+        from densenet_dist.sweep.definition import json_schema
+
+        typer.echo(json.dumps(json_schema(sweeps), indent=1))
+        return
+    if sweeps:
         from densenet_dist.sweep.definition import load_sweep
 
         typer.echo(load_sweep(*(sources or [])).to_yaml(), nl=False)

@@ -114,6 +114,18 @@ def load_sweep(*sources: str | Path) -> Sweep:
     raise ConfigError(join_problems(list(dict.fromkeys(problems))))
 
 
+def json_schema(sweeps: bool) -> dict[str, Any]:
+    """Return the JSON Schema of sweep files, or of configurations, for editors; configs/ contains both."""
+    found = (SETTINGS if sweeps else run_config.SETTINGS).adapter.json_schema()
+    if sweeps:
+        found["properties"] |= {
+            "base": {"type": "string"},
+            "settings": {"$ref": "schema.json"},
+            "space": {"type": "object"},
+        }
+    return found
+
+
 def _is_override(source: str | Path) -> bool:
     return isinstance(source, str) and "=" in source and not os.path.exists(source)
 

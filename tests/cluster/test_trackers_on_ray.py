@@ -14,7 +14,6 @@ pytestmark = [
         importlib.util.find_spec("mlflow") is None or importlib.util.find_spec("wandb") is None,
         reason="mlflow or wandb is not installed",
     ),
-    # Both import packages that use what Python has deprecated.
     *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")),
 ]
 MARKER = "0123marker0123marker0123marker0123marker"  # as long as a key

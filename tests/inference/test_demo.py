@@ -82,7 +82,6 @@ def test_no_other_file_can_be_read(address, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     inline = f"data:image/png;base64,{base64.b64encode((tmp_path / 'x.png').read_bytes()).decode()}"
     paths = ("/etc/hostname", "/dev/zero", str(tmp_path / "x.png"), f"{address}/x.png")
-    # Gradio's own component reads any picture without meta; and pictures in a request with Ghostscript, if need be.
     others = {"path": str(tmp_path / "x.png")}, {"path": None, "url": inline} | META
     for picture in (*({"path": path} | META for path in paths), *others):
         answer = classify(address, picture)

@@ -98,7 +98,6 @@ def test_a_first_turn_starts_the_run_on_all_nodes(turn, root, values):
         "--num-gpus": "4",
         "--temp-dir": "/tmp/ray-42",
     }
-    # Ray's own parsers take it.
     for_start = curate_and_validate_ray_start_args(options[1:])
     assert start.make_context("start", ["--head", *for_start]).params["num_gpus"] == 4
     assert command[:4] == ["python", "launch/start.py", "train", values["config"]]

@@ -134,7 +134,6 @@ def test_missing_compiler(named: str, message: str, tmp_path: Path, monkeypatch:
     ids=["error", "bytes", "hangs", "no library made"],
 )  # fmt: skip
 def test_compiler_errors_are_one_line(body: str, message: str, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
-    # It answers --version at once.
     monkeypatch.setattr(build, "TIMEOUT_S", 1 if "sleep" in body else 60)
     monkeypatch.setenv("CXX", script(f'test "$1" = --version && exit 0; {body}'))
     with pytest.raises(BuildError, match=message) as caught:

@@ -94,7 +94,6 @@ def test_pages_open_in_a_browser(finished, run, tmp_path):
         command = [BROWSER, *flags, "--enable-logging=stderr", "--dump-dom", page.absolute().as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        # An error of a script, or something that the page's policy forbids.
         assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
         assert 'loading="lazy"' not in done.stdout  # what is printed, or photographed as a whole, would miss them
         assert all(f">{title}</h2>" in done.stdout for title in titles)

@@ -22,7 +22,6 @@ MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
 needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-# Both import packages that use what Python and pydantic have deprecated.
 pytestmark = [
     pytest.mark.timeout(1800),  # MLflow's server takes eight seconds of CPU to start, on a busy machine minutes
     *(

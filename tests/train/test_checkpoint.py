@@ -96,7 +96,6 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit_and_the_umask_gives_the_mod
 def test_the_best_and_the_newest_are_kept(run, monitor, values, best):
     saved = [snapshot(n, {} if value is None else {monitor: value}) for n, value in enumerate(values, start=1)]
     for each in saved:
-        # A store of its own each time, as after a restart.
         save(CheckpointStore(run, keep=2, monitor=monitor), each)
     store = CheckpointStore(run, keep=2, monitor=monitor)
     kept = sorted({best, 3, 4})

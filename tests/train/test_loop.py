@@ -216,7 +216,6 @@ def test_early_stopping_ends_the_run(tmp_path):
 
 
 def test_the_best_checkpoint_is_what_is_tested_not_the_last(tmp_path):
-    # The rate rises without bound: the last epoch is far worse than the best.
     rise = ["train.schedule.name=one_cycle", "train.schedule.pct_start=0.99", "train.schedule.div_factor=1000"]
     config = tiny(tmp_path, *rise, "train.lr=5", "train.epochs=3", "checkpoint.monitor=val/loss")
     summary = train(config)
