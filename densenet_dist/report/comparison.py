@@ -163,11 +163,14 @@ def _require_same_data(runs: Sequence[RunRecord]) -> None:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean and its 95 % confidence interval, for normally distributed values with unknown variance."""
+    """Return the mean and, from three values on, its 95 % confidence interval, for normally distributed values.
+
+    With two values Student's t is 12.7, and the interval says nothing.
+    """
     from scipy.stats import t
 
     count, mean = len(values), statistics.fmean(values)
-    if count < 2:
+    if count < 3:
         return Interval(mean, None)
     half = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Interval(mean, half)

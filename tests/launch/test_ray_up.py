@@ -69,7 +69,6 @@ def test_only_workers_in_clouds_are_spot_machines_and_all_terminate_by_themselve
     assert gcp["worker"]["scheduling"]["provisioningModel"] == "SPOT"
     assert "InstanceMarketOptions" not in aws["head"]
     assert gcp["head"]["scheduling"]["provisioningModel"] == "STANDARD"
-    # Ray gives the head a profile that may start machines; workers get the bucket's.
     assert "IamInstanceProfile" not in aws["head"]
     assert aws["worker"].get("IamInstanceProfile") == ({"Name": "may-use-the-bucket"} if rendered.on_s3 else None)
     assert configs["aws"]["initialization_commands"][0] == f"sudo shutdown -h +{seconds // 60}"
