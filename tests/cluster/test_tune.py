@@ -91,7 +91,7 @@ def test_resume_after_the_driver_was_killed_is_exact(undisturbed, start_sweep):
 
     resumed = start_sweep(name="killed", resume=True)
     assert resumed.wait() == 0, resumed.text()
-    assert re.search(r"resumed: [23] trials have ended, [12] continue", resumed.text()), resumed.text()
+    assert re.search(r"resumed: [23] trials ended, [12] to be continued", resumed.text()), resumed.text()
     for name, content in before.items():
         assert bytes_of(run.folder / name).items() >= content.items(), "what had finished is not trained again"
     found, expected = results(run.folder), results(undisturbed.folder)
@@ -167,7 +167,7 @@ def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     sweep = load_sweep(tmp_path / "sweep.yaml", f"storage={tmp_path}", "data.name=folder", "data.val_fraction=0")
     run = RunFolder(sweep.folder, "trial-000")
-    training = _Training(sweep.config(run.name, {}), run, sweep.settings, None)
+    training = _Training(sweep.config(run.name, {}), run, sweep.settings, None, ("", ""))
     assert not training._on_event({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
     kind, error = training._output.get(timeout=0)
     assert (kind, type(error)) == ("error", ConfigError)

@@ -222,7 +222,7 @@ def test_what_the_console_says(sweep, capsys):
         "16 trials, random search, asha, highest val/top1; folder F",
         "  train.lr: loguniform [0.01, 1]",
         "  model.num_layers: choice [[1, 1], [2, 2]]",
-        "resumed: 1 trials have ended, 1 continue",
+        "resumed: 1 trial ended, 1 to be continued",
         "trial-000  stopped after 2 epochs    val/top1 0.5000  lr=0.1  num_layers=[1, 1]  *",
         "trial-001  failed                    val/top1 -  lr=0.7  num_layers=[1, 1]",
         "  loss [is] NaN",

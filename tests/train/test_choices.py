@@ -68,7 +68,7 @@ def test_auto_measures_both_says_so_writes_it_down_and_a_resumed_run_keeps_it(tm
 
 
 def choice(storage: str) -> str:
-    return trainer_of(tiny(storage, "data.loader=auto")).loader
+    return trainer_of(tiny(storage, "data.loader=auto")).loader_name
 
 
 def test_all_ranks_take_the_same_loader(tmp_path):
@@ -80,8 +80,8 @@ def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_pa
     config = tiny(tmp_path, "data.loader=torch", "model.block=auto")
     assert fused(trainer_of(config))
     assert "block" not in environment(config)  # the run is too short to measure
-    monkeypatch.setattr(choices, "WORTH_IT", 1)
-    monkeypatch.setattr(choices, "SECONDS", 0.1)
+    monkeypatch.setattr(choices, "MIN_IMAGES", 1)
+    monkeypatch.setattr(choices, "MAX_SECONDS", 0.1)
     measured, seconds = choices._step_seconds, []
 
     def slow_down(model, count, *how):
