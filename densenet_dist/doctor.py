@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import shlex
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,7 +101,10 @@ def _gpus(config: Config) -> Finding:
         return Finding("ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
     text = "no GPU" if driver is None else f"driver {driver} is installed, but torch cannot use a GPU"
     hint = f"update the driver to one that supports CUDA {torch.version.cuda}" if driver else ""
-    if config.cluster.device == "cuda" and not (config.cluster.address or (config.cluster.engine == "ray" and driver)):
+    from densenet_dist.cluster.connection import address_of
+
+    elsewhere = config.cluster.engine == "ray" and (address_of(config.cluster)[0] or driver)
+    if config.cluster.device == "cuda" and not elsewhere:
         return Finding("bad", text, hint or "train on the CPU with cluster.device=cpu")
     return Finding("note", text + "; training runs on the CPU", hint)
 
@@ -171,10 +175,10 @@ def _data(config: Config) -> Finding:
     except DenseNetDistError as error:
         text = str(error).splitlines()[0]
         if name == "folder":
-            return Finding("bad", text, f"for details: densenet-dist data prepare folder --root {root}")
+            return Finding("bad", text, f"for details: densenet-dist data prepare folder --root {shlex.quote(root)}")
         if config.data.download and not any(Path(root).glob("cifar*")):
             return Finding("note", f"{name} is not in {root}; it will be downloaded", "")
-        return Finding("bad", text, f"densenet-dist data prepare {name} --root {root}")
+        return Finding("bad", text, f"densenet-dist data prepare {name} --root {shlex.quote(root)}")
     return Finding("ok", f"{name} in {folder} is valid: {found}")
 
 

@@ -319,7 +319,7 @@ def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -
     text = str(location)
     if "://" not in text:
         path = Path(os.path.expanduser(text))
-        if not (path / file).exists() and (Path("runs") / path / file).exists():
+        if not os.path.exists(path / file) and os.path.exists(Path("runs") / path / file):
             path = Path("runs") / path
         text = str(path.absolute())
     folder = RunFolder(*split_location(text))

@@ -135,7 +135,7 @@ def doctor(sources: Sources = None, debug: Debug = False) -> None:
     """
     from densenet_dist.config import load_config
 
-    config = load_config(*(sources or []))
+    config = load(sources) if sources else load_config()
     with status("loading PyTorch"):
         from densenet_dist.doctor import examine
     if not examine(config):

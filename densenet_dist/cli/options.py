@@ -32,7 +32,7 @@ def local_path(text: str | Path) -> Path:
 def local_folder(text: str | Path) -> Path:
     """Make the path of an existing folder of an argument, as `local_path` does."""
     path = local_path(text)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise typer.BadParameter(f"there is no folder {text}")
     return path
 

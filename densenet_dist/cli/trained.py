@@ -94,7 +94,7 @@ def report(
     require_writable(path)
     with status("loading PyTorch"):
         from densenet_dist.report.page import write_report
-    overrides = () if root is None else (f"data.root={root}",)
+    overrides = () if root is None else (f"data.root={json.dumps(root, ensure_ascii=False)}",)
     with status("writing the report"):
         written = write_report(runs, path, evaluate=evaluate, overrides=overrides, notify=partial(typer.echo, err=True))
     typer.echo(f"report: {written}")

@@ -43,9 +43,9 @@ def train(
             console.mute()
         location = join_location(config.storage, config.name)
         console({"kind": "run", "name": config.name, "run": location, "resumed": resume is not None})
-        from densenet_dist.cluster.launch import fit  # PyTorch takes seconds, so this comes after the first output
-
         try:
+            from densenet_dist.cluster.launch import fit  # PyTorch takes seconds, so this comes after the first output
+
             result = fit(config, resume=resume is not None, listener=console)
         except KeyboardInterrupt as stop:  # typer would turn it into an abort
             raise Interrupted(location, *stop.args) from None

@@ -315,10 +315,11 @@ class RegisterWithSweep(ControllerCallback, WorkerGroupCallback):  # type: ignor
     def __init__(self, coordinator: Any, placements: Any, owner: str) -> None:
         self._coordinator, self._placements, self._owner = coordinator, placements, owner
 
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Runs in the controller."""
-        placed = worker_group.get_worker_group_state().placement_group_handle.placement_group
+    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+        """Runs in the controller as soon as the workers exist: their start may take long, or fail."""
+        placed = ray.get(workers[0].execute_async(ray.util.get_current_placement_group))
         ray.get(self._placements.add.remote(self._owner, placed))
+        return {}
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs in the controller."""

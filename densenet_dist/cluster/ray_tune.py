@@ -204,7 +204,7 @@ def make_searcher(sweep: Sweep, ended: Sequence[Trial], points: Sequence[Mapping
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Use another seed than before; otherwise the random trials of a resumed sweep would repeat the first ones.
-    seed = (search.seed + len(ended)) % 2**32
+    seed = (search.seed + len(ended) + len(points)) % 2**32
     searcher = OptunaSearch(
         space={key: domain.distribution() for key, domain in sweep.space.items()},
         metric=sweep.settings.metric,
@@ -236,9 +236,18 @@ def make_scheduler(sweep: Sweep, ended: Sequence[Trial]) -> Any:
             reduction_factor=wanted.reduction_factor,
         )
     elif wanted.name == "median":
-        scheduler = schedulers.MedianStoppingRule(
-            **measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials
-        )
+
+        class Median(schedulers.MedianStoppingRule):  # type: ignore[misc]
+            """Without pauses, which need Tune's checkpoints, and without trials that ended before an epoch."""
+
+            def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+                if settings.metric in result:
+                    super().on_trial_complete(controller, trial, result)
+
+            def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> Any:
+                return self.CONTINUE
+
+        scheduler = Median(**measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials)
     for trial in ended:
         past = _PastTrial(trial.name)
         for epoch, value in trial.history.items():

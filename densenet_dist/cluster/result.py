@@ -16,7 +16,7 @@ from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, open_run
 from densenet_dist.schema import Config
 
 if TYPE_CHECKING:
-    from densenet_dist.pages.picture import Picture
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +66,7 @@ class Result:
         folder = self.run.partition("?")[0] if "://" in self.run else self.run
         return f"{folder}/{PAGE_FILE}"
 
-    def plot(self) -> Picture:
+    def plot(self) -> Figure:
         """Plot accuracy and loss of training and validation by epoch, and the test result as a star.
 
         Returns:
@@ -85,7 +85,7 @@ class Result:
         test = next((record for record in reversed(records) if "test/loss" in record), None)
         return curves_figure(epochs, test, folder.name)
 
-    def plot_confusion(self, *overrides: str) -> Picture:
+    def plot_confusion(self, *overrides: str) -> Figure:
         """Plot the confusion matrix of the best checkpoint on the test set.
 
         If the run has no stored test results (it is not finished, or from an older version), it is evaluated.

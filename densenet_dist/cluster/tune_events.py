@@ -99,6 +99,8 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray's classes are unt
         """Handle a trial that ended by itself or was stopped by the scheduler."""
         self.running.discard(str(trial))
         result = trial.last_result or {}
+        if result.get(OUTCOME) == "failed":  # Ray Train's controller may have been lost
+            self._remove_placement_groups(trial)
         cause, fatal = result.get(CAUSE), result.get(FATAL)
         # After a fatal error, such as a full disk, the trial can be resumed once its cause is removed.
         self._emit(trial, "interrupted" if fatal else result.get(OUTCOME, "stopped"), result, cause)

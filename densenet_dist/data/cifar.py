@@ -6,6 +6,8 @@ each plane row by row. Every file is checked against its official SHA-256 before
 """
 
 import hashlib
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,8 +128,9 @@ SPECS = {spec.name: spec for spec in (CIFAR10, CIFAR100)}
 
 def how_to_replace(spec: CifarSpec, damaged: Path) -> str:
     """Return how to replace a damaged file or folder, as the end of an error message."""
+    root = damaged.parent if damaged.name in (spec.folder, spec.archive) else damaged
     return (
-        f"delete {damaged} and run `densenet-dist data prepare {spec.name}` again, "
+        f"delete {damaged} and run `densenet-dist data prepare {spec.name} --root {shlex.quote(str(root))}` again, "
         "or name a folder with an intact copy: data.root=..."
     )
 
@@ -138,7 +141,7 @@ def read_folder(spec: CifarSpec, folder: Path) -> Contents:
     Raises:
         DataError: a file is missing, cannot be read, or is not the official one.
     """
-    missing = [name for name in spec.members if not (folder / name).is_file()]
+    missing = [name for name in spec.members if not os.path.isfile(folder / name)]
     if missing:
         raise DataError(
             f"{folder} is an incomplete {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"

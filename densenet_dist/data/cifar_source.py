@@ -6,6 +6,7 @@ one process do so while others wait; a complete folder is used without the lock.
 """
 
 import gzip
+import os
 import shlex
 import shutil
 import tarfile
@@ -60,7 +61,7 @@ def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) 
 def _read_cached(spec: CifarSpec, folder: Path) -> Contents | None:
     """Return the contents of an extracted folder; None if it is missing or damaged."""
     with suppress(DataError):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             return cifar.read_folder(spec, folder)
     return None
 
@@ -68,9 +69,9 @@ def _read_cached(spec: CifarSpec, folder: Path) -> Contents | None:
 def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | None) -> Path:
     if folder := _find_folder(spec, root):
         return folder
-    if not download and not (root / spec.archive).is_file():
+    if not download and not os.path.isfile(root / spec.archive):
         there = f"there is neither {root / spec.folder} nor {root / spec.archive}, nor {spec.test} in {root}"
-        missing = f"{spec.title} is not in {root}: {there if root.exists() else f'{root} does not exist'}"
+        missing = f"{spec.title} is not in {root}: {there if os.path.exists(root) else f'{root} does not exist'}"
         raise DataError(f"{missing}; {_ways_to_get(spec, root)}")
     with locked_folder(root, f".{spec.name}.lock", "choose a folder that can be written: data.root=..."):
         # Another process may have made the folder while we waited.
@@ -80,9 +81,9 @@ def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | Non
 
 def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
     """Return the folder with the extracted data set, or None."""
-    if (root / spec.folder).is_dir():
+    if os.path.isdir(root / spec.folder):
         return root / spec.folder
-    if any((root / name).is_file() for name in (*spec.train, spec.test)):
+    if sum(os.path.isfile(root / name) for name in spec.members) > 1:  # one alone may be another's train.bin
         return root
     return None
 
@@ -90,7 +91,7 @@ def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
 def _ways_to_get(spec: CifarSpec, root: Path) -> str:
     """Return how to get the data set, as the end of an error message."""
     folder, archive = (name.replace("-binary", "-python") for name in (spec.folder, spec.archive))
-    pickled = [name for name in (folder.replace("-bin", "-py"), archive) if (root / name).exists()]
+    pickled = [name for name in (folder.replace("-bin", "-py"), archive) if os.path.exists(root / name)]
     hint = f"{pickled[0]} is the pickled version, which is never read; " if pickled else ""
     return (
         f"{hint}run `densenet-dist data prepare {spec.name} --root {shlex.quote(str(root))}`, "
@@ -101,7 +102,9 @@ def _ways_to_get(spec: CifarSpec, root: Path) -> str:
 def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str) -> Path:
     """Extract the archive in `root`, which is downloaded first if missing. The caller holds the lock."""
     archive = root / spec.archive
-    if archive.is_file():
+    if os.path.isfile(archive):
+        if not os.access(archive, os.R_OK):
+            raise DataError(f"cannot read {archive}: Permission denied; give access to it")
         return _extract(spec, archive, root, source=str(archive), remedy=cifar.how_to_replace(spec, archive))
     url = url or spec.url
     with _partial(archive) as partial:

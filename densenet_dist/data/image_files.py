@@ -28,6 +28,7 @@ _READABLE = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "ICO", "JPEG2000", "PP
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (b"\xff\xd8\xff", _PNG, b"RIFF")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
+_MAX_BYTES = 2 << 30
 _DAMAGED = "cut short or damaged"
 UNREADABLE = "cannot be read"  # the start of reasons that may change although the file does not
 
@@ -118,11 +119,12 @@ def pixels_of(image: Any) -> "Tensor":
     import torch
     from PIL import ImageOps
 
+    is_pnm = getattr(image, "format", None) == "PPM"  # Pillow scales their levels to 16 bits, in mode I
     try:
         image = ImageOps.exif_transpose(image)  # decodes an image that was only opened
     except Exception as error:
         raise BadImage(_DAMAGED) from error
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and is_pnm):
         return _to_8_bits(torch.from_numpy(np.asarray(image).astype(np.int32))).expand(3, -1, -1)
     if image.mode in ("I", "F"):
         raise BadImage("grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits")
@@ -157,8 +159,11 @@ def examine(path: Path) -> Verdict:
 
 def _read(path: Path) -> npt.NDArray[np.uint8]:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a file")  # reading a pipe may never end
+        if status.st_size > _MAX_BYTES:
+            raise BadImage(f"a file of {status.st_size:,} bytes, too many for an image")
         data = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError as error:
         raise BadImage(f"{UNREADABLE}: it does not exist, or is a broken link") from error
@@ -187,7 +192,8 @@ def _check_header(data: npt.NDArray[np.uint8], *, any_format: bool) -> str:
     try:
         with Image.open(io.BytesIO(data.data), formats=_READABLE) as image:
             kind = image.format or "this format"
-            frames = 1 if kind in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+            # The frames of a PSD are its layers; the first one is their composite.
+            frames = 1 if kind in ("JPEG", "MPO", "PSD") else getattr(image, "n_frames", 1)
             if kind == "PNG":
                 image.verify()  # its checksums, which Pillow does not check when it decodes
     except Image.DecompressionBombError as error:

@@ -93,8 +93,10 @@ def split_indices(
     in_val = np.zeros(count, dtype=np.bool_)
     if stratified:
         classes, sizes = np.unique(labels, return_counts=True)
-        for label, quota in zip(classes, _quotas(sizes, num_val), strict=True):
-            in_val[order[labels[order] == label][:quota]] = True
+        by_class = order[np.argsort(labels[order], kind="stable")]  # within a class, by the key
+        positions = np.searchsorted(classes, labels[by_class])
+        ranks = np.arange(len(by_class)) - np.searchsorted(positions, np.arange(len(classes)))[positions]
+        in_val[by_class[ranks < _quotas(sizes, num_val)[positions]]] = True
     else:
         in_val[order[:num_val]] = True
     if val_fraction > 0.0 and not in_val.any():

@@ -126,7 +126,7 @@ class TorchEngine(Engine):
         rows_of_channels = images.permute(0, 2, 3, 1).view(-1, self.image_size, 3 * self.image_size)
         rows_of_channels.mul_(self._scale).add_(self._shift)
         if hole is not None:
-            torch_ops.cut_holes(images, hole)
+            images.masked_fill_(torch_ops.inside(hole, self.image_size), 0.0)
         return images
 
 

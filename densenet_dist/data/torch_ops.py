@@ -59,11 +59,6 @@ def change_tones(
             images.index_copy_(0, chosen, changed.clamp_(0.0, 255.0))
 
 
-def cut_holes(images: Tensor, hole: Tensor) -> None:
-    """Set a box in each image (n, 3, H, W) to zero: `hole` is (n, 4) int64 left, top, right, bottom."""
-    images.masked_fill_(_inside(hole, images.shape[-1]), 0.0)
-
-
 def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
     """Mix each image with its partner: `box` is the partner's, elsewhere `blend` is the image's share.
 
@@ -75,7 +70,7 @@ def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
     Returns:
         (n, 3, H, W) float32 in channels_last memory.
     """
-    share = blend.view(-1, 1, 1, 1) * ~_inside(box, images.shape[-1])
+    share = blend.view(-1, 1, 1, 1) * ~inside(box, images.shape[-1])
     return torch.lerp(partners, images, share).contiguous(memory_format=torch.channels_last)
 
 
@@ -131,7 +126,7 @@ def _filter_mass(length: int, size: int) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(mass.astype(np.float32)) for mass in (inside, before, beyond))
 
 
-def _inside(box: Tensor, size: int) -> Tensor:
+def inside(box: Tensor, size: int) -> Tensor:
     """Return which pixels lie in `box` (n, 4) left, top, right, bottom: (n, 1, H, W) bool."""
     pixels = torch.arange(size, device=box.device)
     across = (pixels >= box[:, 0:1]) & (pixels < box[:, 2:3])

@@ -106,7 +106,7 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self._muted = False
-        self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, force_jupyter=False)
+        self._console = LastingConsole(quiet=quiet)
         self._progress = RunProgress(self._console)
         self._status: Status | None = None
         self._workers: int | None = None
@@ -189,6 +189,10 @@ class Console:
 
 class LastingConsole(RichConsole):
     """A console that goes quiet when writing fails: a closed pipe (``| head``) or a full disk must not fail the run."""
+
+    def __init__(self, **options: Any) -> None:
+        # Neither numbers nor :names: of emoji in paths are styled.
+        super().__init__(highlight=False, emoji=False, soft_wrap=True, force_jupyter=False, **options)
 
     @property
     def animates(self) -> bool:

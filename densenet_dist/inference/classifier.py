@@ -136,7 +136,10 @@ class Classifier:
                 yield found if isinstance(found, Unreadable) else Prediction(name, next(guesses))
 
     def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[Guess, ...]]:
-        probabilities, labels = self.logits(pixels, tta=tta).softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
+        logits = self.logits(pixels, tta=tta)
+        if not logits.isfinite().all():
+            raise CheckpointError("the model returns NaN or infinite logits: its weights are damaged")
+        probabilities, labels = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
         return [
             tuple(Guess(self.class_names[label], label, value) for value, label in zip(*row, strict=True))
             for row in zip(probabilities.tolist(), labels.tolist(), strict=True)
@@ -200,6 +203,6 @@ def _exported_file(path: str | Path) -> Path | None:
     if is_uri(text):
         return fetch_file(text) if Path(text.partition("?")[0]).suffix in SUFFIXES else None
     local = Path(os.path.expanduser(text))
-    if local.is_file() or (local.suffix in SUFFIXES and not local.is_dir()):
+    if os.path.isfile(local) or (local.suffix in SUFFIXES and not os.path.isdir(local)):
         return local
     return None

@@ -162,7 +162,7 @@ def _path(out: str | Path | None, name: str, format: Format, precision: Precisio
     path = Path(os.path.expanduser(out or name + ("" if precision == "fp32" else f"-{precision}") + suffix))
     if path.suffix != suffix:
         raise ConfigError(f"--out {path}: a file in the format {format} must end in {suffix}")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise StorageError(f"{path} cannot be written: not a regular file")
     if not os.access(path.absolute().parent, os.W_OK):
         raise StorageError(f"{path} cannot be written: no such folder, or it is read-only")

@@ -131,7 +131,7 @@ def _decode(image: ImageLike) -> Tensor:
     if isinstance(image, str | os.PathLike):
         return decode_any(Path(image))
     if isinstance(image, Tensor):
-        array = image
+        array = image.cpu()
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
         array = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]

@@ -129,7 +129,8 @@ def open_trained(
         class_names=classes.names,
         mean=classes.mean,
         std=classes.std,
-        crop=EVAL_CROP if config.data.augment == "random_resized_crop" else 1.0,
+        # Images in memory are evaluated whole, see `augment.evaluation_parameters`.
+        crop=EVAL_CROP if config.data.name == "folder" and config.data.augment == "random_resized_crop" else 1.0,
         precision="fp32",
         metrics=snapshot.metrics,
     )

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from densenet_dist.pages.picture import Picture
+    from matplotlib.figure import Figure
 
 SHADES: Final = 7
 """Number of colours from the worst value to the best."""
@@ -75,14 +75,22 @@ def _styled(style: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Picture:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """Make a figure of a size in inches, without pyplot and its global list of figures."""
-    from densenet_dist.pages.picture import Picture
+    from matplotlib.figure import Figure
 
-    return Picture(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout=layout)
+
+    def png() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
+
+    vars(figure)["_repr_png_"] = png  # IPython displays it at the end of a cell
+    return figure
 
 
-def to_svg(figure: Picture, label: str) -> str:
+def to_svg(figure: Figure, label: str) -> str:
     """Convert a figure to an element of an HTML page, with an accessible label."""
     import matplotlib
 
@@ -109,7 +117,7 @@ def _round_numbers(attribute: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace(" \n", "")
 
 
-def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], cell: float = 0.42) -> Picture:
+def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], cell: float = 0.42) -> Figure:
     """Draw a confusion matrix in fixed colours; draw and save it within `printed`. See `confusion_figure`."""
     return confusion_figure(confusion, names, _PRINTED_SHADES, ["black"] * 4 + ["white"] * 3, cell)
 
@@ -120,7 +128,7 @@ def confusion_figure(
     shades: Sequence[str],
     inks: Sequence[str],
     cell: float = 0.42,
-) -> Picture:
+) -> Figure:
     """Draw a confusion matrix; cells without images stay empty.
 
     Args:

@@ -23,8 +23,7 @@ from densenet_dist.train.results import BINS, Calibration, Counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from densenet_dist.pages.picture import Picture
+    from matplotlib.figure import Figure
 
 _SIZE: Final = (3.95, 3.1)
 _RESULTS: Final = (
@@ -51,7 +50,7 @@ def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
     return figures
 
 
-def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Picture:
+def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Figure:
     """Plot top-1 and loss as in `result_figures`, side by side, for ``curves.png``."""
     figure = new_figure(11, 4.2)
     for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
@@ -139,7 +138,7 @@ def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
         return to_svg(confusion_figure(confusion, names, shades, [colour("ink")] * SHADES), "confusion matrix")
 
 
-def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Picture:
+def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Figure:
     """Draw the confusion matrix for ``confusion.png``."""
     with printed():
         figure = printed_confusion(confusion, names)

@@ -104,7 +104,8 @@ def _write_into_folder(record: RunRecord) -> str:
 def _write_figures(record: RunRecord, folder: Path) -> list[str]:
     names, results = [CURVES_FILE], record.results
     with storage_errors(folder):
-        curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
+        with printed():  # without the settings of a user's matplotlibrc
+            curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
         if results is not None and len(results.class_names) <= MAX_CLASSES:
             figure = titled_confusion(results.confusion, results.class_names, record.name)
             with printed():
@@ -171,8 +172,9 @@ def _test_section(results: TestResults) -> dict[str, Any]:
     images, correct, predicted = confusion.sum(1).tolist(), np.diag(confusion).tolist(), confusion.sum(0).tolist()
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]
-    pairs = np.stack(np.unravel_index(order, wrong.shape), axis=1).tolist()
+    rows, columns = np.nonzero(wrong)
+    order = np.argsort(-wrong[rows, columns], kind="stable")[:_MAX_PAIRS]
+    pairs = np.stack([rows[order], columns[order]], axis=1).tolist()
     return {
         "bins": BINS,
         "mean_confidence": float((calibration.images * calibration.confidence).sum() / calibration.images.sum()),

@@ -24,7 +24,7 @@ class SweepConsole:
     def __init__(self, quiet: bool = False) -> None:
         # Without a terminal, rich would limit tables to 80 columns.
         width = None if sys.stdout.isatty() else 200
-        self._console = LastingConsole(highlight=False, quiet=quiet, soft_wrap=True, width=width, force_jupyter=False)
+        self._console = LastingConsole(quiet=quiet, width=width)
         self._status: Status | None = None
         self._metric, self._total = "", 0
 

@@ -99,7 +99,8 @@ def load_sweep(*sources: str | Path) -> Sweep:
         domains |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
         merge(merged, layer)
         if not _is_override(source):
-            name = {"name": name_of_file(source)}
+            stem = name_of_file(source)
+            name = {"name": stem} if stem else name
     settings_of_base = merged.pop("settings", None) or {}
     problems: list[str] = []
     settings = _try(partial(SETTINGS.validate, name | merged), problems, "")
@@ -118,11 +119,7 @@ def json_schema(sweeps: bool) -> dict[str, Any]:
     """Return the JSON Schema of sweep files, or of configurations, for editors; configs/ contains both."""
     found = (SETTINGS if sweeps else run_config.SETTINGS).adapter.json_schema()
     if sweeps:
-        found["properties"] |= {
-            "base": {"type": "string"},
-            "settings": {"$ref": "schema.json"},
-            "space": {"type": "object"},
-        }
+        found["properties"] |= {"settings": {"$ref": "schema.json"}, "space": {"type": "object"}}
     return found
 
 

@@ -33,12 +33,14 @@ class MlflowTracker(Tracker):
         address = self.config.log.mlflow.tracking_uri or os.environ["MLFLOW_TRACKING_URI"]
         self._client = MlflowClient(tracking_uri=address)
         try:
+            if run_id is not None and self._client.get_run(run_id).info.lifecycle_stage == "deleted":
+                run_id = None
             if run_id is not None:
                 self._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            run_id = None  # another server, or deleted there
+            run_id = None  # another server
         self._id = run_id or self._create()
         experiment = self._client.get_run(self._id).info.experiment_id
         base = without_secrets(address).replace("***@", "").rstrip("/")

@@ -210,6 +210,9 @@ class CheckpointStore:
         try:
             return read_snapshot(self.run.fetch(folder), entry.position, entry.metrics)
         except (CheckpointError, *UNREADABLE) as error:
+            # A store that cannot be read says nothing about the checkpoint, which would be deleted as damaged.
+            if type(error) is StorageError and self.run.exists(f"{folder}/{META}"):
+                raise
             raise CheckpointError(f"the checkpoint {self.run.uri}/{folder} cannot be read: {error}") from error
 
     def _load_first_intact(self, choose: Callable[[], Entry | None]) -> Snapshot | None:
@@ -239,7 +242,8 @@ class CheckpointStore:
         """Delete checkpoints that are not in the list, including those that a killed process left."""
         for name in self.run.names(CHECKPOINTS_FOLDER) - {entry.name for entry in self.entries}:
             if name.startswith(("step-", ".step-")):
-                self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
+                with suppress(StorageError):  # tried again after the next checkpoint
+                    self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
     def _read_manifest(self, path: Path) -> None:
         try:

@@ -27,7 +27,7 @@ from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
-from densenet_dist.train.metrics import broadcast
+from densenet_dist.train.metrics import broadcast, gather_objects
 from densenet_dist.train.network import autocast, build_model
 
 CHOICES: Final = {
@@ -114,7 +114,8 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     model = config.model
     if model.block == "reference":
         return model
-    if reason := unavailable(context.device.type):
+    # On all ranks or none: the forms differ in their collective calls, and kernels may be missing on one node.
+    if reason := next(filter(None, gather_objects(unavailable(context.device.type))), None):
         context.note(f"block: reference ({reason})")
         return replace(model, block="reference")
     short = images < MIN_IMAGES * context.world_size

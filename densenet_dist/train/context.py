@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from densenet_dist.errors import EnvironmentProblem
+from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.control import Goodput, WorkerStatus
 
@@ -88,7 +89,7 @@ def torchrun_context(
             dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
         else:
             dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
-    return RunContext(run, chosen, rank, world_size, listener)
+    return RunContext(run, chosen, rank, world_size, listener, launch=uuid4().hex)
 
 
 def torchrun_rank() -> tuple[int, int]:
@@ -116,6 +117,8 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     Raises:
         EnvironmentProblem: a GPU is requested, and there is none.
     """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={wanted!r}: choose auto, cpu or cuda; CUDA_VISIBLE_DEVICES selects a GPU")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
             "cluster.device=cuda, but torch sees no GPU on this machine\n"

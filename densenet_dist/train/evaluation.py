@@ -180,7 +180,10 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        ConfigError: it is called neither best nor last.
     """
+    if checkpoint not in ("best", "last"):
+        raise ConfigError(f"checkpoint={checkpoint!r}: choose best or last")
     store = CheckpointStore(run, monitor=config.checkpoint.monitor)
     entry = store.best_or_latest() if checkpoint == "best" else store.latest()
     if entry is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,15 +30,18 @@ class RunLog:
         run: the run's folder.
         global_step: steps completed; records of later steps, left by a process that died, are dropped.
         monitor: the metric of the best epoch, see `densenet_dist.schema.CheckpointConfig`.
+        epochs: epochs completed; the next one may be trained, but not validated.
     """
 
-    def __init__(self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1") -> None:
+    def __init__(
+        self, run: RunFolder, global_step: int = 0, monitor: str = "val/top1", epochs: float = math.inf
+    ) -> None:
         self.run, self._first_step, self._monitor = run, global_step, monitor
         self._trackers: list[Tracker] = []
         self._notify: Callable[[str, bool], None] | None = None
         self._board: Board | None = None
         self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
-        self._records = self._keep_until(global_step)
+        self._records = self._keep_until(global_step, epochs)
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # left by a process that stopped before its first checkpoint
         self._earlier = run.names(TENSORBOARD_FOLDER)
@@ -111,10 +115,11 @@ class RunLog:
             for text in tracker.messages():
                 self._notify(text, False)
 
-    def _keep_until(self, global_step: int) -> list[dict[str, Any]]:
+    def _keep_until(self, global_step: int, epochs: float) -> list[dict[str, Any]]:
         """Return the records up to a step, and drop later ones from metrics.jsonl."""
         records = self.run.read_records()
-        kept = [line for line in records if line["global_step"] <= global_step and "test/loss" not in line]
+        done = [line for line in records if line["global_step"] <= global_step and line["epoch"] <= epochs]
+        kept = [line for line in done if "test/loss" not in line]
         if (self.run.path / METRICS_FILE).exists():
             self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
         return kept

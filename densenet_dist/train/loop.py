@@ -52,12 +52,15 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         Stopped: a stop was requested; everything is saved, unless another job has taken over the run's folder.
         DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
+    if context.rank == 0:
+        context.run.guard()  # workers may be restarted after another job has taken over the folder
     trainer = Trainer(config, context)
     log = None
     try:
         trainer.resume()
         if context.rank == 0:
-            log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor)
+            position, monitor = trainer.position, config.checkpoint.monitor
+            log = RunLog(context.run, position.global_step, monitor, position.epoch)
             _start_log(trainer, log)
         while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
             started = time.perf_counter()
@@ -240,8 +243,9 @@ def _end_epoch(
     config, context, position = trainer.config, trainer.context, trainer.position
     record["perf/device_hours"] = context.goodput.device_hours
     if log is not None:
-        log.record(record, position.global_step)
-        log.publish()
+        with context.status.during("save"):  # slow storage is not a hang
+            log.record(record, position.global_step)
+            log.publish()
     _report_lost_files(context, trainer.engine)
     last = position.epoch == config.train.epochs or trainer.lr_controller.stopped
     if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
@@ -262,9 +266,8 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         context.report({"kind": "phase", "text": "testing"})
         snapshot = trainer.store.load_best()
         assert snapshot is not None  # the last epoch always saves
-        if trainer.store.damaged:
-            trainer.report_damage()
-            trainer.store.write_list()
+        trainer.report_damage()
+        trainer.store.write_list()  # without checkpoints that `resume` found damaged, too
         load_weights(trainer.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
         best = {"epoch": snapshot.position.epoch, **snapshot.metrics}
     best = broadcast(best)

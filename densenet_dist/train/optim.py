@@ -31,7 +31,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        for parameter in parameters if config.momentum > 0 else ():
+            # Left uninitialised by torch 2.11 if loss scaling skips the first step.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return adam(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 

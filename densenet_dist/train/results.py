@@ -139,7 +139,7 @@ class ResultsAccumulator:
         confidence, label_probability = (
             probabilities.gather(1, chosen[:, None])[:, 0] for chosen in (predicted, labels)
         )
-        self.confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+        self.confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones_like(labels))
         bins = torch.bucketize(confidence, torch.arange(1, BINS, dtype=torch.float64) / BINS)
         correct = (predicted == labels).double()
         self.calibration.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct]))

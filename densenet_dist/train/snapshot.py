@@ -25,6 +25,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from densenet_dist.config import to_dict
 from densenet_dist.data.datasets import Dataset
@@ -80,12 +81,8 @@ class Snapshot:
 
     def copy(self) -> Snapshot:
         """Copy it to the CPU, so that training can continue while the copy is written."""
-        return replace(
-            self,
-            model=_copy(dict(self.model)),
-            average=None if self.average is None else _copy(dict(self.average)),
-            state=_copy(self.state),
-        )
+        content = {"model": dict(self.model), "average": self.average and dict(self.average), "state": self.state}
+        return replace(self, **tree_map_only(Tensor, _to_cpu, content))
 
 
 def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -> Snapshot:
@@ -168,14 +165,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_copy, value))
-    return value
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
 
 
 _CHANGEABLE: Final = ("block", "drop_rate")

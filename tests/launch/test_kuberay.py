@@ -204,7 +204,8 @@ def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(rendered, resour
 def test_the_head_and_training_pods_are_not_moved(rendered, pods):
     budgets = {budget["metadata"]["name"]: budget["spec"] for budget in rendered.documents("kuberay/disruption.yaml")}
     name = rendered.values["name"]
-    assert {key: spec["maxUnavailable"] for key, spec in budgets.items()} == {f"{name}-head": 0, f"{name}-workers": 1}
+    wanted = {f"{name}-head": 1, f"{name}-workers": rendered.values["workers"]["count"] - 1}
+    assert {key: spec["minAvailable"] for key, spec in budgets.items()} == wanted
     for cluster in (pod for pod in pods if pod.part in ("head", "workers") and pod.file in ("raycluster", *JOBS)):
         assert cluster.annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
         assert cluster.annotations["karpenter.sh/do-not-disrupt"] == "true"
