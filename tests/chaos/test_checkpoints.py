@@ -42,7 +42,6 @@ for step in range(begin + 1, 10**6):
     "the newest listed checkpoint is complete and of one step",
 )
 def test_killed_while_writing(lab: Lab) -> None:
-    # One folder throughout, so that what a kill leaves behind meets the next start.
     reached = 0
     for _ in range(50):
         command = [sys.executable, "-c", WRITER, str(lab.folder)]
@@ -121,7 +120,6 @@ def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
 
 @pytest.mark.fault("manifest.json is cut in half", "reported, and rebuilt; equal")
 def test_manifest_torn(lab: Lab) -> None:
-    # It is replaced as a whole, so that only a broken disk or a person can do this.
     run = lab.begin_and_kill(20, "checkpoint.keep=4")
     truncate("manifest.json", run.folder / "checkpoints")
     lab.begin(resume=run.folder).finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), "; rebuilt from")

@@ -73,7 +73,6 @@ def test_lease_lost(lab: Lab) -> None:
     "exits 5 when it wakes up",
 )
 def test_driver_frozen(lab: Lab) -> None:
-    # Workers have no lease of their own.
     run = lab.begin("cluster.workers=2", "train.epochs=60", "checkpoint.every_steps=5")
     run.wait_for_step(12)
     run.process.send_signal(signal.SIGSTOP)

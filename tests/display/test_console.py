@@ -162,7 +162,6 @@ def test_a_line_is_sent_at_once_and_a_run_outlives_its_reader(script):
 @pytest.mark.parametrize("columns", [100, 40])
 def test_a_terminal_shows_bars_or_if_narrow_numbers_and_the_best(columns):
     wide = columns == 100
-    # Drawn over the first one, which has as many lines.
     text, frame = shown("console(epoch)\n" + WATCHED, columns).split("\r" + ERASE + ERASE_ABOVE * (2 if wide else 3))
     epoch, run, *figures = plain(frame)
     assert HIDE_CURSOR in text

@@ -14,6 +14,7 @@ from photos import write_photos
 from PIL import Image
 from runs import run_of, tiny, train
 
+from densenet_dist.config import load_config, to_yaml
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.inference import images as inference_images
 from densenet_dist.inference.classifier import load_classifier
@@ -43,6 +44,12 @@ def test_pictures_of_a_data_set_give_the_bits_of_its_evaluation(original, tmp_pa
     for place, image in enumerate(evaluation.dataset.test.images):
         Image.fromarray(image).save(tmp_path / f"{place:04d}.png")
     assert_files_are_classified_as_in_evaluation(original, sorted(tmp_path.iterdir()))
+
+
+def test_images_of_a_data_set_are_never_cropped(run):
+    changed = load_config(run / "config.yaml", "data.augment=random_resized_crop")
+    (run / "config.yaml").write_text(to_yaml(changed))
+    assert load_classifier(run).header.crop == 1.0
 
 
 def test_pictures_in_folders_are_cut_as_in_evaluation(tmp_path):

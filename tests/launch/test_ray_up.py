@@ -32,7 +32,6 @@ def test_valid_by_rays_own_check(rendered, configs):
         entry = prepared["available_node_types"][kind]
         count = rendered.values["workers"]["count"]
         assert entry["min_workers"] == entry["max_workers"] == prepared["max_workers"] == count
-        # Ray's own defaults would install packages of any version, a nightly build of itself among them.
         commands = [*prepared["setup_commands"], *prepared["head_setup_commands"], *prepared["worker_setup_commands"]]
         assert all(re.fullmatch(r"pip install --user --quiet [\w-]+==[\d.]+", command) for command in commands)
         assert len(commands) == (1 if name == "gcp" else 0)

@@ -230,7 +230,6 @@ def training_step(net: Callable[[Tensor], Tensor], weights: nn.Module, x: Tensor
     ("variant", "form", "drop_rate", "backend"),
     [
         ("notebook", "reference", 0.2, "aot_eager"),
-        # Without dropout: Inductor has its own random number generator.
         *(
             pytest.param("notebook", form, 0.0, "inductor", marks=pytest.mark.nightly)
             for form in ("reference", "fused")

@@ -101,6 +101,5 @@ def test_a_checkpointed_block_is_the_same(bn_size: int | None, reentrant: bool) 
     for form in ("reference", "fused"):
         model = block(form, bn_size=bn_size, drop_rate=0.3, layers=3)
         found = take_step(model, small_maps(), call=lambda x, m=model: checkpoint(m, x, use_reentrant=reentrant))
-        # PyTorch stops recomputing once it has all tensors that the gradient needs.
         results.append(found if reentrant else without_statistics(found))
     assert_same(results[1], results[0])

@@ -30,7 +30,6 @@ def problems_of(variant: str, **options: Any) -> list[str]:
         ("densenet", {"depth": 40, "growth_rate": 12}, 1_019_722, 18_096, "1.0M"),
         ("densenet_bc", {"depth": 100, "growth_rate": 12}, 769_162, 23_988, "0.8M"),
         ("densenet_bc", {"depth": 190, "growth_rate": 40}, 25_624_430, 256_960, "25.6M"),
-        # torchvision documents these as `num_params` of its weights.
         ("densenet121", {"num_classes": 1000, "image_size": 224}, 7_978_856, 83_648, "8.0M"),
         ("densenet161", {"num_classes": 1000, "image_size": 224}, 28_681_000, 219_936, "28.7M"),
     ],

@@ -91,7 +91,6 @@ def test_the_settings_are_beside_the_results(done):
     assert settings["model.variant"].string_value == "densenet_bc"
     assert settings["train.optimizer.betas"].string_value == "[0.5, 0.75]"
     assert "train.ema_decay" not in settings  # null
-    # The tab shows all scalars as metrics, and first the settings that differ between runs, if told nothing of either.
     assert "_hparams_/experiment" not in parsed
     assert parsed["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
 

@@ -201,7 +201,6 @@ def test_objects_in_a_state_are_refused_and_never_built(run, tmp_path):
     meta = json.loads((folder / "checkpoint.json").read_text())
     for write in (torch.save, compressed, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))):
         write(Payload(ran), folder / "state.pt")
-        # Whoever can write the state can write its digest too.
         meta["sha256"]["state.pt"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
         (folder / "checkpoint.json").write_text(json.dumps(meta))
         with pytest.raises(CheckpointError, match="cannot be read"):

@@ -165,12 +165,12 @@ def test_mixed_precision_computes_in_it_and_keeps_weights_in_float32(tmp_path, p
 def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(tmp_path):
     trainer = trainer_of(tiny(tmp_path, "train.precision=fp16", "train.clip_grad_norm=1"))
     batch = next(iter(trainer.train_loader.epoch(0)))
-    train_step(trainer, batch)
     before, scale = state(trainer), trainer.scaler.get_scale()
-    trainer.scaler._scale.fill_(2.0**120)  # far beyond what fp16 holds
+    trainer.scaler._init_scale = 2.0**120  # far beyond what fp16 holds
     trainer.forward.eval()  # BatchNorm's statistics stay
     train_step(trainer, batch)
     assert_close(state(trainer), before, 0)
+    assert not any(kept["momentum_buffer"].any() for kept in trainer.optimizer.state.values())  # also at the first step
     assert trainer.scaler.get_scale() == 2.0**119
     trainer.scaler._scale.fill_(scale)
     train_step(trainer, batch)
