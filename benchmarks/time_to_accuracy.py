@@ -28,6 +28,7 @@ from densenet_dist.bench.common import print_table
 from densenet_dist.cli.options import write_json
 from densenet_dist.cluster.launch import prepare_data
 from densenet_dist.config import load_config, to_dict
+from densenet_dist.data.datasets import train_size
 from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.report.comparison import interval
@@ -167,7 +168,8 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _warm_up(config: Config) -> float:
     """Train and evaluate a few batches with a net that is thrown away; seconds that took."""
-    few = config.train.global_batch_size * WARM_UP_STEPS
+    size, images = config.train.global_batch_size, train_size(config.data.name, config.data.limit) or 0
+    few = size * WARM_UP_STEPS + (images - round(config.data.val_fraction * images)) % size  # an epoch's last batch too
     train = replace(config.train, epochs=1, schedule=replace(config.train.schedule, name="constant", warmup_epochs=0.0))
     limit = few if config.data.limit is None else min(few, config.data.limit)
     started = time.perf_counter()

@@ -14,6 +14,7 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
+from densenet_dist.cluster.connection import address_of, connected
 from densenet_dist.credentials import without_credentials
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
@@ -101,8 +102,6 @@ def _gpus(config: Config) -> Finding:
         return Finding("ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
     text = "no GPU" if driver is None else f"driver {driver} is installed, but torch cannot use a GPU"
     hint = f"update the driver to one that supports CUDA {torch.version.cuda}" if driver else ""
-    from densenet_dist.cluster.connection import address_of
-
     elsewhere = config.cluster.engine == "ray" and (address_of(config.cluster)[0] or driver)
     if config.cluster.device == "cuda" and not elsewhere:
         return Finding("bad", text, hint or "train on the CPU with cluster.device=cpu")
@@ -141,8 +140,6 @@ def _ray(config: Config) -> Finding:
     version = package_version("ray")
     if config.cluster.engine == "local":
         return Finding("ok", f"{version}, not used (cluster.engine=local)")
-    from densenet_dist.cluster.connection import address_of, connected
-
     with connected(config.cluster) as own_cluster:
         import ray
 

@@ -146,6 +146,10 @@ def _measure_blocks(config: Config, context: RunContext, num_classes: int, image
         remaining = min(MAX_SECONDS, MAX_SHARE * images * min(1 / rate for rate in rates.values()))
         most = share if context.device.type == "cuda" else min(share, MAX_IMAGES)
         count = max(2, min(most, int(remaining / 2 / per_image)))
+        if context.device.type == "cuda":  # two images show what launches cost; cuDNN searches for each batch size
+            count, per_image, rates = max(2, share), 0.0, dict.fromkeys(FORMS, 0.0)
+            for model in models.values():
+                _step_seconds(model, count, image_size, config.train.precision, context.device)
         while remaining > count * per_image:
             started = time.perf_counter()
             measure_steps(count)

@@ -59,8 +59,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     try:
         trainer.resume()
         if context.rank == 0:
-            position, monitor = trainer.position, config.checkpoint.monitor
-            log = RunLog(context.run, position.global_step, monitor, position.epoch)
+            log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
         while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
             started = time.perf_counter()

@@ -32,8 +32,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
         ]
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-        for parameter in parameters if config.momentum > 0 else ():
-            # Left uninitialised by torch 2.11 if loss scaling skips the first step.
+        for parameter in parameters if config.momentum > 0 else ():  # uninitialised if scaling skips the first step
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam

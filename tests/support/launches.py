@@ -68,7 +68,9 @@ class Launches(TorchDispatchMode):
         return made
 
     def note(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        """Stand in for the launch of a kernel of Triton's."""
+        """Stand in for the launch of a kernel of Triton's, whose launcher takes no None for an annotated float."""
+        for parameter, value in zip(kernel.params, args, strict=False):
+            assert not parameter.annotation_type.startswith("fp") or isinstance(value, float), parameter.name
         self.counts[kernel.__name__] += 1
         width = constants["READ"] if kernel.__name__ == "_bn_relu" else constants.get("BN_READ", 0)
         if kernel.__name__ == "_bn_relu" or constants.get("BN_BLOCK_R", 1) > 1:

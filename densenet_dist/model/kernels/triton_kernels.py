@@ -98,7 +98,7 @@ class TritonKernels(Kernels):
         shape = (count, groups.number, 2, read.channels)
         sums = torch.empty(shape, dtype=interface.accumulation_type(maps.dtype), device=maps.device)
         _sum_gradients[groups.grid](
-            maps, read.ld, *flat, *[None] * (11 * (MAX_CONSUMERS - count)),
+            maps, read.ld, *flat, *_NO_CONSUMER * (MAX_CONSUMERS - count),
             carry, 0 if carry_layout is None else carry_layout.ld, out, written.ld, sums, self._tickets_for(maps),
             read.rows, read.channels, groups.tiles, groups.number, COUNT=count,
             READ=_read_width(read.channels, read, carry_layout, *layouts), WRITE=_write_width(read.channels, written),
@@ -116,7 +116,7 @@ class TritonKernels(Kernels):
         mean, sums, values = correction or (None, None, 1.0)
         block = _block_channels(written.channels)
         programs = _programs(written, block)
-        others, arguments, constants = (0, (None,) * 12, _NO_BN_RELU) if also is None else _bn_relu_arguments(*also)
+        others, arguments, constants = _NO_BN_RELU if also is None else _bn_relu_arguments(*also)
         _correct_gradient[(programs + others,)](
             gradient, layout.ld, maps, read.ld, mean, sums, 0 if sums is None else _check_pair(sums, maps), 1 / values,
             mask_bytes, _dropout_scale(keep), out, written.ld, read.rows, read.channels, written.channels, programs,
@@ -164,7 +164,9 @@ def _bn_relu_arguments(maps: Tensor, norm: Norm, out: Tensor) -> tuple[int, tupl
     return _programs(written, block), arguments, constants
 
 
-_NO_BN_RELU = {"READ": 1, "WRITE": 1, "NORM": 1, "BLOCK_R": 1, "BLOCK_C": 1}
+# In place of arguments that are not used. Triton's launcher refuses None for `eps`, which is annotated as a float.
+_NO_BN_RELU = (0, (*[None] * 6, 0.0, *[None] * 5), {"READ": 1, "WRITE": 1, "NORM": 1, "BLOCK_R": 1, "BLOCK_C": 1})
+_NO_CONSUMER = (*[None] * 6, 0.0, *[None] * 4)
 
 
 class _Groups(NamedTuple):
@@ -367,6 +369,8 @@ def _store_output(
     start = group * tiles * BLOCK_R
     # Sum differences from one value of each channel, so that a large mean does not cancel the variance.
     pivot = _wide(tl.load(output + start.to(tl.int64) * output_ld + channel, mask=channel < channels, other=0))
+    if STORE:
+        tl.debug_barrier()  # in place: no warp may store before all have loaded the pivot
     first = tl.zeros([BLOCK_C], pivot.dtype)
     second = tl.zeros([BLOCK_C], pivot.dtype)
     for tile in range(tiles):
