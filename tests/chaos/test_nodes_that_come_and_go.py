@@ -88,7 +88,7 @@ def test_elastic(lab: Lab) -> None:
     "saves on the notice, although no checkpoint is due; resumes from it on another node; equal",
 )
 def test_node_preempted(lab: Lab) -> None:
-    settings = ("cluster.workers=1", "checkpoint.every_steps=null", *LONG, "train.epochs=6", "data.limit=8000")
+    settings = ("cluster.workers=1", "checkpoint.every_steps=null", *LONG, "train.epochs=12", "data.limit=8000")
     with two_nodes() as cluster:
         run = begin(lab, cluster, *settings)
         run.wait_for_step(1)  # that of the first epoch's end
