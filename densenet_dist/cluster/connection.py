@@ -24,9 +24,8 @@ DRIVER_ENV = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # reported as an event when the workers are restarted
 }
 _RESPONSE_TIMEOUT_S = 10.0
-_HTTP2_SETTINGS = bytes(
-    (0, 0, 0, 4, 0, 0, 0, 0, 0)
-)  # an HTTP/2 frame of type 4, which both sides send first (RFC 9113)
+# An HTTP/2 frame of type 4, which both sides send first (RFC 9113).
+_HTTP2_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS
 
 

@@ -109,9 +109,8 @@ def fit_on_ray(
         trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
         if barrier is not None:
             barrier.coordinator = coordinator
-            trainer.wait_s = (
-                math.inf
-            )  # a trial waits for its turn: the sweep has checked that the cluster is large enough
+            # A trial waits for its turn: the sweep has checked that the cluster is large enough.
+            trainer.wait_s = math.inf
         else:  # a trial exports its own telemetry
             listener = Telemetry(config.name, listener=listener)
         with forwarded_events(coordinator, listener):

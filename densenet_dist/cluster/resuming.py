@@ -45,9 +45,8 @@ def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
     old, new = flatten(to_dict(before)), flatten(to_dict(after))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
-    return [lines[key] for key in keys if key.startswith(_RESUME_MAY_CHANGE)], [
-        lines[key] for key in keys if not key.startswith(_RESUME_MAY_CHANGE)
-    ]
+    refused = [lines[key] for key in keys if not key.startswith(_RESUME_MAY_CHANGE)]
+    return [lines[key] for key in keys if key.startswith(_RESUME_MAY_CHANGE)], refused
 
 
 def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
