@@ -110,6 +110,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         # A private cluster of fixed size has no autoscaler and loses no nodes. Ray's actors for these are not started:
         # each is another process to start before the first step.
         self._static_cluster = own_cluster and not elastic
+        self._ended = False
         self._coordinator, self._hang_timeout_s = coordinator, config.fault.hang_timeout_s
         self._poll_s = poll_interval(resources.workers)
         self.wait_s = config.cluster.timeout_s
@@ -143,6 +144,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 raise
             raise _problem_of(error) from error
         finally:
+            self._ended = True
             for name in settings:  # a notebook's process may start other runs next
                 del os.environ[name]
         if self.stopped_by is not None:
@@ -165,6 +167,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     def _register_sigint_handler(self, controller: Any) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
             self.stopped_by = number
+            if self._ended:  # calling an actor after Ray's shutdown would start a new cluster
+                raise KeyboardInterrupt(number)
             save, self.save = self.save, None
             if save is not None:
                 handle(signal.default_int_handler)  # a second signal interrupts `save`

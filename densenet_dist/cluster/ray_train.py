@@ -113,8 +113,12 @@ def fit_on_ray(
             trainer.wait_s = math.inf
         else:  # a trial exports its own telemetry
             listener = Telemetry(config.name, listener=listener)
-        with forwarded_events(coordinator, listener):
-            summary = trainer.run()
+        try:
+            with forwarded_events(coordinator, listener):
+                summary = trainer.run()
+        finally:
+            if lease is not None:  # a call to the coordinator after the end would start a new cluster
+                lease.when_lost(lambda: None)
     if summary is None:
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
     return dict(summary)
