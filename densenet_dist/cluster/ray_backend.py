@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
@@ -22,7 +23,7 @@ from ray.train.v2._internal.constants import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
 )
-from ray.train.v2._internal.exceptions import RayTrainError
+from ray.train.v2._internal.exceptions import RayTrainError, WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, ScalingPolicy
@@ -39,6 +40,7 @@ from densenet_dist.schema import Config
 _SAVE_TIMEOUT_S = 30.0
 _START_ATTEMPT_S = 60.0
 """Longest wait for the resources of a worker group before Ray tries again."""
+_MOST_FAILED_STARTS = 3
 
 
 def poll_interval(workers: int) -> float:
@@ -220,17 +222,27 @@ def _problem_of(failure: Any) -> DenseNetDistError:
 class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
     """Restarts lost workers and reports it; an error that this package raises ends the run at once.
 
-    Startup failures are retried without limit: the scaling policy ends a wait that takes too long.
+    Workers that are lost during their start are restarted twice. Waiting for resources is repeated without limit: the
+    scaling policy ends a wait that takes too long.
     """
 
     def __init__(self, failure_config: Any, coordinator: Any) -> None:
         super().__init__(failure_config)
         self._coordinator = coordinator
+        self._failed_starts = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         """Runs in the controller."""
         if _raised(training_failed_error) is not None:
             return FailureDecision.RAISE
+        if isinstance(training_failed_error, WorkerGroupError):
+            self._failed_starts = 0
+        problem = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(problem, WorkerGroupStartupFailedError):
+            self._failed_starts += 1
+            if self._failed_starts == _MOST_FAILED_STARTS:
+                return FailureDecision.RAISE
+            _note(self._coordinator, f"{explain_crash(problem, 'a worker')}; starting the workers again", warning=True)
         losses, preemptions = self._worker_group_failures, self._preemption_failures
         decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RAISE or self._coordinator is None:
@@ -356,8 +368,14 @@ class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore
 
 class _NodeAddressBackend(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_use_node_interface)
-        super().on_start(worker_group, backend_config)
+        try:
+            worker_group.execute(_use_node_interface)
+            super().on_start(worker_group, backend_config)
+        except (RayActorError, RayTaskError) as error:
+            # Ray would keep the placement group, whose resources the next attempt needs.
+            worker_group.get_worker_group_state().shutdown()
+            cause = explain_crash(error, "a worker")
+            raise WorkerGroupStartupFailedError(f"the process group could not be set up: {cause}") from error
 
 
 class NodeAddressTorchConfig(TorchConfig):  # type: ignore[misc]
