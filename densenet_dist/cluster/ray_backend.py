@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -26,13 +27,18 @@ from ray.train.v2._internal.constants import (
 from ray.train.v2._internal.exceptions import RayTrainError, WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, ScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ScalingPolicy,
+)
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from densenet_dist.cluster.connection import WORKER_ENV
 from densenet_dist.cluster.failures import explain_crash
-from densenet_dist.cluster.resources import Resources, shortage
+from densenet_dist.cluster.resources import Resources, count_fitting, shortage
 from densenet_dist.cluster.signals import NUMBERS, handle
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import Config
@@ -41,6 +47,7 @@ _SAVE_TIMEOUT_S = 30.0
 _START_ATTEMPT_S = 60.0
 """Longest wait for the resources of a worker group before Ray tries again."""
 _MOST_FAILED_STARTS = 3
+_RETRY_S = 0.5
 
 
 def poll_interval(workers: int) -> float:
@@ -298,10 +305,10 @@ class _WithDeadline(ScalingPolicy):  # type: ignore[misc]
         self._waiting_since = self._waiting_since or time.monotonic()
         return super().make_decision_for_non_running_worker_group()
 
-    def make_decision_for_running_worker_group(self, *state: Any, **named: Any) -> Any:
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Runs in the controller about once per poll while the workers run."""
         self._waiting_since, self._reported = None, False
-        return super().make_decision_for_running_worker_group(*state, **named)
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Register with the autoscaler."""
@@ -318,7 +325,31 @@ class _Fixed(_WithDeadline, FixedScalingPolicy):  # type: ignore[misc]
 
 
 class _Elastic(_WithDeadline, ElasticScalingPolicy):  # type: ignore[misc]
-    """As many workers as there are resources for."""
+    """As many workers as there is room for beside other jobs, whose resources Ray's policy counts as well."""
+
+    _placement: Any = None
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Runs in the controller before every attempt to start workers."""
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(_RETRY_S)  # the controller asks again at once
+        return decision
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Runs in the controller about once per poll while the workers run."""
+        self._placement = worker_group_state.placement_group_handle.placement_group
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        free = state.available_resources_per_node()
+        per_worker = self.scaling_config._resources_per_worker_not_none
+        room = sum(count_fitting(node, per_worker) for node in free.values())
+        if self._placement is not None:  # after a loss, the other workers still have their places
+            placed = ray.util.placement_group_table(self._placement)
+            if placed.get("state") != "REMOVED":
+                room += sum(node in free for node in placed.get("bundles_to_node_id", {}).values())
+        return min(room, super()._count_possible_workers(reserved_resources))
 
 
 class RegisterWithSweep(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
