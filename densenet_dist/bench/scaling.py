@@ -30,7 +30,6 @@ from densenet_dist.bench.common import (
 )
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.launch import absolute
-from densenet_dist.cluster.measured import run_on_workers
 from densenet_dist.cluster.resources import count_fitting, plan_resources
 from densenet_dist.config import to_dict, validate
 from densenet_dist.data.datasets import Dataset, Split
@@ -111,6 +110,8 @@ def bench_scaling(
     check_run(config)
     results: dict[int, list[RankMeasurements]] = {}
     with connected(config.cluster) as own_cluster:
+        from densenet_dist.cluster.ray_backend import run_on_workers
+
         for count in counts:
             on_progress(f"{counted(count, 'worker')} (of {', '.join(map(str, counts))})")
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))

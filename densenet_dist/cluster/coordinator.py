@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from densenet_dist.cluster.heartbeat import is_hung
@@ -67,7 +69,7 @@ class Coordinator:
         self._has_heartbeats.set()
         if is_hung(heartbeat, self._heartbeats.values(), self._hang_timeout_s):
             where = f"{heartbeat.phase} at {heartbeat.where}" if heartbeat.where else heartbeat.phase
-            await self._warn(heartbeat.rank, f"made no progress for {heartbeat.idle_s:.0f} s ({where}), and is killed")
+            await self.warn(heartbeat.rank, f"made no progress for {heartbeat.idle_s:.0f} s ({where}), and is killed")
             return None
         if heartbeat.rank == 0:
             self._saved = heartbeat.saved
@@ -76,11 +78,8 @@ class Coordinator:
                 return StopRequest.SAVE
         return StopRequest.NONE if self._request is StopRequest.SAVE else self._request
 
-    async def report_loss(self, rank: int, cause: str, restarts: str) -> None:
-        """Tell the driver that the workers are restarted because of this rank."""
-        await self._warn(rank, f"failed: {cause}; all workers are restarted ({restarts})")
-
-    async def _warn(self, rank: int, text: str) -> None:
+    async def warn(self, rank: int, text: str) -> None:
+        """Pass a warning about a worker to the driver."""
         last = self._heartbeats.get(rank)
         worker = f"rank {rank} on {last.host}, after step {last.step}," if last else f"rank {rank}"
         await self.put({"kind": "note", "text": f"{worker} {text}", "warning": True})
@@ -134,11 +133,6 @@ class Coordinator:
         return self._controller
 
 
-def start_coordinator(hang_timeout_s: float) -> Any:
-    """Start the coordinator of a run."""
-    return on_this_node(Coordinator).remote(hang_timeout_s)
-
-
 def on_this_node(kind: type) -> Any:
     """Return an actor class that runs on the driver's node, and is restarted for as long as that node lives."""
     import ray
@@ -147,25 +141,27 @@ def on_this_node(kind: type) -> Any:
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)(kind)
 
 
+@dataclass
 class EpochBarrier:
     """Makes a run wait for its driver at the end of every epoch.
 
-    Args:
+    Attributes:
         on_event: called with every event, in a thread of its own; after an epoch, returns whether to continue.
         placements: an actor that records the placement groups of the workers.
         owner: the trial that they belong to.
         held: the lease of the sweep, see `densenet_dist.lease.fence`.
+        coordinator: of the run, once it has started.
     """
 
-    def __init__(
-        self, on_event: Callable[[Event], bool], placements: Any, owner: str, held: tuple[str, str] | None = None
-    ) -> None:
-        self.on_event, self.placements, self.owner, self.held = on_event, placements, owner, held
-        self.coordinator: Any = None  # set when the run starts
-        self._answered: tuple[int, bool] | None = None
+    on_event: Callable[[Event], bool]
+    placements: Any
+    owner: str
+    held: tuple[str, str]
+    coordinator: Any = None
+    _answered: tuple[int, bool] | None = None
 
     def __call__(self, event: Event) -> None:
-        """Handle an event; answer at the end of an epoch."""
+        """Handle an event."""
         if event["kind"] != "epoch":
             self.on_event(event)
             return
@@ -221,3 +217,26 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
             ray.get(coordinator.wake.remote(), timeout=5)
             for event in ray.get(coordinator.drain.remote(), timeout=5):  # those since the thread's last call
                 listener(event)
+
+
+def explain_crash(error: Any, owner: str) -> str:
+    """Describe a crash in one line: its original cause, without Ray's wrapping.
+
+    Args:
+        error: an exception raised by Ray, or the text of one; None if the cause is unknown.
+        owner: of the process, such as "the trial".
+    """
+    if not error:
+        return f"{owner}'s process was lost"
+    name, text = type(error).__name__, str(getattr(error, "cause", None) or error).strip()
+    if "OutOfMemory" in name or "running low on memory" in text:  # Ray's memory monitor
+        fix = "use smaller batches, or run fewer workers or trials at a time"
+        return f"out of memory: the node had none left, and Ray killed {owner}'s process; {fix}"
+    if found := re.search(r"health check has been hanging for ([\d.]+)", text):
+        return f"{owner}'s process did not respond for {float(found[1]):.0f} s"
+    if "ActorDied" in name or "actor died" in text.lower() or "died unexpectedly" in text:
+        return f"{owner}'s process was lost (killed, or its node is gone)"
+    # A traceback ends with the error, which may have indented hints below it.
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
+    cause = re.sub(r"^densenet_dist\.errors\.\w+: ", "", lines[-1]) if lines else name
+    return re.sub(r"\s+", " ", cause)[:300]

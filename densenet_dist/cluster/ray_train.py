@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from densenet_dist.cluster.connection import connected
-from densenet_dist.cluster.coordinator import EpochBarrier, forwarded_events, start_coordinator
+from densenet_dist.cluster.coordinator import Coordinator, EpochBarrier, forwarded_events, on_this_node
 from densenet_dist.cluster.heartbeat import heartbeats
 from densenet_dist.cluster.resources import plan_resources, share_of_cores, shortage
 from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
@@ -77,12 +76,12 @@ def fit_on_ray(
     with connected(config.cluster) as own_cluster:
         import ray
 
-        from densenet_dist.cluster.ray_backend import InterruptibleTrainer, RegisterWithSweep
+        from densenet_dist.cluster.ray_backend import InterruptibleTrainer
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if not own_cluster and (problem := shortage(resources.fewest, resources.per_worker)):
             listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for resources: {problem}"})
-        coordinator = start_coordinator(config.fault.hang_timeout_s)
+        coordinator = on_this_node(Coordinator).remote(config.fault.hang_timeout_s)
         if lease is not None:
             lease.when_lost(lambda: coordinator.request.remote(StopRequest.LEAVE))
         show_in_dashboard()
@@ -103,14 +102,10 @@ def fit_on_ray(
             storage=join_location(run.location, "ray"),
             own_cluster=own_cluster,
             coordinator=coordinator,
-            max_failures=config.cluster.max_failures,
-            callbacks=[RegisterWithSweep(coordinator, barrier.placements, barrier.owner)] if barrier else [],
+            barrier=barrier,
         )
-        trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
         if barrier is not None:
             barrier.coordinator = coordinator
-            # A trial waits for its turn: the sweep has checked that the cluster is large enough.
-            trainer.wait_s = math.inf
         else:  # a trial exports its own telemetry
             listener = Telemetry(config.name, listener=listener)
         try:

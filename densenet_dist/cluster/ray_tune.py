@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from densenet_dist.cluster.connection import connected
-from densenet_dist.cluster.coordinator import on_this_node
-from densenet_dist.cluster.failures import explain_crash
+from densenet_dist.cluster.coordinator import explain_crash, on_this_node
 from densenet_dist.cluster.resources import TrialRoom, plan_trials, shortage
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config

@@ -13,7 +13,7 @@ import ray
 from ray import tune
 
 from densenet_dist import errors
-from densenet_dist.cluster.failures import explain_crash
+from densenet_dist.cluster.coordinator import explain_crash
 from densenet_dist.cluster.trial import CAUSE, FATAL, OUTCOME
 from densenet_dist.sweep.results import TRIAL_PREFIX, Trial, Usage
 from densenet_dist.sweep.schema import SweepConfig

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from densenet_dist.cluster.measured import plan_measurement
-from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_resources, plan_trials
+from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_measurement, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
 from densenet_dist.sweep.schema import SweepConfig
