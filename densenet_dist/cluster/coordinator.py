@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from densenet_dist.cluster.heartbeat import is_hung
 from densenet_dist.train.control import StopRequest
@@ -16,6 +16,9 @@ from densenet_dist.train.control import StopRequest
 if TYPE_CHECKING:  # torch would make the actor's process several times as large
     from densenet_dist.cluster.heartbeat import Heartbeat
     from densenet_dist.train.context import Event
+
+_LAST_EVENT: Final = {"kind": "last"}
+"""Tells the driver's thread that there are no more events."""
 
 
 class Coordinator:
@@ -51,15 +54,11 @@ class Coordinator:
         self._has_events.set()
 
     async def drain(self) -> list[Event]:
-        """Return the events since the last call; waits until there is one, or `wake` is called."""
+        """Wait for events, and return those since the last call."""
         await self._has_events.wait()
         self._has_events.clear()
         events, self._events = self._events, []
         return events
-
-    async def wake(self) -> None:
-        """Make a waiting `drain` return."""
-        self._has_events.set()
 
     async def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
         """Record the state of a worker; return the request to it, or None if it hangs and must exit."""
@@ -189,13 +188,14 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
     """
     import ray
 
-    stop = threading.Event()
     errors: list[Exception] = []
 
     def forward() -> None:
         try:
-            while not stop.is_set():
+            while True:
                 for event in ray.get(coordinator.drain.remote()):
+                    if event == _LAST_EVENT:
+                        return
                     listener(event)
         except ray.exceptions.RayError:
             pass
@@ -208,15 +208,10 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
     try:
         yield
     finally:
-        stop.set()
-        coordinator.wake.remote()
+        coordinator.put.remote(_LAST_EVENT)
         thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
         if errors:
             raise errors[0]
-        with suppress(ray.exceptions.RayError):
-            ray.get(coordinator.wake.remote(), timeout=5)
-            for event in ray.get(coordinator.drain.remote(), timeout=5):  # those since the thread's last call
-                listener(event)
 
 
 def explain_crash(error: Any, owner: str) -> str:

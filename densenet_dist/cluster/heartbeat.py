@@ -30,15 +30,9 @@ _PACKAGE: Final = str(Path(__file__).parents[1])
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The state of one worker.
+    """The state of one worker, mostly from its `WorkerStatus`.
 
     Attributes:
-        rank, world_size: of the worker.
-        host: name of its node.
-        step: number of global steps completed.
-        saved: number of checkpoints written.
-        progress: number of steps and evaluated batches of this process.
-        phase: current phase, see `WorkerStatus`.
         idle_s: seconds since the last progress.
         longest_idle_s: the longest such time so far; None the first time in a phase.
         where: the line of this package that is being executed, if idle for long.
@@ -95,13 +89,12 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
     """
     import ray
 
-    end, training_thread = threading.Event(), threading.get_ident()
+    status, end, training_thread = context.status, threading.Event(), threading.get_ident()
     # Rank 0 keeps the short interval, since it also looks for preemption notices.
     interval_s = heartbeat_interval(context.world_size if context.rank else 1)
-    preemption = _PreemptionNotices()
+    notices = _preemption_notices()
 
     def heartbeat() -> Heartbeat:
-        status = context.status
         known = status.phase in status.known_phases or (status.phase == "wait" and status.progress)
         return Heartbeat(
             rank=context.rank,
@@ -128,9 +121,9 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
                 if request is None:
                     os.kill(os.getpid(), signal.SIGKILL)
                     return
-                if context.rank == 0 and preemption.save_now():
-                    request = max(request, StopRequest.SAVE)
-                context.status.request(request)
+                status.request(request)
+                if context.rank == 0 and next(notices):
+                    status.request(StopRequest.SAVE)
 
     thread = threading.Thread(target=send, name="heartbeat", daemon=True)
     thread.start()
@@ -149,25 +142,26 @@ def _current_line(thread: int) -> str:
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-class _PreemptionNotices:
-    """Decides when to save because Ray has announced that a node of this run will be lost (spot notice, drain)."""
+def _preemption_notices() -> Iterator[bool]:
+    """Yield whether to save now, because Ray has announced that a node of this run will be lost (spot notice, drain).
 
-    def __init__(self) -> None:
-        self._known: Any = None
-        self._save_again_at = math.inf
-
-    def save_now(self) -> bool:
-        """Return whether there is a new announcement, or the deadline of an earlier one is near."""
+    True on a new announcement, and when its deadline is near.
+    """
+    known: Any = None
+    save_again_at = math.inf
+    while True:
+        new: Any = None
         with suppress(Exception):  # a private interface: without it, an announced loss is like any other
             # Ray's public function is a barrier of all workers; each worker has the information already.
             from ray.train.v2._internal.execution.context import get_train_context
 
-            info = get_train_context().preemption_context.preemption_info
-            if info is not None and info != self._known:
-                self._known = info
-                self._save_again_at = math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - _LAST_SAVE_S
-                return True
-        if time.time() < self._save_again_at:
-            return False
-        self._save_again_at = math.inf
-        return True
+            new = get_train_context().preemption_context.preemption_info
+        if new is not None and new != known:
+            known = new
+            save_again_at = math.inf if new.deadline_ms is None else new.deadline_ms / 1000 - _LAST_SAVE_S
+            yield True
+        elif time.time() >= save_again_at:
+            save_again_at = math.inf
+            yield True
+        else:
+            yield False

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -97,18 +97,16 @@ def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
-    held: AbstractContextManager[Lease | None] = nullcontext()
-    if is_writer(config):
-        if not resume:
-            _refuse_used_name(run)
-        run.create()
-        held = hold(run, listener)
-    with held as lease:
-        if is_writer(config):
-            prepare_data(config)
-            if resume:
-                report_changes(run, config, listener)
-            write_run(run, config, resume)
+    if not is_writer(config):
+        return _fit_here(config, run, listener, None)
+    if not resume:
+        _refuse_used_name(run)
+    run.create()
+    with hold(run, listener) as lease:
+        prepare_data(config)
+        if resume:
+            report_changes(run, config, listener)
+        write_run(run, config, resume)
         try:
             if config.cluster.engine == "ray":
                 from densenet_dist.cluster.ray_train import fit_on_ray
@@ -116,13 +114,11 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
                 summary = fit_on_ray(config, run, listener, lease)
             else:
                 summary = _fit_here(config, run, listener, lease)
-            if is_writer(config):
-                listener({"kind": "phase", "text": "writing the report"})
-                _write_page(run, listener)  # before the release: `fit` takes a left-over lease as a missing report
+            listener({"kind": "phase", "text": "writing the report"})
+            _write_page(run, listener)  # before the release: `fit` takes a left-over lease as a missing report
             return summary
         except (KeyboardInterrupt, TrainingError):
-            if lease is not None:
-                lease.check()
+            lease.check()
             raise
 
 
