@@ -36,14 +36,9 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     Raises:
         EnvironmentProblem: the cluster cannot be reached or started.
     """
-    for key, value in (DRIVER_ENV | WORKER_ENV).items():
-        os.environ.setdefault(key, value)
-    # In notebooks Ray asks to install widgets, which are not used here.
-    warnings.filterwarnings("ignore", "IProgress not found")
-    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
+    require_cluster(config)
     import ray
 
-    require_cluster(config)
     if ray.is_initialized():
         yield False
         return
@@ -87,11 +82,16 @@ def address_of(config: ClusterConfig) -> tuple[str | None, str]:
 
 
 def require_cluster(config: ClusterConfig) -> None:
-    """Check that the cluster to join, if any, responds: Ray itself would retry for 15 minutes.
+    """Import Ray, and check that the cluster to join, if any, responds: Ray itself would retry for 15 minutes.
 
     Raises:
         EnvironmentProblem: it does not respond, or the address is not one that can be joined.
     """
+    for key, value in (DRIVER_ENV | WORKER_ENV).items():  # Ray reads some when it is imported
+        os.environ.setdefault(key, value)
+    # In notebooks Ray asks to install widgets, which are not used here.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
     import ray
 
     fix = (

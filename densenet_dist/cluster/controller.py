@@ -90,12 +90,7 @@ class WorkerCount(ElasticScalingPolicy):  # type: ignore[misc]
     """Chooses the number of workers, and limits the wait for their resources at the start and after each loss.
 
     An elastic run has as many workers as there is room for beside other jobs, and is saved before their number changes.
-
-    Args:
-        scaling_config: of the run.
-        wait_s: the longest wait.
-        static_cluster: whether there is no autoscaler.
-        coordinator: of the run.
+    A static cluster has no autoscaler.
     """
 
     def __init__(self, scaling_config: Any, wait_s: float, static_cluster: bool, coordinator: Any) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import ray
+
 from densenet_dist.cluster.heartbeat import is_hung
 from densenet_dist.train.control import StopRequest
 
@@ -27,9 +29,6 @@ class Coordinator:
     Asynchronous, so that the driver can wait inside a call: polling would cost time on a machine whose cores all train.
     If its process is lost, Ray restarts it without its state and repeats pending calls, so a call that waits must get
     everything it needs as arguments.
-
-    Args:
-        hang_timeout_s: see `is_hung`.
     """
 
     def __init__(self, hang_timeout_s: float) -> None:
@@ -97,8 +96,6 @@ class Coordinator:
 
     async def stop(self) -> None:
         """Request a checkpoint and a stop, and wait until rank 0 has ended; before the first step, return at once."""
-        import ray
-
         if ray.get_runtime_context().was_current_actor_reconstructed:
             await self._has_heartbeats.wait()  # to know whether the workers have begun to train
         if await self.request(StopRequest.STOP):
@@ -134,8 +131,6 @@ class Coordinator:
 
 def on_this_node(kind: type) -> Any:
     """Return an actor class that runs on the driver's node, and is restarted for as long as that node lives."""
-    import ray
-
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)(kind)
 
@@ -146,8 +141,7 @@ class EpochBarrier:
 
     Attributes:
         on_event: called with every event, in a thread of its own; after an epoch, returns whether to continue.
-        placements: an actor that records the placement groups of the workers.
-        owner: the trial that they belong to.
+        placements: an actor that records the placement groups of the workers of an owner, a trial.
         held: the lease of the sweep, see `densenet_dist.lease.fence`.
         coordinator: of the run, once it has started.
     """
@@ -171,8 +165,6 @@ class EpochBarrier:
 
     def abort(self, timeout_s: float) -> None:
         """End the run at any point and release its workers."""
-        import ray
-
         if self.coordinator is not None:
             with suppress(ray.exceptions.RayError):
                 controller = ray.get(self.coordinator.controller.remote(), timeout=timeout_s)
@@ -186,8 +178,6 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
 
     An exception of the listener stops the run, and is raised at the end of the context.
     """
-    import ray
-
     errors: list[Exception] = []
 
     def forward() -> None:
@@ -215,12 +205,7 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
 
 
 def explain_crash(error: Any, owner: str) -> str:
-    """Describe a crash in one line: its original cause, without Ray's wrapping.
-
-    Args:
-        error: an exception raised by Ray, or the text of one; None if the cause is unknown.
-        owner: of the process, such as "the trial".
-    """
+    """Describe the exception of Ray, or its text, in one line: the original cause of the loss of an owner's process."""
     if not error:
         return f"{owner}'s process was lost"
     name, text = type(error).__name__, str(getattr(error, "cause", None) or error).strip()

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import ray
+
 from densenet_dist.train.control import StopRequest
 
 if TYPE_CHECKING:
-    from densenet_dist.train.context import RunContext
+    from densenet_dist.cluster.ray_train import RayContext
 
 _FIRST_STEP_LIMIT_S: Final = 600.0
 """Limit for the first time in a phase: it may compile, or tune kernels."""
@@ -82,13 +84,11 @@ def heartbeat_interval(world_size: int) -> float:
 
 
 @contextmanager
-def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
+def heartbeats(context: RayContext) -> Iterator[None]:
     """Send heartbeats from a thread, and pass the requests received in return to the training loop.
 
     A worker that the coordinator considers hung kills its own process, so that Ray Train restarts the workers.
     """
-    import ray
-
     status, end, training_thread = context.status, threading.Event(), threading.get_ident()
     # Rank 0 keeps the short interval, since it also looks for preemption notices.
     interval_s = heartbeat_interval(context.world_size if context.rank else 1)
@@ -117,7 +117,7 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
                 before, sent = sent, time.monotonic()
                 if sent - before > 5 * interval_s:
                     continue  # the whole process was stopped (SIGSTOP), which does not mean that training hangs
-                request: StopRequest | None = ray.get(coordinator.heartbeat.remote(heartbeat()))
+                request: StopRequest | None = ray.get(context.coordinator.heartbeat.remote(heartbeat()))
                 if request is None:
                     os.kill(os.getpid(), signal.SIGKILL)
                     return

@@ -62,10 +62,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
     Ray's own handler knows only SIGINT, and ends with ``sys.exit(0)`` or an actor error without the reason.
 
     Args:
-        function: called on each worker with the payload.
-        payload: picklable.
+        function: called on each worker with the payload, which is pickled.
         config: ``cluster`` and ``fault`` are used.
-        resources: from `plan_resources`.
         storage: where Ray keeps its own files, in a folder that starts with the given name.
         own_cluster: whether the cluster is a private one, whose processes have inherited this one's environment.
         coordinator: of a run. Without it, nothing is saved on a signal, and lost workers are not restarted.
@@ -205,17 +203,9 @@ def _problem_of(failure: Any) -> DenseNetDistError:
 def run_on_workers(
     workers: int, function: Callable[..., Any], arguments: tuple[Any, ...], *, config: Config, own_cluster: bool
 ) -> list[Any]:
-    """Call ``function(device, *arguments)`` on every rank of a process group, for a measurement.
+    """Call ``function(device, *arguments)`` on every rank of a process group, and return the results by rank.
 
-    Args:
-        workers: number of ranks.
-        function: defined in a module.
-        arguments: picklable.
-        config: ``cluster`` and ``storage``, in which Ray keeps files meanwhile, are used.
-        own_cluster: whether the connected cluster is a private one.
-
-    Returns:
-        The results by rank.
+    For measurements: workers may share CPU cores, and are not restarted.
 
     Raises:
         EnvironmentProblem: as `plan_measurement`, or a worker was lost.

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+import ray
+import torch
+
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.coordinator import Coordinator, EpochBarrier, forwarded_events, on_this_node
 from densenet_dist.cluster.heartbeat import heartbeats
@@ -26,22 +29,12 @@ from densenet_dist.train.control import StopRequest
 
 @dataclass(frozen=True)
 class RayContext(RunContext):
-    """The context of a Ray Train worker.
-
-    Attributes:
-        coordinator: the `Coordinator` of the run.
-    """
+    """The context of a Ray Train worker, with the `Coordinator` of its run."""
 
     coordinator: Any = None
 
     def report(self, event: Event) -> None:
-        """Send the event to the driver; after an epoch of a trial (`sync_each_epoch`), wait for its decision.
-
-        Raises:
-            Stopped: on every rank, if the driver ends the trial.
-        """
-        import ray
-
+        """Send the event to the driver; after an epoch of a trial, wait for its decision, or raise Stopped."""
         if event["kind"] == "epoch" and self.sync_each_epoch:
             reported = event if self.rank == 0 else None
             if not ray.get(self.coordinator.report_epoch.remote(event["global_step"], reported)):
@@ -61,8 +54,8 @@ def fit_on_ray(
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
         listener: called with every event, in a thread; an `EpochBarrier` also decides after each epoch.
-        lease: on the run's folder; if it is lost, the workers stop and write nothing more. None if another process
-            holds the folder for this one.
+        lease: on the run's folder; if it is lost, the workers stop and write nothing more. None for a trial, whose
+            sweep holds the folder.
 
     Returns:
         The summary of the run.
@@ -74,8 +67,6 @@ def fit_on_ray(
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once the workers are stopped.
     """
     with connected(config.cluster) as own_cluster:
-        import ray
-
         from densenet_dist.cluster.ray_backend import InterruptibleTrainer
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
@@ -94,7 +85,8 @@ def fit_on_ray(
                 "threads": resources.threads,
                 "sync_each_epoch": barrier is not None,
                 "held": barrier.held if barrier else lease.held if lease else None,
-                "launch": (uuid4().hex, time.time()),
+                "launch": uuid4().hex,
+                "launched": time.time(),
             },
             config,
             resources,
@@ -121,9 +113,7 @@ def fit_on_ray(
 
 def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     """Train on a Ray Train worker; return the summary of the run if it finished."""
-    import ray
     import ray.train.torch
-    import torch
 
     from densenet_dist.train.loop import fit
 
@@ -131,7 +121,6 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
-    launch, launched = payload["launch"]
     fence(run, payload["held"])
     if not run.exists(CONFIG_FILE):
         raise StorageError(
@@ -144,12 +133,12 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         sync_each_epoch=payload["sync_each_epoch"],
-        launch=launch,
-        launched=launched,
+        launch=payload["launch"],
+        launched=payload["launched"],
         coordinator=payload["coordinator"],
     )
     try:
-        with heartbeats(worker, worker.coordinator):
+        with heartbeats(worker):
             return fit(config, worker)
     except Stopped:
         if worker.rank == 0:
