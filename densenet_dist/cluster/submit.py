@@ -41,19 +41,12 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 @dataclass(frozen=True)
 class Job:
-    """A job for a Ray cluster.
-
-    Attributes:
-        id: submission id.
-        address: URL of the cluster's dashboard.
-        entrypoint: command line.
-        folder: the working directory to upload.
-    """
+    """A command line to run on the cluster whose dashboard has this address, in a copy of a folder."""
 
     id: str
     address: str
-    entrypoint: str = ""
-    folder: str = ""
+    entrypoint: str
+    folder: str
 
     def command(self, verb: str) -> str:
         """Return Ray's command for the job: ``logs --follow`` or ``stop``."""
@@ -75,7 +68,11 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     import ray.job_submission  # noqa: F401  # not first in the thread of `send`: the process may exit during the import
 
     sent, name = _checked_command(list(arguments), folder)
-    address = address or next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
+    if address:  # Ray's client would prefer the variables
+        for variable in _ADDRESS_VARIABLES:
+            os.environ.pop(variable, None)
+    else:
+        address = next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
     return Job(
         id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         address=address or "http://127.0.0.1:8265",
@@ -105,14 +102,7 @@ def send(job: Job) -> None:
 
 
 def follow(job: Job, write: Callable[[str], object]) -> Any:
-    """Pass on the output of a job until it ends; lost connections are retried.
-
-    Args:
-        job: that was sent.
-        write: called with each new piece of output.
-
-    Returns:
-        Ray's JobDetails: ``status``, ``message``, ``driver_exit_code``.
+    """Write the output of a job until it ends, and return Ray's JobDetails; lost connections are retried.
 
     Raises:
         EnvironmentProblem: the cluster has not responded for two minutes.
