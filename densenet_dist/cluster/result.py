@@ -93,9 +93,6 @@ class Result:
         Args:
             overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
 
-        Returns:
-            A matplotlib figure.
-
         Raises:
             StorageError, CheckpointError, DataError, EnvironmentProblem: the run cannot be read or evaluated.
         """
@@ -121,7 +118,6 @@ class Result:
         return f"<table>{''.join(rows)}</table>"
 
     def _rows(self) -> dict[str, str]:
-        """Return the rows of the table, by name."""
         rows = {"run": _relative_path(self.run)}
         if not self.summary:
             return rows | {"status": "not finished; resume with fit(config, resume=True)"}
