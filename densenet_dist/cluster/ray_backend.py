@@ -113,7 +113,6 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         # each is another process to start before the first step.
         self._static_cluster = own_cluster and not elastic
         self._coordinator, self._fault = coordinator, config.fault
-        self._poll_s = poll_interval(resources.workers)
         self._wait_s = math.inf if barrier is not None else config.cluster.timeout_s
         self._stopped_by: int | None = None
         self._ended = False
@@ -128,7 +127,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         settings = {
             WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(min(_START_ATTEMPT_S, self._wait_s)),
             WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(self._fault.hang_timeout_s),
-            HEALTH_CHECK_INTERVAL_S_ENV_VAR: str(self._poll_s),
+            HEALTH_CHECK_INTERVAL_S_ENV_VAR: str(poll_interval(self.scaling_config.max_workers)),
         }
         if self._static_cluster:
             settings[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
