@@ -205,7 +205,12 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
 
 
 def explain_crash(error: Any, owner: str) -> str:
-    """Describe the exception of Ray, or its text, in one line: the original cause of the loss of an owner's process."""
+    """Describe in one line, without Ray's wrapping, why the owner's process ended.
+
+    Args:
+        error: an exception raised by Ray, or the text of one; None if the cause is unknown.
+        owner: such as "the trial".
+    """
     if not error:
         return f"{owner}'s process was lost"
     name, text = type(error).__name__, str(getattr(error, "cause", None) or error).strip()

@@ -62,14 +62,13 @@ def is_hung(worker: Heartbeat, latest: Collection[Heartbeat], timeout_s: float) 
 
     Args:
         worker: the heartbeat that just arrived.
-        latest: the last heartbeat of each rank.
+        latest: the last heartbeats of all ranks.
         timeout_s: longest time without progress; ten times the longest step if that is more.
     """
     idle = [each for each in latest if each.idle_s > _idle_limit(each, timeout_s)]
     outside = [each for each in idle if not each.waits_for_ranks]
     hung = outside or (idle if len(idle) == worker.world_size else [])
-    least = min((each.progress for each in hung), default=0)
-    return any(each.rank == worker.rank and each.progress == least for each in hung)
+    return worker in hung and worker.progress == min(each.progress for each in hung)
 
 
 def _idle_limit(worker: Heartbeat, timeout_s: float) -> float:
