@@ -53,7 +53,7 @@ def train(
 
 
 def _resumed_config(run: str, settings: list[str]) -> Config:
-    from densenet_dist.cluster.launch import resume_config
+    from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.run_folder import open_run
 
     for text in settings:

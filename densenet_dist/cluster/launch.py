@@ -16,8 +16,9 @@ from typing import Any
 
 from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
+from densenet_dist.cluster.resuming import is_finished, report_changes
 from densenet_dist.cluster.signals import handled_by
-from densenet_dist.config import load_config, to_dict, to_yaml
+from densenet_dist.config import to_yaml
 from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.lease import LEASE_FILE, Lease, hold
@@ -38,12 +39,6 @@ from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, torchrun_context, torchrun_rank
 from densenet_dist.train.control import StopRequest, WorkerStatus
-from densenet_dist.yaml_settings import flatten
-
-_RESUME_MAY_CHANGE = (
-    *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile", "name"),
-    *("data.root", "data.url", "data.download", "data.prefetch", "data.loader"),
-)
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
@@ -76,7 +71,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
     config = absolute(config)
     run = RunFolder(config.storage, config.name)
     resume = resume and run.exists()
-    if resume and _is_finished(run, config):
+    if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
         # The process may have been killed after training, before the report was complete.
         if is_writer(config) and (run.exists(LEASE_FILE) or not run.exists(PAGE_FILE)):
@@ -110,7 +105,7 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
     with hold(run, listener) as lease:
         prepare_data(config)
         if resume:
-            _report_changes(run, config, listener)
+            report_changes(run, config, listener)
         write_run(run, config, resume)
         try:
             if config.cluster.engine == "ray":
@@ -206,52 +201,6 @@ def prepare_data(config: Config) -> None:
     except (DataError, StorageError):
         if not joined:
             raise
-
-
-def resume_config(run: RunFolder, overrides: list[str]) -> Config:
-    """Return the configuration of an existing run with changes that a resumed run may make.
-
-    Raises:
-        StorageError: the configuration cannot be read.
-        ConfigError: an override changes a setting that must stay the same.
-    """
-    path = run.fetch(CONFIG_FILE)
-    before, after = load_config(path), load_config(path, *overrides)
-    # The folder may have been moved or mounted elsewhere since.
-    after = replace(after, storage=run.storage, name=run.name)
-    allowed, refused = _changes(before, after)
-    if refused:
-        fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
-        raise ConfigError(
-            "a resumed run cannot change:\n  "
-            + "\n  ".join(refused)
-            + f"\n  start a new run for that, with name=NEW{fine}"
-        )
-    return after
-
-
-def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
-    """Return descriptions of the changes that a resumed run may make, and of the others."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(after))
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
-    refused = [lines[key] for key in keys if not key.startswith(_RESUME_MAY_CHANGE)]
-    return [lines[key] for key in keys if key.startswith(_RESUME_MAY_CHANGE)], refused
-
-
-def _report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
-    began = load_config(run.fetch(CONFIG_FILE))
-    allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
-    if allowed or refused:
-        text = "\n  ".join(["settings changed since the run began:", *allowed, *refused])
-        listener({"kind": "note", "text": text, "warning": bool(refused)})
-
-
-def _is_finished(run: RunFolder, config: Config) -> bool:
-    if not run.exists(SUMMARY_FILE):
-        return False
-    began = load_config(run.fetch(CONFIG_FILE))
-    return not _changes(began, config)[1]
 
 
 def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None], lease: Lease | None) -> dict[str, Any]:

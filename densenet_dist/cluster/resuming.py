@@ -1,0 +1,66 @@
+"""The settings that a resumed run may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from densenet_dist.config import load_config, to_dict
+from densenet_dist.errors import ConfigError
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.schema import Config
+from densenet_dist.train.context import Event
+from densenet_dist.yaml_settings import flatten
+
+_RESUME_MAY_CHANGE = (
+    *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile", "name"),
+    *("data.root", "data.url", "data.download", "data.prefetch", "data.loader"),
+)
+
+
+def resume_config(run: RunFolder, overrides: list[str]) -> Config:
+    """Return the configuration of an existing run with changes that a resumed run may make.
+
+    Raises:
+        StorageError: the configuration cannot be read.
+        ConfigError: an override changes a setting that must stay the same.
+    """
+    path = run.fetch(CONFIG_FILE)
+    before, after = load_config(path), load_config(path, *overrides)
+    # The folder may have been moved or mounted elsewhere since.
+    after = replace(after, storage=run.storage, name=run.name)
+    allowed, refused = _changes(before, after)
+    if refused:
+        fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
+        raise ConfigError(
+            "a resumed run cannot change:\n  "
+            + "\n  ".join(refused)
+            + f"\n  start a new run for that, with name=NEW{fine}"
+        )
+    return after
+
+
+def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
+    """Return descriptions of the allowed and of the refused changes."""
+    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
+    refused = [lines[key] for key in keys if not key.startswith(_RESUME_MAY_CHANGE)]
+    return [lines[key] for key in keys if key.startswith(_RESUME_MAY_CHANGE)], refused
+
+
+def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
+    """Report the settings that differ from the run's config.yaml in a note."""
+    began = load_config(run.fetch(CONFIG_FILE))
+    allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
+    if allowed or refused:
+        text = "\n  ".join(["settings changed since the run began:", *allowed, *refused])
+        listener({"kind": "note", "text": text, "warning": bool(refused)})
+
+
+def is_finished(run: RunFolder, config: Config) -> bool:
+    """Return whether the run finished with this configuration, except for settings that a resumed run may change."""
+    if not run.exists(SUMMARY_FILE):
+        return False
+    began = load_config(run.fetch(CONFIG_FILE))
+    return not _changes(began, config)[1]
