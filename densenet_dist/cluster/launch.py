@@ -16,7 +16,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
-from densenet_dist.cluster.resuming import is_finished, report_changes
+from densenet_dist.cluster.resuming import extend_config, is_finished, report_changes
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import to_yaml
 from densenet_dist.environment import describe_environment
@@ -175,6 +175,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
     if not resume:
         run.write(CONFIG_FILE, to_yaml(config))
     else:
+        extend_config(run, config)
         before = run.read_json(ENV_FILE)
         environment |= {key: before[key] for key in CHOICES if key in before}
     run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
