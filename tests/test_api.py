@@ -105,7 +105,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path):
         ("train.schedule.name=cosine", "only constant, multistep, plateau schedules"),
         ("train.early_stopping={enabled: true, patience: 1, min_delta: 9.0}", "stopped early"),
     ):
-        run = fit(tiny(tmp_path, f"name=run-{len(message)}", setting), listener=lambda event: None).run
+        run = fit(tiny(tmp_path, f"name=run-{len(message)}", *settings, setting), listener=lambda event: None).run
         with pytest.raises(ConfigError, match=message):
             resume_config(open_run(run), ["train.epochs=9"])
 
