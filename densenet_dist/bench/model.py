@@ -7,17 +7,23 @@ this measures the model and the optimizer on one device, without data loading an
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
+import os
+import signal
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from densenet_dist.bench.common import (
-    MeasuringProcess,
     conditions,
     conditions_line,
+    device_name,
     interval,
     median_and_spread,
     num_classes,
@@ -27,9 +33,10 @@ from densenet_dist.bench.common import (
     with_spread,
 )
 from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, prepare_variant
+from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.display.json_lines import finite
-from densenet_dist.errors import DenseNetDistError
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device
@@ -38,6 +45,8 @@ _FIGURES: Final = (
     *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),
     *("time_ratio", "time_ratio_spread", "memory_ratio"),
 )
+_Case: TypeAlias = tuple[str, int]
+"""A variant and a batch size."""
 
 
 def bench_model(
@@ -49,15 +58,7 @@ def bench_model(
     rounds: int = 3,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure every variant at every batch size.
-
-    Args:
-        config: the model, precision, optimizer and ``cluster.device`` to use.
-        variants: what to measure, such as some of `VARIANTS`.
-        batch_sizes: images per step.
-        seconds: approximate duration of each measurement, without warm-up.
-        rounds: number of measurements; medians are reported.
-        on_progress: called with a description of the current measurement.
+    """Measure every variant at every batch size, each time for about `seconds`.
 
     Returns:
         ``rows``, with the figures of `Measurement` and their ratios to the reference of the same round and batch size,
@@ -69,35 +70,17 @@ def bench_model(
     """
     check_run(config)
     device = choose_device(config.cluster.device)
-    used, notes = dict(variants), []
-    for name, variant in variants.items():
-        if variant.cuda_graph and device.type != "cuda":
-            notes.append(f"{name} skipped: it needs a GPU")
-            del used[name]
+    usable = {name: variant for name, variant in variants.items() if device.type == "cuda" or not variant.cuda_graph}
+    notes = [f"{name} skipped: it needs a GPU" for name in variants if name not in usable]
     if config.data.name == "folder":
         notes.append(f"the folder is not read: measured with {num_classes(config)} classes")
-    sizes, plain = tuple(dict.fromkeys(batch_sizes)), to_dict(config)
-    results: dict[tuple[str, int], list[Measurement]] = {(name, size): [] for name in used for size in sizes}
-    failures: dict[tuple[str, int], str] = {}
+    plain, classes, sizes = to_dict(config), num_classes(config), tuple(dict.fromkeys(batch_sizes))
     processes = {
-        name: MeasuringProcess(prepare_variant, variant, plain, num_classes(config), str(device))
-        for name, variant in used.items()
+        name: MeasuringProcess(prepare_variant, variant, plain, classes, str(device))
+        for name, variant in usable.items()
     }
     try:
-        on_progress("preparing")
-        for process in processes.values():
-            with suppress(DenseNetDistError):  # `measure` raises it again
-                process.wait()
-        for current, size, name in itertools.product(range(1, rounds + 1), sizes, used):
-            if (name, size) in failures:
-                continue
-            on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
-            try:
-                results[name, size].append(processes[name].measure(size, seconds))
-            except OutOfMemory as error:
-                failures[name, size] = str(error)
-            except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
-                failures.update({(name, other): str(error) for other in sizes})
+        results, failures = _measure_all(processes, sizes, seconds, rounds, on_progress)
     finally:
         for process in processes.values():
             process.stop()
@@ -109,21 +92,48 @@ def bench_model(
                     "batch_size": size,
                     "note": failures.get((name, size), ""),
                     **dict.fromkeys(_FIGURES),
-                    **_figures(size, found, results.get(("reference", size), [])),
-                    "rounds": [asdict(one) for one in found],
+                    **_figures(size, measured, results.get(("reference", size), [])),
+                    "rounds": [asdict(one) for one in measured],
                 }
-                for (name, size), found in results.items()
+                for (name, size), measured in results.items()
             ],
             "model": plain["model"],
             "precision": config.train.precision,
             "optimizer": plain["train"]["optimizer"],
             "image_size": config.data.side,
-            "classes": num_classes(config),
+            "classes": classes,
             "notes": notes,
-            **conditions(config, device, seconds, rounds),
+            **conditions(device_name(device), local_threads(config.cluster), seconds, rounds),
         }
     )
     return found
+
+
+def _measure_all(
+    processes: Mapping[str, MeasuringProcess],
+    sizes: Sequence[int],
+    seconds: float,
+    rounds: int,
+    on_progress: Callable[[str], None],
+) -> tuple[dict[_Case, list[Measurement]], dict[_Case, str]]:
+    """Return the measurements of all rounds, and why those that are missing failed."""
+    on_progress("preparing")
+    for process in processes.values():
+        with suppress(DenseNetDistError):  # `measure` raises it again
+            process.wait()
+    results: dict[_Case, list[Measurement]] = {case: [] for case in itertools.product(processes, sizes)}
+    failures: dict[_Case, str] = {}
+    for current, size, name in itertools.product(range(1, rounds + 1), sizes, processes):
+        if (name, size) in failures:
+            continue
+        on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
+        try:
+            results[name, size].append(processes[name].measure(size, seconds))
+        except OutOfMemory as error:
+            failures[name, size] = str(error)
+        except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
+            failures.update({(name, other): str(error) for other in sizes})
+    return results, failures
 
 
 def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequence[Measurement]) -> dict[str, Any]:
@@ -162,3 +172,60 @@ def print_model(found: dict[str, Any]) -> None:
     failed = [f"{row['arm']}, batch {row['batch_size']}: {row['note']}" for row in found["rows"] if row["note"]]
     title = f"{found['model']['variant']} on {found['image_size']}x{found['image_size']}, {found['precision']}"
     print_table(f"{title}; {conditions_line(found)}", headings, rows, [*failed, *found["notes"]])
+
+
+class MeasuringProcess:
+    """A process that prepares something to measure, measures it on request, and is idle in between.
+
+    Its exceptions are raised here; if it dies, `EnvironmentProblem` is raised.
+
+    Args:
+        prepare: a module-level function, called once in the process; it returns the function that `measure` calls.
+        arguments: of `prepare`; they are pickled.
+    """
+
+    def __init__(self, prepare: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
+        # Ctrl-C reaches the whole process group: with the default handler this process would print a traceback.
+        self._pool = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+        )
+        self._pid = self._pool.submit(os.getpid)
+        self._prepared = self._last = self._pool.submit(_prepare, prepare, arguments)
+
+    def wait(self) -> None:
+        """Wait until it is prepared, so that preparing disturbs no measurement."""
+        _result(self._prepared)
+
+    def measure(self, *arguments: Any) -> Any:
+        """Measure once."""
+        self.wait()
+        self._last = self._pool.submit(_measure, arguments)
+        return _result(self._last)
+
+    def stop(self) -> None:
+        """End the process, even during a measurement."""
+        if not self._last.done():
+            with suppress(BrokenProcessPool, ProcessLookupError):
+                os.kill(self._pid.result(), signal.SIGKILL)
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise EnvironmentProblem("the measuring process was killed, perhaps because memory ran out") from None
+
+
+_prepared: Callable[..., Any]
+"""In a measuring process: the function that measures."""
+
+
+def _prepare(prepare: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
+    global _prepared
+    _prepared = prepare(*arguments)
+
+
+def _measure(arguments: tuple[Any, ...]) -> Any:
+    gc.collect()  # remains of the last measurement
+    return _prepared(*arguments)

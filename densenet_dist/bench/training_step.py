@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
@@ -16,7 +19,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
-from densenet_dist.bench.common import peak_bytes, proc_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
@@ -86,8 +88,7 @@ def prepare_variant(
     """Build the model of a configuration (as plain values) in this process, which measures nothing else.
 
     Returns:
-        A function that measures the training step, given a batch size and an approximate duration in seconds; it may
-        raise the same errors.
+        `TrainingStep.measure`, which raises the same errors.
 
     Raises:
         ConfigError, EnvironmentProblem, OutOfMemory: the variant cannot work here.
@@ -102,7 +103,7 @@ def prepare_variant(
     if variant.block == "fused" and (reason := unavailable(device.type)):
         raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
     return partial(
-        with_readable_errors, with_readable_errors(TrainingStep, variant, config, num_classes, device).measure
+        _with_readable_errors, _with_readable_errors(TrainingStep, variant, config, num_classes, device).measure
     )
 
 
@@ -140,13 +141,13 @@ class TrainingStep:
         torch.manual_seed(self._config.seed)  # for dropout
         loss = float(step())
         step()
-        before = reset_peak()
+        before = _reset_peak()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._variant.cuda_graph:
             step = self._capture(images, labels)
         once = self._time(step, 1)
-        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else peak_bytes() - before
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _proc_bytes("self/status", "VmHWM") - before
         if not math.isnan(peak):
             self._bytes_per_image = peak / batch_size
         steps = max(2 if on_gpu or once <= seconds else 1, int(seconds / once))
@@ -203,14 +204,35 @@ class TrainingStep:
         return (perf_counter() - started) / steps
 
     def _require_memory(self, batch_size: int) -> None:
-        needed, available = self._bytes_per_image * batch_size, proc_bytes("meminfo", "MemAvailable")
+        needed, available = self._bytes_per_image * batch_size, _proc_bytes("meminfo", "MemAvailable")
         if needed > 0.8 * available:
             raise OutOfMemory(
                 f"skipped: needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available"
             )
 
 
-def with_readable_errors(work: Callable[..., Any], *arguments: Any) -> Any:
+def _reset_peak() -> float:
+    """Reset ``VmHWM``; return the resident memory of this process in bytes, NaN where Linux refuses."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
+    resident = _proc_bytes("self/status", "VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return resident
+
+
+def _proc_bytes(file: str, key: str) -> float:
+    """Read a size from a file in ``/proc``; NaN where Linux does not report it."""
+    with suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return float(line.split()[1]) * 1024
+    return float("nan")
+
+
+def _with_readable_errors(work: Callable[..., Any], *arguments: Any) -> Any:
     """Call `work`; turn errors of compilers, kernels and allocators into an `EnvironmentProblem` of one line."""
     try:
         return work(*arguments)

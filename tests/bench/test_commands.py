@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import tiny, train
 
-from densenet_dist.bench.common import MeasuringProcess
+from densenet_dist.bench.model import MeasuringProcess
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 
