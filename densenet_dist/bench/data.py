@@ -7,14 +7,13 @@ of the loaders, not the rate of a training run.
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from densenet_dist.bench.common import conditions, conditions_line, device_name, print_table
+from densenet_dist.bench.common import conditions, conditions_line, device_name, median_and_spread, print_table
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.data.dali_support import require_dali
@@ -51,17 +50,11 @@ def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1
         speed = _measure(loader, config, dataset, device, batch_size, seconds)
         results.setdefault((loader, batch_size), []).append(speed)
     rows = []
-    for (loader, batch_size), measured in results.items():
-        speeds = [speed.per_second for speed in measured]
-        rows.append(
-            {
-                "loader": loader,
-                "batch_size": batch_size,
-                "images_per_s": round(statistics.median(speeds), 1),
-                "spread": (round(min(speeds), 1), round(max(speeds), 1)),
-                "images_per_cpu_s": round(statistics.median(speed.per_cpu_second for speed in measured), 1),
-            }
-        )
+    for (loader, batch_size), speeds in results.items():
+        median, spread = median_and_spread([speed.per_second for speed in speeds])
+        per_cpu, _ = median_and_spread([speed.per_cpu_second for speed in speeds])
+        figures = {"images_per_s": median, "spread": spread, "images_per_cpu_s": per_cpu}
+        rows.append({"loader": loader, "batch_size": batch_size, **figures})
     about = conditions(device_name(device), threads, seconds, rounds)
     return {"rows": rows, "notes": notes, "data": to_dict(config)["data"], **about}
 

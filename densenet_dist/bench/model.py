@@ -7,18 +7,17 @@ this measures the model and the optimizer on one device, without data loading an
 
 from __future__ import annotations
 
-import gc
 import itertools
 import multiprocessing
-import os
 import signal
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final, TypeAlias
+
+import torch
 
 from densenet_dist.bench.common import (
     conditions,
@@ -32,7 +31,7 @@ from densenet_dist.bench.common import (
     rounded,
     with_spread,
 )
-from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, prepare_variant
+from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, measure_variant, prepare_variant
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.display.json_lines import finite
@@ -74,16 +73,9 @@ def bench_model(
     notes = [f"{name} skipped: it needs a GPU" for name in variants if name not in usable]
     if config.data.name == "folder":
         notes.append(f"the folder is not read: measured with {num_classes(config)} classes")
-    plain, classes, sizes = to_dict(config), num_classes(config), tuple(dict.fromkeys(batch_sizes))
-    processes = {
-        name: MeasuringProcess(prepare_variant, variant, plain, classes, str(device))
-        for name, variant in usable.items()
-    }
-    try:
-        results, failures = _measure_all(processes, sizes, seconds, rounds, on_progress)
-    finally:
-        for process in processes.values():
-            process.stop()
+    sizes = tuple(dict.fromkeys(batch_sizes))
+    results, failures = _measure_all(config, device, usable, sizes, seconds, rounds, on_progress)
+    settings = to_dict(config)
     found: dict[str, Any] = finite(
         {
             "rows": [
@@ -97,11 +89,11 @@ def bench_model(
                 }
                 for (name, size), measured in results.items()
             ],
-            "model": plain["model"],
+            "model": settings["model"],
             "precision": config.train.precision,
-            "optimizer": plain["train"]["optimizer"],
+            "optimizer": settings["train"]["optimizer"],
             "image_size": config.data.side,
-            "classes": classes,
+            "classes": num_classes(config),
             "notes": notes,
             **conditions(device_name(device), local_threads(config.cluster), seconds, rounds),
         }
@@ -110,29 +102,46 @@ def bench_model(
 
 
 def _measure_all(
-    processes: Mapping[str, MeasuringProcess],
+    config: Config,
+    device: torch.device,
+    variants: Mapping[str, Variant],
     sizes: Sequence[int],
     seconds: float,
     rounds: int,
     on_progress: Callable[[str], None],
 ) -> tuple[dict[_Case, list[Measurement]], dict[_Case, str]]:
     """Return the measurements of all rounds, and why those that are missing failed."""
-    on_progress("preparing")
-    for process in processes.values():
-        with suppress(DenseNetDistError):  # `measure` raises it again
-            process.wait()
-    results: dict[_Case, list[Measurement]] = {case: [] for case in itertools.product(processes, sizes)}
+    results: dict[_Case, list[Measurement]] = {case: [] for case in itertools.product(variants, sizes)}
     failures: dict[_Case, str] = {}
-    for current, size, name in itertools.product(range(1, rounds + 1), sizes, processes):
-        if (name, size) in failures:
-            continue
-        on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
-        try:
-            results[name, size].append(processes[name].measure(size, seconds))
-        except OutOfMemory as error:
-            failures[name, size] = str(error)
-        except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
-            failures.update({(name, other): str(error) for other in sizes})
+    processes = {name: measuring_process() for name in variants}
+    on_progress("preparing")
+    try:
+        prepared = {
+            name: processes[name].submit(prepare_variant, variant, config, num_classes(config), device)
+            for name, variant in variants.items()
+        }
+        for name, task in prepared.items():  # all of them, so that preparing disturbs no measurement
+            try:
+                result_of(task)
+            except DenseNetDistError as error:
+                failures |= {(name, size): str(error) for size in sizes}
+        for current, size, name in itertools.product(range(1, rounds + 1), sizes, variants):
+            if (name, size) in failures:
+                continue
+            on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
+            try:
+                results[name, size].append(result_of(processes[name].submit(measure_variant, size, seconds)))
+            except OutOfMemory as error:
+                failures[name, size] = str(error)
+            except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
+                failures |= {(name, other): str(error) for other in sizes}
+    except BaseException:
+        for child in multiprocessing.active_children():  # do not wait for the end of a measurement
+            child.kill()
+        raise
+    finally:
+        for process in processes.values():
+            process.shutdown(cancel_futures=True)
     return results, failures
 
 
@@ -174,58 +183,17 @@ def print_model(found: dict[str, Any]) -> None:
     print_table(f"{title}; {conditions_line(found)}", headings, rows, [*failed, *found["notes"]])
 
 
-class MeasuringProcess:
-    """A process that prepares something to measure, measures it on request, and is idle in between.
-
-    Its exceptions are raised here; if it dies, `EnvironmentProblem` is raised.
-
-    Args:
-        prepare: a module-level function, called once in the process; it returns the function that `measure` calls.
-        arguments: of `prepare`; they are pickled.
-    """
-
-    def __init__(self, prepare: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
-        # Ctrl-C reaches the whole process group: with the default handler this process would print a traceback.
-        self._pool = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-        )
-        self._pid = self._pool.submit(os.getpid)
-        self._prepared = self._last = self._pool.submit(_prepare, prepare, arguments)
-
-    def wait(self) -> None:
-        """Wait until it is prepared, so that preparing disturbs no measurement."""
-        _result(self._prepared)
-
-    def measure(self, *arguments: Any) -> Any:
-        """Measure once."""
-        self.wait()
-        self._last = self._pool.submit(_measure, arguments)
-        return _result(self._last)
-
-    def stop(self) -> None:
-        """End the process, even during a measurement."""
-        if not self._last.done():
-            with suppress(BrokenProcessPool, ProcessLookupError):
-                os.kill(self._pid.result(), signal.SIGKILL)
-        self._pool.shutdown(cancel_futures=True)
+def measuring_process() -> ProcessPoolExecutor:
+    """Return a process to measure in; it starts with its first task, and is idle in between."""
+    # Ctrl-C reaches the whole process group: with the default handler this process would print a traceback.
+    return ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    )
 
 
-def _result(future: Future[Any]) -> Any:
+def result_of(task: Future[Any]) -> Any:
+    """Wait for a task of a measuring process; raise its exception, or `EnvironmentProblem` if the process died."""
     try:
-        return future.result()
+        return task.result()
     except BrokenProcessPool:
         raise EnvironmentProblem("the measuring process was killed, perhaps because memory ran out") from None
-
-
-_prepared: Callable[..., Any]
-"""In a measuring process: the function that measures."""
-
-
-def _prepare(prepare: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
-    global _prepared
-    _prepared = prepare(*arguments)
-
-
-def _measure(arguments: tuple[Any, ...]) -> Any:
-    gc.collect()  # remains of the last measurement
-    return _prepared(*arguments)

@@ -34,7 +34,7 @@ from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.launch import absolute
 from densenet_dist.cluster.measured import run_on_workers
 from densenet_dist.cluster.resources import count_fitting, plan_resources
-from densenet_dist.config import to_dict, validate
+from densenet_dist.config import to_dict
 from densenet_dist.data.datasets import Dataset, Split
 from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
@@ -96,7 +96,7 @@ def bench_scaling(
         for count in counts:
             on_progress(f"{counted(count, 'worker')} (of {', '.join(map(str, counts))})")
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
-            arguments = (to_dict(config), num_classes(config), sizes, seconds, rounds, probe)
+            arguments = (config, num_classes(config), sizes, seconds, rounds, probe)
             ranks = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)
             timings[count], about[count] = [of_rank for of_rank, _ in ranks], ranks[0][1]
         import ray
@@ -185,7 +185,7 @@ def print_scaling(found: dict[str, Any]) -> None:
 
 def measure_rank(
     device: torch.device,
-    plain: dict[str, Any],
+    config: Config,
     num_classes: int,
     global_sizes: Sequence[int],
     seconds: float,
@@ -195,19 +195,14 @@ def measure_rank(
     """Measure on one rank, together with the other ranks of the process group.
 
     Args:
-        device: of this rank.
-        plain: the configuration as plain values.
-        num_classes: of the model.
         global_sizes: sizes of the global batches, each at least one image per rank.
-        seconds: approximate duration of each measurement.
-        rounds: number of measurements.
         probe: an additional measurement at the end, on all ranks at once.
 
     Returns:
-        The timings; and the model's number of ``parameters``, ``device`` and ``backend`` by name, and what is
+        The timings; and the model's number of ``parameters``, the names of ``device`` and ``backend``, and what was
         ``probed``.
     """
-    with _trainer(validate(plain), device, num_classes, max(global_sizes)) as trainer:
+    with _trainer(config, device, num_classes, max(global_sizes)) as trainer:
         whole = next(iter(trainer.train_loader.epoch(0)))
         batches = {}
         for size in global_sizes:

@@ -20,7 +20,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
 from densenet_dist.cluster.resources import local_threads
-from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
@@ -82,31 +81,6 @@ class Measurement:
     loss: float
 
 
-def prepare_variant(
-    variant: Variant, plain: dict[str, Any], num_classes: int, device_name: str
-) -> Callable[[int, float], Measurement]:
-    """Build the model of a configuration (as plain values) in this process, which measures nothing else.
-
-    Returns:
-        `TrainingStep.measure`, which raises the same errors.
-
-    Raises:
-        ConfigError, EnvironmentProblem, OutOfMemory: the variant cannot work here.
-    """
-    config, device = validate(plain), torch.device(device_name)
-    torch.set_num_threads(local_threads(config.cluster))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA on a CPU
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # as training does
-    # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
-    if variant.block == "fused" and (reason := unavailable(device.type)):
-        raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
-    return partial(
-        _with_readable_errors, _with_readable_errors(TrainingStep, variant, config, num_classes, device).measure
-    )
-
-
 class TrainingStep:
     """A model on its device with its optimizer, run as `variant` specifies."""
 
@@ -117,17 +91,16 @@ class TrainingStep:
         architecture = variant_architecture(**settings)
         if variant.padded:
             settings["growth_rate"] = -(-architecture.growth_rate // 8) * 8
-        self._model = densenet(**{**settings, "block": variant.block}).to(device).train()
-        self._forward: nn.Module = self._model
+        self._forward: nn.Module = densenet(**{**settings, "block": variant.block}).to(device).train()
         # With a learning rate of zero the work is the same, but the weights do not change during the measurement.
-        self._optimizer = build_optimizer(self._model, config.train.optimizer, lr=0.0)
+        self._optimizer = build_optimizer(self._forward, config.train.optimizer, lr=0.0)
         self._scaler = GradScaler(device.type, enabled=config.train.precision == "fp16")
         self._bytes_per_image = 0.0  # of the last measured step
         if variant.compile:
             from torch._dynamo import config as dynamo
 
             dynamo.recompile_limit = 64  # beyond it the model would silently run uncompiled
-            self._forward = cast(nn.Module, torch.compile(self._model, dynamic=False))
+            self._forward = cast(nn.Module, torch.compile(self._forward, dynamic=False))
 
     def measure(self, batch_size: int, seconds: float) -> Measurement:
         """Warm up, then measure time and memory at one batch size."""
@@ -211,25 +184,33 @@ class TrainingStep:
             )
 
 
-def _reset_peak() -> float:
-    """Reset ``VmHWM``; return the resident memory of this process in bytes, NaN where Linux refuses."""
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
-    resident = _proc_bytes("self/status", "VmRSS")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return float("nan")
-    return resident
+_prepared: TrainingStep
+"""In a measuring process: what it measures."""
 
 
-def _proc_bytes(file: str, key: str) -> float:
-    """Read a size from a file in ``/proc``; NaN where Linux does not report it."""
-    with suppress(OSError):
-        for line in Path("/proc", file).read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return float(line.split()[1]) * 1024
-    return float("nan")
+def prepare_variant(variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
+    """Build the model of a configuration in this process, which measures nothing else.
+
+    Raises:
+        ConfigError, EnvironmentProblem, OutOfMemory: the variant cannot work here.
+    """
+    global _prepared
+    torch.set_num_threads(local_threads(config.cluster))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA on a CPU
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # as training does
+    # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
+    if variant.block == "fused" and (reason := unavailable(device.type)):
+        raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
+    _prepared = _with_readable_errors(TrainingStep, variant, config, num_classes, device)
+
+
+def measure_variant(batch_size: int, seconds: float) -> Measurement:
+    """Measure what was prepared for about `seconds`; errors as for `prepare_variant`."""
+    gc.collect()  # remains of the last measurement
+    found: Measurement = _with_readable_errors(_prepared.measure, batch_size, seconds)
+    return found
 
 
 def _with_readable_errors(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -252,3 +233,24 @@ def _problem(error: Exception) -> EnvironmentProblem:
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return OutOfMemory("out of memory")
     return EnvironmentProblem(text if len(text) <= 300 else f"{text[:300]}...")
+
+
+def _reset_peak() -> float:
+    """Reset ``VmHWM``; return the resident memory of this process in bytes, NaN where Linux refuses."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
+    resident = _proc_bytes("self/status", "VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return resident
+
+
+def _proc_bytes(file: str, key: str) -> float:
+    """Read a size from a file in ``/proc``; NaN where Linux does not report it."""
+    with suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return float(line.split()[1]) * 1024
+    return float("nan")

@@ -75,15 +75,12 @@ def _matches(pattern: str) -> list[str]:
 
 def _below(folder: str, listed: set[str]) -> Iterator[Path | Unreadable]:
     """Yield the image files below `folder`, except in folders of `listed`, to which those visited are added."""
-    problems: list[Unreadable] = []
+    problems: list[OSError] = []
     found = False
-    for place, names in walk(
-        folder, listed, lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror)))
-    ):
-        for name in names:
-            found = True
-            yield Path(place, name)
-    yield from problems
+    for place, names in walk(folder, listed, problems.append):
+        found = found or bool(names)
+        yield from (Path(place, name) for name in names)
+    yield from (Unreadable(str(error.filename), str(error.strerror)) for error in problems)
     if not found and not problems:
         yield Unreadable(str(Path(folder)), "contains no images")
 

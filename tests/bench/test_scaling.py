@@ -10,7 +10,7 @@ import torch
 from distributed import run_ranks
 
 from densenet_dist.bench.scaling import measure_rank, rows
-from densenet_dist.config import load_config, to_dict
+from densenet_dist.config import load_config
 
 ROOT = Path(__file__).parents[2]
 NET = ["model.num_layers=[1,1]", "model.growth_rate=4"]
@@ -22,8 +22,8 @@ def measured():
     from predict_scaling import probe_exchange
 
     train = ("gradient_compression=bf16", "bucket_mb=0.004", "grad_accum_steps=2", "sync_bn=true")
-    plain = to_dict(load_config(*TINY, *(f"train.{setting}" for setting in train), "data.mixup=1"))
-    return measure_rank(torch.device("cpu"), plain, 10, [12, 5], 0.0, 2, partial(probe_exchange, rounds=2))
+    config = load_config(*TINY, *(f"train.{setting}" for setting in train), "data.mixup=1")
+    return measure_rank(torch.device("cpu"), config, 10, [12, 5], 0.0, 2, partial(probe_exchange, rounds=2))
 
 
 def test_ranks_measure_the_step_of_training():
