@@ -129,7 +129,7 @@ def _decode(image: ImageLike) -> Tensor:
     if isinstance(image, str | os.PathLike):
         return decode_any(Path(image))
     if isinstance(image, Tensor | np.ndarray):
-        array = image
+        array: Any = image
         if isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8:
             array = image.permute(1, 2, 0).cpu().numpy()
         elif image.shape[2:] == (1,):
