@@ -20,7 +20,7 @@ _OLD_NAMES: Final = re.compile(r"(?<=\.)(norm|conv)\.([12]\.)")
 class DenseNet(nn.Module):
     """Dense blocks with transitions between them, then BN-ReLU-pooling-linear (paper, sec. 3).
 
-    Modules, parameters and buffers have torchvision's names. The last batch normalisation is ``features.norm5`` for any
+    Modules, parameters and buffers have torchvision's names. The last batch normalization is ``features.norm5`` for any
     number of blocks. Weights and feature maps are in ``channels_last`` memory.
 
     Args:
@@ -37,7 +37,7 @@ class DenseNet(nn.Module):
         self.architecture = architecture
         self.features = _features(architecture)
         self.classifier = nn.Linear(architecture.head_features(), architecture.num_classes)
-        initialise(self, architecture.init)
+        initialize(self, architecture.init)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class DenseNet(nn.Module):
 
 
 class Features(nn.Sequential):
-    """All modules up to the last batch normalisation, followed by ReLU.
+    """All modules up to the last batch normalization, followed by ReLU.
 
     Shape: (N, in_channels, H, W) -> (N, channels of the last block, h, w). A fused block also computes the batch
-    normalisation and ReLU after it, and a transition's convolution.
+    normalization and ReLU after it, and a transition's convolution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Transition(nn.Sequential):
         in_channels: input channels.
         out_channels: output channels.
         drop_rate: probability of dropout after the convolution.
-        norm: builds the batch normalisation.
+        norm: builds the batch normalization.
     """
 
     norm: nn.BatchNorm2d
@@ -114,7 +114,7 @@ class Transition(nn.Sequential):
 
 
 def _features(arch: Architecture) -> Features:
-    """Build the stem, the blocks with transitions between them, and the last batch normalisation."""
+    """Build the stem, the blocks with transitions between them, and the last batch normalization."""
     norm = partial(nn.BatchNorm2d, momentum=arch.norm_momentum, eps=arch.norm_eps)
     features = _stem(arch, norm)
     widths = arch.block_widths()
@@ -148,8 +148,8 @@ def _stem(arch: Architecture, norm: NormFactory) -> Features:
     return stem
 
 
-def initialise(model: nn.Module, init: Init) -> None:
-    """Initialise the weights of convolutions and linear layers, and set the biases of linear layers to 0.
+def initialize(model: nn.Module, init: Init) -> None:
+    """Initialize the weights of convolutions and linear layers, and set the biases of linear layers to 0.
 
     ======================  ===============================================  ==================================
     ``init``                convolutions                                     linear layers
@@ -159,7 +159,7 @@ def initialise(model: nn.Module, init: Init) -> None:
     ``torchvision``         N(0, 2 / fan_in)                                 U(-a, a), a = 1 / sqrt(fan_in)
     ======================  ===============================================  ==================================
 
-    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalisations keep PyTorch's
+    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalizations keep PyTorch's
     initial values, gamma 1 and beta 0. Sources: Glorot and Bengio 2010, eq. 16; He et al. 2015, sec. 2.2 (both
     fans); ``models/densenet.lua`` of github.com/liuzhuang13/DenseNet (fan_out).
     """
@@ -197,7 +197,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the trainable parameters of a model and the running statistics of its batch normalisations."""
+    """Count the trainable parameters of a model and the running statistics of its batch normalizations."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     statistics = sum(
         buffer.numel() for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))

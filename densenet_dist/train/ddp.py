@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.model import DenseNet
-from densenet_dist.model.sync_bn import synchronise_batchnorm
+from densenet_dist.model.sync_bn import synchronize_batchnorm
 from densenet_dist.schema import Config, TrainConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.control import StopRequest, collective
@@ -82,7 +82,7 @@ def _data_parallel(
     model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]
 ) -> DistributedDataParallel:
     train, device = config.train, context.device
-    module = synchronise_batchnorm(model) if train.sync_bn else model
+    module = synchronize_batchnorm(model) if train.sync_bn else model
     limits = bucket_sizes(model, train)
     if train.compile:  # torch.compile requires a limit of at least DDP's first bucket; the last bucket takes the rest
         limits[-1] = max(limits[-1], SMALLEST_BUCKET)

@@ -72,8 +72,8 @@ class Launches(TorchDispatchMode):
         for parameter, value in zip(kernel.params, args, strict=False):
             assert not parameter.annotation_type.startswith("fp") or isinstance(value, float), parameter.name
         self.counts[kernel.__name__] += 1
-        width = constants["READ"] if kernel.__name__ == "_bn_relu" else constants.get("BN_READ", 0)
-        if kernel.__name__ == "_bn_relu" or constants.get("BN_BLOCK_R", 1) > 1:
+        width = constants["READ"] if kernel.__name__ == "bn_relu" else constants.get("BN_READ", 0)
+        if kernel.__name__ == "bn_relu" or constants.get("BN_BLOCK_R", 1) > 1:
             self.read[width] += 1
 
 
