@@ -33,9 +33,9 @@ from densenet_dist.cluster.launch import absolute
 from densenet_dist.cluster.measured import run_on_workers
 from densenet_dist.cluster.resources import count_fitting, plan_resources
 from densenet_dist.config import to_dict, validate
-from densenet_dist.data.datasets import Dataset, Split
-from densenet_dist.data.loader import Batch
-from densenet_dist.data.speed import synchronize
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.image_files import Split
+from densenet_dist.data.loader import Batch, synchronize
 from densenet_dist.display.progress import counted
 from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from densenet_dist.bench.common import peak_bytes, proc_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import validate
-from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.data.speed import synchronize
+from densenet_dist.data.loader import Batch, BatchRecipe, synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.variants import densenet, variant_architecture

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from densenet_dist.data.image_files import Split
 from densenet_dist.errors import DataError
 
-Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
-"""Images (n, 32, 32, 3) uint8 and labels (n,) int64."""
-
-Contents = tuple[tuple[str, ...], Arrays, Arrays]
+Contents = tuple[tuple[str, ...], Split, Split]
 """Class names, training and test images."""
 
 _SIDE = 32
@@ -147,10 +144,8 @@ def read_folder(spec: CifarSpec, folder: Path) -> Contents:
             f"{folder} is an incomplete {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"
         )
 
-    def records(*names: str) -> Arrays:
-        data = b"".join(read_member(spec, folder / name) for name in names)
-        images, labels = parse_records(spec, data)
-        return np.ascontiguousarray(images), labels
+    def records(*names: str) -> Split:
+        return parse_records(spec, b"".join(read_member(spec, folder / name) for name in names))
 
     class_names = read_member(spec, folder / spec.names).decode("ascii").split()
     return tuple(class_names), records(*spec.train), records(spec.test)
@@ -184,9 +179,9 @@ def read_member(spec: CifarSpec, path: Path, *, source: str = "", remedy: str = 
     return data
 
 
-def parse_records(spec: CifarSpec, data: bytes) -> Arrays:
-    """View records as images (n, 32, 32, 3) uint8, and return them with their labels; for CIFAR-100 the fine ones."""
+def parse_records(spec: CifarSpec, data: bytes) -> Split:
+    """Convert records to images and labels; for CIFAR-100 the fine ones."""
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.record_bytes)
     labels = records[:, spec.label_bytes - 1].astype(np.int64)
     planes = records[:, spec.label_bytes :].reshape(-1, 3, _SIDE, _SIDE)
-    return planes.transpose(0, 2, 3, 1), labels
+    return Split(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels)

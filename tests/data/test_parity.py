@@ -14,8 +14,9 @@ from image_loaders import smooth as smooth_images
 from PIL import Image
 
 from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
-from densenet_dist.data.datasets import Split, load_dataset
+from densenet_dist.data.datasets import load_dataset
 from densenet_dist.data.engine import ENGINES
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.image_folder import read_folder
 from densenet_dist.data.loader import Batch, TrainLoader
 
