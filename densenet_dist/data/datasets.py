@@ -25,9 +25,8 @@ class Dataset:
 
     Attributes:
         class_names: by label.
-        mean: of the red, green and blue channels of the whole training split in [0, 1], whatever the limit or the seed;
-            ImageNet's for image files.
-        std: likewise.
+        mean, std: of the red, green and blue channels of the whole training split in [0, 1], whatever the limit or the
+            seed; ImageNet's for image files.
         val: (m,) int64, indices into `train` that the data set itself holds out for validation, or None.
         skipped: image files that were left out, one line each, with the reason.
         keeps_classes: see `plan.split_indices`.
@@ -73,11 +72,11 @@ def load_dataset(
         name: one of `DATASET_NAMES`.
         root: the folder with the data set, extracted or as the official archive, or the extracted folder itself; a
             download goes there. Or the URI of an object store, from which it is copied to this node's cache once;
-            `publish_dataset` puts it there. Ignored for data sets that are `GENERATED`.
+            `publish_dataset` puts it there.
         download: whether to download what is missing; never if `root` is a URI, so that nodes do not all download it.
         url: of the archive, instead of the official address: https:// or file://; http:// from this machine only.
         limit: use at most this many images of each split.
-        seed: of a generated data set; others ignore it.
+        seed: of a generated data set.
         image_size: side of the square images made from image files.
         test_fraction: share of the images that become the test split, for a folder without one.
         on_bad_image: whether image files that cannot be read are an error, or are left out.
@@ -120,13 +119,10 @@ def prepare_dataset(
     url: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
 ) -> tuple[Path, str]:
-    """Download, extract and verify a data set if that is not done yet.
+    """Download, extract and verify a data set if that is not done yet; arguments and errors as for `load_dataset`.
 
     Returns:
-        The local folder with its files (`root` for a generated data set), and a description of what was found.
-
-    Raises:
-        ConfigError, DataError, StorageError: see `load_dataset`.
+        The local folder with its files, and a description of what was found.
     """
     _check_name(name)
     if name in GENERATED:
@@ -142,19 +138,9 @@ def prepare_dataset(
 
 
 def publish_dataset(name: str, root: str, *, download: bool = True, url: str | None = None) -> str:
-    """Make sure that a data set is on an object store, from which the nodes copy it.
+    """Make sure that a data set is on the object store `root`, and return a description of what is there.
 
-    A CIFAR set is downloaded and uploaded if it is missing; image files must be there.
-
-    Args:
-        root: the store's URI.
-        download, url: see `load_dataset`.
-
-    Returns:
-        A description of what is on the store.
-
-    Raises:
-        ConfigError, DataError, StorageError: see `load_dataset`; or the store cannot be written.
+    A missing CIFAR set is downloaded and uploaded; image files must be there. Errors are those of `load_dataset`.
     """
     _check_name(name)
     if name in GENERATED:

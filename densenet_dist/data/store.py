@@ -37,14 +37,7 @@ _QUEUED = 256  # files that wait for a thread
 
 
 class DataStore:
-    """The folder at an address of an object store.
-
-    Args:
-        uri: any that pyarrow supports, with its query.
-
-    Attributes:
-        uri: as given, for commands to copy.
-        place: without the query, for messages.
+    """The folder at an address of an object store; `place` is the address without its query, for messages.
 
     Raises:
         ConfigError, StorageError: the address cannot be used, see `open_filesystem`.
@@ -72,10 +65,7 @@ class DataStore:
         return {info.path[start:]: None if info.size is None else (info.size, info.mtime_ns) for info in infos}
 
     def copy(self, name: str, target: Path, advance: Callable[[int], object] = lambda size: None) -> None:
-        """Copy a file to the local file `target`, and flush it to the disk.
-
-        Args:
-            advance: called with the size of each chunk received.
+        """Copy a file to the local file `target`, and flush it to the disk; call `advance` with each chunk's size.
 
         Raises:
             DataError: the file cannot be read.
@@ -133,11 +123,7 @@ def cache_of(uri: str) -> Path:
 
 @contextmanager
 def locked_folder(folder: Path, lock_name: str, remedy: str) -> Iterator[None]:
-    """Create `folder` if it is missing, and hold its lock: one process at a time stores a data set in it.
-
-    Raises:
-        StorageError: something in it cannot be written; the message ends with `remedy`.
-    """
+    """Create `folder` if it is missing, and hold its lock; raise StorageError if something in it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / lock_name
@@ -177,11 +163,7 @@ def sync_images(uri: str) -> Path:
 
 
 def require_images(uri: str) -> str:
-    """Check that an address has folders, without copying anything; return a description of what was found.
-
-    Raises:
-        DataError: it has none, or the store cannot be read.
-    """
+    """Check that an address has folders, without copying anything; return a description of what was found."""
     store = DataStore(uri)
     folders = [name for name, stamp in store.list().items() if stamp is None and not is_ignored(name)]
     if not folders:
@@ -197,7 +179,7 @@ def _no_images(store: DataStore) -> str:
 
 
 def _list_images(store: DataStore) -> dict[str, Stamp]:
-    """List the files on the store that have the name of an image file."""
+    """List the files that have the name of an image."""
     found = {}
     for name, stamp in store.list(recursive=True).items():
         parts = name.split("/")
