@@ -114,19 +114,14 @@ class _Pipeline:
         return images
 
     def _diagnose(self, number: int, error: RuntimeError) -> None:
-        """Find the cause of a failure of the pipeline, which may have been working on a later request.
-
-        Raises:
-            UnreadableFiles: files cannot be decoded.
-            EnvironmentProblem: all files can be decoded.
-        """
+        """Raise the cause of a failure of the pipeline, which may have been working on a later request."""
         if (files := self._engine.files) is not None:
             indices = [self._request(number + ahead).array("indices") for ahead in range(self._engine.prefetch + 2)]
             some = np.unique(np.concatenate(indices)).tolist()
             # torchvision has the better messages. DALI, which can be stricter, is asked if that finds nothing.
             read_all(some, lambda _, index: files.decode(index))
             read_all(some, lambda _, index: _decode_alone(files.encoded(index)))
-        raise dali_problem(error, self._engine.device) from error
+        raise _dali_problem(error, self._engine.device) from error
 
 
 def _decode_alone(data: npt.NDArray[np.uint8]) -> None:
@@ -249,14 +244,7 @@ def dali_installed() -> bool:
 
 
 def require_dali(device: torch.device, *, decoding: bool) -> None:
-    """Check that DALI works on `device`.
-
-    Args:
-        decoding: whether it has to decode image files.
-
-    Raises:
-        EnvironmentProblem: naming what is missing or too old, the versions, and what to do.
-    """
+    """Check that DALI works on `device`, also for decoding files; else raise EnvironmentProblem with a remedy."""
     if not dali_installed():
         raise EnvironmentProblem(
             f"data.loader=dali, but DALI is not installed\n  install it: pip install {PACKAGE}\n  or {_ALTERNATIVE}"
@@ -279,7 +267,7 @@ def require_dali(device: torch.device, *, decoding: bool) -> None:
         )
 
 
-def dali_problem(error: BaseException, device: torch.device) -> EnvironmentProblem:
+def _dali_problem(error: BaseException, device: torch.device) -> EnvironmentProblem:
     """Convert an error of DALI itself to one message, without the traceback of the pipeline in it."""
     lines = [line.strip() for line in str(error).splitlines()]
     # If an operator failed, DALI first shows the code that asked for it, up to a line "encountered:".

@@ -96,12 +96,11 @@ def load_dataset(
     if name == "folder":
         path = _image_folder(root)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
-        # Older versions could leave a class without a training image.
         folder = _keep_split(folder, split or {}, limit)
-        return _folder_dataset(folder, path.absolute(), limit, test_fraction, split != {})
+        keeps_classes = split != {}  # older versions could leave a class without a training image
+        return _folder_dataset(folder, path.absolute(), limit, test_fraction, keeps_classes)
     spec = cifar.SPECS[name]
-    _, contents = cifar_source.load(spec, root, download=download, url=url)
-    class_names, train, test = contents
+    _, (class_names, train, test) = cifar_source.load(spec, root, download=download, url=url)
     return Dataset(name, class_names, _first(train, limit), _first(test, limit), spec.mean, spec.std)
 
 
@@ -218,6 +217,7 @@ def _evenly(count: int, limit: int | None) -> npt.NDArray[np.int64]:
 
 
 def _first(split: Split, limit: int | None) -> Split:
+    # The rows are copied: a view would keep the whole set in memory.
     return split if limit is None or limit >= len(split.labels) else split[np.arange(limit)]
 
 

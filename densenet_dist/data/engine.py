@@ -60,8 +60,7 @@ class Epoch:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the attribute `name` of this object or of its parameters."""
-        found = getattr(self, name) if hasattr(self, name) else getattr(self.parameters, name)
-        assert isinstance(found, np.ndarray)
+        found: npt.NDArray[Any] = getattr(self if hasattr(self, name) else self.parameters, name)
         return found
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
@@ -72,11 +71,7 @@ class Epoch:
 
 
 class Request(NamedTuple):
-    """Some images of an epoch.
-
-    Attributes:
-        parts: ranges of positions in the epoch, one after the other; a single one costs no copy.
-    """
+    """Some images of an epoch: ranges of positions in it, one after the other; a single one costs no copy."""
 
     epoch: Epoch
     parts: tuple[range, ...]
@@ -93,15 +88,15 @@ class Request(NamedTuple):
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the rows of `Epoch.array` that belong to this request."""
-        whole = self.epoch.array(name)
-        parts = [whole[part.start : part.stop : part.step] for part in self.parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._rows(self.epoch.array(name), np.concatenate)
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """Return the rows of `Epoch.tensor` that belong to this request."""
-        whole = self.epoch.tensor(name, device)
+        return self._rows(self.epoch.tensor(name, device), torch.cat)
+
+    def _rows(self, whole: Any, join: Callable[[list[Any]], Any]) -> Any:
         parts = [whole[part.start : part.stop : part.step] for part in self.parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else join(parts)
 
 
 Recipe: TypeAlias = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
@@ -123,7 +118,7 @@ class UnreadableFiles(Exception):
 
 
 def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
-    """Return `read(position, index)` for each of `indices` at its position; `map` may use threads.
+    """Return `read(position, index)` for each of `indices`; `map` may use threads.
 
     Raises:
         UnreadableFiles: all those for which `read` raises BadImage.
@@ -143,15 +138,9 @@ def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[
 
 
 class Substitutes:
-    """The image files of a split that can no longer be read, and what replaces them.
+    """The image files of a split that can no longer be read: `unreadable` has the reasons, by index into the split.
 
     Each is replaced by the next readable image of its class: batch sizes and labels stay the same on every rank.
-
-    Args:
-        policy: skip replaces images; error raises.
-
-    Attributes:
-        unreadable: the reasons, by index into the split; always empty for images in memory.
     """
 
     def __init__(self, split: Split, policy: Literal["error", "skip"]) -> None:
@@ -160,11 +149,7 @@ class Substitutes:
         self._reported = 0
 
     def exclude(self, reasons: Mapping[int, str]) -> None:
-        """Add unreadable images.
-
-        Raises:
-            DataError: naming them, if the policy is error.
-        """
+        """Add unreadable images; raise DataError, naming them, if the policy is error."""
         lines = "\n  ".join(self._lines(reasons))
         if self._policy == "error":
             raise DataError(
@@ -211,7 +196,6 @@ class Engine:
 
     Args:
         mean, std: of each channel, for images in [0, 1].
-        device: where the pixels are produced.
         prefetch: number of batches produced ahead.
         threads: threads that decode files, or all CPU threads of DALI.
         on_bad_image: whether image files that can no longer be read are an error, or are replaced.
@@ -253,17 +237,12 @@ class Engine:
         return None
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
-        """Return the function that produces the batches of one loader.
-
-        Args:
-            request: returns the request with a given number.
-            largest: the maximum size of a request.
-        """
+        """Return the function that produces the batches `request(number)` of one loader, of at most `largest` images."""
         raise NotImplementedError
 
 
 def engine_class(name: str) -> type[Engine]:
-    """Return the engine called `name`, one of `ENGINES`. DALI is imported only if it is selected.
+    """Return the engine called `name`, one of `ENGINES`.
 
     Its constructor raises EnvironmentProblem if DALI is not installed or cannot run on the device.
     """

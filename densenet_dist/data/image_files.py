@@ -74,13 +74,10 @@ class ImageFiles:
         return self.root / self.names[index]
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of one file, (n,) uint8, which are a valid image of the size it had when it was verified.
+        """Return the bytes of one file, (n,) uint8, or raise BadImage unless they are an image of the verified size.
 
         Unchanged bytes are trusted; others are decoded first, because a broken file can crash DALI's decoder, and the
         process with it.
-
-        Raises:
-            BadImage: it can no longer be read, or is another image.
         """
         data = _read(self.path(index))
         unchanged = zlib.crc32(data.data) == self.checksums[index]
@@ -96,11 +93,7 @@ class ImageFiles:
         return encode_png(_pixels(data), compression_level=0).numpy() if _is_transparent(data) else data
 
     def decode(self, index: int) -> "Tensor":
-        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright.
-
-        Raises:
-            BadImage: see `read`; or it cannot be decoded.
-        """
+        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright; raise BadImage if that is not possible."""
         return _pixels(self.read(index))
 
 
@@ -126,11 +119,7 @@ class Split:
 
 
 def decode_any(path: Path) -> "Tensor":
-    """Decode a file as `ImageFiles.decode` does, of any format that Pillow reads.
-
-    Raises:
-        BadImage: it cannot be read or decoded, is damaged, or is an animation.
-    """
+    """Decode a file as `ImageFiles.decode` does, of any format that Pillow reads; raise BadImage for animations too."""
     return _verified_pixels(_read(path), any_format=True)
 
 

@@ -74,15 +74,11 @@ class Folder:
 
 
 def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "skip"] = "error") -> Folder:
-    """Find and verify the images below `root`.
-
-    Args:
-        image_size: side in pixels of the square images that are made from them.
-        on_bad_image: whether images that cannot be used are an error, or are left out and listed.
+    """Find and verify the images below `root`, of which squares of `image_size` pixels a side will be made.
 
     Raises:
         DataError: the folder is missing, cannot be read or has another layout; a class or a part has no image that can
-            be used; or an image cannot be used.
+            be used; or an image cannot be used, unless such images are skipped.
     """
     root = Path(root).absolute()
     try:

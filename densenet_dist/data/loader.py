@@ -42,9 +42,7 @@ class BatchRecipe(NamedTuple):
     """A batch to compute later: a pure function that runs on the device alone, so that a CUDA graph can contain it.
 
     Attributes:
-        inputs: tensors on the device.
         make: computes the batch from `inputs`, or, with one rank, from those of any other recipe with the same shapes.
-        global_size: of the batch.
     """
 
     inputs: tuple[Tensor, ...]
@@ -111,11 +109,7 @@ class TrainLoader:
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
-        """Yield the same batches as recipes; None if the host takes part in producing them.
-
-        Raises:
-            IndexError: the epoch has fewer steps.
-        """
+        """Yield the same batches as recipes; None if the host takes part in producing them."""
         numbers = self._numbers(epoch, start_step)
         if numbers and self._engine.recipe(self._request(numbers[0])) is None:
             return None
