@@ -237,7 +237,7 @@ class Engine:
         return None
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
-        """Return the function that produces the batches `request(number)` of one loader, of at most `largest` images."""
+        """Return a function that produces one loader's batches, `request(number)` each, of at most `largest` images."""
         raise NotImplementedError
 
 

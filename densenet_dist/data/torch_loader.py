@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,15 +33,11 @@ class TorchEngine(Engine):
         super().__init__(split, **options)
         if self.resident is not None and self.device.type == "cuda":
             self.prefetch = 0
-        levels = 255.0 * np.asarray(self.std, dtype=np.float64)
-        self._scale = self._row(1.0 / levels)
-        self._shift = self._row(-255.0 * np.asarray(self.mean, dtype=np.float64) / levels)
-        size = self.image_size
+        size, levels = self.image_size, 255.0 * np.asarray(self.std, dtype=np.float64)
+        factors = (1.0 / levels, -255.0 * np.asarray(self.mean, dtype=np.float64) / levels)
+        # Repeated for every pixel of a row: (W * 3,) float32.
+        self._scale, self._shift = (upload(np.tile(each, size).astype(np.float32), self.device) for each in factors)
         self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
-
-    def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
-        """Repeat (3,) values for every pixel of a row: (W * 3,) float32 on the device."""
-        return upload(np.tile(channels, self.image_size).astype(np.float32), self.device)
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """See `Engine.batches`."""
@@ -72,11 +67,8 @@ class TorchEngine(Engine):
         if len(pieces) == 1:
             return self._piece(request)
         images = torch.empty(request.size, self.image_size, self.image_size, 3).permute(0, 3, 1, 2)
-        start = 0
-        for piece in pieces:
-            stop = start + piece.size
-            images[start:stop] = self._piece(piece)
-            start = stop
+        for rows, piece in zip(images.split([piece.size for piece in pieces]), pieces, strict=True):
+            rows.copy_(self._piece(piece))
         return images
 
     def _piece(self, request: Request) -> Tensor:
