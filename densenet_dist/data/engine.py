@@ -88,15 +88,15 @@ class Request(NamedTuple):
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the rows of `Epoch.array` that belong to this request."""
-        return self._rows(self.epoch.array(name), np.concatenate)
+        whole = self.epoch.array(name)
+        parts = [whole[part.start : part.stop : part.step] for part in self.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """Return the rows of `Epoch.tensor` that belong to this request."""
-        return self._rows(self.epoch.tensor(name, device), torch.cat)
-
-    def _rows(self, whole: Any, join: Callable[[list[Any]], Any]) -> Any:
+        whole = self.epoch.tensor(name, device)
         parts = [whole[part.start : part.stop : part.step] for part in self.parts]
-        return parts[0] if len(parts) == 1 else join(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 Recipe: TypeAlias = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
