@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -157,7 +156,7 @@ def sync_images(uri: str) -> Path:
     with locked_cache(uri) as entry:
         folder, synced = entry / "files", entry / ".compared"
         if not (synced.is_file() and synced.stat().st_mtime > asked):  # else another process synced while we waited
-            _copy_changed(store, _list_images(store), folder, entry / ".partial")
+            _copy_changed(store, _list_images(store), folder)
             synced.touch()
     return folder
 
@@ -194,13 +193,13 @@ def _list_images(store: DataStore) -> dict[str, Stamp]:
     return found
 
 
-def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, partial: Path) -> None:
+def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path) -> None:
     """Make `folder` hold the wanted files and no others. The caller holds the lock."""
     missing = dict(wanted)
     for place, _, names in os.walk(folder, topdown=False):
         for path in (os.path.join(place, name) for name in names):
             name, status = os.path.relpath(path, folder), os.stat(path)
-            if name not in wanted:
+            if name not in wanted:  # or left by a process that was killed
                 os.unlink(path)
             elif wanted[name] == (status.st_size, status.st_mtime_ns):
                 del missing[name]
@@ -208,21 +207,19 @@ def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, part
             os.rmdir(place)  # only if it is empty: a class without images would be an error
     for parent in {os.path.dirname(name) for name in missing}:
         (folder / parent).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     if not missing:
         return
-    partial.mkdir()
 
     def copy(numbered: tuple[int, str]) -> int:
         number, name = numbered
         size, modified = wanted[name]
-        store.copy(name, partial / str(number))
-        os.utime(partial / str(number), ns=(modified, modified))
-        (partial / str(number)).replace(folder / name)
+        partial = folder / f".{number}.partial"
+        store.copy(name, partial)
+        os.utime(partial, ns=(modified, modified))
+        partial.replace(folder / name)
         return size
 
     total = sum(size for size, _ in missing.values())
     with progress_bar(f"downloading {len(missing)} images") as advance:
         for size in map_ahead(copy, enumerate(missing), _QUEUED, _THREADS):
             advance(size, total)
-    shutil.rmtree(partial, ignore_errors=True)
