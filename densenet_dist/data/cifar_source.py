@@ -104,7 +104,8 @@ def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str) -
             remedy = cifar.how_to_replace(spec, archive)
             cifar.extract(spec, archive, partial, source=str(archive), remedy=remedy)
         else:
-            url, downloaded = url or spec.url, partial / spec.archive
+            url = url or spec.url
+            downloaded = partial / spec.archive
             fetch(url, downloaded, title=spec.title, limit=_MAX_ARCHIVE_BYTES, remedy=remedy)
             cifar.extract(spec, downloaded, partial, source=url.partition("?")[0], remedy=remedy)
             downloaded.replace(archive)  # only now: the next run must not find a damaged download

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.engine import BatchProducer, Engine, Request, UnreadableFiles, read_all
-from densenet_dist.data.image_files import BadImage, Split
+from densenet_dist.data.image_files import BadImage, ImageFiles, Split
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 from densenet_dist.errors import EnvironmentProblem
@@ -44,9 +44,9 @@ class DaliEngine(Engine):
         EnvironmentProblem: DALI is not installed, or cannot run on the device.
     """
 
-    def __init__(self, split: Split, **options: Any) -> None:
-        super().__init__(split, **options)
-        require_dali(self.device, decoding=self.files is not None)
+    def __init__(self, split: Split, *, device: torch.device | str = "cpu", **options: Any) -> None:
+        require_dali(torch.device(device), decoding=isinstance(split.images, ImageFiles))
+        super().__init__(split, device=device, **options)
         self.prefetch = max(1, self.prefetch)
         self._readers = ThreadPoolExecutor(_READERS, "densenet-dist-read")
 
