@@ -199,8 +199,8 @@ def test_pictures_are_as_pillow_reads_them(tmp_path: Path, capfd: pytest.Capture
     for name, data in kinds.items():
         put(tmp_path, f"a/{name}", data=data)
     put(tmp_path, "b/1.png")
-    files = read(tmp_path).files
-    assert len(files) == len(kinds) + 1
+    files = read(tmp_path).train.images
+    assert len(files.names) == len(kinds) + 1
     for row, name in enumerate(files.names[:-1]):
         expected = by_pillow(kinds[name[2:]])
         pixels = files.decode(row)
@@ -298,8 +298,8 @@ class TestCache:
         opened.clear()
         again = self.skip(root)
         assert opened == []
-        assert (again.files.names, again.skipped) == (first.files.names, first.skipped)
-        assert again.files.sizes.tolist() == first.files.sizes.tolist()
+        assert (again.train.images.names, again.skipped) == (first.train.images.names, first.skipped)
+        assert again.train.images.sizes.tolist() == first.train.images.sizes.tolist()
         put(root, "a/new.png", "b/bad.png")
         put(root, "a/1.png", data=encode(picture().resize((3, 5)), "PNG"))
         os.utime(root / "a" / "2.png", ns=(0, 12345))
@@ -319,7 +319,7 @@ class TestCache:
         for damaged in (whole[: len(whole) // 2], "[" * 100_000, *others):
             file.write_text(damaged)
             opened.clear()
-            assert self.skip(root).files.names == first.files.names
+            assert self.skip(root).train.images.names == first.train.images.names
             assert len(opened) == 4
             self.skip(root)
             assert len(opened) == 4  # it has been mended

@@ -88,8 +88,8 @@ class TestCifar:
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
         folder = read_folder(tmp_path, image_size=32)
-        files = Split(folder.files, folder.labels)
-        order = [int(Path(name).stem) for name in folder.files.names]
+        files = folder.train
+        order = [int(Path(name).stem) for name in files.images.names]
         in_order = Split(arrays.images[order], arrays.labels[order])
         assert np.array_equal(files.labels, in_order.labels)
         for augmentation in (NO_AUGMENTATION, Augmentation("notebook", True, 8, 0.4, 1.0), Augmentation("crop_flip")):
@@ -111,7 +111,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Split:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         folder = read_folder(root, image_size=32)
-    return Split(folder.files, folder.labels)
+    return folder.train
 
 
 class TestFiles:
