@@ -17,8 +17,8 @@ from rich.text import Text
 from densenet_dist.cluster.connection import address_of, connected
 from densenet_dist.credentials import without_credentials
 from densenet_dist.data.cifar import SPECS
-from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
-from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
+from densenet_dist.data.dali_loader import PACKAGE as DALI_PACKAGE
+from densenet_dist.data.dali_loader import dali_installed, dali_version, driver_versions, require_dali
 from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
 from densenet_dist.data.store import DataStore, locked_cache
 from densenet_dist.environment import cpu_name, package_version

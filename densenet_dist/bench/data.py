@@ -16,9 +16,9 @@ import torch
 from densenet_dist.bench.common import conditions, conditions_line, device_name, median_and_spread, print_table
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
-from densenet_dist.data.dali_support import require_dali
+from densenet_dist.data.dali_loader import require_dali
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.speed import Speed, endless, measure
+from densenet_dist.data.loader import Speed, measure
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
@@ -66,7 +66,7 @@ def _measure(
     engine = engine_of(config, device, dataset, dataset.train, loader)
     context = RunContext(RunFolder(config.storage, config.name), device)
     batches = train_loader(config, context, dataset, engine, train_and_val(config, dataset)[0])
-    return measure(endless(batches), device, seconds=seconds)
+    return measure(batches, device, seconds=seconds)
 
 
 def print_data(found: dict[str, Any]) -> None:

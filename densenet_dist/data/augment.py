@@ -38,7 +38,6 @@ class Augmentation:
 
     Attributes:
         geometry: one of `GEOMETRIES`.
-        trivial_augment: one more operation per image, see `trivial_augment`.
         cutout: side in pixels of the square hole (DeVries & Taylor 2017); 0 for none.
         mixup: alpha of Beta(alpha, alpha) for the share of the image itself (Zhang et al. 2018); 0 for none.
         cutmix: likewise, for the area outside of a box from another image (Yun et al. 2019). With both, each image gets
@@ -120,12 +119,8 @@ def draw(
     images, and not on the order or batch in which it is seen.
 
     Args:
-        num_images: size of the whole data set.
         image_size: side of the square images in pixels.
         sizes: (n, 2) int64, width and height of image files; None for images in memory, which are square.
-
-    Raises:
-        ConfigError: the geometry is unknown.
     """
 
     def uniform(stream: Stream, draws: int, epoch: int = epoch) -> _Draws:
@@ -168,12 +163,9 @@ def draw(
 
 
 def evaluation_parameters(geometry: str, sizes: npt.NDArray[np.int64] | None) -> Parameters:
-    """Return the parameters for evaluation: a central square crop of image files, and nothing else.
+    """Return the parameters for evaluation: a central square crop of image files of these sizes, and nothing else.
 
-    Args:
-        geometry: that of training. With random_resized_crop, which enlarges objects, the side of the crop is
-            `EVAL_CROP` of the shorter side.
-        sizes: see `draw`.
+    After training with random_resized_crop, which enlarges objects, its side is `EVAL_CROP` of the shorter side.
     """
     if sizes is None:
         return Parameters()
@@ -252,7 +244,7 @@ def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _
 
 
 def _flip_sign(draws: _Draws) -> _Draws:
-    """Return -1 to mirror an image left to right, else 1, with equal probability, (n,) float64."""
+    """Return -1 to mirror an image left to right, else 1, (n,) float64."""
     return np.where(draws[:, 5] < 0.5, -1.0, 1.0)
 
 

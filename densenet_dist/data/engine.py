@@ -1,8 +1,11 @@
-"""The interface between loaders and engines: a loader requests images of an epoch, an engine produces their pixels."""
+"""The interface between loaders and engines: a loader requests images of an epoch, an engine produces their pixels.
+
+An image file that has become unreadable during a run is replaced by another one, or is an error, see `Substitutes`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -12,9 +15,8 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.augment import Parameters
-from densenet_dist.data.datasets import Split
-from densenet_dist.data.image_files import ImageFiles
-from densenet_dist.data.substitutes import Substitutes
+from densenet_dist.data.image_files import BadImage, ImageFiles, Split
+from densenet_dist.errors import DataError
 
 ENGINES: Final = ("torch", "dali")
 
@@ -25,7 +27,7 @@ class Epoch:
     Attributes:
         indices: (n,) int64, indices into the split.
         labels: (n,) int64.
-        parameters: of the augmentation, in the same order; operations whose parameters are None are not used.
+        parameters: of the augmentation, in the same order.
     """
 
     def __init__(
@@ -58,8 +60,7 @@ class Epoch:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the attribute `name` of this object or of its parameters."""
-        found = getattr(self, name) if hasattr(self, name) else getattr(self.parameters, name)
-        assert isinstance(found, np.ndarray)
+        found: npt.NDArray[Any] = getattr(self if hasattr(self, name) else self.parameters, name)
         return found
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
@@ -70,11 +71,7 @@ class Epoch:
 
 
 class Request(NamedTuple):
-    """Some images of an epoch.
-
-    Attributes:
-        parts: ranges of positions in the epoch, one after the other; a single one costs no copy.
-    """
+    """Some images of an epoch: ranges of positions in it, one after the other; a single one costs no copy."""
 
     epoch: Epoch
     parts: tuple[range, ...]
@@ -112,18 +109,100 @@ Raises `UnreadableFiles` for image files that have become unreadable; no batch b
 """
 
 
+class UnreadableFiles(Exception):
+    """Some image files cannot be read; `reasons` has the reason for each, by index into the split."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
+
+
+def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
+    """Return `read(position, index)` for each of `indices`; `map` may use threads.
+
+    Raises:
+        UnreadableFiles: all those for which `read` raises BadImage.
+    """
+    reasons: dict[int, str] = {}
+
+    def read_one(position: int, index: int) -> Any:
+        try:
+            return read(position, index)
+        except BadImage as error:
+            reasons[index] = str(error)
+
+    found = list(map(read_one, range(len(indices)), indices))
+    if reasons:
+        raise UnreadableFiles(reasons)
+    return found
+
+
+class Substitutes:
+    """The image files of a split that can no longer be read: `unreadable` has the reasons, by index into the split.
+
+    Each is replaced by the next readable image of its class: batch sizes and labels stay the same on every rank.
+    """
+
+    def __init__(self, split: Split, policy: Literal["error", "skip"]) -> None:
+        self._split, self._policy = split, policy
+        self.unreadable: dict[int, str] = {}
+        self._reported = 0
+
+    def exclude(self, reasons: Mapping[int, str]) -> None:
+        """Add unreadable images; raise DataError, naming them, if the policy is error."""
+        lines = "\n  ".join(self._lines(reasons))
+        if self._policy == "error":
+            raise DataError(
+                f"images that were readable when the run started can no longer be read:\n  {lines}\n"
+                "  restore them and resume the run, or continue without them: data.on_bad_image=skip"
+            )
+        self.unreadable.update(reasons)
+
+    def resolve(
+        self, indices: npt.NDArray[np.int64], among: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Return `indices` (n,) with unreadable images replaced, by images of `among` if it is given.
+
+        Raises:
+            DataError: no other image of a class can be read.
+        """
+        labels = self._split.labels
+        table = np.arange(len(labels))
+        among = table.copy() if among is None else np.sort(among)
+        for index in self.unreadable.keys() & set(indices.tolist()):
+            same_class = among[labels[among] == labels[index]]
+            later = np.roll(same_class, -int(np.searchsorted(same_class, index, side="right")))
+            table[index] = next((other for other in later.tolist() if other not in self.unreadable), -1)
+            if table[index] < 0:
+                lines = "\n  ".join(self._lines(self.unreadable))
+                raise DataError(f"no image of class {labels[index]} can be read any more:\n  {lines}")
+        return table[indices]
+
+    def news(self) -> list[str]:
+        """Return the images that became unreadable since the last call, one line each."""
+        lines = self._lines(self.unreadable)[self._reported :]
+        self._reported = len(self.unreadable)
+        return lines
+
+    def _lines(self, reasons: Mapping[int, str]) -> list[str]:
+        files = self._split.images
+        if not isinstance(files, ImageFiles):
+            return []
+        return [f"{files.path(index)}: {reason}" for index, reason in reasons.items()]
+
+
 class Engine:
     """Produces the pixels of the images of one split; several loaders may share it.
 
     Args:
         mean, std: of each channel, for images in [0, 1].
-        device: where the pixels are produced.
         prefetch: number of batches produced ahead.
         threads: threads that decode files, or all CPU threads of DALI.
         on_bad_image: whether image files that can no longer be read are an error, or are replaced.
 
     Attributes:
         files: the split's images if they are files, else None.
+        resident: images in memory (n, H, W, 3) uint8, kept on the device, else None.
         image_size: side of the square images in pixels.
     """
 
@@ -140,7 +219,12 @@ class Engine:
     ) -> None:
         self.split, self.mean, self.std = split, mean, std
         self.device, self.prefetch, self.threads = torch.device(device), prefetch, threads
-        self.files = split.images if isinstance(split.images, ImageFiles) else None
+        self.files: ImageFiles | None = None
+        self.resident: Tensor | None = None
+        if isinstance(split.images, ImageFiles):
+            self.files = split.images
+        else:  # on a CPU the memory is shared, not copied
+            self.resident = torch.from_numpy(np.require(split.images, requirements=["C", "W"])).to(self.device)
         self.image_size = split.image_size
         self.substitutes = Substitutes(split, on_bad_image)
 
@@ -153,17 +237,12 @@ class Engine:
         return None
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
-        """Return the function that produces the batches of one loader.
-
-        Args:
-            request: returns the request with a given number.
-            largest: the maximum size of a request.
-        """
+        """Return a function that produces one loader's batches, `request(number)` each, of at most `largest` images."""
         raise NotImplementedError
 
 
 def engine_class(name: str) -> type[Engine]:
-    """Return the engine called `name`, one of `ENGINES`. DALI is imported only if it is selected.
+    """Return the engine called `name`, one of `ENGINES`.
 
     Its constructor raises EnvironmentProblem if DALI is not installed or cannot run on the device.
     """

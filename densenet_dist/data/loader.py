@@ -6,7 +6,9 @@ requests into pixels. So neither has state to save, and a run resumes from any s
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,9 +20,8 @@ from torch import Tensor
 
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
-from densenet_dist.data.engine import BatchProducer, Engine, Epoch, Request, upload
+from densenet_dist.data.engine import BatchProducer, Engine, Epoch, Request, Substitutes, UnreadableFiles, upload
 from densenet_dist.data.plan import BatchPlan, epoch_order
-from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 
 class Batch(NamedTuple):
@@ -41,9 +42,7 @@ class BatchRecipe(NamedTuple):
     """A batch to compute later: a pure function that runs on the device alone, so that a CUDA graph can contain it.
 
     Attributes:
-        inputs: tensors on the device.
         make: computes the batch from `inputs`, or, with one rank, from those of any other recipe with the same shapes.
-        global_size: of the batch.
     """
 
     inputs: tuple[Tensor, ...]
@@ -110,11 +109,7 @@ class TrainLoader:
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
-        """Yield the same batches as recipes; None if the host takes part in producing them.
-
-        Raises:
-            IndexError: the epoch has fewer steps.
-        """
+        """Yield the same batches as recipes; None if the host takes part in producing them."""
         numbers = self._numbers(epoch, start_step)
         if numbers and self._engine.recipe(self._request(numbers[0])) is None:
             return None
@@ -291,3 +286,34 @@ def _replace_unreadable(
         except UnreadableFiles as error:
             substitutes.exclude(error.reasons)
             replan()
+
+
+class Speed(NamedTuple):
+    """Images that a loader produces while nothing consumes them: per second, and per CPU-second of all threads."""
+
+    per_second: float
+    per_cpu_second: float
+
+
+def measure(loader: TrainLoader, device: torch.device, *, seconds: float, warm_up: int = 3) -> Speed:
+    """Take batches for about `seconds`; the first `warm_up` batches are not counted."""
+    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
+    for _ in itertools.islice(batches, warm_up):
+        pass
+    synchronize(device)
+    images, started, worked = 0, time.perf_counter(), time.process_time()
+    for count, batch in enumerate(batches, start=1):
+        images += len(batch.targets)
+        if count % 16 == 0:
+            synchronize(device)  # else the queue of a GPU would run ahead of the clock
+        if time.perf_counter() - started > seconds:
+            break
+    synchronize(device)
+    elapsed, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+    return Speed(images / elapsed, images / max(cpu_seconds, 1e-9))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; do nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

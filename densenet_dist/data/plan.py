@@ -70,7 +70,6 @@ def split_indices(
 
     Args:
         labels: (n,) integer class labels.
-        val_fraction: in [0, 1); 0 gives an empty validation part.
         keeps_classes: leave at least one image of every class in the training part; the validation part may become
             smaller. If no class would be lost, nothing changes.
         stream: `TEST_SPLIT` holds out a test part instead.
@@ -119,9 +118,6 @@ class BatchPlan:
     Global step t takes `order[t * B : (t + 1) * B]`. The remaining images are a batch of their own if they are at least
     ceil(B / 8), else they join the previous batch. So every image is seen once per epoch, up to B / 8 ranks always have
     images, and BatchNorm never sees very few of them. Fewer than B images are one batch.
-
-    Raises:
-        ConfigError: a number is less than 1.
     """
 
     num_images: int
@@ -138,11 +134,7 @@ class BatchPlan:
         return max(1, full + (tail >= -(-self.global_batch_size // 8)))
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """Return the slice (start, stop) of the epoch's order that global step `step` takes.
-
-        Raises:
-            IndexError: there is no such step.
-        """
+        """Return the slice (start, stop) of the epoch's order that global step `step` takes."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of an epoch of {self.steps} steps")
         start = step * self.global_batch_size
@@ -150,7 +142,7 @@ class BatchPlan:
 
     @property
     def smallest(self) -> int:
-        """Number of images in the smallest global batch of the epoch."""
+        """Number of images in the smallest global batch."""
         return min(stop - start for start, stop in (self.bounds(0), self.bounds(self.steps - 1)))
 
     def smallest_part(self, world_size: int, grad_accum_steps: int) -> int:

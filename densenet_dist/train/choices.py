@@ -16,10 +16,10 @@ from typing import Final, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from densenet_dist.data.dali_support import dali_installed
+from densenet_dist.data.dali_loader import dali_installed
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import ENGINES
-from densenet_dist.data.speed import Speed, endless, measure, synchronize
+from densenet_dist.data.loader import Speed, measure, synchronize
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import DenseNet
 from densenet_dist.model.kernels import unavailable
@@ -69,7 +69,7 @@ def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices
 
     def speed(loader: str) -> Speed:
         engine = engine_of(config, context.device, dataset, dataset.train, loader)
-        batches = endless(train_loader(config, context, dataset, engine, indices))
+        batches = train_loader(config, context, dataset, engine, indices)
         return measure(batches, context.device, seconds=LOADER_SECONDS)
 
     def measure_both() -> Choice:

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from densenet_dist.data.augment import Augmentation
-from densenet_dist.data.datasets import Channels, Dataset, Split, load_dataset
+from densenet_dist.data.datasets import Channels, Dataset, load_dataset
 from densenet_dist.data.engine import Engine, engine_class
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
@@ -159,7 +159,7 @@ def write_metadata(run: RunFolder, config: Config, dataset: Dataset) -> None:
     """Write classes.json and, when a run on a folder of images starts, split.json.gz."""
     files, test_files = dataset.train.images, dataset.test.images
     if isinstance(files, ImageFiles) and isinstance(test_files, ImageFiles) and not run.exists(SPLIT_FILE):
-        train, val = (files.subset(part).names for part in train_and_val(config, dataset))
+        train, val = (files[part].names for part in train_and_val(config, dataset))
         run.write(SPLIT_FILE, json.dumps({"train": train, "val": val, "test": test_files.names}))
     run.write(CLASSES_FILE, json.dumps(asdict(_metadata(config, dataset)), indent=1) + "\n")
 

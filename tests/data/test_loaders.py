@@ -13,7 +13,7 @@ from image_loaders import MEAN, SPLIT, STD, assert_same, engine_of, eval_loader,
 
 from densenet_dist.data import augment
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
-from densenet_dist.data.datasets import Split
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.loader import Batch
 
 MIXED = Augmentation("notebook", mixup=0.4, cutmix=1.0)

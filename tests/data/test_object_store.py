@@ -48,7 +48,7 @@ def packed(toy: Toy, tmp_path: Path) -> bytes:
 
 def train_images(toy: Toy) -> np.ndarray[Any, Any]:
     data = b"".join(toy.files[name] for name in toy.spec.train)
-    return cifar.parse_records(toy.spec, data)[0]
+    return cifar.parse_records(toy.spec, data).images
 
 
 class TestPublish:

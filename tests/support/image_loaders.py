@@ -15,8 +15,8 @@ from photos import write_photos
 from PIL import Image
 
 from densenet_dist.data.augment import Augmentation, Parameters
-from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import Engine, Epoch, Request, engine_class
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.image_folder import read_folder
 from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
 
@@ -51,8 +51,7 @@ def numbered(count: int) -> Split:
 def write_pictures(root: Path, classes: int, of_each: int, image_size: int) -> Split:
     """Pictures of several sizes and kinds in class folders: those of class c are rows from `c * of_each` on."""
     write_photos(root, map(str, range(classes)), of_each)
-    folder = read_folder(root, image_size=image_size)
-    return Split(folder.files, folder.labels)
+    return read_folder(root, image_size=image_size).train
 
 
 def picture_kinds(image: Image.Image) -> dict[str, bytes]:

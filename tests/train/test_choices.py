@@ -10,7 +10,7 @@ from runs import run_of, tiny, train, trainer_of
 
 from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
-from densenet_dist.data.speed import Speed
+from densenet_dist.data.loader import Speed
 from densenet_dist.model.fused_block import FusedDenseBlock
 from densenet_dist.run_folder import ENV_FILE, SUMMARY_FILE
 from densenet_dist.train import choices
@@ -36,7 +36,7 @@ def fused(trainer: Any) -> bool:
 def test_the_usual_one_of_a_device_is_taken_unless_the_other_is_clearly_faster(device, torch_rate, dali_rate, chosen):
     def speed(rate: int) -> Speed:
         # On a CPU its seconds count, on a GPU those of the clock; the other figure would lead astray.
-        return Speed(1000, 1000 / rate, 1.0) if device == "cuda" else Speed(1000, 1.0, 1000 / rate)
+        return Speed(rate, 1000.0) if device == "cuda" else Speed(1000.0, rate)
 
     name, reason, _ = compare_loaders({"torch": speed(torch_rate), "dali": speed(dali_rate)}, device)
     assert name == chosen
