@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -64,10 +64,12 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
             started = time.perf_counter()
             record = train_epoch(trainer, log)
-            # A save requested now happens after the validation, so that the checkpoint contains its metrics. A stop
-            # request stays pending: `_validate` or the next step handles it.
+            before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
+            validation = _validate(trainer, before)
             request = sync_requests(trainer, _save_is_due(trainer))
-            validation = _validate(trainer)
+            stop_if(request, trainer, before)  # the validation may be incomplete
+            if not math.isfinite(validation.get("val/loss", 0.0)):
+                raise trainer.diverged("validation loss", trainer.position.global_step - 1)
             trainer.end_epoch(validation.get("val/loss"))
             record |= validation | context.goodput.figures() | {"seconds": time.perf_counter() - started}
             _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
@@ -149,13 +151,10 @@ def save_or_stop(trainer: Trainer) -> None:
     every = trainer.config.checkpoint.every_steps
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
         request = sync_requests(trainer, _save_is_due(trainer))
-        if request is StopRequest.LEAVE:
-            raise Stopped
-        if request is not StopRequest.NONE:
+        if request in (StopRequest.SAVE, StopRequest.STOP):
             trainer.count_time()  # so that the snapshot includes the time until now
             save(trainer, trainer.snapshot())
-        if request is StopRequest.STOP:
-            stop(trainer)
+        stop_if(request, trainer)
 
 
 def _save_is_due(trainer: Trainer) -> bool:
@@ -196,33 +195,38 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     trainer.saved_step = trainer.position.global_step
 
 
-def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
-    """Save the snapshot, if one is given, wait until it is written, and raise `Stopped`."""
-    if snapshot is not None:
-        save(trainer, snapshot)
-    trainer.store.wait()
-    trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
-    raise Stopped
+def stop_if(request: StopRequest, trainer: Trainer, snapshot: Snapshot | None = None) -> None:
+    """Stop if the ranks have agreed on it; before that, save the snapshot, if one is given.
+
+    Raises:
+        Stopped: on every rank; everything is saved, except after `StopRequest.LEAVE`.
+    """
+    if request is StopRequest.STOP:
+        if snapshot is not None:
+            save(trainer, snapshot)
+        trainer.store.wait()
+        trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
+    if request in (StopRequest.STOP, StopRequest.LEAVE):
+        raise Stopped
 
 
-def _stoppable(trainer: Trainer, batches: Iterable[Batch], on_stop: Callable[[], None]) -> Iterator[Batch]:
-    """Yield the batches of an evaluation. Between two of them, rank 0 calls `on_stop` if a stop is requested."""
-    status = trainer.context.status
+def _until_stopped(trainer: Trainer, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of an evaluation, until a stop is requested from this rank.
+
+    Ranks may have different numbers of batches, so they cannot exchange requests between them, but no rank may leave
+    alone: the others would wait for it. So `sync_requests` must follow, and tells whether the evaluation is complete.
+    """
     for batch in batches:
         yield batch
-        status.advance()
-        if status.requested is StopRequest.LEAVE:
-            raise Stopped
-        # Ranks may have different numbers of batches, so they cannot exchange requests here: rank 0 stops alone.
-        if trainer.context.rank == 0 and status.requested is StopRequest.STOP:
-            on_stop()
+        trainer.context.status.advance()
+        if trainer.context.status.requested in (StopRequest.STOP, StopRequest.LEAVE):
+            return
 
 
-def _validate(trainer: Trainer) -> dict[str, float]:
+def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
     if trainer.val_loader is None:
         return {}
-    before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which validation does not change
-    batches = _stoppable(trainer, trainer.val_loader, lambda: stop(trainer, before))
+    batches = _until_stopped(trainer, trainer.val_loader)
     device, precision = trainer.context.device, trainer.config.train.precision
     try:
         totals = evaluate_model(trainer.eval_model, batches, device, precision, split="validation")
@@ -230,8 +234,6 @@ def _validate(trainer: Trainer) -> dict[str, float]:
         save(trainer, before)  # training resumes from here once the files are back
         trainer.store.wait()
         raise
-    if not math.isfinite(totals["loss"]):
-        raise trainer.diverged("validation loss", trainer.position.global_step - 1)
     return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
 
 
@@ -272,8 +274,9 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     best = broadcast(best)
     sync_from_rank0(list(trainer.eval_model.parameters()))
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
-    wrap = partial(_stoppable, trainer, on_stop=lambda: stop(trainer))
-    results = evaluate_test_set(trainer.eval_model, config, context, trainer.dataset, engine, wrap)
+    batches = partial(_until_stopped, trainer)
+    results = evaluate_test_set(trainer.eval_model, config, context, trainer.dataset, engine, batches)
+    stop_if(sync_requests(trainer), trainer)
     _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
