@@ -26,7 +26,7 @@ from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.inference.network import Network, empty_net
 from densenet_dist.model import DenseNet
-from densenet_dist.train.network import TensorSpec, require_same_tensors, tensor_specs
+from densenet_dist.train.snapshot import TensorSpec, require_same_tensors, tensor_specs
 
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
 _INPUT, _OUTPUT = "pixels", "logits"

@@ -27,8 +27,8 @@ from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
-from densenet_dist.train.metrics import broadcast, gather_objects
 from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.ranks import broadcast, gather_objects
 
 CHOICES: Final = {
     "loader": ("data.",),

@@ -22,8 +22,8 @@ from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
+from densenet_dist.train.checks import require_memory
 from densenet_dist.train.context import RunContext, choose_device
-from densenet_dist.train.ddp import sync_from_rank0
 from densenet_dist.train.inputs import (
     Indices,
     digest_of_files,
@@ -33,10 +33,10 @@ from densenet_dist.train.inputs import (
     report_lines,
     train_and_val,
 )
-from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
-from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
-from densenet_dist.train.snapshot import Snapshot, require_same
+from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.ranks import sync_from_rank0
+from densenet_dist.train.results import Metrics, ResultsAccumulator, TestResults, add_images, read_test_results
+from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 
 
 @torch.no_grad()

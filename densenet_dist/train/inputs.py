@@ -25,7 +25,7 @@ from densenet_dist.errors import CheckpointError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.metrics import gather_objects
+from densenet_dist.train.ranks import gather_objects
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 _MIN_IMAGES = 30  # with fewer, each image is more than 3 % of the accuracy

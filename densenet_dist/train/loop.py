@@ -24,14 +24,13 @@ from densenet_dist.schema import Config
 from densenet_dist.train.board import Board
 from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
-from densenet_dist.train.ddp import no_sync, sync_from_rank0
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
-from densenet_dist.train.metrics import broadcast, gather_objects
-from densenet_dist.train.network import load_weights
+from densenet_dist.train.network import no_sync
+from densenet_dist.train.ranks import broadcast, gather_objects, sync_from_rank0
 from densenet_dist.train.results import write_test_results
-from densenet_dist.train.snapshot import Snapshot
+from densenet_dist.train.snapshot import Snapshot, load_weights
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5

@@ -23,12 +23,13 @@ from densenet_dist.data.loader import EvalLoader
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.control import collective
-from densenet_dist.train.metrics import gather_objects
+from densenet_dist.train.ranks import gather_objects, gather_ranks
 
 BINS: Final = 15
 """Number of bins of confidence for the calibration."""
 MAX_MISTAKES: Final = 24
 _IMAGE_SIDE: Final = 128
+_LOSS, _TOP1, _TOP5, _IMAGES = range(4)
 
 _AS_LISTS = PlainSerializer(np.ndarray.tolist)
 Counts = Annotated[npt.NDArray[np.int64], PlainValidator(partial(np.asarray, dtype=np.int64)), _AS_LISTS]
@@ -109,6 +110,46 @@ class TestResults:
             raise ValueError("the numbers of classes and bins do not agree")
         if self.confusion.min(initial=0) < 0 or bins.images.min() < 0:
             raise ValueError("a number of images is negative")
+
+
+class Metrics:
+    """Running sums of loss, top-1 and top-5 hits and images, updated without a host sync.
+
+    Attributes:
+        sums: (4,) float64 on the device: summed loss, top-1 hits, top-5 hits, images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss_sum: () summed loss of the batch.
+            logits: (n, classes), any float dtype.
+            labels: (n,) int64, or (n, classes) float32 probabilities, by which hits are weighted.
+        """
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = labels.gather(1, top) if labels.ndim == 2 else top == labels[:, None]
+        self.sums[_LOSS] += loss_sum.detach()
+        self.sums[_TOP1] += hits[:, 0].sum()
+        self.sums[_TOP5] += hits.sum()
+        self.sums[_IMAGES] += len(labels)
+
+    def restore(self, gathered: Tensor, rank: int, world_size: int) -> None:
+        """Load the sums of a checkpoint; if the world size differs, rank 0 gets all of them."""
+        if len(gathered) == world_size:
+            self.sums.copy_(gathered[rank])
+        elif rank == 0:
+            self.sums.copy_(gathered.sum(0))
+
+    def compute(self) -> dict[str, float]:
+        """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call."""
+        loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
+        count = max(images, 1.0)
+        return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
 
 
 class ResultsAccumulator:

@@ -1,4 +1,4 @@
-"""The content of one checkpoint, and reading and writing its files.
+"""The content of one checkpoint: reading and writing its files, and checking that it fits a run.
 
 ``step-00001234/`` holds::
 
@@ -21,10 +21,10 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from densenet_dist.config import to_dict
@@ -42,6 +42,9 @@ UNREADABLE: Final = (
     *(ValueError, KeyError, TypeError, AttributeError),  # safetensors; JSON that is not what was written
 )
 """The errors that reading damaged files can raise."""
+
+TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
 
 
 @dataclass(frozen=True)
@@ -213,3 +216,44 @@ def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: st
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state dict.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of another shape or dtype, or counts are negative.
+    """
+    own = model.state_dict()
+    require_same_tensors(tensor_specs(weights), tensor_specs(own), f"{origin} does not fit this model")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and (tensor < 0).any():
+            raise CheckpointError(f"{origin} is damaged: {name} is negative")
+    model.load_state_dict(dict(weights))
+
+
+def tensor_specs(weights: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return the dtype and shape of each tensor, for `require_same_tensors`."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+def require_same_tensors(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], problem: str) -> None:
+    """Check that a file contains exactly the tensors of a model.
+
+    Raises:
+        CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.
+    """
+    lines = [f"missing: {name}" for name in wanted if name not in found]
+    lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
+    lines += [
+        f"{name}: {_describe(found[name])} there, {_describe(kind)} in this model"
+        for name, kind in wanted.items()
+        if name in found and found[name] != kind
+    ]
+    if lines:
+        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
+        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
+
+
+def _describe(kind: TensorSpec) -> str:
+    return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"

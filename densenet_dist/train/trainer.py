@@ -18,10 +18,9 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
 from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches
+from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.ddp import RankSync, wrap
 from densenet_dist.train.inputs import (
     digest_of_files,
     engine_of,
@@ -31,11 +30,12 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
-from densenet_dist.train.metrics import Metrics, broadcast, gather_ranks
-from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
+from densenet_dist.train.network import autocast, build_model, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.snapshot import Position, Snapshot, identity_of, require_same
+from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
+from densenet_dist.train.results import Metrics
+from densenet_dist.train.snapshot import Position, Snapshot, identity_of, load_weights, require_same
 from densenet_dist.train.step_graph import StepGraph
 
 

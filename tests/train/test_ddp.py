@@ -17,12 +17,11 @@ from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
-from densenet_dist.train import ddp
+from densenet_dist.train import ranks as module
 from densenet_dist.train.control import StopRequest
-from densenet_dist.train.ddp import bucket_sizes
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_step
-from densenet_dist.train.network import build_model
+from densenet_dist.train.network import bucket_sizes, build_model
 from densenet_dist.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -209,7 +208,7 @@ def test_a_request_that_arrives_during_an_exchange_is_not_lost(tmp_path, monkeyp
         trainer.context.status.request(StopRequest.SAVE)  # by the thread of the heartbeats
         return tensor[None]
 
-    monkeypatch.setattr(ddp, "gather_ranks", gather)
+    monkeypatch.setattr(module, "gather_ranks", gather)
     assert trainer.rank_sync.exchange() == (None, StopRequest.NONE)
     assert trainer.rank_sync.exchange() == (None, StopRequest.SAVE)
 

@@ -16,11 +16,11 @@ from torch import nn
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches
+from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_epoch, train_step
-from densenet_dist.train.network import build_model, require_memory
+from densenet_dist.train.network import build_model
 from densenet_dist.train.snapshot import Position
 from densenet_dist.train.trainer import Trainer, _set_determinism
 

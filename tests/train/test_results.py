@@ -18,8 +18,7 @@ from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train import results as module
 from densenet_dist.train.evaluation import evaluate_test_set, prepare_evaluation
-from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.results import BINS, read_test_results
+from densenet_dist.train.results import BINS, Metrics, read_test_results
 
 
 @pytest.fixture(scope="module")
