@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.train.control import Goodput, WorkerStatus
+from densenet_dist.train.control import WorkerStatus
 
 Event: TypeAlias = dict[str, Any]
 """An event as plain values: ``kind`` (start, progress, epoch, phase, note, end) and the keys of that kind.
@@ -42,7 +42,6 @@ class RunContext:
         sync_each_epoch: whether an epoch's checkpoint must be complete before its event is reported.
         launch: identifies one start of the command; ``launched`` is its time, see `Goodput`.
         status: what this rank is doing, and the pending stop request.
-        goodput: how the run spends its time; that of rank 0 is reported.
     """
 
     run: RunFolder
@@ -54,10 +53,6 @@ class RunContext:
     launch: str = ""
     launched: float | None = None
     status: WorkerStatus = field(default_factory=WorkerStatus)
-    goodput: Goodput = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "goodput", Goodput(self.status, self.launch, self.launched, self.world_size))
 
     def report(self, event: Event) -> None:
         """Report an event. Every rank calls it for ``epoch`` events, rank 0 alone for others."""

@@ -124,7 +124,8 @@ class Goodput:
     def __init__(self, status: WorkerStatus, launch: str = "", launched: float | None = None, workers: int = 1) -> None:
         self._status, self._launch, self._workers = status, launch, workers
         self._device_seconds = self._counted = 0.0
-        self._before = {} if launched is None else {"start": max(0.0, time.time() - launched)}
+        since_launch = 0.0 if launched is None else time.time() - launched - sum(status.seconds().values())
+        self._before = {"start": max(0.0, since_launch)}
 
     def seconds(self) -> dict[str, float]:
         """Return the time in each phase and in ``recovery`` since the run began, in seconds."""

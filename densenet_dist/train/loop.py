@@ -21,12 +21,11 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.board import Board
 from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
 from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
-from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
+from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
 from densenet_dist.train.ranks import broadcast, gather_objects, sync_from_rank0
 from densenet_dist.train.results import write_test_results
@@ -70,7 +69,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             if not math.isfinite(validation.get("val/loss", 0.0)):
                 raise trainer.diverged("validation loss", trainer.position.global_step - 1)
             trainer.end_epoch(validation.get("val/loss"))
-            record |= validation | context.goodput.figures() | {"seconds": time.perf_counter() - started}
+            record |= validation | trainer.goodput.figures() | {"seconds": time.perf_counter() - started}
             _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
         return _test(trainer, log)
     except BaseException as error:
@@ -241,7 +240,7 @@ def _end_epoch(
 ) -> None:
     """Record an epoch, save if that is due, and report it."""
     config, context, position = trainer.config, trainer.context, trainer.position
-    record["perf/device_hours"] = context.goodput.device_hours
+    record["perf/device_hours"] = trainer.goodput.device_hours
     if log is not None:
         with context.status.during("save"):  # slow storage is not a hang
             log.record(record, position.global_step)

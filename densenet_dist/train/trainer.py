@@ -21,6 +21,7 @@ from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.control import Goodput
 from densenet_dist.train.inputs import (
     digest_of_files,
     engine_of,
@@ -99,6 +100,7 @@ class Trainer:
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
         self.metrics = Metrics(context.device)
         self.rank_sync = RankSync(context)
+        self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
         self.position = Position()
         self.saved_step: int | None = None
         self.seconds = 0.0
@@ -206,7 +208,7 @@ class Trainer:
             "clock": {
                 "seconds": self.seconds,
                 "epoch_time": self.epoch_time,
-                "goodput": self.context.goodput.state_dict(),
+                "goodput": self.goodput.state_dict(),
             },
             "pictures": digest_of_files(self.dataset),
             "identity": identity_of(self.config, self.dataset),
@@ -271,7 +273,7 @@ class Trainer:
         self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
         self.position = snapshot.position
         self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]
-        self.context.goodput.load_state_dict(state["clock"]["goodput"])
+        self.goodput.load_state_dict(state["clock"]["goodput"])
         self.saved_step = snapshot.position.global_step
 
     def _require_feasible(self) -> None:
