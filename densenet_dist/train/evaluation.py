@@ -70,35 +70,49 @@ def evaluate_model(
     return totals
 
 
-def evaluate_test_set(
-    model: nn.Module,
-    config: Config,
-    context: RunContext,
-    dataset: Dataset,
-    engine: Engine,
-    watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-) -> TestResults:
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model, and the images to evaluate it on.
+
+    Attributes:
+        model: on the device of `context`.
+        engine: produces the images of a split.
+        indices: (n,) int64, indices into that split, in the order of evaluation; None for all images.
+    """
+
+    config: Config
+    context: RunContext
+    dataset: Dataset
+    model: nn.Module
+    engine: Engine
+    indices: Indices | None = None
+
+    def loader(self) -> EvalLoader:
+        """Return a loader of this rank's share of the images, without augmentation."""
+        return eval_loader(self.config, self.context, self.engine, self.indices)
+
+
+def evaluate_test_set(found: Evaluation, until: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> TestResults:
     """Evaluate a model on the test set, each rank on its share of the images. Every rank calls it.
 
     Args:
-        engine: of the test split.
-        watch: wraps the iterable of batches, for instance to stop between two of them.
+        found: the model and the test images.
+        until: wraps the iterable of batches, for instance to end it early.
 
     Returns:
         The same on every rank, except that only rank 0 has the images of the mistakes.
     """
-    loader = eval_loader(config, context, engine)
-    accumulator = ResultsAccumulator(dataset.num_classes)
+    context, loader = found.context, found.loader()
+    accumulator = ResultsAccumulator(found.dataset.num_classes)
 
     def add(logits: Tensor, batch: Batch) -> None:
         accumulator.update(logits, batch.targets, loader.batch_indices)
 
-    metrics = evaluate_model(model, watch(loader), context.device, config.train.precision, add)
-    accumulator.reduce(context.device)
-    results = accumulator.compute(metrics, dataset.class_names, context.device)
+    metrics = evaluate_model(found.model, until(loader), context.device, found.config.train.precision, add)
+    results = accumulator.compute(metrics, found.dataset.class_names, context.device)
     if context.rank == 0:
         try:
-            results = add_images(results, config, engine)
+            results = add_images(results, found.config, found.engine)
         except Exception as error:  # missing images must not lose the results
             context.note(f"the images of the worst mistakes could not be read: {error}")
     return results
@@ -133,46 +147,18 @@ def evaluate(
     return evaluate_model(found.model, found.loader(), found.context.device, found.config.train.precision, split=split)
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A model with the weights of a checkpoint, and the images to evaluate it on.
-
-    Attributes:
-        model: on the device of `context`.
-        engine: produces the images of the split.
-        indices: (n,) int64, indices into that split, in the order of evaluation.
-    """
-
-    config: Config
-    context: RunContext
-    dataset: Dataset
-    model: nn.Module
-    engine: Engine
-    indices: Indices
-
-    def loader(self) -> EvalLoader:
-        """Return a loader of the images, without augmentation."""
-        return eval_loader(self.config, self.context, self.engine, self.indices)
-
-
 def load_test_results(
     run: RunFolder, overrides: Sequence[str] = (), notify: Callable[[str], None] = lambda text: None
 ) -> TestResults:
     """Return the stored test results of a run. If there are none, evaluate its best checkpoint without storing them.
 
-    Args:
-        overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-        notify: called with a message before the test set is evaluated, and if images are skipped.
-
-    Raises:
-        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+    `notify` is called before that with a message; otherwise as `evaluate`.
     """
     stored = read_test_results(run)
     if stored is not None:
         return stored
     notify("No stored test results; evaluating the test set once")
-    found = prepare_evaluation(run, overrides=overrides, notify=notify)
-    return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
+    return evaluate_test_set(prepare_evaluation(run, overrides=overrides, notify=notify))
 
 
 def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:

@@ -23,7 +23,7 @@ from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, Stopped
 from densenet_dist.train.control import StopRequest
-from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
+from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
@@ -272,23 +272,23 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     best = broadcast(best)
     sync_from_rank0(list(trainer.eval_model.parameters()))
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
-    batches = partial(_until_stopped, trainer)
-    results = evaluate_test_set(trainer.eval_model, config, context, trainer.dataset, engine, batches)
+    test = Evaluation(config, context, trainer.dataset, trainer.eval_model, engine)
+    results = evaluate_test_set(test, partial(_until_stopped, trainer))
     stop_if(sync_requests(trainer), trainer)
     _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
-    test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
+    metrics = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
     summary = {
         "status": "early stop" if trainer.lr_controller.stopped else "finished",
         "epochs": trainer.position.epoch,
         "global_step": step,
         "train_seconds": round(trainer.seconds, 3),
         "best": best,
-        **test,
+        **metrics,
     }
     if log is not None:
-        log.record({"epoch": best["epoch"], **test}, step)
+        log.record({"epoch": best["epoch"], **metrics}, step)
         log.write_board(Board.test_results, results, step)
         log.write_board(Board.finished, step)
         log.publish(last=True)

@@ -188,8 +188,11 @@ class ResultsAccumulator:
         wrong = predicted != labels
         self._keep_worst(Mistake(*found) for found in zip(*(value[wrong].tolist() for value in values), strict=True))
 
-    def reduce(self, device: torch.device) -> None:
-        """Add up the counts of all ranks. A collective call; communication happens on `device`."""
+    def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
+        """Return the results of all ranks. A collective call; communication happens on `device`.
+
+        `metrics` are the loss, top-1, top-5 and number of the same images.
+        """
         for counts in (self.confusion, self.calibration) if dist.is_initialized() else ():
             on_device = counts.to(device)
             with collective():
@@ -197,9 +200,6 @@ class ResultsAccumulator:
             counts.copy_(on_device)
         gathered, self.mistakes = gather_objects(self.mistakes), []
         self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
-
-    def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
-        """Return the results; `metrics` are loss, top-1, top-5 and number of the same images."""
         images, confidence, correct = self.calibration.numpy()
         filled = np.maximum(images, 1)
         return TestResults(
