@@ -31,13 +31,7 @@ MAX_COST: Final = 0.01
 
 @dataclass(frozen=True)
 class Entry:
-    """One complete checkpoint in the manifest.
-
-    Attributes:
-        name: name of its folder.
-        position: where training resumes from it.
-        metrics: validation metrics, for checkpoints at the end of an epoch.
-    """
+    """One complete checkpoint in the manifest: the name of its folder, and what its `Snapshot` has."""
 
     name: str
     position: Position

@@ -84,8 +84,12 @@ class Snapshot:
 
     def copy(self) -> Snapshot:
         """Copy it to the CPU, so that training can continue while the copy is written."""
+
+        def to_cpu(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
+
         content = {"model": dict(self.model), "average": self.average and dict(self.average), "state": self.state}
-        return replace(self, **tree_map_only(Tensor, _to_cpu, content))
+        return replace(self, **tree_map_only(Tensor, to_cpu, content))
 
 
 def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -> Snapshot:
@@ -102,7 +106,9 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
         if name not in (WEIGHTS, AVERAGE, STATE) or _sha256(folder / name) != meta["sha256"][name]:
             raise CheckpointError(f"{name} is damaged")
     average = _load(folder / AVERAGE) if AVERAGE in meta["sha256"] else None
-    if _unpacked_size(folder / STATE) > (folder / STATE).stat().st_size:
+    with zipfile.ZipFile(folder / STATE) as archive:  # `torch.save` does not compress
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > (folder / STATE).stat().st_size:
         raise CheckpointError(f"{STATE} is compressed, and could unpack to any size")
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     return Snapshot(_load(folder / WEIGHTS), average, state, position, metrics)
@@ -157,19 +163,9 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
         raise
 
 
-def _unpacked_size(path: Path) -> int:
-    """Return the uncompressed size of a file of `torch.save`, in bytes; `torch.save` does not compress."""
-    with zipfile.ZipFile(path) as archive:
-        return sum(record.file_size for record in archive.infolist())
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
 
 
 _CHANGEABLE: Final = ("block", "drop_rate")
@@ -190,12 +186,7 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
-    """Check that a checkpoint fits this run.
-
-    Args:
-        snapshot: the checkpoint.
-        here: `identity_of` this run.
-        origin: name of the checkpoint in the error.
+    """Check that a checkpoint, called `origin` in the error, fits this run, whose identity is `here`.
 
     Raises:
         CheckpointError: listing every difference.
