@@ -154,11 +154,7 @@ class CheckpointStore:
         self._delete_unlisted()
 
     def write_list(self) -> None:
-        """Write manifest.json.
-
-        Raises:
-            StorageError: it cannot be written, or another job has taken over the folder.
-        """
+        """Write manifest.json."""
         self.run.guard()  # again: writing the files may have taken long enough for another job to take over
         content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
         self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
@@ -174,7 +170,7 @@ class CheckpointStore:
     def load_latest(self) -> Snapshot | None:
         """Load the newest checkpoint that is intact.
 
-        Damaged ones are removed from `entries`, the best one too, and described in `damaged`.
+        Damaged ones, the best too, are removed from `entries` and described in `damaged`.
 
         Raises:
             CheckpointError: all checkpoints are damaged.
@@ -185,13 +181,7 @@ class CheckpointStore:
         return newest
 
     def load_best(self) -> Snapshot | None:
-        """Load the best checkpoint that is intact, or the newest one if none has validation metrics.
-
-        Damaged ones are removed from `entries` and described in `damaged`.
-
-        Raises:
-            CheckpointError: all checkpoints are damaged.
-        """
+        """Load the best checkpoint that is intact, like `load_latest`; the newest if none has validation metrics."""
         return self._load_first_intact(self.best_or_latest)
 
     def load(self, entry: Entry) -> Snapshot:

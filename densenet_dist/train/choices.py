@@ -61,36 +61,39 @@ class Choice(NamedTuple):
 def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> str:
     """Return torch or dali, the same on every rank. A collective call.
 
-    For auto, both are measured on the run's own images, augmentation and batch size: images per CPU-second on a CPU,
-    where training needs the cores, and images per second on a GPU.
+    For auto, both are measured on the run's own images, augmentation and batch size.
     """
     if config.data.loader != "auto":
         return config.data.loader
 
-    def speed(loader: str) -> Speed:
-        engine = engine_of(config, context.device, dataset, dataset.train, loader)
-        batches = endless(train_loader(config, context, dataset, engine, indices))
-        return measure(batches, context.device, seconds=LOADER_SECONDS)
-
     def measure_both() -> Choice:
         if not dali_installed():
             return Choice("torch", "DALI is not installed", {})
+        speeds = {}
         try:
-            return compare_loaders({loader: speed(loader) for loader in ENGINES}, context.device.type)
+            for loader in ENGINES:
+                engine = engine_of(config, context.device, dataset, dataset.train, loader)
+                batches = endless(train_loader(config, context, dataset, engine, indices))
+                speeds[loader] = measure(batches, context.device, seconds=LOADER_SECONDS)
         except EnvironmentProblem as error:
             return Choice("torch", str(error).splitlines()[0], {})
+        return compare_loaders(speeds, context.device.type)
 
     return _recorded(context, "loader", ENGINES, measure_both)
 
 
 def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
-    """Choose DALI on a GPU and torch on a CPU, or the other one if it is clearly faster."""
+    """Choose the default of the device, or the other loader if it is clearly faster.
+
+    Images per CPU-second count on a CPU, where training needs the cores, and images per second on a GPU.
+    """
     if device == "cuda":
+        default, other, unit, key = "dali", "torch", "images/s", "images_per_s"
         rates = {name: speed.per_second for name, speed in speeds.items()}
-        return _choice(rates, "dali" if MIN_SPEEDUP * rates["dali"] >= rates["torch"] else "torch")
-    rates = {name: speed.per_cpu_second for name, speed in speeds.items()}
-    name = "torch" if MIN_SPEEDUP * rates["torch"] >= rates["dali"] else "dali"
-    return _choice(rates, name, "images/CPU-s", "images_per_cpu_s")
+    else:
+        default, other, unit, key = "torch", "dali", "images/CPU-s", "images_per_cpu_s"
+        rates = {name: speed.per_cpu_second for name, speed in speeds.items()}
+    return _choice(rates, default if MIN_SPEEDUP * rates[default] >= rates[other] else other, unit, key)
 
 
 def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str = "images_per_s") -> Choice:
@@ -104,12 +107,8 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
 
     ``auto`` becomes the form that is faster with the run's own network, batch size, precision and number of threads. It
     is ``fused`` without a measurement if the steps are compiled or captured as a CUDA graph (the eager speed says
-    little about them), in short runs, and in runs of versions that did not measure it.
-
-    Args:
-        num_classes: number of classes of the data set.
-        image_size: side of the images in pixels.
-        images: number of training images over all epochs and ranks.
+    little about them), in short runs, and in runs of versions that did not measure it. `images` is the number of
+    training images over all epochs and ranks.
     """
     model = config.model
     if model.block == "reference":
@@ -144,8 +143,7 @@ def _measure_blocks(config: Config, context: RunContext, num_classes: int, image
         measure_steps(2)
         per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
         remaining = min(MAX_SECONDS, MAX_SHARE * images * min(1 / rate for rate in rates.values()))
-        most = share if context.device.type == "cuda" else min(share, MAX_IMAGES)
-        count = max(2, min(most, int(remaining / 2 / per_image)))
+        count = max(2, min(share, MAX_IMAGES, int(remaining / 2 / per_image)))
         if context.device.type == "cuda":  # two images show what launches cost; cuDNN searches for each batch size
             count, per_image, rates = max(2, share), 0.0, dict.fromkeys(FORMS, 0.0)
             for model in models.values():
@@ -174,8 +172,7 @@ def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device
 def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:
     """Return the choice that env.json records under `key` for this type of device, or else measure and record it.
 
-    A collective call. Only rank 0 measures, reports the result and writes env.json. A recorded value that is not one of
-    `names` is replaced.
+    A collective call. Only rank 0 measures, reports the result and writes env.json.
     """
     name = ""
     if context.rank == 0:

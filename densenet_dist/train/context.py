@@ -35,9 +35,6 @@ class RunContext:
 
     Attributes:
         run: the run's folder; every rank reads it, rank 0 writes.
-        device: device of this process.
-        rank: rank of this process, from 0.
-        world_size: number of ranks.
         listener: called with rank 0's events.
         sync_each_epoch: whether an epoch's checkpoint must be complete before its event is reported.
         launch: identifies one start of the command; ``launched`` is its time, see `Goodput`.
@@ -71,11 +68,7 @@ class RunContext:
 def torchrun_context(
     run: RunFolder, device: str, listener: Callable[[Event], None] | None, timeout_s: float
 ) -> RunContext:
-    """Join the process group described by the environment (RANK, WORLD_SIZE, ...), if any.
-
-    Raises:
-        EnvironmentProblem: as `torchrun_rank` and `choose_device`.
-    """
+    """Join the process group described by the environment (RANK, WORLD_SIZE, ...), if any."""
     rank, world_size = torchrun_rank()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0)
     if world_size > 1 and not dist.is_initialized():

@@ -13,8 +13,6 @@ Phase: TypeAlias = Literal["start", "wait", "train", "validate", "save", "test"]
 """wait: waiting for the next batch; train: the rest of a step; save: pausing for a checkpoint or waiting for it."""
 
 _LOST_TO: Final = ("start", "wait", "validate", "save", "recovery", "test")
-
-
 _IN_COLLECTIVE: Final = threading.Event()
 
 
@@ -102,7 +100,7 @@ class WorkerStatus:
         self.requested = max(self.requested, request)
 
     def seconds(self) -> dict[str, float]:
-        """Return the time spent in each phase so far, in seconds."""
+        """Return the time spent in each phase so far."""
         spent = dict(self._seconds)
         spent[self.phase] = spent.get(self.phase, 0.0) + time.perf_counter() - self._entered
         return spent
@@ -128,7 +126,7 @@ class Goodput:
         self._before = {"start": max(0.0, since_launch)}
 
     def seconds(self) -> dict[str, float]:
-        """Return the time in each phase and in ``recovery`` since the run began, in seconds."""
+        """Return the time in each phase and in ``recovery`` since the run began."""
         now = self._status.seconds()
         return {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in ("train", *_LOST_TO)}
 

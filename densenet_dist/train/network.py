@@ -48,13 +48,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def wrap(model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]) -> nn.Module:
     """Wrap `model` for training: data-parallel if there are several ranks, compiled if configured.
 
-    A collective call.
-
-    Args:
-        model: on its device, in training mode.
-        config: configuration of the run.
-        context: context of this rank.
-        precision: autocast context of the forward pass.
+    A collective call. The model is on its device, in training mode; `precision` is the autocast context.
     """
     forward = _data_parallel(model, config, context, precision) if context.world_size > 1 else model
     return cast(nn.Module, torch.compile(forward)) if config.train.compile else forward

@@ -42,8 +42,6 @@ class Mistake:
 
     Attributes:
         index: its index in the test split.
-        label: its true class.
-        predicted: the predicted class.
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
         png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
@@ -124,12 +122,9 @@ class Metrics:
 
     @torch.no_grad()
     def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch.
+        """Add a batch: its summed loss, (), and logits, (n, classes).
 
-        Args:
-            loss_sum: () summed loss of the batch.
-            logits: (n, classes), any float dtype.
-            labels: (n,) int64, or (n, classes) float32 probabilities, by which hits are weighted.
+        Labels are (n,) int64, or (n, classes) float32 probabilities, by which hits are weighted.
         """
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = labels.gather(1, top) if labels.ndim == 2 else top == labels[:, None]
@@ -167,13 +162,7 @@ class ResultsAccumulator:
         self.mistakes: list[Mistake] = []
 
     def update(self, logits: Tensor, labels: Tensor, indices: Counts) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (n, classes), any float dtype.
-            labels: (n,) int64.
-            indices: (n,) int64, the images' indices in the split.
-        """
+        """Add a batch: logits, (n, classes); labels, (n,) int64; the images' indices in the split, (n,) int64."""
         classes = len(self.confusion)
         predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # ties as in `Metrics`
         probabilities, labels = logits.float().cpu().double().softmax(1).nan_to_num(), labels.cpu()
@@ -251,12 +240,5 @@ def write_test_results(run: RunFolder, results: TestResults) -> None:
 
 
 def read_test_results(run: RunFolder) -> TestResults | None:
-    """Read test_results.json of a run.
-
-    Returns:
-        None if the run has none: it is not finished, or was made by an older version.
-
-    Raises:
-        StorageError: the file is damaged or cannot be read.
-    """
+    """Read test_results.json; None if the run is not finished, or was made by an older version."""
     return run.read(TEST_RESULTS_FILE, TestResults, remedy="delete it: the test set is then evaluated again")
