@@ -299,7 +299,7 @@ def start_event(trainer: Trainer) -> Event:
 def progress_event(trainer: Trainer) -> Event:
     """Describe the progress of the epoch, with the metrics so far. Waits for the device."""
     loss, top1, _, images = trainer.metrics.sums.tolist()
-    trained, _ = trainer.count_time()
+    trained, _ = trainer.epoch_time()
     return {
         "kind": "progress",
         "epoch": trainer.position.epoch + 1,

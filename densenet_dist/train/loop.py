@@ -64,7 +64,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             record = train_epoch(trainer, log)
             before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
             validation = _validate(trainer, before)
-            request = sync_requests(trainer, _save_is_due(trainer))
+            request = sync_requests(trainer)
             stop_if(request, trainer, before)  # the validation may be incomplete
             if not math.isfinite(validation.get("val/loss", 0.0)):
                 raise trainer.diverged("validation loss", trainer.position.global_step - 1)
@@ -111,7 +111,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     status.enter("train")
     totals = trainer.metrics.compute()  # waits for the device: the time below includes its work
     status.enter("validate")  # the phase of all that follows, until the next epoch
-    trained, waited = trainer.count_time()
+    trained, waited = trainer.epoch_time()
     record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
     return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
 
@@ -148,29 +148,24 @@ def save_or_stop(trainer: Trainer) -> None:
     """
     every = trainer.config.checkpoint.every_steps
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
-        request = sync_requests(trainer, _save_is_due(trainer))
+        request = sync_requests(trainer)
         if request in (StopRequest.SAVE, StopRequest.STOP):
-            trainer.count_time()  # so that the snapshot includes the time until now
             save(trainer, trainer.snapshot())
         stop_if(request, trainer)
 
 
-def _save_is_due(trainer: Trainer) -> bool:
-    """Return whether the configuration asks for a checkpoint after this step."""
-    every = trainer.config.checkpoint.every_steps
-    if every == "auto":  # depends on the clock, so rank 0 decides for all ranks
-        return trainer.context.rank == 0 and trainer.store.save_is_due()
-    return every is not None and trainer.position.global_step % every == 0
-
-
-def sync_requests(trainer: Trainer, save_is_due: bool = False) -> StopRequest:
-    """Exchange the requests of all ranks and return the greatest one. A collective call.
+def sync_requests(trainer: Trainer) -> StopRequest:
+    """Exchange the requests of all ranks, and of the configuration, and return the greatest one. A collective call.
 
     Raises:
         TrainingError: a loss since the last call was not finite.
     """
-    request = StopRequest.SAVE if save_is_due else StopRequest.NONE
-    not_finite, request = trainer.rank_sync.exchange(request)
+    every = trainer.config.checkpoint.every_steps
+    if every == "auto":  # depends on the clock, so rank 0 decides for all ranks
+        save_is_due = trainer.context.rank == 0 and trainer.store.save_is_due()
+    else:
+        save_is_due = every is not None and trainer.position.global_step % every == 0
+    not_finite, request = trainer.rank_sync.exchange(StopRequest.SAVE if save_is_due else StopRequest.NONE)
     if not_finite is not None:
         raise trainer.diverged("loss", not_finite)
     return request
@@ -283,7 +278,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         "status": "early stop" if trainer.lr_controller.stopped else "finished",
         "epochs": trainer.position.epoch,
         "global_step": step,
-        "train_seconds": round(trainer.seconds, 3),
+        "train_seconds": round(trainer.train_time()[0], 3),
         "best": best,
         **metrics,
     }

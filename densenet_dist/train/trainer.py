@@ -57,8 +57,7 @@ class Trainer:
         num_images: training and validation images.
         position: steps and epochs completed.
         saved_step: the global step of the newest checkpoint, known on every rank.
-        seconds: time spent in training epochs so far, over all restarts.
-        epoch_time: seconds of training in the current epoch, and how many of them were spent waiting for batches.
+        goodput: how the run spends its time; that of rank 0 is reported.
         step_graph: takes the steps if they are captured as a CUDA graph.
         profiler: profiles steps if configured.
 
@@ -103,8 +102,7 @@ class Trainer:
         self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
         self.position = Position()
         self.saved_step: int | None = None
-        self.seconds = 0.0
-        self.epoch_time = self._counted = (0.0, 0.0)
+        self._epoch_start = (0.0, 0.0)  # `train_time` then
         self.step_graph: StepGraph | None = None
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
@@ -162,15 +160,15 @@ class Trainer:
         self.metrics.update(loss, logits, targets)
         self.rank_sync.watch(loss, self.position.global_step)
 
-    def count_time(self) -> tuple[float, float]:
-        """Add the time since the last call to `seconds` and `epoch_time`; return `epoch_time`."""
-        spent = self.context.status.seconds()
-        waited, trained = spent.get("wait", 0.0), spent.get("wait", 0.0) + spent.get("train", 0.0)
-        added = trained - self._counted[0], waited - self._counted[1]
-        self._counted = trained, waited
-        self.seconds += added[0]
-        self.epoch_time = self.epoch_time[0] + added[0], self.epoch_time[1] + added[1]
-        return self.epoch_time
+    def train_time(self) -> tuple[float, float]:
+        """Return the seconds spent in training epochs, over all restarts, and how many of them waiting for batches."""
+        spent = self.goodput.seconds()
+        return spent["train"] + spent["wait"], spent["wait"]
+
+    def epoch_time(self) -> tuple[float, float]:
+        """Return the part of `train_time` since the start of the current epoch."""
+        trained, waited = self.train_time()
+        return trained - self._epoch_start[0], waited - self._epoch_start[1]
 
     def end_step(self) -> None:
         """Update the weight average and move on to the next step."""
@@ -184,7 +182,7 @@ class Trainer:
         self.lr_controller.end_epoch(val_loss)
         self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
         self.metrics = Metrics(self.context.device)
-        self.epoch_time = (0.0, 0.0)
+        self._epoch_start = self.train_time()
 
     def diverged(self, what: str, step: int) -> TrainingError:
         """Return the error for a value that is not finite."""
@@ -200,14 +198,14 @@ class Trainer:
 
     def snapshot(self, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
         """Return the current state. A collective call: it contains the running metrics of every rank."""
-        state: dict[str, Any] = {
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "lr_controller": self.lr_controller.state_dict(),
             "sums": gather_ranks(self.metrics.sums).cpu(),
             "clock": {
-                "seconds": self.seconds,
-                "epoch_time": self.epoch_time,
+                "seconds": self.train_time()[0],
+                "epoch_time": self.epoch_time(),
                 "goodput": self.goodput.state_dict(),
             },
             "pictures": digest_of_files(self.dataset),
@@ -272,8 +270,9 @@ class Trainer:
         self.lr_controller.load_state_dict(controller)
         self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
         self.position = snapshot.position
-        self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]
         self.goodput.load_state_dict(state["clock"]["goodput"])
+        (trained, waited), (epoch_trained, epoch_waited) = self.train_time(), state["clock"]["epoch_time"]
+        self._epoch_start = trained - epoch_trained, waited - epoch_waited
         self.saved_step = snapshot.position.global_step
 
     def _require_feasible(self) -> None:
