@@ -45,7 +45,6 @@ class CheckpointStore:
     `save` or `wait`.
 
     Args:
-        run: the run's folder.
         keep: number of newest checkpoints to keep beside the best.
         monitor: the metric of the best checkpoint: ``val/top1`` or ``val/loss``.
         status: status of this rank, if it saves.
@@ -77,11 +76,7 @@ class CheckpointStore:
             self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copy a snapshot and write it in the background; `entries` and `best` include it at once.
-
-        Raises:
-            StorageError: the previous checkpoint could not be written.
-        """
+        """Copy a snapshot and write it in the background; `entries` and `best` include it at once."""
         self.wait()
         started = time.perf_counter()
         with self._status.during("save"):

@@ -33,14 +33,9 @@ def check_run(config: Config) -> None:
 
 
 def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:
-    """Check that every rank has enough images in each forward pass of training: one, or two if BatchNorm needs them.
+    """Raise a ConfigError unless every rank has an image in each forward pass of training, or two for BatchNorm.
 
-    Args:
-        num_images: number of training images.
-        world_sizes: possible numbers of ranks.
-
-    Raises:
-        ConfigError: it has not; the message suggests settings that work.
+    The message suggests settings that work. `world_sizes` are the possible numbers of ranks.
     """
     train, size = config.train, config.train.global_batch_size
     sizes = range(size, max(size, num_images) + 1)
@@ -63,13 +58,10 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
 
 
 def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
-    """Check, before anything is built, that the configuration does not need more memory than `device` has.
+    """Raise a ConfigError, before anything is built, if the configuration needs more memory than `device` has.
 
     The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
     dense blocks or of `evaluated` images in the largest block.
-
-    Raises:
-        ConfigError: it needs more; the message states parameters, images and memory.
     """
     train, side = config.train, config.data.side
     net = variant_architecture(**asdict(config.model), num_classes=num_classes, image_size=side)

@@ -72,10 +72,9 @@ def evaluate_model(
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A model, and the images to evaluate it on.
+    """A model, on the device of `context`, and the images to evaluate it on.
 
     Attributes:
-        model: on the device of `context`.
         engine: produces the images of a split.
         indices: (n,) int64, indices into that split, in the order of evaluation; None for all images.
     """
@@ -95,12 +94,8 @@ class Evaluation:
 def evaluate_test_set(found: Evaluation, until: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> TestResults:
     """Evaluate a model on the test set, each rank on its share of the images. Every rank calls it.
 
-    Args:
-        found: the model and the test images.
-        until: wraps the iterable of batches, for instance to end it early.
-
-    Returns:
-        The same on every rank, except that only rank 0 has the images of the mistakes.
+    The results are the same on every rank, except that only rank 0 has the images of the mistakes. `until` wraps the
+    iterable of batches, to end it early.
     """
     context, loader = found.context, found.loader()
     accumulator = ResultsAccumulator(found.dataset.num_classes)
@@ -162,12 +157,7 @@ def load_test_results(
 
 
 def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:
-    """Load the best or the last checkpoint of a run.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: it is called neither best nor last.
-    """
+    """Load the best or the last checkpoint of a run."""
     if checkpoint not in ("best", "last"):
         raise ConfigError(f"checkpoint={checkpoint!r}: choose best or last")
     store = CheckpointStore(run, monitor=config.checkpoint.monitor)
@@ -180,11 +170,7 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 def trained_model(
     run: RunFolder, config: ModelConfig, snapshot: Snapshot, num_classes: int, image_size: int
 ) -> DenseNet:
-    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit this model.
-    """
+    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average."""
     model = build_model(config, num_classes, image_size)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {run.uri}")
     return model

@@ -56,7 +56,6 @@ def report_lines(report: Callable[[str], object], lines: Sequence[str], what: st
 
 
 def _normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation by which images in [0, 1] are normalised."""
     if config.data.normalize == "unit":
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return dataset.mean, dataset.std
@@ -87,14 +86,7 @@ def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
 
 
 def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:
-    """Create the engine that produces the images of a split; several loaders may share it.
-
-    Args:
-        loader: torch or dali.
-
-    Raises:
-        EnvironmentProblem: `loader` is dali, and DALI cannot work here.
-    """
+    """Create the engine that produces the images of a split, torch or dali; several loaders may share it."""
     mean, std = _normalisation(config, dataset)
     return engine_class(loader)(
         split,
@@ -143,10 +135,7 @@ def eval_loader(config: Config, context: RunContext, engine: Engine, indices: In
 class ModelMetadata:
     """The content of classes.json: what a network needs besides weights to classify images.
 
-    Attributes:
-        names: class names by label.
-        image_size: side of the square images in pixels.
-        mean, std: normalisation of each channel, for images in [0, 1].
+    The names are by label, the size is a side in pixels, and mean and std are for images in [0, 1].
     """
 
     names: tuple[str, ...]
@@ -172,7 +161,6 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 
     Raises:
         CheckpointError: the classes, or their order, differ from those of the run; the message names both.
-        DataError, StorageError: the data set, or one of the run's files, cannot be used.
     """
     parts = run.read_json(SPLIT_FILE).items()
     split = {str(name): part for part, names in parts if isinstance(names, list) for name in names}
@@ -192,12 +180,7 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 
 
 def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
-    """Read classes.json of a run. Runs of versions that wrote none take its content from the data set.
-
-    Raises:
-        StorageError: the file is damaged.
-        DataError: there is no file, and the data set is missing.
-    """
+    """Read classes.json of a run. Runs of versions that wrote none take its content from the data set."""
     found = run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
     return found or _metadata(config, load_dataset_of(config))
 
@@ -216,11 +199,7 @@ def digest_of_files(dataset: Dataset) -> str | None:
 
 
 def require_same_files(dataset: Dataset) -> None:
-    """Check that all ranks see the same files, since indices refer to the sorted file names. A collective call.
-
-    Raises:
-        DataError: they do not; the message names the nodes.
-    """
+    """Raise a DataError unless all ranks see the same files: indices refer to sorted file names. A collective call."""
     digest = digest_of_files(dataset)
     if digest is None:
         return

@@ -48,7 +48,6 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     Raises:
         TrainingError: a loss is NaN or infinite. Every rank raises it at the same step.
         Stopped: a stop was requested; everything is saved, unless another job has taken over the run's folder.
-        DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     if context.rank == 0:
         context.run.guard()  # workers may be restarted after another job has taken over the folder
@@ -140,12 +139,7 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
 
 
 def save_or_stop(trainer: Trainer) -> None:
-    """Save within an epoch if the configuration or a request asks for it, and stop if that is requested.
-
-    Raises:
-        Stopped: on every rank; everything is saved, except after `StopRequest.LEAVE`.
-        TrainingError: a loss is not finite.
-    """
+    """Save within an epoch if the configuration or a request asks for it, and stop if that is requested."""
     every = trainer.config.checkpoint.every_steps
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
         request = sync_requests(trainer)
@@ -189,11 +183,7 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
 
 
 def stop_if(request: StopRequest, trainer: Trainer, snapshot: Snapshot | None = None) -> None:
-    """Stop if the ranks have agreed on it; before that, save the snapshot, if one is given.
-
-    Raises:
-        Stopped: on every rank; everything is saved, except after `StopRequest.LEAVE`.
-    """
+    """Raise `Stopped` if the ranks have agreed on it; before that, save the snapshot, if one is given."""
     if request is StopRequest.STOP:
         if snapshot is not None:
             save(trainer, snapshot)

@@ -49,13 +49,7 @@ TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Position:
-    """The progress of a run.
-
-    Attributes:
-        epoch: epochs completed.
-        step: steps of the current epoch completed.
-        global_step: all steps completed.
-    """
+    """The progress of a run: epochs completed, steps of the current epoch completed, and all steps completed."""
 
     epoch: int = 0
     step: int = 0
@@ -67,8 +61,7 @@ class Snapshot:
     """The content of a checkpoint.
 
     Attributes:
-        model: the state dict of the plain model.
-        average: that of the averaged model, if there is one.
+        model, average: the state dicts of the plain model, and of the averaged one if there is one.
         state: nested plain values and tensors: optimizer, scaler, learning rate, sums.
         position: where training resumes.
         metrics: validation figures, at the end of an epoch.
@@ -186,11 +179,7 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
-    """Check that a checkpoint, called `origin` in the error, fits this run, whose identity is `here`.
-
-    Raises:
-        CheckpointError: listing every difference.
-    """
+    """Raise a CheckpointError with every difference, unless a checkpoint fits this run, whose identity is `here`."""
     there = snapshot.state.get("identity")
     if there is None:
         return  # a checkpoint of an older version
@@ -224,16 +213,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
 
 
 def tensor_specs(weights: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """Return the dtype and shape of each tensor, for `require_same_tensors`."""
+    """Return the dtype and shape of each tensor."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
 
 
 def require_same_tensors(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], problem: str) -> None:
-    """Check that a file contains exactly the tensors of a model.
-
-    Raises:
-        CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.
-    """
+    """Raise a CheckpointError with `problem` and every difference, unless a file has exactly the tensors of a model."""
     lines = [f"missing: {name}" for name in wanted if name not in found]
     lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
     lines += [

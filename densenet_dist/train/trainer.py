@@ -41,12 +41,7 @@ from densenet_dist.train.step_graph import StepGraph
 
 
 class Trainer:
-    """One rank of a run: everything that a training step needs.
-
-    Args:
-        config: of the run.
-        context: of this rank.
-        dataset: the configured data set, if it is already loaded.
+    """One rank of a run: everything that a training step needs. `dataset` is given if it is already loaded.
 
     Attributes:
         model: the plain model, whose state dict is in checkpoints.
@@ -59,7 +54,6 @@ class Trainer:
         saved_step: the global step of the newest checkpoint, known on every rank.
         goodput: how the run spends its time; that of rank 0 is reported.
         step_graph: takes the steps if they are captured as a CUDA graph.
-        profiler: profiles steps if configured.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -298,11 +292,7 @@ class Trainer:
 
 
 def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) -> None:
-    """Check the numbers in a checkpoint's state. NaN fails each of the comparisons.
-
-    Raises:
-        ValueError: a count is negative, or another number is impossible.
-    """
+    """Raise a ValueError if a number in a checkpoint's state is impossible. NaN fails each of the comparisons."""
     scaler, sums, clock = state["scaler"], state["sums"], state["clock"]
     if (sums.dtype, sums.shape[1:], sums.is_contiguous()) != (torch.float64, (4,), True):
         raise ValueError("the sums of loss, hits and images have another form")
