@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final
 
-from densenet_dist.errors import CheckpointError, StorageError
+from pydantic import Field, TypeAdapter
+
+from densenet_dist.errors import CheckpointError, DamagedRecord, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder
 from densenet_dist.train.control import WorkerStatus
 from densenet_dist.train.snapshot import FILES, META, UNREADABLE, Position, Snapshot, read_snapshot, write_snapshot
@@ -33,9 +32,19 @@ MAX_COST: Final = 0.01
 class Entry:
     """One complete checkpoint in the manifest: the name of its folder, and what its `Snapshot` has."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^step-[0-9a-z-]+$")]  # it becomes part of a path
     position: Position
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    best: str | None
+    checkpoints: list[Entry]
+
+    def __post_init__(self) -> None:
+        if self.best not in {None, *(entry.name for entry in self.checkpoints)}:
+            raise ValueError(f"the best, {self.best}, is not among them")
 
 
 class CheckpointStore:
@@ -70,10 +79,18 @@ class CheckpointStore:
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saved_at = time.perf_counter()
-        if run.exists(_MANIFEST):
-            self._read_manifest(run.fetch(_MANIFEST))
+        try:
+            manifest = run.read(_MANIFEST, _Manifest)
+        except DamagedRecord as error:
+            problem = f"the list of checkpoints {error}".partition("\n")[0]
+            self._rebuild(problem)
+            if not self.entries:
+                raise CheckpointError(problem) from error
         else:
-            self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
+            if manifest is not None:
+                self.entries, self.best = manifest.checkpoints, manifest.best
+            else:
+                self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy a snapshot and write it in the background; `entries` and `best` include it at once."""
@@ -224,26 +241,13 @@ class CheckpointStore:
                 with suppress(StorageError):  # tried again after the next checkpoint
                     self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
-    def _read_manifest(self, path: Path) -> None:
-        try:
-            content = json.loads(path.read_text())
-            self.best = content["best"]
-            self.entries = [_entry(item["name"], item) for item in content["checkpoints"]]
-            if self.best not in {None, *(entry.name for entry in self.entries)}:
-                raise ValueError(f"the best, {self.best}, is not among them")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}"
-            self._rebuild(problem)
-            if not self.entries:
-                raise CheckpointError(problem) from error
-
     def _rebuild(self, problem: str) -> None:
         """Rebuild the list from the checkpoints whose checkpoint.json can be read, oldest first."""
         found = []
         for name in self.run.names(CHECKPOINTS_FOLDER):
-            with suppress(*UNREADABLE):
-                meta = json.loads(self.run.fetch(f"{CHECKPOINTS_FOLDER}/{name}/{META}").read_text())
-                found.append(_entry(name, meta))
+            with suppress(*UNREADABLE, OverflowError):
+                meta = self.run.read_json(f"{CHECKPOINTS_FOLDER}/{name}/{META}")
+                found.append(TypeAdapter(Entry).validate_python(meta | {"name": name}))
         self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
         self.best = self._find_best()
         self.rebuilt = problem if self.entries else None
@@ -254,15 +258,3 @@ def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, An
     validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
     pick = max if monitor.endswith("top1") else min
     return pick(validated, key=lambda record: record[monitor]) if validated else None
-
-
-def _entry(name: str, content: dict[str, Any]) -> Entry:
-    """Read an entry of the manifest or a checkpoint.json. It is not trusted: the name becomes part of a path."""
-    entry = Entry(name, Position(**content["position"]), content["metrics"])
-    if not re.fullmatch(r"step-[0-9a-z-]+", name):
-        raise ValueError(f"{name[:80]!r} is not the name of a checkpoint")
-    if not all(type(value) is int and 0 <= value <= sys.maxsize for value in asdict(entry.position).values()):
-        raise ValueError(f"the position of {name} must be three non-negative integers")
-    if not all(type(value) in (int, float) for value in entry.metrics.values()):
-        raise ValueError(f"the metrics of {name} must be numbers")
-    return entry

@@ -17,13 +17,15 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -43,6 +45,7 @@ UNREADABLE: Final = (
 )
 """The errors that reading damaged files can raise."""
 
+_Count: TypeAlias = Annotated[int, Field(ge=0, le=sys.maxsize, strict=True)]
 TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 """A tensor's dtype and shape."""
 
@@ -51,9 +54,11 @@ TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 class Position:
     """The progress of a run: epochs completed, steps of the current epoch completed, and all steps completed."""
 
-    epoch: int = 0
-    step: int = 0
-    global_step: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epoch: _Count = 0
+    step: _Count = 0
+    global_step: _Count = 0
 
 
 @dataclass
