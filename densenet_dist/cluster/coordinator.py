@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from densenet_dist.cluster.heartbeat import is_hung
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 
 if TYPE_CHECKING:  # torch would make the actor's process several times as large
     from densenet_dist.cluster.heartbeat import Heartbeat

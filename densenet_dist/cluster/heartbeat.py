@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 
 if TYPE_CHECKING:
     from densenet_dist.train.context import RunContext

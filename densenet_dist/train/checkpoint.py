@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter
 
 from densenet_dist.errors import CheckpointError, DamagedRecord, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder
-from densenet_dist.train.control import WorkerStatus
+from densenet_dist.train.context import WorkerStatus
 from densenet_dist.train.snapshot import FILES, META, UNREADABLE, Position, Snapshot, read_snapshot, write_snapshot
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"

@@ -21,8 +21,7 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.context import RunContext, Stopped
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import RunContext, Stopped, StopRequest
 from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densenet_dist.train.context import RunContext
-from densenet_dist.train.control import StopRequest, collective
+from densenet_dist.train.context import RunContext, StopRequest, collective
 
 MAX_SYNC_STEPS: Final = 50
 """Steps between two calls of `RankSync.exchange` at most: each is a host sync and a collective call."""

@@ -22,7 +22,7 @@ from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.control import collective
+from densenet_dist.train.context import collective
 from densenet_dist.train.ranks import gather_objects, gather_ranks
 
 BINS: Final = 15

@@ -20,8 +20,7 @@ from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.choices import choose_block, choose_loader
-from densenet_dist.train.context import RunContext
-from densenet_dist.train.control import Goodput
+from densenet_dist.train.context import Goodput, RunContext
 from densenet_dist.train.inputs import (
     digest_of_files,
     engine_of,

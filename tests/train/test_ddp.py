@@ -18,7 +18,7 @@ from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
 from densenet_dist.train import ranks as module
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import bucket_sizes, build_model

@@ -14,8 +14,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import CONFIG_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Stopped
-from densenet_dist.train.control import StopRequest, WorkerStatus
+from densenet_dist.train.context import Stopped, StopRequest, WorkerStatus
 from densenet_dist.train.loop import fit
 
 # Each epoch: 5 steps and a batch of validation; then 4 batches of the test.
