@@ -50,8 +50,29 @@ def wrap(model: DenseNet, config: Config, context: RunContext, precision: Abstra
 
     A collective call. The model is on its device, in training mode; `precision` is the autocast context.
     """
-    forward = _data_parallel(model, config, context, precision) if context.world_size > 1 else model
-    return cast(nn.Module, torch.compile(forward)) if config.train.compile else forward
+    train, device = config.train, context.device
+    forward: nn.Module = model
+    if context.world_size > 1:
+        limits = bucket_sizes(model, train)
+        if train.compile:  # it requires a limit of at least DDP's first bucket; the last bucket takes the rest
+            limits[-1] = max(limits[-1], SMALLEST_BUCKET)
+        forward = DistributedDataParallel(
+            synchronise_batchnorm(model) if train.sync_bn else model,
+            [device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            # Gradients live in the buckets: no copies, and no second memory of the parameters' size.
+            gradient_as_bucket_view=True,
+            # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed
+            # blocks). It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with
+            # torch.compile, which splits the graph where buckets end (#93672).
+            static_graph=train.grad_accum_steps == 1 and not train.compile,
+            # In MiB, and exact, because the divisor is a power of two.
+            bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
+        )
+        if train.gradient_compression == "bf16":
+            forward.register_comm_hook(None, bf16_compress_hook)
+        _settle_buckets(forward, config.data.side, device, precision)
+    return cast(nn.Module, torch.compile(forward)) if train.compile else forward
 
 
 def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
@@ -83,33 +104,6 @@ def _stages(model: DenseNet) -> list[int]:
             stages.append(0)
         stages[-1] += sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     return stages[::-1]
-
-
-def _data_parallel(
-    model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]
-) -> DistributedDataParallel:
-    train, device = config.train, context.device
-    module = synchronise_batchnorm(model) if train.sync_bn else model
-    limits = bucket_sizes(model, train)
-    if train.compile:  # torch.compile requires a limit of at least DDP's first bucket; the last bucket takes the rest
-        limits[-1] = max(limits[-1], SMALLEST_BUCKET)
-    parallel = DistributedDataParallel(
-        module,
-        [device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        # Gradients live in the buckets: no copies, and no second memory of the parameters' size.
-        gradient_as_bucket_view=True,
-        # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed blocks).
-        # It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with torch.compile, which
-        # splits the graph where buckets end (#93672).
-        static_graph=train.grad_accum_steps == 1 and not train.compile,
-        # In MiB, and exact, because the divisor is a power of two.
-        bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
-    )
-    if train.gradient_compression == "bf16":
-        parallel.register_comm_hook(None, bf16_compress_hook)
-    _settle_buckets(parallel, config.data.side, device, precision)
-    return parallel
 
 
 def _settle_buckets(
