@@ -63,7 +63,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
             validation = _validate(trainer, before)
             request = sync_requests(trainer)
-            stop_if(request, trainer, before)  # the validation may be incomplete
+            stop_if_requested(trainer, request, before)  # the validation may be incomplete
             if not math.isfinite(validation.get("val/loss", 0.0)):
                 raise trainer.diverged("validation loss", trainer.position.global_step - 1)
             trainer.end_epoch(validation.get("val/loss"))
@@ -144,7 +144,7 @@ def save_or_stop(trainer: Trainer) -> None:
         request = sync_requests(trainer)
         if request in (StopRequest.SAVE, StopRequest.STOP):
             save(trainer, trainer.snapshot())
-        stop_if(request, trainer)
+        stop_if_requested(trainer, request)
 
 
 def sync_requests(trainer: Trainer) -> StopRequest:
@@ -181,7 +181,7 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     trainer.saved_step = trainer.position.global_step
 
 
-def stop_if(request: StopRequest, trainer: Trainer, snapshot: Snapshot | None = None) -> None:
+def stop_if_requested(trainer: Trainer, request: StopRequest, snapshot: Snapshot | None = None) -> None:
     """Raise `Stopped` if the ranks have agreed on it; before that, save the snapshot, if one is given."""
     if request is StopRequest.STOP:
         if snapshot is not None:
@@ -258,7 +258,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
     test = Evaluation(config, context, trainer.dataset, trainer.eval_model, engine)
     results = evaluate_test_set(test, partial(_until_stopped, trainer))
-    stop_if(sync_requests(trainer), trainer)
+    stop_if_requested(trainer, sync_requests(trainer))
     _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
