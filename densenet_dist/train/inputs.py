@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import TypeAlias
 
@@ -32,9 +32,9 @@ _MIN_IMAGES = 30  # with fewer, each image is more than 3 % of the accuracy
 
 
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
-    """Load and verify the configured data set; `split` as for `load_dataset`."""
+    """Load and verify the configured data set, with the configured normalisation; `split` as for `load_dataset`."""
     data = config.data
-    return load_dataset(
+    dataset = load_dataset(
         data.name,
         data.root,
         download=data.download,
@@ -46,6 +46,9 @@ def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> D
         on_bad_image=data.on_bad_image,
         split=split,
     )
+    if data.normalize == "unit":
+        return replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return dataset
 
 
 def report_lines(report: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
@@ -53,12 +56,6 @@ def report_lines(report: Callable[[str], object], lines: Sequence[str], what: st
     if lines:
         more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
         report("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
-
-
-def _normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    if config.data.normalize == "unit":
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return dataset.mean, dataset.std
 
 
 def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
@@ -87,11 +84,10 @@ def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
 
 def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:
     """Create the engine that produces the images of a split, torch or dali; several loaders may share it."""
-    mean, std = _normalisation(config, dataset)
     return engine_class(loader)(
         split,
-        mean=mean,
-        std=std,
+        mean=dataset.mean,
+        std=dataset.std,
         device=device,
         prefetch=config.data.prefetch,
         threads=torch.get_num_threads(),
@@ -143,6 +139,11 @@ class ModelMetadata:
     mean: Channels
     std: Channels
 
+    @classmethod
+    def of(cls, dataset: Dataset) -> ModelMetadata:
+        """Return the metadata of a model that is trained on a data set."""
+        return cls(dataset.class_names, dataset.image_size, dataset.mean, dataset.std)
+
 
 def write_metadata(run: RunFolder, config: Config, dataset: Dataset) -> None:
     """Write classes.json and, when a run on a folder of images starts, split.json.gz."""
@@ -150,7 +151,7 @@ def write_metadata(run: RunFolder, config: Config, dataset: Dataset) -> None:
     if isinstance(files, ImageFiles) and isinstance(test_files, ImageFiles) and not run.exists(SPLIT_FILE):
         train, val = (files.subset(part).names for part in train_and_val(config, dataset))
         run.write(SPLIT_FILE, json.dumps({"train": train, "val": val, "test": test_files.names}))
-    run.write(CLASSES_FILE, json.dumps(asdict(_metadata(config, dataset)), indent=1) + "\n")
+    run.write(CLASSES_FILE, json.dumps(asdict(ModelMetadata.of(dataset)), indent=1) + "\n")
 
 
 def load_run_data(config: Config, run: RunFolder) -> Dataset:
@@ -182,11 +183,7 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
     """Read classes.json of a run. Runs of versions that wrote none take its content from the data set."""
     found = run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
-    return found or _metadata(config, load_dataset_of(config))
-
-
-def _metadata(config: Config, dataset: Dataset) -> ModelMetadata:
-    return ModelMetadata(dataset.class_names, dataset.image_size, *_normalisation(config, dataset))
+    return found or ModelMetadata.of(load_dataset_of(config))
 
 
 def digest_of_files(dataset: Dataset) -> str | None:
