@@ -23,7 +23,7 @@ from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import require_memory
-from densenet_dist.train.context import RunContext, choose_device
+from densenet_dist.train.context import RunContext, StopRequest, choose_device
 from densenet_dist.train.inputs import (
     Indices,
     digest_of_files,
@@ -43,7 +43,7 @@ from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[Batch],
-    device: torch.device,
+    context: RunContext,
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
     split: str = "test",
@@ -52,18 +52,25 @@ def evaluate_model(
 
     `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
 
+    A rank that is requested to stop skips the rest of its batches. It does not leave: the others would wait for it, and
+    ranks may have different numbers of batches, so that they cannot exchange requests between them. In a run,
+    `sync_requests` must follow, and tells whether the evaluation is complete.
+
     Raises:
         DataError: no image could be read. Every rank raises it.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
-    metrics = Metrics(device)
+    metrics = Metrics(context.device)
     for batch in batches:
-        with autocast(device, precision):
+        with autocast(context.device, precision):
             logits = model(batch.images)
         metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
         if on_batch is not None:
             on_batch(logits, batch)
+        context.status.advance()
+        if context.status.requested >= StopRequest.STOP:
+            break
     totals = metrics.compute()
     if not totals["images"]:
         raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
@@ -91,11 +98,10 @@ class Evaluation:
         return eval_loader(self.config, self.context, self.engine, self.indices)
 
 
-def evaluate_test_set(found: Evaluation, until: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> TestResults:
+def evaluate_test_set(found: Evaluation) -> TestResults:
     """Evaluate a model on the test set, each rank on its share of the images. Every rank calls it.
 
-    The results are the same on every rank, except that only rank 0 has the images of the mistakes. `until` wraps the
-    iterable of batches, to end it early.
+    The results are the same on every rank, except that only rank 0 has the images of the mistakes.
     """
     context, loader = found.context, found.loader()
     accumulator = ResultsAccumulator(found.dataset.num_classes)
@@ -103,7 +109,7 @@ def evaluate_test_set(found: Evaluation, until: Callable[[Iterable[Batch]], Iter
     def add(logits: Tensor, batch: Batch) -> None:
         accumulator.update(logits, batch.targets, loader.batch_indices)
 
-    metrics = evaluate_model(found.model, until(loader), context.device, found.config.train.precision, add)
+    metrics = evaluate_model(found.model, loader, context, found.config.train.precision, add)
     results = accumulator.compute(metrics, found.dataset.class_names, context.device)
     if context.rank == 0:
         try:
@@ -139,7 +145,7 @@ def evaluate(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify)
-    return evaluate_model(found.model, found.loader(), found.context.device, found.config.train.precision, split=split)
+    return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision, split=split)
 
 
 def load_test_results(

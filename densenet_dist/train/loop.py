@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -192,26 +190,12 @@ def stop_if_requested(trainer: Trainer, request: StopRequest, snapshot: Snapshot
         raise Stopped
 
 
-def _until_stopped(trainer: Trainer, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches of an evaluation, until a stop is requested from this rank.
-
-    Ranks may have different numbers of batches, so they cannot exchange requests between them, but no rank may leave
-    alone: the others would wait for it. So `sync_requests` must follow, and tells whether the evaluation is complete.
-    """
-    for batch in batches:
-        yield batch
-        trainer.context.status.advance()
-        if trainer.context.status.requested in (StopRequest.STOP, StopRequest.LEAVE):
-            return
-
-
 def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
     if trainer.val_loader is None:
         return {}
-    batches = _until_stopped(trainer, trainer.val_loader)
-    device, precision = trainer.context.device, trainer.config.train.precision
+    precision = trainer.config.train.precision
     try:
-        totals = evaluate_model(trainer.eval_model, batches, device, precision, split="validation")
+        totals = evaluate_model(trainer.eval_model, trainer.val_loader, trainer.context, precision, split="validation")
     except DataError:
         save(trainer, before)  # training resumes from here once the files are back
         trainer.store.wait()
@@ -257,7 +241,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     sync_from_rank0(list(trainer.eval_model.parameters()))
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
     test = Evaluation(config, context, trainer.dataset, trainer.eval_model, engine)
-    results = evaluate_test_set(test, partial(_until_stopped, trainer))
+    results = evaluate_test_set(test)
     stop_if_requested(trainer, sync_requests(trainer))
     _report_lost_files(context, engine)
     if not math.isfinite(results.loss):

@@ -163,7 +163,7 @@ def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
     config = tiny(storage, *settings)
     summary = train(config)
     trainer = trainer_of(config)
-    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context, "fp32")
     for batch in trainer.train_loader.epoch(0):
         train_step(trainer, batch)
     return {

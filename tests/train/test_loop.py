@@ -299,7 +299,7 @@ def test_the_average_of_the_weights_is_what_is_validated_and_saved_beside(tmp_pa
     snapshot = CheckpointStore(run_of(config)).load_latest()
     trainer = trainer_of(config)
     trainer.model.load_state_dict(snapshot.average)
-    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context, "fp32")
     assert found["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
     assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
 
