@@ -102,7 +102,7 @@ def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str
     return Choice(name, f"{rates[name]:,.0f} {unit}; {other}: {rates[other]:,.0f}", figures)
 
 
-def choose_block(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> ModelConfig:
+def choose_block(config: Config, context: RunContext, dataset: Dataset, images: int) -> ModelConfig:
     """Return the model's settings with the form of the dense block to train. A collective call.
 
     ``auto`` becomes the form that is faster with the run's own network, batch size, precision and number of threads. It
@@ -121,25 +121,27 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
     if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
         return replace(model, block="fused")
-    measure_both = partial(_measure_blocks, config, context, num_classes, image_size, images // context.world_size)
+    measure_both = partial(_measure_blocks, config, context, dataset, images // context.world_size)
     name = _recorded(context, "block", FORMS, measure_both)
     return replace(model, block="fused" if name == "fused" else "reference")
 
 
-def _measure_blocks(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> Choice:
+def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, images: int) -> Choice:
     share = max(1, config.train.global_batch_size // (context.world_size * config.train.grad_accum_steps))
-    models = {form: build_model(replace(config.model, block=form), num_classes, image_size) for form in FORMS}
-    models = {form: model.to(context.device).train() for form, model in models.items()}
     rates = dict.fromkeys(FORMS, 0.0)
+    models: dict[str, DenseNet] = {}
+    for form in FORMS:
+        model = build_model(replace(config.model, block=form), dataset.num_classes, dataset.image_size)
+        models[form] = model.to(context.device).train()
+    how = dataset.image_size, config.train.precision, context.device
 
     def measure_steps(count: int) -> None:
         for form, model in models.items():
-            seconds = _step_seconds(model, count, image_size, config.train.precision, context.device)
-            rates[form] = max(rates[form], count / seconds)
+            rates[form] = max(rates[form], count / _step_seconds(model, count, *how))
 
     try:
         for model in models.values():  # builds kernels and allocates
-            _step_seconds(model, 2, image_size, config.train.precision, context.device)
+            _step_seconds(model, 2, *how)
         measure_steps(2)
         per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
         remaining = min(MAX_SECONDS, MAX_SHARE * images * min(1 / rate for rate in rates.values()))
@@ -147,7 +149,7 @@ def _measure_blocks(config: Config, context: RunContext, num_classes: int, image
         if context.device.type == "cuda":  # two images show what launches cost; cuDNN searches for each batch size
             count, per_image, rates = max(2, share), 0.0, dict.fromkeys(FORMS, 0.0)
             for model in models.values():
-                _step_seconds(model, count, image_size, config.train.precision, context.device)
+                _step_seconds(model, count, *how)
         while remaining > count * per_image:
             started = time.perf_counter()
             measure_steps(count)

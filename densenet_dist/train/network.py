@@ -45,10 +45,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
 
 
-def wrap(model: DenseNet, config: Config, context: RunContext, precision: AbstractContextManager[Any]) -> nn.Module:
-    """Wrap `model` for training: data-parallel if there are several ranks, compiled if configured.
+def wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
+    """Wrap `model`, on its device, for training: data-parallel for several ranks, compiled if configured.
 
-    A collective call. The model is on its device, in training mode; `precision` is the autocast context.
+    A collective call.
     """
     train, device = config.train, context.device
     forward: nn.Module = model
@@ -71,7 +71,7 @@ def wrap(model: DenseNet, config: Config, context: RunContext, precision: Abstra
         )
         if train.gradient_compression == "bf16":
             forward.register_comm_hook(None, bf16_compress_hook)
-        _settle_buckets(forward, config.data.side, device, precision)
+        _settle_buckets(forward, config, device)
     return cast(nn.Module, torch.compile(forward)) if train.compile else forward
 
 
@@ -106,9 +106,7 @@ def _stages(model: DenseNet) -> list[int]:
     return stages[::-1]
 
 
-def _settle_buckets(
-    parallel: DistributedDataParallel, side: int, device: torch.device, precision: AbstractContextManager[Any]
-) -> None:
+def _settle_buckets(parallel: DistributedDataParallel, config: Config, device: torch.device) -> None:
     """Run backward passes and discard the gradients, so that DDP has its final buckets before the first step.
 
     DDP fills its buckets in the order of the parameters at first, then in the order in which gradients are ready: with
@@ -116,10 +114,10 @@ def _settle_buckets(
     on the position in the bucket: without this, the first steps after a restart would differ from the original ones.
     """
     kept = [buffer.clone() for buffer in parallel.module.buffers()]
-    images = torch.zeros(2, 3, side, side, device=device)
+    images = torch.zeros(2, 3, config.data.side, config.data.side, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for _ in range(2):
-            with precision:
+            with autocast(device, config.train.precision):
                 logits = parallel(images)
             logits.float().sum().backward()
             parallel.zero_grad(set_to_none=True)

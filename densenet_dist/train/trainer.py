@@ -79,10 +79,10 @@ class Trainer:
 
         train = config.train
         images = train.epochs * len(train_indices)
-        model = choose_block(config, context, dataset.num_classes, dataset.image_size, images)
+        model = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
-        self.forward = wrap(self.model, config, context, autocast(context.device, train.precision))
+        self.forward = wrap(self.model, config, context)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
         self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
