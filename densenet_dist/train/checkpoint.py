@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final
@@ -76,8 +76,8 @@ class CheckpointStore:
         self.rebuilt: str | None = None
         self.total_cost_s = self._last_cost_s = 0.0
         self._status = status or WorkerStatus()
-        self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
         self._saved_at = time.perf_counter()
         try:
             manifest = run.read(_MANIFEST, _Manifest)
@@ -106,19 +106,16 @@ class CheckpointStore:
             began = time.perf_counter()
             try:
                 self._write(copy, entry)
-            except BaseException as error:
-                self._failure = error
-            else:
                 self._status.saved += 1
-            self._last_cost_s = pause + time.perf_counter() - began
-            self.total_cost_s += self._last_cost_s
+            finally:
+                self._last_cost_s = pause + time.perf_counter() - began
+                self.total_cost_s += self._last_cost_s
 
-        self._writer = threading.Thread(target=write, name="checkpoint")
-        self._writer.start()
+        self._writing = self._executor.submit(write)
 
     def save_is_due(self) -> bool:
         """Return whether ``every_steps: auto`` calls for a checkpoint now."""
-        writing = self._writer is not None and self._writer.is_alive()
+        writing = self._writing is not None and not self._writing.done()
         interval = max(MIN_INTERVAL_S, self._last_cost_s / MAX_COST)
         return not writing and time.perf_counter() - self._saved_at > interval
 
@@ -128,18 +125,17 @@ class CheckpointStore:
         Raises:
             StorageError: it cannot be written, or the folder belongs to another job now. Earlier ones stay intact.
         """
-        if self._writer is not None:
+        if self._writing is not None:
             with self._status.during("save"):
-                self._writer.join()
-            self._writer = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+                wait([self._writing])
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> None:
-        """Wait without raising errors, for cleaning up after another error."""
+        """Wait without raising errors, for cleaning up after another error. Nothing can be saved afterwards."""
         with suppress(Exception):
             self.wait()
+        self._executor.shutdown()
 
     def _plan(self, snapshot: Snapshot) -> Entry:
         """Add a checkpoint to `entries`, and remove those that will be deleted once it is written."""
