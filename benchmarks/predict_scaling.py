@@ -38,9 +38,8 @@ from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch, synchronize
 from densenet_dist.schema import Config
-from densenet_dist.train.ddp import bucket_sizes, no_sync
 from densenet_dist.train.loop import train_step
-from densenet_dist.train.network import AUTOCAST
+from densenet_dist.train.network import AUTOCAST, bucket_sizes, no_sync
 from densenet_dist.train.trainer import Trainer
 
 GPUS: Final = tuple(2**power for power in range(11))

@@ -34,8 +34,8 @@ from densenet_dist.cluster.ray_backend import poll_interval
 from densenet_dist.environment import describe_environment
 from densenet_dist.model.variants import densenet
 from densenet_dist.schema import OptimizerConfig
-from densenet_dist.train.metrics import broadcast
 from densenet_dist.train.optim import build_optimizer
+from densenet_dist.train.ranks import broadcast
 from densenet_dist.train.snapshot import Position, Snapshot, read_snapshot, write_snapshot
 
 ROUNDS, SECONDS = 20, 20

@@ -211,7 +211,7 @@ def evaluate_test(trainer: Trainer) -> dict[str, float]:
     test = trainer.dataset.test
     engine = engine_of(trainer.config, trainer.context.device, trainer.dataset, test, trainer.loader_name)
     batches = eval_loader(trainer.config, trainer.context, engine)
-    return evaluate_model(trainer.eval_model, batches, trainer.context.device, trainer.config.train.precision)
+    return evaluate_model(trainer.eval_model, batches, trainer.context, trainer.config.train.precision)
 
 
 def print_outcome(found: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ray
 
 from densenet_dist.cluster.heartbeat import is_hung
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 
 if TYPE_CHECKING:  # torch would make the actor's process several times as large
     from densenet_dist.cluster.heartbeat import Heartbeat

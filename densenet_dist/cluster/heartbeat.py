@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 
 if TYPE_CHECKING:
     from densenet_dist.cluster.ray_train import RayContext

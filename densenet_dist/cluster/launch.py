@@ -37,8 +37,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers.tracker import require_trackers
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
-from densenet_dist.train.context import Event, Stopped, torchrun_context, torchrun_rank
-from densenet_dist.train.control import StopRequest, WorkerStatus
+from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:

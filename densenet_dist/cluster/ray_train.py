@@ -23,8 +23,7 @@ from densenet_dist.lease import Lease, fence
 from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event, RunContext, Stopped
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import Event, RunContext, Stopped, StopRequest
 
 
 @dataclass(frozen=True)

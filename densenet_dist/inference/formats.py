@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.model import DenseNet
-from densenet_dist.train.network import TensorSpec, require_same_tensors, tensor_specs
+from densenet_dist.train.snapshot import TensorSpec, require_same_tensors, tensor_specs
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 SUFFIXES: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}

@@ -22,8 +22,8 @@ from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import RunContext, choose_device
-from densenet_dist.train.ddp import sync_from_rank0
+from densenet_dist.train.checks import require_memory
+from densenet_dist.train.context import RunContext, StopRequest, choose_device
 from densenet_dist.train.inputs import (
     Indices,
     digest_of_files,
@@ -33,17 +33,17 @@ from densenet_dist.train.inputs import (
     report_lines,
     train_and_val,
 )
-from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
-from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
-from densenet_dist.train.snapshot import Snapshot, require_same
+from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.ranks import sync_from_rank0
+from densenet_dist.train.results import Metrics, ResultsAccumulator, TestResults, add_images, read_test_results
+from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 
 
 @torch.no_grad()
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[Batch],
-    device: torch.device,
+    context: RunContext,
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
     split: str = "test",
@@ -52,53 +52,68 @@ def evaluate_model(
 
     `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
 
+    A rank that is requested to stop skips the rest of its batches. It does not leave: the others would wait for it, and
+    ranks may have different numbers of batches, so that they cannot exchange requests between them. In a run,
+    `sync_requests` must follow, and tells whether the evaluation is complete.
+
     Raises:
         DataError: no image could be read. Every rank raises it.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
-    metrics = Metrics(device)
+    metrics = Metrics(context.device)
     for batch in batches:
-        with autocast(device, precision):
+        with autocast(context.device, precision):
             logits = model(batch.images)
         metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
         if on_batch is not None:
             on_batch(logits, batch)
+        context.status.advance()
+        if context.status.requested >= StopRequest.STOP:
+            break
     totals = metrics.compute()
     if not totals["images"]:
         raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
     return totals
 
 
-def evaluate_test_set(
-    model: nn.Module,
-    config: Config,
-    context: RunContext,
-    dataset: Dataset,
-    engine: Engine,
-    watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-) -> TestResults:
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model, on the device of `context`, and the images to evaluate it on.
+
+    Attributes:
+        engine: produces the images of a split.
+        indices: (n,) int64, indices into that split, in the order of evaluation; None for all images.
+    """
+
+    config: Config
+    context: RunContext
+    dataset: Dataset
+    model: nn.Module
+    engine: Engine
+    indices: Indices | None = None
+
+    def loader(self) -> EvalLoader:
+        """Return a loader of this rank's share of the images, without augmentation."""
+        return eval_loader(self.config, self.context, self.engine, self.indices)
+
+
+def evaluate_test_set(found: Evaluation) -> TestResults:
     """Evaluate a model on the test set, each rank on its share of the images. Every rank calls it.
 
-    Args:
-        engine: of the test split.
-        watch: wraps the iterable of batches, for instance to stop between two of them.
-
-    Returns:
-        The same on every rank, except that only rank 0 has the images of the mistakes.
+    The results are the same on every rank, except that only rank 0 has the images of the mistakes.
     """
-    loader = eval_loader(config, context, engine)
-    accumulator = ResultsAccumulator(dataset.num_classes)
+    context, loader = found.context, found.loader()
+    accumulator = ResultsAccumulator(found.dataset.num_classes)
 
     def add(logits: Tensor, batch: Batch) -> None:
         accumulator.update(logits, batch.targets, loader.batch_indices)
 
-    metrics = evaluate_model(model, watch(loader), context.device, config.train.precision, add)
-    accumulator.reduce(context.device)
-    results = accumulator.compute(metrics, dataset.class_names, context.device)
+    metrics = evaluate_model(found.model, loader, context, found.config.train.precision, add)
+    results = accumulator.compute(metrics, found.dataset.class_names, context.device)
     if context.rank == 0:
         try:
-            results = add_images(results, config, engine)
+            results = add_images(results, found.config, found.engine)
         except Exception as error:  # missing images must not lose the results
             context.note(f"the images of the worst mistakes could not be read: {error}")
     return results
@@ -130,29 +145,7 @@ def evaluate(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify)
-    return evaluate_model(found.model, found.loader(), found.context.device, found.config.train.precision, split=split)
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A model with the weights of a checkpoint, and the images to evaluate it on.
-
-    Attributes:
-        model: on the device of `context`.
-        engine: produces the images of the split.
-        indices: (n,) int64, indices into that split, in the order of evaluation.
-    """
-
-    config: Config
-    context: RunContext
-    dataset: Dataset
-    model: nn.Module
-    engine: Engine
-    indices: Indices
-
-    def loader(self) -> EvalLoader:
-        """Return a loader of the images, without augmentation."""
-        return eval_loader(self.config, self.context, self.engine, self.indices)
+    return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision, split=split)
 
 
 def load_test_results(
@@ -160,28 +153,17 @@ def load_test_results(
 ) -> TestResults:
     """Return the stored test results of a run. If there are none, evaluate its best checkpoint without storing them.
 
-    Args:
-        overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-        notify: called with a message before the test set is evaluated, and if images are skipped.
-
-    Raises:
-        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+    `notify` is called before that with a message; otherwise as `evaluate`.
     """
     stored = read_test_results(run)
     if stored is not None:
         return stored
     notify("No stored test results; evaluating the test set once")
-    found = prepare_evaluation(run, overrides=overrides, notify=notify)
-    return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
+    return evaluate_test_set(prepare_evaluation(run, overrides=overrides, notify=notify))
 
 
 def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:
-    """Load the best or the last checkpoint of a run.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: it is called neither best nor last.
-    """
+    """Load the best or the last checkpoint of a run."""
     if checkpoint not in ("best", "last"):
         raise ConfigError(f"checkpoint={checkpoint!r}: choose best or last")
     store = CheckpointStore(run, monitor=config.checkpoint.monitor)
@@ -194,11 +176,7 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 def trained_model(
     run: RunFolder, config: ModelConfig, snapshot: Snapshot, num_classes: int, image_size: int
 ) -> DenseNet:
-    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit this model.
-    """
+    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average."""
     model = build_model(config, num_classes, image_size)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {run.uri}")
     return model

@@ -95,10 +95,6 @@ class Patience:
 class LRController:
     """The learning rate of each step, and the end of training.
 
-    Args:
-        config: schedule, peak rate, number of epochs and early stopping.
-        steps_per_epoch: optimizer steps per epoch.
-
     Attributes:
         scale: product of the reductions by the ``plateau`` schedule so far.
         stopped: whether early stopping has ended the run.
@@ -138,7 +134,7 @@ class LRController:
         self.stopped = self._config.early_stopping.enabled and self._early.exhausted(val_loss)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state as plain numbers."""
+        """Return the state for a checkpoint."""
         counters = {"plateau": self._plateau, "early": self._early}
         state = {f"{name}.{key}": float(value) for name, c in counters.items() for key, value in asdict(c).items()}
         return state | {"scale": self.scale, "stopped": float(self.stopped)}
@@ -151,11 +147,7 @@ class LRController:
 
 
 class WeightAverage:
-    """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging).
-
-    Attributes:
-        model: the averaged model, to evaluate with.
-    """
+    """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging): `model`."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()

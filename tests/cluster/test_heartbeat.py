@@ -9,7 +9,7 @@ import pytest
 
 from densenet_dist.cluster.coordinator import Coordinator
 from densenet_dist.cluster.heartbeat import Heartbeat, is_hung
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 
 WORKER = Heartbeat(rank=0, world_size=2, host="far", step=40, saved=0, progress=40, phase="train",
                    idle_s=0.1, longest_idle_s=0.5, where="", waits_for_ranks=True)  # fmt: skip

@@ -15,7 +15,7 @@ from runs import notes_of, run_of, stop_after, tiny, train, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from densenet_dist.train.board import Board
+from densenet_dist.train.logs import Board
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
 TAGS = {
@@ -135,7 +135,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     def fail(*arguments):
         raise OSError("no font")
 
-    for function in ("results._png", "board.printed_confusion", "loop._show_images"):
+    for function in ("results._png", "logs.printed_confusion", "loop._show_images"):
         monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
     config = tiny(tmp_path, "train.epochs=1")
     notes = notes_of(config)

@@ -21,9 +21,8 @@ from torch import nn
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore, Entry
-from densenet_dist.train.control import WorkerStatus
-from densenet_dist.train.network import load_weights
-from densenet_dist.train.snapshot import Position, Snapshot
+from densenet_dist.train.context import WorkerStatus
+from densenet_dist.train.snapshot import Position, Snapshot, load_weights
 
 
 @pytest.fixture

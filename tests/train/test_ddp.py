@@ -17,12 +17,11 @@ from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
-from densenet_dist.train import ddp
-from densenet_dist.train.control import StopRequest
-from densenet_dist.train.ddp import bucket_sizes
+from densenet_dist.train import ranks as module
+from densenet_dist.train.context import StopRequest
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_step
-from densenet_dist.train.network import build_model
+from densenet_dist.train.network import bucket_sizes, build_model
 from densenet_dist.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -164,7 +163,7 @@ def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
     config = tiny(storage, *settings)
     summary = train(config)
     trainer = trainer_of(config)
-    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context, "fp32")
     for batch in trainer.train_loader.epoch(0):
         train_step(trainer, batch)
     return {
@@ -209,7 +208,7 @@ def test_a_request_that_arrives_during_an_exchange_is_not_lost(tmp_path, monkeyp
         trainer.context.status.request(StopRequest.SAVE)  # by the thread of the heartbeats
         return tensor[None]
 
-    monkeypatch.setattr(ddp, "gather_ranks", gather)
+    monkeypatch.setattr(module, "gather_ranks", gather)
     assert trainer.rank_sync.exchange() == (None, StopRequest.NONE)
     assert trainer.rank_sync.exchange() == (None, StopRequest.SAVE)
 

@@ -16,11 +16,11 @@ from torch import nn
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches
+from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_epoch, train_step
-from densenet_dist.train.network import build_model, require_memory
+from densenet_dist.train.network import build_model
 from densenet_dist.train.snapshot import Position
 from densenet_dist.train.trainer import Trainer, _set_determinism
 
@@ -299,7 +299,7 @@ def test_the_average_of_the_weights_is_what_is_validated_and_saved_beside(tmp_pa
     snapshot = CheckpointStore(run_of(config)).load_latest()
     trainer = trainer_of(config)
     trainer.model.load_state_dict(snapshot.average)
-    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context, "fp32")
     assert found["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
     assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
 
