@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli.options import Debug, local_folder
+from densenet_dist.cli.options import Debug, local_path
 from densenet_dist.credentials import without_credentials
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 _RESPONSE_TIMEOUT_S = 10.0
 _AGAIN_S = 0.5
+
+
+def _local_folder(text: str) -> Path:
+    path = local_path(text)
+    if not path.is_dir():
+        raise typer.BadParameter(f"there is no folder {text}")
+    return path
 
 
 def submit(
@@ -43,7 +50,7 @@ def submit(
     working_dir: Annotated[
         Path,
         typer.Option(
-            metavar="DIRECTORY", parser=local_folder, help="The folder to upload, without data, runs and .venv."
+            metavar="DIRECTORY", parser=_local_folder, help="The folder to upload, without data, runs and .venv."
         ),
     ] = Path(),
     wait: Annotated[bool, typer.Option(help="Show the output until the job ends.")] = True,

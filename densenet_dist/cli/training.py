@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, complete_name, load, status
+from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, complete_name, load, only_settings, status
 from densenet_dist.errors import ConfigError, Interrupted, TrainingError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def train(
 
     handle(raise_interrupt)
     with RunJsonLines() if as_json else Console(quiet) as console:
-        config = load(sources) if resume is None else _resumed_config(resume, sources or [])
+        config = load(sources) if resume is None else _resumed_config(resume, only_settings(sources))
         if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # torchrun
             console.mute()
         location = join_location(config.storage, config.name)
@@ -56,9 +56,6 @@ def _resumed_config(run: str, settings: list[str]) -> Config:
     from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.run_folder import open_run
 
-    for text in settings:
-        if "=" not in text:
-            raise ConfigError(f"{text}: a resumed run has its own config.yaml; only key=value settings can be given")
     return resume_config(open_run(run), settings)
 
 
@@ -104,16 +101,18 @@ def tune(
             from densenet_dist.sweep.definition import load_sweep
 
             sweep = load_sweep(*sources)
-        with status("loading PyTorch"):
-            from densenet_dist.cluster.sweep import open_sweep
-            from densenet_dist.cluster.sweep import tune as run_sweep
-        if resume is not None:
-            sweep = open_sweep(resume, *sources or ())
+        folder = sweep.folder if resume is None else resume
         try:
+            with status("loading PyTorch"):
+                from densenet_dist.cluster.sweep import open_sweep
+                from densenet_dist.cluster.sweep import tune as run_sweep
+            if resume is not None:
+                sweep = open_sweep(resume, *sources or ())
+                folder = sweep.folder
             result = run_sweep(sweep, resume=resume is not None, listener=console)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt as stop:  # typer would turn it into an abort
             number = stop.args[0] if stop.args else signal.SIGINT
-            raise Interrupted(sweep.folder, number, "tune") from None
+            raise Interrupted(folder, number, "tune") from None
         console.finish(result)
         if result.best is None and result.ended_by is None:
             raise TrainingError(f"no trial of {result.folder} has a value of the metric; see the causes above")
