@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from densenet_dist.config import load_config, to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import flatten
+
+if TYPE_CHECKING:
+    from densenet_dist.train.context import Event
 
 _RESUME_MAY_CHANGE = (
     *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile", "name"),
