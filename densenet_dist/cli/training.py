@@ -110,9 +110,13 @@ def tune(
             raise TrainingError(f"no trial of {result.folder} has a value of the metric; see the causes above")
 
 
+class SignalInterrupt(KeyboardInterrupt):
+    """A signal. If KeyboardInterrupt itself leaves an exec(), Python ends with SIGINT although it was handled."""
+
+
 def raise_interrupt(number: int, frame: Any) -> NoReturn:
     """Handle a signal."""
-    raise KeyboardInterrupt(number)
+    raise SignalInterrupt(number)
 
 
 def ended_by(interrupt: KeyboardInterrupt, folder: str | None, command: str) -> Interrupted | SystemExit:
