@@ -52,10 +52,9 @@ class Settings(Generic[T]):
         self._defaults = self.to_dict(kind())
 
     def validate(self, values: Mapping[str, Any], *, combinations: bool = True) -> T:
-        """Convert values to settings, with defaults for the rest.
+        """Convert nested plain values to settings, with defaults for the rest.
 
         Args:
-            values: nested plain values.
             combinations: whether to check that the settings can work together.
 
         Raises:
@@ -144,11 +143,11 @@ class Settings(Generic[T]):
 
 def join_problems(problems: Sequence[str], count: int | None = None) -> str:
     """Join problems into one message; `count` is their number if only the first are given."""
-    count = len(problems) if count is None else count
+    count = count or len(problems)
     if count == 1:
         return problems[0]
     more = [f"... and {count - len(problems)} more"] if count > len(problems) else []
-    return f"{count} problems in the configuration:\n" + "\n".join(f"  {line}" for line in [*problems, *more])
+    return "\n  ".join([f"{count} problems in the configuration:", *problems, *more])
 
 
 def _at(values: Any, path: Sequence[str | int]) -> Any:

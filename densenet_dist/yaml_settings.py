@@ -1,4 +1,7 @@
-"""Read and merge settings from YAML files, also the bundled ones, and ``dotted.key=value``."""
+"""Read and merge settings from YAML files, also the bundled ones, and ``dotted.key=value``.
+
+All functions that read raise a ConfigError that says what is wrong, and where.
+"""
 
 from __future__ import annotations
 
@@ -124,11 +127,7 @@ def find_file(source: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping; the name of a bundled one is enough.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, repeats a key, or does not contain a mapping.
-    """
+    """Read a YAML file that contains a mapping; the name of a bundled one is enough."""
     path = find_file(path)
     file = f"the config file {path}"
     try:
@@ -155,11 +154,7 @@ def is_override(source: str | Path) -> bool:
 
 
 def read_override(text: str) -> dict[str, Any]:
-    """Parse ``dotted.key=value``, where the value is YAML, to nested values.
-
-    Raises:
-        ConfigError: it has no key, or the value is not YAML.
-    """
+    """Parse ``dotted.key=value``, where the value is YAML, to nested values."""
     key, _, value = text.partition("=")
     if not key.strip():
         raise ConfigError(f"{text!r} has no key before its =")
@@ -194,11 +189,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Convert dotted keys to nested values: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``; `prefix` is for errors.
-
-    Raises:
-        ConfigError: a key is given twice, dotted and nested, or has too many parts.
-    """
+    """Convert dotted keys to nested values: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``; `prefix` is for errors."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = str(key).split(".")

@@ -16,7 +16,7 @@ import pytest
 from runs import tiny
 
 from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
-from densenet_dist.cache_folder import cache_folder, provide_user
+from densenet_dist.environment import cache_folder, provide_user
 from densenet_dist.errors import ConfigError, StorageError
 
 

@@ -11,9 +11,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from densenet_dist.cache_folder import cache_folder
 from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import UNREADABLE, Verdict, examine
+from densenet_dist.environment import cache_folder
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 

@@ -170,9 +170,7 @@ def load_classifier(
         trained = open_trained(path, checkpoint=checkpoint, device=device)
         return Classifier(trained.header, trained, trained.device)
     if checkpoint != "best":
-        raise ConfigError(
-            f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}"
-        )
+        raise ConfigError(f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}")
     return open_exported(file, device)
 
 
