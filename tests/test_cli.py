@@ -68,8 +68,8 @@ def test_every_config_resolves_and_opens_with_its_command(command):
     "case",
     [
         (2, "train"),
-        (2, "trian"),
-        (2, "train quickstart --workers"),
+        (2, "evaluate quickstart more.yaml", "more.yaml: the run has its own config.yaml; only key=value settings"),
+        (2, "predict k24.onnx photo.jpg --checkpoint last", "an exported file with one checkpoint"),
         (2, "train quickstart --epochs 3", "Settings are given without dashes: train.epochs=3"),
         (2, "train cifar10_notebok", "error: there is no config file cifar10_notebok; did you mean cifar10_notebook?"),
         (2, "train nonsense", "densenet-dist config --list"),
