@@ -24,13 +24,6 @@ _RESPONSE_TIMEOUT_S = 10.0
 _AGAIN_S = 0.5
 
 
-def _local_folder(text: str) -> Path:
-    path = local_path(text)
-    if not path.is_dir():
-        raise typer.BadParameter(f"there is no folder {text}")
-    return path
-
-
 def submit(
     arguments: Annotated[
         list[str],
@@ -50,7 +43,7 @@ def submit(
     working_dir: Annotated[
         Path,
         typer.Option(
-            metavar="DIRECTORY", parser=_local_folder, help="The folder to upload, without data, runs and .venv."
+            metavar="DIRECTORY", parser=local_path, help="The folder to upload, without data, runs and .venv."
         ),
     ] = Path(),
     wait: Annotated[bool, typer.Option(help="Show the output until the job ends.")] = True,

@@ -73,6 +73,8 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     """
     import ray.job_submission  # noqa: F401  # not first in the thread of `send`: the process may exit during the import
 
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir: there is no folder {folder}")
     sent, name = _checked_command(list(arguments), folder)
     address = address or next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
     return Job(
