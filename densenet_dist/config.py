@@ -133,10 +133,9 @@ class Settings(Generic[T]):
         if key in _HINTS:
             return f"{_dotted(path)}: unknown key; {_HINTS[key]}"
         known = list(_at(self._defaults, group) or [])
-        everywhere = _all_keys(self._defaults)
         near = [".".join([*group, name]) for name in difflib.get_close_matches(key, known, n=1)]
-        near += [other for other in everywhere if other.split(".")[-1] == key]
-        near += [other for other in everywhere if difflib.get_close_matches(key, [other.split(".")[-1]], cutoff=0.8)]
+        everywhere = {other.rpartition(".")[2]: other for other in reversed(_all_keys(self._defaults))}
+        near += [everywhere[name] for name in difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8)]
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known or self._defaults)}"
         return f"{_dotted(path)}: unknown key; {hint}"
 

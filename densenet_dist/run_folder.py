@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from densenet_dist.errors import DamagedRecord, StorageError
-from densenet_dist.object_store import open_filesystem, temporary_folder
+from densenet_dist.object_store import explain_storage_error, open_filesystem, temporary_folder
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -280,7 +280,7 @@ class RunFolder:
             yield
         except OSError as error:  # pyarrow's errors of storage are OSErrors too
             place = f"{self.uri}/{relative}" if relative else f"the run folder {self.uri}"
-            raise StorageError(f"{place} {what}: {error.strerror or error}\n  {remedy}") from error
+            raise StorageError(f"{place} {what}: {explain_storage_error(error)}\n  {remedy}") from error
 
 
 def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -> RunFolder:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli.options import Debug, local_path
+from densenet_dist.cli.options import Debug, local_path, status
+from densenet_dist.cli.training import SignalInterrupt
 from densenet_dist.credentials import without_credentials
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ def submit(
     densenet-dist submit train --resume /shared/runs/k24
     """
     from densenet_dist.cluster.signals import NUMBERS, handled_by
-    from densenet_dist.cluster.submit import prepare
 
     job = None
     with handled_by(_interrupt):
         try:
-            job = prepare(arguments, working_dir, address)
+            with status("checking the command"):
+                from densenet_dist.cluster.submit import prepare
+
+                job = prepare(arguments, working_dir, address)
             code = _run(job, wait)
         except KeyboardInterrupt as interrupt:  # before the job was sent, or a second one
             for number in (*NUMBERS, signal.SIGALRM):
@@ -75,13 +78,13 @@ def submit(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise KeyboardInterrupt, and again in half a second unless `_interrupted` handles it.
+    """Raise SignalInterrupt, and again in half a second unless `_interrupted` handles it.
 
     Python drops an exception that is raised in a destructor, such as that of a socket.
     """
     signal.signal(signal.SIGALRM, lambda alarm, frame: _interrupt(number, frame))
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
-    raise KeyboardInterrupt(number)
+    raise SignalInterrupt(number)
 
 
 def _run(job: Job, wait: bool) -> int:
