@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import signal
 import sys
 import threading
@@ -131,11 +130,11 @@ def _interrupted(job: Job, sending: Future[None], number: int) -> Any:
     signal.setitimer(signal.ITIMER_REAL, 0)
     if not sending.done():
         typer.echo("\nwaiting for the cluster to confirm the job", err=True)
-        concurrent.futures.wait([sending], timeout=_RESPONSE_TIMEOUT_S)
-    if not sending.done():
+    try:
+        sending.result(_RESPONSE_TIMEOUT_S)
+    except TimeoutError:
         _show_commands(job, "\nthe cluster has not confirmed the job, which may be running")
         return None
-    sending.result()
     if not _confirms_stop(number):
         _show_commands(job, "\nthe job continues")
         return None
