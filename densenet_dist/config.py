@@ -84,10 +84,9 @@ class Settings(Generic[T]):
     def unknown_key(self, dotted: str) -> str | None:
         """Return what is wrong with a dotted key, or None if it names a setting."""
         path = tuple(dotted.split("."))
-        group, known = _at(self._defaults, path[:-1]), _at(self._defaults, path)
-        if not isinstance(group, dict) or path[-1] not in group:
-            return self._unknown(path)
-        return f"{dotted}: is a group of settings: {', '.join(known)}" if isinstance(known, dict) else None
+        if isinstance(group := _at(self._defaults, path), dict):
+            return f"{dotted}: is a group of settings: {', '.join(group)}"
+        return None if dotted in flatten(self._defaults) else self._unknown(path)
 
     def _problems(self, error: ValidationError) -> str:
         """Format one line for each invalid setting."""
@@ -132,7 +131,8 @@ class Settings(Generic[T]):
         *group, key = (str(part) for part in path)
         if key in _HINTS:
             return f"{_dotted(path)}: unknown key; {_HINTS[key]}"
-        known = list(_at(self._defaults, group) or [])
+        siblings = _at(self._defaults, group)
+        known = list(siblings) if isinstance(siblings, dict) else []
         near = [".".join([*group, name]) for name in difflib.get_close_matches(key, known, n=1)]
         everywhere = {other.rpartition(".")[2]: other for other in reversed(_all_keys(self._defaults))}
         near += [everywhere[name] for name in difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8)]
