@@ -246,11 +246,8 @@ class TrainConfig:
     """Range of steps to profile: [100, 105] profiles the five steps after step 100. A trace and a table are written to
     the run's folder, under profile/; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """The learning rate over the run."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    """When to stop before the last epoch."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -371,9 +368,7 @@ class LogConfig:
     """Services to which metrics are also sent; training continues if they do not respond."""
 
     wandb: WandbConfig = WandbConfig()
-    """Weights & Biases."""
     mlflow: MlflowConfig = MlflowConfig()
-    """MLflow."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -387,19 +382,12 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Determines the split, the order, every augmentation, the initial weights and dropout."""
     model: ModelConfig = ModelConfig()
-    """The DenseNet."""
     data: DataConfig = DataConfig()
-    """The images, their augmentation and loading."""
     train: TrainConfig = TrainConfig()
-    """Training of the model."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
     cluster: ClusterConfig = ClusterConfig()
-    """Where training runs."""
     fault: FaultConfig = FaultConfig()
-    """Handling of failures on a cluster."""
     log: LogConfig = LogConfig()
-    """Services to which metrics are also sent."""
 
 
 def validation_conflicts(train: TrainConfig) -> Iterator[str]:

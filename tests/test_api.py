@@ -17,8 +17,8 @@ import pytest
 from runs import records, run_of, tiny, weights_of
 
 from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
-from densenet_dist.cache_folder import cache_folder, provide_user
 from densenet_dist.cluster.resuming import resume_config
+from densenet_dist.environment import cache_folder, provide_user
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import open_run
 

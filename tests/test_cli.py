@@ -15,9 +15,10 @@ import torch
 import yaml
 
 import densenet_dist
-from densenet_dist import bundled, load_config
+from densenet_dist import load_config
 from densenet_dist.cluster.launch import is_writer
 from densenet_dist.lease import Holder
+from densenet_dist.yaml_settings import bundled_names
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "train.epochs=1", "cluster.engine=local")
@@ -42,7 +43,7 @@ def test_version(command):
 def test_configurations_that_come_along(command, tmp_path):
     code, out, _ = command("config", "--list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == bundled.names()
+    assert [line.split()[0] for line in out.splitlines()] == bundled_names()
     assert "The first thing to run" in out
     whole = command("config", str(ROOT / "configs" / "quickstart.yaml"))
     for name in ("quickstart", "configs/quickstart.yaml"):  # from a folder without any
@@ -67,8 +68,8 @@ def test_every_config_resolves_and_opens_with_its_command(command):
     "case",
     [
         (2, "train"),
-        (2, "trian"),
-        (2, "train quickstart --workers"),
+        (2, "evaluate quickstart more.yaml", "more.yaml: the run has its own config.yaml; only key=value settings"),
+        (2, "predict k24.onnx photo.jpg --checkpoint last", "an exported file with one checkpoint"),
         (2, "train quickstart --epochs 3", "Settings are given without dashes: train.epochs=3"),
         (2, "train cifar10_notebok", "error: there is no config file cifar10_notebok; did you mean cifar10_notebook?"),
         (2, "train nonsense", "densenet-dist config --list"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import flatten
+
+if TYPE_CHECKING:
+    from densenet_dist.train.context import Event
 
 _EXTENDABLE = ("constant", "multistep", "plateau")
 """Schedules whose learning rate does not depend on the number of epochs."""

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from densenet_dist import bundled
 from densenet_dist.cluster.launch import require_permanent
 from densenet_dist.cluster.signals import NUMBERS
 from densenet_dist.config import load_config
@@ -22,7 +21,7 @@ from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.sweep.definition import find_base, load_sweep
 from densenet_dist.train.checks import check_run
-from densenet_dist.yaml_settings import read_yaml
+from densenet_dist.yaml_settings import BUNDLED, find_file, read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
 EXCLUDED = (
@@ -67,6 +66,8 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     """
     import ray.job_submission  # noqa: F401  # not first in the thread of `send`: the process may exit during the import
 
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir: there is no folder {folder}")
     sent, name = _checked_command(list(arguments), folder)
     if address:  # Ray's client would prefer the variables
         for variable in _ADDRESS_VARIABLES:
@@ -183,7 +184,7 @@ def _checked_command(arguments: list[str], folder: Path) -> tuple[list[str], str
         sweep = load_sweep(*sources)
         for source in filter(_is_file, sources):
             base = find_base(Path(source), str(read_yaml(Path(source)).get("base", "")))
-            if base.is_file() and not base.is_relative_to(bundled.FOLDER):
+            if base.is_file() and not base.is_relative_to(BUNDLED):
                 _relative(str(base), folder)
         config = sweep.config(sweep.settings.name, {}, storage=sweep.settings.storage)
     check_run(config)
@@ -199,8 +200,8 @@ def _relative(argument: str, folder: Path) -> str:
     if not _is_file(argument):
         return argument
     path = Path(os.path.abspath(argument))  # without .., which relative_to would accept
-    if not path.is_file() and bundled.find(argument).is_file():
-        return bundled.find(argument).stem  # part of the package, which the cluster has
+    if not path.is_file() and find_file(argument).is_file():
+        return find_file(argument).stem  # part of the package, which the cluster has
     if not path.is_file():
         raise ConfigError(f"there is no file {argument}")
     try:

@@ -26,7 +26,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.cache_folder import cache_folder
 from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import (
     IMAGE_SUFFIXES,
@@ -37,6 +36,7 @@ from densenet_dist.data.image_files import (
     examine,
     has_image_suffix,
 )
+from densenet_dist.environment import cache_folder
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.run_folder import RunFolder
 

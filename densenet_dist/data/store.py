@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from filelock import FileLock
 
-from densenet_dist.cache_folder import CACHE_ENV, cache_folder
 from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import has_image_suffix
 from densenet_dist.data.image_folder import is_ignored
+from densenet_dist.environment import CACHE_ENV, cache_folder
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.object_store import explain_storage_error, open_filesystem
 

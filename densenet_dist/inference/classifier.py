@@ -155,15 +155,18 @@ def load_classifier(path: str | Path, *, checkpoint: Checkpoint = "best", device
     Args:
         path: the folder of a run (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX),
             which may be untrusted: nothing in it can run.
-        checkpoint: of a run.
+        checkpoint: of a run: best (by ``checkpoint.monitor``) or last.
         device: auto uses a GPU if there is one; ONNX files run on the CPU.
 
     Raises:
+        ConfigError: the last checkpoint of an exported file, which holds only one.
         StorageError, CheckpointError, EnvironmentProblem: as their names say.
         DataError: the run is too old to have its class names, and its data set is missing.
     """
     file = _exported_file(path)
     if file is not None:
+        if checkpoint != "best":
+            raise ConfigError(f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}")
         return open_exported(file, device)
     config, header, network = open_trained(path, checkpoint=checkpoint)
     chosen = choose_device(device)

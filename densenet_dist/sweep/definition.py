@@ -10,17 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from densenet_dist import bundled
 from densenet_dist import config as run_config
-from densenet_dist.config import load_config, name_of_file
+from densenet_dist.config import Settings, join_problems, load_config, name_of_file
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.schema import SweepConfig, conflicts
 from densenet_dist.sweep.space import Domain, Value, read_domain
-from densenet_dist.typed_settings import Settings, join_problems
-from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
+from densenet_dist.yaml_settings import find_file, is_override, merge, nest, read_override, read_yaml, to_yaml
 
 SETTINGS: Final = Settings(SweepConfig, conflicts)
 DEFAULT_TRIALS: Final = 16
@@ -98,7 +96,7 @@ def load_sweep(*sources: str | Path) -> Sweep:
             raise ConfigError(f"space: must hold a domain for each key, not {space_of_layer!r}")
         domains |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
         merge(merged, layer)
-        if not _is_override(source):
+        if not is_override(source):
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
     settings_of_base = merged.pop("settings", None) or {}
@@ -123,12 +121,8 @@ def json_schema(sweeps: bool) -> dict[str, Any]:
     return found
 
 
-def _is_override(source: str | Path) -> bool:
-    return isinstance(source, str) and "=" in source and not os.path.exists(source)
-
-
 def _read(source: str | Path) -> dict[str, Any]:
-    if not _is_override(source):
+    if not is_override(source):
         layer = read_yaml(Path(source))
         misplaced = [key for key in _GROUPS if key in layer]
         if misplaced and "space" not in layer:
@@ -150,8 +144,8 @@ def _read(source: str | Path) -> dict[str, Any]:
 
 def find_base(file: Path, base: str) -> Path:
     """Find the base configuration of a sweep file: in the same folder, or one that comes with the package."""
-    path = bundled.find(file).parent / os.path.expanduser(base)
-    return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
+    path = find_file(file).parent / os.path.expanduser(base)
+    return path if path.is_file() or not find_file(base).is_file() else find_file(base)
 
 
 def _load_base(path: str, settings: Any) -> Config:

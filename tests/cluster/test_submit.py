@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from densenet_dist.cli import app, submitting
+from densenet_dist.cli import app, submitting, training
 from densenet_dist.cluster import submit
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.cluster.submit import Job, prepare, send
@@ -135,7 +135,7 @@ def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
             submit.follow(Job("job", "http://nowhere", "", ""), lambda piece: Dropping())
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    assert [type(each.exc_value) for each in dropped] == [KeyboardInterrupt]
+    assert [type(each.exc_value) for each in dropped] == [training.SignalInterrupt]
 
 
 def test_a_closed_terminal_interrupts_but_not_under_nohup(monkeypatch):

@@ -20,7 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from densenet_dist.cache_folder import cache_folder
+from densenet_dist.environment import cache_folder
 from densenet_dist.model.fused.types import TENSOR_CORE_CHANNELS, Unit, empty_maps, empty_statistics, merge_statistics
 from densenet_dist.model.kernels.interface import (
     BNReLU,
