@@ -34,7 +34,7 @@ from densenet_dist.run_folder import (
     RunFolder,
 )
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, torchrun_context, torchrun_rank

@@ -32,7 +32,7 @@ from densenet_dist.sweep.results import (
     read_usage,
     trials_on_record,
 )
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers
 from densenet_dist.train.context import Event
 
 _WRITE_EVERY_S = 5.0

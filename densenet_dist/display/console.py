@@ -49,7 +49,7 @@ class RunSummary:
     @classmethod
     def read(cls, folder: RunFolder, summary: Mapping[str, Any]) -> RunSummary:
         """Read the summary of the run in a folder."""
-        from densenet_dist.trackers.tracker import links
+        from densenet_dist.trackers import links
 
         records = folder.read_records()
         rates = [record["perf/images_per_s"] for record in records if "perf/images_per_s" in record]

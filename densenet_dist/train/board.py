@@ -18,7 +18,7 @@ from torch import Tensor
 from densenet_dist.config import to_yaml
 from densenet_dist.pages.figures import MAX_CLASSES, new_figure, printed, printed_confusion, shortened
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import flat_settings
+from densenet_dist.trackers import flat_settings
 from densenet_dist.train.results import Mistake, TestResults
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from densenet_dist.data.image_folder import few
 from densenet_dist.model import count_parameters
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import Tracker, open_trackers
+from densenet_dist.trackers import Tracker, open_trackers
 from densenet_dist.train.board import Board
 from densenet_dist.train.checkpoint import best_record
 from densenet_dist.train.context import Event
