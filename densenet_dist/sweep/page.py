@@ -1,16 +1,45 @@
-"""Write the page of a sweep: one HTML file that contains its pictures."""
+"""Write the page of a sweep: one HTML file that contains its pictures.
+
+The pictures are SVG that takes its colours from the page's style sheet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.pages.figures import STATUSES
-from densenet_dist.pages.render import render
+from densenet_dist.display.progress import counted
+from densenet_dist.pages.figures import (
+    STATUSES,
+    colour,
+    drawing,
+    new_figure,
+    plain_numbers,
+    shortened,
+    to_svg,
+    whole_epochs,
+)
+from densenet_dist.pages.render import printable, render
 from densenet_dist.run_folder import RunFolder, join_location
-from densenet_dist.sweep.console import short, shown
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.plots import draw_plots, is_number
+from densenet_dist.sweep.display import short, shown
 from densenet_dist.sweep.results import BEST_FILE, PAGE_FILE, Trial, best_trial, ranked
+from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.space import Choice, Domain, contains, encode
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MIN_TRIALS: Final = 4
+"""For the importance of keys."""
+_MAX_POINTS: Final = 6_000
+"""Points of all curves together: each takes about 12 bytes of the page."""
+_MAX_KEYS: Final = 12
+_MAX_TICKS: Final = 8
 
 
 def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None:
@@ -22,8 +51,6 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     settings = sweep.settings
     best = best_trial(trials, settings.maximise)
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
-    has_tests = any("test/top1" in trial.figures for trial in trials)
-    has_causes = any(trial.cause for trial in trials)
     page = render(
         "sweep.html",
         title=settings.name,
@@ -31,33 +58,222 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         planned=max(sweep.trials, len(trials)),
         counts=[f"{count} {status}" for status, count in counts.items() if count],
         sweep=settings,
+        metric=_label(settings),
         best=best,
         best_settings=[f"{key} {shown(best.overrides.get(key))}" for key in sweep.space] if best else [],
         keys=list(sweep.space),
+        key_columns=[(short(key), all(map(_is_number, domain.ends))) for key, domain in sweep.space.items()],
         show=shown,
         location=folder.location,
         best_file=join_location(folder.location, BEST_FILE),
         can_resume=bool(counts["interrupted"] or counts["running"] or len(trials) < sweep.trials),
-        columns=_columns(sweep, has_tests, has_causes),
-        has_tests=has_tests,
-        has_causes=has_causes,
-        plots=draw_plots(sweep, trials, best),
+        has_tests=any("test/top1" in trial.figures for trial in trials),
+        has_causes=any(trial.cause for trial in trials),
+        plots=_plots(sweep, trials, best),
         settings=sweep.to_yaml(),
     )
     folder.write(PAGE_FILE, page)
 
 
-def _columns(sweep: Sweep, has_tests: bool, has_causes: bool) -> list[tuple[str, bool]]:
-    """Return the table's headings, each with whether its column holds numbers."""
-    settings = sweep.settings
-    return [
-        ("trial", False),
-        ("status", False),
-        (f"{settings.metric} (%)" if settings.is_accuracy else settings.metric, True),
-        ("best epoch", True),
-        *((short(key), all(map(is_number, domain.ends))) for key, domain in sweep.space.items()),
-        ("parameters", True),
-        ("seconds", True),
-        *[("test top-1 (%)", True)] * has_tests,
-        *[("cause of failure", False)] * has_causes,
+@dataclass(frozen=True)
+class Plot:
+    """One section of the page.
+
+    Attributes:
+        title: heading.
+        caption: how to read the picture and what it leaves out; without a picture, the reason.
+        pictures: SVG elements.
+        legend: for each marker the name of its colour, the marker and its meaning.
+    """
+
+    title: str
+    caption: str
+    pictures: tuple[str, ...] = ()
+    legend: tuple[tuple[str, str, str], ...] = ()
+
+
+def _plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> list[Plot]:
+    """Draw the curves of the trials, their settings against the metric, and the importance of each key."""
+    compared = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
+    shares = importance(sweep, compared)
+    with drawing():
+        return [
+            _curves(sweep.settings, trials, best),
+            _settings(sweep, compared, list(shares or sweep.space), len(trials) - len(compared), best),
+            _importance(sweep.settings, shares, len(compared)),
+        ]
+
+
+def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None) -> Plot:
+    from matplotlib.collections import LineCollection
+
+    title = "Metric against epoch"
+    drawn = [trial for trial in trials if trial.history]
+    if not drawn:
+        return Plot(title, "Not shown: no trial finished its first epoch.")
+    every = math.ceil(sum(len(trial.history) for trial in drawn) / _MAX_POINTS)
+    curves = {trial.name: _points(settings, trial, every) for trial in drawn}
+    figure = new_figure(7.5, 4)
+    axes = figure.add_subplot()
+    thin = len(drawn) > 60
+    for status in STATUSES:
+        lines = [curves[trial.name] for trial in drawn if trial.status == status and trial is not best]
+        axes.add_collection(LineCollection(lines, colors=colour(status), linewidths=0.8 if thin else 1.4, alpha=0.5))
+        size = 18 if status == "failed" else 8 if thin else 16
+        _mark(axes, [line[-1] for line in lines], status, size, "x" if status == "failed" else "o")
+    if best is not None and best.name in curves:
+        axes.plot(*zip(*curves[best.name], strict=True), color=colour("best"), linewidth=2.2, zorder=3.5)
+        _mark(axes, curves[best.name][-1:], "best", 110, "*")
+    axes.set_xlim(0, 1.05 * max(line[-1][0] for line in curves.values()))
+    whole_epochs(axes.xaxis)
+    axes.set(xlabel="epoch", ylabel=_label(settings))
+    limit = _cut(axes, settings, [list(trial.history.values()) for trial in drawn])
+    caption = f"One line per trial: {settings.metric} after each epoch, the last epoch marked."
+    caption += f" One epoch in {every} is drawn." if every > 1 else ""
+    caption += limit + _left_out(len(trials) - len(drawn), "that finished no epoch")
+    picture = to_svg(figure, f"{settings.metric} against epoch")
+    return Plot(title, caption, (picture,), _legend(drawn, best))
+
+
+def _points(settings: SweepConfig, trial: Trial, every: int) -> list[tuple[int, float]]:
+    """Return the metric after each ``every``-th epoch and the last one, as points of a curve."""
+    epochs = sorted(trial.history)
+    kept = [*epochs[:-1:every], epochs[-1]]
+    return [(epoch, trial.history[epoch] * settings.unit) for epoch in kept]
+
+
+def _settings(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], left_out: int, best: Trial | None) -> Plot:
+    title = "Metric against each key"
+    if not trials:
+        return Plot(title, "Not shown: every trial failed or has no value of the metric.")
+    drawn = keys[:_MAX_KEYS]
+    columns = min(3, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    figure = new_figure(3.6 * columns, 2.9 * rows)
+    scores = {trial.name: (trial.metric or 0.0) * sweep.settings.unit for trial in trials}
+    for i, key in enumerate(drawn):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        points = _values(axes, sweep.space[key], {trial.name: trial.overrides.get(key) for trial in trials})
+        for status in STATUSES:
+            names = [trial.name for trial in trials if trial.status == status and trial is not best]
+            _mark(axes, [(points[name], scores[name]) for name in names if name in points], status, 16, "o")
+        if best is not None and best.name in points:
+            _mark(axes, [(points[best.name], scores[best.name])], "best", 90, "*")
+        axes.set(xlabel=key, ylabel=_label(sweep.settings) if i % columns == 0 else "")
+        limit = _cut(axes, sweep.settings, [[trial.metric] for trial in trials if trial.metric is not None])
+    caption = "One dot per trial, with the metric of its best epoch; all other keys vary too."
+    if len(keys) > _MAX_KEYS:
+        caption += f" Shown are {_MAX_KEYS} of {len(keys)} keys."
+    caption += limit + _left_out(left_out, "that failed or have no value of the metric")
+    picture = to_svg(figure, f"{sweep.settings.metric} against each searched key")
+    return Plot(title, caption, (picture,), _legend(trials, best))
+
+
+def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, float]:
+    """Set up the horizontal axis of a key; return the position of each value, without values that have none."""
+    if isinstance(domain, Choice):
+        choices = list(domain.values)
+        ticks = range(0, len(choices), math.ceil(len(choices) / _MAX_TICKS))
+        labels = [shortened(printable(shown(choices[i]))) for i in ticks]
+        axes.set_xticks(ticks, labels)
+        axes.tick_params(axis="x", rotation=30 if sum(map(len, labels)) > 30 else 0)
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+        return {name: choices.index(value) for name, value in values.items() if value in choices}
+    points = {name: float(value) for name, value in values.items() if _is_number(value)}
+    if domain.log and all(value > 0 for value in points.values()):
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis, (1, 2, 5) if domain.high < 100 * domain.low else (1,))
+    return points
+
+
+def _importance(settings: SweepConfig, shares: Mapping[str, float], trials: int) -> Plot:
+    title = "Importance of each key"
+    if not shares:
+        needed = f"{_MIN_TRIALS} trials that differ in their settings and in {settings.metric}"
+        return Plot(title, f"Not shown: it needs {needed}.")
+    keys = list(shares)[::-1]
+    figure = new_figure(6.2, 0.9 + 0.34 * len(keys))
+    axes = figure.add_subplot()
+    bars = axes.barh(keys, [100 * shares[key] for key in keys], height=0.62, color=colour("finished"))
+    axes.bar_label(bars, fmt="%.0f %%", padding=5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.margins(x=0.14)
+    axes.set_xlabel(f"relative importance for {settings.metric} (%)")
+    caption = (
+        f"How much the settings of the best of {trials} trials differ from those of all, key by key (PED-ANOVA, "
+        "Watanabe et al. 2023). A trial that was stopped early counts with the metric it had by then, which makes keys "
+        "that decide the first epochs look more important than they are; failed trials are left out."
+    )
+    caption += " With so few trials this is a hint at most." if trials < 10 * len(keys) else ""
+    return Plot(title, caption, (to_svg(figure, f"Importance of each key for {settings.metric}"),))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mark(axes: Axes, points: Iterable[tuple[float, float]], role: str, size: float, marker: str) -> None:
+    x, y = zip(*points, strict=True) if (points := list(points)) else ((), ())
+    axes.scatter(x, y, s=size, c=colour(role), marker=marker, alpha=0.8, zorder=4 if role == "best" else 3)
+
+
+def _cut(axes: Axes, settings: SweepConfig, curves: Sequence[Sequence[float]]) -> str:
+    """Cut off losses that exploded, which would flatten all others; return a sentence about it."""
+    middle, highest = statistics.median(map(min, curves)), max(map(max, curves))
+    if settings.is_accuracy or not 0 < 10 * middle < highest:
+        return ""
+    axes.set_ylim(0, 10 * middle)
+    return f" Losses above {10 * middle:.3g} are beyond the upper edge."
+
+
+def _label(settings: SweepConfig) -> str:
+    return f"{settings.metric} (%)" if settings.is_accuracy else settings.metric
+
+
+def _legend(trials: Sequence[Trial], best: Trial | None) -> tuple[tuple[str, str, str], ...]:
+    counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
+    signs = [(status, "✕" if status == "failed" else "●", f"{status} ({n})") for status, n in counts.items() if n]
+    return (*signs, *([("best", "★", f"best: {best.name}")] if best is not None else []))
+
+
+def _left_out(count: int, why: str) -> str:
+    return f" Left out: {counted(count, 'trial')} {why}." if count else ""
+
+
+def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
+    """Compute the importance of each key from the settings of the best trials and of all trials.
+
+    Args:
+        sweep: what was searched.
+        trials: the trials to compare; all have a value of the metric.
+
+    Returns:
+        The share of each key, the largest first; their sum is 1. Empty if there are too few trials, or if they do not
+        differ in their settings or in their metric.
+    """
+    rows = [
+        (encode({key: trial.overrides[key] for key in sweep.space}), trial.metric)
+        for trial in trials
+        if contains(sweep.space, trial.overrides) and trial.metric is not None
     ]
+    is_constant = all(row == rows[0][0] for row, _ in rows) or all(metric == rows[0][1] for _, metric in rows)
+    if len(rows) < _MIN_TRIALS or is_constant:
+        return {}
+    import optuna
+
+    distributions = {key: domain.distribution() for key, domain in sweep.space.items()}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(direction="maximize" if sweep.settings.maximise else "minimize")
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    # Optuna's default, the best tenth of all trials, is one or two of a small sweep: too few to tell keys apart.
+    best = max(0.1, min(0.5, 5 / len(rows)))
+    with warnings.catch_warnings(action="ignore"):  # values off a step; few trials, about which the page warns
+        study.add_trials(
+            [optuna.trial.create_trial(params=row, distributions=distributions, value=metric) for row, metric in rows]
+        )
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=best)
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
