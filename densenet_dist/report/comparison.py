@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
-from densenet_dist.pages.figures import RUNS, colour, drawing, new_figure, to_svg
+from densenet_dist.pages.figures import RUNS, colour, drawing, new_figure, plain_numbers, to_svg, whole_epochs
 from densenet_dist.pages.render import render
-from densenet_dist.report.figures import line, logarithmic, points_of, whole_epochs
+from densenet_dist.report.figures import line, points_of
 from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten
 
@@ -47,11 +47,13 @@ class Group:
         label: the settings that distinguish it from other groups.
         members: its runs.
         colour: a variable of the page's style sheet.
+        settings: its values of the settings that differ between groups.
     """
 
     label: str
     members: tuple[RunRecord, ...]
     colour: str
+    settings: dict[str, Any]
 
     def interval(self, metric: Metric) -> Interval | None:
         """Return the mean of a metric over the members that have it; None if there are none."""
@@ -93,7 +95,6 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     """
     groups = group(runs)
     data = [found.members[0].config.data for found in groups]
-    labels_show_settings = all("=" in found.label for found in groups)
     columns = [column for column in _COLUMNS if any(column.value(run) is not None for run in runs)] + [_PARAMETERS]
     return render(
         "comparison.html",
@@ -104,7 +105,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         headings=[(column.name, True) for column in columns],
         groups=groups,
         group_headings=[(found.label, True) for found in groups],
-        differences={} if labels_show_settings else differences(groups),
+        differences=[] if all("=" in found.label for found in groups) else list(groups[0].settings),
         curves=_curves(groups),
         repeat_after=RUNS,
         total_seconds=sum(run.summary.get("train_seconds", 0.0) for run in runs),
@@ -124,28 +125,19 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
     for run in runs:
         members.setdefault(repr(sorted(_settings(run).items())), []).append(run)
     settings = [_settings(found[0]) for found in members.values()]
-    keys = _different_keys(settings)
+    keys = dict.fromkeys(key for found in settings for key in found)
+    different = [key for key in keys if any(found.get(key) != settings[0].get(key) for found in settings)]
     groups = []
     for number, (first, found) in enumerate(zip(settings, members.values(), strict=True)):
-        label = ", ".join(f"{key}={first.get(key)}" for key in keys)
+        values = {key: first.get(key) for key in different}
+        label = ", ".join(f"{key}={value}" for key, value in values.items())
         label = label if 0 < len(label) <= _MAX_LABEL else found[0].name
-        groups.append(Group(label, tuple(found), f"run{number % RUNS}"))
+        groups.append(Group(label, tuple(found), f"run{number % RUNS}", values))
     return groups
-
-
-def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Return the settings that differ between groups: by key, the value of each group."""
-    settings = [_settings(found.members[0]) for found in groups]
-    return {key: [found.get(key) for found in settings] for key in _different_keys(settings)}
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in flatten(to_dict(run.config)).items() if not key.startswith(_IRRELEVANT)}
-
-
-def _different_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for found in settings for key in found)
-    return [key for key in keys if any(found.get(key) != settings[0].get(key) for found in settings)]
 
 
 def _require_same_data(runs: Sequence[RunRecord]) -> None:
@@ -202,8 +194,9 @@ def _curve(groups: Sequence[Group], key: str, unit: float, label: str) -> str:
             axes.fill_between(x, low, high, color=colour(found.colour), alpha=0.18, lw=0)
         values += [mean.mean for _, mean in means]
     if key.endswith("loss") and values and min(values) > 0 and max(values) > 20 * min(values):
-        logarithmic(axes)
-    whole_epochs(axes)
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+    whole_epochs(axes.xaxis)
     axes.set(xlabel="epoch", ylabel=label)
     return to_svg(figure, f"{label} of {len(groups)} groups against epoch")
 

@@ -15,9 +15,10 @@ from densenet_dist.pages.figures import (
     confusion_figure,
     drawing,
     new_figure,
+    plain_numbers,
     printed,
-    printed_confusion,
     to_svg,
+    whole_epochs,
 )
 from densenet_dist.train.results import BINS, Calibration, Counts
 
@@ -82,8 +83,9 @@ def _plot_result(
         axes.scatter(test["epoch"], value, s=110, c=colours["test"], marker="*", zorder=4, label=text)
         values.append(value)
     if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
-        logarithmic(axes)  # a single bad epoch must not flatten the others
-    whole_epochs(axes)
+        axes.set_yscale("log")  # a single bad epoch must not flatten the others
+        plain_numbers(axes.yaxis)
+    whole_epochs(axes.xaxis)
     axes.set(xlabel="epoch", ylabel=label)
 
 
@@ -97,23 +99,6 @@ def line(axes: Axes, points: Points, color: str, label: str | None = None) -> No
     if points:
         marker = "o" if len(points) < 40 else ""
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=3, label=label)
-
-
-def whole_epochs(axes: Axes) -> None:
-    """Set ticks at whole epochs only."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-
-
-def logarithmic(axes: Axes) -> None:
-    """Set a logarithmic scale with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.minorticks_off()
 
 
 def calibration_svg(found: Calibration) -> str:
@@ -133,14 +118,14 @@ def calibration_svg(found: Calibration) -> str:
 
 def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
     """Draw the confusion matrix for the page."""
+    shades, inks = [colour(f"shade{i}") for i in range(SHADES)], [colour("ink")] * SHADES
     with drawing():
-        shades = [colour(f"shade{i}") for i in range(SHADES)]
-        return to_svg(confusion_figure(confusion, names, shades, [colour("ink")] * SHADES), "confusion matrix")
+        return to_svg(confusion_figure(confusion, names, shades=shades, inks=inks), "confusion matrix")
 
 
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Figure:
     """Draw the confusion matrix for ``confusion.png``."""
     with printed():
-        figure = printed_confusion(confusion, names)
+        figure = confusion_figure(confusion, names)
         figure.suptitle(title)
         return figure

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor
 
 from densenet_dist.config import to_yaml
-from densenet_dist.pages.figures import MAX_CLASSES, new_figure, printed, printed_confusion, shortened
+from densenet_dist.pages.figures import MAX_CLASSES, confusion_figure, new_figure, printed, shortened
 from densenet_dist.schema import Config
 from densenet_dist.trackers import flat_settings
 from densenet_dist.train.results import Mistake, TestResults
@@ -107,7 +107,7 @@ class Board:
         names = results.class_names
         with printed():
             if len(names) <= MAX_CLASSES:
-                self._figure("test/confusion", printed_confusion(results.confusion, names, _CELL_INCHES), step)
+                self._figure("test/confusion", confusion_figure(results.confusion, names, cell=_CELL_INCHES), step)
             if shown := [mistake for mistake in results.mistakes if mistake.png is not None]:
                 self._figure("test/worst_mistakes", _mistakes_figure(shown, names), step)
 
