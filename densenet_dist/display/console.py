@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,10 +144,7 @@ class Console:
             self._console.say(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
 
     def _epoch(self, event: Event) -> None:
-        left = self._progress.remaining_s()
-        parts = [*epoch_parts(event), *([f"{clock_time(left)} left"] if left else [])]
-        if event["is_best"]:
-            parts[-1] += "  *"
+        parts = epoch_parts(event, self._progress.remaining_s())
         text = Text("\n".join(wrapped(parts, self._console.line_width, indent="  ")))
         text.highlight_regex(r"\*$", "green")
         self._console.print(text)
@@ -169,7 +166,7 @@ class LastingConsole(RichConsole):
     @property
     def animates(self) -> bool:
         """Whether lines can be redrawn: FORCE_COLOR colours a pipe, but does not make it a terminal."""
-        return not self.quiet and self.is_interactive and not self.is_dumb_terminal and self.file.isatty()
+        return not self.quiet and self.is_interactive and self.file.isatty()
 
     @property
     def line_width(self) -> int:
@@ -248,19 +245,17 @@ def start_lines(event: Event) -> list[str]:
     ]
 
 
-def epoch_parts(event: Event) -> Iterator[str]:
-    """Yield the parts of an epoch's line."""
-    yield f"epoch {event['epoch']:>3}/{event['epochs']}"
+def epoch_parts(event: Event, left_s: float | None = None) -> list[str]:
+    """Return the parts of an epoch's line; a star marks the best so far."""
+    parts = [f"epoch {event['epoch']:>3}/{event['epochs']}"]
     for name in ("train", "val"):
         if f"{name}/loss" in event:
             loss, top1, top5 = (event[f"{name}/{key}"] for key in ("loss", "top1", "top5"))
             shown = f"{name} loss {loss:.4f} top-1 {top1:6.2%}"
-            yield f"{shown} top-5 {top5:6.2%}" if event["many_classes"] else shown
-    yield f"lr {event['lr']:.2e}"
-    yield f"{event['perf/images_per_s']:,.0f} images/s"
-    yield f"{event['seconds']:.1f} s"
-
-
-def epoch_line(event: Event) -> str:
-    """Format an epoch as one line; a star marks the best so far."""
-    return "  ".join([*epoch_parts(event), *(["*"] if event["is_best"] else [])])
+            parts.append(f"{shown} top-5 {top5:6.2%}" if event["many_classes"] else shown)
+    parts += [f"lr {event['lr']:.2e}", f"{event['perf/images_per_s']:,.0f} images/s", f"{event['seconds']:.1f} s"]
+    if left_s:
+        parts.append(f"{clock_time(left_s)} left")
+    if event["is_best"]:
+        parts[-1] += "  *"
+    return parts

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from densenet_dist.display.console import Console, epoch_line, start_lines
+from densenet_dist.display.console import Console, epoch_parts, start_lines
 from densenet_dist.pages.render import render
 from densenet_dist.train.context import Event
 
@@ -53,7 +53,7 @@ class NotebookConsole:
         """Show the head, the rows, and below them a ``progress`` or ``phase`` event."""
         if not (self._head or self._rows):
             return
-        lines = [row["text"] if row["kind"] == "note" else epoch_line(row) for row in self._rows]
+        lines = [row["text"] if row["kind"] == "note" else "  ".join(epoch_parts(row)) for row in self._rows]
         html = render("notebook.html", head=self._head, rows=self._rows, activity=activity)
         shown = {"text/html": html, "text/plain": "\n".join([*self._head, *lines])}
         if self._handle is None:

@@ -93,8 +93,9 @@ class RunProgress(Progress):
             yield self._phase
             return
         yield self.make_tasks_table(self.tasks)
-        for line in wrapped([*self._metrics, *self._best], self.console.width):
-            yield Text(line, no_wrap=True, overflow="crop")
+        if self._metrics:
+            for line in wrapped([*self._metrics, *self._best], self.console.width):
+                yield Text(line, no_wrap=True, overflow="crop")
 
 
 def _best(record: Event) -> list[str]:

@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -31,17 +31,6 @@ _ROLES: Final = (
     *("ink", "muted", "grid", "best", *STATUSES, *(f"shade{i}" for i in range(SHADES))),
     *("train", "val", "test", *(f"run{i}" for i in range(RUNS))),
 )
-_PAGE_STYLE: Final[dict[str, Any]] = {
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": False,
-    "text.parse_math": False,  # a value may contain dollar signs
-}
 _PRINTED_SHADES: Final = ("#ddeaf6", "#bcd6eb", "#92c1de", "#63a8d2", "#4289c4", "#2268ac", "#0a3d7a")
 _SQUARE: Final = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (0, 0)])
 _PRINTED_INKS: Final = (*("black",) * 4, *("white",) * 3)
@@ -52,20 +41,25 @@ def colour(role: str) -> str:
     return f"#0100{_ROLES.index(role):02x}"
 
 
-def drawing() -> AbstractContextManager[None]:
-    """Set matplotlib's style for figures of a page."""
-    texts = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink"))
-    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted"))
-    return _styled(_PAGE_STYLE | texts | lines | {"grid.color": colour("grid")})
-
-
-def printed() -> AbstractContextManager[None]:
-    """Set matplotlib's style for figures in black on white."""
-    return _styled({"text.parse_math": False, "font.size": 9})
+PRINTED: Final[dict[str, Any]] = {"text.parse_math": False, "font.size": 9}  # a value may contain dollar signs
+"""The style of figures in black on white."""
+PAGE: Final[dict[str, Any]] = PRINTED | {
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink")),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted")),
+    "grid.color": colour("grid"),
+}
+"""The style of figures of a page."""
 
 
 @contextmanager
-def _styled(style: Mapping[str, Any]) -> Iterator[None]:
+def drawing(style: Mapping[str, Any]) -> Iterator[None]:
     """Use matplotlib's defaults and a style, whatever the process has set, and restore everything afterwards."""
     import matplotlib
 
@@ -142,7 +136,7 @@ def confusion_figure(
     inks: Sequence[str] = _PRINTED_INKS,
     cell: float = 0.42,
 ) -> Figure:
-    """Draw a confusion matrix, within `drawing` or `printed`; cells without images stay empty.
+    """Draw a confusion matrix, within `drawing`; cells without images stay empty.
 
     Args:
         confusion: (classes, classes) int64, number of images by true class (row) and predicted class (column).

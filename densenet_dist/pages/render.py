@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import functools
 import html
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -21,27 +20,7 @@ def render(template: str, **values: Any) -> str:
         template: file name.
         values: the template's variables; a missing one is an error.
     """
-    return _environment().get_template(template).render(values)
-
-
-@functools.cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "command": shlex.join,
-        "duration": duration,
-        "fixed": format,
-        "percent": percent,
-        "png": lambda data: f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}",
-    }
-    return environment
+    return _ENVIRONMENT.get_template(template).render(values)
 
 
 def printable(value: Any) -> Any:
@@ -58,12 +37,27 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def percent(share: float) -> str:
-    """Format a share in [0, 1] in per cent."""
+def _percent(share: float) -> str:
     return f"{share * 100:.2f}{_SPACE}%"
 
 
-def duration(seconds: float) -> str:
-    """Format a duration in a suitable unit."""
+def _duration(seconds: float) -> str:
     unit, divisor = ("h", 3600.0) if seconds > 3 * 3600 else ("min", 60.0) if seconds > 600 else ("s", 1.0)
     return f"{seconds / divisor:,.1f}{_SPACE}{unit}"
+
+
+_ENVIRONMENT: Final = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=printable,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {
+    "command": shlex.join,
+    "duration": _duration,
+    "fixed": format,
+    "percent": _percent,
+    "png": lambda data: f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}",
+}

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
-from densenet_dist.pages.figures import RUNS, colour, drawing, new_figure, plain_numbers, to_svg, whole_epochs
+from densenet_dist.pages.figures import PAGE, RUNS, colour, drawing, new_figure, plain_numbers, to_svg, whole_epochs
 from densenet_dist.pages.render import render
 from densenet_dist.report.figures import line, points_of
 from densenet_dist.report.record import RunRecord
@@ -169,7 +169,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _curves(groups: Sequence[Group]) -> list[str]:
-    with drawing():
+    with drawing(PAGE):
         return [
             _curve(groups, key, unit, label)
             for key, unit, label in (

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from densenet_dist.pages.figures import (
+    PAGE,
+    PRINTED,
     SHADES,
     colour,
     confusion_figure,
     drawing,
     new_figure,
     plain_numbers,
-    printed,
     to_svg,
     whole_epochs,
 )
@@ -43,7 +44,7 @@ def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
     """Plot top-1, loss and top-5 of training and validation against the epoch, with the test result as a star."""
     colours = {role: colour(role) for role in _PRINTED_COLOURS}
     figures = []
-    with drawing():
+    with drawing(PAGE):
         for name, label, unit in _RESULTS:
             figure = new_figure(*_SIZE)
             _plot_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
@@ -105,7 +106,7 @@ def calibration_svg(found: Calibration) -> str:
     """Plot the reliability diagram; the area of a dot is proportional to the number of its images."""
     centres = (np.arange(BINS) + 0.5) / BINS * 100
     used = found.images > 0
-    with drawing():
+    with drawing(PAGE):
         figure = new_figure(4.3, 3.7)
         axes = figure.add_subplot()
         axes.bar(centres[used], found.accuracy[used] * 100, width=92 / BINS, color=colour("train"))
@@ -119,13 +120,13 @@ def calibration_svg(found: Calibration) -> str:
 def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
     """Draw the confusion matrix for the page."""
     shades, inks = [colour(f"shade{i}") for i in range(SHADES)], [colour("ink")] * SHADES
-    with drawing():
+    with drawing(PAGE):
         return to_svg(confusion_figure(confusion, names, shades=shades, inks=inks), "confusion matrix")
 
 
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Figure:
     """Draw the confusion matrix for ``confusion.png``."""
-    with printed():
+    with drawing(PRINTED):
         figure = confusion_figure(confusion, names)
         figure.suptitle(title)
         return figure

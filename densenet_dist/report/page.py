@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from densenet_dist.errors import DataError, storage_errors
-from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, printed
-from densenet_dist.pages.render import percent, render
+from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, PRINTED, drawing
+from densenet_dist.pages.render import render
 from densenet_dist.report.comparison import comparison_page, group
 from densenet_dist.report.figures import calibration_svg, confusion_svg, curves_figure, result_figures, titled_confusion
 from densenet_dist.report.record import RunRecord, read_run
@@ -23,13 +23,6 @@ from densenet_dist.train.results import BINS, TestResults
 CURVES_FILE: Final = "curves.png"
 CONFUSION_FILE: Final = "confusion.png"
 _MAX_PAIRS: Final = 12
-_LOST_TIME: Final = {
-    "start": "start-up",
-    "wait": "waiting for data",
-    "validate": "validation",
-    "save": "checkpoints",
-    "recovery": "recovery from failures",
-}
 
 
 def write_report(
@@ -95,7 +88,7 @@ def _evaluated(record: RunRecord, overrides: Sequence[str], notify: Callable[[st
 def _write_figures(record: RunRecord, folder: Path) -> list[str]:
     """Write the figures as files; return their names."""
     results = record.results
-    with storage_errors(folder), printed():  # without the settings of a user's matplotlibrc
+    with storage_errors(folder), drawing(PRINTED):  # without the settings of a user's matplotlibrc
         figures = {CURVES_FILE: curves_figure(record.epochs, record.test, record.name)}
         if results is not None and len(results.class_names) <= MAX_CLASSES:
             figures[CONFUSION_FILE] = titled_confusion(results.confusion, results.class_names, record.name)
@@ -111,24 +104,14 @@ def run_page(run: RunRecord) -> str:
         "run.html",
         title=run.name,
         run=run,
-        goodput=_goodput(run.epochs[-1]),
         uses_gpus=device == "cuda" or (device == "auto" and bool(run.environment.get("gpus"))),
         machine=_machine(run.environment),
         environment={name: _plain(value) for name, value in run.environment.items()},
-        legend=_legend(run),
+        has_validation=any("val/loss" in record for record in run.epochs),
         result_figures=result_figures(run.epochs, run.test),
         results=run.results,
         **({} if run.results is None else _test_section(run.results)),
     )
-
-
-def _goodput(last: dict[str, Any]) -> str | None:
-    """Describe the share of time in productive steps, and the other shares, largest first, excluding the test."""
-    if "goodput/ratio" not in last:
-        return None
-    lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOST_TIME.items()}
-    parts = [f"{percent(share)} {words}" for words, share in sorted(lost.items(), key=lambda item: -item[1]) if share]
-    return ", ".join([f"{percent(last['goodput/ratio'])} of the time in productive steps", *parts])
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -145,15 +128,6 @@ def _plain(value: object) -> str:
     if value is None or value == []:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _legend(run: RunRecord) -> list[tuple[str, str, str]]:
-    legend = [("train", "●", "training")]
-    if any("val/loss" in record for record in run.epochs):
-        legend.append(("val", "●", "validation"))
-    if run.test is not None:
-        legend.append(("test", "★", "test, at the epoch of the checkpoint"))
-    return legend
 
 
 def _test_section(results: TestResults) -> dict[str, Any]:

@@ -9,11 +9,10 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.display.progress import counted
 from densenet_dist.pages.figures import (
+    PAGE,
     STATUSES,
     colour,
     drawing,
@@ -51,6 +50,17 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     settings = sweep.settings
     best = best_trial(trials, settings.maximise)
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
+    started = [trial for trial in trials if trial.history]
+    compared = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
+    shares = importance(sweep, compared)
+    curves_limit = _limit(settings, [list(trial.history.values()) for trial in started])
+    dots_limit = _limit(settings, [[trial.metric] for trial in compared if trial.metric is not None])
+    every = math.ceil(sum(len(trial.history) for trial in started) / _MAX_POINTS)
+    drawn = list(shares or sweep.space)[:_MAX_KEYS]
+    with drawing(PAGE):
+        curves = _curves(settings, started, best, every, curves_limit) if started else None
+        dots = _dots(sweep, drawn, compared, best, dots_limit) if compared else None
+        bars = _bars(settings, shares) if shares else None
     page = render(
         "sweep.html",
         title=settings.name,
@@ -61,63 +71,42 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         metric=_label(settings),
         best=best,
         best_settings=[f"{key} {shown(best.overrides.get(key))}" for key in sweep.space] if best else [],
-        keys=list(sweep.space),
         key_columns=[(short(key), all(map(_is_number, domain.ends))) for key, domain in sweep.space.items()],
+        keys=list(sweep.space),
         show=shown,
         location=folder.location,
         best_file=join_location(folder.location, BEST_FILE),
         can_resume=bool(counts["interrupted"] or counts["running"] or len(trials) < sweep.trials),
         has_tests=any("test/top1" in trial.figures for trial in trials),
         has_causes=any(trial.cause for trial in trials),
-        plots=_plots(sweep, trials, best),
+        curves=curves,
+        every=every,
+        curves_limit=curves_limit,
+        curves_legend=_legend(started, best),
+        without_epoch=len(trials) - len(started),
+        dots=dots,
+        drawn=len(drawn),
+        dots_limit=dots_limit,
+        dots_legend=_legend(compared, best),
+        not_compared=len(trials) - len(compared),
+        bars=bars,
+        needed=_MIN_TRIALS,
+        compared=len(compared),
         settings=sweep.to_yaml(),
     )
     folder.write(PAGE_FILE, page)
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One section of the page.
-
-    Attributes:
-        title: heading.
-        caption: how to read the picture and what it leaves out; without a picture, the reason.
-        pictures: SVG elements.
-        legend: for each marker the name of its colour, the marker and its meaning.
-    """
-
-    title: str
-    caption: str
-    pictures: tuple[str, ...] = ()
-    legend: tuple[tuple[str, str, str], ...] = ()
-
-
-def _plots(sweep: Sweep, trials: Sequence[Trial], best: Trial | None) -> list[Plot]:
-    """Draw the curves of the trials, their settings against the metric, and the importance of each key."""
-    compared = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
-    shares = importance(sweep, compared)
-    with drawing():
-        return [
-            _curves(sweep.settings, trials, best),
-            _settings(sweep, compared, list(shares or sweep.space), len(trials) - len(compared), best),
-            _importance(sweep.settings, shares, len(compared)),
-        ]
-
-
-def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None) -> Plot:
+def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, every: int, limit: float | None) -> str:
+    """Draw the metric against the epoch, a line per trial."""
     from matplotlib.collections import LineCollection
 
-    title = "Metric against epoch"
-    drawn = [trial for trial in trials if trial.history]
-    if not drawn:
-        return Plot(title, "Not shown: no trial finished its first epoch.")
-    every = math.ceil(sum(len(trial.history) for trial in drawn) / _MAX_POINTS)
-    curves = {trial.name: _points(settings, trial, every) for trial in drawn}
+    curves = {trial.name: _points(settings, trial, every) for trial in trials}
     figure = new_figure(7.5, 4)
     axes = figure.add_subplot()
-    thin = len(drawn) > 60
+    thin = len(trials) > 60
     for status in STATUSES:
-        lines = [curves[trial.name] for trial in drawn if trial.status == status and trial is not best]
+        lines = [curves[trial.name] for trial in trials if trial.status == status and trial is not best]
         axes.add_collection(LineCollection(lines, colors=colour(status), linewidths=0.8 if thin else 1.4, alpha=0.5))
         size = 18 if status == "failed" else 8 if thin else 16
         _mark(axes, [line[-1] for line in lines], status, size, "x" if status == "failed" else "o")
@@ -127,12 +116,8 @@ def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None) 
     axes.set_xlim(0, 1.05 * max(line[-1][0] for line in curves.values()))
     whole_epochs(axes.xaxis)
     axes.set(xlabel="epoch", ylabel=_label(settings))
-    limit = _cut(axes, settings, [list(trial.history.values()) for trial in drawn])
-    caption = f"One line per trial: {settings.metric} after each epoch, the last epoch marked."
-    caption += f" One epoch in {every} is drawn." if every > 1 else ""
-    caption += limit + _left_out(len(trials) - len(drawn), "that finished no epoch")
-    picture = to_svg(figure, f"{settings.metric} against epoch")
-    return Plot(title, caption, (picture,), _legend(drawn, best))
+    _cut(axes, limit)
+    return to_svg(figure, f"{settings.metric} against epoch")
 
 
 def _points(settings: SweepConfig, trial: Trial, every: int) -> list[tuple[int, float]]:
@@ -142,16 +127,13 @@ def _points(settings: SweepConfig, trial: Trial, every: int) -> list[tuple[int, 
     return [(epoch, trial.history[epoch] * settings.unit) for epoch in kept]
 
 
-def _settings(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], left_out: int, best: Trial | None) -> Plot:
-    title = "Metric against each key"
-    if not trials:
-        return Plot(title, "Not shown: every trial failed or has no value of the metric.")
-    drawn = keys[:_MAX_KEYS]
-    columns = min(3, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
+def _dots(sweep: Sweep, keys: Sequence[str], trials: Sequence[Trial], best: Trial | None, limit: float | None) -> str:
+    """Draw the metric against each key, a dot per trial."""
+    columns = min(3, len(keys))
+    rows = math.ceil(len(keys) / columns)
     figure = new_figure(3.6 * columns, 2.9 * rows)
     scores = {trial.name: (trial.metric or 0.0) * sweep.settings.unit for trial in trials}
-    for i, key in enumerate(drawn):
+    for i, key in enumerate(keys):
         axes = figure.add_subplot(rows, columns, i + 1)
         points = _values(axes, sweep.space[key], {trial.name: trial.overrides.get(key) for trial in trials})
         for status in STATUSES:
@@ -160,13 +142,8 @@ def _settings(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], left_o
         if best is not None and best.name in points:
             _mark(axes, [(points[best.name], scores[best.name])], "best", 90, "*")
         axes.set(xlabel=key, ylabel=_label(sweep.settings) if i % columns == 0 else "")
-        limit = _cut(axes, sweep.settings, [[trial.metric] for trial in trials if trial.metric is not None])
-    caption = "One dot per trial, with the metric of its best epoch; all other keys vary too."
-    if len(keys) > _MAX_KEYS:
-        caption += f" Shown are {_MAX_KEYS} of {len(keys)} keys."
-    caption += limit + _left_out(left_out, "that failed or have no value of the metric")
-    picture = to_svg(figure, f"{sweep.settings.metric} against each searched key")
-    return Plot(title, caption, (picture,), _legend(trials, best))
+        _cut(axes, limit)
+    return to_svg(figure, f"{sweep.settings.metric} against each searched key")
 
 
 def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, float]:
@@ -186,11 +163,8 @@ def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, 
     return points
 
 
-def _importance(settings: SweepConfig, shares: Mapping[str, float], trials: int) -> Plot:
-    title = "Importance of each key"
-    if not shares:
-        needed = f"{_MIN_TRIALS} trials that differ in their settings and in {settings.metric}"
-        return Plot(title, f"Not shown: it needs {needed}.")
+def _bars(settings: SweepConfig, shares: Mapping[str, float]) -> str:
+    """Draw the importance of each key."""
     keys = list(shares)[::-1]
     figure = new_figure(6.2, 0.9 + 0.34 * len(keys))
     axes = figure.add_subplot()
@@ -200,13 +174,7 @@ def _importance(settings: SweepConfig, shares: Mapping[str, float], trials: int)
     axes.grid(False, axis="y")
     axes.margins(x=0.14)
     axes.set_xlabel(f"relative importance for {settings.metric} (%)")
-    caption = (
-        f"How much the settings of the best of {trials} trials differ from those of all, key by key (PED-ANOVA, "
-        "Watanabe et al. 2023). A trial that was stopped early counts with the metric it had by then, which makes keys "
-        "that decide the first epochs look more important than they are; failed trials are left out."
-    )
-    caption += " With so few trials this is a hint at most." if trials < 10 * len(keys) else ""
-    return Plot(title, caption, (to_svg(figure, f"Importance of each key for {settings.metric}"),))
+    return to_svg(figure, f"Importance of each key for {settings.metric}")
 
 
 def _is_number(value: Any) -> bool:
@@ -218,27 +186,27 @@ def _mark(axes: Axes, points: Iterable[tuple[float, float]], role: str, size: fl
     axes.scatter(x, y, s=size, c=colour(role), marker=marker, alpha=0.8, zorder=4 if role == "best" else 3)
 
 
-def _cut(axes: Axes, settings: SweepConfig, curves: Sequence[Sequence[float]]) -> str:
-    """Cut off losses that exploded, which would flatten all others; return a sentence about it."""
-    middle, highest = statistics.median(map(min, curves)), max(map(max, curves))
-    if settings.is_accuracy or not 0 < 10 * middle < highest:
-        return ""
-    axes.set_ylim(0, 10 * middle)
-    return f" Losses above {10 * middle:.3g} are beyond the upper edge."
+def _limit(settings: SweepConfig, curves: Sequence[Sequence[float]]) -> float | None:
+    """Return where to cut off losses that exploded, which would flatten all others; None if nothing is cut off."""
+    if settings.is_accuracy or not curves:
+        return None
+    limit = 10 * statistics.median(map(min, curves))
+    return limit if 0 < limit < max(map(max, curves)) else None
+
+
+def _cut(axes: Axes, limit: float | None) -> None:
+    if limit is not None:
+        axes.set_ylim(0, limit)
 
 
 def _label(settings: SweepConfig) -> str:
     return f"{settings.metric} (%)" if settings.is_accuracy else settings.metric
 
 
-def _legend(trials: Sequence[Trial], best: Trial | None) -> tuple[tuple[str, str, str], ...]:
+def _legend(trials: Sequence[Trial], best: Trial | None) -> list[tuple[str, str, str]]:
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
     signs = [(status, "✕" if status == "failed" else "●", f"{status} ({n})") for status, n in counts.items() if n]
-    return (*signs, *([("best", "★", f"best: {best.name}")] if best is not None else []))
-
-
-def _left_out(count: int, why: str) -> str:
-    return f" Left out: {counted(count, 'trial')} {why}." if count else ""
+    return [*signs, *([("best", "★", f"best: {best.name}")] if best is not None else [])]
 
 
 def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:

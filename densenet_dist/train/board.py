@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor
 
 from densenet_dist.config import to_yaml
-from densenet_dist.pages.figures import MAX_CLASSES, confusion_figure, new_figure, printed, shortened
+from densenet_dist.pages.figures import MAX_CLASSES, PRINTED, confusion_figure, drawing, new_figure, shortened
 from densenet_dist.schema import Config
 from densenet_dist.trackers import flat_settings
 from densenet_dist.train.results import Mistake, TestResults
@@ -105,7 +105,7 @@ class Board:
     def test_results(self, results: TestResults, step: int) -> None:
         """Write the confusion matrix and the worst mistakes; `step` is the last of the run."""
         names = results.class_names
-        with printed():
+        with drawing(PRINTED):
             if len(names) <= MAX_CLASSES:
                 self._figure("test/confusion", confusion_figure(results.confusion, names, cell=_CELL_INCHES), step)
             if shown := [mistake for mistake in results.mistakes if mistake.png is not None]:
