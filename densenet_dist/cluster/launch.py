@@ -64,7 +64,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
     if listener is None:
-        from densenet_dist.display.notebook import console
+        from densenet_dist.display.console import console
 
         with console() as shown:
             return fit(config, resume=resume, listener=shown)

@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
+from densenet_dist.pages import render
 from densenet_dist.pages.figures import PAGE, RUNS, colour, drawing, new_figure, plain_numbers, to_svg, whole_epochs
-from densenet_dist.pages.render import render
 from densenet_dist.report.figures import line, points_of
 from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten

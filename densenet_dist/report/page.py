@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from densenet_dist.errors import DataError, storage_errors
+from densenet_dist.pages import render
 from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, PRINTED, drawing
-from densenet_dist.pages.render import render
 from densenet_dist.report.comparison import comparison_page, group
 from densenet_dist.report.figures import calibration_svg, confusion_svg, curves_figure, result_figures, titled_confusion
 from densenet_dist.report.record import RunRecord, read_run

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from densenet_dist.pages import printable, render
 from densenet_dist.pages.figures import (
     PAGE,
     STATUSES,
@@ -22,7 +23,6 @@ from densenet_dist.pages.figures import (
     to_svg,
     whole_epochs,
 )
-from densenet_dist.pages.render import printable, render
 from densenet_dist.run_folder import RunFolder, join_location
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.display import short, shown
@@ -70,7 +70,6 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         sweep=settings,
         metric=_label(settings),
         best=best,
-        best_settings=[f"{key} {shown(best.overrides.get(key))}" for key in sweep.space] if best else [],
         key_columns=[(short(key), all(map(_is_number, domain.ends))) for key, domain in sweep.space.items()],
         keys=list(sweep.space),
         show=shown,
@@ -79,19 +78,17 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         can_resume=bool(counts["interrupted"] or counts["running"] or len(trials) < sweep.trials),
         has_tests=any("test/top1" in trial.figures for trial in trials),
         has_causes=any(trial.cause for trial in trials),
+        legend=_legend,
         curves=curves,
+        started=started,
         every=every,
         curves_limit=curves_limit,
-        curves_legend=_legend(started, best),
-        without_epoch=len(trials) - len(started),
         dots=dots,
+        compared=compared,
         drawn=len(drawn),
         dots_limit=dots_limit,
-        dots_legend=_legend(compared, best),
-        not_compared=len(trials) - len(compared),
         bars=bars,
         needed=_MIN_TRIALS,
-        compared=len(compared),
         settings=sweep.to_yaml(),
     )
     folder.write(PAGE_FILE, page)
