@@ -188,11 +188,11 @@ class NotebookConsole:
 
     def _show(self, activity: Event | None = None) -> None:
         """Show the head, the rows, and below them a ``progress`` or ``phase`` event."""
+        from densenet_dist.pages import render
+
         if not (self._head or self._rows):
             return
         lines = [row["text"] if row["kind"] == "note" else "  ".join(epoch_parts(row)) for row in self._rows]
-        from densenet_dist.pages import render
-
         html = render("notebook.html", head=self._head, rows=self._rows, activity=activity)
         shown = {"text/html": html, "text/plain": "\n".join([*self._head, *lines])}
         if self._handle is None:

@@ -28,12 +28,7 @@ Metric: TypeAlias = Callable[[RunRecord], float | None]
 
 
 class Interval(NamedTuple):
-    """A mean over seeds.
-
-    Attributes:
-        mean: of the values.
-        half: half the width of its 95 % confidence interval, by Student's t; None for a single value.
-    """
+    """A mean over seeds, and half the width of its 95 % confidence interval by Student's t; None for few values."""
 
     mean: float
     half: float | None
@@ -44,7 +39,7 @@ class Group:
     """Runs that differ only in their seed.
 
     Attributes:
-        label: the settings that distinguish it from other groups.
+        label: the name of a single run, and the settings that distinguish the group from others.
         members: its runs.
         colour: a variable of the page's style sheet.
         settings: its values of the settings that differ between groups.
@@ -62,8 +57,6 @@ class Group:
 
 
 class _Column(NamedTuple):
-    """A column of numbers."""
-
     name: str
     unit: float
     format: str
@@ -88,11 +81,7 @@ _PARAMETERS: Final = _Column(
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:
-    """Render the template ``comparison.html``.
-
-    Raises:
-        ConfigError: the runs use different data sets.
-    """
+    """Render the template ``comparison.html``. Errors are those of `group`."""
     groups = group(runs)
     data = [found.members[0].config.data for found in groups]
     columns = [column for column in _COLUMNS if any(column.value(run) is not None for run in runs)] + [_PARAMETERS]
@@ -131,7 +120,10 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
     for number, (first, found) in enumerate(zip(settings, members.values(), strict=True)):
         values = {key: first.get(key) for key in different}
         label = ", ".join(f"{key}={value}" for key, value in values.items())
-        label = label if 0 < len(label) <= _MAX_LABEL else found[0].name
+        if not 0 < len(label) <= _MAX_LABEL:
+            label = found[0].name
+        elif len(found) == 1:
+            label = f"{found[0].name}: {label}"
         groups.append(Group(label, tuple(found), f"run{number % RUNS}", values))
     return groups
 

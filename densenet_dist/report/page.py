@@ -66,7 +66,7 @@ def write_report(
     if len(records) > 1:
         page, path = comparison_page(records), out or Path(PAGE_FILE)
     else:
-        page, folder = run_page(records[0]), records[0].folder
+        page, folder = _run_page(records[0]), records[0].folder
         path = out or folder.path / PAGE_FILE
         figures = _write_figures(records[0], path.parent)
         if out is None:
@@ -97,8 +97,7 @@ def _write_figures(record: RunRecord, folder: Path) -> list[str]:
     return list(figures)
 
 
-def run_page(run: RunRecord) -> str:
-    """Render the template ``run.html``; without test results it lacks their sections."""
+def _run_page(run: RunRecord) -> str:
     device = run.config.cluster.device
     return render(
         "run.html",

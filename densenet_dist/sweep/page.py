@@ -113,7 +113,8 @@ def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, 
     axes.set_xlim(0, 1.05 * max(line[-1][0] for line in curves.values()))
     whole_epochs(axes.xaxis)
     axes.set(xlabel="epoch", ylabel=_label(settings))
-    _cut(axes, limit)
+    if limit is not None:
+        axes.set_ylim(0, limit)
     return to_svg(figure, f"{settings.metric} against epoch")
 
 
@@ -139,7 +140,8 @@ def _dots(sweep: Sweep, keys: Sequence[str], trials: Sequence[Trial], best: Tria
         if best is not None and best.name in points:
             _mark(axes, [(points[best.name], scores[best.name])], "best", 90, "*")
         axes.set(xlabel=key, ylabel=_label(sweep.settings) if i % columns == 0 else "")
-        _cut(axes, limit)
+        if limit is not None:
+            axes.set_ylim(0, limit)
     return to_svg(figure, f"{sweep.settings.metric} against each searched key")
 
 
@@ -191,11 +193,6 @@ def _limit(settings: SweepConfig, curves: Sequence[Sequence[float]]) -> float | 
     return limit if 0 < limit < max(map(max, curves)) else None
 
 
-def _cut(axes: Axes, limit: float | None) -> None:
-    if limit is not None:
-        axes.set_ylim(0, limit)
-
-
 def _label(settings: SweepConfig) -> str:
     return f"{settings.metric} (%)" if settings.is_accuracy else settings.metric
 
@@ -228,12 +225,8 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
     import optuna
 
     distributions = {key: domain.distribution() for key, domain in sweep.space.items()}
-    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.create_study(direction="maximize" if sweep.settings.maximise else "minimize")
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+    study = optuna.create_study(direction="maximize" if sweep.settings.maximise else "minimize")
     # Optuna's default, the best tenth of all trials, is one or two of a small sweep: too few to tell keys apart.
     best = max(0.1, min(0.5, 5 / len(rows)))
     with warnings.catch_warnings(action="ignore"):  # values off a step; few trials, about which the page warns
