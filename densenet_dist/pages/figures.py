@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -112,17 +113,19 @@ def _round_numbers(attribute: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace(" \n", "")
 
 
-def whole_epochs(axis: Axis) -> None:
-    """Set ticks at whole epochs only."""
+def set_epoch_axes(axes: Axes, label: str) -> None:
+    """Label the axes of a figure by epoch, with ticks at whole epochs only; `label` is that of the vertical axis."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch", ylabel=label)
 
 
-def plain_numbers(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
-    """Label a logarithmic axis with plain numbers; `subs` are the ticks of a decade."""
+def set_logarithmic(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Set a logarithmic scale with plain numbers; `subs` are the ticks of a decade."""
     from matplotlib.ticker import LogLocator
 
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter("{x:g}")  # the default formatter needs math text, which pages turn off
     axis.minorticks_off()

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.pages import render
-from densenet_dist.pages.figures import PAGE, RUNS, colour, drawing, new_figure, plain_numbers, to_svg, whole_epochs
+from densenet_dist.pages.figures import PAGE, RUNS, colour, drawing, new_figure, set_epoch_axes, set_logarithmic, to_svg
 from densenet_dist.report.figures import line, points_of
 from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten
@@ -186,10 +186,8 @@ def _curve(groups: Sequence[Group], key: str, unit: float, label: str) -> str:
             axes.fill_between(x, low, high, color=colour(found.colour), alpha=0.18, lw=0)
         values += [mean.mean for _, mean in means]
     if key.endswith("loss") and values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        plain_numbers(axes.yaxis)
-    whole_epochs(axes.xaxis)
-    axes.set(xlabel="epoch", ylabel=label)
+        set_logarithmic(axes.yaxis)
+    set_epoch_axes(axes, label)
     return to_svg(figure, f"{label} of {len(groups)} groups against epoch")
 
 

@@ -17,9 +17,9 @@ from densenet_dist.pages.figures import (
     confusion_figure,
     drawing,
     new_figure,
-    plain_numbers,
+    set_epoch_axes,
+    set_logarithmic,
     to_svg,
-    whole_epochs,
 )
 from densenet_dist.train.results import BINS, Calibration, Counts
 
@@ -84,10 +84,8 @@ def _plot_result(
         axes.scatter(test["epoch"], value, s=110, c=colours["test"], marker="*", zorder=4, label=text)
         values.append(value)
     if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
-        axes.set_yscale("log")  # a single bad epoch must not flatten the others
-        plain_numbers(axes.yaxis)
-    whole_epochs(axes.xaxis)
-    axes.set(xlabel="epoch", ylabel=label)
+        set_logarithmic(axes.yaxis)  # a single bad epoch must not flatten the others
+    set_epoch_axes(axes, label)
 
 
 def points_of(epochs: Records, key: str, unit: float) -> Points:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,10 +19,10 @@ from densenet_dist.pages.figures import (
     colour,
     drawing,
     new_figure,
-    plain_numbers,
+    set_epoch_axes,
+    set_logarithmic,
     shortened,
     to_svg,
-    whole_epochs,
 )
 from densenet_dist.run_folder import RunFolder, join_location
 from densenet_dist.sweep.definition import Sweep
@@ -49,7 +50,7 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     """
     settings = sweep.settings
     best = best_trial(trials, settings.maximise)
-    counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
+    counts = Counter(trial.status for trial in trials)
     started = [trial for trial in trials if trial.history]
     compared = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
     shares = importance(sweep, compared)
@@ -66,7 +67,7 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         title=settings.name,
         trials=ranked(trials, settings.maximise),
         planned=max(sweep.trials, len(trials)),
-        counts=[f"{count} {status}" for status, count in counts.items() if count],
+        counts=[f"{counts[status]} {status}" for status in STATUSES if counts[status]],
         sweep=settings,
         metric=_label(settings),
         best=best,
@@ -111,8 +112,7 @@ def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, 
         axes.plot(*zip(*curves[best.name], strict=True), color=colour("best"), linewidth=2.2, zorder=3.5)
         _mark(axes, curves[best.name][-1:], "best", 110, "*")
     axes.set_xlim(0, 1.05 * max(line[-1][0] for line in curves.values()))
-    whole_epochs(axes.xaxis)
-    axes.set(xlabel="epoch", ylabel=_label(settings))
+    set_epoch_axes(axes, _label(settings))
     if limit is not None:
         axes.set_ylim(0, limit)
     return to_svg(figure, f"{settings.metric} against epoch")
@@ -157,8 +157,7 @@ def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, 
         return {name: choices.index(value) for name, value in values.items() if value in choices}
     points = {name: float(value) for name, value in values.items() if _is_number(value)}
     if domain.log and all(value > 0 for value in points.values()):
-        axes.set_xscale("log")
-        plain_numbers(axes.xaxis, (1, 2, 5) if domain.high < 100 * domain.low else (1,))
+        set_logarithmic(axes.xaxis, (1, 2, 5) if domain.high < 100 * domain.low else (1,))
     return points
 
 
