@@ -27,7 +27,7 @@ from densenet_dist.model.kernels import unavailable
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers, require_wandb_key
 
 _COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
 
@@ -192,11 +192,9 @@ def _loggers(config: Config) -> Finding:
     if config.log.mlflow.enabled:
         found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
     if config.log.wandb.enabled:
-        from densenet_dist.trackers.wandb_tracker import require_key
-
         found.append(f"W&B {package_version('wandb')}")
         try:
-            require_key()
+            require_wandb_key()
         except PermissionError as error:
             problem, _, hint = str(error).partition(": ")
             return Finding("note", f"{', '.join(found)}; W&B has {problem}", hint)

@@ -82,8 +82,7 @@ def tune(
     densenet-dist tune --resume runs/wide trials=64
     """
     from densenet_dist.cluster.signals import handle
-    from densenet_dist.sweep.console import SweepConsole
-    from densenet_dist.sweep.json_lines import SweepJsonLines
+    from densenet_dist.sweep.display import SweepConsole, SweepJsonLines
 
     handle(raise_interrupt)
     folder = resume

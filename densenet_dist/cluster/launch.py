@@ -34,7 +34,7 @@ from densenet_dist.run_folder import (
     RunFolder,
 )
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
@@ -63,7 +63,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
     if listener is None:
-        from densenet_dist.display.notebook import console
+        from densenet_dist.display.console import console
 
         with console() as shown:
             return fit(config, resume=resume, listener=shown)

@@ -108,7 +108,7 @@ class Result:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
     def _repr_html_(self) -> str:
-        from densenet_dist.pages.render import escape
+        from densenet_dist.pages import escape
 
         cells = {name: escape(value) for name, value in self._rows().items()}
         if "page" in cells and not Path(_relative_path(self.page)).is_absolute() and "://" not in self.page:

@@ -32,7 +32,7 @@ from densenet_dist.sweep.results import (
     read_usage,
     trials_on_record,
 )
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers
 from densenet_dist.train.context import Event
 
 _WRITE_EVERY_S = 5.0
@@ -55,7 +55,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released and the results are written.
     """
     if listener is None:
-        from densenet_dist.sweep.console import SweepConsole
+        from densenet_dist.sweep.display import SweepConsole
 
         with SweepConsole() as console:
             return tune(sweep, resume=resume, listener=console)

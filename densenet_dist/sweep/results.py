@@ -135,8 +135,8 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """Return a table of the trials, the best one in bold, for IPython."""
-        from densenet_dist.pages.render import escape
-        from densenet_dist.sweep.console import figure, shown
+        from densenet_dist.pages import escape
+        from densenet_dist.sweep.display import figure, shown
 
         heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))
         rows = []

@@ -18,10 +18,10 @@ from torch import Tensor
 from densenet_dist.config import to_yaml
 from densenet_dist.data.image_folder import few
 from densenet_dist.model import count_parameters
-from densenet_dist.pages.figures import MAX_CLASSES, new_figure, printed, printed_confusion, shortened
+from densenet_dist.pages.figures import MAX_CLASSES, PRINTED, confusion_figure, drawing, new_figure, shortened
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import Tracker, flat_settings, open_trackers
+from densenet_dist.trackers import Tracker, flat_settings, open_trackers
 from densenet_dist.train.checkpoint import best_record
 from densenet_dist.train.context import Event
 from densenet_dist.train.results import Mistake, TestResults
@@ -228,9 +228,9 @@ class Board:
     def test_results(self, results: TestResults, step: int) -> None:
         """Write the confusion matrix and the worst mistakes; `step` is the last of the run."""
         names = results.class_names
-        with printed():
+        with drawing(PRINTED):
             if len(names) <= MAX_CLASSES:
-                self._figure("test/confusion", printed_confusion(results.confusion, names, _CELL_INCHES), step)
+                self._figure("test/confusion", confusion_figure(results.confusion, names, cell=_CELL_INCHES), step)
             if shown := [mistake for mistake in results.mistakes if mistake.png is not None]:
                 self._figure("test/worst_mistakes", _mistakes_figure(shown, names), step)
 

@@ -174,7 +174,7 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     top1 = json.loads((run / "summary.json").read_text())["test/top1"] * 100
     first, second = lines(page, "settings")
     assert first[:3] == ["train.lr=0.05", "3", f"{top1 + 2:.2f} ± {4.302653 * 2 / 3**0.5:.2f}"]
-    assert second[:3] == ["train.lr=0.01", "1", f"{top1:.2f}"]
+    assert second[:3] == ["other: train.lr=0.01", "1", f"{top1:.2f}"]
     assert [row[0] for row in lines(page, "run")] == ["tiny", "seed1", "seed2", "other"]
     assert group(list(map(read_run, folders[:2])))[0].interval(lambda run: run.summary["test/loss"]).half is None
     for setting in ("cluster.workers: 1", "cluster.cpus_per_worker: 1", "checkpoint.monitor: val/loss"):

@@ -17,9 +17,8 @@ from densenet_dist.cluster.sweep import open_sweep, tune
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.sweep.console import SweepConsole
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.json_lines import SweepJsonLines
+from densenet_dist.sweep.display import SweepConsole, SweepJsonLines
 from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,

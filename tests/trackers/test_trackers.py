@@ -15,8 +15,7 @@ from wandb_files import wandb_run
 from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.display.console import RunSummary
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.trackers.tracker import without_secrets
-from densenet_dist.trackers.wandb_tracker import _SETTINGS
+from densenet_dist.trackers import _WANDB_SETTINGS, without_secrets
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
@@ -35,9 +34,9 @@ pytestmark = [
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for as long as a busy machine needs: what W&B does not finish in time is not in its file."""
     for timeout in ("init_timeout", "finish_timeout", "x_service_wait"):
-        monkeypatch.setitem(_SETTINGS, timeout, 120)
-    monkeypatch.setattr("densenet_dist.trackers.tracker._FINISH_TIMEOUT_S", 120.0)
-    monkeypatch.setattr("densenet_dist.trackers.tracker._ABORT_TIMEOUT_S", 120.0)
+        monkeypatch.setitem(_WANDB_SETTINGS, timeout, 120)
+    monkeypatch.setattr("densenet_dist.trackers._FINISH_TIMEOUT_S", 120.0)
+    monkeypatch.setattr("densenet_dist.trackers._ABORT_TIMEOUT_S", 120.0)
 
 
 def everything_in(folder: Path) -> bytes:

@@ -135,7 +135,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     def fail(*arguments):
         raise OSError("no font")
 
-    for function in ("results._png", "logs.printed_confusion", "loop._show_images"):
+    for function in ("results._png", "logs.confusion_figure", "loop._show_images"):
         monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
     config = tiny(tmp_path, "train.epochs=1")
     notes = notes_of(config)
