@@ -17,7 +17,7 @@ from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import RunFolder, open_run
-from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
+from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
     SWEEP_FILE,
@@ -126,7 +126,7 @@ def open_sweep(folder: str | Path, *settings: str) -> Sweep:
     sweep = load_sweep(file, *settings)
     if settings and sweep.trials < (before := load_sweep(file).trials):
         raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")
-    return with_storage(sweep, found.storage, found.name)
+    return sweep.stored_at(found.storage, found.name)
 
 
 class SweepRecord:
@@ -231,4 +231,4 @@ class SweepRecord:
 def _absolute(sweep: Sweep) -> Sweep:
     config = absolute(sweep.config("data", {}, storage=sweep.settings.storage))
     base = dict(sweep.base) | {"data": dict(sweep.base["data"]) | {"root": config.data.root}}
-    return replace(with_storage(sweep, config.storage, sweep.settings.name), base=base)
+    return replace(sweep.stored_at(config.storage, sweep.settings.name), base=base)

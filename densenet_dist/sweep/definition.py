@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.schema import SweepConfig, conflicts
-from densenet_dist.sweep.space import Domain, Value, read_domain
+from densenet_dist.sweep.space import KINDS, Domain, Value, read_domain
 from densenet_dist.typed_settings import Settings, join_problems
 from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
 
@@ -72,10 +72,12 @@ class Sweep:
 
     def to_yaml(self) -> str:
         """Return the whole sweep as one file for `load_sweep`."""
-        settings = SETTINGS.to_dict(self.settings) | {"base": ""}
-        return to_yaml(
-            settings | {"settings": self.base, "space": {key: domain.describe() for key, domain in self.space.items()}}
-        )
+        space = {key: domain.describe() for key, domain in self.space.items()}
+        return to_yaml(SETTINGS.to_dict(self.settings) | {"base": "", "settings": self.base, "space": space})
+
+    def stored_at(self, storage: str, name: str) -> Sweep:
+        """Return the sweep with another storage and name: its folder may have been moved since it was written."""
+        return replace(self, settings=replace(self.settings, storage=storage, name=name))
 
 
 def load_sweep(*sources: str | Path) -> Sweep:
@@ -102,9 +104,16 @@ def load_sweep(*sources: str | Path) -> Sweep:
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
     settings_of_base = merged.pop("settings", None) or {}
+    base_file = str(merged.get("base") or "")
     problems: list[str] = []
-    settings = _try(partial(SETTINGS.validate, name | merged), problems, "")
-    base = _try(partial(_load_base, str(merged.get("base") or ""), settings_of_base), problems, "")
+    settings: SweepConfig | None = None
+    base: Config | None = None
+    with _collected(problems):
+        settings = SETTINGS.validate(name | merged)
+    with _collected(problems):
+        if not isinstance(settings_of_base, Mapping):
+            raise ConfigError(f"settings: must hold settings of the base configuration, not {settings_of_base!r}")
+        base = load_config(*([base_file] if base_file else []), nest(settings_of_base))
     space = _read_space(domains, problems)
     if settings is not None and base is not None:
         values = run_config.to_dict(base)
@@ -154,17 +163,10 @@ def find_base(file: Path, base: str) -> Path:
     return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
 
 
-def _load_base(path: str, settings: Any) -> Config:
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"settings: must hold settings of the base configuration, not {settings!r}")
-    return load_config(*([path] if path else []), nest(settings))
-
-
 def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:
     space: dict[str, Domain] = {}
     if not domains:
         problems.append("space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}")
-        return space
     for key, value in domains.items():
         unknown = run_config.SETTINGS.unknown_key(key)
         if unknown is not None:
@@ -174,8 +176,8 @@ def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Do
                 f"space.{key}: cannot be searched: it is the same for all trials and part of the sweep's own settings"
             )
         else:
-            domain = _try(partial(read_domain, value), problems, f"space.{key}: ")
-            space |= {} if domain is None else {key: domain}
+            with _collected(problems, f"space.{key}: "):
+                space[key] = read_domain(value)
     return space
 
 
@@ -184,7 +186,7 @@ def _leaves(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for part, value in space.items():
         key = f"{prefix}{part}"
         group = isinstance(value, Mapping) and run_config.SETTINGS.unknown_key(key) is not None
-        if group and not set(value) & {"choice", "uniform", "loguniform", "integer", "loginteger"}:
+        if group and not KINDS & set(value):
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value
@@ -197,7 +199,8 @@ def _find_problems(sweep: Sweep) -> list[str]:
         for end in domain.ends:
             values = nest(sweep.base)
             merge(values, nest({key: end}))
-            _try(partial(run_config.SETTINGS.validate, values, combinations=False), problems, "space.")
+            with _collected(problems, "space."):
+                run_config.SETTINGS.validate(values, combinations=False)
     settings = sweep.settings
     if settings.search.name == "grid":
         for key, domain in sweep.space.items():
@@ -218,32 +221,24 @@ def _check_combinations(sweep: Sweep) -> list[str]:
     from densenet_dist.train.checks import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
-
-    def check(overrides: Mapping[str, Value]) -> None:
-        check_run(sweep.config("trial", overrides, **cluster))
-
     rng = random.Random(0)
+    problems: list[str] = []
     for _ in range(_CHECKED_COMBINATIONS):
         overrides = spaces.sample(sweep.space, rng)
-        example = ", ".join(f"{key}={value}" for key, value in overrides.items())
-        problems = [f"space: some combinations cannot work, such as {example}"]
-        _try(partial(check, overrides), problems, "  ")
-        if len(problems) > 1:
-            return problems
+        with _collected(problems, "  "):
+            check_run(sweep.config("trial", overrides, **cluster))
+        if problems:
+            example = ", ".join(f"{key}={value}" for key, value in overrides.items())
+            return [f"space: some combinations cannot work, such as {example}", *problems]
     return []
 
 
-def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:
-    """Return the result of `make`; if it fails, add its problems, each after `prefix`, and return None."""
+@contextmanager
+def _collected(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Suppress a ConfigError; add each of its problems to `problems`, after `prefix`."""
     try:
-        return make()
+        yield
     except ConfigError as error:
         lines = str(error).splitlines()
         several = lines[0].endswith("problems in the configuration:")
         problems += [prefix + line.strip() for line in (lines[1:] if several else lines)]
-        return None
-
-
-def with_storage(sweep: Sweep, storage: str, name: str) -> Sweep:
-    """Return the sweep with another storage and name: its folder may have been moved since it was written."""
-    return replace(sweep, settings=replace(sweep.settings, storage=storage, name=name))
