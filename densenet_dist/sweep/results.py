@@ -247,11 +247,6 @@ def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[
     return files if best is None else files | {BEST_FILE: best_yaml(sweep, best)}
 
 
-def read_usage(folder: RunFolder) -> Usage:
-    """Read the time that a sweep has used from sweep.json; none if the file is missing, damaged or older."""
-    return folder.read(RESULTS_FILE, Usage, strict=False) or Usage()
-
-
 def best_yaml(sweep: Sweep, trial: Trial) -> str:
     """Return the best trial's configuration for `train`, under another name and outside the sweep's folder."""
     config = sweep.config(f"{sweep.settings.name}-best", trial.overrides, storage=sweep.settings.storage)

@@ -13,7 +13,7 @@ import ray
 from optuna.trial import TrialState
 
 from densenet_dist.cluster.ray_tune import make_scheduler, make_searcher, points_to_try
-from densenet_dist.cluster.sweep import open_sweep, tune
+from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
@@ -31,7 +31,6 @@ from densenet_dist.sweep.results import (
     best_trial,
     format_results,
     ranked,
-    read_usage,
     trials_on_record,
 )
 
@@ -201,7 +200,7 @@ def test_resuming_and_extending_a_sweep(sweep, folder):
     folder.write(RESULTS_FILE, json.dumps({"hours": 1.5, "gpu_hours": 0.5}))
     result = tune(extended, resume=True, listener=list)
     assert (result.ended_by, len(result.trials)) == ("max_hours: 1 hours are over", 2)
-    assert read_usage(folder) == Usage(1.5, 0.5)
+    assert SweepRecord(folder, extended, list).usage == Usage(1.5, 0.5)
     assert open_sweep(folder.location).trials == 3
 
 
