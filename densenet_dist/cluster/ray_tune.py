@@ -123,7 +123,7 @@ def _make_tuner(
         # The values come from the points, but Tune requires their keys here; Optuna's searcher has its own space.
         param_space=dict.fromkeys(sweep.space) if settings.search.name != "optuna" else {},
         tune_config=tune.TuneConfig(
-            scheduler=make_scheduler(sweep, ended),
+            scheduler=make_scheduler(sweep, recorded),
             search_alg=make_searcher(sweep, ended, points, room.concurrent),
             num_samples=len(recorded) - len(ended) + max(0, sweep.trials - len(recorded)),
             max_concurrent_trials=room.concurrent if settings.search.name == "optuna" else None,
@@ -212,7 +212,24 @@ class _PastTrial(str):
         return str(self)
 
 
-class _Median(schedulers.MedianStoppingRule):  # type: ignore[misc]  # Ray's classes are untyped
+class _WithPast(schedulers.FIFOScheduler):  # type: ignore[misc]  # Ray's classes are untyped
+    """A scheduler that is told the past values of a trial when it is added: a resumed one has a new id in Tune."""
+
+    past: dict[str, dict[int, float]]  # by name and epoch
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        for epoch, value in self.past.pop(str(trial), {}).items():
+            super().on_trial_add(controller, trial)
+            # It records the value without deciding whether to stop the trial, which ASHA then forgets.
+            super().on_trial_complete(controller, trial, {"epoch": epoch, self._metric: value})
+        super().on_trial_add(controller, trial)
+
+
+class _Asha(_WithPast, schedulers.AsyncHyperBandScheduler):  # type: ignore[misc]
+    """Successive halving."""
+
+
+class _Median(_WithPast, schedulers.MedianStoppingRule):  # type: ignore[misc]
     """Median stopping without pauses, which need Tune's checkpoints, and without trials that ended before an epoch."""
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -223,8 +240,8 @@ class _Median(schedulers.MedianStoppingRule):  # type: ignore[misc]  # Ray's cla
         return self.CONTINUE
 
 
-def make_scheduler(sweep: Sweep, ended: Sequence[Trial]) -> Any:
-    """Return Tune's scheduler; ASHA and median stopping compare new trials with those that ended before, too."""
+def make_scheduler(sweep: Sweep, recorded: Sequence[Trial]) -> Any:
+    """Return Tune's scheduler; ASHA and median stopping know what recorded trials achieved."""
     settings, searched = sweep.settings, sweep.space.get("train.epochs")
     wanted = settings.scheduler
     if wanted.name == "fifo":
@@ -234,17 +251,15 @@ def make_scheduler(sweep: Sweep, ended: Sequence[Trial]) -> Any:
         scheduler = _Median(**measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials)
     else:
         epochs = int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
-        scheduler = schedulers.AsyncHyperBandScheduler(
+        scheduler = _Asha(
             **measured,
             # The last epoch must not be a rung: stopping there would save nothing but the test.
             max_t=max(epochs, wanted.grace_epochs + 1),
             grace_period=wanted.grace_epochs,
             reduction_factor=wanted.reduction_factor,
         )
-    for trial in ended:
-        past = _PastTrial(trial.name)
-        for epoch, value in trial.history.items():
-            # `on_trial_complete` records the value without deciding whether to stop a trial.
-            scheduler.on_trial_add(None, past)
-            scheduler.on_trial_complete(None, past, {"epoch": epoch, settings.metric: value})
+    scheduler.past = {trial.name: trial.history for trial in recorded}
+    for trial in recorded:
+        if trial.status != "interrupted":
+            scheduler.on_trial_add(None, _PastTrial(trial.name))
     return scheduler

@@ -12,7 +12,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from densenet_dist.cluster.ray_tune import make_scheduler, make_searcher, points_to_try
+from densenet_dist.cluster.ray_tune import _PastTrial, make_scheduler, make_searcher, points_to_try
 from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError
@@ -160,17 +160,19 @@ def test_trials_on_record(sweep, folder):
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_schedulers_compare_with_trials_that_ended_before(sweep, name):
+def test_schedulers_compare_with_earlier_trials(sweep, name):
     scheduler = f"scheduler={{name: {name}, reduction_factor: 2, min_trials: 2}}"
     asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", scheduler)
     ended = [trial("000", 0.5, 0.6), trial("001", 0.6, 0.7, status="stopped"), trial("002", status="failed")]
+    resumed = [trial("003", 0.5, 0.6, status="interrupted"), trial("004", 0.6, 0.7, status="interrupted")]
     decisions = []
-    for past in (ended, []):
+    for past in (ended, resumed, []):
         scheduler, new = make_scheduler(asked, past), Mock(trial_id="new")
-        scheduler.on_trial_add(None, new)
+        for added in [*(_PastTrial(one.name) for one in past if one.status == "interrupted"), new]:
+            scheduler.on_trial_add(None, added)
         result = {"epoch": 1, "val/top1": 0.1}
         decisions.append(scheduler.on_trial_result(Mock(get_live_trials=list), new, result))
-    assert decisions == ["STOP", "CONTINUE"]
+    assert decisions == ["STOP", "STOP", "CONTINUE"]
 
 
 def test_optuna_learns_the_last_values_of_trials_that_ended_before(sweep):
