@@ -172,6 +172,7 @@ class SweepRecord:
         self.trials = trials_on_record(folder, sweep)
         self.usage = (folder.read(RESULTS_FILE, Usage, strict=False) if self.trials else None) or Usage()
         self._folder, self._sweep = folder, sweep
+        self._unwritten: dict[str, Note] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write_regularly, name="sweep record", daemon=True)
@@ -228,9 +229,16 @@ class SweepRecord:
         note = Note(trial.overrides, parameters=trial.parameters)
         if status in ("stopped", "failed"):  # whether it finished is in its summary, an interrupted one may be resumed
             note = replace(note, status=status, cause=trial.cause)
-        run = RunFolder(self._sweep.folder, trial.name)
-        if run.exists():
-            note.write(run)
+        self._unwritten[trial.name] = note
+        with suppress(StorageError):  # in a callback, Tune would start the trial again; the next write tries it again
+            self._write_notes()
+
+    def _write_notes(self) -> None:
+        for name in list(self._unwritten):
+            run = RunFolder(self._sweep.folder, name)
+            if run.exists():
+                self._unwritten[name].write(run)
+            del self._unwritten[name]
 
     def _write_regularly(self) -> None:
         while not self._closed.wait(_WRITE_EVERY_S):
@@ -238,9 +246,10 @@ class SweepRecord:
                 self._write()
 
     def _write(self) -> None:
-        with self._lock:
-            files = format_results(self._sweep, self.trials, self.usage)
         self._folder.guard()
+        with self._lock:
+            self._write_notes()
+            files = format_results(self._sweep, self.trials, self.usage)
         for name, text in files.items():
             self._folder.write(name, text)
 
