@@ -129,18 +129,19 @@ class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's cla
             raise KeyboardInterrupt(number)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Count a trial's time; never stops a single trial."""
-        self._record.usage.gpu_hours += result.get("time_this_iter_s", 0.0) * self._gpus / 3600
+        """Return False: single trials are stopped by the scheduler."""
         return False
 
     def stop_all(self) -> bool:
-        """Return whether the sweep stops now."""
-        now = time.monotonic()
-        self._record.usage.hours += (now - self._counted_until) / 3600
+        """Count the time since the last call; return whether the sweep stops now."""
+        usage, now = self._record.usage, time.monotonic()
+        hours = (now - self._counted_until) / 3600
         self._counted_until = now
+        usage.hours += hours
+        usage.gpu_hours += hours * self._gpus * len(self.running)
         if not self._stopping:
             if not (self.signals or self.fatal):
-                self.spent = self._record.usage.spent(self._settings)
+                self.spent = usage.spent(self._settings)
             if self.signals or self.fatal or self.spent:
                 self.stop()
         return self._stopping

@@ -168,11 +168,13 @@ def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its
     assert "metric: val/top1 needs validation images" in str(error)
 
 
-def test_hours_of_the_clock():
+def test_hours():
     usage = Usage(hours=0.9)
     hooks = TuneHooks(SweepConfig(max_hours=1.0), Mock(usage=usage), 1.0, Mock())
+    hooks.running = {"trial-000"}
     assert not hooks.stop_all()
     assert 0.9 < usage.hours < 1
+    assert usage.gpu_hours > 0, "epochs that have not ended count, too"
     usage.hours = 1.1
     assert hooks.stop_all()
     assert hooks.spent == "max_hours: 1 hours are over"
