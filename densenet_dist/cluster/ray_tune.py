@@ -145,17 +145,14 @@ def _make_tuner(
 
 
 def _name_trials(recorded: Sequence[Trial]) -> Callable[[Any], str]:
-    """Return a function that names Tune's trials: resumed ones by their settings, new ones by the next number."""
-    resumed = [(trial.overrides, trial.name) for trial in recorded if trial.status == "interrupted"]
+    """Return a function that names Tune's trials: first those that are resumed (see `points_to_try`), then new ones."""
+    resumed = [trial.name for trial in recorded if trial.status == "interrupted"]
     last = max((int(trial.name.removeprefix(TRIAL_PREFIX)) for trial in recorded), default=-1)
 
     def name(trial: Any) -> str:
         nonlocal last
-        overrides = spaces.decode(trial.config)
-        for known in resumed:
-            if known[0] == overrides:
-                resumed.remove(known)
-                return known[1]
+        if resumed:
+            return resumed.pop(0)
         last += 1
         return f"{TRIAL_PREFIX}{last:03d}"
 

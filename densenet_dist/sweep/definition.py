@@ -33,13 +33,7 @@ _REMOVED: Final = ("perturb_epochs", "quantile", "resample_probability")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A validated sweep.
-
-    Attributes:
-        settings: the sweep's own settings.
-        base: the configuration that trials start from, as nested plain values.
-        space: a domain for each dotted key.
-    """
+    """A validated sweep: its own settings, the configuration of its trials, and a domain for each searched key."""
 
     settings: SweepConfig
     base: Mapping[str, Any]
@@ -58,12 +52,7 @@ class Sweep:
         return join_location(self.settings.storage, self.settings.name)
 
     def config(self, name: str, overrides: Mapping[str, Value], **changed: Any) -> Config:
-        """Return the configuration of one trial.
-
-        Args:
-            name: the trial's.
-            overrides: its values of the searched keys.
-            changed: further settings by dotted key.
+        """Return the configuration of a trial: `overrides` and other changed settings, by dotted key, over the base.
 
         Raises:
             ConfigError: these values cannot work together.
