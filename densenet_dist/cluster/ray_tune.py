@@ -26,7 +26,6 @@ from densenet_dist.cluster.tune_hooks import SweepState, TuneHooks
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.lease import Lease
 from densenet_dist.run_folder import join_location
-from densenet_dist.schema import ClusterConfig
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import TRIAL_PREFIX, Trial
@@ -34,13 +33,54 @@ from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import merge, nest
 
 
-def find_room(sweep: Sweep, cluster: ClusterConfig, own_cluster: bool, listener: Callable[[Event], None]) -> TrialRoom:
-    """Choose the resources of trials, once the connected cluster has room for one; report what they wait for.
+def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: bool) -> str | None:
+    """Run the trials of a sweep that have not ended, and update its record; stop if the lease is lost.
+
+    Interrupted trials are resumed; the scheduler and the searcher are told what was achieved before.
+
+    Args:
+        sweep: what is searched, its paths absolute.
+        record: its record.
+        lease: of its folder.
+        own_cluster: whether the connected cluster is private, and so cannot grow.
+
+    Returns:
+        Which budget ended the sweep; None if all trials ended.
 
     Raises:
-        EnvironmentProblem: the cluster lacks the resources of a trial.
+        EnvironmentProblem: the cluster lacks the resources of a trial, or failed.
+        StorageError: another job has taken the folder over.
+        DenseNetDistError: a trial's error that all others would run into as well.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released.
     """
-    settings = sweep.settings
+    room = _find_room(sweep, own_cluster, record.listener)
+    state = on_this_node(SweepState).remote()
+    hooks = TuneHooks(sweep.settings, record, room.gpus_per_trial, state)
+    tuner = _make_tuner(sweep, record.trials, room, lease, hooks, state)
+    for name in ("ray.tune", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is in the events
+    lease.when_lost(hooks.stop)
+    with handled_by(hooks.on_signal):
+        try:
+            tuner.fit()
+        except (tune.TuneError, ray.exceptions.RayError) as error:
+            raise EnvironmentProblem(
+                f"the cluster failed during the sweep: {explain_crash(error, 'the sweep')}\n"
+                f"  resume it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
+            ) from error
+        finally:
+            ray.kill(state)  # Tune keeps a reference to it
+    lease.check()
+    if hooks.fatal is not None:
+        raise hooks.fatal
+    if hooks.spent is None and (hooks.signals or hooks.running):
+        raise KeyboardInterrupt(*hooks.signals[:1])
+    return hooks.spent
+
+
+def _find_room(sweep: Sweep, own_cluster: bool, listener: Callable[[Event], None]) -> TrialRoom:
+    """Choose the resources of trials, once the cluster has room for one; report what they wait for."""
+    settings, cluster = sweep.settings, sweep.config("base", {}).cluster
     room = plan_trials(settings, cluster, sweep.trials, _nodes(), fixed=own_cluster)
     if room.missing:
         listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {room.missing}"})
@@ -69,44 +109,6 @@ def _wait_for_room(room: TrialRoom, workers: int, timeout_s: float) -> None:
             )
     finally:
         ray.util.remove_placement_group(wanted)
-
-
-def run_trials(sweep: Sweep, record: SweepRecord, room: TrialRoom, lease: Lease) -> str | None:
-    """Run the trials of a sweep that have not ended, and update its record; stop if the lease is lost.
-
-    Interrupted trials are resumed; what the others achieved is passed to the scheduler and the searcher.
-
-    Returns:
-        Which budget ended the sweep; None if all trials ended.
-
-    Raises:
-        EnvironmentProblem: the cluster failed.
-        StorageError: another job has taken the folder over.
-        DenseNetDistError: a trial's error that all others would run into as well.
-        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released.
-    """
-    state = on_this_node(SweepState).remote()
-    hooks = TuneHooks(sweep.settings, record, room.gpus_per_trial, state)
-    tuner = _make_tuner(sweep, record.trials, room, lease, hooks, state)
-    for name in ("ray.tune", "ray.train", "ray._private"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is in the events
-    lease.when_lost(hooks.stop)
-    with handled_by(hooks.on_signal):
-        try:
-            tuner.fit()
-        except (tune.TuneError, ray.exceptions.RayError) as error:
-            raise EnvironmentProblem(
-                f"the cluster failed during the sweep: {explain_crash(error, 'the sweep')}\n"
-                f"  resume it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
-            ) from error
-        finally:
-            ray.kill(state)  # Tune keeps a reference to it
-    lease.check()
-    if hooks.fatal is not None:
-        raise hooks.fatal
-    if hooks.spent is None and (hooks.signals or hooks.running):
-        raise KeyboardInterrupt(*hooks.signals[:1])
-    return hooks.spent
 
 
 def _make_tuner(

@@ -108,12 +108,10 @@ def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:
     """Run the trials that have not ended; return which budget ended the sweep early, if any."""
     for key, value in _TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    cluster = sweep.config("base", {}).cluster
-    with connected(cluster) as own_cluster:
-        from densenet_dist.cluster.ray_tune import find_room, run_trials
+    with connected(sweep.config("base", {}).cluster) as own_cluster:
+        from densenet_dist.cluster.ray_tune import run_trials
 
-        room = find_room(sweep, cluster, own_cluster, record.listener)
-        return run_trials(sweep, record, room, lease)
+        return run_trials(sweep, record, lease, own_cluster)
 
 
 def _refuse_used_name(folder: RunFolder) -> None:

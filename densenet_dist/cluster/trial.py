@@ -124,8 +124,9 @@ class _Training:
                 if isinstance(found, BaseException):
                     raise found
                 return found
-            if self._sweep_is_stopping():
-                self.stop()
+            with suppress(ray.exceptions.RayActorError):  # the actor alone is lost: training goes on
+                if ray.get(self._state.stopping.remote()):
+                    self.stop()
         return {}
 
     def stop(self) -> None:
@@ -134,17 +135,11 @@ class _Training:
         self._next.release()
         if not self._thread.is_alive():
             return
-        in_thread = self._sweep.settings.workers == 1
-        self._thread.join(_STOP_S if in_thread else 1.0)
-        if self._thread.is_alive() and not in_thread:
+        has_workers = self._sweep.settings.workers > 1
+        self._thread.join(1.0 if has_workers else _STOP_S)
+        if has_workers and self._thread.is_alive():
             self._barrier.abort(_STOP_S)
             self._thread.join(_STOP_S)
-
-    def _sweep_is_stopping(self) -> bool:
-        try:
-            return bool(ray.get(self._state.stopping.remote()))
-        except ray.exceptions.RayActorError:
-            return False  # only the actor is lost: without the driver, this process would have been killed too
 
     def _run(self) -> None:
         try:

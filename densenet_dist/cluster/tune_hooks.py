@@ -6,18 +6,20 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import ray
 from ray import tune
 
 from densenet_dist.cluster.failures import explain_crash
-from densenet_dist.cluster.sweep import SweepRecord
 from densenet_dist.cluster.trial import ERROR
 from densenet_dist.errors import DamagedRecord, DataError, DenseNetDistError, EnvironmentProblem, StorageError
 from densenet_dist.sweep.results import Status
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import decode
+
+if TYPE_CHECKING:  # the process of `SweepState` needs no more than this module
+    from densenet_dist.cluster.sweep import SweepRecord
 
 _FATAL: Final = (StorageError, DataError, EnvironmentProblem)
 

@@ -173,11 +173,7 @@ class Note:
     parameters: int | None = None
 
     def write(self, run: RunFolder) -> None:
-        """Write trial.json.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Write trial.json."""
         run.write(TRIAL_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 

@@ -18,7 +18,7 @@ from densenet_dist.cluster.sweep import tune
 from densenet_dist.cluster.trial import _Training
 from densenet_dist.cluster.tune_hooks import TuneHooks
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.errors import StorageError
 from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.sweep.results import Usage
 from densenet_dist.sweep.schema import SweepConfig
@@ -163,9 +163,7 @@ def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its
     sweep = load_sweep(tmp_path / "sweep.yaml", f"storage={tmp_path}", "data.name=folder", "data.val_fraction=0")
     training = _Training("trial-000", {}, sweep, None, ("", ""))
     assert not training._on_event({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
-    error = training._output.get(timeout=0)["error"]
-    assert isinstance(error, ConfigError)
-    assert "metric: val/top1 needs validation images" in str(error)
+    assert "metric: val/top1 needs validation images" in str(training._output.get(timeout=0)["error"])
 
 
 def test_hours():

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from densenet_dist.cluster.ray_tune import _PastTrial, make_scheduler, make_searcher, points_to_try
 from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError
+from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.console import SweepConsole
 from densenet_dist.sweep.definition import Sweep, load_sweep
@@ -24,6 +24,7 @@ from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,
     TABLE_FILE,
+    Note,
     SweepResult,
     Trial,
     Usage,
@@ -183,7 +184,7 @@ def test_optuna_learns_the_last_values_of_trials_that_ended_before(sweep):
     assert searcher.suggest("resumed")["train.lr"] == 0.07
 
 
-def test_resuming_and_extending_a_sweep(sweep, folder):
+def test_resuming_and_extending_a_sweep(sweep, folder, monkeypatch):
     ended = [trial("000", 0.5, 0.6), trial("001", 0.6, lr=0.2)]
     for one in ended:
         leave(sweep, one.name, *one.history.values(), overrides=one.overrides, status="stopped")
@@ -202,7 +203,11 @@ def test_resuming_and_extending_a_sweep(sweep, folder):
     folder.write(RESULTS_FILE, json.dumps({"hours": 1.5, "gpu_hours": 0.5}))
     result = tune(extended, resume=True, listener=list)
     assert (result.ended_by, len(result.trials)) == ("max_hours: 1 hours are over", 2)
-    assert SweepRecord(folder, extended, list).usage == Usage(1.5, 0.5)
+    with SweepRecord(folder, extended, list) as record, monkeypatch.context() as full:
+        assert record.usage == Usage(1.5, 0.5)
+        full.setattr(Note, "write", Mock(side_effect=StorageError("the disk is full")))
+        record.update("trial-000", {}, "failed", {}, "NaN")
+    assert [one.status for one in trials_on_record(folder, extended)] == ["failed", "stopped"], "it is written later"
     assert open_sweep(folder.location).trials == 3
 
 
