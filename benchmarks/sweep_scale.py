@@ -12,11 +12,10 @@ import random
 import resource
 import tempfile
 import time
-from typing import Literal
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.results import Note, Trial, Usage, add_epoch, format_results
+from densenet_dist.sweep.results import Note, State, Trial, Usage, add_epoch, format_results
 from densenet_dist.sweep.space import sample
 
 SPACE = (
@@ -58,7 +57,7 @@ def measure_events(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) ->
     levels = [(f"trial-{i:03d}", sample(sweep.space, rng), rng.random()) for i in range(trials)]
     with SweepRecord(folder, sweep, lambda event: None) as record:
         for epoch in range(1, epochs + 1):
-            state: Literal["epoch", "finished"] = "epoch" if epoch < epochs else "finished"
+            state: State = "epoch" if epoch < epochs else "finished"
             for name, overrides, level in levels:
                 before = time.perf_counter()
                 record.update(name, overrides, state, record_of(epoch, level))

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
@@ -25,6 +25,7 @@ from densenet_dist.sweep.results import (
     SWEEP_FILE,
     TRIAL_PREFIX,
     Note,
+    State,
     Status,
     SweepResult,
     Trial,
@@ -189,14 +190,9 @@ class SweepRecord:
         self._write()
 
     def update(
-        self,
-        name: str,
-        overrides: dict[str, Any],
-        state: Literal["epoch"] | Status,
-        figures: Mapping[str, Any],
-        cause: str | None = None,
+        self, name: str, overrides: dict[str, Any], state: State, figures: Mapping[str, Any], cause: str | None = None
     ) -> None:
-        """Record what happened to a trial: it began or ended an epoch, or reached the status `state`."""
+        """Record what happened to a trial: it ended an epoch, or reached the status `state`."""
         settings = self._sweep.settings
         with self._lock:
             trial = next((trial for trial in self.trials if trial.name == name), None)
@@ -244,12 +240,13 @@ class SweepRecord:
                 self._write()
 
     def _write(self) -> None:
-        self._folder.guard()
         with self._lock:
-            self._write_notes()
             files = format_results(self._sweep, self.trials, self.usage)
+        self._folder.guard()
         for name, text in files.items():
             self._folder.write(name, text)
+        with self._lock:
+            self._write_notes()
 
 
 def _absolute(sweep: Sweep) -> Sweep:

@@ -6,7 +6,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 from ray import tune
@@ -14,7 +14,7 @@ from ray import tune
 from densenet_dist.cluster.failures import explain_crash
 from densenet_dist.cluster.trial import ERROR
 from densenet_dist.errors import DamagedRecord, DataError, DenseNetDistError, EnvironmentProblem, StorageError
-from densenet_dist.sweep.results import Status
+from densenet_dist.sweep.results import State
 from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import decode
 
@@ -114,9 +114,7 @@ class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's cla
         text = f"{trial} crashed and is started again: {explain_crash(_last_failure(trial), 'the trial')}"
         self._record.listener({"kind": "note", "text": text, "warning": True})
 
-    def _update(
-        self, trial: Any, state: Literal["epoch"] | Status, figures: dict[str, Any], cause: str | None = None
-    ) -> None:
+    def _update(self, trial: Any, state: State, figures: dict[str, Any], cause: str | None = None) -> None:
         self._record.update(str(trial), decode(trial.config), state, figures, cause)
 
     def _remove_placement_groups(self, trial: Any) -> None:

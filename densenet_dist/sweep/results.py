@@ -31,6 +31,8 @@ TRIAL_PREFIX: Final = "trial-"
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
 """stopped: by the scheduler or a budget; interrupted: neither, it can be resumed."""
+State: TypeAlias = Status | Literal["epoch"]
+"""What an event reports of a trial: its new status, or the end of an epoch."""
 
 
 @dataclass
