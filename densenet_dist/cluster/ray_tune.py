@@ -7,7 +7,7 @@ import os
 import random
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,8 +115,7 @@ def _make_tuner(
     sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, lease: Lease, hooks: TuneHooks, state: Any
 ) -> tune.Tuner:
     settings = sweep.settings
-    points = points_to_try(sweep, recorded)
-    ended = [trial for trial in recorded if trial.status != "interrupted"]
+    ended = sum(trial.status != "interrupted" for trial in recorded)
     base = nest(sweep.base)
     merge(base, nest(room.settings))
     parameters = {"sweep": replace(sweep, base=base), "state": state, "held": lease.held}
@@ -126,8 +125,8 @@ def _make_tuner(
         param_space=dict.fromkeys(sweep.space) if settings.search.name != "optuna" else {},
         tune_config=tune.TuneConfig(
             scheduler=make_scheduler(sweep, recorded),
-            search_alg=make_searcher(sweep, ended, points, room.concurrent),
-            num_samples=len(recorded) - len(ended) + max(0, sweep.trials - len(recorded)),
+            search_alg=make_searcher(sweep, recorded, room.concurrent),
+            num_samples=max(sweep.trials, len(recorded)) - ended,
             max_concurrent_trials=room.concurrent if settings.search.name == "optuna" else None,
             reuse_actors=True,
             trial_name_creator=_name_trials(recorded),
@@ -177,27 +176,27 @@ def points_to_try(sweep: Sweep, recorded: Sequence[Trial]) -> list[dict[str, Any
     return resumed + drawn[: max(0, sweep.trials - len(recorded))]
 
 
-def make_searcher(sweep: Sweep, ended: Sequence[Trial], points: Sequence[Mapping[str, Any]], concurrent: int) -> Any:
-    """Return Tune's search algorithm, which tries `points` first; Optuna also learns from the trials that ended."""
-    encoded = [spaces.encode(point) for point in points]
+def make_searcher(sweep: Sweep, recorded: Sequence[Trial], concurrent: int) -> Any:
+    """Return Tune's search algorithm, which begins with `points_to_try`; Optuna also learns from trials that ended."""
+    points = [spaces.encode(point) for point in points_to_try(sweep, recorded)]
     search = sweep.settings.search
     if search.name != "optuna":
-        return BasicVariantGenerator(points_to_evaluate=encoded, max_concurrent=concurrent)
+        return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=concurrent)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Use another seed than before; otherwise the random trials of a resumed sweep would repeat the first ones.
-    seed = (search.seed + len(ended) + len(points)) % 2**32
+    seed = (search.seed + len(recorded)) % 2**32
     searcher = OptunaSearch(
         space={key: domain.distribution() for key, domain in sweep.space.items()},
         metric=sweep.settings.metric,
         mode="max" if sweep.settings.maximise else "min",
-        points_to_evaluate=encoded or None,
+        points_to_evaluate=points or None,
         sampler=optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed),
     )
-    for trial in ended:
-        if trial.history and spaces.contains(sweep.space, trial.overrides):
+    for trial in recorded:
+        if trial.status != "interrupted" and trial.history and spaces.contains(sweep.space, trial.overrides):
             searcher.add_evaluated_point(spaces.encode(trial.overrides), trial.history[max(trial.history)])
     return searcher
 

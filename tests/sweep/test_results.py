@@ -179,7 +179,7 @@ def test_schedulers_compare_with_earlier_trials(sweep, name):
 def test_optuna_learns_the_last_values_of_trials_that_ended_before(sweep):
     asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", "search.name=optuna")
     ended = [trial("000", 0.6, 0.5), trial("001", 0.2, status="failed"), trial("002"), trial("003", 0.4, lr=7.0)]
-    searcher = make_searcher(asked, ended, [trial("004", 0.3, lr=0.07).overrides], 2)
+    searcher = make_searcher(asked, [*ended, trial("004", 0.3, status="interrupted", lr=0.07)], 2)
     assert [one.value for one in searcher._ot_study.get_trials(states=(TrialState.COMPLETE,))] == [0.5, 0.2]
     assert searcher.suggest("resumed")["train.lr"] == 0.07
 
