@@ -14,8 +14,8 @@ from ray import tune
 from densenet_dist.cluster.failures import explain_crash
 from densenet_dist.cluster.trial import ERROR
 from densenet_dist.errors import DamagedRecord, DataError, DenseNetDistError, EnvironmentProblem, StorageError
+from densenet_dist.sweep.definition import SweepConfig
 from densenet_dist.sweep.results import State
-from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import decode
 
 if TYPE_CHECKING:  # the process of `SweepState` needs no more than this module

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from densenet_dist.pages.figures import STATUSES, colour, drawing, new_figure, shortened, to_svg
 from densenet_dist.pages.render import printable
 from densenet_dist.sweep.console import shown as format_value
-from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.definition import Sweep, SweepConfig
 from densenet_dist.sweep.importance import MIN_TRIALS, importance
 from densenet_dist.sweep.results import Trial
-from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import Choice, Domain
 
 if TYPE_CHECKING:

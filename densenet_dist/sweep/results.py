@@ -17,8 +17,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import ConfigError, DamagedRecord
 from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
-from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import Sweep, SweepConfig
 from densenet_dist.yaml_settings import flatten, read_yaml
 from densenet_dist.yaml_settings import to_yaml as dump_yaml
 

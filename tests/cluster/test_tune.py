@@ -19,9 +19,8 @@ from densenet_dist.cluster.trial import _Training
 from densenet_dist.cluster.tune_hooks import TuneHooks
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.sweep.definition import SweepConfig, load_sweep
 from densenet_dist.sweep.results import Usage
-from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.train.evaluation import evaluate
 
 
