@@ -245,6 +245,7 @@ def make_scheduler(sweep: Sweep, recorded: Sequence[Trial]) -> Any:
     if wanted.name == "fifo":
         return schedulers.FIFOScheduler()
     measured = {"time_attr": "epoch", "metric": settings.metric, "mode": "max" if settings.maximise else "min"}
+    scheduler: _WithPast
     if wanted.name == "median":
         scheduler = _Median(**measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials)
     else:
