@@ -9,7 +9,7 @@ from typing import Any
 
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import SweepConfig
 
 _WORKERS_PER_CPU = 16
 

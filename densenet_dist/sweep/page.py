@@ -25,10 +25,9 @@ from densenet_dist.pages.figures import (
     to_svg,
 )
 from densenet_dist.run_folder import RunFolder, join_location
-from densenet_dist.sweep.definition import Sweep
+from densenet_dist.sweep.definition import Sweep, SweepConfig
 from densenet_dist.sweep.display import short, shown
 from densenet_dist.sweep.results import BEST_FILE, PAGE_FILE, Trial, best_trial, ranked
-from densenet_dist.sweep.schema import SweepConfig
 from densenet_dist.sweep.space import Choice, Domain, contains, encode
 
 if TYPE_CHECKING:

@@ -314,7 +314,7 @@ def test_a_budget(cluster, sweep):
     result = tune(sweep("train.epochs=500", "max_gpu_hours=0.0005"), listener=list)
     assert result.ended_by == "max_gpu_hours: 0.0005 GPU hours are used"
     assert {trial.status for trial in result.trials} == {"stopped"}
-    assert (Path(result.folder) / "best.yaml").exists()
+    assert json.loads((Path(result.folder) / "sweep.json").read_text())["gpu_hours"] > 0.0005
 
 
 def test_a_sweep_whose_folder_is_taken_over_stops(cluster, sweep):

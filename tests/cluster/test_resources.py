@@ -14,7 +14,7 @@ import pytest
 from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_measurement, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import SweepConfig
 
 
 @pytest.mark.parametrize(
