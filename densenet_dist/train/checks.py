@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 
 from densenet_dist.data.datasets import train_size
 from densenet_dist.data.plan import BatchPlan
@@ -19,7 +18,9 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: settings cannot work; the message names each of them.
     """
-    _architecture(config)
+    blocks, frozen = len(_architecture(config).num_layers), config.train.freeze
+    if frozen != "backbone" and (missing := [part for part in frozen if part != "stem" and part > blocks]):
+        raise ConfigError(f"train.freeze: there is no block {missing[0]}; the model has {blocks}")
     images = train_size(config.data.name, config.data.limit)
     if images is not None and config.cluster.engine == "ray" and config.cluster.workers != "auto":
         check_batches(config, images - round(config.data.val_fraction * images), config.cluster.worker_range)
@@ -56,4 +57,4 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
 
 
 def _architecture(config: Config) -> Architecture:
-    return variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
+    return variant_architecture(**config.model.network, num_classes=10, image_size=config.data.side)

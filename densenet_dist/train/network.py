@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,7 +30,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
     """
     if seed is not None:
         torch.manual_seed(seed)
-    return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
+    return densenet(**config.network, num_classes=num_classes, image_size=image_size)
 
 
 def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
@@ -44,7 +43,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
         ConfigError: it needs more; the message states parameters, images and memory.
     """
     train, side = config.train, config.data.side
-    net = variant_architecture(**asdict(config.model), num_classes=num_classes, image_size=side)
+    net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
     state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
     needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)

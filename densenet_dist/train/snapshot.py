@@ -169,7 +169,7 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
 
 
-_CHANGEABLE: Final = ("block", "drop_rate")
+_CHANGEABLE: Final = ("block", "drop_rate", "weights", "pretrained")
 """Model settings that may differ between a checkpoint and the run: the weights fit all the same."""
 
 

@@ -16,12 +16,13 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER
 from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.ddp import RankSync, wrap
+from densenet_dist.train.ddp import RankSync, sync_from_rank0, wrap
 from densenet_dist.train.inputs import (
     digest_of_files,
     engine_of,
@@ -89,9 +90,12 @@ class Trainer:
         model = choose_block(config, context, dataset.num_classes, dataset.image_size, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+        if config.model.weights or config.model.pretrained:
+            self._load_initial_weights()
+        self.model.freeze(train.freeze)
         self.forward = wrap(self.model, config, context, autocast(context.device, train.precision))
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
-        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
+        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
         self.lr_controller = LRController(train, self.train_loader.steps_per_epoch)
 
@@ -107,6 +111,16 @@ class Trainer:
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
+
+    def _load_initial_weights(self) -> None:
+        """Load the weights that a new run starts from, once for all ranks. A collective call."""
+        if self.context.rank == 0 and not self.context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json"):
+            from densenet_dist.train.initial_weights import load_initial_weights
+
+            if message := load_initial_weights(self.model, self.context.run):
+                self.context.note(message)
+        # DDP copies the parameters. Frozen batch norms need the same running statistics on every rank, too.
+        sync_from_rank0(list(self.model.buffers()))
 
     @property
     def eval_model(self) -> nn.Module:
@@ -129,7 +143,7 @@ class Trainer:
             self.step_graph.set_learning_rate(lr)
         else:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.config.model.drop_rate > 0:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
