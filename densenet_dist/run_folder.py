@@ -33,6 +33,7 @@ SPLIT_FILE = "split.json.gz"  # 4.4 MB for the 1.3 million names of ImageNet, wh
 METRICS_FILE = "metrics.jsonl"
 PAGE_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
+WEIGHTS_FILE = "initial.safetensors"
 TEST_RESULTS_FILE = "test_results.json"
 TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
@@ -191,14 +192,15 @@ class RunFolder:
             if kind in delete:
                 delete[kind](place)
 
-    def write(self, relative: str, text: str) -> None:
-        """Write and publish a text file (.gz: compressed) atomically: readers see the old content or the new."""
+    def write(self, relative: str, content: str | bytes) -> None:
+        """Write and publish a file (.gz: compressed) atomically: readers see the old content or the new."""
+        content = content.encode() if isinstance(content, str) else content
         with self._errors("cannot be written", relative):
             target = self.path / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.with_name(f".{target.name}.{os.getpid()}")
             with open(beside, "wb") as file:
-                file.write(gzip.compress(text.encode(), mtime=0) if relative.endswith(".gz") else text.encode())
+                file.write(gzip.compress(content, mtime=0) if relative.endswith(".gz") else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, target)

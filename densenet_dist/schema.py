@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -51,6 +51,8 @@ def _form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+PRETRAINED = ("densenet121", "densenet161", "densenet169", "densenet201")
+"""Variants with weights published by torchvision."""
 EnvVariable: TypeAlias = Annotated[str, _form(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE")]
 ResourceAmount: TypeAlias = Annotated[
     str, _form(r"[^=]+=([1-9]\d{0,14}|0\.\d{0,3}[1-9])", "NAME=AMOUNT, with an integer or a fraction below 1")
@@ -78,6 +80,16 @@ class ModelConfig:
     block: Literal["auto", "fused", "reference"] = "auto"
     """Implementation of dense blocks. All compute the same function: reference is the plain definition; fused needs
     memory linear in depth and is usually faster; auto: the faster one, measured at the start (short runs: fused)."""
+    weights: PathOrUri | None = None
+    """Start from the weights of a run (best checkpoint), an exported .safetensors file or a PyTorch state dict, which
+    may come from torchvision or timm. With another number of classes the classifier starts from random weights."""
+    pretrained: bool = False
+    """densenet121 to densenet201: start from torchvision's weights of ImageNet, downloaded once and verified."""
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The settings that determine the network: the arguments of `densenet` that come from the configuration."""
+        return {key: value for key, value in vars(self).items() if key not in ("weights", "pretrained")}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -217,6 +229,11 @@ class TrainConfig:
     """Images per evaluation step and worker."""
     lr: Positive = 0.1
     """The peak learning rate; it is not scaled with the batch size."""
+    head_lr: Positive | None = None
+    """The peak learning rate of the classifier, which follows the same schedule; null: lr."""
+    freeze: Literal["backbone"] | tuple[Literal["stem"] | Count, ...] = ()
+    """Parts that are not trained: [stem, 1, 2] is the stem and the first two blocks, backbone all but the classifier.
+    Their batch norms use the running statistics."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16, fp16: automatic mixed precision with fp32 weights; fp16 scales the loss. In fp32, convolutions on a GPU use
     TF32 (10 bits of mantissa), PyTorch's default; results differ from those on a CPU by about 1e-3."""
@@ -400,6 +417,10 @@ def validation_conflicts(train: TrainConfig) -> Iterator[str]:
 def conflicts(config: Config) -> Iterator[str]:
     """Yield a message for each combination of settings that cannot work together."""
     train, data, schedule = config.train, config.data, config.train.schedule
+    if config.model.pretrained and config.model.variant not in PRETRAINED:
+        yield f"model.pretrained: choose model.variant={', '.join(PRETRAINED)}; {config.model.variant} has no weights"
+    if config.model.pretrained and config.model.weights is not None:
+        yield "model.pretrained: model.weights is given as well; remove one of them"
     if data.image_size is not None and data.name != "folder":
         yield f"data.image_size: is for data.name=folder; the images of {data.name} have 32 pixels a side"
     if data.flip == "alternating" and data.augment == "none":

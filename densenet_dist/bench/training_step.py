@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -86,7 +86,7 @@ class TrainingStep:
     def __init__(self, variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
         self._variant, self._config, self._num_classes, self._device = variant, config, num_classes, device
         torch.manual_seed(config.seed)
-        settings = {**asdict(config.model), "num_classes": num_classes, "image_size": config.data.side}
+        settings = {**config.model.network, "num_classes": num_classes, "image_size": config.data.side}
         architecture = variant_architecture(**settings)
         if variant.padded:
             settings["growth_rate"] = -(-architecture.growth_rate // 8) * 8

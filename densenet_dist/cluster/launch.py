@@ -132,7 +132,11 @@ def absolute(config: Config) -> Config:
     storage, root = config.storage, config.data.root
     storage = storage if "://" in storage else str(Path(storage).absolute())
     root = root if is_uri(root) else str(Path(root).absolute())
-    return replace(config, storage=storage, data=replace(config.data, root=root))
+    model = config.model
+    if model.weights and not is_uri(model.weights):
+        places = Path(model.weights).absolute(), Path("runs", model.weights).absolute()  # or the name of a run
+        model = replace(model, weights=str(places[not places[0].exists() and places[1].exists()]))
+    return replace(config, storage=storage, model=model, data=replace(config.data, root=root))
 
 
 def require_permanent(storage: str) -> None:
@@ -169,9 +173,13 @@ def _refuse_used_name(run: RunFolder) -> None:
 
 
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
-    """Write config.yaml, unless the run is resumed, and env.json; delete the summary and test results, if any."""
+    """Write config.yaml and the initial weights, unless the run is resumed, and env.json; delete results, if any."""
     environment = describe_environment()
     if not resume:
+        if config.model.pretrained or config.model.weights:
+            from densenet_dist.train.initial_weights import write_initial_weights
+
+            write_initial_weights(run, config)
         run.write(CONFIG_FILE, to_yaml(config))
     else:
         extend_config(run, config)

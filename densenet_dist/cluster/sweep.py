@@ -251,5 +251,6 @@ class SweepRecord:
 
 def _absolute(sweep: Sweep) -> Sweep:
     config = absolute(sweep.config("data", {}, storage=sweep.settings.storage))
-    base = dict(sweep.base) | {"data": dict(sweep.base["data"]) | {"root": config.data.root}}
+    places = {"data": {"root": config.data.root}, "model": {"weights": config.model.weights}}
+    base = {**sweep.base, **{section: {**sweep.base[section], **place} for section, place in places.items()}}
     return replace(sweep.stored_at(config.storage, sweep.settings.name), base=base)

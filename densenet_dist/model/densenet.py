@@ -1,8 +1,9 @@
 """DenseNet: the networks of the notebook, the paper (Huang et al. 2017, arXiv:1608.06993) and torchvision."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class DenseNet(nn.Module):
         if problems := architecture.problems():
             raise ConfigError("\n".join(problems))
         self.architecture = architecture
+        self._frozen: list[str] = []
         self.features = _features(architecture)
         self.classifier = nn.Linear(architecture.head_features(), architecture.num_classes)
         initialize(self, architecture.init)
@@ -57,14 +59,44 @@ class DenseNet(nn.Module):
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits
 
+    def freeze(self, parts: Literal["backbone"] | Sequence[str | int]) -> None:
+        """Exclude parts from training: their weights stay, and their batch normalisations use running statistics.
+
+        Args:
+            parts: ``"stem"`` and numbers of blocks, from 1, or ``"backbone"``: all of them. A block includes the
+                transition after it, the last one the last batch normalisation.
+        """
+        part: str | int = "stem"
+        for name, module in self.features.named_children():
+            if name.startswith("denseblock"):
+                part = int(name.removeprefix("denseblock"))
+            if parts == "backbone" or part in parts:
+                module.requires_grad_(False)
+                self._frozen.append(name)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen:
+            self.features.get_submodule(name).eval()
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # Accept the names in torchvision's published files (norm.1 for norm1) and the prefixes of DataParallel, DDP
-        # (module.) and torch.compile (_orig_mod.). `load_state_dict` passes a copy.
+        # `load_state_dict` passes a copy.
         for name in [name for name in state_dict if name.startswith(prefix)]:
-            renamed = prefix + _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name.removeprefix(prefix)))
+            renamed = prefix + standard_name(name.removeprefix(prefix))
             if renamed not in state_dict:
                 state_dict[renamed] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def standard_name(name: str) -> str:
+    """Return the name of a tensor without the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile).
+
+    The names in torchvision's published files are converted as well: ``norm.1`` to ``norm1``.
+    """
+    return _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name))
 
 
 class Features(nn.Sequential):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,9 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: settings cannot work; the message names each of them.
     """
-    _architecture(config)
+    blocks, frozen = len(_architecture(config).num_layers), config.train.freeze
+    if frozen != "backbone" and (missing := [part for part in frozen if part != "stem" and part > blocks]):
+        raise ConfigError(f"train.freeze: there is no block {missing[0]}; the model has {blocks}")
     images = train_size(config.data.name, config.data.limit)
     if images is not None and config.cluster.engine == "ray" and config.cluster.workers != "auto":
         check_batches(config, images - round(config.data.val_fraction * images), config.cluster.worker_range)
@@ -64,7 +65,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
     dense blocks or of `evaluated` images in the largest block.
     """
     train, side = config.train, config.data.side
-    net = variant_architecture(**asdict(config.model), num_classes=num_classes, image_size=side)
+    net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
     state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
     needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
@@ -84,4 +85,4 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
 
 
 def _architecture(config: Config) -> Architecture:
-    return variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
+    return variant_architecture(**config.model.network, num_classes=10, image_size=config.data.side)

@@ -8,7 +8,6 @@ So the buckets follow the dense blocks.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any, Final, cast
 
 import torch
@@ -36,7 +35,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
     """
     if seed is not None:
         torch.manual_seed(seed)
-    return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
+    return densenet(**config.network, num_classes=num_classes, image_size=image_size)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

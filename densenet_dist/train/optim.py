@@ -15,20 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densenet_dist.model import DenseNet
 from densenet_dist.schedules import SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build the optimizer; with ``decay: weights``, biases and BatchNorm are in a second group without weight decay."""
+def build_optimizer(
+    model: DenseNet, config: OptimizerConfig, lr: float, head_lr: float | None = None
+) -> torch.optim.Optimizer:
+    """Build the optimizer.
+
+    With ``decay: weights``, biases and BatchNorm are in groups of their own without weight decay; with `head_lr`, the
+    parameters of the classifier are, whose learning rate is the schedule's times ``lr_scale``.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.decay == "all":
-        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
-    else:
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if config.decay == "weights":
         # Weights of convolutions and linear layers have two dimensions or more; biases, gamma and beta have one.
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if head_lr is not None:
+        head = {id(p) for p in model.classifier.parameters()}
+        groups = [
+            {**group, "params": [p for p in group["params"] if (id(p) in head) == in_head], "lr_scale": scale}
+            for in_head, scale in ((False, 1.0), (True, head_lr / lr))
+            for group in groups
         ]
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)

@@ -166,7 +166,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_CHANGEABLE: Final = ("block", "drop_rate")
+_CHANGEABLE: Final = ("block", "drop_rate", "weights", "pretrained")
 """Model settings that may differ between a checkpoint and the run: the weights fit all the same."""
 
 

@@ -65,12 +65,12 @@ class StepGraph:
         return result
 
     def set_learning_rate(self, value: float) -> None:
-        """Set the learning rate of every group in the tensor that a captured step reads."""
+        """Set the learning rate of every group, times its ``lr_scale``, in the tensor that a captured step reads."""
         for group in self._optimizer.param_groups:
             # The type alone: "cuda" differs from "cuda:0", and a new tensor would not be the one that a graph reads.
             if not isinstance(group["lr"], Tensor) or group["lr"].device.type != self._device.type:
                 group["lr"] = torch.tensor(value, device=self._device)
-            group["lr"].fill_(value)
+            group["lr"].fill_(value * group.get("lr_scale", 1.0))
             if "capturable" in group:
                 group["capturable"] = True
 

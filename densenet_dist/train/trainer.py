@@ -16,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER
 from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, require_memory
@@ -33,7 +34,7 @@ from densenet_dist.train.inputs import (
 from densenet_dist.train.network import autocast, build_model, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
+from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks, sync_from_rank0
 from densenet_dist.train.results import Metrics
 from densenet_dist.train.snapshot import Position, Snapshot, identity_of, load_weights, require_same
 from densenet_dist.train.step_graph import StepGraph
@@ -82,9 +83,12 @@ class Trainer:
         model = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+        if config.model.weights or config.model.pretrained:
+            self._load_initial_weights()
+        self.model.freeze(train.freeze)
         self.forward = wrap(self.model, config, context)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
-        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
+        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
         self.lr_controller = LRController(train, self.train_loader.steps_per_epoch)
 
@@ -100,6 +104,16 @@ class Trainer:
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
+
+    def _load_initial_weights(self) -> None:
+        """Load the weights that a new run starts from, once for all ranks. A collective call."""
+        if self.context.rank == 0 and not self.context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json"):
+            from densenet_dist.train.initial_weights import load_initial_weights
+
+            if message := load_initial_weights(self.model, self.context.run):
+                self.context.note(message)
+        # DDP copies the parameters. Frozen batch norms need the same running statistics on every rank, too.
+        sync_from_rank0(list(self.model.buffers()))
 
     @property
     def eval_model(self) -> nn.Module:
@@ -122,7 +136,7 @@ class Trainer:
             self.step_graph.set_learning_rate(lr)
         else:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.config.model.drop_rate > 0:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
