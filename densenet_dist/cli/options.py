@@ -16,6 +16,7 @@ from densenet_dist.yaml_settings import bundled_names, find_file, is_override, r
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from densenet_dist.run_folder import RunFolder
     from densenet_dist.schema import Config
 
 
@@ -67,10 +68,15 @@ AsJson = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def load(sources: list[str] | None) -> Config:
-    """Load the configuration from a command's arguments."""
+def load(sources: list[str] | None, start_from: RunFolder | None = None) -> Config:
+    """Load the configuration from a command's arguments, for a new run from the weights of `start_from` if given."""
     from densenet_dist.config import load_config  # takes 0.2 s, which --help and completion need not wait for
 
+    changes = {}
+    if start_from is not None:
+        changes = {"model": {"weights": start_from.location, "pretrained": False}}
+        if all(map(is_override, sources or ())):
+            sources = [str(start_from.fetch("config.yaml")), *(sources or ())]
     if not sources:
         raise ConfigError(
             "name a configuration, such as quickstart (or --resume RUN to resume a run)\n"
@@ -80,7 +86,7 @@ def load(sources: list[str] | None) -> Config:
     sources = [str(fetch_file(source)) if is_uri(source) else source for source in sources]
     for source in filter(is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file\n  run its trials: densenet-dist tune {source}")
-    return load_config(*sources)
+    return load_config(*sources, changes)
 
 
 def is_sweep(source: str) -> bool:

@@ -16,7 +16,19 @@ def train(
     sources: Sources = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="RUN", help="Resume this run from its last checkpoint."),
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Resume this run from its last checkpoint; train.epochs=N extends it if its schedule allows that.",
+        ),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Start a new run from the best weights of this run, with its configuration if no other is given.",
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -27,6 +39,7 @@ def train(
     densenet-dist train quickstart
     densenet-dist train configs/cifar10_notebook.yaml model.growth_rate=24 name=k24
     densenet-dist train --resume runs/k24
+    densenet-dist train --from runs/k24 train.lr=0.01 name=k24-again
     """
     from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.cluster.signals import handle
@@ -38,7 +51,12 @@ def train(
     location = resume
     with RunJsonLines() if as_json else Console(quiet) as console:
         try:
-            config = load(sources) if resume is None else resume_config(open_run(resume), only_settings(sources))
+            if resume is not None and start_from is not None:
+                raise ConfigError("--resume continues a run and --from starts a new one; give one of them")
+            if resume is None:
+                config = load(sources, None if start_from is None else open_run(start_from))
+            else:
+                config = resume_config(open_run(resume), only_settings(sources))
             if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # torchrun
                 console.mute()
             location = join_location(config.storage, config.name)

@@ -113,6 +113,15 @@ def test_a_command_lists_all_tensors_that_do_not_fit(command, first):
     assert not Path("runs/b/checkpoints").exists()
 
 
+def test_a_new_run_starts_from_another_with_its_configuration(command, first):
+    assert command("train", "--from", first, "train.epochs=1", "storage=runs", "name=second", "--quiet")[0] == 0
+    config = load_config("runs/second/config.yaml")
+    assert (config.model.weights, config.data.limit) == (str(first), 75)
+    assert_close(load_file("runs/second/initial.safetensors"), read_weights(str(first)), rtol=0, atol=0)
+    code, _, errors = command("train", "--from", first, "--resume", first)
+    assert (code, "give one of them" in errors) == (2, True)
+
+
 def test_pretrained_weights_are_torchvisions_and_verified(tmp_path, monkeypatch):
     torch.manual_seed(0)
     theirs = densenet121().eval()
