@@ -256,7 +256,8 @@ class RunFolder:
         """
         if not self.exists(METRICS_FILE):
             return []
-        records, lines = [], self._content(METRICS_FILE).splitlines()
+        records = []
+        lines = self._content(METRICS_FILE).splitlines()
         for line in lines:
             with suppress(ValueError, OverflowError, RecursionError):
                 records.append(_Line.model_validate(json.loads(line)).model_dump())

@@ -198,6 +198,7 @@ def export(
     """
     with status("loading PyTorch"):
         from densenet_dist.inference.exporting import export as export_run
+
     with status("exporting"):
         made = export_run(
             run,
