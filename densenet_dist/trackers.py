@@ -297,8 +297,11 @@ class MlflowTracker(Tracker):
         self._client.log_batch(self._id, metrics=metrics)
 
 
+_KINDS: Final[tuple[type[Tracker], ...]] = (WandbTracker, MlflowTracker)
+
+
 def _enabled(config: Config) -> list[type[Tracker]]:
-    return [kind for kind in (WandbTracker, MlflowTracker) if getattr(config.log, kind.module).enabled]
+    return [kind for kind in _KINDS if getattr(config.log, kind.module).enabled]
 
 
 def require_trackers(config: Config) -> None:
@@ -329,7 +332,7 @@ def open_trackers(config: Config, run: RunFolder, records: Sequence[Record]) -> 
 
 def links(run: RunFolder) -> dict[str, str]:
     """Return where to view a run, by service, for the services that were reached and have an address."""
-    addresses = {kind.name: kind.read_state(run).url for kind in (WandbTracker, MlflowTracker)}
+    addresses = {kind.name: kind.read_state(run).url for kind in _KINDS}
     return {name: url for name, url in addresses.items() if url is not None}
 
 

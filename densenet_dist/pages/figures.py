@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 SHADES: Final = 7
@@ -121,7 +121,7 @@ def set_epoch_axes(axes: Axes, label: str) -> None:
     axes.set(xlabel="epoch", ylabel=label)
 
 
-def set_logarithmic(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
+def set_logarithmic(axis: XAxis | YAxis, subs: Sequence[float] = (1, 2, 5)) -> None:
     """Set a logarithmic scale with plain numbers; `subs` are the ticks of a decade."""
     from matplotlib.ticker import LogLocator
 

@@ -49,7 +49,7 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     """
     settings = sweep.settings
     best = best_trial(trials, settings.maximise)
-    counts = Counter(trial.status for trial in trials)
+    counts: Counter[str] = Counter(trial.status for trial in trials)
     started = [trial for trial in trials if trial.history]
     compared = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
     shares = importance(sweep, compared)
