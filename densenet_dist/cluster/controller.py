@@ -144,7 +144,7 @@ class WorkerCount(ElasticScalingPolicy):  # type: ignore[misc]
             placed = ray.util.placement_group_table(self._placement)
             if placed.get("state") != "REMOVED":
                 room += sum(node in free for node in placed.get("bundles_to_node_id", {}).values())
-        return min(room, super()._count_possible_workers(reserved_resources))
+        return min(room, int(super()._count_possible_workers(reserved_resources)))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Note that there are no workers to save."""

@@ -251,6 +251,7 @@ class SweepRecord:
 
 def _absolute(sweep: Sweep) -> Sweep:
     config = absolute(sweep.config("data", {}, storage=sweep.settings.storage))
-    places = {"data": {"root": config.data.root}, "model": {"weights": config.model.weights}}
-    base = {**sweep.base, **{section: {**sweep.base[section], **place} for section, place in places.items()}}
+    base = dict(sweep.base)
+    base["data"] = {**base["data"], "root": config.data.root}
+    base["model"] = {**base["model"], "weights": config.model.weights}
     return replace(sweep.stored_at(config.storage, sweep.settings.name), base=base)

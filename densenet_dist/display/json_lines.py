@@ -32,7 +32,7 @@ class JsonLines:
         self._stdout = self._out = sys.stdout
         if self._stdout is sys.__stdout__:
             # C libraries print too, so the file descriptor itself is redirected.
-            self._stdout.flush()
+            sys.stdout.flush()
             self._out = os.fdopen(os.dup(1), "w", encoding="ascii")
             os.dup2(2, 1)
         sys.stdout = sys.stderr

@@ -125,7 +125,8 @@ def set_logarithmic(axis: XAxis | YAxis, subs: Sequence[float] = (1, 2, 5)) -> N
     """Set a logarithmic scale with plain numbers; `subs` are the ticks of a decade."""
     from matplotlib.ticker import LogLocator
 
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
+    set_scale("log")
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter("{x:g}")  # the default formatter needs math text, which pages turn off
     axis.minorticks_off()
