@@ -36,7 +36,8 @@ from densenet_dist.bench.common import median_and_spread, num_classes, number, p
 from densenet_dist.bench.scaling import MODES, barrier, bench_scaling, longest, print_scaling
 from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
-from densenet_dist.data.loader import Batch, synchronize
+from densenet_dist.data.loader import Batch
+from densenet_dist.data.speed import synchronize
 from densenet_dist.schema import Config
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import AUTOCAST, bucket_sizes, no_sync

@@ -18,7 +18,7 @@ from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.data.dali_loader import require_dali
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.loader import Speed, measure
+from densenet_dist.data.speed import Speed, measure
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config

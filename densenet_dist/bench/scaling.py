@@ -36,7 +36,8 @@ from densenet_dist.cluster.resources import count_fitting, plan_resources
 from densenet_dist.config import to_dict
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import Split
-from densenet_dist.data.loader import Batch, synchronize
+from densenet_dist.data.loader import Batch
+from densenet_dist.data.speed import synchronize
 from densenet_dist.display.progress import counted
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder

@@ -20,7 +20,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
 from densenet_dist.cluster.resources import local_threads
-from densenet_dist.data.loader import Batch, BatchRecipe, synchronize
+from densenet_dist.data.loader import Batch, BatchRecipe
+from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.variants import densenet, variant_architecture

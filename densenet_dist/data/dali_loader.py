@@ -26,8 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from densenet_dist.data.engine import BatchProducer, Engine, Request, UnreadableFiles, read_all
+from densenet_dist.data.engine import BatchProducer, Engine, Request
 from densenet_dist.data.image_files import BadImage, ImageFiles, Split
+from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 from densenet_dist.errors import EnvironmentProblem

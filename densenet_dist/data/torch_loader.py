@@ -19,8 +19,9 @@ from torch import Tensor
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
 from densenet_dist.data.background import map_ahead
-from densenet_dist.data.engine import BatchProducer, Engine, Recipe, Request, read_all, upload
+from densenet_dist.data.engine import BatchProducer, Engine, Recipe, Request, upload
 from densenet_dist.data.image_files import Split
+from densenet_dist.data.substitutes import read_all
 
 _CPU_PIECE = 64
 """Images that a CPU processes at a time: few enough for its cache, whatever the batch size (docs/log.md)."""

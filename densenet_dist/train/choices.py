@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from densenet_dist.data.dali_loader import dali_installed
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import ENGINES
-from densenet_dist.data.loader import Speed, measure, synchronize
+from densenet_dist.data.speed import Speed, measure, synchronize
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import DenseNet
 from densenet_dist.model.kernels import unavailable

@@ -15,10 +15,11 @@ from image_loaders import train_loader as any_loader
 from PIL import Image
 
 from densenet_dist.data.augment import Augmentation
-from densenet_dist.data.engine import Engine, Substitutes
+from densenet_dist.data.engine import Engine
 from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.loader import Batch, TrainLoader
 from densenet_dist.data.plan import epoch_order
+from densenet_dist.data.substitutes import Substitutes
 from densenet_dist.errors import DataError
 
 CLASSES, OF_EACH = 3, 14
