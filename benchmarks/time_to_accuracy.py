@@ -58,7 +58,7 @@ def time_to_accuracy(
     """Train with seeds ``config.seed``, ``+ 1``, ... on one device, and evaluate the test images after every epoch.
 
     Args:
-        config: what is trained; ``train.epochs`` is the whole course.
+        config: what is trained; ``train.epochs`` is the whole schedule.
         targets: test top-1, 0 to 1.
         seeds: how many.
         before: an earlier outcome of the same configuration: its seeds are not trained again.
@@ -73,7 +73,7 @@ def time_to_accuracy(
         ConfigError: where something is configured that a validation decides, or `before` is of something else.
         TrainingError: where a loss is not finite.
     """
-    _require_fixed_course(config)
+    _require_fixed_schedule(config)
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=None))
     found = _outcome(config, targets) if before is None else _taken_up(before, config, targets)
     left = [config.seed + number for number in range(seeds)]
@@ -125,13 +125,13 @@ def _mean(values: Sequence[float]) -> dict[str, float | None]:
     return interval(values)._asdict()
 
 
-def _require_fixed_course(config: Config) -> None:
+def _require_fixed_schedule(config: Config) -> None:
     for what, asked in (
         ("train.schedule.name=plateau", config.train.schedule.name == "plateau"),
         ("train.early_stopping.enabled=true", config.train.early_stopping.enabled),
     ):
         if asked:
-            raise ConfigError(f"{what}: nothing is validated here; choose a course that is fixed beforehand")
+            raise ConfigError(f"{what}: nothing is validated here; choose a schedule that is fixed beforehand")
 
 
 def _outcome(config: Config, targets: Sequence[float]) -> dict[str, Any]:

@@ -24,10 +24,12 @@ from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProble
 from densenet_dist.model import DenseNet
 from densenet_dist.model.densenet import standard_name
 from densenet_dist.object_store import fetch_file, is_uri
-from densenet_dist.run_folder import CONFIG_FILE, WEIGHTS_FILE, RunFolder, open_run
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
+from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import load_checkpoint
 from densenet_dist.train.network import build_model
+from densenet_dist.train.ranks import sync_from_rank0
 from densenet_dist.train.snapshot import require_same_tensors, tensor_specs
 
 _PICKLES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -72,28 +74,33 @@ def _is_classifier(name: str) -> bool:
     return name.startswith("classifier.")
 
 
-def load_initial_weights(model: DenseNet, run: RunFolder) -> str | None:
-    """Load the weights that `write_initial_weights` wrote.
+def load_initial_weights(model: DenseNet, context: RunContext) -> None:
+    """Load the weights that `write_initial_weights` wrote if the run has no checkpoint yet. A collective call.
 
-    Returns:
-        A message if the classifier keeps its random weights because the loaded ones do not fit, else None.
+    Rank 0 reads them; DDP copies the parameters to the other ranks. If the classifier does not fit, it keeps its random
+    weights, with a note.
 
     Raises:
         StorageError: the file is missing or cannot be read.
         CheckpointError: the file is damaged.
     """
+    if context.rank == 0 and not context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json"):
+        _load(model, context)
+    sync_from_rank0(list(model.buffers()))  # frozen batch norms need the running statistics on every rank
+
+
+def _load(model: DenseNet, context: RunContext) -> None:
+    run = context.run
     try:
         weights = load_file(run.fetch(WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{run.uri}/{WEIGHTS_FILE} is damaged: {error}\n  start a new run: name=NEW") from error
     own = model.state_dict()
     classifiers = [tensor_specs({n: t for n, t in each.items() if _is_classifier(n)}) for each in (weights, own)]
-    message = None
     if classifiers[0] != classifiers[1]:
         weights = _features(weights)
-        message = f"the classifier of {model.architecture.num_classes} classes starts from random weights"
+        context.note(f"the classifier of {model.architecture.num_classes} classes starts from random weights")
     model.load_state_dict(own | weights)
-    return message
 
 
 def read_weights(location: str) -> dict[str, Tensor]:

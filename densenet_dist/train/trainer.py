@@ -16,12 +16,12 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
-from densenet_dist.run_folder import CHECKPOINTS_FOLDER
 from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import Goodput, RunContext
+from densenet_dist.train.initial_weights import load_initial_weights
 from densenet_dist.train.inputs import (
     digest_of_files,
     engine_of,
@@ -34,7 +34,7 @@ from densenet_dist.train.inputs import (
 from densenet_dist.train.network import autocast, build_model, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks, sync_from_rank0
+from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
 from densenet_dist.train.results import Metrics
 from densenet_dist.train.snapshot import Position, Snapshot, identity_of, load_weights, require_same
 from densenet_dist.train.step_graph import StepGraph
@@ -84,7 +84,7 @@ class Trainer:
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
         if config.model.weights or config.model.pretrained:
-            self._load_initial_weights()
+            load_initial_weights(self.model, context)
         self.model.freeze(train.freeze)
         self.forward = wrap(self.model, config, context)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
@@ -104,16 +104,6 @@ class Trainer:
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
-
-    def _load_initial_weights(self) -> None:
-        """Load the weights that a new run starts from, once for all ranks. A collective call."""
-        if self.context.rank == 0 and not self.context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json"):
-            from densenet_dist.train.initial_weights import load_initial_weights
-
-            if message := load_initial_weights(self.model, self.context.run):
-                self.context.note(message)
-        # DDP copies the parameters. Frozen batch norms need the same running statistics on every rank, too.
-        sync_from_rank0(list(self.model.buffers()))
 
     @property
     def eval_model(self) -> nn.Module:
