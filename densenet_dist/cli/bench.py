@@ -54,11 +54,7 @@ def bench_model(
     batch_sizes: BatchSizes = "64,128,256,512,1024,2048",
     variants: Annotated[
         str,
-        typer.Option(
-            "--variants",
-            "--arms",
-            help="Comma-separated; also padded, compiled_graph, padded_compiled_graph.",
-        ),
+        typer.Option(help="Comma-separated; also padded, compiled_graph, padded_compiled_graph."),
     ] = "reference,compiled,fused,graph",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,
