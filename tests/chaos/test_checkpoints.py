@@ -77,32 +77,21 @@ def remove(name: str, checkpoint: Path) -> None:
     (checkpoint / name).unlink()
 
 
+DAMAGES = (
+    ("weights-flipped", "a bit of the weights is flipped", partial(flip, "model.safetensors")),
+    ("average-flipped", "a bit of the averaged weights", partial(flip, "ema.safetensors")),
+    ("state-flipped", "a bit of the optimizer state", partial(flip, "state.pt")),
+    ("weights-truncated", "the weights are cut in half", partial(truncate, "model.safetensors")),
+    ("state-removed", "the optimizer state is deleted", partial(remove, "state.pt")),
+    ("folder-removed", "all of it is deleted", shutil.rmtree),
+)
+
+
 @pytest.mark.parametrize(
     "damage",
     cases(
         "reported; resumes from the checkpoint before it; equal",
-        (
-            "weights-flipped",
-            "damage to the newest checkpoint: a bit of the weights is flipped",
-            partial(flip, "model.safetensors"),
-        ),
-        (
-            "average-flipped",
-            "damage to the newest checkpoint: a bit of the averaged weights",
-            partial(flip, "ema.safetensors"),
-        ),
-        ("state-flipped", "damage to the newest checkpoint: a bit of the optimizer state", partial(flip, "state.pt")),
-        (
-            "weights-truncated",
-            "damage to the newest checkpoint: the weights are cut in half",
-            partial(truncate, "model.safetensors"),
-        ),
-        (
-            "state-removed",
-            "damage to the newest checkpoint: the optimizer state is deleted",
-            partial(remove, "state.pt"),
-        ),
-        ("folder-removed", "damage to the newest checkpoint: all of it is deleted", shutil.rmtree),
+        *((name, f"damage to the newest checkpoint: {what}", damage) for name, what, damage in DAMAGES),
     ),
 )
 def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:

@@ -4,7 +4,9 @@ import signal
 import time
 
 import pytest
-from chaos_lab import LOCAL, STEPS, Lab, all_records, cases, largest_difference_of_losses
+from chaos_lab import LOCAL, STEPS, Lab, cases, largest_difference_of_losses
+
+from densenet_dist.run_folder import open_run
 
 SAME = "resumes; equal"
 RAY = ("cluster.workers=2", "cluster.max_failures=30")
@@ -25,7 +27,8 @@ def test_worker_killed(lab: Lab) -> None:
     reference = lab.undisturbed(*settings)
     run.finish_like(reference)
     found, best = (
-        [line for line in all_records(folder) if "goodput/ratio" in line][-1] for folder in (run.folder, reference)
+        [line for line in open_run(str(folder)).read_records() if "goodput/ratio" in line][-1]
+        for folder in (run.folder, reference)
     )
     lost = found["goodput/lost_to_recovery"]
     assert lost > 0.1, f"20 recoveries are not counted: {found}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from s3_server import reset
-from toy_cifar import Toy
+from toy_cifar import Toy, visible
 
 from densenet_dist.data import cifar_source
 from densenet_dist.data.cifar_source import fetch
@@ -86,10 +86,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "root"
-
-
-def visible(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
 
 
 @pytest.mark.parametrize("length", [True, False])

@@ -43,11 +43,6 @@ def renderer() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "render.py")))
 
 
-@pytest.fixture(scope="session")
-def starter() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "start.py")))
-
-
 @pytest.fixture
 def values() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "launch" / "values.yaml").read_text())

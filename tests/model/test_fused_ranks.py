@@ -26,15 +26,11 @@ def images(channels: int = 3, mean: float = 0.0) -> tuple[Tensor, Tensor]:
     return x, torch.randn(IMAGES, 3, generator=generator, dtype=torch.float64)
 
 
-def loss_of(logits: Tensor, weights: Tensor) -> Tensor:
-    return (logits * weights).sum() + logits.square().sum()
-
-
 def step(model: nn.Module, x: Tensor, weights: Tensor, factor: float = 1.0) -> dict[str, Any]:
     """Run a step with the sum of the loss, scaled so that DDP's average is the sum over all images."""
     x = x.clone().requires_grad_()
     logits = model(x)
-    (loss_of(logits, weights) * factor).backward()
+    (((logits * weights).sum() + logits.square().sum()) * factor).backward()
     module = model.module if isinstance(model, DistributedDataParallel) else model
     return {"logits": logits.detach(), "x": x.grad / factor, **state_of(module)}
 

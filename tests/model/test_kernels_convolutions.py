@@ -150,16 +150,6 @@ def test_relu_signs_equal_those_of_bn_relu(native: NativeKernels, dtype: torch.d
     assert 0.1 < (rectified[1:] > 0).double().mean() < 0.9
 
 
-def all_at_once(native: NativeKernels, layer: Layer) -> list[Tensor]:
-    """Return slot, mean, variance, out, sums and the weight's gradient."""
-    maps, norm, weight, dropout, d_made, carry = layer
-    slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
-    mean, var, sums = weight.new_empty(len(weight)), weight.new_empty(len(weight)), weight.new_empty(2, maps.shape[1])
-    native.convolve(maps, norm, weight, dropout, slot, Statistics(mean, var))
-    native.convolve_backward(maps, NormGrad(norm, sums, None), weight, d_made, carry, out, d_weight)
-    return [slot, mean, var, out, sums, d_weight]
-
-
 @each_side
 @pytest.mark.parametrize("where", ["maps", "weight", "d_made", "carry"])
 def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: str, side: int) -> None:
@@ -171,8 +161,13 @@ def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: s
             layer.weight[4, 5] = math.nan
         else:
             getattr(layer, where)[image, 4 if where == "d_made" else 5, pixel // 15, pixel % 15] = math.nan
-        # In slot, mean, var, out, sums, d_weight. As in PyTorch, the gradient passes where y is NaN.
-        assert [int(tensor.isnan().any()) for tensor in all_at_once(native, layer)] == {
+        maps, norm, weight, dropout, d_made, carry = layer
+        slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
+        (mean, var), sums = weight.new_empty(2, len(weight)), weight.new_empty(2, maps.shape[1])
+        native.convolve(maps, norm, weight, dropout, slot, Statistics(mean, var))
+        native.convolve_backward(maps, NormGrad(norm, sums, None), weight, d_made, carry, out, d_weight)
+        # As in PyTorch, the gradient passes where y is NaN.
+        assert [int(tensor.isnan().any()) for tensor in (slot, mean, var, out, sums, d_weight)] == {
             "maps": [1, 1, 1, 0, 1, 1],
             "weight": [1, 1, 1, 1, 1, 0],
             "d_made": [0, 0, 0, 1, 1, 1],

@@ -74,12 +74,6 @@ def test_compression_rounds_down(variant: str, growth_rate: int, compression: fl
         ("notebook", {"num_layers": 10**6}, "model.num_layers, model.growth_rate: 22,190,027,545,006,310 parameters"),
         ("notebook", {"growth_rate": 10**5}, "model.num_layers, model.growth_rate: 28,470,127,500,010 parameters"),
         ("notebook", {"depth": 40}, "model.depth: notebook has no setting for the depth; use model.num_layers instead"),
-        (
-            "notebook",
-            {"num_layers": [2] * 7},
-            "model.num_layers: images of 32x32 are too small for 7 blocks: 0x0 would remain in the last one, "
-            "which needs 2x2; use at most 5 blocks or images of at least 128x128",
-        ),
     ],
 )
 def test_problem_is_named(variant: str, options: dict[str, Any], problem: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from photos import write_photos
-from ray_runs import is_ray_process, kill_tree, records
+from ray_runs import is_ray_process, kill_tree, records, weights
 
 TINY = (
     *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),
@@ -56,7 +56,10 @@ class Started:
     @property
     def saved(self) -> int:
         """The step of the newest complete checkpoint; 0 without one."""
-        return newest_step(self.folder)
+        with suppress(FileNotFoundError):
+            names = [path.name for path in (self.folder / "checkpoints").iterdir()]
+            return max((int(name[5:13]) for name in names if re.match(r"step-\d{8}", name)), default=0)
+        return 0
 
     def end(self, code: int, *words: str, seconds: float = 240) -> None:
         """Wait for its end, which must have this exit code, and for words that it must have printed."""
@@ -205,7 +208,7 @@ def write_pictures(folder: Path, *labels: str) -> tuple[str, ...]:
 
 def require_same(folder: Path, reference: Path) -> None:
     """Require that two finished runs are equal bit for bit, except for what depends on the clock."""
-    for what, of in (("weights", newest_weights), ("metrics.jsonl", records), ("TensorBoard", scalars)):
+    for what, of in (("weights", weights), ("metrics.jsonl", records), ("TensorBoard", scalars)):
         assert of(folder) == of(reference), f"{what} of {folder.name} differ from those of the undisturbed run"
 
 
@@ -215,28 +218,10 @@ def largest_difference_of_losses(folder: Path, reference: Path) -> float:
     return max(abs(one[key] - other[key]) for one, other in pairs for key in one if key.endswith("/loss"))
 
 
-def newest_step(folder: Path) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
-    with suppress(FileNotFoundError):
-        names = [path.name for path in (folder / "checkpoints").iterdir()]
-        return max((int(name[5:13]) for name in names if re.match(r"step-\d{8}", name)), default=0)
-    return 0
-
-
-def newest_weights(folder: Path) -> bytes:
-    """As they are on disk."""
-    return (folder / "checkpoints" / f"step-{newest_step(folder):08d}" / "model.safetensors").read_bytes()
-
-
 def manifest(folder: Path) -> dict[str, Any]:
     """The list of checkpoints."""
     found: dict[str, Any] = json.loads((folder / "checkpoints" / "manifest.json").read_text())
     return found
-
-
-def all_records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

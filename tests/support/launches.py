@@ -29,12 +29,9 @@ MOST_TENSORS = (110, 64, 48, 36, 30)
 
 
 class Launches(TorchDispatchMode):
-    """Operators that launch a kernel, and Triton's kernels.
+    """`counts` operators that launch a kernel, and Triton's kernels; `waits` are those that copy from the CPU.
 
-    Attributes:
-        counts: how many, by name.
-        read: of passes that rectify, by how many channels a thread reads at once.
-        waits: operators that copy from the CPU.
+    Of passes that rectify, `read` is how often a thread reads so many channels at once.
     """
 
     def __init__(self) -> None:

@@ -20,13 +20,7 @@ _NOT = re.compile(r"<!-- not (?:run|here)[^>]*-->\s*$")
 
 
 class Block(NamedTuple):
-    """A fenced block.
-
-    Attributes:
-        language: as written behind the fence.
-        text: without the fences' own indent.
-        tried: whether no comment before it says that it cannot be.
-    """
+    """A fenced block without the fences' own indent; `tried` unless a comment before it says that it cannot be."""
 
     language: str
     text: str

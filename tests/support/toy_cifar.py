@@ -50,3 +50,8 @@ def make_toy(spec: CifarSpec, images_a_file: int = 20) -> Toy:
         files[name] = records.tobytes()
     members = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     return Toy(dataclasses.replace(spec, members=members), files)
+
+
+def visible(root: Path) -> list[str]:
+    """What lies in a folder, but for locks."""
+    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import free_ports, until
+from ray_runs import bytes_of, free_ports, until
 from runs import notes_of, run_of, stop_after, tiny
 from wandb_files import wandb_run
 
@@ -39,10 +38,6 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("densenet_dist.trackers._ABORT_TIMEOUT_S", 120.0)
 
 
-def everything_in(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-
-
 @needs_mlflow
 def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatch):
     from mlflow import MlflowClient
@@ -69,7 +64,7 @@ def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatc
     url = f"{mlflow_server}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     assert f"MLflow: {url}" in notes
     assert RunSummary.read(run_of(config), {}).links == {"MLflow": url}
-    assert MARKER.encode() not in everything_in(run_of(config).path)
+    assert not any(MARKER.encode() in content for content in bytes_of(run_of(config).path).values())
 
 
 @needs_mlflow
@@ -123,7 +118,7 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     state = json.loads((run_of(config).path / "trackers" / "wb.json").read_text())
     assert state == {"id": first.run_id, "url": None, "sent": 3}
     assert RunSummary.read(run_of(config), {}).links == {}
-    found = everything_in(run_of(config).path)
+    found = b"".join(bytes_of(run_of(config).path).values())
     assert MARKER.encode() not in found
     assert key.encode() not in found
 

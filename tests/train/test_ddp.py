@@ -14,7 +14,7 @@ from distributed import run_ranks
 from runs import records, run_of, tiny, train, trainer_of
 
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError, TrainingError
+from densenet_dist.errors import TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
 from densenet_dist.train import ranks as module
@@ -122,15 +122,6 @@ def test_a_compiled_net_exchanges_gradients_too(tmp_path):
     (eager, first), (_, second) = run_ranks(compiled, 2, str(tmp_path))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, eager, rtol=1e-2, atol=2e-4)
-
-
-def test_what_cannot_be_is_refused():
-    for settings in (["train.bucket_mb=-1"], ["train.bucket_mb=0.5", "train.compile=true"]):
-        with pytest.raises(ConfigError, match="bucket_mb"):
-            load_config(*settings)
-
-
-# The training loop over ranks: the same results as one process on the same global batches
 
 
 # In eval mode the whole step is a sum over images, so any share of it can be checked; 11 images over 2 ranks and in up
