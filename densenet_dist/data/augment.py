@@ -77,7 +77,7 @@ class Parameters:
         hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalization.
         blend: (n,) float32: share of the image itself in each pixel; the rest is its partner's.
         box: (n, 4) int64: left, top, right, bottom of the part that is entirely the partner's.
-        own: (n,) float32: share of the image's own label in the target.
+        label_share: (n,) float32: share of the image's own label in the target.
         padding: what the warp shows outside of the image: its border repeated, or zeros (black).
     """
 
@@ -88,7 +88,7 @@ class Parameters:
     hole: Any = None
     blend: Any = None
     box: Any = None
-    own: Any = None
+    label_share: Any = None
     padding: Padding = "border"
 
     def map(self, function: Callable[[Any], Any]) -> Parameters:
@@ -158,7 +158,8 @@ def draw(
     if augmentation.cutout > 0:
         arrays["hole"] = _boxes(uniform(Stream.CUTOUT, 2), np.full(num_images, augmentation.cutout), image_size)
     if augmentation.mixes:
-        arrays["blend"], arrays["box"], arrays["own"] = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
+        mixing = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
+        arrays["blend"], arrays["box"], arrays["label_share"] = mixing
     return Parameters(**arrays)
 
 
@@ -266,7 +267,7 @@ def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArra
 def _mix(
     augmentation: Augmentation, draws: _Draws, image_size: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return `Parameters.blend`, `box` and `own` from draws (n, 4): the choice, the share, the centre of the box."""
+    """Return `Parameters.blend`, `box` and `label_share` from draws (n, 4): choice, share, centre of the box."""
     if augmentation.mixup > 0 and augmentation.cutmix > 0:
         cut = draws[:, 0] < 0.5
     else:
@@ -277,8 +278,8 @@ def _mix(
     side = np.where(cut, np.floor(image_size * np.sqrt(1.0 - share)), 0.0)
     box = _boxes(draws[:, 2:], side, image_size)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-    own = np.where(cut, 1.0 - area / image_size**2, share)
-    return np.where(cut, 1.0, share).astype(np.float32), box, own.astype(np.float32)
+    label_share = np.where(cut, 1.0 - area / image_size**2, share)
+    return np.where(cut, 1.0, share).astype(np.float32), box, label_share.astype(np.float32)
 
 
 def _beta(alpha: float, draws: _Draws) -> _Draws:

@@ -175,8 +175,8 @@ class TrainLoader:
         labels = request.tensor("labels", device)
         if not self._augmentation.mixes:
             return (labels,)
-        own = Request(request.epoch, request.parts[:1])
-        return labels, *(own.tensor(name, device) for name in ("blend", "box", "own"))
+        images = Request(request.epoch, request.parts[:1])  # without their partners
+        return labels, *(images.tensor(name, device) for name in ("blend", "box", "label_share"))
 
     def _mixed(self, global_size: int, images: Tensor, labels: Tensor, *mixing: Tensor) -> Batch:
         if not mixing:

@@ -62,10 +62,13 @@ def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
     return torch.lerp(partners, images, share).contiguous(memory_format=torch.channels_last)
 
 
-def mixed_targets(labels: Tensor, partners: Tensor, own: Tensor, num_classes: int) -> Tensor:
-    """Return probabilities (n, classes) float32: `own` (n,) for `labels`, the rest for `partners`, both (n,) int64."""
-    own_targets, partner_targets = (F.one_hot(each, num_classes).float() for each in (labels, partners))
-    return torch.lerp(partner_targets, own_targets, own[:, None])
+def mixed_targets(labels: Tensor, partners: Tensor, label_share: Tensor, num_classes: int) -> Tensor:
+    """Return probabilities (n, classes) float32: `label_share` (n,) for `labels`, the rest for `partners`.
+
+    Both are labels, (n,) int64.
+    """
+    label_targets, partner_targets = (F.one_hot(each, num_classes).float() for each in (labels, partners))
+    return torch.lerp(partner_targets, label_targets, label_share[:, None])
 
 
 def resize(image: Tensor, size: int) -> Tensor:

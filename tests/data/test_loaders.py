@@ -171,8 +171,8 @@ def test_mixing_is_its_definition(kind: str, batch: int) -> None:
             share = np.where(inside, 0.0, drawn.blend[row])
             own, other = single.images[place].numpy(), single.images[partner].numpy()
             np.testing.assert_allclose(mixed.images[place].numpy(), share * own + (1 - share) * other, atol=1e-5)
-            targets[place, row] += drawn.own[row]
-            targets[place, int(single.targets[partner])] += 1 - drawn.own[row]
+            targets[place, row] += drawn.label_share[row]
+            targets[place, int(single.targets[partner])] += 1 - drawn.label_share[row]
         np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
         np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
         assert (mixed.targets >= 0.0).all()
