@@ -63,10 +63,7 @@ def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
 
 
 def mixed_targets(labels: Tensor, partners: Tensor, label_share: Tensor, num_classes: int) -> Tensor:
-    """Return probabilities (n, classes) float32: `label_share` (n,) for `labels`, the rest for `partners`.
-
-    Both are labels, (n,) int64.
-    """
+    """Return probabilities (n, classes): `label_share` (n,) for `labels`, the rest for `partners`, both (n,) int64."""
     label_targets, partner_targets = (F.one_hot(each, num_classes).float() for each in (labels, partners))
     return torch.lerp(partner_targets, label_targets, label_share[:, None])
 

@@ -92,10 +92,7 @@ class DenseNet(nn.Module):
 
 
 def standard_name(name: str) -> str:
-    """Return the name of a tensor without the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile).
-
-    The names in torchvision's published files are converted as well: ``norm.1`` to ``norm1``.
-    """
+    """Remove the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile); convert torchvision's old ``norm.1``."""
     return _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name))
 
 
