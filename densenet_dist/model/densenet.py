@@ -92,7 +92,7 @@ class DenseNet(nn.Module):
 
 
 def standard_name(name: str) -> str:
-    """Remove the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile); convert torchvision's old ``norm.1``."""
+    """Remove the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile); convert torchvision's ``norm.1``."""
     return _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name))
 
 
