@@ -111,8 +111,11 @@ class DataConfig:
     """Use only the first N training and the first N test images (folder: N spread evenly over the classes)."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
-    stratified: bool = False
-    """Whether to hold out the same share of every class."""
+    stratified: bool | None = None
+    """Whether to hold out the same share of every class; null: of folders."""
+    sampler: Literal["uniform", "balanced"] = "uniform"
+    """uniform: every training image once per epoch; balanced: as many images, the same number of every class: images of
+    small classes several times, with different augmentation."""
     augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
     of random size and shape, resized, flip."""
@@ -249,6 +252,9 @@ class TrainConfig:
     """Number of parts of each worker's share of a step, to save memory; gradients are those of the whole."""
     clip_grad_norm: Positive | None = None
     """Maximum L2 norm of all gradients together; null: no clipping."""
+    class_weights: Literal["balanced"] | tuple[NonNegative, ...] | None = None
+    """Weights of the classes in the training loss, in the order of their names; balanced: inversely proportional to
+    their numbers of training images, with a mean of 1 over the images; null: all 1."""
     label_smoothing: Probability = 0.0
     """Share of the target that is distributed evenly over all classes."""
     ema_decay: Probability | None = None
@@ -278,8 +284,8 @@ class CheckpointConfig:
     per minute; null: never. Files are written while training continues."""
     keep: Count = 1
     """Number of newest checkpoints to keep besides the best."""
-    monitor: Literal["val/top1", "val/loss"] = "val/top1"
-    """The metric of the best checkpoint: the highest val/top1 or the lowest val/loss."""
+    monitor: Literal["val/top1", "val/balanced_accuracy", "val/macro_f1", "val/loss"] = "val/top1"
+    """The metric of the best checkpoint: the lowest val/loss, or the highest of the others."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -425,6 +431,12 @@ def conflicts(config: Config) -> Iterator[str]:
         yield f"data.image_size: is for data.name=folder; the images of {data.name} have 32 pixels a side"
     if data.flip == "alternating" and data.augment == "none":
         yield "data.flip: alternating changes nothing with data.augment=none; choose crop_flip, for example"
+    if data.flip == "alternating" and data.sampler == "balanced":
+        yield "data.flip: alternating needs every image once per epoch; use data.sampler=uniform or data.flip=random"
+    if data.sampler == "balanced" and train.class_weights == "balanced":
+        yield "train.class_weights: balanced, as data.sampler is already: use one of them"
+    if isinstance(train.class_weights, tuple) and not any(train.class_weights):
+        yield "train.class_weights: at least one must be above 0"
     if data.cutout > data.side:
         yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
     if data.val_fraction == 0 and data.name != "folder":

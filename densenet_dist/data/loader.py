@@ -19,7 +19,7 @@ from torch import Tensor
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.engine import BatchProducer, Engine, Epoch, Request, upload
-from densenet_dist.data.plan import BatchPlan, epoch_order
+from densenet_dist.data.plan import BatchPlan, balanced_order, epoch_order
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 
@@ -66,6 +66,7 @@ class TrainLoader:
         engine: of the whole training split; augmentation depends on an image's index into it.
         indices: (n,) int64, the images to train on.
         global_batch_size: images per step over all ranks.
+        balanced: whether every class has the same number of images in an epoch, see `plan.balanced_order`.
         num_classes: needed only if images are mixed.
         world_size: at most the number of images in the smallest global batch.
     """
@@ -77,6 +78,7 @@ class TrainLoader:
         *,
         global_batch_size: int,
         augmentation: Augmentation = NO_AUGMENTATION,
+        balanced: bool = False,
         seed: int = 0,
         num_classes: int = 0,
         rank: int = 0,
@@ -84,7 +86,8 @@ class TrainLoader:
     ) -> None:
         self._plan = BatchPlan(len(indices), global_batch_size)
         self._engine, self._indices = engine, indices
-        self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
+        self._augmentation, self._balanced = augmentation, balanced
+        self._seed, self._num_classes = seed, num_classes
         self._rank, self._world_size = rank, world_size
         self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead into the next epoch
         largest = global_batch_size + math.ceil(global_batch_size / 8)  # of the largest global batch, see `BatchPlan`
@@ -122,11 +125,20 @@ class TrainLoader:
 
     def _make_epoch(self, epoch: int) -> Epoch:
         engine, labels = self._engine, self._engine.split.labels
+        if self._balanced:
+            order = balanced_order(self._indices, labels[self._indices], self._seed, epoch)
+        else:
+            order = epoch_order(self._indices, self._seed, epoch)
         # Validation images are in the same split, and must not replace training images.
-        order = engine.substitutes.resolve(epoch_order(self._indices, self._seed, epoch), self._indices)
+        order = engine.substitutes.resolve(order, self._indices)
         sizes = None if engine.files is None else engine.files.sizes
-        parameters = augment.draw(self._augmentation, self._seed, epoch, len(labels), engine.image_size, sizes)
-        return Epoch(order, labels[order], parameters.map(lambda array: array[order]), engine.image_size)
+        if self._balanced:  # drawn for positions in the epoch, since an image may occur several times
+            sizes = None if sizes is None else sizes[order]
+            parameters = augment.draw(self._augmentation, self._seed, epoch, len(order), engine.image_size, sizes)
+        else:
+            parameters = augment.draw(self._augmentation, self._seed, epoch, len(labels), engine.image_size, sizes)
+            parameters = parameters.map(lambda array: array[order])
+        return Epoch(order, labels[order], parameters, engine.image_size)
 
     def _request(self, number: int) -> Request:
         epoch, step = divmod(number, self.steps_per_epoch)

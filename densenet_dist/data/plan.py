@@ -35,6 +35,7 @@ class Stream(IntEnum):
     CUTOUT = 7
     MIX = 8
     RESIZED_CROP = 9
+    BALANCE = 10
 
 
 def random_words(count: int, *, seed: int, stream: Stream, epoch: int = 0) -> npt.NDArray[np.uint64]:
@@ -52,6 +53,27 @@ def epoch_order(indices: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.ND
     """Return the order of `indices` (n,) in `epoch`: a uniform permutation of them, (n,) int64."""
     keys = random_words(len(indices), seed=seed, stream=Stream.ORDER, epoch=epoch)
     return np.asarray(indices, dtype=np.int64)[np.argsort(keys, kind="stable")]
+
+
+def balanced_order(
+    indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Return as many images as `indices` (n,), the same number of each class, in random order: (n,) int64.
+
+    `labels` (n,) are theirs. Images of small classes are repeated, each equally often up to one; of large classes a
+    random part is chosen in each epoch. If n is no multiple of the number of classes, some have one image more; which
+    ones changes from epoch to epoch.
+    """
+    shuffled = np.argsort(random_words(len(indices), seed=seed, stream=Stream.ORDER, epoch=epoch), kind="stable")
+    classes = np.unique(labels)
+    each, extra = divmod(len(indices), len(classes))
+    first = epoch * extra  # of the classes that have one more
+    chosen = [
+        np.resize(shuffled[labels[shuffled] == label], each + ((number - first) % len(classes) < extra))
+        for number, label in enumerate(classes)
+    ]
+    keys = random_words(len(indices), seed=seed, stream=Stream.BALANCE, epoch=epoch)
+    return np.asarray(indices, dtype=np.int64)[np.concatenate(chosen)[np.argsort(keys, kind="stable")]]
 
 
 def split_indices(

@@ -68,7 +68,9 @@ class SweepConfig:
     """Where the sweep's folder is, as for a run; it contains the run folders of the trials."""
     base: str = ""
     """The configuration file that every trial starts from, relative to the sweep file; empty: the defaults."""
-    metric: Literal["val/top1", "val/top5", "val/loss", "train/top1", "train/loss"] = "val/top1"
+    metric: Literal[
+        "val/top1", "val/top5", "val/balanced_accuracy", "val/macro_f1", "val/loss", "train/top1", "train/loss"
+    ] = "val/top1"
     """Trials are compared by this metric, each at its best epoch."""
     mode: Literal["auto", "max", "min"] = "auto"
     """Whether the highest or the lowest value is best; auto: min for a loss, max for an accuracy."""

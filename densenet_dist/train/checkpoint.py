@@ -55,7 +55,7 @@ class CheckpointStore:
 
     Args:
         keep: number of newest checkpoints to keep beside the best.
-        monitor: the metric of the best checkpoint: ``val/top1`` or ``val/loss``.
+        monitor: the metric of the best checkpoint, such as ``val/top1``.
         status: status of this rank, if it saves.
 
     Attributes:
@@ -252,5 +252,5 @@ class CheckpointStore:
 def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
     """Return the first record with the best ``val/top1`` or ``val/loss``, or None if no record has a finite value."""
     validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
-    pick = max if monitor.endswith("top1") else min
+    pick = min if monitor.endswith("loss") else max
     return pick(validated, key=lambda record: record[monitor]) if validated else None

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset
@@ -35,20 +35,27 @@ from densenet_dist.train.inputs import (
 )
 from densenet_dist.train.network import autocast, build_model
 from densenet_dist.train.ranks import sync_from_rank0
-from densenet_dist.train.results import Metrics, ResultsAccumulator, TestResults, add_images, read_test_results
+from densenet_dist.train.results import (
+    ClassCounts,
+    Metrics,
+    ResultsAccumulator,
+    TestResults,
+    add_images,
+    read_test_results,
+)
 from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module,
+    model: DenseNet,
     batches: Iterable[Batch],
     context: RunContext,
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
     split: str = "test",
 ) -> dict[str, float]:
-    """Compute loss, top-1, top-5 and number of images over the batches of all ranks; every rank calls it with its own.
+    """Compute the metrics and the number of images over the batches of all ranks; every rank calls it with its own.
 
     `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
 
@@ -61,17 +68,18 @@ def evaluate_model(
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
-    metrics = Metrics(context.device)
+    metrics, classes = Metrics(context.device), ClassCounts(model.architecture.num_classes, context.device)
     for batch in batches:
         with autocast(context.device, precision):
             logits = model(batch.images)
         metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
+        classes.update(logits, batch.targets)
         if on_batch is not None:
             on_batch(logits, batch)
         context.status.advance()
         if context.status.requested >= StopRequest.STOP:
             break
-    totals = metrics.compute()
+    totals = metrics.compute() | classes.compute()
     if not totals["images"]:
         raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
     return totals
@@ -89,7 +97,7 @@ class Evaluation:
     config: Config
     context: RunContext
     dataset: Dataset
-    model: nn.Module
+    model: DenseNet
     engine: Engine
     indices: Indices | None = None
 
@@ -139,7 +147,7 @@ def evaluate(
         notify: called with a message if images are skipped, or differ from those of the run.
 
     Returns:
-        ``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images``.
+        ``loss``, ``top1``, ``top5``, ``balanced_accuracy``, ``macro_f1`` (from 0 to 1) and ``images``.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.

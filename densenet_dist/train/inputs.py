@@ -21,7 +21,7 @@ from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
-from densenet_dist.errors import CheckpointError, DataError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
@@ -63,9 +63,30 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
     if dataset.val is not None:  # a folder with its own validation images
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
     data, labels = config.data, dataset.train.labels
+    stratified = dataset.name == "folder" if data.stratified is None else data.stratified
     return split_indices(
-        labels, data.val_fraction, config.seed, stratified=data.stratified, keeps_classes=dataset.keeps_classes
+        labels, data.val_fraction, config.seed, stratified=stratified, keeps_classes=dataset.keeps_classes
     )
+
+
+def class_weights(config: Config, dataset: Dataset, indices: Indices) -> torch.Tensor | None:
+    """Return ``train.class_weights`` (classes,) float32 for training on the images at `indices`, or None.
+
+    Raises:
+        ConfigError: there is not one weight per class.
+    """
+    wanted = config.train.class_weights
+    if wanted is None:
+        return None
+    if wanted == "balanced":
+        counts = np.bincount(dataset.train.labels[indices], minlength=dataset.num_classes)
+        return torch.from_numpy(len(indices) / (np.count_nonzero(counts) * np.maximum(counts, 1))).float()
+    if len(wanted) != dataset.num_classes:
+        raise ConfigError(
+            f"train.class_weights: {len(wanted)} weights for {dataset.num_classes} classes; give one per class, in this"
+            f" order: {few(dataset.class_names)}"
+        )
+    return torch.tensor(wanted)
 
 
 def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
@@ -108,6 +129,7 @@ def train_loader(
         indices,
         global_batch_size=config.train.global_batch_size,
         augmentation=augmentation,
+        balanced=data.sampler == "balanced",
         seed=config.seed,
         num_classes=dataset.num_classes,
         rank=context.rank,

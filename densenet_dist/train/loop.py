@@ -200,7 +200,7 @@ def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
         save(trainer, before)  # training resumes from here once the files are back
         trainer.store.wait()
         raise
-    return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
+    return {f"val/{name}": value for name, value in totals.items() if name != "images"}
 
 
 def _end_epoch(
@@ -246,7 +246,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
-    metrics = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
+    metrics = {f"test/{name}": value for name, value in results.metrics.items()}
     summary = {
         "status": "early stop" if trainer.lr_controller.stopped else "finished",
         "epochs": trainer.position.epoch,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from densenet_dist.model import DenseNet
 from densenet_dist.schedules import SCHEDULES, ScheduleState, keyword_settings
@@ -162,7 +162,7 @@ class LRController:
 class WeightAverage:
     """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging): `model`."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: DenseNet, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
         self._averaged = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]

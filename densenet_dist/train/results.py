@@ -6,6 +6,7 @@ Memory does not grow with the number of images: predictions are counted, not sto
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,6 +101,12 @@ class TestResults:
     mistakes: tuple[Mistake, ...]
     device: str
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Loss, accuracies and the metrics of `class_metrics`, by name."""
+        counts = np.stack([self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)])
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **class_metrics(counts)}
+
     def __post_init__(self) -> None:
         classes, bins = len(self.class_names), self.calibration
         shapes = [values.shape for values in (self.confusion, bins.images, bins.confidence, bins.accuracy)]
@@ -147,6 +154,47 @@ class Metrics:
         return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
 
 
+class ClassCounts:
+    """Running counts of the images of each class, updated without a host sync.
+
+    Attributes:
+        counts: (3, classes) int64 on the device: correct predictions, images, and predictions of the class.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits, (n, classes), and labels, (n,) int64."""
+        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]  # ties as in `Metrics`
+        ones = torch.ones_like(labels)
+        self.counts[0].index_add_(0, labels, (predicted == labels).long())
+        self.counts[1].index_add_(0, labels, ones)
+        self.counts[2].index_add_(0, predicted, ones)
+
+    def compute(self) -> dict[str, float]:
+        """Return the metrics of `class_metrics` over all ranks. A collective call."""
+        return class_metrics(gather_ranks(self.counts).sum(0).cpu().numpy())
+
+
+def class_metrics(counts: Counts) -> dict[str, float]:
+    """Return metrics in which every class counts the same, whatever its number of images, as scikit-learn defines them.
+
+    ``balanced_accuracy`` is the mean accuracy of the classes that have images, ``macro_f1`` the mean F1 score of those
+    that have images or predictions; NaN without images.
+
+    Args:
+        counts: (3, classes): correct predictions, images, and predictions of each class.
+    """
+    correct, images, predicted = counts.astype(np.float64)
+    found, seen = images > 0, images + predicted > 0
+    return {
+        "balanced_accuracy": float(np.mean(correct[found] / images[found])) if found.any() else math.nan,
+        "macro_f1": float(np.mean(2 * correct[seen] / (images + predicted)[seen])) if seen.any() else math.nan,
+    }
+
+
 class ResultsAccumulator:
     """Accumulates `TestResults` over the batches of one rank, then over all ranks.
 
@@ -180,7 +228,7 @@ class ResultsAccumulator:
     def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
         """Return the results of all ranks. A collective call; communication happens on `device`.
 
-        `metrics` are the loss, top-1, top-5 and number of the same images.
+        `metrics` are those of the same images.
         """
         for counts in (self.confusion, self.calibration) if dist.is_initialized() else ():
             on_device = counts.to(device)
@@ -193,7 +241,7 @@ class ResultsAccumulator:
         filled = np.maximum(images, 1)
         return TestResults(
             class_names=class_names,
-            **metrics,
+            **{name: metrics[name] for name in ("loss", "top1", "top5", "images")},
             confusion=self.confusion.numpy(),
             calibration=Calibration(images.astype(np.int64), confidence / filled, correct / filled),
             mistakes=tuple(self.mistakes),

@@ -177,6 +177,7 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     order = {
         "seed": config.seed,
         "data.limit": config.data.limit,
+        "data.sampler": config.data.sampler,
         "data.val_fraction": config.data.val_fraction,
         "train.global_batch_size": config.train.global_batch_size,
     }

@@ -16,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
+from densenet_dist.model import DenseNet
 from densenet_dist.schema import Config, WorkerRange, validation_conflicts
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, require_memory
@@ -23,6 +24,7 @@ from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import Goodput, RunContext
 from densenet_dist.train.initial_weights import load_initial_weights
 from densenet_dist.train.inputs import (
+    class_weights,
     digest_of_files,
     engine_of,
     eval_loader,
@@ -69,6 +71,8 @@ class Trainer:
         train_indices, val_indices = train_and_val(config, dataset)
         self.num_images = len(train_indices), len(val_indices)
         self._require_feasible()  # before anything is measured or built
+        weights = class_weights(config, dataset, train_indices)
+        self.class_weights = None if weights is None else weights.to(context.device)
 
         # Validation images are part of the training split, so that one engine serves both loaders.
         self.loader_name = choose_loader(config, context, dataset, train_indices)
@@ -106,7 +110,7 @@ class Trainer:
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
 
     @property
-    def eval_model(self) -> nn.Module:
+    def eval_model(self) -> DenseNet:
         """The model to evaluate: the weight average if there is one."""
         return self.average.model if self.average else self.model
 
@@ -140,7 +144,7 @@ class Trainer:
         with autocast(self.context.device, self.config.train.precision):
             logits = self.forward(images)
         smoothing = self.config.train.label_smoothing
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        loss = F.cross_entropy(logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=smoothing)
         self.scaler.scale(loss * scale).backward()
         return loss.detach(), logits.detach()
 

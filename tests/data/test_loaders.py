@@ -106,6 +106,7 @@ class TestTrainLoader:
             (pictures, 16, cropped),
         ):
             options: Any = {"split": split, "batch": batch, "augmentation": augmentation}
+            options["balanced"] = split is pictures
             ranks = [
                 list(train_loader(kind, **options, rank=rank, world_size=world_size).epoch(5))
                 for rank in range(world_size)
@@ -120,6 +121,14 @@ class TestTrainLoader:
             assert_same(whole.epoch(2, start_step=step), expected[step:7])
             resumed = train_loader(kind, augmentation=EVERYTHING)
             assert_same([*resumed.epoch(2, start_step=step), *resumed.epoch(3)], expected[step:])
+
+    def test_a_repeated_image_of_a_small_class_is_augmented_anew(self, kind: str) -> None:
+        split = numbered(64)
+        split.labels[:] = np.arange(64) == 5
+        batches = list(train_loader(kind, split, Augmentation("crop_flip"), balanced=True).epoch(0))
+        labels, images = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("targets", "images"))
+        assert labels.bincount().tolist() == [32, 32]
+        assert len({image.numpy().tobytes() for image in images[labels == 1]}) > 20
 
     def test_an_abandoned_epoch_disturbs_no_other(self, kind: str) -> None:
         loader = train_loader(kind)

@@ -133,15 +133,16 @@ def train_loader(
     *,
     batch: int = 32,
     seed: int = 3,
+    balanced: bool = False,
     rank: int = 0,
     world_size: int = 1,
     **options: Any,
 ) -> TrainLoader:
     """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
     engine = engine_of(engine, split, **options) if isinstance(engine, str) else engine
-    ranks = {"rank": rank, "world_size": world_size, "num_classes": int(split.labels.max()) + 1}
-    indices = np.arange(len(split.labels))
-    return TrainLoader(engine, indices, global_batch_size=batch, augmentation=augmentation, seed=seed, **ranks)
+    options = {"augmentation": augmentation, "balanced": balanced, "seed": seed, "rank": rank, "world_size": world_size}
+    num_classes, indices = int(split.labels.max()) + 1, np.arange(len(split.labels))
+    return TrainLoader(engine, indices, global_batch_size=batch, num_classes=num_classes, **options)
 
 
 def eval_loader(

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from PIL import Image
 from runs import context_of, run_of, tiny, train
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train import results as module
-from densenet_dist.train.evaluation import evaluate_test_set, prepare_evaluation
+from densenet_dist.train.evaluation import evaluate, evaluate_test_set, prepare_evaluation
 from densenet_dist.train.results import BINS, Metrics, read_test_results
 
 
@@ -52,6 +53,10 @@ def test_results_are_those_that_numpy_computes(run):
     confusion = np.zeros((10, 10), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     np.testing.assert_array_equal(results.confusion, confusion)
+    scores = {"balanced_accuracy": balanced_accuracy_score(labels, predicted)}
+    scores["macro_f1"] = f1_score(labels, predicted, average="macro")
+    for found_scores in (results.metrics, evaluate(run)):
+        assert {name: found_scores[name] for name in scores} == pytest.approx(scores)
     bins = np.ceil(confidence * BINS).astype(int) - 1
     gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).sum() for b in set(bins)]
     assert results.calibration.images.tolist() == np.bincount(bins, minlength=BINS).tolist()

@@ -35,7 +35,13 @@ CASES = {
     "fp32 sgd, parts": ["train.grad_accum_steps=3", "train.freeze=[stem, 1]", "train.head_lr=0.02"],
     "bf16 adamw": ["train.precision=bf16", "train.optimizer.name=adamw", "train.optimizer.weight_decay=0.1"],
     "fp16 adam": ["train.precision=fp16", "train.optimizer.name=adam", "train.lr=0.003"],
-    "fp32 sgd, DALI, mixed": ["data.loader=dali", "data.mixup=1", "data.cutmix=1", "data.trivial_augment=true"],
+    "fp32 sgd, DALI, mixed, balanced": [
+        "data.sampler=balanced",
+        "data.loader=dali",
+        "data.mixup=1",
+        "data.cutmix=1",
+        "data.trivial_augment=true",
+    ],
 }
 
 
