@@ -17,9 +17,10 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from densenet_dist import yaml_settings
+from densenet_dist.conflicts import conflicts
 from densenet_dist.credentials import held_credentials
 from densenet_dist.errors import ConfigError
-from densenet_dist.schema import Config, conflicts
+from densenet_dist.schema import Config
 from densenet_dist.yaml_settings import flatten, is_override, merge, nest, read_override, read_yaml
 
 T = TypeVar("T")

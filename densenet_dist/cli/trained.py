@@ -45,8 +45,9 @@ def evaluate(
         typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **found}))
     else:
         typer.echo(
-            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, balanced accuracy "
-            f"{found['balanced_accuracy']:.2%}, macro F1 {found['macro_f1']:.4f} ({found['images']:,.0f} images)"
+            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
+            f"balanced accuracy {found['balanced_accuracy']:.2%}, macro F1 {found['macro_f1']:.4f} "
+            f"({found['images']:,.0f} images)"
         )
 
 
