@@ -86,18 +86,12 @@ def run(monkeypatch: pytest.MonkeyPatch, answer: bool | None) -> tuple[int, str]
     return result.exit_code, result.output
 
 
-def test_the_exit_code_is_that_of_the_command(monkeypatch, client):
-    client.exit_code = 5
+@pytest.mark.parametrize(("expected", "end"), [(5, "failed"), (0, "succeeded")])
+def test_the_exit_code_is_that_of_the_command_and_all_output_is_shown(monkeypatch, client, expected, end):
+    client.exit_code, client.ends = expected, expected == 0
     code, text = run(monkeypatch, answer=None)
-    assert code == 5, text
-    assert re.search(r"job densenet-doctor-\S+ failed", text)
-
-
-def test_all_output_is_shown_to_the_end(monkeypatch, client):
-    client.ends = True
-    code, text = run(monkeypatch, answer=None)
-    assert code == 0, text
-    assert re.search(r"^epoch 1\nepoch 2\njob densenet-doctor-\S+ succeeded$", text, re.MULTILINE), text
+    assert code == expected, text
+    assert re.search(rf"^epoch 1\nepoch 2\njob densenet-doctor-\S+ {end}$", text, re.MULTILINE), text
 
 
 @pytest.mark.parametrize(("moment", "silent"), [("send", False), ("follow", False), ("follow", True)])

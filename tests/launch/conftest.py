@@ -29,7 +29,6 @@ class Rendered(NamedTuple):
         return f"{self.values['image']}:{self.values['image_tag']}" + (f"@{digest}" if digest else "")
 
     def documents(self, path: str) -> list[dict[str, Any]]:
-        """The YAML documents of a launcher."""
         return list(yaml.safe_load_all(self.files[path]))
 
 

@@ -21,33 +21,22 @@ from densenet_dist.train.initial_weights import read_weights, write_initial_weig
 from densenet_dist.train.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory) -> Path:
-    """The folder of a finished run; not to be changed."""
-    config = tiny(tmp_path_factory.mktemp("first"), "train.epochs=1", "train.ema_decay=0.5")
-    train(config)
-    return run_of(config).path
-
-
 def start(config, **context) -> Trainer:
     """Return a trainer before its first step, as a command would start it."""
     write_run(run_of(config), config, resume=False)
     return Trainer(config, context_of(config, **context))
 
 
-def test_weights_of_a_run_an_export_and_state_dicts_are_the_same(first, tmp_path):
-    weights = read_weights(str(first))
+def test_weights_of_a_run_an_export_and_state_dicts_are_the_same(original, tmp_path):
+    weights = read_weights(str(original))
+    compiled = {"model._orig_mod." + name: tensor for name, tensor in weights.items()}
+    old = {name.replace("norm1", "norm.1").replace("conv2", "conv.2"): tensor for name, tensor in weights.items()}
     files = {
-        "export.safetensors": lambda path: export(first, out=path),
+        "export.safetensors": lambda path: export(original, out=path),
         "plain.safetensors": lambda path: save_file(weights, path),
         "ddp.pth": lambda path: torch.save({"module." + name: tensor for name, tensor in weights.items()}, path),
-        "lightning.ckpt": lambda path: torch.save(
-            {"epoch": 3, "state_dict": {"model._orig_mod." + name: tensor for name, tensor in weights.items()}}, path
-        ),
-        "old_torchvision.pt": lambda path: torch.save(
-            {name.replace("norm1", "norm.1").replace("conv2", "conv.2"): tensor for name, tensor in weights.items()},
-            path,
-        ),
+        "lightning.ckpt": lambda path: torch.save({"epoch": 3, "state_dict": compiled}, path),
+        "old_torchvision.pt": lambda path: torch.save(old, path),
     }
     for name, write in files.items():
         write(tmp_path / name)
@@ -56,8 +45,8 @@ def test_weights_of_a_run_an_export_and_state_dicts_are_the_same(first, tmp_path
         assert_close({k: v for k, v in start(config).model.state_dict().items() if k in weights}, weights)
 
 
-def test_a_classifier_of_other_classes_starts_anew(first, tmp_path):
-    weights = read_weights(str(first))
+def test_a_classifier_of_other_classes_starts_anew(original, tmp_path):
+    weights = read_weights(str(original))
     weights["classifier.weight"], weights["classifier.bias"] = torch.zeros(3, 12), torch.zeros(3)
     save_file(weights, tmp_path / "three.safetensors")
     notes = []
@@ -84,41 +73,37 @@ class Code:
         ("code.pth", pickle.dumps(Code(), protocol=2), CheckpointError, "damaged, or contains more than tensors"),
         ("list.pth", [torch.zeros(1)], CheckpointError, "contains a list"),
         ("empty.pth", {"epoch": 1}, CheckpointError, "no tensors"),
-        (
-            "nan.pth",
-            lambda weights: {**weights, "classifier.bias": torch.full((10,), torch.nan)},
-            CheckpointError,
-            "NaN",
-        ),
+        ("nan.pth", lambda weights: weights | {"classifier.bias": torch.full([10], torch.nan)}, CheckpointError, "NaN"),
         ("other.pth", lambda weights: {**weights, "features.conv9.weight": torch.zeros(1)}, CheckpointError, "conv9"),
     ],
 )
-def test_what_cannot_be_loaded_is_rejected(first, tmp_path, capsys, name, content, error, message):
+def test_what_cannot_be_loaded_is_rejected(original, tmp_path, capsys, name, content, error, message):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
-        torch.save(content(read_weights(str(first))) if callable(content) else content, path)
+        torch.save(content(read_weights(str(original))) if callable(content) else content, path)
     config = tiny(tmp_path, f"model.weights={path}")
     with pytest.raises(error, match=message):
         write_initial_weights(run_of(config), config)
     assert capsys.readouterr().out == ""
 
 
-def test_a_command_lists_all_tensors_that_do_not_fit(command, first):
-    code, _, errors = command("train", first / "config.yaml", "model.growth_rate=5", f"model.weights={first}", "name=b")
+def test_a_command_lists_all_tensors_that_do_not_fit(command, original):
+    other = ("model.growth_rate=5", f"model.weights={original}", "name=b")
+    code, _, errors = command("train", original / "config.yaml", *other)
     assert code == 6
     assert "do not fit the model" in errors
     assert "features.conv0.weight: float32 [8, 3, 3, 3] there, float32 [10, 3, 3, 3] in this model" in errors
     assert not Path("runs/b/checkpoints").exists()
 
 
-def test_a_new_run_starts_from_another_with_its_configuration(command, first):
-    assert command("train", "--from", first, "train.epochs=1", "storage=runs", "name=second", "--quiet")[0] == 0
+def test_a_new_run_starts_from_another_with_its_configuration(command, original):
+    assert command("train", "--from", original, "train.epochs=1", "storage=runs", "name=second", "--quiet")[0] == 0
     config = load_config("runs/second/config.yaml")
-    assert (config.model.weights, config.data.limit) == (str(first), 75)
-    assert_close(load_file("runs/second/initial.safetensors"), read_weights(str(first)), rtol=0, atol=0)
-    code, _, errors = command("train", "--from", first, "--resume", first)
+    assert (config.model.weights, config.data.limit) == (str(original), 75)
+    assert_close(load_file("runs/second/initial.safetensors"), read_weights(str(original)), rtol=0, atol=0)
+    code, _, errors = command("train", "--from", original, "--resume", original)
     assert (code, "give one of them" in errors) == (2, True)
 
 
@@ -150,8 +135,9 @@ def test_pretrained_weights_are_torchvisions_and_verified(tmp_path, monkeypatch)
         write_initial_weights(run_of(config), config)
 
 
-def test_frozen_parts_stay_and_the_classifier_has_its_own_rate(first, tmp_path):
-    config = tiny(tmp_path, f"model.weights={first}", "train.freeze=[stem, 1]", "train.head_lr=0.1", "train.epochs=1")
+def test_frozen_parts_stay_and_the_classifier_has_its_own_rate(original, tmp_path):
+    settings = ("train.freeze=[stem, 1]", "train.head_lr=0.1", "train.epochs=1")
+    config = tiny(tmp_path, f"model.weights={original}", *settings)
     trainer = start(config)
     frozen = ("features.conv0.", "features.denseblock1.", "features.transition1.")
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -176,16 +162,16 @@ def test_both_forms_of_a_partly_frozen_network_are_equal(parts):
     assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
-def weights_on_each_rank(storage: str, first: str) -> list[torch.Tensor]:
-    config = tiny(storage, f"model.weights={first}", "train.freeze=[stem, 1]")
+def weights_on_each_rank(storage: str, original: str) -> list[torch.Tensor]:
+    config = tiny(storage, f"model.weights={original}", "train.freeze=[stem, 1]")
     trainer = start(config) if torch.distributed.get_rank() == 0 else trainer_of(config)
     return list(trainer.model.state_dict().values())
 
 
-def test_all_ranks_start_from_the_same_weights(first, tmp_path):
-    ranks = run_ranks(weights_on_each_rank, 2, str(tmp_path), str(first))
+def test_all_ranks_start_from_the_same_weights(original, tmp_path):
+    ranks = run_ranks(weights_on_each_rank, 2, str(tmp_path), str(original))
     assert_close(ranks[0], ranks[1], rtol=0, atol=0)
-    assert_close(ranks[0][0], read_weights(str(first))["features.conv0.weight"])
+    assert_close(ranks[0][0], read_weights(str(original))["features.conv0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -198,6 +184,6 @@ def test_all_ranks_start_from_the_same_weights(first, tmp_path):
         (["train.freeze=[3]"], "there is no block 3; the model has 2"),
     ],
 )
-def test_impossible_settings_are_rejected(command, first, settings, message):
-    code, _, errors = command("train", first / "config.yaml", "name=b", *settings)
+def test_impossible_settings_are_rejected(command, original, settings, message):
+    code, _, errors = command("train", original / "config.yaml", "name=b", *settings)
     assert (code, message in errors) == (2, True), errors
