@@ -93,9 +93,8 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path):
     fit(replace(whole, train=replace(whole.train, epochs=4)), listener=lambda event: None)
     fit(replace(short, train=replace(short.train, epochs=2)), listener=lambda event: None)
     for epochs in (4, 4):
-        extended = fit(
-            resume_config(run_of(short), [f"train.epochs={epochs}"]), resume=True, listener=lambda event: None
-        )
+        longer = resume_config(run_of(short), [f"train.epochs={epochs}"])
+        extended = fit(longer, resume=True, listener=lambda event: None)
         assert extended.summary["epochs"] == extended.config.train.epochs == 4
     assert weights_of(short) == weights_of(whole)
     assert records(short) == records(whole)

@@ -193,11 +193,8 @@ def test_output_on_a_full_disk_ends_a_command_with_5_but_no_training(command, mo
 @pytest.mark.slow
 def test_torchrun_trains_together_and_speaks_once(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "densenet_dist", "train", "quickstart", *QUICK, f"storage={tmp_path}"],
-        capture_output=True,
-        text=True,
-    )
+    line = [*launcher, "-m", "densenet_dist", "train", "quickstart", *QUICK, f"storage={tmp_path}"]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 x CPU") == 1
     assert done.stdout.count("test top-1") == 1

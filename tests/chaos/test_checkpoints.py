@@ -99,9 +99,8 @@ def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
     before, newest = (entry["name"] for entry in manifest(run.folder)["checkpoints"][-2:])
     damage(run.folder / "checkpoints" / newest)
     again = lab.begin(resume=run.folder)
-    again.finish_like(
-        lab.undisturbed(*LOCAL, "checkpoint.keep=4"), f"resumed after step {int(before.removeprefix('step-'))}"
-    )
+    resumed = f"resumed after step {int(before.removeprefix('step-'))}"
+    again.finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), resumed)
     notes = [line for line in again.text.splitlines() if newest in line and "skipped" in line]
     assert notes, f"it did not say that {newest} is damaged:{again.end_of_text}"
     lab.observe("reported; equal")
@@ -142,7 +141,7 @@ def test_storage_read_only(lab: Lab) -> None:
 @pytest.mark.fault(f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three and the best are kept")
 def test_rotation(lab: Lab) -> None:
     run = lab.begin(*LOCAL, "checkpoint.keep=3")
-    run.succeed()
+    run.end(0)
     listed = manifest(run.folder)
     names = {entry["name"] for entry in listed["checkpoints"]}
     there = {path.name for path in (run.folder / "checkpoints").iterdir()} - {"manifest.json"}
@@ -151,10 +150,7 @@ def test_rotation(lab: Lab) -> None:
     lab.observe("kept")
 
 
-@pytest.mark.fault(
-    "the driver is killed, and all files that Ray keeps of the run are emptied",
-    "resumes; equal",
-)
+@pytest.mark.fault("the driver is killed, and all files that Ray keeps of the run are emptied", "resumes; equal")
 def test_ray_state_torn(lab: Lab) -> None:
     run = lab.begin("cluster.workers=2")
     run.wait_for_step(20)

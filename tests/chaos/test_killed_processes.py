@@ -120,7 +120,7 @@ def test_number_of_ranks_changed(lab: Lab) -> None:
     # learning rate, because with a high one training itself makes rounding differences grow.
     settings = (*LOCAL, "train.sync_bn=true", "model.drop_rate=0", "train.lr=0.005")
     reference = lab.begin_ranks(2, *settings)
-    reference.succeed()
+    reference.end(0)
     run = lab.begin_ranks(2, *settings)
     run.wait_for_step(14)
     run.kill_all()
@@ -128,7 +128,7 @@ def test_number_of_ranks_changed(lab: Lab) -> None:
     run.wait_for_step(33)
     run.interrupt()
     run = lab.begin_ranks(3, resume=run.folder)
-    run.succeed()
+    run.end(0)
     worst = largest_difference_of_losses(run.folder, reference.folder)
     assert worst < 1e-5, f"losses differ by {worst:.1e}"
     lab.observe(f"losses differ by {worst:.0e} at most", 2)

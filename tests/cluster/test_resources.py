@@ -82,12 +82,7 @@ def test_no_room_for_one_trial():
 
 @pytest.mark.parametrize(
     ("workers", "cpus", "expected"),
-    [
-        (2, 2, (2, 2)),
-        ("auto", 8, (2, 2)),
-        ("auto", 1, (1, 1)),
-        (WorkerRange(1, 4), 2, (1, 4)),
-    ],
+    [(2, 2, (2, 2)), ("auto", 8, (2, 2)), ("auto", 1, (1, 1)), (WorkerRange(1, 4), 2, (1, 4))],
 )
 def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
     planned = plan_resources(ClusterConfig(workers=workers, device="cpu"), {"CPU": cpus}, fixed=True)

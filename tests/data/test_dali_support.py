@@ -4,6 +4,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,11 +49,8 @@ def test_a_part_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     require_dali(CPU, decoding=False)  # no matter for images in memory
     said = problem(decoding=True)
     assert re.search(rf"DALI {VERSION} cannot decode images: .*\n.*pip install nvidia-nvimgcodec-cu13", said)
-
-    def fail(name: str) -> None:
-        raise ImportError("libdali_core.so: cannot open shared object file")
-
-    monkeypatch.setattr(importlib, "import_module", fail)
+    missing = ImportError("libdali_core.so: cannot open shared object file")
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=missing))
     said = problem()
     assert f"DALI {dali.__version__} is installed but cannot be imported: libdali_core.so" in said
     assert "pip install --force-reinstall nvidia-dali-cuda130" in said

@@ -63,9 +63,8 @@ def shown(script: str, columns: int, **env: str) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT + script], env=ENV | env, start_new_session=True, **streams
-    )
+    command = [sys.executable, "-c", SCRIPT + script]
+    process = subprocess.Popen(command, env=ENV | env, start_new_session=True, **streams)
     os.close(theirs)
     written = b""
     try:

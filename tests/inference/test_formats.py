@@ -27,9 +27,8 @@ def test_a_file_classifies_as_the_run_does(original, exported, images, format):
     classifier = load_classifier(exported(format))
     _, _, network = open_trained(original)
     for count in (1, 5):
-        torch.testing.assert_close(
-            classifier.logits(images[:count]), network(images[:count]), rtol=0, atol=LARGEST_DIFFERENCE
-        )
+        expected = network(images[:count])
+        torch.testing.assert_close(classifier.logits(images[:count]), expected, rtol=0, atol=LARGEST_DIFFERENCE)
     assert b"/" + b"densenet_dist/" not in exported(format).read_bytes()  # no paths of this machine
     assert classifier.class_names == shapes.CLASS_NAMES
     assert classifier.header.metrics.keys() >= {"val/top1"}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from photos import write_photos
-from ray_runs import is_ray_process, kill_tree, records, weights
+from ray_runs import CLOCK, is_ray_process, kill_tree, records, weights
 
 TINY = (
     *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),
@@ -31,8 +31,6 @@ TINY = (
 """A model of two layers on generated images: six epochs of nine steps."""
 STEPS = 54
 LOCAL = ("cluster.engine=local",)
-CLOCK = ("time", "seconds", "perf/", "goodput/")
-"""What records of two equal runs may differ in."""
 
 
 @dataclass
@@ -45,7 +43,6 @@ class Started:
 
     @property
     def text(self) -> str:
-        """What it has printed so far."""
         return self.output.read_text()
 
     @property
@@ -66,10 +63,6 @@ class Started:
         found = self.process.wait(seconds)
         assert found == code, f"exit code {found}, not {code}:{self.end_of_text}"
         self.require_said(*words)
-
-    def succeed(self) -> None:
-        """Wait for its end, which must be a success."""
-        self.end(0)
 
     def fail(self, code: int, *words: str) -> None:
         """Wait for its end, which must have this exit code and a message with these words."""
@@ -190,7 +183,7 @@ class Lab:
         """The folder of a finished run of these settings that nothing happened to; trained once a session."""
         if settings not in self._undisturbed:
             run = self.begin(*settings, name="undisturbed")
-            run.succeed()
+            run.end(0)
             self._undisturbed[settings] = run.folder
         return self._undisturbed[settings]
 
@@ -219,7 +212,6 @@ def largest_difference_of_losses(folder: Path, reference: Path) -> float:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The list of checkpoints."""
     found: dict[str, Any] = json.loads((folder / "checkpoints" / "manifest.json").read_text())
     return found
 

@@ -28,7 +28,6 @@ class Block(NamedTuple):
 
 
 def name_of(page: Path) -> str:
-    """A page's path in the repository."""
     return page.relative_to(ROOT).as_posix()
 
 

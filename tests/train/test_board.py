@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -132,11 +133,8 @@ def test_a_run_that_starts_again_shows_everything_once(tmp_path):
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise OSError("no font")
-
     for function in ("results._png", "logs.confusion_figure", "loop._show_images"):
-        monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
+        monkeypatch.setattr(f"densenet_dist.train.{function}", Mock(side_effect=OSError("no font")))
     config = tiny(tmp_path, "train.epochs=1")
     notes = notes_of(config)
     assert "the images of the worst mistakes could not be read: no font" in notes
