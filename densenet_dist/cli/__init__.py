@@ -205,7 +205,7 @@ def _exit(code: int) -> NoReturn:
         try:
             stream.flush()
         except OSError:  # at exit Python would try again and return 120
-            from densenet_dist.display.console import redirect_to_null
+            from densenet_dist.display.json_lines import redirect_to_null
 
             redirect_to_null(stream)
     raise SystemExit(code)

@@ -22,6 +22,7 @@ from rich.console import Console as RichConsole
 from rich.style import Style
 from rich.text import Text
 
+from densenet_dist.display.json_lines import redirect_to_null
 from densenet_dist.display.progress import RunProgress, clock_time, counted, wrapped
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
 from densenet_dist.trackers import links
@@ -281,14 +282,6 @@ def _link(text: str) -> Style:
         return Style(link=text)
     path = Path(text)
     return Style(link=path.as_uri()) if path.is_absolute() else Style()
-
-
-def redirect_to_null(file: Any) -> None:
-    """Discard buffered output to a closed pipe, so that the process can exit normally."""
-    with suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, file.fileno())
-        os.close(null)
 
 
 def start_lines(event: Event) -> list[str]:

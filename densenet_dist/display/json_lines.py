@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from densenet_dist.credentials import without_credentials
-from densenet_dist.display.console import redirect_to_null
 from densenet_dist.errors import DenseNetDistError
 
 if TYPE_CHECKING:
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from densenet_dist.train.context import Event
 
 _PROGRESS_EVERY_S: Final = 5.0
+
+
+def redirect_to_null(file: Any) -> None:
+    """Discard buffered output to a closed pipe, so that the process can exit normally."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, file.fileno())
+        os.close(null)
 
 
 class JsonLines:

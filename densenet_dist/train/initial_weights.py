@@ -15,8 +15,6 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from densenet_dist.config import load_config
@@ -59,6 +57,8 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
     require_same_tensors(tensor_specs(_features(weights)), wanted, f"the weights of {origin} do not fit the model")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise CheckpointError(f"the weights of {origin} contain NaN or infinity")
+    from safetensors.torch import save  # the training loop must work without this package
+
     run.write(WEIGHTS_FILE, save(weights))
 
 
@@ -90,11 +90,7 @@ def load_initial_weights(model: DenseNet, context: RunContext) -> None:
 
 
 def _load(model: DenseNet, context: RunContext) -> None:
-    run = context.run
-    try:
-        weights = load_file(run.fetch(WEIGHTS_FILE))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{run.uri}/{WEIGHTS_FILE} is damaged: {error}\n  start a new run: name=NEW") from error
+    weights = _read_file(context.run.fetch(WEIGHTS_FILE))
     own = model.state_dict()
     classifiers = [tensor_specs({n: t for n, t in each.items() if _is_classifier(n)}) for each in (weights, own)]
     if classifiers[0] != classifiers[1]:
@@ -125,6 +121,9 @@ def read_weights(location: str) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
