@@ -90,7 +90,7 @@ def test_what_cannot_be_loaded_is_rejected(original, tmp_path, capsys, name, con
 
 
 def test_a_command_lists_all_tensors_that_do_not_fit(command, original):
-    other = ("model.growth_rate=5", f"model.weights={original}", "name=b")
+    other = ("model.growth_rate=5", f"model.weights={original}", "name=b", "storage=runs")
     code, _, errors = command("train", original / "config.yaml", *other)
     assert code == 6
     assert "do not fit the model" in errors
@@ -185,5 +185,5 @@ def test_all_ranks_start_from_the_same_weights(original, tmp_path):
     ],
 )
 def test_impossible_settings_are_rejected(command, original, settings, message):
-    code, _, errors = command("train", original / "config.yaml", "name=b", *settings)
+    code, _, errors = command("train", original / "config.yaml", "name=b", "storage=runs", *settings)
     assert (code, message in errors) == (2, True), errors
