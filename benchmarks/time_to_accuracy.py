@@ -36,6 +36,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.evaluation import evaluate_model
+from densenet_dist.train.initial_weights import write_initial_weights
 from densenet_dist.train.inputs import engine_of, eval_loader
 from densenet_dist.train.loop import sync_requests, train_epoch
 from densenet_dist.train.trainer import Trainer
@@ -151,6 +152,7 @@ def _what_matters(config: Config) -> dict[str, Any]:
 
 def _taken_up(before: dict[str, Any], config: Config, targets: Sequence[float]) -> dict[str, Any]:
     there, here = before["config"], _plain(_what_matters(config))
+    there = _plain(_what_matters(load_config())) | there  # settings that an older version did not have
     changed = [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in here if there.get(key) != here[key]]
     gpus = before["environment"]["gpus"], describe_environment()["gpus"]
     if gpus[0] != gpus[1]:
@@ -181,7 +183,10 @@ def _warm_up(config: Config) -> float:
 def _epochs(config: Config) -> Iterator[dict[str, Any]]:
     """Train; the figures of each epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, RunContext(RunFolder(folder, "run"), choose_device(config.cluster.device)))
+        run = RunFolder(folder, "run")
+        if config.model.pretrained or config.model.weights:
+            write_initial_weights(run, config)
+        trainer = Trainer(config, RunContext(run, choose_device(config.cluster.device)))
         try:
             seconds = 0.0
             for number in range(1, config.train.epochs + 1):

@@ -104,7 +104,11 @@ class Settings(Generic[T]):
         values: Any = self._defaults
         for depth, part in enumerate(location):
             if not isinstance(values, dict):
-                return location if isinstance(part, int) else location[:depth] + location[depth + 1 :]
+                rest = location[depth:] if isinstance(part, int) else location[depth + 1 :]
+                pairs = zip(rest, (None, *rest), strict=False)  # the elements of a list may have several types, too
+                return location[:depth] + tuple(
+                    p for p, before in pairs if isinstance(p, int) or not isinstance(before, int)
+                )
             values = values.get(part)
         return location
 

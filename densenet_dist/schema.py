@@ -148,6 +148,11 @@ class DataConfig:
     """Number of batches prepared ahead, except from images that are already on a GPU."""
 
     @property
+    def is_stratified(self) -> bool:
+        """Whether the validation images are the same share of every class."""
+        return self.name == "folder" if self.stratified is None else self.stratified
+
+    @property
     def side(self) -> int:
         """Side of the square images in pixels."""
         return (self.image_size or 224) if self.name == "folder" else 32

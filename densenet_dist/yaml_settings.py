@@ -137,7 +137,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # not UTF-8, or a zero byte in the path
         raise ConfigError(f"{file} cannot be read: {error}") from None
     with _yaml_errors(file):
-        values = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+        values = _parsed(text)
         if values is None:
             return {}
         if not isinstance(values, dict):
@@ -159,7 +159,11 @@ def read_override(text: str) -> dict[str, Any]:
     if not key.strip():
         raise ConfigError(f"{text!r} has no key before its =")
     with _yaml_errors(f"the value in {text!r}"):
-        return nest({key.strip(): yaml.load(value, Loader=_Loader)})
+        return nest({key.strip(): _parsed(value)})
+
+
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
 
 
 @contextmanager

@@ -146,6 +146,7 @@ def test_what_is_wrong_is_one_line_with_its_key_and_a_suggestion(setting, proble
         ("train.cuda_graph: fp16 decides on the CPU", "train.cuda_graph=true", "train.precision=fp16"),
         ("train.bucket_mb: must be at least 1 with train.compile", "train.bucket_mb=0.5", "train.compile=true"),
         ("train.optimizer.nesterov: needs momentum > 0", "train.optimizer.momentum=0"),
+        ("train.freeze[1]: Input should be 'stem' or greater than or equal to 1; got 0", "train.freeze=[stem, 0]"),
         ("data.flip: alternating needs every image once", "data.sampler=balanced", "data.flip=alternating"),
         ("train.class_weights: balanced, as", "data.sampler=balanced", "train.class_weights=balanced"),
         ("train.class_weights: at least one must be above 0", "train.class_weights=[0, 0]"),

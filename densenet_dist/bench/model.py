@@ -89,7 +89,7 @@ def bench_model(
                 }
                 for (name, size), measured in results.items()
             ],
-            "model": settings["model"],
+            "model": config.model.network,
             "precision": config.train.precision,
             "optimizer": settings["train"]["optimizer"],
             "image_size": config.data.side,
@@ -113,6 +113,7 @@ def _measure_all(
     """Return the measurements of all rounds, and why those that are missing failed."""
     results: dict[_Case, list[Measurement]] = {case: [] for case in itertools.product(variants, sizes)}
     failures: dict[_Case, str] = {}
+    others = set(multiprocessing.active_children())
     processes = {name: measuring_process() for name in variants}
     on_progress("preparing")
     try:
@@ -136,7 +137,7 @@ def _measure_all(
             except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
                 failures |= {(name, other): str(error) for other in sizes}
     except BaseException:
-        for child in multiprocessing.active_children():  # do not wait for the end of a measurement
+        for child in set(multiprocessing.active_children()) - others:  # do not wait for the end of a measurement
             child.kill()
         raise
     finally:

@@ -75,7 +75,7 @@ def load(sources: list[str] | None, start_from: RunFolder | None = None) -> Conf
     changes = {}
     if start_from is not None:
         changes = {"model": {"weights": start_from.location, "pretrained": False}}
-        if all(map(is_override, sources or ())):
+        if all(is_override(source) and not is_uri(source) for source in sources or ()):
             sources = [str(start_from.fetch("config.yaml")), *(sources or ())]
     if not sources:
         raise ConfigError(

@@ -29,7 +29,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a checkpoint of a run: loss, top-1 and top-5 accuracy.
+    """Evaluate a checkpoint of a run: loss, accuracies and macro F1.
 
     densenet-dist evaluate runs/k24
     densenet-dist evaluate k24 --split val --checkpoint last --json

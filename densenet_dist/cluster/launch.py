@@ -175,19 +175,20 @@ def _refuse_used_name(run: RunFolder) -> None:
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
     """Write config.yaml and the initial weights, unless the run is resumed, and env.json; delete results, if any."""
     environment = describe_environment()
-    if not resume:
+    if resume:
+        before = run.read_json(ENV_FILE)
+        environment |= {key: before[key] for key in CHOICES if key in before}
+    run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
+    run.remove(TEST_RESULTS_FILE)
+    if resume:
+        extend_config(run, config)
+    else:
         if config.model.pretrained or config.model.weights:
             from densenet_dist.train.initial_weights import write_initial_weights
 
             write_initial_weights(run, config)
         run.write(CONFIG_FILE, to_yaml(config))
-    else:
-        extend_config(run, config)
-        before = run.read_json(ENV_FILE)
-        environment |= {key: before[key] for key in CHOICES if key in before}
     run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
-    run.remove(SUMMARY_FILE)
-    run.remove(TEST_RESULTS_FILE)
 
 
 def prepare_data(config: Config) -> None:

@@ -25,6 +25,7 @@ from ray.train.v2._internal.constants import (
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
 )
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -186,6 +187,9 @@ def _problem_of(failure: Any) -> DenseNetDistError:
     if (raised := raised_error(failure)) is not None:
         return raised
     if isinstance(failure, ControllerError):
+        if isinstance(failure.controller_failure, WorkerGroupStartupFailedError):
+            cause = explain_crash(failure.controller_failure, "a worker")
+            return TrainingError(f"the workers could not start: {cause}\n  see Ray's log of that worker")
         return EnvironmentProblem(
             f"the cluster could not start the workers: {failure.controller_failure}\n"
             "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"

@@ -68,6 +68,7 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
                 f"  resume it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
             ) from error
         finally:
+            lease.when_lost(lambda: None)  # a call to the actor after the end would start a new cluster
             ray.kill(state)  # Tune keeps a reference to it
     lease.check()
     if hooks.fatal is not None:

@@ -39,12 +39,16 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
     if refused:
         fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
         remedy = "start a new run for that, with name=NEW"
-        if after.train.epochs != before.train.epochs:
+        if after.train.epochs > before.train.epochs:
             remedy = f"only {', '.join(_EXTENDABLE)} schedules can be extended; {_from_weights(run)}"
         raise ConfigError("a resumed run cannot change:\n  " + "\n  ".join(refused) + f"\n  {remedy}{fine}")
-    if after.train.epochs > before.train.epochs and run.read_summary().get("status") == "early stop":
-        raise ConfigError(f"the run stopped early, so more epochs would change nothing\n  {_from_weights(run)}")
+    _refuse_early_stop(run, before, after)
     return after
+
+
+def _refuse_early_stop(run: RunFolder, before: Config, after: Config) -> None:
+    if _extends(before, after) and run.read_summary().get("status") == "early stop":
+        raise ConfigError(f"the run stopped early, so more epochs would change nothing\n  {_from_weights(run)}")
 
 
 def _from_weights(run: RunFolder) -> str:
@@ -64,7 +68,8 @@ def extend_config(run: RunFolder, config: Config) -> None:
 
 def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
     """Return descriptions of the allowed and of the refused changes."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    # Older runs have data.stratified=false where null means the same now.
+    old, new = (flatten(to_dict(each)) | {"data.stratified": each.data.is_stratified} for each in (before, after))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
     may_change = (*_RESUME_MAY_CHANGE, *(("train.epochs",) if _extends(before, after) else ()))
@@ -86,4 +91,5 @@ def is_finished(run: RunFolder, config: Config) -> bool:
     if not run.exists(SUMMARY_FILE):
         return False
     began = load_config(run.fetch(CONFIG_FILE))
+    _refuse_early_stop(run, began, config)
     return not _changes(began, config)[1] and not _extends(began, config)

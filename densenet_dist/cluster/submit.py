@@ -173,7 +173,7 @@ def _checked_command(arguments: list[str], folder: Path) -> tuple[list[str], str
         if problem := next(held_credentials("an argument" if "://" in key else key, argument), None):
             raise ConfigError(f"{problem}\n  a cluster shows the command lines of its jobs")
     command, rest = arguments[0], [_relative(argument, folder) for argument in arguments[1:]]
-    if command not in ("train", "tune") or any(argument.startswith("--resume") for argument in rest):
+    if command not in ("train", "tune") or any(argument.startswith(("--resume", "--from")) for argument in rest):
         return [command, *rest], f"densenet-{command}"  # the run is on the cluster
     sources = [str(folder / source) if _is_file(source) else source for source in rest if not source.startswith("-")]
     if not sources:

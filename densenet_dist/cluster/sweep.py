@@ -228,11 +228,17 @@ class SweepRecord:
             self._write_notes()
 
     def _write_notes(self) -> None:
+        problem: StorageError | None = None
         for name in list(self._unwritten):
-            run = RunFolder(self._sweep.folder, name)
-            if run.exists():
-                self._unwritten[name].write(run)
-            del self._unwritten[name]
+            try:
+                run = RunFolder(self._sweep.folder, name)
+                if run.exists():
+                    self._unwritten[name].write(run)
+                del self._unwritten[name]
+            except StorageError as error:
+                problem = error
+        if problem is not None:
+            raise problem
 
     def _write_regularly(self) -> None:
         while not self._closed.wait(_WRITE_EVERY_S):

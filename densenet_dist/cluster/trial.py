@@ -30,13 +30,11 @@ from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import ENV_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import Note
+from densenet_dist.sweep.results import ERROR, Note
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, RunContext, Stopped, choose_device
 
-ERROR: Final = "error"
-"""Key of the result of a trial that ended by itself: its `DenseNetDistError`, or None if it finished."""
 _STOP_S: Final = 5.0
 _POLL_S: Final = 0.5
 
@@ -119,10 +117,12 @@ class _Training:
             self._thread.start()
         self._next.release()
         while not self._stopping.is_set():
+            found = None
             with suppress(queue.Empty):
                 found = self._output.get(timeout=_POLL_S)
-                if isinstance(found, BaseException):
-                    raise found
+            if isinstance(found, BaseException):
+                raise found
+            if found is not None:
                 return found
             with suppress(ray.exceptions.RayActorError):  # the actor alone is lost: training goes on
                 if ray.get(self._state.stopping.remote()):

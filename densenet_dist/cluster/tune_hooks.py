@@ -12,10 +12,9 @@ import ray
 from ray import tune
 
 from densenet_dist.cluster.coordinator import explain_crash
-from densenet_dist.cluster.trial import ERROR
 from densenet_dist.errors import DamagedRecord, DataError, DenseNetDistError, EnvironmentProblem, StorageError
 from densenet_dist.sweep.definition import SweepConfig
-from densenet_dist.sweep.results import State
+from densenet_dist.sweep.results import ERROR, State
 from densenet_dist.sweep.space import decode
 
 if TYPE_CHECKING:  # the process of `SweepState` needs no more than this module

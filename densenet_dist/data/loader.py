@@ -63,7 +63,8 @@ class TrainLoader:
     """The training batches of one rank; the global batches are the same for every world size.
 
     Args:
-        engine: of the whole training split; augmentation depends on an image's index into it.
+        engine: of the whole training split; augmentation depends on an image's index into it, or if `balanced` on its
+            position in the epoch.
         indices: (n,) int64, the images to train on.
         global_batch_size: images per step over all ranks.
         balanced: whether every class has the same number of images in an epoch, see `plan.balanced_order`.

@@ -65,15 +65,14 @@ def balanced_order(
     ones changes from epoch to epoch.
     """
     shuffled = np.argsort(random_words(len(indices), seed=seed, stream=Stream.ORDER, epoch=epoch), kind="stable")
-    classes = np.unique(labels)
+    classes, counts = np.unique(labels, return_counts=True)
     each, extra = divmod(len(indices), len(classes))
     first = epoch * extra  # of the classes that have one more
-    chosen = [
-        np.resize(shuffled[labels[shuffled] == label], each + ((number - first) % len(classes) < extra))
-        for number, label in enumerate(classes)
-    ]
+    by_class = np.split(shuffled[np.argsort(labels[shuffled], kind="stable")], np.cumsum(counts)[:-1])
+    chosen = [np.resize(part, each + ((number - first) % len(classes) < extra)) for number, part in enumerate(by_class)]
     keys = random_words(len(indices), seed=seed, stream=Stream.BALANCE, epoch=epoch)
-    return np.asarray(indices, dtype=np.int64)[np.concatenate(chosen)[np.argsort(keys, kind="stable")]]
+    positions = np.concatenate(chosen)[np.argsort(keys, kind="stable")]
+    return np.asarray(np.asarray(indices, dtype=np.int64)[positions])
 
 
 def split_indices(

@@ -168,8 +168,8 @@ def load_classifier(path: str | Path, *, checkpoint: Checkpoint = "best", device
         if checkpoint != "best":
             raise ConfigError(f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}")
         return open_exported(file, device)
-    config, header, network = open_trained(path, checkpoint=checkpoint)
     chosen = choose_device(device)
+    config, header, network = open_trained(path, checkpoint=checkpoint)
     network.to(chosen)
 
     def run(pixels: Tensor) -> Tensor:

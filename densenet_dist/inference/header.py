@@ -21,6 +21,7 @@ HEADER_KEY: Final = "densenet_dist"
 Precision = Literal["fp32", "bf16"]
 
 _MAX_BYTES: Final = 8 << 20  # the 21,841 classes of ImageNet-21k take less than 2 MiB
+_MAX_BLOCKS: Final = 16
 _MAX_LAYERS: Final = 2000  # densenet201 has 98; 500 layers take a second to build
 _LARGEST: Final = {"growth_rate": 1 << 14, "stem_channels": 1 << 14, "bn_size": 64, "norm_eps": 1, "image_size": 4096}
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -85,6 +86,8 @@ class Header:
                 yield f"architecture.{key}: more than {largest:,}"
         if net.in_channels != 3:
             yield "architecture.in_channels: must be 3"
+        if len(net.num_layers) > _MAX_BLOCKS:
+            yield f"{len(net.num_layers)} blocks, more than {_MAX_BLOCKS}"
         if sum(net.num_layers) > _MAX_LAYERS:
             yield f"{sum(net.num_layers)} layers, more than {_MAX_LAYERS}"
         yield from net.problems()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from math import ceil
 from typing import Final, Literal, get_args
@@ -66,9 +65,8 @@ class Architecture:
         for layers in self.num_layers:
             leaving = entering + layers * self.growth_rate
             widths.append((entering, leaving))
-            base = leaving if self.compression_of == "channels" else self.growth_rate
-            # As a decimal: 100 * 0.29 is 28.999999999999996 in binary.
-            entering = int(base * Fraction(str(self.compression)))
+            # In binary: 100 * 0.29 is 28. Rounding it as a decimal would change the widths of existing networks.
+            entering = int((leaving if self.compression_of == "channels" else self.growth_rate) * self.compression)
         return widths
 
     def block_sides(self) -> list[int]:

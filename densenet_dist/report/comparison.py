@@ -129,7 +129,8 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    return {key: value for key, value in flatten(to_dict(run.config)).items() if not key.startswith(_IRRELEVANT)}
+    settings = flatten(to_dict(run.config)) | {"data.stratified": run.config.data.is_stratified}
+    return {key: value for key, value in settings.items() if not key.startswith(_IRRELEVANT)}
 
 
 def _require_same_data(runs: Sequence[RunRecord]) -> None:

@@ -223,8 +223,10 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
     import optuna
 
     distributions = {key: domain.distribution() for key, domain in sweep.space.items()}
+    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize" if sweep.settings.maximise else "minimize")
+    optuna.logging.set_verbosity(verbosity)
     # Optuna's default, the best tenth of all trials, is one or two of a small sweep: too few to tell keys apart.
     best = max(0.1, min(0.5, 5 / len(rows)))
     with warnings.catch_warnings(action="ignore"):  # values off a step; few trials, about which the page warns

@@ -27,6 +27,8 @@ TABLE_FILE: Final = "sweep.csv"
 BEST_FILE: Final = "best.yaml"
 PAGE_FILE: Final = "sweep.html"
 TRIAL_PREFIX: Final = "trial-"
+ERROR: Final = "error"
+"""Key of the result of a trial that ended by itself: its `DenseNetDistError`, or None if it finished."""
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
 """stopped: by the scheduler or a budget; interrupted: neither, it can be resumed."""

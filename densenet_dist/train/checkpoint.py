@@ -250,7 +250,7 @@ class CheckpointStore:
 
 
 def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
-    """Return the first record with the best ``val/top1`` or ``val/loss``, or None if no record has a finite value."""
+    """Return the first record with the best value of `monitor`, or None if no record has a finite one."""
     validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
     pick = min if monitor.endswith("loss") else max
     return pick(validated, key=lambda record: record[monitor]) if validated else None

@@ -96,7 +96,7 @@ def _load(model: DenseNet, context: RunContext) -> None:
     if classifiers[0] != classifiers[1]:
         weights = _features(weights)
         context.note(f"the classifier of {model.architecture.num_classes} classes starts from random weights")
-    model.load_state_dict(own | weights)
+    model.load_state_dict({**own, **weights})
 
 
 def read_weights(location: str) -> dict[str, Tensor]:

@@ -63,9 +63,8 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
     if dataset.val is not None:  # a folder with its own validation images
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
     data, labels = config.data, dataset.train.labels
-    stratified = dataset.name == "folder" if data.stratified is None else data.stratified
     return split_indices(
-        labels, data.val_fraction, config.seed, stratified=stratified, keeps_classes=dataset.keeps_classes
+        labels, data.val_fraction, config.seed, stratified=data.is_stratified, keeps_classes=dataset.keeps_classes
     )
 
 

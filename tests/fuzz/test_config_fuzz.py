@@ -166,3 +166,9 @@ def test_settings(arguments):
 @given(sweeps(), st.lists(overrides([*SWEEP_KEYS, *(f"space.{key}" for key in KEYS)]), max_size=1))
 def test_sweeps(text, arguments):
     require_resolved_or_refused(written(text), *arguments)
+
+
+def test_the_trap_is_a_real_one():
+    yaml.load(TRAP, Loader=yaml.UnsafeLoader)
+    assert os.path.exists("ran")
+    os.unlink("ran")
