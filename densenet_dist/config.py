@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
@@ -105,10 +106,8 @@ class Settings(Generic[T]):
         for depth, part in enumerate(location):
             if not isinstance(values, dict):
                 rest = location[depth:] if isinstance(part, int) else location[depth + 1 :]
-                pairs = zip(rest, (None, *rest), strict=False)  # the elements of a list may have several types, too
-                return location[:depth] + tuple(
-                    p for p, before in pairs if isinstance(p, int) or not isinstance(before, int)
-                )
+                pairs = pairwise((None, *rest))  # the elements of a list may have several types, too
+                return location[:depth] + tuple(p for i, p in pairs if isinstance(p, int) or not isinstance(i, int))
             values = values.get(part)
         return location
 

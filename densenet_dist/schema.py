@@ -257,8 +257,7 @@ class TrainConfig:
     clip_grad_norm: Positive | None = None
     """Maximum L2 norm of all gradients together; null: no clipping."""
     class_weights: Literal["balanced"] | tuple[NonNegative, ...] | None = None
-    """Weights of the classes in the training loss, in the order of their names; balanced: inversely proportional to
-    their numbers of training images, with a mean of 1 over the images; null: all 1."""
+    """Weights of the classes in the training loss; balanced: inversely proportional to their numbers of images."""
     label_smoothing: Probability = 0.0
     """Share of the target that is distributed evenly over all classes."""
     ema_decay: Probability | None = None

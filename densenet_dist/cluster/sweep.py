@@ -17,7 +17,7 @@ from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
-from densenet_dist.run_folder import RunFolder, open_run
+from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, open_run
 from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
@@ -95,7 +95,7 @@ def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Eve
     with record:
         if runs_trials:
             try:
-                ended_by = _run_trials(sweep, record, lease)
+                ended_by = _run_trials(_with_shared_weights(sweep, folder), record, lease)
             finally:
                 if lease.lost is None:
                     folder.remove("ray")
@@ -103,6 +103,21 @@ def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Eve
                 record.stop_running()
     write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
     return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
+
+
+def _with_shared_weights(sweep: Sweep, folder: RunFolder) -> Sweep:
+    """Write the weights that all trials start from to the sweep's folder, so that only this process needs the file."""
+    config = sweep.config("base", {})
+    starts_from_weights = config.model.weights or config.model.pretrained
+    if not starts_from_weights or any(key.startswith("model.") for key in sweep.space):
+        return sweep
+    if not folder.exists(WEIGHTS_FILE):
+        from densenet_dist.train.initial_weights import write_initial_weights
+
+        write_initial_weights(folder, config)
+    base = dict(sweep.base)
+    base["model"] = {**base["model"], "weights": join_location(folder.location, WEIGHTS_FILE), "pretrained": False}
+    return replace(sweep, base=base)
 
 
 def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:

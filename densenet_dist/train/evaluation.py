@@ -53,15 +53,16 @@ def evaluate_model(
     context: RunContext,
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
+    on_stop: Callable[[], None] = lambda: None,
     split: str = "test",
 ) -> dict[str, float]:
     """Compute the metrics and the number of images over the batches of all ranks; every rank calls it with its own.
 
     `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
 
-    A rank that is requested to stop skips the rest of its batches. It does not leave: the others would wait for it, and
-    ranks may have different numbers of batches, so that they cannot exchange requests between them. In a run,
-    `sync_requests` must follow, and tells whether the evaluation is complete.
+    A rank that is requested to stop calls `on_stop` and skips the rest of its batches. It does not leave: the others
+    would wait for it, and ranks may have different numbers of batches, so that they cannot exchange requests between
+    them. In a run, `sync_requests` must follow, and tells whether the evaluation is complete.
 
     Raises:
         DataError: no image could be read. Every rank raises it.
@@ -72,12 +73,13 @@ def evaluate_model(
     for batch in batches:
         with autocast(context.device, precision):
             logits = model(batch.images)
-        metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
-        classes.update(logits, batch.targets)
+        loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        classes.update(metrics.update(loss, logits, batch.targets), batch.targets)
         if on_batch is not None:
             on_batch(logits, batch)
         context.status.advance()
         if context.status.requested >= StopRequest.STOP:
+            on_stop()
             break
     totals = metrics.compute() | classes.compute()
     if not totals["images"]:

@@ -8,8 +8,8 @@ before its first checkpoint does not depend on it.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, Final
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.config import load_config
-from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem
+from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, StorageError
 from densenet_dist.model import DenseNet
 from densenet_dist.model.densenet import standard_name
 from densenet_dist.object_store import fetch_file, is_uri
@@ -28,7 +28,7 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import load_checkpoint
 from densenet_dist.train.network import build_model
 from densenet_dist.train.ranks import sync_from_rank0
-from densenet_dist.train.snapshot import require_same_tensors, tensor_specs
+from densenet_dist.train.snapshot import UNREADABLE, require_same_tensors, tensor_specs
 
 _PICKLES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _UNREADABLE: Final = (".pt2", ".onnx")
@@ -90,6 +90,8 @@ def load_initial_weights(model: DenseNet, context: RunContext) -> None:
 
 
 def _load(model: DenseNet, context: RunContext) -> None:
+    if not context.run.exists(WEIGHTS_FILE):
+        raise StorageError(f"{context.run.uri}/{WEIGHTS_FILE} is missing\n  start a new run: name=NEW")
     weights = _read_file(context.run.fetch(WEIGHTS_FILE))
     own = model.state_dict()
     classifiers = [tensor_specs({n: t for n, t in each.items() if _is_classifier(n)}) for each in (weights, own)]
@@ -130,7 +132,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"model.weights: there is no file {path}") from None
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, SafetensorError, IndexError, AssertionError, struct.error) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise CheckpointError(f"{path} is damaged, or contains more than tensors: {reason}") from error
     for key in _STATE_DICT_KEYS:
@@ -156,17 +158,17 @@ def _torchvision_weights(variant: str) -> dict[str, Tensor]:
 
     url = next(iter(get_model_weights(variant))).url
     path = Path(torch.hub.get_dir(), "checkpoints", PurePath(url).name)
+    digest = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    assert digest is not None
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
+            torch.hub.download_url_to_file(url, str(path), digest[1])
+        except (OSError, RuntimeError) as error:  # RuntimeError: another checksum, as of a transfer that broke off
             raise EnvironmentProblem(
                 f"model.pretrained: {url} cannot be downloaded: {error}\n"
                 f"  download it elsewhere and put it into {path.parent} (or $TORCH_HOME/hub/checkpoints)"
             ) from error
-    digest = re.search(r"-([0-9a-f]{8,})\.pth$", url)
-    assert digest is not None
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest[1]):
         raise CheckpointError(f"{path} is damaged: its checksum differs from that in its name; delete it")
     return _standard(_read_file(path), str(path))

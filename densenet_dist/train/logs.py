@@ -17,7 +17,6 @@ from torch import Tensor
 
 from densenet_dist.config import to_yaml
 from densenet_dist.data.image_folder import few
-from densenet_dist.model import count_parameters
 from densenet_dist.pages.figures import MAX_CLASSES, PRINTED, confusion_figure, drawing, new_figure, shortened
 from densenet_dist.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, RunFolder
 from densenet_dist.schema import Config
@@ -277,7 +276,7 @@ def start_event(trainer: Trainer) -> Event:
     return {
         "kind": "start",
         "model": trainer.config.model.variant,
-        "parameters": count_parameters(trainer.model).trainable,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "data": trainer.config.data.name,
         "classes": trainer.dataset.num_classes,
         "class_names": few(trainer.dataset.class_names),

@@ -17,7 +17,7 @@ import torch
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
-from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
+from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, Stopped, StopRequest
 from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
@@ -58,9 +58,11 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
             started = time.perf_counter()
             record = train_epoch(trainer, log)
-            before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
-            validation = _validate(trainer, before)
             request = sync_requests(trainer)
+            before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
+            stop_if_requested(trainer, request, before)
+            validation = _validate(trainer, before)
+            request = max(request, sync_requests(trainer))
             stop_if_requested(trainer, request, before)  # the validation may be incomplete
             if not math.isfinite(validation.get("val/loss", 0.0)):
                 raise trainer.diverged("validation loss", trainer.position.global_step - 1)
@@ -182,7 +184,7 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
 def stop_if_requested(trainer: Trainer, request: StopRequest, snapshot: Snapshot | None = None) -> None:
     """Raise `Stopped` if the ranks have agreed on it; before that, save the snapshot, if one is given."""
     if request is StopRequest.STOP:
-        if snapshot is not None:
+        if snapshot is not None and trainer.saved_step != trainer.position.global_step:
             save(trainer, snapshot)
         trainer.store.wait()
         trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
@@ -193,9 +195,15 @@ def stop_if_requested(trainer: Trainer, request: StopRequest, snapshot: Snapshot
 def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
     if trainer.val_loader is None:
         return {}
-    precision = trainer.config.train.precision
+
+    def save_now() -> None:  # the other ranks may take longer than there is time
+        if trainer.context.rank == 0 and trainer.context.status.requested is StopRequest.STOP:
+            save(trainer, before)
+            trainer.store.wait()
+
     try:
-        totals = evaluate_model(trainer.eval_model, trainer.val_loader, trainer.context, precision, split="validation")
+        model, precision = trainer.eval_model, trainer.config.train.precision
+        totals = evaluate_model(model, trainer.val_loader, trainer.context, precision, None, save_now, "validation")
     except DataError:
         save(trainer, before)  # training resumes from here once the files are back
         trainer.store.wait()
@@ -262,6 +270,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         log.publish(last=True)
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        context.run.remove(WEIGHTS_FILE)  # there are checkpoints now
         log.end_tracking(summary)
         context.report({"kind": "end", **summary})
     return summary

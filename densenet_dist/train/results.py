@@ -128,8 +128,8 @@ class Metrics:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its summed loss, (), and logits, (n, classes).
+    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Add a batch: its summed loss, (), and logits, (n, classes); return the predicted labels, (n,) int64.
 
         Labels are (n,) int64, or (n, classes) float32 probabilities, by which hits are weighted.
         """
@@ -139,6 +139,7 @@ class Metrics:
         self.sums[_TOP1] += hits[:, 0].sum()
         self.sums[_TOP5] += hits.sum()
         self.sums[_IMAGES] += len(labels)
+        return top[:, 0]
 
     def restore(self, gathered: Tensor, rank: int, world_size: int) -> None:
         """Load the sums of a checkpoint; if the world size differs, rank 0 gets all of them."""
@@ -165,13 +166,11 @@ class ClassCounts:
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits, (n, classes), and labels, (n,) int64."""
-        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]  # ties as in `Metrics`
-        ones = torch.ones_like(labels)
-        self.counts[0].index_add_(0, labels, (predicted == labels).long())
-        self.counts[1].index_add_(0, labels, ones)
-        self.counts[2].index_add_(0, predicted, ones)
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        """Add a batch: predicted and true labels, (n,) int64."""
+        ones, classes = torch.ones_like(labels), self.counts.shape[1]
+        places = torch.cat([labels, labels + classes, predicted + 2 * classes])
+        self.counts.view(-1).index_add_(0, places, torch.cat([(predicted == labels).long(), ones, ones]))
 
     def compute(self) -> dict[str, float]:
         """Return the metrics of `class_metrics` over all ranks. A collective call."""

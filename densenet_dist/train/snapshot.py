@@ -181,7 +181,8 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
         "data.val_fraction": config.data.val_fraction,
         "train.global_batch_size": config.train.global_batch_size,
     }
-    return {"always": model | images, "within an epoch": order}
+    train = {"train.freeze": to_dict(config)["train"]["freeze"], "train.head_lr": config.train.head_lr is not None}
+    return {"always": model | images | train, "within an epoch": order}
 
 
 def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:

@@ -102,7 +102,7 @@ def test_a_new_run_starts_from_another_with_its_configuration(command, original)
     assert command("train", "--from", original, "train.epochs=1", "storage=runs", "name=second", "--quiet")[0] == 0
     config = load_config("runs/second/config.yaml")
     assert (config.model.weights, config.data.limit) == (str(original), 75)
-    assert_close(load_file("runs/second/initial.safetensors"), read_weights(str(original)), rtol=0, atol=0)
+    assert not Path("runs/second/initial.safetensors").exists()  # no restart needs it any more
     code, _, errors = command("train", "--from", original, "--resume", original)
     assert (code, "give one of them" in errors) == (2, True)
 
