@@ -106,7 +106,7 @@ class Settings(Generic[T]):
         for depth, part in enumerate(location):
             if not isinstance(values, dict):
                 rest = location[depth:] if isinstance(part, int) else location[depth + 1 :]
-                pairs = pairwise((None, *rest))  # the elements of a list may have several types, too
+                pairs = pairwise(("", *rest))  # the elements of a list may have several types, too
                 return location[:depth] + tuple(p for i, p in pairs if isinstance(p, int) or not isinstance(i, int))
             values = values.get(part)
         return location

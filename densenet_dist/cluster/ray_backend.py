@@ -188,8 +188,8 @@ def _problem_of(failure: Any) -> DenseNetDistError:
         return raised
     if isinstance(failure, ControllerError):
         if isinstance(failure.controller_failure, WorkerGroupStartupFailedError):
-            cause = explain_crash(failure.controller_failure, "a worker")
-            return TrainingError(f"the workers could not start: {cause}\n  see Ray's log of that worker")
+            reason = explain_crash(failure.controller_failure, "a worker")
+            return TrainingError(f"the workers could not start: {reason}\n  see Ray's log of that worker")
         return EnvironmentProblem(
             f"the cluster could not start the workers: {failure.controller_failure}\n"
             "  check cluster.workers and cluster.device against 'ray status', or raise cluster.timeout_s"
