@@ -34,7 +34,7 @@ from densenet_dist.train.inputs import (
     train_and_val,
 )
 from densenet_dist.train.network import autocast, build_model
-from densenet_dist.train.ranks import sync_from_rank0
+from densenet_dist.train.ranks import gather_objects, sync_from_rank0
 from densenet_dist.train.results import (
     ClassCounts,
     Metrics,
@@ -65,22 +65,28 @@ def evaluate_model(
     them. In a run, `sync_requests` must follow, and tells whether the evaluation is complete.
 
     Raises:
-        DataError: no image could be read. Every rank raises it.
+        DataError: an image file cannot be read, and must not be skipped, or none can. Every rank raises it.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
     metrics, classes = Metrics(context.device), ClassCounts(model.architecture.num_classes, context.device)
-    for batch in batches:
-        with autocast(context.device, precision):
-            logits = model(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        classes.update(metrics.update(loss, logits, batch.targets), batch.targets)
-        if on_batch is not None:
-            on_batch(logits, batch)
-        context.status.advance()
-        if context.status.requested >= StopRequest.STOP:
-            on_stop()
-            break
+    problem = ""
+    try:
+        for batch in batches:
+            with autocast(context.device, precision):
+                logits = model(batch.images)
+            loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+            classes.update(metrics.update(loss, logits, batch.targets), batch.targets)
+            if on_batch is not None:
+                on_batch(logits, batch)
+            context.status.advance()
+            if context.status.requested >= StopRequest.STOP:
+                on_stop()
+                break
+    except DataError as error:  # the others would wait for this rank
+        problem = str(error)
+    if problem := next(filter(None, gather_objects(problem)), ""):
+        raise DataError(problem)
     totals = metrics.compute() | classes.compute()
     if not totals["images"]:
         raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
