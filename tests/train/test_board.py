@@ -19,9 +19,10 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from densenet_dist.train.logs import Board
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
+METRICS = ("loss", "top1", "top5", "balanced_accuracy", "macro_f1")
 TAGS = {
-    *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
-    *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
+    *("train/loss", "train/top1", "train/top5", *(f"{split}/{name}" for split in ("val", "test") for name in METRICS)),
+    *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
