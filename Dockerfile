@@ -29,7 +29,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     fi
 COPY pyproject.toml README.md LICENSE ./
 COPY densenet_dist densenet_dist
-# They come with the package: densenet_dist/bundled.py.
+# They come with the package: densenet_dist/yaml_settings.py.
 COPY configs configs
 # hatchling is among the packages just installed.
 RUN --mount=type=cache,target=/root/.cache/pip \

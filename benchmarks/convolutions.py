@@ -33,9 +33,9 @@ from torch import Tensor
 
 from densenet_dist.environment import describe_environment
 from densenet_dist.model.fused.convolutions import Convolutions
-from densenet_dist.model.fused.types import OutputGradient, Statistics, Unit
+from densenet_dist.model.fused.types import Unit
 from densenet_dist.model.kernels import choose_kernels
-from densenet_dist.model.kernels.interface import Norm, NormGrad
+from densenet_dist.model.kernels.interface import Norm, NormGrad, OutputGradient, Statistics
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHANNELS = (*range(40, 481, 40), 35, 210, 420)
@@ -152,7 +152,7 @@ def layer(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[st
     way = Convolutions(choose_kernels(device, dtype), maps, [unit])
     d_made = channels_last(way.padded(case.made), case, like)
     d_made[:, case.made :] = 0
-    yield "layer forward", partial(way.forward, unit, maps, norm, None, 1.0, slot, Statistics(*into))
+    yield "layer forward", partial(way.forward, unit, maps, norm, None, slot, Statistics(*into))
     norm_grad, d_output = NormGrad(norm, sums, share), OutputGradient(d_made, d_made)
     yield "layer backward", partial(way.backward_accumulate, unit, maps, norm_grad, d_output, True, carry, out)
 

@@ -10,7 +10,7 @@ step is that of its convolutions, of its other passes over the maps, and of its 
 - cuDNN: 220, 200 and 160 useful TFLOP/s (fprop, dgrad, wgrad; products with padding do not count), at least 8 us;
 - a small kernel: 2 us, and if it is not in a CUDA graph the host's time, hidden while the GPU is busy: 10 us for an
   operator of PyTorch; for the fused form what host_time.py measured on a Zen 5 core, 79 us per launch (30.6 ms per
-  step), and 22 us with launch_plan.patch (8.6 ms);
+  step), and 22 us if a pass is recorded once and repeated (8.6 ms; not in the package);
 - custom convolutions for sm_90a: 55 % of 790 TFLOP/s, of which 35 of 40 columns are useful; they normalise what they
   read and add up statistics themselves, so that their bytes are hidden behind the products;
 - launches per step: counted by tests/support/launches.py for eager and fused forms; estimated for the compiled one.
@@ -35,8 +35,8 @@ CUDNN_CALL_S, KERNEL_S = 8e-6, 2e-6
 NARROW_READS: Final = 0.7
 
 
-class Way(NamedTuple):
-    """A way to run the training step.
+class Form(NamedTuple):
+    """One form of the training step.
 
     Attributes:
         name: for the table.
@@ -59,15 +59,15 @@ class Way(NamedTuple):
     host_s: float = 10e-6
 
 
-WAYS: Final = (
-    Way("padded, eager", "padded", 593, padded=True, graph=False),
-    Way("padded, compiled, graph", "compiled_graph", 450, padded=True),
-    Way("fused, graph, 1,811 launches (until 2026-11-29)", "graph", 1811, bandwidth=NARROW_READS),
-    Way("fused, graph, 389 launches (today)", "graph", 389),
-    Way("fused, one by one, 389 launches (today; DDP)", "fused", 389, graph=False, host_s=79e-6),
-    Way("the same with launch_plan.patch", "fused", 389, graph=False, host_s=22e-6),
-    Way("custom convolutions at 32x32 and 16x16", "graph", 389, custom_sides=(32, 16)),
-    Way("custom convolutions everywhere", "graph", 389, custom_sides=(32, 16, 8, 4)),
+FORMS: Final = (
+    Form("padded, eager", "padded", 593, padded=True, graph=False),
+    Form("padded, compiled, graph", "compiled_graph", 450, padded=True),
+    Form("fused, graph, 1,811 launches (until 2026-11-29)", "graph", 1811, bandwidth=NARROW_READS),
+    Form("fused, graph, 389 launches (today)", "graph", 389),
+    Form("fused, one by one, 389 launches (today; DDP)", "fused", 389, graph=False, host_s=79e-6),
+    Form("the same with recorded launches (not in the package)", "fused", 389, graph=False, host_s=22e-6),
+    Form("custom convolutions at 32x32 and 16x16", "graph", 389, custom_sides=(32, 16)),
+    Form("custom convolutions everywhere", "graph", 389, custom_sides=(32, 16, 8, 4)),
 )
 
 
@@ -87,27 +87,27 @@ def bytes_by_side(net: Architecture, passes: str) -> dict[int, float]:
     return {side: total * weight / sum(weights.values()) for side, weight in weights.items()}
 
 
-def step_seconds(way: Way, batch_size: int) -> float:
+def step_seconds(form: Form, batch_size: int) -> float:
     """The predicted time of a training step."""
     useful = variant_architecture("notebook", num_classes=10)
-    net = variant_architecture("notebook", num_classes=10, growth_rate=40) if way.padded else useful
+    net = variant_architecture("notebook", num_classes=10, growth_rate=40) if form.padded else useful
     seconds = 0.0
     for side, flops in layers(useful):
-        if side in way.custom_sides:
+        if side in form.custom_sides:
             seconds += sum(max(batch_size * flops / rate, KERNEL_S) for rate in CUSTOM)
         else:
             seconds += sum(max(batch_size * flops / rate, CUDNN_CALL_S) for rate in CUDNN)
-    moved = sum(size for side, size in bytes_by_side(net, way.passes).items() if side not in way.custom_sides)
-    seconds += batch_size * moved / (BYTES_PER_S * way.bandwidth)
-    seconds += way.launches * KERNEL_S
-    return seconds if way.graph else max(seconds, way.launches * way.host_s)
+    moved = sum(size for side, size in bytes_by_side(net, form.passes).items() if side not in form.custom_sides)
+    seconds += batch_size * moved / (BYTES_PER_S * form.bandwidth)
+    seconds += form.launches * KERNEL_S
+    return seconds if form.graph else max(seconds, form.launches * form.host_s)
 
 
 def main() -> None:
     rows = []
-    for way in WAYS:
-        speeds = [size / step_seconds(way, size) for size in BATCH_SIZES]
-        rows.append([way.name, *(number(float(f"{speed:.3g}")) for speed in speeds)])
+    for form in FORMS:
+        speeds = [size / step_seconds(form, size) for size in BATCH_SIZES]
+        rows.append([form.name, *(number(float(f"{speed:.3g}")) for speed in speeds)])
     print_table(
         "predicted images/s on an H200, +-30 %", ["training step, bf16", *(f"batch {s}" for s in BATCH_SIZES)], rows
     )

@@ -39,9 +39,8 @@ from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
 from densenet_dist.schema import Config
-from densenet_dist.train.ddp import bucket_sizes, no_sync
 from densenet_dist.train.loop import train_step
-from densenet_dist.train.network import AUTOCAST
+from densenet_dist.train.network import AUTOCAST, bucket_sizes, no_sync
 from densenet_dist.train.trainer import Trainer
 
 GPUS: Final = tuple(2**power for power in range(11))
@@ -280,7 +279,7 @@ def gpu_step_of(outcome: dict[str, Any], config: Config, images: int | None, ste
 
 
 def net_of(config: Config) -> Any:
-    return net_on_meta({"model": asdict(config.model), "classes": num_classes(config), "image_size": config.data.side})
+    return net_on_meta({"model": config.model.network, "classes": num_classes(config), "image_size": config.data.side})
 
 
 # Showing

@@ -28,14 +28,14 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from torch.multiprocessing.spawn import start_processes
 
 from densenet_dist.bench.common import number, print_table
-from densenet_dist.cluster.coordinator import start_coordinator
+from densenet_dist.cluster.coordinator import Coordinator, on_this_node
 from densenet_dist.cluster.heartbeat import Heartbeat, heartbeat_interval
 from densenet_dist.cluster.ray_backend import poll_interval
 from densenet_dist.environment import describe_environment
 from densenet_dist.model.variants import densenet
 from densenet_dist.schema import OptimizerConfig
-from densenet_dist.train.metrics import broadcast
 from densenet_dist.train.optim import build_optimizer
+from densenet_dist.train.ranks import broadcast
 from densenet_dist.train.snapshot import Position, Snapshot, read_snapshot, write_snapshot
 
 ROUNDS, SECONDS = 20, 20
@@ -75,7 +75,7 @@ def control_traffic(workers: int, actors: list[Any]) -> dict[str, float]:
         group._poll_workers_and_collect_errors(timeout=5.0)
         rounds.append(1e3 * (time.perf_counter() - started))
 
-    coordinator = start_coordinator(hang_timeout_s=300.0)
+    coordinator = on_this_node(Coordinator).remote(hang_timeout_s=300.0)
     shares = [(actor, list(range(index, workers, len(actors)))) for index, actor in enumerate(actors)]
     shares = [(actor, mine) for actor, mine in shares if mine]
     for rank in range(workers):  # so that the coordinator knows all of them

@@ -15,7 +15,7 @@ import time
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.results import Note, Trial, Usage, add_epoch, format_results
+from densenet_dist.sweep.results import Note, State, Trial, Usage, add_epoch, format_results
 from densenet_dist.sweep.space import sample
 
 SPACE = (
@@ -55,13 +55,12 @@ def measure_events(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) ->
 
     rng, slowest, started = random.Random(0), 0.0, time.process_time()
     levels = [(f"trial-{i:03d}", sample(sweep.space, rng), rng.random()) for i in range(trials)]
-    with SweepRecord(folder, sweep, [], Usage(), lambda event: None) as record:
+    with SweepRecord(folder, sweep, lambda event: None) as record:
         for epoch in range(1, epochs + 1):
-            state = "epoch" if epoch < epochs else "finished"
+            state: State = "epoch" if epoch < epochs else "finished"
             for name, overrides, level in levels:
-                event = {"kind": "trial", "name": name, "overrides": overrides, "cause": None, "state": state}
                 before = time.perf_counter()
-                record(event | {"figures": record_of(epoch, level)})
+                record.update(name, overrides, state, record_of(epoch, level))
                 slowest = max(slowest, time.perf_counter() - before)
     seconds = time.process_time() - started
     print(f"events: {seconds:.1f} CPU-s for {trials * epochs}; the longest took {1000 * slowest:.1f} ms")

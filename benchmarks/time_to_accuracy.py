@@ -36,6 +36,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.evaluation import evaluate_model
+from densenet_dist.train.initial_weights import write_initial_weights
 from densenet_dist.train.inputs import engine_of, eval_loader
 from densenet_dist.train.loop import sync_requests, train_epoch
 from densenet_dist.train.trainer import Trainer
@@ -58,7 +59,7 @@ def time_to_accuracy(
     """Train with seeds ``config.seed``, ``+ 1``, ... on one device, and evaluate the test images after every epoch.
 
     Args:
-        config: what is trained; ``train.epochs`` is the whole course.
+        config: what is trained; ``train.epochs`` is the whole schedule.
         targets: test top-1, 0 to 1.
         seeds: how many.
         before: an earlier outcome of the same configuration: its seeds are not trained again.
@@ -73,7 +74,7 @@ def time_to_accuracy(
         ConfigError: where something is configured that a validation decides, or `before` is of something else.
         TrainingError: where a loss is not finite.
     """
-    _require_fixed_course(config)
+    _require_fixed_schedule(config)
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=None))
     found = _outcome(config, targets) if before is None else _taken_up(before, config, targets)
     left = [config.seed + number for number in range(seeds)]
@@ -125,13 +126,13 @@ def _mean(values: Sequence[float]) -> dict[str, float | None]:
     return interval(values)._asdict()
 
 
-def _require_fixed_course(config: Config) -> None:
+def _require_fixed_schedule(config: Config) -> None:
     for what, asked in (
         ("train.schedule.name=plateau", config.train.schedule.name == "plateau"),
         ("train.early_stopping.enabled=true", config.train.early_stopping.enabled),
     ):
         if asked:
-            raise ConfigError(f"{what}: nothing is validated here; choose a course that is fixed beforehand")
+            raise ConfigError(f"{what}: nothing is validated here; choose a schedule that is fixed beforehand")
 
 
 def _outcome(config: Config, targets: Sequence[float]) -> dict[str, Any]:
@@ -151,6 +152,7 @@ def _what_matters(config: Config) -> dict[str, Any]:
 
 def _taken_up(before: dict[str, Any], config: Config, targets: Sequence[float]) -> dict[str, Any]:
     there, here = before["config"], _plain(_what_matters(config))
+    there = _plain(_what_matters(load_config())) | there  # settings that an older version did not have
     changed = [f"{key}: {there.get(key)} there, {here.get(key)} here" for key in here if there.get(key) != here[key]]
     gpus = before["environment"]["gpus"], describe_environment()["gpus"]
     if gpus[0] != gpus[1]:
@@ -181,7 +183,10 @@ def _warm_up(config: Config) -> float:
 def _epochs(config: Config) -> Iterator[dict[str, Any]]:
     """Train; the figures of each epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, RunContext(RunFolder(folder, "run"), choose_device(config.cluster.device)))
+        run = RunFolder(folder, "run")
+        if config.model.pretrained or config.model.weights:
+            write_initial_weights(run, config)
+        trainer = Trainer(config, RunContext(run, choose_device(config.cluster.device)))
         try:
             seconds = 0.0
             for number in range(1, config.train.epochs + 1):
@@ -211,7 +216,7 @@ def evaluate_test(trainer: Trainer) -> dict[str, float]:
     test = trainer.dataset.test
     engine = engine_of(trainer.config, trainer.context.device, trainer.dataset, test, trainer.loader_name)
     batches = eval_loader(trainer.config, trainer.context, engine)
-    return evaluate_model(trainer.eval_model, batches, trainer.context.device, trainer.config.train.precision)
+    return evaluate_model(trainer.eval_model, batches, trainer.context, trainer.config.train.precision)
 
 
 def print_outcome(found: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ Names are imported when first used, so that ``import densenet_dist`` costs nothi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from densenet_dist.cache_folder import provide_user
+from densenet_dist.environment import provide_user
 
 if TYPE_CHECKING:
     from densenet_dist.cluster.launch import fit as fit

@@ -7,30 +7,32 @@ import platform
 import shlex
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from densenet_dist.cluster.connection import address_of, connected
 from densenet_dist.credentials import without_credentials
 from densenet_dist.data.cifar import SPECS
-from densenet_dist.data.dali_support import PACKAGE as DALI_PACKAGE
-from densenet_dist.data.dali_support import dali_installed, dali_version, driver_versions, require_dali
+from densenet_dist.data.dali_loader import PACKAGE as DALI_PACKAGE
+from densenet_dist.data.dali_loader import dali_installed, dali_version, driver_versions, require_dali
 from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
 from densenet_dist.data.store import DataStore, locked_cache
 from densenet_dist.environment import cpu_name, package_version
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.model.kernels import unavailable
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers, require_wandb_key
+
+_COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """The result of a check.
 
     Attributes:
@@ -47,13 +49,12 @@ class Finding:
 def examine(config: Config) -> bool:
     """Run all checks and print their results; return whether the configuration can run here."""
     checks = {
-        **{"machine": _python, "torch": _torch, "GPUs": _gpus, "fused block": _block, "DALI": _dali, "Ray": _ray},
+        **{"machine": _machine, "torch": _torch, "GPUs": _gpus, "fused block": _block, "DALI": _dali, "Ray": _ray},
         **{"storage": _storage, "data": _data},
     }
     if config.log.wandb.enabled or config.log.mlflow.enabled:
-        checks["loggers"] = _trackers
+        checks["loggers"] = _loggers
     console = Console(highlight=False)
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
     bad = []
     for name, check in checks.items():
         try:
@@ -62,10 +63,9 @@ def examine(config: Config) -> bool:
             found = _failed(error)
         except Exception as error:  # the other checks still run
             found = Finding("bad", f"{type(error).__name__}: {error}")
-        lines = [found.text, *([f"-> {found.hint}"] if found.hint else [])]
-        for number, line in enumerate(lines):
-            label = f"{found.state:<5} {name:<12} " if number == 0 else " " * 19
-            console.print(Text.assemble((label, colours[found.state]), without_credentials(line)), soft_wrap=True)
+        text = found.text + (f"\n{' ' * 19}-> {found.hint}" if found.hint else "")
+        label = f"{found.state:<5} {name:<12} ", _COLOURS[found.state]
+        console.print(Text.assemble(label, without_credentials(text)), soft_wrap=True)
         if found.state == "bad":
             bad.append(name)
     console.print(f"\nnot ready: {', '.join(bad)}" if bad else "\nready")
@@ -77,25 +77,21 @@ def _failed(error: DenseNetDistError, state: Literal["note", "bad"] = "bad") -> 
     return Finding(state, problem, " ".join(map(str.strip, hints)))
 
 
-def _python(config: Config) -> Finding:
+def _machine(config: Config) -> Finding:
     version = package_version("densenet-dist") or "not installed"
     return Finding("ok", f"densenet-dist {version}, Python {platform.python_version()}, {cpu_name()}")
 
 
 def _torch(config: Config) -> Finding:
-    import torch
-
     try:
         vision = importlib.import_module("torchvision").__version__
     except (ImportError, RuntimeError) as error:
-        return Finding("bad", f"torch {torch.__version__}; torchvision does not import: {error}",
-                       "install torch and torchvision of the same build: make setup")  # fmt: skip
+        problem = f"torch {torch.__version__}; torchvision does not import: {error}"
+        return Finding("bad", problem, "install torch and torchvision of the same build: make setup")
     return Finding("ok", f"torch {torch.__version__}, torchvision {vision}, CUDA {torch.version.cuda}")
 
 
 def _gpus(config: Config) -> Finding:
-    import torch
-
     driver, _ = driver_versions()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -108,27 +104,25 @@ def _gpus(config: Config) -> Finding:
     return Finding("note", text + "; training runs on the CPU", hint)
 
 
+def _device(config: Config) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu")
+
+
 def _block(config: Config) -> Finding:
-    import torch
-
-    from densenet_dist.model.kernels import unavailable
-
-    device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
-    if (reason := unavailable(device)) is not None:
-        hint = "install a C++ compiler (Debian: apt install g++)" if device == "cpu" else "install Triton: make setup"
+    on_gpu = _device(config).type == "cuda"
+    if reason := unavailable(_device(config).type):
+        hint = "install Triton: make setup" if on_gpu else "install a C++ compiler (Debian: apt install g++)"
         hint = "" if "chmod" in reason else hint
         return Finding("note", f"{reason}; the reference form of the dense block is used", hint)
-    return Finding("ok", "Triton kernels" if device == "cuda" else "C++ kernels, built for this CPU")
+    return Finding("ok", "Triton kernels" if on_gpu else "C++ kernels, built for this CPU")
 
 
 def _dali(config: Config) -> Finding:
-    import torch
-
     if not dali_installed():
         if config.data.loader == "dali":
             return Finding("bad", "not installed", f"pip install {DALI_PACKAGE}, or set data.loader=auto")
         return Finding("note", "not installed; the torch loader is used", f"pip install {DALI_PACKAGE}")
-    device = torch.device("cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu")
+    device = _device(config)
     try:
         require_dali(device, decoding=config.data.name == "folder")
     except EnvironmentProblem as error:
@@ -174,27 +168,9 @@ def _data(config: Config) -> Finding:
         if name == "folder":
             return Finding("bad", text, f"for details: densenet-dist data prepare folder --root {shlex.quote(root)}")
         if config.data.download and not any(Path(root).glob("cifar*")):
-            return Finding("note", f"{name} is not in {root}; it will be downloaded", "")
+            return Finding("note", f"{name} is not in {root}; it will be downloaded")
         return Finding("bad", text, f"densenet-dist data prepare {name} --root {shlex.quote(root)}")
     return Finding("ok", f"{name} in {folder} is valid: {found}")
-
-
-def _trackers(config: Config) -> Finding:
-    """Check W&B and MLflow without contacting their servers."""
-    require_trackers(config)
-    found = []
-    if config.log.mlflow.enabled:
-        found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
-    if config.log.wandb.enabled:
-        from densenet_dist.trackers.wandb_tracker import require_key
-
-        found.append(f"W&B {package_version('wandb')}")
-        try:
-            require_key()
-        except PermissionError as error:
-            problem, _, hint = str(error).partition(": ")
-            return Finding("note", f"{', '.join(found)}; W&B has {problem}", hint)
-    return Finding("ok", ", ".join(found))
 
 
 def _data_on_store(config: Config) -> Finding:
@@ -207,3 +183,19 @@ def _data_on_store(config: Config) -> Finding:
     found = publish_dataset(name, root, download=False)
     with locked_cache(root) as entry:
         return Finding("ok", f"{found}; this node copies it to {entry}")
+
+
+def _loggers(config: Config) -> Finding:
+    """Check W&B and MLflow without contacting their servers."""
+    require_trackers(config)
+    found = []
+    if config.log.mlflow.enabled:
+        found.append(f"MLflow {package_version('mlflow-skinny') or package_version('mlflow')}")
+    if config.log.wandb.enabled:
+        found.append(f"W&B {package_version('wandb')}")
+        try:
+            require_wandb_key()
+        except PermissionError as error:
+            problem, _, hint = str(error).partition(": ")
+            return Finding("note", f"{', '.join(found)}; W&B has {problem}", hint)
+    return Finding("ok", ", ".join(found))

@@ -1,24 +1,61 @@
-"""Versions, machine and code of a run, for env.json."""
+"""What a process runs in: cache and home folder, versions, machine and code.
+
+Every process imports this module first, so that slow imports are in functions.
+"""
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
-import subprocess
 import sys
+import tempfile
 import time
-from importlib import metadata
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from densenet_dist.credentials import without_credentials
-
+CACHE_ENV = "DENSENET_DIST_CACHE"
 _PACKAGES = ("densenet-dist", "torch", "torchvision", "ray", "nvidia-dali-cuda130", "numpy", "tensorboard")
 
 
+def cache_folder() -> Path:
+    """Return ``$DENSENET_DIST_CACHE``, else ``densenet_dist`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    It is created with permissions for this user only, if possible. It may be deleted when nothing runs.
+    """
+    own, base = os.environ.get(CACHE_ENV), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own).expanduser() if own else Path(base or Path.home() / ".cache") / "densenet_dist"
+    with suppress(OSError):  # a later write reports the error
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder.absolute()
+
+
+def provide_user() -> None:
+    """Give this process and its children a user name and a home folder if the system has none.
+
+    Containers may run under an unknown user id (OpenShift), without a home folder or with ``/``, where PyTorch, Triton
+    and Ray fail.
+    """
+    user_id = os.getuid()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ["USER"] = f"uid-{user_id}"
+    home = os.path.expanduser("~")
+    if (home == "/" or not os.path.isdir(home)) and not os.access(home, os.W_OK):
+        made = Path(tempfile.gettempdir(), f"densenet_dist-home-{user_id}")
+        with suppress(FileExistsError):
+            made.mkdir(mode=0o700)
+        # A folder of another user must not be trusted.
+        os.environ["HOME"] = str(made) if made.lstat().st_uid == user_id else tempfile.mkdtemp(prefix=made.name)
+
+
 def describe_environment() -> dict[str, Any]:
-    """Return versions, machine, git commit and command as plain values; no secrets (no environment variables)."""
+    """Return versions, machine, git commit and command for env.json; no secrets (no environment variables)."""
     import torch
+
+    from densenet_dist.credentials import without_credentials
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
@@ -39,6 +76,8 @@ def describe_environment() -> dict[str, Any]:
 
 def package_version(name: str) -> str | None:
     """Return the installed version of a package, or None."""
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -47,6 +86,7 @@ def package_version(name: str) -> str | None:
 
 def git_commit(folder: Path = Path(__file__).parent) -> str | None:
     """Return the commit of the checkout that contains `folder`, with ``+dirty`` if files differ from it; else None."""
+    import subprocess
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]

@@ -65,32 +65,18 @@ class CheckpointError(DenseNetDistError):
 
 
 class Interrupted(DenseNetDistError):
-    """The run was stopped by a signal; what it saved is intact.
-
-    Args:
-        run: the folder of the run or sweep.
-        number: number of the signal.
-        command: the command that resumes it.
-    """
+    """The run or sweep in the folder `run` was stopped by a signal; `command` resumes it."""
 
     def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train") -> None:
-        self.run, self.number, self.command = run, number, command
         super().__init__(
             f"interrupted; resume from the last checkpoint: densenet-dist {command} --resume {shlex.quote(run)}"
         )
         self.exit_code = 128 + number
 
-    def __reduce__(self) -> tuple[type[DenseNetDistError], tuple[object, ...]]:
-        return type(self), (self.run, self.number, self.command)
-
 
 @contextmanager
 def storage_errors(place: object = None) -> Iterator[None]:
-    """Turn an OSError into a StorageError.
-
-    Args:
-        place: name of what cannot be written. None: convert only errors of a full, read-only or failing disk.
-    """
+    """Turn an OSError into a StorageError about `place`; without a place, only that of a full or failing disk."""
     try:
         yield
     except OSError as error:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -30,13 +29,11 @@ _SETTLE_S: Final = 0.2
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a folder.
+    """The process that holds a folder: the content of lease.json.
 
     Attributes:
         key: identifies this lease.
-        host: name of the machine.
         machine: identifies the machine, its boot and the container.
-        pid: process id.
         born: start time of the process, in ticks since boot, because process ids are reused.
         beat: number of renewals.
     """
@@ -66,22 +63,17 @@ class Holder:
 
 
 class Lease:
-    """A lease of a folder, see `hold`. A thread renews it.
+    """A lease of a folder, see `hold`.
 
     Attributes:
         held: for other processes of the job that write to the folder or below it, see `fence`.
         lost: why the lease was lost; None while it is held.
     """
 
-    def __init__(self, folder: RunFolder, holder: Holder) -> None:
-        self.held = folder.location, holder.key
+    def __init__(self, held: tuple[str, str]) -> None:
+        self.held = held
         self.lost: StorageError | None = None
-        self._folder, self._holder = folder, holder
         self._on_loss: Callable[[], None] = lambda: None
-        fence(folder, self.held)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._thread.start()
 
     def when_lost(self, on_loss: Callable[[], None]) -> None:
         """Set a function to call, perhaps in a thread, when the lease is lost: nothing more may be written."""
@@ -89,32 +81,15 @@ class Lease:
         if self.lost is not None:
             on_loss()
 
-    def check(self) -> None:
-        """Check that the lease has not been lost.
+    def lose(self, error: StorageError) -> None:
+        """Set why the lease was lost, and call the function of `when_lost`."""
+        self.lost = error
+        self._on_loss()
 
-        Raises:
-            StorageError: another process took the folder over, or lease.json was deleted.
-        """
+    def check(self) -> None:
+        """Raise `lost`, if the lease was lost."""
         if self.lost is not None:
             raise self.lost
-
-    def release(self) -> None:
-        """Stop renewing and delete lease.json."""
-        self._end.set()
-        self._thread.join()
-        with suppress(StorageError):
-            if self.lost is None and _loss(self._folder, self._holder.key) is None:
-                self._folder.remove(LEASE_FILE)
-
-    def _renew(self) -> None:
-        while not self._end.wait(RENEW_S):
-            with suppress(StorageError):  # if it is not temporary, writing a checkpoint will report it
-                self.lost = _loss(self._folder, self._holder.key)
-                if self.lost is not None:
-                    self._on_loss()
-                    return
-                self._holder = replace(self._holder, beat=self._holder.beat + 1)
-                _write(self._folder, self._holder)
 
 
 def fence(folder: RunFolder, held: tuple[str, str] | None) -> None:
@@ -127,26 +102,26 @@ def fence(folder: RunFolder, held: tuple[str, str] | None) -> None:
         folder: the folder that this process writes to.
         held: `Lease.held` of the job, of this folder or of the sweep around it; None for a folder without a lease.
     """
-    if held is not None:
-        folder.guard = partial(_require_held, RunFolder(*split_location(held[0])), held[1])
+    if held is None:
+        return
+    location, key = held
+    leased = RunFolder(*split_location(location))
 
+    def guard() -> None:
+        lost = None
+        with suppress(StorageError):  # lease.json cannot be read: writing will report it
+            lost = _loss(leased, key)
+        if lost is not None:
+            raise lost
 
-def _require_held(leased: RunFolder, key: str) -> None:
-    try:
-        lost = _loss(leased, key)
-    except StorageError:
-        return  # lease.json cannot be read: writing will report it
-    if lost is not None:
-        raise lost
+    folder.guard = guard
 
 
 @contextmanager
 def hold(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> Iterator[Lease]:
-    """Take the lease of an existing folder, and release it at the end.
+    """Take the lease of an existing folder, renew it in a thread, and release it at the end.
 
-    Args:
-        folder: the run's or sweep's folder.
-        listener: called with a ``note`` event before waiting to see whether a holder on another machine is alive.
+    `listener` is called with a ``note`` event before waiting to see whether a holder on another machine is alive.
 
     Raises:
         StorageError: another running job has the lease.
@@ -158,11 +133,31 @@ def hold(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> Itera
     found = _read(folder)
     if found is None or found.key != holder.key:
         raise _in_use(folder, found)
-    lease = Lease(folder, holder)
+    lease = Lease((folder.location, holder.key))
+    fence(folder, lease.held)
+    end = threading.Event()
+
+    def renew() -> None:
+        beat = 0
+        while not end.wait(RENEW_S):
+            with suppress(StorageError):  # if it is not temporary, writing a checkpoint will report it
+                lost = _loss(folder, holder.key)
+                if lost is not None:
+                    lease.lose(lost)
+                    return
+                beat += 1
+                _write(folder, replace(holder, beat=beat))
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
     try:
         yield lease
     finally:
-        lease.release()
+        end.set()
+        thread.join()
+        with suppress(StorageError):
+            if lease.lost is None and _loss(folder, holder.key) is None:
+                folder.remove(LEASE_FILE)
 
 
 def _wait_until_free(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> None:
@@ -216,7 +211,7 @@ def _write(folder: RunFolder, holder: Holder) -> None:
 
 
 def _machine_id() -> str:
-    """Identify the machine, its boot and the container: process ids are unique only within these."""
+    """Return what process ids are unique in: the machine, its boot and the container."""
     parts = [os.uname().nodename]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]

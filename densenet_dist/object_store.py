@@ -46,7 +46,7 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
     Raises:
         ConfigError: it contains credentials, which configurations, logs and error messages would show.
-        StorageError: pyarrow does not know such addresses, or it cannot be opened.
+        StorageError: it cannot be opened.
     """
     import pyarrow
     from pyarrow import fs
@@ -63,8 +63,7 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 def fetch_file(uri: str) -> Path:
     """Copy a file from an object store to a local one, which is deleted when this process ends.
 
-    Raises:
-        ConfigError, StorageError: the address cannot be used, or the file cannot be read.
+    Raises the errors of `open_filesystem`, and StorageError if the file cannot be read.
     """
     from pyarrow import fs
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from densenet_dist.errors import DamagedRecord, StorageError
-from densenet_dist.object_store import open_filesystem, temporary_folder
+from densenet_dist.object_store import explain_storage_error, open_filesystem, temporary_folder
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -33,6 +33,7 @@ SPLIT_FILE = "split.json.gz"  # 4.4 MB for the 1.3 million names of ImageNet, wh
 METRICS_FILE = "metrics.jsonl"
 PAGE_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
+WEIGHTS_FILE = "initial.safetensors"
 TEST_RESULTS_FILE = "test_results.json"
 TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
@@ -81,9 +82,10 @@ class _Line(BaseModel, extra="allow"):
 class RunFolder:
     """The folder to which one run writes everything.
 
+    All methods raise StorageError if the folder cannot be read or written.
+
     Args:
-        storage: a path, or a URI that pyarrow knows (``s3://bucket/path?endpoint_override=...``). Credentials come
-            from the environment only.
+        storage: a path, or the URI of an object store (see `densenet_dist.object_store`).
         name: the run's name; the folder is ``storage/name``.
 
     Attributes:
@@ -107,11 +109,7 @@ class RunFolder:
             self.uri = self.location = str(self.path)
 
     def create(self) -> None:
-        """Create the folder and check that it is writable.
-
-        Raises:
-            StorageError: it is not.
-        """
+        """Create the folder and check that it is writable."""
         probe = ".write-test"
         with self._errors("cannot be written", remedy=_OTHER_STORAGE):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -128,11 +126,7 @@ class RunFolder:
             return bool(info.type.value)
 
     def names(self, relative: str) -> set[str]:
-        """Return the names of the files in a folder of the run, local and on the object store; none if it is missing.
-
-        Raises:
-            StorageError: it cannot be read.
-        """
+        """Return the names in a folder of the run, local and on the object store; none if it is missing."""
         local = self.path / relative
         with self._errors("cannot be read", relative):
             found = set(os.listdir(local)) if local.is_dir() else set()
@@ -148,7 +142,6 @@ class RunFolder:
 
         Raises:
             DamagedRecord: it is or contains something other than files and folders, such as a pipe.
-            StorageError: it cannot be read.
         """
         local = self.path / relative
         with self._errors("cannot be read", relative):
@@ -166,11 +159,7 @@ class RunFolder:
         return local
 
     def publish(self, *relative: str) -> None:
-        """Upload files or folders to an object store; on a path they are in place already.
-
-        Raises:
-            StorageError: they cannot be written.
-        """
+        """Upload files or folders to an object store; on a path they are in place already."""
         for item in relative:
             with self._errors("cannot be written", item):
                 self._upload(item)
@@ -203,18 +192,15 @@ class RunFolder:
             if kind in delete:
                 delete[kind](place)
 
-    def write(self, relative: str, text: str) -> None:
-        """Write and publish a text file (.gz: compressed) atomically: readers see the old content or the new.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+    def write(self, relative: str, content: str | bytes) -> None:
+        """Write and publish a file (.gz: compressed) atomically: readers see the old content or the new."""
+        content = content.encode() if isinstance(content, str) else content
         with self._errors("cannot be written", relative):
             target = self.path / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.with_name(f".{target.name}.{os.getpid()}")
             with open(beside, "wb") as file:
-                file.write(gzip.compress(text.encode(), mtime=0) if relative.endswith(".gz") else text.encode())
+                file.write(gzip.compress(content, mtime=0) if relative.endswith(".gz") else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, target)
@@ -222,11 +208,7 @@ class RunFolder:
         self.publish(relative)
 
     def append(self, relative: str, text: str) -> None:
-        """Append to a text file in place; `publish` uploads it.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Append to a text file in place; `publish` uploads it."""
         with self._errors("cannot be written", relative), open(self.path / relative, "a", encoding="utf-8") as file:
             file.write(text)
 
@@ -244,7 +226,6 @@ class RunFolder:
 
         Raises:
             DamagedRecord: the file is truncated, of another type, or not a regular file.
-            StorageError: the file cannot be read.
         """
         if not self.exists(relative):
             return None
@@ -258,9 +239,9 @@ class RunFolder:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise DamagedRecord(f"{self.uri}/{relative} is damaged: {problem}\n  {remedy}") from error
 
-    def read_json(self, relative: str, *, strict: bool = True) -> dict[str, Any]:
-        """Read the object in a JSON file; empty if there is none. Arguments and errors are those of `read`."""
-        return self.read(relative, dict[str, Any], strict=strict) or {}
+    def read_json(self, relative: str) -> dict[str, Any]:
+        """Read the object in a JSON file; empty if there is none. Errors are those of `read`."""
+        return self.read(relative, dict[str, Any]) or {}
 
     def read_summary(self) -> dict[str, Any]:
         """Read summary.json; empty while the run has not finished. Errors are those of `read`."""
@@ -271,7 +252,7 @@ class RunFolder:
         """Read the records of metrics.jsonl, in order; damaged lines are skipped.
 
         Raises:
-            StorageError: the file cannot be read, or no line is a record.
+            DamagedRecord: no line is a record.
         """
         if not self.exists(METRICS_FILE):
             return []
@@ -302,7 +283,7 @@ class RunFolder:
             yield
         except OSError as error:  # pyarrow's errors of storage are OSErrors too
             place = f"{self.uri}/{relative}" if relative else f"the run folder {self.uri}"
-            raise StorageError(f"{place} {what}: {error.strerror or error}\n  {remedy}") from error
+            raise StorageError(f"{place} {what}: {explain_storage_error(error)}\n  {remedy}") from error
 
 
 def open_run(location: str | Path, file: str = CONFIG_FILE, kind: str = "run") -> RunFolder:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -51,6 +50,8 @@ def _form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+PRETRAINED = ("densenet121", "densenet161", "densenet169", "densenet201")
+"""Variants with weights published by torchvision."""
 EnvVariable: TypeAlias = Annotated[str, _form(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE")]
 ResourceAmount: TypeAlias = Annotated[
     str, _form(r"[^=]+=([1-9]\d{0,14}|0\.\d{0,3}[1-9])", "NAME=AMOUNT, with an integer or a fraction below 1")
@@ -78,6 +79,16 @@ class ModelConfig:
     block: Literal["auto", "fused", "reference"] = "auto"
     """Implementation of dense blocks. All compute the same function: reference is the plain definition; fused needs
     memory linear in depth and is usually faster; auto: the faster one, measured at the start (short runs: fused)."""
+    weights: PathOrUri | None = None
+    """Start from the weights of a run (best checkpoint), an exported .safetensors file or a PyTorch state dict, which
+    may come from torchvision or timm. With another number of classes the classifier starts from random weights."""
+    pretrained: bool = False
+    """densenet121 to densenet201: start from torchvision's weights of ImageNet, downloaded once and verified."""
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The settings that determine the network: the arguments of `densenet` that come from the configuration."""
+        return {key: value for key, value in vars(self).items() if key not in ("weights", "pretrained")}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -99,8 +110,11 @@ class DataConfig:
     """Use only the first N training and the first N test images (folder: N spread evenly over the classes)."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
-    stratified: bool = False
-    """Whether to hold out the same share of every class."""
+    stratified: bool | None = None
+    """Whether to hold out the same share of every class; null: of folders."""
+    sampler: Literal["uniform", "balanced"] = "uniform"
+    """uniform: every training image once per epoch; balanced: as many images, the same number of every class: images of
+    small classes several times, with different augmentation."""
     augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
     of random size and shape, resized, flip."""
@@ -132,6 +146,11 @@ class DataConfig:
     """Library that produces the batches (equal up to rounding in both); auto: the faster one, measured at the start."""
     prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """Number of batches prepared ahead, except from images that are already on a GPU."""
+
+    @property
+    def is_stratified(self) -> bool:
+        """Whether the validation images are the same share of every class."""
+        return self.name == "folder" if self.stratified is None else self.stratified
 
     @property
     def side(self) -> int:
@@ -217,6 +236,11 @@ class TrainConfig:
     """Images per evaluation step and worker."""
     lr: Positive = 0.1
     """The peak learning rate; it is not scaled with the batch size."""
+    head_lr: Positive | None = None
+    """The peak learning rate of the classifier, which follows the same schedule; null: lr."""
+    freeze: Literal["backbone"] | tuple[Literal["stem"] | Count, ...] = ()
+    """Parts that are not trained: [stem, 1, 2] is the stem and the first two blocks, backbone all but the classifier.
+    Their batch norms use the running statistics."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16, fp16: automatic mixed precision with fp32 weights; fp16 scales the loss. In fp32, convolutions on a GPU use
     TF32 (10 bits of mantissa), PyTorch's default; results differ from those on a CPU by about 1e-3."""
@@ -232,6 +256,8 @@ class TrainConfig:
     """Number of parts of each worker's share of a step, to save memory; gradients are those of the whole."""
     clip_grad_norm: Positive | None = None
     """Maximum L2 norm of all gradients together; null: no clipping."""
+    class_weights: Literal["balanced"] | tuple[NonNegative, ...] | None = None
+    """Weights of the classes in the training loss; balanced: inversely proportional to their numbers of images."""
     label_smoothing: Probability = 0.0
     """Share of the target that is distributed evenly over all classes."""
     ema_decay: Probability | None = None
@@ -246,11 +272,8 @@ class TrainConfig:
     """Range of steps to profile: [100, 105] profiles the five steps after step 100. A trace and a table are written to
     the run's folder, under profile/; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """The learning rate over the run."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    """When to stop before the last epoch."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -264,8 +287,8 @@ class CheckpointConfig:
     per minute; null: never. Files are written while training continues."""
     keep: Count = 1
     """Number of newest checkpoints to keep besides the best."""
-    monitor: Literal["val/top1", "val/loss"] = "val/top1"
-    """The metric of the best checkpoint: the highest val/top1 or the lowest val/loss."""
+    monitor: Literal["val/top1", "val/balanced_accuracy", "val/macro_f1", "val/loss"] = "val/top1"
+    """The metric of the best checkpoint: the lowest val/loss, or the highest of the others."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -371,9 +394,7 @@ class LogConfig:
     """Services to which metrics are also sent; training continues if they do not respond."""
 
     wandb: WandbConfig = WandbConfig()
-    """Weights & Biases."""
     mlflow: MlflowConfig = MlflowConfig()
-    """MLflow."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -387,69 +408,9 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Determines the split, the order, every augmentation, the initial weights and dropout."""
     model: ModelConfig = ModelConfig()
-    """The DenseNet."""
     data: DataConfig = DataConfig()
-    """The images, their augmentation and loading."""
     train: TrainConfig = TrainConfig()
-    """Training of the model."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
     cluster: ClusterConfig = ClusterConfig()
-    """Where training runs."""
     fault: FaultConfig = FaultConfig()
-    """Handling of failures on a cluster."""
     log: LogConfig = LogConfig()
-    """Services to which metrics are also sent."""
-
-
-def validation_conflicts(train: TrainConfig) -> Iterator[str]:
-    """Yield a message for settings that need validation images."""
-    if train.early_stopping.enabled or train.schedule.name == "plateau":
-        what = "train.early_stopping" if train.early_stopping.enabled else "train.schedule.name: plateau"
-        yield f"data.val_fraction: there are no validation images, but {what} needs the validation loss"
-
-
-def conflicts(config: Config) -> Iterator[str]:
-    """Yield a message for each combination of settings that cannot work together."""
-    train, data, schedule = config.train, config.data, config.train.schedule
-    if data.image_size is not None and data.name != "folder":
-        yield f"data.image_size: is for data.name=folder; the images of {data.name} have 32 pixels a side"
-    if data.flip == "alternating" and data.augment == "none":
-        yield "data.flip: alternating changes nothing with data.augment=none; choose crop_flip, for example"
-    if data.cutout > data.side:
-        yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
-    if data.val_fraction == 0 and data.name != "folder":
-        yield from validation_conflicts(train)
-    if schedule.name == "multistep" and list(schedule.milestones) != sorted(set(schedule.milestones)):
-        yield f"train.schedule.milestones: must be strictly increasing, not {list(schedule.milestones)}"
-    if schedule.name != "one_cycle" and schedule.warmup_epochs >= train.epochs and schedule.warmup_epochs > 0:
-        yield f"train.schedule.warmup_epochs: {schedule.warmup_epochs:g} must be less than train.epochs={train.epochs}"
-    if schedule.name == "one_cycle" and schedule.warmup_epochs > 0:
-        yield "train.schedule.warmup_epochs: one_cycle has its own warm-up (pct_start); leave this at 0"
-    if schedule.name == "plateau" and schedule.min_lr > train.lr:
-        yield f"train.schedule.min_lr: {schedule.min_lr:g} is above train.lr={train.lr:g}"
-    if schedule.name == "cosine" and schedule.final_lr > train.lr:
-        yield f"train.schedule.final_lr: {schedule.final_lr:g} is above train.lr={train.lr:g}"
-    if train.cuda_graph and train.precision == "fp16":
-        yield "train.cuda_graph: fp16 decides on the CPU whether to skip a step; use train.precision=bf16 (or fp32)"
-    if train.cuda_graph and train.grad_accum_steps > 1:
-        yield "train.cuda_graph: a captured step has one part; leave train.grad_accum_steps at 1"
-    if train.compile and train.bucket_mb is not None and train.bucket_mb < 1:
-        yield f"train.bucket_mb: must be at least 1 with train.compile=true, not {train.bucket_mb:g}"
-    if train.profile is not None and not 0 < train.profile[1] - train.profile[0] <= 100:
-        yield f"train.profile: must be up to 100 steps, [START, STOP] with START below STOP, not {list(train.profile)}"
-    if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
-        yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
-    for name in config.cluster.variables:
-        if re.search("key|secret|token|passw|credential", name, re.IGNORECASE):
-            yield f"cluster.env: {name} may be a credential, which run folders would show; set it on the nodes instead"
-    for name in {"CPU", "GPU"} & config.cluster.node_resources.keys():
-        yield f"cluster.resources_per_worker: {name} is requested with cluster.cpus_per_worker and cluster.device"
-    if config.cluster.workers != "auto":
-        least, workers = config.cluster.worker_range
-        if least > workers:
-            yield f"cluster.workers: min={least} is above max={workers}"
-        if workers > train.global_batch_size:
-            yield f"cluster.workers: {workers} workers cannot share train.global_batch_size={train.global_batch_size}"
-        if config.cluster.engine == "local" and workers > 1:
-            yield "cluster.workers: cluster.engine=local is one process; for more use ray or torchrun"

@@ -152,6 +152,16 @@ def toy(toys: Callable[[str], Toy]) -> Toy:
 
 
 @pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run with averaged weights. Not to be written to."""
+    from runs import run_of, tiny, train
+
+    config = tiny(tmp_path_factory.mktemp("original"), "train.epochs=2", "train.ema_decay=0.5")
+    train(config)
+    return run_of(config).path
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """``s3://bucket%s?...`` of an S3 server; its credentials are in the environment."""
     with bucket() as address:

@@ -8,16 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import tiny
+from runs import records, run_of, tiny, weights_of
 
 from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
-from densenet_dist.cache_folder import cache_folder, provide_user
+from densenet_dist.cluster.resuming import resume_config
+from densenet_dist.environment import cache_folder, provide_user
 from densenet_dist.errors import ConfigError, StorageError
+from densenet_dist.run_folder import open_run
 
 
 def test_importing_it_costs_nothing():
@@ -82,6 +85,28 @@ def test_resume_begins_goes_on_and_leaves_alone(tmp_path):
     assert [event["text"] for event in events] == ["the run tiny is finished already"]
     with pytest.raises(StorageError, match=r"exists already\n.*--resume .*fit\(config, resume=True\)"):
         fit(config, listener=events.append)
+
+
+def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path):
+    settings = ("train.schedule.name=multistep", "train.schedule.milestones=[1, 3]")
+    whole, short = (tiny(tmp_path, *settings, f"name={name}") for name in ("whole", "short"))
+    fit(replace(whole, train=replace(whole.train, epochs=4)), listener=lambda event: None)
+    fit(replace(short, train=replace(short.train, epochs=2)), listener=lambda event: None)
+    for epochs in (4, 4):
+        longer = resume_config(run_of(short), [f"train.epochs={epochs}"])
+        extended = fit(longer, resume=True, listener=lambda event: None)
+        assert extended.summary["epochs"] == extended.config.train.epochs == 4
+    assert weights_of(short) == weights_of(whole)
+    assert records(short) == records(whole)
+    with pytest.raises(ConfigError, match=r"train.epochs: 4 -> 3\n.*train --from .*short name=NEW"):
+        resume_config(run_of(short), ["train.epochs=3"])
+    for setting, message in (
+        ("train.schedule.name=cosine", "only constant, multistep, plateau schedules"),
+        ("train.early_stopping={enabled: true, patience: 1, min_delta: 9.0}", "stopped early"),
+    ):
+        run = fit(tiny(tmp_path, f"name=run-{len(message)}", *settings, setting), listener=lambda event: None).run
+        with pytest.raises(ConfigError, match=message):
+            resume_config(open_run(run), ["train.epochs=9"])
 
 
 def test_a_run_is_loaded_again_finished_or_not(tmp_path, result):

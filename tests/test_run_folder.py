@@ -14,7 +14,7 @@ from densenet_dist.errors import StorageError
 from densenet_dist.lease import hold
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.results import Note
-from densenet_dist.trackers.tracker import links
+from densenet_dist.trackers import links
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.inputs import read_metadata
 from densenet_dist.train.results import read_test_results

@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 LIMITS = {
-    "lines of densenet_dist": 22_500,
+    "lines of densenet_dist": 21_700,
     "lines of the training loop": 120,
     "lines of tests": 16_000,
     "words of README.md": 1_400,

@@ -1,122 +1,33 @@
-"""What the measurements share: a process for each thing measured, its peak memory, medians, tables for the terminal."""
+"""What the measurements share: their conditions, medians, and tables for the terminal."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import multiprocessing
-import os
-import signal
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from densenet_dist.cluster.resources import local_threads
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.environment import describe_environment
-from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import Config
 
 
-class MeasuringProcess:
-    """A process that prepares something to measure, measures it on request, and is idle in between.
-
-    Its exceptions are raised here; if it dies, `EnvironmentProblem` is raised.
-
-    Args:
-        prepare: a module-level function, called once in the process; it returns the function that `measure` calls.
-        arguments: of `prepare`; they are pickled.
-    """
-
-    def __init__(self, prepare: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
-        # Ctrl-C reaches the whole process group: with the default handler this process would print a traceback.
-        self._pool = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-        )
-        self._pid = self._pool.submit(os.getpid)
-        self._prepared = self._last = self._pool.submit(_prepare, prepare, arguments)
-
-    def wait(self) -> None:
-        """Wait until it is prepared, so that preparing disturbs no measurement."""
-        _result(self._prepared)
-
-    def measure(self, *arguments: Any) -> Any:
-        """Measure once."""
-        self.wait()
-        self._last = self._pool.submit(_measure, arguments)
-        return _result(self._last)
-
-    def stop(self) -> None:
-        """End the process, even during a measurement."""
-        if not self._last.done():
-            with suppress(BrokenProcessPool, ProcessLookupError):
-                os.kill(self._pid.result(), signal.SIGKILL)
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise EnvironmentProblem("the measuring process was killed, perhaps because memory ran out") from None
-
-
-_prepared: Callable[..., Any]
-"""In a measuring process: the function that measures."""
-
-
-def _prepare(prepare: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
-    global _prepared
-    _prepared = prepare(*arguments)
-
-
-def _measure(arguments: tuple[Any, ...]) -> Any:
-    gc.collect()  # remains of the last measurement
-    return _prepared(*arguments)
-
-
-def reset_peak() -> float:
-    """Reset `peak_bytes`; return the resident memory of this process in bytes, NaN where Linux refuses."""
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
-    resident = proc_bytes("self/status", "VmRSS")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return float("nan")
-    return resident
-
-
-def peak_bytes() -> float:
-    """Return the peak resident memory of this process since `reset_peak`; NaN where Linux does not report it."""
-    return proc_bytes("self/status", "VmHWM")
-
-
-def proc_bytes(file: str, key: str) -> float:
-    """Read a size from a file in ``/proc``; NaN where Linux does not report it."""
-    with suppress(OSError):
-        for line in Path("/proc", file).read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return float(line.split()[1]) * 1024
-    return float("nan")
-
-
-def conditions(config: Config, device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:
+def conditions(device: str, threads: int, seconds: float, rounds: int) -> dict[str, Any]:
     """Return how and where something was measured, for the result."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": local_threads(config.cluster),
+        "device": device,
+        "threads": threads,
         "seconds": seconds,
         "rounds": rounds,
         "environment": describe_environment(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def num_classes(config: Config) -> int:
@@ -165,7 +76,7 @@ def with_spread(value: float, spread: Sequence[float]) -> str:
 
 def conditions_line(found: dict[str, Any], device_suffix: str = "") -> str:
     """Format the `conditions` of a result for the title of its table."""
-    device = str(found["device"])
+    device = found["device"]
     if device == "CPU":
         device = f"{found['environment']['cpu']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     rounds = "one round" if found["rounds"] == 1 else f"medians of {found['rounds']} rounds"

@@ -7,19 +7,18 @@ of the loaders, not the rate of a training run.
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from densenet_dist.bench.common import conditions, conditions_line, print_table
+from densenet_dist.bench.common import conditions, conditions_line, device_name, median_and_spread, print_table
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
-from densenet_dist.data.dali_support import require_dali
+from densenet_dist.data.dali_loader import require_dali
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.data.speed import Speed, endless, measure
+from densenet_dist.data.speed import Speed, measure
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
@@ -28,13 +27,7 @@ from densenet_dist.train.inputs import engine_of, load_dataset_of, train_and_val
 
 
 def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1.0, rounds: int = 3) -> dict[str, Any]:
-    """Measure every loader at every batch size.
-
-    Args:
-        config: the data set, the augmentation and ``cluster.device`` to use.
-        batch_sizes: images per batch.
-        seconds: approximate duration of each measurement.
-        rounds: number of measurements; medians are reported.
+    """Measure every loader at every batch size, each time for about `seconds`.
 
     Returns:
         ``rows``: for each loader and batch size the median ``images_per_s`` with its ``spread`` (lowest, highest)
@@ -43,25 +36,27 @@ def bench_data(config: Config, *, batch_sizes: Sequence[int], seconds: float = 1
     Raises:
         DataError, ConfigError, EnvironmentProblem: as for training.
     """
-    device = choose_device(config.cluster.device)
+    device, threads = choose_device(config.cluster.device), local_threads(config.cluster)
     notes, loaders = [], ["torch", "dali"]
     try:
         require_dali(device, decoding=config.data.name == "folder")
     except EnvironmentProblem as error:
         loaders.remove("dali")
         notes.append(f"dali skipped: {str(error).splitlines()[0]}")
-    torch.set_num_threads(local_threads(config.cluster))
+    torch.set_num_threads(threads)
     dataset = load_dataset_of(config)
     results: dict[tuple[str, int], list[Speed]] = {}
-    for _, batch_size, name in itertools.product(range(rounds), batch_sizes, loaders):
-        speed = _measure(name, config, dataset, device, batch_size, seconds)
-        results.setdefault((name, batch_size), []).append(speed)
-    return {
-        "rows": [_row(*key, of_key) for key, of_key in results.items()],
-        "notes": notes,
-        "data": to_dict(config)["data"],
-        **conditions(config, device, seconds, rounds),
-    }
+    for _, batch_size, loader in itertools.product(range(rounds), batch_sizes, loaders):
+        speed = _measure(loader, config, dataset, device, batch_size, seconds)
+        results.setdefault((loader, batch_size), []).append(speed)
+    rows = []
+    for (loader, batch_size), speeds in results.items():
+        median, spread = median_and_spread([speed.per_second for speed in speeds])
+        per_cpu, _ = median_and_spread([speed.per_cpu_second for speed in speeds])
+        figures = {"images_per_s": median, "spread": spread, "images_per_cpu_s": per_cpu}
+        rows.append({"loader": loader, "batch_size": batch_size, **figures})
+    about = conditions(device_name(device), threads, seconds, rounds)
+    return {"rows": rows, "notes": notes, "data": to_dict(config)["data"], **about}
 
 
 def _measure(
@@ -71,18 +66,7 @@ def _measure(
     engine = engine_of(config, device, dataset, dataset.train, loader)
     context = RunContext(RunFolder(config.storage, config.name), device)
     batches = train_loader(config, context, dataset, engine, train_and_val(config, dataset)[0])
-    return measure(endless(batches), device, seconds=seconds)
-
-
-def _row(loader: str, batch_size: int, results: list[Speed]) -> dict[str, Any]:
-    speeds = [speed.per_second for speed in results]
-    return {
-        "loader": loader,
-        "batch_size": batch_size,
-        "images_per_s": round(statistics.median(speeds), 1),
-        "spread": (round(min(speeds), 1), round(max(speeds), 1)),
-        "images_per_cpu_s": round(statistics.median(speed.per_cpu_second for speed in results), 1),
-    }
+    return measure(batches, device, seconds=seconds)
 
 
 def print_data(found: dict[str, Any]) -> None:

@@ -8,16 +8,21 @@ this measures the model and the optimizer on one device, without data loading an
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import signal
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+
+import torch
 
 from densenet_dist.bench.common import (
-    MeasuringProcess,
     conditions,
     conditions_line,
+    device_name,
     interval,
     median_and_spread,
     num_classes,
@@ -26,10 +31,11 @@ from densenet_dist.bench.common import (
     rounded,
     with_spread,
 )
-from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, prepare_variant
+from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, measure_variant, prepare_variant
+from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.display.json_lines import finite
-from densenet_dist.errors import DenseNetDistError
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device
@@ -38,6 +44,8 @@ _FIGURES: Final = (
     *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),
     *("time_ratio", "time_ratio_spread", "memory_ratio"),
 )
+_Case: TypeAlias = tuple[str, int]
+"""A variant and a batch size."""
 
 
 def bench_model(
@@ -49,15 +57,7 @@ def bench_model(
     rounds: int = 3,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure every variant at every batch size.
-
-    Args:
-        config: the model, precision, optimizer and ``cluster.device`` to use.
-        variants: what to measure, such as some of `VARIANTS`.
-        batch_sizes: images per step.
-        seconds: approximate duration of each measurement, without warm-up.
-        rounds: number of measurements; medians are reported.
-        on_progress: called with a description of the current measurement.
+    """Measure every variant at every batch size, each time for about `seconds`.
 
     Returns:
         ``rows``, with the figures of `Measurement` and their ratios to the reference of the same round and batch size,
@@ -69,38 +69,13 @@ def bench_model(
     """
     check_run(config)
     device = choose_device(config.cluster.device)
-    used, notes = dict(variants), []
-    for name, variant in variants.items():
-        if variant.cuda_graph and device.type != "cuda":
-            notes.append(f"{name} skipped: it needs a GPU")
-            del used[name]
+    usable = {name: variant for name, variant in variants.items() if device.type == "cuda" or not variant.cuda_graph}
+    notes = [f"{name} skipped: it needs a GPU" for name in variants if name not in usable]
     if config.data.name == "folder":
         notes.append(f"the folder is not read: measured with {num_classes(config)} classes")
-    sizes, plain = tuple(dict.fromkeys(batch_sizes)), to_dict(config)
-    results: dict[tuple[str, int], list[Measurement]] = {(name, size): [] for name in used for size in sizes}
-    failures: dict[tuple[str, int], str] = {}
-    processes = {
-        name: MeasuringProcess(prepare_variant, variant, plain, num_classes(config), str(device))
-        for name, variant in used.items()
-    }
-    try:
-        on_progress("preparing")
-        for process in processes.values():
-            with suppress(DenseNetDistError):  # `measure` raises it again
-                process.wait()
-        for current, size, name in itertools.product(range(1, rounds + 1), sizes, used):
-            if (name, size) in failures:
-                continue
-            on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
-            try:
-                results[name, size].append(processes[name].measure(size, seconds))
-            except OutOfMemory as error:
-                failures[name, size] = str(error)
-            except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
-                failures.update({(name, other): str(error) for other in sizes})
-    finally:
-        for process in processes.values():
-            process.stop()
+    sizes = tuple(dict.fromkeys(batch_sizes))
+    results, failures = _measure_all(config, device, usable, sizes, seconds, rounds, on_progress)
+    settings = to_dict(config)
     found: dict[str, Any] = finite(
         {
             "rows": [
@@ -109,21 +84,66 @@ def bench_model(
                     "batch_size": size,
                     "note": failures.get((name, size), ""),
                     **dict.fromkeys(_FIGURES),
-                    **_figures(size, found, results.get(("reference", size), [])),
-                    "rounds": [asdict(one) for one in found],
+                    **_figures(size, measured, results.get(("reference", size), [])),
+                    "rounds": [asdict(one) for one in measured],
                 }
-                for (name, size), found in results.items()
+                for (name, size), measured in results.items()
             ],
-            "model": plain["model"],
+            "model": config.model.network,
             "precision": config.train.precision,
-            "optimizer": plain["train"]["optimizer"],
+            "optimizer": settings["train"]["optimizer"],
             "image_size": config.data.side,
             "classes": num_classes(config),
             "notes": notes,
-            **conditions(config, device, seconds, rounds),
+            **conditions(device_name(device), local_threads(config.cluster), seconds, rounds),
         }
     )
     return found
+
+
+def _measure_all(
+    config: Config,
+    device: torch.device,
+    variants: Mapping[str, Variant],
+    sizes: Sequence[int],
+    seconds: float,
+    rounds: int,
+    on_progress: Callable[[str], None],
+) -> tuple[dict[_Case, list[Measurement]], dict[_Case, str]]:
+    """Return the measurements of all rounds, and why those that are missing failed."""
+    results: dict[_Case, list[Measurement]] = {case: [] for case in itertools.product(variants, sizes)}
+    failures: dict[_Case, str] = {}
+    others = set(multiprocessing.active_children())
+    processes = {name: measuring_process() for name in variants}
+    on_progress("preparing")
+    try:
+        prepared = {
+            name: processes[name].submit(prepare_variant, variant, config, num_classes(config), device)
+            for name, variant in variants.items()
+        }
+        for name, task in prepared.items():  # all of them, so that preparing disturbs no measurement
+            try:
+                result_of(task)
+            except DenseNetDistError as error:
+                failures |= {(name, size): str(error) for size in sizes}
+        for current, size, name in itertools.product(range(1, rounds + 1), sizes, variants):
+            if (name, size) in failures:
+                continue
+            on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
+            try:
+                results[name, size].append(result_of(processes[name].submit(measure_variant, size, seconds)))
+            except OutOfMemory as error:
+                failures[name, size] = str(error)
+            except DenseNetDistError as error:  # a process may be unusable after a kernel failed in it
+                failures |= {(name, other): str(error) for other in sizes}
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:  # do not wait for the end of a measurement
+            child.kill()
+        raise
+    finally:
+        for process in processes.values():
+            process.shutdown(cancel_futures=True)
+    return results, failures
 
 
 def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequence[Measurement]) -> dict[str, Any]:
@@ -162,3 +182,19 @@ def print_model(found: dict[str, Any]) -> None:
     failed = [f"{row['arm']}, batch {row['batch_size']}: {row['note']}" for row in found["rows"] if row["note"]]
     title = f"{found['model']['variant']} on {found['image_size']}x{found['image_size']}, {found['precision']}"
     print_table(f"{title}; {conditions_line(found)}", headings, rows, [*failed, *found["notes"]])
+
+
+def measuring_process() -> ProcessPoolExecutor:
+    """Return a process to measure in; it starts with its first task, and is idle in between."""
+    # Ctrl-C reaches the whole process group: with the default handler this process would print a traceback.
+    return ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    )
+
+
+def result_of(task: Future[Any]) -> Any:
+    """Wait for a task of a measuring process; raise its exception, or `EnvironmentProblem` if the process died."""
+    try:
+        return task.result()
+    except BrokenProcessPool:
+        raise EnvironmentProblem("the measuring process was killed, perhaps because memory ran out") from None

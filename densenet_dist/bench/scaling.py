@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Final, TypeAlias
 
@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from densenet_dist.bench.common import (
+    conditions,
     conditions_line,
+    device_name,
     interval,
     median_and_spread,
     num_classes,
@@ -30,21 +32,20 @@ from densenet_dist.bench.common import (
 )
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.launch import absolute
-from densenet_dist.cluster.measured import run_on_workers
 from densenet_dist.cluster.resources import count_fitting, plan_resources
-from densenet_dist.config import to_dict, validate
-from densenet_dist.data.datasets import Dataset, Split
+from densenet_dist.config import to_dict
+from densenet_dist.data.datasets import Dataset
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.loader import Batch
 from densenet_dist.data.speed import synchronize
 from densenet_dist.display.progress import counted
-from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.ddp import no_sync
 from densenet_dist.train.loop import train_step
+from densenet_dist.train.network import no_sync
 from densenet_dist.train.trainer import Trainer
 
 MODES: Final = ("weak", "strong")
@@ -52,25 +53,9 @@ MODES: Final = ("weak", "strong")
 Probe: TypeAlias = Callable[[Trainer, dict[int, Batch]], Any]
 """An additional measurement of a trainer; it gets this rank's share of a batch by size of the global batch."""
 
-
-@dataclass(frozen=True)
-class RankMeasurements:
-    """The measurements of one rank.
-
-    Attributes:
-        timings: seconds per training step in each round, by size of the global batch and whether gradients are
-            all-reduced or stay on their rank (DDP's ``no_sync``).
-        parameters: number of trainable parameters.
-        device: the GPU's name, or CPU.
-        backend: of the process group.
-        probed: the result of the probe.
-    """
-
-    timings: dict[tuple[int, bool], list[float]]
-    parameters: int
-    device: str
-    backend: str
-    probed: Any = None
+Timings: TypeAlias = dict[tuple[int, bool], list[float]]
+"""A rank's seconds per training step in each round, by size of the global batch and whether gradients are all-reduced
+or stay on their rank (DDP's ``no_sync``)."""
 
 
 def bench_scaling(
@@ -83,16 +68,12 @@ def bench_scaling(
     on_progress: Callable[[str], None] = lambda text: None,
     probe: Probe | None = None,
 ) -> dict[str, Any]:
-    """Measure with every number of workers.
+    """Measure with every number of workers, each time for about `seconds`.
 
     Args:
-        config: the model, loss, optimizer and gradient communication to run. ``train.global_batch_size`` is the number
-            of images per worker in weak scaling, and of all workers together in strong scaling.
+        config: ``train.global_batch_size`` is the number of images per worker in weak scaling, and of all workers
+            together in strong scaling.
         workers: the numbers of workers; 1 is always measured.
-        modes: weak, strong.
-        seconds: approximate duration of each measurement.
-        rounds: number of measurements; medians are reported.
-        on_progress: called with a description of the current measurement.
         probe: an additional measurement on every rank.
 
     Returns:
@@ -109,39 +90,36 @@ def bench_scaling(
             "  raise it, or measure weak scaling alone with --mode weak"
         )
     check_run(config)
-    results: dict[int, list[RankMeasurements]] = {}
+    timings: dict[int, list[Timings]] = {}
+    about: dict[int, dict[str, Any]] = {}
     with connected(config.cluster) as own_cluster:
+        from densenet_dist.cluster.ray_backend import run_on_workers
+
         for count in counts:
             on_progress(f"{counted(count, 'worker')} (of {', '.join(map(str, counts))})")
             sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
-            arguments = (to_dict(config), num_classes(config), sizes, seconds, rounds, probe)
-            results[count] = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)
+            arguments = (config, num_classes(config), sizes, seconds, rounds, probe)
+            ranks = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)
+            timings[count], about[count] = [of_rank for of_rank, _ in ranks], ranks[0][1]
         import ray
 
-        single, threads = replace(config.cluster, workers=1), config.cluster.cpus_per_worker
         available = ray.cluster_resources()
-        room = count_fitting(available, plan_resources(single, available, fixed=False).per_worker)
-    first = results[1][0]
-    found = {
-        "rows": rows(config, results, modes, room),
+    single, threads = replace(config.cluster, workers=1), config.cluster.cpus_per_worker
+    room = count_fitting(available, plan_resources(single, available, fixed=False).per_worker)
+    return {
+        "rows": rows(config, timings, modes, room),
         "notes": ["*: more workers than cores: the times show how cores are shared"] if counts[-1] > room else [],
         "name": config.name,
         "model": to_dict(config)["model"],
-        "parameters": first.parameters,
+        "parameters": about[1]["parameters"],
         "precision": config.train.precision,
         "gradient_compression": config.train.gradient_compression,
         "images": config.train.global_batch_size,
-        "device": first.device,
-        "backend": first.backend,
-        "threads": 1 if threads == "auto" else threads,
+        "backend": about[1]["backend"],
         "room": room,
-        "seconds": seconds,
-        "rounds": rounds,
-        "environment": describe_environment(),
+        **conditions(about[1]["device"], 1 if threads == "auto" else threads, seconds, rounds),
+        **({"probed": {count: of_count["probed"] for count, of_count in about.items()}} if probe else {}),
     }
-    if probe is not None:
-        found["probed"] = {count: ranks[0].probed for count, ranks in results.items()}
-    return found
 
 
 def _images(config: Config, mode: str, workers: int) -> int:
@@ -150,17 +128,17 @@ def _images(config: Config, mode: str, workers: int) -> int:
 
 
 def rows(
-    config: Config, results: dict[int, list[RankMeasurements]], modes: Sequence[str], room: int
+    config: Config, timings: Mapping[int, Sequence[Timings]], modes: Sequence[str], room: int
 ) -> list[dict[str, Any]]:
-    """Compute the figures for each mode and number of workers, from the measurements of the ranks.
+    """Compute the figures for each mode and number of workers, from the timings of their ranks.
 
     ``step_ms`` is a step of the slowest rank, ``local_ms`` the same without the all-reduce, ``exposed_ms`` their
     difference; the efficiencies are T(1) / T(n) of the two, divided by n for strong scaling.
     """
     made = []
     for mode in modes:
-        alone = statistics.median(_slowest(results[1], _images(config, mode, 1)))
-        for count, ranks in results.items():
+        alone = statistics.median(_slowest(timings[1], _images(config, mode, 1)))
+        for count, ranks in timings.items():
             images = _images(config, mode, count)
             step = [1e3 * seconds for seconds in _slowest(ranks, images)]
             step_ms, spread = median_and_spread(step)
@@ -186,9 +164,9 @@ def rows(
     return made
 
 
-def _slowest(ranks: Sequence[RankMeasurements], images: int, *, exchange: bool = True) -> list[float]:
+def _slowest(ranks: Sequence[Timings], images: int, *, exchange: bool = True) -> list[float]:
     """Return the seconds per step of the slowest rank, in each round."""
-    return [max(times) for times in zip(*(rank.timings[images, exchange] for rank in ranks), strict=True)]
+    return [max(times) for times in zip(*(timings[images, exchange] for timings in ranks), strict=True)]
 
 
 def print_scaling(found: dict[str, Any]) -> None:
@@ -209,80 +187,75 @@ def print_scaling(found: dict[str, Any]) -> None:
 
 def measure_rank(
     device: torch.device,
-    plain: dict[str, Any],
+    config: Config,
     num_classes: int,
     global_sizes: Sequence[int],
     seconds: float,
     rounds: int,
     probe: Probe | None = None,
-) -> RankMeasurements:
+) -> tuple[Timings, dict[str, Any]]:
     """Measure on one rank, together with the other ranks of the process group.
 
     Args:
-        device: of this rank.
-        plain: the configuration as plain values.
-        num_classes: of the model.
         global_sizes: sizes of the global batches, each at least one image per rank.
-        seconds: approximate duration of each measurement.
-        rounds: number of measurements.
         probe: an additional measurement at the end, on all ranks at once.
+
+    Returns:
+        The timings; and the model's number of ``parameters``, the names of ``device`` and ``backend``, and what was
+        ``probed``.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    with tempfile.TemporaryDirectory() as folder:
-        context = RunContext(RunFolder(folder, "run"), device, rank, world_size)
-        trainer = _make_trainer(validate(plain), context, num_classes, max(global_sizes))
-        try:
-            whole = next(iter(trainer.train_loader.epoch(0)))
-            batches = {size: _share(trainer, whole, size) for size in global_sizes}
-            return RankMeasurements(
-                _time_rounds(trainer, batches, seconds, rounds),
-                sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
-                torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-                dist.get_backend(),
-                probe(trainer, batches) if probe else None,
-            )
-        finally:
-            trainer.store.close()
+    with _trainer(config, device, num_classes, max(global_sizes)) as trainer:
+        whole = next(iter(trainer.train_loader.epoch(0)))
+        batches = {}
+        for size in global_sizes:
+            count = len(range(trainer.context.rank, size, trainer.context.world_size))  # this rank's share
+            batches[size] = Batch(whole.images[:count], whole.targets[:count], size)
+        return _time_rounds(trainer, batches, seconds, rounds), {
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+            "device": device_name(device),
+            "backend": dist.get_backend(),
+            "probed": probe(trainer, batches) if probe else None,
+        }
 
 
-def _make_trainer(config: Config, context: RunContext, num_classes: int, images: int) -> Trainer:
+@contextmanager
+def _trainer(config: Config, device: torch.device, num_classes: int, images: int) -> Iterator[Trainer]:
     """Make a trainer on random images, with a learning rate that barely changes the weights."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
-    train = replace(train, epochs=1, cuda_graph=False, profile=None)
-    data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1)
-    config = replace(config, train=train, data=data, cluster=replace(config.cluster, workers="auto"))
+    train = replace(train, epochs=1, cuda_graph=False, profile=None, class_weights=None)
+    data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1, sampler="uniform")
+    model = replace(config.model, weights=None, pretrained=False)
+    config = replace(config, model=model, train=train, data=data, cluster=replace(config.cluster, workers="auto"))
     side, random = config.data.side, np.random.default_rng(config.seed)
     pixels = random.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     split = Split(pixels, random.integers(0, num_classes, images))
     names = tuple(map(str, range(num_classes)))
-    trainer = Trainer(config, context, Dataset("random", names, split, split, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
-    trainer.forward.train()
-    return trainer
+    dataset = Dataset("random", names, split, split, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    with tempfile.TemporaryDirectory() as folder:
+        context = RunContext(RunFolder(folder, "run"), device, dist.get_rank(), dist.get_world_size())
+        trainer = Trainer(config, context, dataset)
+        trainer.forward.train()
+        try:
+            yield trainer
+        finally:
+            trainer.store.close()
 
 
-def _time_rounds(
-    trainer: Trainer, batches: dict[int, Batch], seconds: float, rounds: int
-) -> dict[tuple[int, bool], list[float]]:
+def _time_rounds(trainer: Trainer, batches: dict[int, Batch], seconds: float, rounds: int) -> Timings:
     orders = ((True, False), (False, True)) if trainer.context.world_size > 1 else ((True,), (True,))
-    timings: dict[tuple[int, bool], list[float]] = {(size, exchange): [] for size in batches for exchange in orders[0]}
+    timings: Timings = {(size, exchange): [] for size in batches for exchange in orders[0]}
     for size, exchange in timings:
-        time_steps(trainer, batches[size], 1, exchange)  # warms up
+        _time_steps(trainer, batches[size], 1, exchange)  # warms up
     for current in range(rounds):
         for size, batch in batches.items():
-            count = max(2, int(seconds / longest(time_steps(trainer, batch, 1, True), trainer.context.device)))
+            count = max(2, int(seconds / longest(_time_steps(trainer, batch, 1, True), trainer.context.device)))
             # Alternate the order, so that a drift of the machine's speed does not bias the difference.
             for exchange in orders[current % 2]:
-                timings[size, exchange].append(time_steps(trainer, batch, count, exchange))
+                timings[size, exchange].append(_time_steps(trainer, batch, count, exchange))
     return timings
 
 
-def _share(trainer: Trainer, whole: Batch, global_size: int) -> Batch:
-    """Return this rank's share of a global batch."""
-    count = len(range(trainer.context.rank, global_size, trainer.context.world_size))
-    return Batch(whole.images[:count], whole.targets[:count], global_size)
-
-
-def time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> float:
+def _time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> float:
     """Run `count` steps, with or without the all-reduce; return the seconds per step."""
     with nullcontext() if exchange else no_sync(trainer.forward):
         barrier(trainer.context.device)

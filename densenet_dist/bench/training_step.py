@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
@@ -16,9 +19,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
-from densenet_dist.bench.common import peak_bytes, proc_bytes, reset_peak
 from densenet_dist.cluster.resources import local_threads
-from densenet_dist.config import validate
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
@@ -80,53 +81,26 @@ class Measurement:
     loss: float
 
 
-def prepare_variant(
-    variant: Variant, plain: dict[str, Any], num_classes: int, device_name: str
-) -> Callable[[int, float], Measurement]:
-    """Build the model of a configuration (as plain values) in this process, which measures nothing else.
-
-    Returns:
-        A function that measures the training step, given a batch size and an approximate duration in seconds; it may
-        raise the same errors.
-
-    Raises:
-        ConfigError, EnvironmentProblem, OutOfMemory: the variant cannot work here.
-    """
-    config, device = validate(plain), torch.device(device_name)
-    torch.set_num_threads(local_threads(config.cluster))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA on a CPU
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # as training does
-    # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
-    if variant.block == "fused" and (reason := unavailable(device.type)):
-        raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
-    return partial(
-        with_readable_errors, with_readable_errors(TrainingStep, variant, config, num_classes, device).measure
-    )
-
-
 class TrainingStep:
     """A model on its device with its optimizer, run as `variant` specifies."""
 
     def __init__(self, variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
         self._variant, self._config, self._num_classes, self._device = variant, config, num_classes, device
         torch.manual_seed(config.seed)
-        settings = {**asdict(config.model), "num_classes": num_classes, "image_size": config.data.side}
+        settings = {**config.model.network, "num_classes": num_classes, "image_size": config.data.side}
         architecture = variant_architecture(**settings)
         if variant.padded:
             settings["growth_rate"] = -(-architecture.growth_rate // 8) * 8
-        self._model = densenet(**{**settings, "block": variant.block}).to(device).train()
-        self._forward: nn.Module = self._model
+        self._forward: nn.Module = densenet(**{**settings, "block": variant.block}).to(device).train()
         # With a learning rate of zero the work is the same, but the weights do not change during the measurement.
-        self._optimizer = build_optimizer(self._model, config.train.optimizer, lr=0.0)
+        self._optimizer = build_optimizer(self._forward, config.train.optimizer, lr=0.0)
         self._scaler = GradScaler(device.type, enabled=config.train.precision == "fp16")
         self._bytes_per_image = 0.0  # of the last measured step
         if variant.compile:
             from torch._dynamo import config as dynamo
 
             dynamo.recompile_limit = 64  # beyond it the model would silently run uncompiled
-            self._forward = cast(nn.Module, torch.compile(self._model, dynamic=False))
+            self._forward = cast(nn.Module, torch.compile(self._forward, dynamic=False))
 
     def measure(self, batch_size: int, seconds: float) -> Measurement:
         """Warm up, then measure time and memory at one batch size."""
@@ -140,13 +114,13 @@ class TrainingStep:
         torch.manual_seed(self._config.seed)  # for dropout
         loss = float(step())
         step()
-        before = reset_peak()
+        before = _reset_peak()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._variant.cuda_graph:
             step = self._capture(images, labels)
         once = self._time(step, 1)
-        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else peak_bytes() - before
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _proc_bytes("self/status", "VmHWM") - before
         if not math.isnan(peak):
             self._bytes_per_image = peak / batch_size
         steps = max(2 if on_gpu or once <= seconds else 1, int(seconds / once))
@@ -203,14 +177,43 @@ class TrainingStep:
         return (perf_counter() - started) / steps
 
     def _require_memory(self, batch_size: int) -> None:
-        needed, available = self._bytes_per_image * batch_size, proc_bytes("meminfo", "MemAvailable")
+        needed, available = self._bytes_per_image * batch_size, _proc_bytes("meminfo", "MemAvailable")
         if needed > 0.8 * available:
             raise OutOfMemory(
                 f"skipped: needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available"
             )
 
 
-def with_readable_errors(work: Callable[..., Any], *arguments: Any) -> Any:
+_prepared: TrainingStep
+"""In a measuring process: what it measures."""
+
+
+def prepare_variant(variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
+    """Build the model of a configuration in this process, which measures nothing else.
+
+    Raises:
+        ConfigError, EnvironmentProblem, OutOfMemory: the variant cannot work here.
+    """
+    global _prepared
+    torch.set_num_threads(local_threads(config.cluster))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA on a CPU
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # as training does
+    # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
+    if variant.block == "fused" and (reason := unavailable(device.type)):
+        raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
+    _prepared = _with_readable_errors(TrainingStep, variant, config, num_classes, device)
+
+
+def measure_variant(batch_size: int, seconds: float) -> Measurement:
+    """Measure what was prepared for about `seconds`; errors as for `prepare_variant`."""
+    gc.collect()  # remains of the last measurement
+    found: Measurement = _with_readable_errors(_prepared.measure, batch_size, seconds)
+    return found
+
+
+def _with_readable_errors(work: Callable[..., Any], *arguments: Any) -> Any:
     """Call `work`; turn errors of compilers, kernels and allocators into an `EnvironmentProblem` of one line."""
     try:
         return work(*arguments)
@@ -230,3 +233,24 @@ def _problem(error: Exception) -> EnvironmentProblem:
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return OutOfMemory("out of memory")
     return EnvironmentProblem(text if len(text) <= 300 else f"{text[:300]}...")
+
+
+def _reset_peak() -> float:
+    """Reset ``VmHWM``; return the resident memory of this process in bytes, NaN where Linux refuses."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # return the memory that the allocator caches
+    resident = _proc_bytes("self/status", "VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return resident
+
+
+def _proc_bytes(file: str, key: str) -> float:
+    """Read a size from a file in ``/proc``; NaN where Linux does not report it."""
+    with suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return float(line.split()[1]) * 1024
+    return float("nan")

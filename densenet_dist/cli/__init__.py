@@ -7,13 +7,14 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import traceback
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist import __version__, bundled
+from densenet_dist import __version__
 from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.options import Debug, Sources, is_sweep, load, status
 from densenet_dist.cli.submitting import submit
@@ -22,6 +23,7 @@ from densenet_dist.cli.training import train, tune
 from densenet_dist.credentials import without_credentials
 from densenet_dist.environment import package_version
 from densenet_dist.errors import DenseNetDistError, storage_errors
+from densenet_dist.yaml_settings import BUNDLED, bundled_names, flatten
 
 app = typer.Typer(
     help="""Train DenseNets on a laptop's CPU, a GPU or a cluster.
@@ -101,13 +103,12 @@ def config(
     densenet-dist config quickstart train.epochs=10 > mine.yaml    (then: densenet-dist train mine.yaml)
     densenet-dist config sweep_cifar10
     """
-    from densenet_dist.config import to_yaml
-    from densenet_dist.train.checks import check_run
-
     if list_them:
-        for name in bundled.names():
-            typer.echo(f"{name:22}  {bundled.headline(name)}")
-        typer.echo(f"\nThe files and their comments: {bundled.FOLDER}", err=True)
+        for name in bundled_names():
+            comment = (BUNDLED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]  # the first is for editors
+            purpose = comment.removeprefix("# ").rstrip(".")
+            typer.echo(f"{name:22}  {textwrap.shorten(purpose, 100, placeholder=' ...')}")
+        typer.echo(f"\nThe files and their comments: {BUNDLED}", err=True)
         return
     sweeps = any(map(is_sweep, sources or []))
     if schema:
@@ -120,6 +121,9 @@ def config(
 
         typer.echo(load_sweep(*(sources or [])).to_yaml(), nl=False)
         return
+    from densenet_dist.config import to_yaml
+    from densenet_dist.train.checks import check_run
+
     resolved = load(sources)
     check_run(resolved)
     typer.echo(to_yaml(resolved), nl=False)
@@ -162,8 +166,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             code = app(arguments, prog_name="densenet-dist", standalone_mode=False)
     except DenseNetDistError as error:
         _fail(str(error), error.exit_code, arguments)
-    except typer.Exit as stop:
-        code = stop.exit_code
     except typer.Abort:  # Ctrl-C in a command that does not handle it
         code = 130
     except Exception as error:
@@ -179,13 +181,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _hint(error: Any, arguments: list[str]) -> str:
     """Return how to give a setting, if an unknown option has its name: ``--epochs 3`` is ``train.epochs=3``."""
-    from densenet_dist.config import SETTINGS
-    from densenet_dist.schema import Config
-    from densenet_dist.yaml_settings import flatten
+    from densenet_dist.config import load_config, to_dict
 
     option = str(getattr(error, "option_name", ""))
     name = option.lstrip("-").replace("-", "_")
-    keys = [key for key in flatten(SETTINGS.to_dict(Config())) if key.rpartition(".")[2] == name]
+    keys = [key for key in flatten(to_dict(load_config())) if key.rpartition(".")[2] == name]
     if not keys:
         return ""
     following = [*arguments[arguments.index(option) + 1 :], "..."][0] if option in arguments else "..."
@@ -205,7 +205,7 @@ def _exit(code: int) -> NoReturn:
         try:
             stream.flush()
         except OSError:  # at exit Python would try again and return 120
-            from densenet_dist.display.console import redirect_to_null
+            from densenet_dist.display.json_lines import redirect_to_null
 
             redirect_to_null(stream)
     raise SystemExit(code)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from densenet_dist.cli.options import (
-    BatchSizes,
-    Debug,
-    Out,
-    Rounds,
-    Seconds,
-    Sources,
-    load,
-    require_writable,
-    status,
-    write_json,
-)
+from densenet_dist.cli.options import Debug, Sources, load, local_path, require_writable, status, write_json
 from densenet_dist.errors import ConfigError
+
+BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Comma-separated numbers of images per batch.")]
+Seconds = Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements; medians are reported.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", parser=local_path, help="Also write the results to this file."),
+]
 
 bench_app = typer.Typer(
     help="Measure the speed of a model, the data loaders, or scaling on this machine.", no_args_is_help=True
@@ -56,11 +54,7 @@ def bench_model(
     batch_sizes: BatchSizes = "64,128,256,512,1024,2048",
     variants: Annotated[
         str,
-        typer.Option(
-            "--variants",
-            "--arms",
-            help="Comma-separated; also padded, compiled_graph, padded_compiled_graph.",
-        ),
+        typer.Option(help="Comma-separated; also padded, compiled_graph, padded_compiled_graph."),
     ] = "reference,compiled,fused,graph",
     seconds: Seconds = 1.0,
     rounds: Rounds = 3,
@@ -83,8 +77,8 @@ def bench_model(
     for name in names:
         if name not in VARIANTS:
             raise ConfigError(f"--variants: there is no {name!r}; choose from {', '.join(VARIANTS)}")
-    require_writable(out)
     chosen = {name: VARIANTS[name] for name in names}
+    require_writable(out)
     with status("preparing") as shown:
         outcome = measure(
             config, variants=chosen, batch_sizes=sizes, seconds=seconds, rounds=rounds, on_progress=shown.update

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from densenet_dist import bundled
 from densenet_dist.errors import ConfigError, storage_errors
 from densenet_dist.object_store import fetch_file, is_uri
+from densenet_dist.yaml_settings import bundled_names, find_file, is_override, read_yaml
 
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from densenet_dist.run_folder import RunFolder
     from densenet_dist.schema import Config
 
 
 def complete_name(incomplete: str) -> list[str]:
     """Complete the names of the bundled configurations; if none matches, the shell completes files."""
-    return [name for name in bundled.names() if name.startswith(incomplete)]
+    return [name for name in bundled_names() if name.startswith(incomplete)]
 
 
 def local_path(text: str | Path) -> Path:
@@ -29,12 +30,12 @@ def local_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def local_folder(text: str | Path) -> Path:
-    """Make the path of an existing folder of an argument, as `local_path` does."""
-    path = local_path(text)
-    if not os.path.isdir(path):
-        raise typer.BadParameter(f"there is no folder {text}")
-    return path
+def only_settings(arguments: list[str] | None) -> list[str]:
+    """Return the arguments after a run; raise a ConfigError if one is a file, since a run has its own settings."""
+    for text in arguments or []:
+        if not is_override(text):
+            raise ConfigError(f"{text}: the run has its own config.yaml; only key=value settings can be given")
+    return arguments or []
 
 
 Sources = Annotated[
@@ -52,16 +53,14 @@ Run = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Changed settings, such as data.root=DIR.", show_default=False),
+    typer.Argument(
+        metavar="[key=value]...",
+        help="Changed settings, such as data.root=DIR.",
+        show_default=False,
+        callback=only_settings,
+    ),
 ]
 Checkpoint = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run to use.")]
-BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Comma-separated numbers of images per batch.")]
-Seconds = Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements; medians are reported.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.json", parser=local_path, help="Also write the results to this file."),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write one JSON object per line (docs/commands.md), including errors.")
@@ -69,10 +68,15 @@ AsJson = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def load(sources: list[str] | None) -> Config:
-    """Load the configuration from a command's arguments."""
+def load(sources: list[str] | None, start_from: RunFolder | None = None) -> Config:
+    """Load the configuration from a command's arguments, for a new run from the weights of `start_from` if given."""
     from densenet_dist.config import load_config  # takes 0.2 s, which --help and completion need not wait for
 
+    changes = {}
+    if start_from is not None:
+        changes = {"model": {"weights": start_from.location, "pretrained": False}}
+        if all(is_override(source) and not is_uri(source) for source in sources or ()):
+            sources = [str(start_from.fetch("config.yaml")), *(sources or ())]
     if not sources:
         raise ConfigError(
             "name a configuration, such as quickstart (or --resume RUN to resume a run)\n"
@@ -82,14 +86,12 @@ def load(sources: list[str] | None) -> Config:
     sources = [str(fetch_file(source)) if is_uri(source) else source for source in sources]
     for source in filter(is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file\n  run its trials: densenet-dist tune {source}")
-    return load_config(*sources)
+    return load_config(*sources, changes)
 
 
 def is_sweep(source: str) -> bool:
     """Return whether an argument names a sweep file."""
-    from densenet_dist.yaml_settings import read_yaml
-
-    path = bundled.find(source)
+    path = find_file(source)
     return path.suffix in (".yaml", ".yml") and os.path.isfile(path) and "space" in read_yaml(path)
 
 
@@ -102,14 +104,12 @@ def status(text: str) -> Status:
 
 def require_writable(path: Path | None) -> None:
     """Raise before the work, not after it, if a result could not be written."""
-    if path is None:
-        return
-    with storage_errors(path):
-        new = not path.exists()
-        with path.open("a"):
-            pass
-        if new:
-            path.unlink()
+    if path is not None:
+        with storage_errors(path):
+            new = not path.exists()
+            path.open("a").close()
+            if new:
+                path.unlink()
 
 
 def write_json(found: dict[str, Any], path: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import signal
 import sys
 import threading
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli.options import Debug, local_folder
+from densenet_dist.cli.options import Debug, local_path, status
+from densenet_dist.cli.training import SignalInterrupt
 from densenet_dist.credentials import without_credentials
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def submit(
     working_dir: Annotated[
         Path,
         typer.Option(
-            metavar="DIRECTORY", parser=local_folder, help="The folder to upload, without data, runs and .venv."
+            metavar="DIRECTORY", parser=local_path, help="The folder to upload, without data, runs and .venv."
         ),
     ] = Path(),
     wait: Annotated[bool, typer.Option(help="Show the output until the job ends.")] = True,
@@ -58,12 +58,14 @@ def submit(
     densenet-dist submit train --resume /shared/runs/k24
     """
     from densenet_dist.cluster.signals import NUMBERS, handled_by
-    from densenet_dist.cluster.submit import prepare
 
     job = None
     with handled_by(_interrupt):
         try:
-            job = prepare(arguments, working_dir, address)
+            with status("checking the command"):
+                from densenet_dist.cluster.submit import prepare
+
+                job = prepare(arguments, working_dir, address)
             code = _run(job, wait)
         except KeyboardInterrupt as interrupt:  # before the job was sent, or a second one
             for number in (*NUMBERS, signal.SIGALRM):
@@ -75,13 +77,13 @@ def submit(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise KeyboardInterrupt, and again in half a second unless `_interrupted` handles it.
+    """Raise SignalInterrupt, and again in half a second unless `_interrupted` handles it.
 
     Python drops an exception that is raised in a destructor, such as that of a socket.
     """
     signal.signal(signal.SIGALRM, lambda alarm, frame: _interrupt(number, frame))
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
-    raise KeyboardInterrupt(number)
+    raise SignalInterrupt(number)
 
 
 def _run(job: Job, wait: bool) -> int:
@@ -128,11 +130,11 @@ def _interrupted(job: Job, sending: Future[None], number: int) -> Any:
     signal.setitimer(signal.ITIMER_REAL, 0)
     if not sending.done():
         typer.echo("\nwaiting for the cluster to confirm the job", err=True)
-        concurrent.futures.wait([sending], timeout=_RESPONSE_TIMEOUT_S)
-    if not sending.done():
+    try:
+        sending.result(_RESPONSE_TIMEOUT_S)
+    except TimeoutError:
         _show_commands(job, "\nthe cluster has not confirmed the job, which may be running")
         return None
-    sending.result()
     if not _confirms_stop(number):
         _show_commands(job, "\nthe job continues")
         return None

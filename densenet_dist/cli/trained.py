@@ -29,7 +29,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a checkpoint of a run: loss, top-1 and top-5 accuracy.
+    """Evaluate a checkpoint of a run: loss, accuracies and macro F1.
 
     densenet-dist evaluate runs/k24
     densenet-dist evaluate k24 --split val --checkpoint last --json
@@ -45,7 +45,8 @@ def evaluate(
         typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **found}))
     else:
         typer.echo(
-            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} "
+            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
+            f"balanced accuracy {found['balanced_accuracy']:.2%}, macro F1 {found['macro_f1']:.4f} "
             f"({found['images']:,.0f} images)"
         )
 

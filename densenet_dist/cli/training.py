@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, complete_name, load, status
+from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, complete_name, load, only_settings, status
 from densenet_dist.errors import ConfigError, Interrupted, TrainingError
-
-if TYPE_CHECKING:
-    from densenet_dist.schema import Config
 
 
 def train(
     sources: Sources = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="RUN", help="Resume this run from its last checkpoint."),
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Resume this run from its last checkpoint; train.epochs=N extends it if its schedule allows that.",
+        ),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Start a new run from the best weights of this run, with its configuration if no other is given.",
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -30,36 +39,34 @@ def train(
     densenet-dist train quickstart
     densenet-dist train configs/cifar10_notebook.yaml model.growth_rate=24 name=k24
     densenet-dist train --resume runs/k24
+    densenet-dist train --from runs/k24 train.lr=0.01 name=k24-again
     """
+    from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.cluster.signals import handle
     from densenet_dist.display.console import Console, RunSummary
     from densenet_dist.display.json_lines import RunJsonLines
-    from densenet_dist.run_folder import RunFolder, join_location
+    from densenet_dist.run_folder import RunFolder, join_location, open_run
 
     handle(raise_interrupt)
+    location = resume
     with RunJsonLines() if as_json else Console(quiet) as console:
-        config = load(sources) if resume is None else _resumed_config(resume, sources or [])
-        if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # torchrun
-            console.mute()
-        location = join_location(config.storage, config.name)
-        console({"kind": "run", "name": config.name, "run": location, "resumed": resume is not None})
         try:
+            if resume is not None and start_from is not None:
+                raise ConfigError("--resume continues a run and --from starts a new one; give one of them")
+            if resume is None:
+                config = load(sources, None if start_from is None else open_run(start_from))
+            else:
+                config = resume_config(open_run(resume), only_settings(sources))
+            if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # torchrun
+                console.mute()
+            location = join_location(config.storage, config.name)
+            console({"kind": "run", "name": config.name, "run": location, "resumed": resume is not None})
             from densenet_dist.cluster.launch import fit  # PyTorch takes seconds, so this comes after the first output
 
             result = fit(config, resume=resume is not None, listener=console)
-        except KeyboardInterrupt as stop:  # typer would turn it into an abort
-            raise Interrupted(location, *stop.args) from None
+        except KeyboardInterrupt as interrupt:
+            raise ended_by(interrupt, location, "train") from None
         console.finish(RunSummary.read(RunFolder(config.storage, config.name), result.summary))
-
-
-def _resumed_config(run: str, settings: list[str]) -> Config:
-    from densenet_dist.cluster.resuming import resume_config
-    from densenet_dist.run_folder import open_run
-
-    for text in settings:
-        if "=" not in text:
-            raise ConfigError(f"{text}: a resumed run has its own config.yaml; only key=value settings can be given")
-    return resume_config(open_run(run), settings)
 
 
 def tune(
@@ -93,32 +100,43 @@ def tune(
     densenet-dist tune --resume runs/wide trials=64
     """
     from densenet_dist.cluster.signals import handle
-    from densenet_dist.sweep.console import SweepConsole
-    from densenet_dist.sweep.json_lines import SweepJsonLines
+    from densenet_dist.sweep.display import SweepConsole, SweepJsonLines
 
     handle(raise_interrupt)
+    folder = resume
     with SweepJsonLines() if as_json else SweepConsole(quiet) as console:
-        if resume is None:
-            if not sources:
-                raise ConfigError("name a sweep file, such as sweep_quickstart (or --resume SWEEP)")
-            from densenet_dist.sweep.definition import load_sweep
-
-            sweep = load_sweep(*sources)
-        with status("loading PyTorch"):
-            from densenet_dist.cluster.sweep import open_sweep
-            from densenet_dist.cluster.sweep import tune as run_sweep
-        if resume is not None:
-            sweep = open_sweep(resume, *sources or ())
         try:
+            if resume is None:
+                if not sources:
+                    raise ConfigError("name a sweep file, such as sweep_quickstart (or --resume SWEEP)")
+                from densenet_dist.sweep.definition import load_sweep
+
+                sweep = load_sweep(*sources)
+                folder = sweep.folder
+            with status("loading PyTorch"):
+                from densenet_dist.cluster.sweep import open_sweep
+                from densenet_dist.cluster.sweep import tune as run_sweep
+            if resume is not None:
+                sweep = open_sweep(resume, *sources or ())
+                folder = sweep.folder
             result = run_sweep(sweep, resume=resume is not None, listener=console)
-        except KeyboardInterrupt as stop:
-            number = stop.args[0] if stop.args else signal.SIGINT
-            raise Interrupted(sweep.folder, number, "tune") from None
+        except KeyboardInterrupt as interrupt:
+            raise ended_by(interrupt, folder, "tune") from None
         console.finish(result)
         if result.best is None and result.ended_by is None:
             raise TrainingError(f"no trial of {result.folder} has a value of the metric; see the causes above")
 
 
+class SignalInterrupt(KeyboardInterrupt):
+    """A signal. If KeyboardInterrupt itself leaves an exec(), Python ends with SIGINT although it was handled."""
+
+
 def raise_interrupt(number: int, frame: Any) -> NoReturn:
     """Handle a signal."""
-    raise KeyboardInterrupt(number)
+    raise SignalInterrupt(number)
+
+
+def ended_by(interrupt: KeyboardInterrupt, folder: str | None, command: str) -> Interrupted | SystemExit:
+    """Return what ends the process with the code of the signal; typer would end it with 130."""
+    number = interrupt.args[0] if interrupt.args else signal.SIGINT
+    return SystemExit(128 + number) if folder is None else Interrupted(folder, number, command)

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from densenet_dist.cluster.signals import handled_by
@@ -36,14 +36,10 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     Raises:
         EnvironmentProblem: the cluster cannot be reached or started.
     """
-    for key, value in (DRIVER_ENV | WORKER_ENV).items():
-        os.environ.setdefault(key, value)
-    # In notebooks Ray asks to install widgets, which are not used here.
-    warnings.filterwarnings("ignore", "IProgress not found")
-    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
-    import ray
-
     require_cluster(config)
+    import ray
+    from ray._private import ray_constants
+
     if ray.is_initialized():
         yield False
         return
@@ -53,10 +49,14 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         _make_private_token()
     # When a terminal closes, all processes of a command receive SIGHUP. Ray's processes inherit this mask, so that they
     # live until the last checkpoint is written.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if own else ())
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if own else ())
+    on_network = ray_constants.ENABLE_RAY_CLUSTER
     try:
+        # The metrics of a private cluster need no token, so it listens on 127.0.0.1 only, as on macOS. On Linux Ray
+        # would use the host's address, even if 127.0.0.1 is given.
+        ray_constants.ENABLE_RAY_CLUSTER = on_network and not own
         # "local" always starts a new cluster: one left over on this machine must not be joined by accident.
-        with _on_loopback() if own else nullcontext(), handled_by():
+        with handled_by():
             ray.init(
                 address=address or "local",
                 include_dashboard=False if own else None,
@@ -71,7 +71,8 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
             f"Ray cannot {where}: {error}\n  try cluster.engine=local to train without Ray, or set cluster.address"
         ) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        ray_constants.ENABLE_RAY_CLUSTER = on_network
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield own
     finally:
@@ -87,11 +88,16 @@ def address_of(config: ClusterConfig) -> tuple[str | None, str]:
 
 
 def require_cluster(config: ClusterConfig) -> None:
-    """Check that the cluster to join, if any, responds: Ray itself would retry for 15 minutes.
+    """Import Ray, and check that the cluster to join, if any, responds: Ray itself would retry for 15 minutes.
 
     Raises:
         EnvironmentProblem: it does not respond, or the address is not one that can be joined.
     """
+    for key, value in (DRIVER_ENV | WORKER_ENV).items():  # Ray reads some when it is imported
+        os.environ.setdefault(key, value)
+    # In notebooks Ray asks to install widgets, which are not used here.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
     import ray
 
     fix = (
@@ -143,19 +149,3 @@ def _make_private_token() -> None:
         pass  # created by another process
     except OSError:  # a read-only home folder: pass it to the cluster's processes
         os.environ["RAY_AUTH_TOKEN"] = token
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Make a cluster that is started in this context listen on 127.0.0.1 only: its metrics need no token.
-
-    Ray does so on macOS. On Linux it uses the host's address, even if 127.0.0.1 is given.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before

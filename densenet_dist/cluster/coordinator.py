@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import ray
 
 from densenet_dist.cluster.heartbeat import is_hung
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import StopRequest
 
 if TYPE_CHECKING:  # torch would make the actor's process several times as large
     from densenet_dist.cluster.heartbeat import Heartbeat
     from densenet_dist.train.context import Event
+
+_LAST_EVENT: Final = {"kind": "last"}
+"""Tells the driver's thread that there are no more events."""
 
 
 class Coordinator:
@@ -22,9 +29,6 @@ class Coordinator:
     Asynchronous, so that the driver can wait inside a call: polling would cost time on a machine whose cores all train.
     If its process is lost, Ray restarts it without its state and repeats pending calls, so a call that waits must get
     everything it needs as arguments.
-
-    Args:
-        hang_timeout_s: see `is_hung`.
     """
 
     def __init__(self, hang_timeout_s: float) -> None:
@@ -49,15 +53,11 @@ class Coordinator:
         self._has_events.set()
 
     async def drain(self) -> list[Event]:
-        """Return the events since the last call; waits until there is one, or `wake` is called."""
+        """Wait for events, and return those since the last call."""
         await self._has_events.wait()
         self._has_events.clear()
         events, self._events = self._events, []
         return events
-
-    async def wake(self) -> None:
-        """Make a waiting `drain` return."""
-        self._has_events.set()
 
     async def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
         """Record the state of a worker; return the request to it, or None if it hangs and must exit."""
@@ -67,7 +67,7 @@ class Coordinator:
         self._has_heartbeats.set()
         if is_hung(heartbeat, self._heartbeats.values(), self._hang_timeout_s):
             where = f"{heartbeat.phase} at {heartbeat.where}" if heartbeat.where else heartbeat.phase
-            await self._warn(heartbeat.rank, f"made no progress for {heartbeat.idle_s:.0f} s ({where}), and is killed")
+            await self.warn(heartbeat.rank, f"made no progress for {heartbeat.idle_s:.0f} s ({where}), and is killed")
             return None
         if heartbeat.rank == 0:
             self._saved = heartbeat.saved
@@ -76,11 +76,8 @@ class Coordinator:
                 return StopRequest.SAVE
         return StopRequest.NONE if self._request is StopRequest.SAVE else self._request
 
-    async def report_loss(self, rank: int, cause: str, restarts: str) -> None:
-        """Tell the driver that the workers are restarted because of this rank."""
-        await self._warn(rank, f"failed: {cause}; all workers are restarted ({restarts})")
-
-    async def _warn(self, rank: int, text: str) -> None:
+    async def warn(self, rank: int, text: str) -> None:
+        """Pass a warning about a worker to the driver."""
         last = self._heartbeats.get(rank)
         worker = f"rank {rank} on {last.host}, after step {last.step}," if last else f"rank {rank}"
         await self.put({"kind": "note", "text": f"{worker} {text}", "warning": True})
@@ -99,8 +96,6 @@ class Coordinator:
 
     async def stop(self) -> None:
         """Request a checkpoint and a stop, and wait until rank 0 has ended; before the first step, return at once."""
-        import ray
-
         if ray.get_runtime_context().was_current_actor_reconstructed:
             await self._has_heartbeats.wait()  # to know whether the workers have begun to train
         if await self.request(StopRequest.STOP):
@@ -134,38 +129,32 @@ class Coordinator:
         return self._controller
 
 
-def start_coordinator(hang_timeout_s: float) -> Any:
-    """Start the coordinator of a run."""
-    return on_this_node(Coordinator).remote(hang_timeout_s)
-
-
 def on_this_node(kind: type) -> Any:
     """Return an actor class that runs on the driver's node, and is restarted for as long as that node lives."""
-    import ray
-
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=here)(kind)
 
 
+@dataclass
 class EpochBarrier:
     """Makes a run wait for its driver at the end of every epoch.
 
-    Args:
+    Attributes:
         on_event: called with every event, in a thread of its own; after an epoch, returns whether to continue.
-        placements: an actor that records the placement groups of the workers.
-        owner: the trial that they belong to.
+        placements: an actor that records the placement groups of the workers of an owner, a trial.
         held: the lease of the sweep, see `densenet_dist.lease.fence`.
+        coordinator: of the run, once it has started.
     """
 
-    def __init__(
-        self, on_event: Callable[[Event], bool], placements: Any, owner: str, held: tuple[str, str] | None = None
-    ) -> None:
-        self.on_event, self.placements, self.owner, self.held = on_event, placements, owner, held
-        self.coordinator: Any = None  # set when the run starts
-        self._answered: tuple[int, bool] | None = None
+    on_event: Callable[[Event], bool]
+    placements: Any
+    owner: str
+    held: tuple[str, str]
+    coordinator: Any = None
+    _answered: tuple[int, bool] | None = None
 
     def __call__(self, event: Event) -> None:
-        """Handle an event; answer at the end of an epoch."""
+        """Handle an event."""
         if event["kind"] != "epoch":
             self.on_event(event)
             return
@@ -176,8 +165,6 @@ class EpochBarrier:
 
     def abort(self, timeout_s: float) -> None:
         """End the run at any point and release its workers."""
-        import ray
-
         if self.coordinator is not None:
             with suppress(ray.exceptions.RayError):
                 controller = ray.get(self.coordinator.controller.remote(), timeout=timeout_s)
@@ -191,15 +178,14 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
 
     An exception of the listener stops the run, and is raised at the end of the context.
     """
-    import ray
-
-    stop = threading.Event()
     errors: list[Exception] = []
 
     def forward() -> None:
         try:
-            while not stop.is_set():
+            while True:
                 for event in ray.get(coordinator.drain.remote()):
+                    if event == _LAST_EVENT:
+                        return
                     listener(event)
         except ray.exceptions.RayError:
             pass
@@ -212,12 +198,30 @@ def forwarded_events(coordinator: Any, listener: Callable[[Event], None]) -> Ite
     try:
         yield
     finally:
-        stop.set()
-        coordinator.wake.remote()
+        coordinator.put.remote(_LAST_EVENT)
         thread.join()  # before ray.shutdown(): its next ray.get would start a new cluster
         if errors:
             raise errors[0]
-        with suppress(ray.exceptions.RayError):
-            ray.get(coordinator.wake.remote(), timeout=5)
-            for event in ray.get(coordinator.drain.remote(), timeout=5):  # those since the thread's last call
-                listener(event)
+
+
+def explain_crash(error: Any, owner: str) -> str:
+    """Describe in one line, without Ray's wrapping, why the owner's process ended.
+
+    Args:
+        error: an exception raised by Ray, or the text of one; None if the cause is unknown.
+        owner: such as "the trial".
+    """
+    if not error:
+        return f"{owner}'s process was lost"
+    name, text = type(error).__name__, str(getattr(error, "cause", None) or error).strip()
+    if "OutOfMemory" in name or "running low on memory" in text:  # Ray's memory monitor
+        fix = "use smaller batches, or run fewer workers or trials at a time"
+        return f"out of memory: the node had none left, and Ray killed {owner}'s process; {fix}"
+    if found := re.search(r"health check has been hanging for ([\d.]+)", text):
+        return f"{owner}'s process did not respond for {float(found[1]):.0f} s"
+    if "ActorDied" in name or "actor died" in text.lower() or "died unexpectedly" in text:
+        return f"{owner}'s process was lost (killed, or its node is gone)"
+    # A traceback ends with the error, which may have indented hints below it.
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
+    cause = re.sub(r"^densenet_dist\.errors\.\w+: ", "", lines[-1]) if lines else name
+    return re.sub(r"\s+", " ", cause)[:300]

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from densenet_dist.train.control import StopRequest
+import ray
+
+from densenet_dist.train.context import StopRequest
 
 if TYPE_CHECKING:
-    from densenet_dist.train.context import RunContext
+    from densenet_dist.cluster.ray_train import RayContext
 
 _FIRST_STEP_LIMIT_S: Final = 600.0
 """Limit for the first time in a phase: it may compile, or tune kernels."""
@@ -30,15 +32,9 @@ _PACKAGE: Final = str(Path(__file__).parents[1])
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The state of one worker.
+    """The state of one worker, mostly from its `WorkerStatus`.
 
     Attributes:
-        rank, world_size: of the worker.
-        host: name of its node.
-        step: number of global steps completed.
-        saved: number of checkpoints written.
-        progress: number of steps and evaluated batches of this process.
-        phase: current phase, see `WorkerStatus`.
         idle_s: seconds since the last progress.
         longest_idle_s: the longest such time so far; None the first time in a phase.
         where: the line of this package that is being executed, if idle for long.
@@ -66,14 +62,13 @@ def is_hung(worker: Heartbeat, latest: Collection[Heartbeat], timeout_s: float) 
 
     Args:
         worker: the heartbeat that just arrived.
-        latest: the last heartbeat of each rank.
+        latest: the last heartbeats of all ranks.
         timeout_s: longest time without progress; ten times the longest step if that is more.
     """
     idle = [each for each in latest if each.idle_s > _idle_limit(each, timeout_s)]
     outside = [each for each in idle if not each.waits_for_ranks]
     hung = outside or (idle if len(idle) == worker.world_size else [])
-    least = min((each.progress for each in hung), default=0)
-    return any(each.rank == worker.rank and each.progress == least for each in hung)
+    return worker in hung and worker.progress == min(each.progress for each in hung)
 
 
 def _idle_limit(worker: Heartbeat, timeout_s: float) -> float:
@@ -88,20 +83,17 @@ def heartbeat_interval(world_size: int) -> float:
 
 
 @contextmanager
-def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
+def heartbeats(context: RayContext) -> Iterator[None]:
     """Send heartbeats from a thread, and pass the requests received in return to the training loop.
 
     A worker that the coordinator considers hung kills its own process, so that Ray Train restarts the workers.
     """
-    import ray
-
-    end, training_thread = threading.Event(), threading.get_ident()
+    status, end, training_thread = context.status, threading.Event(), threading.get_ident()
     # Rank 0 keeps the short interval, since it also looks for preemption notices.
     interval_s = heartbeat_interval(context.world_size if context.rank else 1)
-    preemption = _PreemptionNotices()
+    notices = _preemption_notices()
 
     def heartbeat() -> Heartbeat:
-        status = context.status
         known = status.phase in status.known_phases or (status.phase == "wait" and status.progress)
         return Heartbeat(
             rank=context.rank,
@@ -124,13 +116,13 @@ def heartbeats(context: RunContext, coordinator: Any) -> Iterator[None]:
                 before, sent = sent, time.monotonic()
                 if sent - before > 5 * interval_s:
                     continue  # the whole process was stopped (SIGSTOP), which does not mean that training hangs
-                request: StopRequest | None = ray.get(coordinator.heartbeat.remote(heartbeat()))
+                request: StopRequest | None = ray.get(context.coordinator.heartbeat.remote(heartbeat()))
                 if request is None:
                     os.kill(os.getpid(), signal.SIGKILL)
                     return
-                if context.rank == 0 and preemption.save_now():
-                    request = max(request, StopRequest.SAVE)
-                context.status.request(request)
+                status.request(request)
+                if context.rank == 0 and next(notices):
+                    status.request(StopRequest.SAVE)
 
     thread = threading.Thread(target=send, name="heartbeat", daemon=True)
     thread.start()
@@ -149,25 +141,26 @@ def _current_line(thread: int) -> str:
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-class _PreemptionNotices:
-    """Decides when to save because Ray has announced that a node of this run will be lost (spot notice, drain)."""
+def _preemption_notices() -> Iterator[bool]:
+    """Yield whether to save now, because Ray has announced that a node of this run will be lost (spot notice, drain).
 
-    def __init__(self) -> None:
-        self._known: Any = None
-        self._save_again_at = math.inf
-
-    def save_now(self) -> bool:
-        """Return whether there is a new announcement, or the deadline of an earlier one is near."""
+    True on a new announcement, and when its deadline is near.
+    """
+    known: Any = None
+    save_again_at = math.inf
+    while True:
+        new: Any = None
         with suppress(Exception):  # a private interface: without it, an announced loss is like any other
             # Ray's public function is a barrier of all workers; each worker has the information already.
             from ray.train.v2._internal.execution.context import get_train_context
 
-            info = get_train_context().preemption_context.preemption_info
-            if info is not None and info != self._known:
-                self._known = info
-                self._save_again_at = math.inf if info.deadline_ms is None else info.deadline_ms / 1000 - _LAST_SAVE_S
-                return True
-        if time.time() < self._save_again_at:
-            return False
-        self._save_again_at = math.inf
-        return True
+            new = get_train_context().preemption_context.preemption_info
+        if new is not None and new != known:
+            known = new
+            save_again_at = math.inf if new.deadline_ms is None else new.deadline_ms / 1000 - _LAST_SAVE_S
+            yield True
+        elif time.time() >= save_again_at:
+            save_again_at = math.inf
+            yield True
+        else:
+            yield False

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
-from densenet_dist.cluster.resuming import is_finished, report_changes
+from densenet_dist.cluster.resuming import extend_config, is_finished, report_changes
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import to_yaml
 from densenet_dist.environment import describe_environment
@@ -34,11 +34,10 @@ from densenet_dist.run_folder import (
     RunFolder,
 )
 from densenet_dist.schema import Config
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
-from densenet_dist.train.context import Event, Stopped, torchrun_context, torchrun_rank
-from densenet_dist.train.control import StopRequest, WorkerStatus
+from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
@@ -64,7 +63,7 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
     if listener is None:
-        from densenet_dist.display.notebook import console
+        from densenet_dist.display.console import console
 
         with console() as shown:
             return fit(config, resume=resume, listener=shown)
@@ -97,18 +96,16 @@ def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
 
 
 def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Event], None]) -> dict[str, Any]:
-    held: AbstractContextManager[Lease | None] = nullcontext()
-    if is_writer(config):
-        if not resume:
-            _refuse_used_name(run)
-        run.create()
-        held = hold(run, listener)
-    with held as lease:
-        if is_writer(config):
-            prepare_data(config)
-            if resume:
-                report_changes(run, config, listener)
-            write_run(run, config, resume)
+    if not is_writer(config):
+        return _fit_here(config, run, listener, None)
+    if not resume:
+        _refuse_used_name(run)
+    run.create()
+    with hold(run, listener) as lease:
+        prepare_data(config)
+        if resume:
+            report_changes(run, config, listener)
+        write_run(run, config, resume)
         try:
             if config.cluster.engine == "ray":
                 from densenet_dist.cluster.ray_train import fit_on_ray
@@ -116,13 +113,11 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
                 summary = fit_on_ray(config, run, listener, lease)
             else:
                 summary = _fit_here(config, run, listener, lease)
-            if is_writer(config):
-                listener({"kind": "phase", "text": "writing the report"})
-                _write_page(run, listener)  # before the release: `fit` takes a left-over lease as a missing report
+            listener({"kind": "phase", "text": "writing the report"})
+            _write_page(run, listener)  # before the release: `fit` takes a left-over lease as a missing report
             return summary
         except (KeyboardInterrupt, TrainingError):
-            if lease is not None:
-                lease.check()
+            lease.check()
             raise
 
 
@@ -137,7 +132,11 @@ def absolute(config: Config) -> Config:
     storage, root = config.storage, config.data.root
     storage = storage if "://" in storage else str(Path(storage).absolute())
     root = root if is_uri(root) else str(Path(root).absolute())
-    return replace(config, storage=storage, data=replace(config.data, root=root))
+    model = config.model
+    if model.weights and not is_uri(model.weights):
+        places = Path(model.weights).absolute(), Path("runs", model.weights).absolute()  # or the name of a run
+        model = replace(model, weights=str(places[not places[0].exists() and places[1].exists()]))
+    return replace(config, storage=storage, model=model, data=replace(config.data, root=root))
 
 
 def require_permanent(storage: str) -> None:
@@ -174,16 +173,22 @@ def _refuse_used_name(run: RunFolder) -> None:
 
 
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
-    """Write config.yaml, unless the run is resumed, and env.json; delete the summary and test results, if any."""
+    """Write config.yaml and the initial weights, unless the run is resumed, and env.json; delete results, if any."""
     environment = describe_environment()
-    if not resume:
-        run.write(CONFIG_FILE, to_yaml(config))
-    else:
+    if resume:
         before = run.read_json(ENV_FILE)
         environment |= {key: before[key] for key in CHOICES if key in before}
-    run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
-    run.remove(SUMMARY_FILE)
+    run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
     run.remove(TEST_RESULTS_FILE)
+    if resume:
+        extend_config(run, config)
+    else:
+        if config.model.pretrained or config.model.weights:
+            from densenet_dist.train.initial_weights import write_initial_weights
+
+            write_initial_weights(run, config)
+        run.write(CONFIG_FILE, to_yaml(config))
+    run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
 
 
 def prepare_data(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -10,8 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+import ray
+import torch
+
 from densenet_dist.cluster.connection import connected
-from densenet_dist.cluster.coordinator import EpochBarrier, forwarded_events, start_coordinator
+from densenet_dist.cluster.coordinator import Coordinator, EpochBarrier, forwarded_events, on_this_node
 from densenet_dist.cluster.heartbeat import heartbeats
 from densenet_dist.cluster.resources import plan_resources, share_of_cores, shortage
 from densenet_dist.cluster.telemetry import Telemetry, show_in_dashboard
@@ -21,28 +23,17 @@ from densenet_dist.lease import Lease, fence
 from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, join_location
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event, RunContext, Stopped
-from densenet_dist.train.control import StopRequest
+from densenet_dist.train.context import Event, RunContext, Stopped, StopRequest
 
 
 @dataclass(frozen=True)
 class RayContext(RunContext):
-    """The context of a Ray Train worker.
-
-    Attributes:
-        coordinator: the `Coordinator` of the run.
-    """
+    """The context of a Ray Train worker, with the `Coordinator` of its run."""
 
     coordinator: Any = None
 
     def report(self, event: Event) -> None:
-        """Send the event to the driver; after an epoch of a trial (`sync_each_epoch`), wait for its decision.
-
-        Raises:
-            Stopped: on every rank, if the driver ends the trial.
-        """
-        import ray
-
+        """Send the event to the driver; after an epoch of a trial, wait for its decision, or raise Stopped."""
         if event["kind"] == "epoch" and self.sync_each_epoch:
             reported = event if self.rank == 0 else None
             if not ray.get(self.coordinator.report_epoch.remote(event["global_step"], reported)):
@@ -62,8 +53,8 @@ def fit_on_ray(
         config: the configuration, its paths absolute.
         run: the run's folder, with its config.yaml written.
         listener: called with every event, in a thread; an `EpochBarrier` also decides after each epoch.
-        lease: on the run's folder; if it is lost, the workers stop and write nothing more. None if another process
-            holds the folder for this one.
+        lease: on the run's folder; if it is lost, the workers stop and write nothing more. None for a trial, whose
+            sweep holds the folder.
 
     Returns:
         The summary of the run.
@@ -75,14 +66,12 @@ def fit_on_ray(
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once the workers are stopped.
     """
     with connected(config.cluster) as own_cluster:
-        import ray
-
-        from densenet_dist.cluster.ray_backend import InterruptibleTrainer, RegisterWithSweep
+        from densenet_dist.cluster.ray_backend import InterruptibleTrainer
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
         if not own_cluster and (problem := shortage(resources.fewest, resources.per_worker)):
             listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for resources: {problem}"})
-        coordinator = start_coordinator(config.fault.hang_timeout_s)
+        coordinator = on_this_node(Coordinator).remote(config.fault.hang_timeout_s)
         if lease is not None:
             lease.when_lost(lambda: coordinator.request.remote(StopRequest.LEAVE))
         show_in_dashboard()
@@ -95,7 +84,8 @@ def fit_on_ray(
                 "threads": resources.threads,
                 "sync_each_epoch": barrier is not None,
                 "held": barrier.held if barrier else lease.held if lease else None,
-                "launch": (uuid4().hex, time.time()),
+                "launch": uuid4().hex,
+                "launched": time.time(),
             },
             config,
             resources,
@@ -103,18 +93,18 @@ def fit_on_ray(
             storage=join_location(run.location, "ray"),
             own_cluster=own_cluster,
             coordinator=coordinator,
-            max_failures=config.cluster.max_failures,
-            callbacks=[RegisterWithSweep(coordinator, barrier.placements, barrier.owner)] if barrier else [],
+            barrier=barrier,
         )
-        trainer.save = lambda: ray.get(coordinator.stop.remote(), timeout=config.fault.grace_s)
         if barrier is not None:
             barrier.coordinator = coordinator
-            # A trial waits for its turn: the sweep has checked that the cluster is large enough.
-            trainer.wait_s = math.inf
         else:  # a trial exports its own telemetry
             listener = Telemetry(config.name, listener=listener)
-        with forwarded_events(coordinator, listener):
-            summary = trainer.run()
+        try:
+            with forwarded_events(coordinator, listener):
+                summary = trainer.run()
+        finally:
+            if lease is not None:  # a call to the coordinator after the end would start a new cluster
+                lease.when_lost(lambda: None)
     if summary is None:
         raise TrainingError("the workers ended without a result; run again with --debug to see their output")
     return dict(summary)
@@ -122,9 +112,7 @@ def fit_on_ray(
 
 def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     """Train on a Ray Train worker; return the summary of the run if it finished."""
-    import ray
     import ray.train.torch
-    import torch
 
     from densenet_dist.train.loop import fit
 
@@ -132,7 +120,6 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
-    launch, launched = payload["launch"]
     fence(run, payload["held"])
     if not run.exists(CONFIG_FILE):
         raise StorageError(
@@ -145,12 +132,12 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         sync_each_epoch=payload["sync_each_epoch"],
-        launch=launch,
-        launched=launched,
+        launch=payload["launch"],
+        launched=payload["launched"],
         coordinator=payload["coordinator"],
     )
     try:
-        with heartbeats(worker, worker.coordinator):
+        with heartbeats(worker):
             return fit(config, worker)
     except Stopped:
         if worker.rank == 0:

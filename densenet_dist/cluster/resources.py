@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import SweepConfig
+
+_WORKERS_PER_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,7 @@ class Resources:
     """The workers to request from Ray.
 
     Attributes:
-        fewest: smallest number of workers.
-        workers: largest number of workers; the same unless the run is elastic.
-        use_gpu: whether each worker has a GPU.
+        fewest, workers: smallest and largest number of workers; the same unless the run is elastic.
         per_worker: Ray resources of one worker.
         threads: torch threads per worker; None for its share of the node's cores.
     """
@@ -34,16 +34,11 @@ class Resources:
 def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fixed: bool) -> Resources:
     """Choose the number of workers and their resources.
 
-    Args:
-        config: the requested workers.
-        available: the cluster's resources, from `ray.cluster_resources`.
-        fixed: whether the cluster cannot grow, because it is this machine alone.
-
     Raises:
-        EnvironmentProblem: a fixed cluster lacks the resources of the smallest number of workers.
+        EnvironmentProblem: a fixed cluster, which cannot grow, lacks the resources of the smallest number of workers.
     """
     cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
-    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    use_gpu = _uses_gpus(config, gpus > 0)
     if config.workers != "auto":
         fewest, workers = config.worker_range
     else:
@@ -65,6 +60,28 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
             "or join a larger cluster with cluster.address"
         )
     return Resources(fewest, workers, use_gpu, per_worker, None if share == "auto" else share)
+
+
+def _uses_gpus(config: ClusterConfig, available: bool) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and available)
+
+
+def plan_measurement(config: ClusterConfig, workers: int, available: Mapping[str, float]) -> Resources:
+    """Return the resources of a number of workers that may share CPU cores.
+
+    Raises:
+        EnvironmentProblem: there are fewer GPUs than workers, or more than 16 workers per CPU core.
+    """
+    single = plan_resources(replace(config, workers=1), available, fixed=True)
+    cpus, gpus = available["CPU"], available.get("GPU", 0.0)
+    if workers > (gpus if single.use_gpu else _WORKERS_PER_CPU * cpus):
+        raise EnvironmentProblem(
+            f"{workers} workers are too many for {cpus:g} CPUs and {gpus:g} GPUs\n"
+            "  use fewer workers, or join a larger cluster with cluster.address"
+        )
+    share = int(cpus / workers * 1e4) / 1e4  # Ray counts in ten-thousandths of a core
+    per_worker = single.per_worker | {"CPU": min(single.per_worker["CPU"], share)}
+    return replace(single, fewest=workers, workers=workers, per_worker=per_worker)
 
 
 def shortage(workers: int, per_worker: Mapping[str, float]) -> str:
@@ -108,7 +125,7 @@ class TrialRoom:
             those of the workers.
         concurrent: number of trials that run at the same time.
         gpus_per_trial: for the budget; on a cluster without GPUs, the number of workers.
-        settings: settings of every trial's configuration, by dotted key.
+        settings: of every trial's configuration, by dotted key.
         missing: description of resources that the cluster lacks at present.
     """
 
@@ -123,25 +140,17 @@ class TrialRoom:
 def plan_trials(
     sweep: SweepConfig, cluster: ClusterConfig, trials: int, nodes: Sequence[Mapping[str, float]], *, fixed: bool
 ) -> TrialRoom:
-    """Choose how many trials run at the same time.
+    """Choose how many of a sweep's trials run at the same time on a cluster with these nodes.
 
     The workers of a trial are placed all or none, and no more trials are started than fit at the same time, so that
     none waits for resources that another one holds.
-
-    Args:
-        sweep: the requested workers and their resources.
-        cluster: of the base configuration.
-        trials: number of trials of the sweep.
-        nodes: the resources of each node of the cluster, by Ray's names.
-        fixed: whether the cluster cannot grow.
 
     Raises:
         EnvironmentProblem: one trial does not fit on a fixed cluster.
     """
     gpus = sweep.gpus_per_worker
     if gpus == "auto":
-        has_gpus = any(node.get("GPU", 0) > 0 for node in nodes)
-        gpus = 1.0 if cluster.device == "cuda" or (cluster.device == "auto" and has_gpus) else 0.0
+        gpus = float(_uses_gpus(cluster, any(node.get("GPU", 0) > 0 for node in nodes)))
     cpus = 1 if sweep.cpus_per_worker == "auto" else sweep.cpus_per_worker
     per_worker = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | cluster.node_resources
     slots = sum(count_fitting(node, per_worker) for node in nodes)
@@ -153,20 +162,19 @@ def plan_trials(
             f"{missing}\n  request less with workers, gpus_per_worker or cpus_per_worker, "
             "or join a larger cluster with cluster.address"
         )
-    settings = {
-        "cluster.workers": sweep.workers,
-        "cluster.cpus_per_worker": cpus,
-        "cluster.device": "cuda" if gpus else "cpu",
-        "cluster.engine": "ray",
-        "cluster.max_failures": sweep.max_failures,
-    }
     wanted = trials if sweep.concurrent == "auto" else sweep.concurrent
     return TrialRoom(
         per_worker=per_worker,
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
         concurrent=max(1, min(wanted, room, trials)),
         gpus_per_trial=(gpus or 1.0) * sweep.workers,
-        settings=settings,
+        settings={
+            "cluster.workers": sweep.workers,
+            "cluster.cpus_per_worker": cpus,
+            "cluster.device": "cuda" if gpus else "cpu",
+            "cluster.engine": "ray",
+            "cluster.max_failures": sweep.max_failures,
+        },
         missing=missing,
     )
 

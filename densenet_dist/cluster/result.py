@@ -93,9 +93,6 @@ class Result:
         Args:
             overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
 
-        Returns:
-            A matplotlib figure.
-
         Raises:
             StorageError, CheckpointError, DataError, EnvironmentProblem: the run cannot be read or evaluated.
         """
@@ -111,7 +108,7 @@ class Result:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
     def _repr_html_(self) -> str:
-        from densenet_dist.pages.render import escape
+        from densenet_dist.pages import escape
 
         cells = {name: escape(value) for name, value in self._rows().items()}
         if "page" in cells and not Path(_relative_path(self.page)).is_absolute() and "://" not in self.page:
@@ -121,7 +118,6 @@ class Result:
         return f"<table>{''.join(rows)}</table>"
 
     def _rows(self) -> dict[str, str]:
-        """Return the rows of the table, by name."""
         rows = {"run": _relative_path(self.run)}
         if not self.summary:
             return rows | {"status": "not finished; resume with fit(config, resume=True)"}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from densenet_dist.config import load_config, to_dict
+from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import flatten
 
+if TYPE_CHECKING:
+    from densenet_dist.train.context import Event
+
+_EXTENDABLE = ("constant", "multistep", "plateau")
+"""Schedules whose learning rate does not depend on the number of epochs."""
 _RESUME_MAY_CHANGE = (
     *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile", "name"),
     *("data.root", "data.url", "data.download", "data.prefetch", "data.loader"),
@@ -32,21 +38,43 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
     allowed, refused = _changes(before, after)
     if refused:
         fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
-        raise ConfigError(
-            "a resumed run cannot change:\n  "
-            + "\n  ".join(refused)
-            + f"\n  start a new run for that, with name=NEW{fine}"
-        )
+        remedy = "start a new run for that, with name=NEW"
+        if after.train.epochs > before.train.epochs:
+            remedy = f"only {', '.join(_EXTENDABLE)} schedules can be extended; {_from_weights(run)}"
+        raise ConfigError("a resumed run cannot change:\n  " + "\n  ".join(refused) + f"\n  {remedy}{fine}")
+    _refuse_early_stop(run, before, after)
     return after
+
+
+def _refuse_early_stop(run: RunFolder, before: Config, after: Config) -> None:
+    if _extends(before, after) and run.read_summary().get("status") == "early stop":
+        raise ConfigError(f"the run stopped early, so more epochs would change nothing\n  {_from_weights(run)}")
+
+
+def _from_weights(run: RunFolder) -> str:
+    return f"start a new run from the weights: densenet-dist train --from {shlex.quote(run.location)} name=NEW"
+
+
+def _extends(before: Config, after: Config) -> bool:
+    return before.train.schedule.name in _EXTENDABLE and after.train.epochs > before.train.epochs
+
+
+def extend_config(run: RunFolder, config: Config) -> None:
+    """Write the number of epochs to the run's config.yaml if the resumed run has more than before."""
+    began = load_config(run.fetch(CONFIG_FILE))
+    if _extends(began, config):
+        run.write(CONFIG_FILE, to_yaml(replace(began, train=replace(began.train, epochs=config.train.epochs))))
 
 
 def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
     """Return descriptions of the allowed and of the refused changes."""
-    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    # Older runs have data.stratified=false where null means the same now.
+    old, new = (flatten(to_dict(each)) | {"data.stratified": each.data.is_stratified} for each in (before, after))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
-    refused = [lines[key] for key in keys if not key.startswith(_RESUME_MAY_CHANGE)]
-    return [lines[key] for key in keys if key.startswith(_RESUME_MAY_CHANGE)], refused
+    may_change = (*_RESUME_MAY_CHANGE, *(("train.epochs",) if _extends(before, after) else ()))
+    refused = [lines[key] for key in keys if not key.startswith(may_change)]
+    return [lines[key] for key in keys if key.startswith(may_change)], refused
 
 
 def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
@@ -63,4 +91,5 @@ def is_finished(run: RunFolder, config: Config) -> bool:
     if not run.exists(SUMMARY_FILE):
         return False
     began = load_config(run.fetch(CONFIG_FILE))
-    return not _changes(began, config)[1]
+    _refuse_early_stop(run, began, config)
+    return not _changes(began, config)[1] and not _extends(began, config)

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from densenet_dist import bundled
 from densenet_dist.cluster.launch import require_permanent
 from densenet_dist.cluster.signals import NUMBERS
 from densenet_dist.config import load_config
@@ -22,7 +21,7 @@ from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.sweep.definition import find_base, load_sweep
 from densenet_dist.train.checks import check_run
-from densenet_dist.yaml_settings import read_yaml
+from densenet_dist.yaml_settings import BUNDLED, find_file, read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
 EXCLUDED = (
@@ -41,19 +40,12 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 @dataclass(frozen=True)
 class Job:
-    """A job for a Ray cluster.
-
-    Attributes:
-        id: submission id.
-        address: URL of the cluster's dashboard.
-        entrypoint: command line.
-        folder: the working directory to upload.
-    """
+    """A command line to run on the cluster whose dashboard has this address, in a copy of a folder."""
 
     id: str
     address: str
-    entrypoint: str = ""
-    folder: str = ""
+    entrypoint: str
+    folder: str
 
     def command(self, verb: str) -> str:
         """Return Ray's command for the job: ``logs --follow`` or ``stop``."""
@@ -74,8 +66,14 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     """
     import ray.job_submission  # noqa: F401  # not first in the thread of `send`: the process may exit during the import
 
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir: there is no folder {folder}")
     sent, name = _checked_command(list(arguments), folder)
-    address = address or next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
+    if address:  # Ray's client would prefer the variables
+        for variable in _ADDRESS_VARIABLES:
+            os.environ.pop(variable, None)
+    else:
+        address = next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), None)
     return Job(
         id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         address=address or "http://127.0.0.1:8265",
@@ -105,14 +103,7 @@ def send(job: Job) -> None:
 
 
 def follow(job: Job, write: Callable[[str], object]) -> Any:
-    """Pass on the output of a job until it ends; lost connections are retried.
-
-    Args:
-        job: that was sent.
-        write: called with each new piece of output.
-
-    Returns:
-        Ray's JobDetails: ``status``, ``message``, ``driver_exit_code``.
+    """Write the output of a job until it ends, and return Ray's JobDetails; lost connections are retried.
 
     Raises:
         EnvironmentProblem: the cluster has not responded for two minutes.
@@ -182,7 +173,7 @@ def _checked_command(arguments: list[str], folder: Path) -> tuple[list[str], str
         if problem := next(held_credentials("an argument" if "://" in key else key, argument), None):
             raise ConfigError(f"{problem}\n  a cluster shows the command lines of its jobs")
     command, rest = arguments[0], [_relative(argument, folder) for argument in arguments[1:]]
-    if command not in ("train", "tune") or any(argument.startswith("--resume") for argument in rest):
+    if command not in ("train", "tune") or any(argument.startswith(("--resume", "--from")) for argument in rest):
         return [command, *rest], f"densenet-{command}"  # the run is on the cluster
     sources = [str(folder / source) if _is_file(source) else source for source in rest if not source.startswith("-")]
     if not sources:
@@ -193,7 +184,7 @@ def _checked_command(arguments: list[str], folder: Path) -> tuple[list[str], str
         sweep = load_sweep(*sources)
         for source in filter(_is_file, sources):
             base = find_base(Path(source), str(read_yaml(Path(source)).get("base", "")))
-            if base.is_file() and not base.is_relative_to(bundled.FOLDER):
+            if base.is_file() and not base.is_relative_to(BUNDLED):
                 _relative(str(base), folder)
         config = sweep.config(sweep.settings.name, {}, storage=sweep.settings.storage)
     check_run(config)
@@ -209,8 +200,8 @@ def _relative(argument: str, folder: Path) -> str:
     if not _is_file(argument):
         return argument
     path = Path(os.path.abspath(argument))  # without .., which relative_to would accept
-    if not path.is_file() and bundled.find(argument).is_file():
-        return bundled.find(argument).stem  # part of the package, which the cluster has
+    if not path.is_file() and find_file(argument).is_file():
+        return find_file(argument).stem  # part of the package, which the cluster has
     if not path.is_file():
         raise ConfigError(f"there is no file {argument}")
     try:

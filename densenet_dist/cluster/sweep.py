@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import bisect
+import os
 import shlex
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from densenet_dist.cluster.connection import require_cluster
+from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
-from densenet_dist.run_folder import RunFolder, open_run
-from densenet_dist.sweep.definition import Sweep, load_sweep, with_storage
+from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, open_run
+from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
+    RESULTS_FILE,
     SWEEP_FILE,
     TRIAL_PREFIX,
     Note,
+    State,
+    Status,
     SweepResult,
     Trial,
     Usage,
     add_epoch,
     best_trial,
     format_results,
-    read_usage,
     trials_on_record,
 )
-from densenet_dist.trackers.tracker import require_trackers
+from densenet_dist.trackers import require_trackers
 from densenet_dist.train.context import Event
 
-_WRITE_EVERY_S = 5.0
+_WRITE_EVERY_S: Final = 5.0
+_TUNE_ENV: Final = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have records of their own
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 
 def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> SweepResult:
@@ -55,7 +66,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released and the results are written.
     """
     if listener is None:
-        from densenet_dist.sweep.console import SweepConsole
+        from densenet_dist.sweep.display import SweepConsole
 
         with SweepConsole() as console:
             return tune(sweep, resume=resume, listener=console)
@@ -72,27 +83,51 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
 
 
 def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Event], None]) -> SweepResult:
-    recorded = trials_on_record(folder, sweep)
-    usage = read_usage(folder) if recorded else Usage()
-    remaining = len(recorded) < sweep.trials or any(trial.status == "interrupted" for trial in recorded)
-    ended_by = usage.spent(sweep.settings) if remaining else None
+    record = SweepRecord(folder, sweep, listener)
+    recorded = len(record.trials)
+    remaining = recorded < sweep.trials or any(trial.status == "interrupted" for trial in record.trials)
+    ended_by = record.usage.spent(sweep.settings) if remaining else None
     runs_trials = remaining and ended_by is None
     if runs_trials:
         prepare_data(sweep.config("data", {}))
     folder.write(SWEEP_FILE, sweep.to_yaml())
-    listener({"kind": "sweep", "sweep": sweep, "trials": recorded, "folder": folder.uri})
-    with SweepRecord(folder, sweep, recorded, usage, listener) as record:
+    listener({"kind": "sweep", "sweep": sweep, "trials": list(record.trials), "folder": folder.uri})
+    with record:
         if runs_trials:
-            from densenet_dist.cluster.ray_tune import run_trials
-
             try:
-                ended_by = run_trials(sweep, recorded, usage, lease, record)
+                ended_by = _run_trials(_with_shared_weights(sweep, folder), record, lease)
             finally:
                 if lease.lost is None:
                     folder.remove("ray")
-        record.end_running("stopped" if ended_by else "interrupted")
+            if ended_by is not None:
+                record.stop_running()
     write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
     return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
+
+
+def _with_shared_weights(sweep: Sweep, folder: RunFolder) -> Sweep:
+    """Write the weights that all trials start from to the sweep's folder, so that only this process needs the file."""
+    config = sweep.config("base", {})
+    starts_from_weights = config.model.weights or config.model.pretrained
+    if not starts_from_weights or any(key.startswith("model.") for key in sweep.space):
+        return sweep
+    if not folder.exists(WEIGHTS_FILE):
+        from densenet_dist.train.initial_weights import write_initial_weights
+
+        write_initial_weights(folder, config)
+    base = dict(sweep.base)
+    base["model"] = {**base["model"], "weights": join_location(folder.location, WEIGHTS_FILE), "pretrained": False}
+    return replace(sweep, base=base)
+
+
+def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:
+    """Run the trials that have not ended; return which budget ended the sweep early, if any."""
+    for key, value in _TUNE_ENV.items():
+        os.environ.setdefault(key, value)
+    with connected(sweep.config("base", {}).cluster) as own_cluster:
+        from densenet_dist.cluster.ray_tune import run_trials
+
+        return run_trials(sweep, record, lease, own_cluster)
 
 
 def _refuse_used_name(folder: RunFolder) -> None:
@@ -126,35 +161,32 @@ def open_sweep(folder: str | Path, *settings: str) -> Sweep:
     sweep = load_sweep(file, *settings)
     if settings and sweep.trials < (before := load_sweep(file).trials):
         raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")
-    return with_storage(sweep, found.storage, found.name)
+    return sweep.stored_at(found.storage, found.name)
 
 
 class SweepRecord:
-    """Record a sweep's trials from their events, pass the events on, and write the results every few seconds.
+    """The trials of a sweep and the time that it has used, updated while it runs and written every few seconds.
 
     Writing happens in a thread, so that Tune's loop does not wait for storage. On exit, trials that are still running
     become interrupted and everything is written.
 
     Args:
-        folder: the sweep's folder.
+        folder: the sweep's folder, with what is recorded so far.
         sweep: what is searched.
-        trials: from before.
-        usage: time used so far.
-        listener: called with ``trial`` events that have the `Trial` itself as ``trial``, the best one so far as
-            ``best`` and all as ``all``.
+        listener: called with every note, and with ``trial`` events that have the `Trial` itself as ``trial``, the best
+            one so far as ``best`` and all as ``all``.
+
+    Attributes:
+        trials: all trials, in order of their names.
+        usage: the time used; to be updated in place.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        sweep: Sweep,
-        trials: Sequence[Trial],
-        usage: Usage,
-        listener: Callable[[Event], None],
-    ) -> None:
-        self._folder, self._sweep, self._usage, self._listener = folder, sweep, usage, listener
-        self.trials = list(trials)
-        self._by_name = {trial.name: trial for trial in trials}
+    def __init__(self, folder: RunFolder, sweep: Sweep, listener: Callable[[Event], None]) -> None:
+        self.listener = listener
+        self.trials = trials_on_record(folder, sweep)
+        self.usage = (folder.read(RESULTS_FILE, Usage, strict=False) if self.trials else None) or Usage()
+        self._folder, self._sweep = folder, sweep
+        self._unwritten: dict[str, Note] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write_regularly, name="sweep record", daemon=True)
@@ -167,53 +199,61 @@ class SweepRecord:
     def __exit__(self, *error: object) -> None:
         self._closed.set()
         self._thread.join()
-        self.end_running("interrupted")
+        for trial in self.trials:
+            if trial.status == "running":
+                trial.status = "interrupted"
         self._write()
 
-    def __call__(self, event: Event) -> None:
-        """Handle an event."""
-        if event["kind"] != "trial":
-            self._listener(event)
-            return
-        with self._lock:
-            trial = self._by_name.get(event["name"])
-            if trial is None:
-                trial = self._by_name[event["name"]] = Trial(event["name"], event["overrides"])
-                bisect.insort(self.trials, trial, key=attrgetter("name"))
-            self._update(trial, event["state"], event["figures"], event["cause"])
-        best = best_trial(self.trials, self._sweep.settings.maximise)
-        self._listener({"kind": "trial", "state": event["state"], "trial": trial, "best": best, "all": self.trials})
-
-    def _update(self, trial: Trial, state: Any, figures: Mapping[str, Any], cause: str | None) -> None:
+    def update(
+        self, name: str, overrides: dict[str, Any], state: State, figures: Mapping[str, Any], cause: str | None = None
+    ) -> None:
+        """Record what happened to a trial: it ended an epoch, or reached the status `state`."""
         settings = self._sweep.settings
-        trial.cause = cause
-        trial.parameters = figures.get("parameters", trial.parameters)
-        if figures.get("epoch", 0) > trial.epochs:
-            add_epoch(trial, figures, settings.metric, settings.maximise)
-        if state == "running":
-            trial.status = "running"
-        elif state != "epoch":
-            trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
-            self._end(trial, state)
+        with self._lock:
+            trial = next((trial for trial in self.trials if trial.name == name), None)
+            if trial is None:
+                trial = Trial(name, overrides)
+                bisect.insort(self.trials, trial, key=attrgetter("name"))
+            trial.cause = cause
+            trial.parameters = figures.get("parameters", trial.parameters)
+            if figures.get("epoch", 0) > trial.epochs:
+                add_epoch(trial, figures, settings.metric, settings.maximise)
+            if state == "running":
+                trial.status = state
+            elif state != "epoch":
+                trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
+                self._end(trial, state)
+        best = best_trial(self.trials, settings.maximise)
+        self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
 
-    def _end(self, trial: Trial, status: Any) -> None:
-        run = RunFolder(self._sweep.folder, trial.name)
-        trial.status = status
-        if not run.exists():
-            return
-        if status in ("stopped", "failed"):
-            Note(trial.overrides, status, trial.cause, trial.parameters).write(run)
-        else:  # whether it finished is in its summary, and an interrupted one may be resumed
-            Note(trial.overrides, parameters=trial.parameters).write(run)
-
-    def end_running(self, status: Any) -> None:
-        """Set the status of trials that are still running."""
+    def stop_running(self) -> None:
+        """Record that the trials that are still running were stopped by a budget."""
         with self._lock:
             for trial in self.trials:
-                if trial.status == "running" and status == "stopped":
-                    self._end(trial, status)
-                elif trial.status == "running":
-                    trial.status = status
+                if trial.status == "running":
+                    self._end(trial, "stopped")
+
+    def _end(self, trial: Trial, status: Status) -> None:
+        trial.status = status
+        note = Note(trial.overrides, parameters=trial.parameters)
+        if status in ("stopped", "failed"):  # whether it finished is in its summary, an interrupted one may be resumed
+            note = replace(note, status=status, cause=trial.cause)
+        self._unwritten[trial.name] = note
+        with suppress(StorageError):  # in a callback, Tune would start the trial again; the next write tries it again
+            self._write_notes()
+
+    def _write_notes(self) -> None:
+        problem: StorageError | None = None
+        for name in list(self._unwritten):
+            try:
+                run = RunFolder(self._sweep.folder, name)
+                if run.exists():
+                    self._unwritten[name].write(run)
+                del self._unwritten[name]
+            except StorageError as error:
+                problem = error
+        if problem is not None:
+            raise problem
 
     def _write_regularly(self) -> None:
         while not self._closed.wait(_WRITE_EVERY_S):
@@ -222,13 +262,17 @@ class SweepRecord:
 
     def _write(self) -> None:
         with self._lock:
-            files = format_results(self._sweep, self.trials, self._usage)
+            files = format_results(self._sweep, self.trials, self.usage)
         self._folder.guard()
         for name, text in files.items():
             self._folder.write(name, text)
+        with self._lock:
+            self._write_notes()
 
 
 def _absolute(sweep: Sweep) -> Sweep:
     config = absolute(sweep.config("data", {}, storage=sweep.settings.storage))
-    base = dict(sweep.base) | {"data": dict(sweep.base["data"]) | {"root": config.data.root}}
-    return replace(with_storage(sweep, config.storage, sweep.settings.name), base=base)
+    base = dict(sweep.base)
+    base["data"] = {**base["data"], "root": config.data.root}
+    base["model"] = {**base["model"], "weights": config.model.weights}
+    return replace(sweep.stored_at(config.storage, sweep.settings.name), base=base)

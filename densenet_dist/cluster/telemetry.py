@@ -16,41 +16,34 @@ from typing import Any, Final
 from densenet_dist.train.context import Event
 
 GAUGES: Final = {
-    "densenet_images_per_second": "Images per second of all ranks in the current epoch.",
-    "densenet_train_loss": "Mean training loss of the current epoch.",
-    "densenet_train_top1_ratio": "Top-1 training accuracy of the last epoch, 0 to 1.",
-    "densenet_val_loss": "Mean validation loss after the last epoch.",
-    "densenet_val_top1_ratio": "Top-1 validation accuracy after the last epoch, 0 to 1.",
-    "densenet_learning_rate": "Learning rate at the start of the last epoch.",
-    "densenet_epochs": "Epochs trained, the current one as a fraction.",
-    "densenet_steps": "Optimizer steps since the start of the run, over all resumes.",
-    "densenet_data_wait_ratio": "Share of the last epoch's training time that rank 0 waited for batches, 0 to 1.",
-    "densenet_goodput_ratio": "Share of the run's time spent in steps that count, without waiting, 0 to 1.",
-    "densenet_restarts": "How often the workers were restarted since the command started.",
+    "densenet_images_per_second": ("perf/images_per_s", "Images per second of all ranks in the current epoch."),
+    "densenet_train_loss": ("train/loss", "Mean training loss of the current epoch."),
+    "densenet_train_top1_ratio": ("train/top1", "Top-1 training accuracy of the last epoch, 0 to 1."),
+    "densenet_val_loss": ("val/loss", "Mean validation loss after the last epoch."),
+    "densenet_val_top1_ratio": ("val/top1", "Top-1 validation accuracy after the last epoch, 0 to 1."),
+    "densenet_learning_rate": ("lr", "Learning rate at the start of the last epoch."),
+    "densenet_epochs": ("epoch", "Epochs trained, the current one as a fraction."),
+    "densenet_steps": ("global_step", "Optimizer steps since the start of the run, over all resumes."),
+    "densenet_data_wait_ratio": (
+        "perf/data_wait",
+        "Share of the last epoch's training time that rank 0 waited for batches, 0 to 1.",
+    ),
+    "densenet_goodput_ratio": (
+        "goodput/ratio",
+        "Share of the run's time spent in steps that count, without waiting, 0 to 1.",
+    ),
+    "densenet_restarts": ("", "How often the workers were restarted since the command started."),
 }
-"""Descriptions by name, to which Ray adds ``ray_``. Restarts are a gauge: Ray does not export a counter at 0."""
-_OF_EPOCHS: Final = {
-    "perf/images_per_s": "densenet_images_per_second",
-    "perf/data_wait": "densenet_data_wait_ratio",
-    "lr": "densenet_learning_rate",
-    "train/loss": "densenet_train_loss",
-    "train/top1": "densenet_train_top1_ratio",
-    "val/loss": "densenet_val_loss",
-    "val/top1": "densenet_val_top1_ratio",
-    "epoch": "densenet_epochs",
-    "global_step": "densenet_steps",
-    "goodput/ratio": "densenet_goodput_ratio",
-}
+"""Keys of the events of epochs, and descriptions, by name, to which Ray adds ``ray_``.
+
+Restarts are a gauge: Ray does not export a counter at 0."""
 _logger = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Sets a run's gauges from its events. An error is logged once and ends the export, never the run.
+    """Sets the gauges of a run, or of a sweep's trial, from its events, which it passes on to the listener.
 
-    Args:
-        run: name of the run, or of its sweep.
-        trial: name of the trial in its sweep.
-        listener: called with every event afterwards.
+    An error is logged once and ends the export, never the run.
     """
 
     def __init__(self, run: str, trial: str = "", listener: Callable[[Event], None] = lambda event: None) -> None:
@@ -86,14 +79,14 @@ class Telemetry:
                 "densenet_goodput_ratio": event["goodput"],
             }
         if kind == "epoch":
-            return {name: event[key] for key, name in _OF_EPOCHS.items() if key in event}
+            return {name: event[key] for name, (key, _) in GAUGES.items() if key in event}
         return {}
 
     def _export(self) -> None:
         from ray.util.metrics import Gauge
 
         if not self._gauges:
-            self._gauges = {name: Gauge(name, text, ("run", "trial")) for name, text in GAUGES.items()}
+            self._gauges = {name: Gauge(name, text, ("run", "trial")) for name, (_, text) in GAUGES.items()}
         for name, value in self._current.items():  # all, since Ray forgets gauges that are not set for a while
             self._gauges[name].set(value, tags=self._labels)
 

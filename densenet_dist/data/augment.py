@@ -38,7 +38,6 @@ class Augmentation:
 
     Attributes:
         geometry: one of `GEOMETRIES`.
-        trivial_augment: one more operation per image, see `trivial_augment`.
         cutout: side in pixels of the square hole (DeVries & Taylor 2017); 0 for none.
         mixup: alpha of Beta(alpha, alpha) for the share of the image itself (Zhang et al. 2018); 0 for none.
         cutmix: likewise, for the area outside of a box from another image (Yun et al. 2019). With both, each image gets
@@ -78,7 +77,7 @@ class Parameters:
         hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalization.
         blend: (n,) float32: share of the image itself in each pixel; the rest is its partner's.
         box: (n, 4) int64: left, top, right, bottom of the part that is entirely the partner's.
-        own: (n,) float32: share of the image's own label in the target.
+        label_share: (n,) float32: share of the image's own label in the target.
         padding: what the warp shows outside of the image: its border repeated, or zeros (black).
     """
 
@@ -89,7 +88,7 @@ class Parameters:
     hole: Any = None
     blend: Any = None
     box: Any = None
-    own: Any = None
+    label_share: Any = None
     padding: Padding = "border"
 
     def map(self, function: Callable[[Any], Any]) -> Parameters:
@@ -120,12 +119,8 @@ def draw(
     images, and not on the order or batch in which it is seen.
 
     Args:
-        num_images: size of the whole data set.
         image_size: side of the square images in pixels.
         sizes: (n, 2) int64, width and height of image files; None for images in memory, which are square.
-
-    Raises:
-        ConfigError: the geometry is unknown.
     """
 
     def uniform(stream: Stream, draws: int, epoch: int = epoch) -> _Draws:
@@ -163,17 +158,15 @@ def draw(
     if augmentation.cutout > 0:
         arrays["hole"] = _boxes(uniform(Stream.CUTOUT, 2), np.full(num_images, augmentation.cutout), image_size)
     if augmentation.mixes:
-        arrays["blend"], arrays["box"], arrays["own"] = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
+        mixing = _mix(augmentation, uniform(Stream.MIX, 4), image_size)
+        arrays["blend"], arrays["box"], arrays["label_share"] = mixing
     return Parameters(**arrays)
 
 
 def evaluation_parameters(geometry: str, sizes: npt.NDArray[np.int64] | None) -> Parameters:
-    """Return the parameters for evaluation: a central square crop of image files, and nothing else.
+    """Return the parameters for evaluation: a central square crop of image files of these sizes, and nothing else.
 
-    Args:
-        geometry: that of training. With random_resized_crop, which enlarges objects, the side of the crop is
-            `EVAL_CROP` of the shorter side.
-        sizes: see `draw`.
+    After training with random_resized_crop, which enlarges objects, its side is `EVAL_CROP` of the shorter side.
     """
     if sizes is None:
         return Parameters()
@@ -252,7 +245,7 @@ def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _
 
 
 def _flip_sign(draws: _Draws) -> _Draws:
-    """Return -1 to mirror an image left to right, else 1, with equal probability, (n,) float64."""
+    """Return -1 to mirror an image left to right, else 1, (n,) float64."""
     return np.where(draws[:, 5] < 0.5, -1.0, 1.0)
 
 
@@ -274,7 +267,7 @@ def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArra
 def _mix(
     augmentation: Augmentation, draws: _Draws, image_size: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return `Parameters.blend`, `box` and `own` from draws (n, 4): the choice, the share, the centre of the box."""
+    """Return `Parameters.blend`, `box` and `label_share` from draws (n, 4): choice, share, centre of the box."""
     if augmentation.mixup > 0 and augmentation.cutmix > 0:
         cut = draws[:, 0] < 0.5
     else:
@@ -285,8 +278,8 @@ def _mix(
     side = np.where(cut, np.floor(image_size * np.sqrt(1.0 - share)), 0.0)
     box = _boxes(draws[:, 2:], side, image_size)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-    own = np.where(cut, 1.0 - area / image_size**2, share)
-    return np.where(cut, 1.0, share).astype(np.float32), box, own.astype(np.float32)
+    label_share = np.where(cut, 1.0 - area / image_size**2, share)
+    return np.where(cut, 1.0, share).astype(np.float32), box, label_share.astype(np.float32)
 
 
 def _beta(alpha: float, draws: _Draws) -> _Draws:

@@ -1,39 +1,33 @@
-"""The official binary files of CIFAR-10 and CIFAR-100, and how to read them.
+"""The official binary files of CIFAR-10 and CIFAR-100: extract them from their archive, and read them.
 
 Learning Multiple Layers of Features from Tiny Images, Alex Krizhevsky, 2009; https://www.cs.toronto.edu/~kriz/cifar.html.
 A record is one label byte (CIFAR-100: two, coarse then fine) and 3072 pixel bytes: 1024 red, 1024 green, 1024 blue,
-each plane row by row. Every file is checked against its official SHA-256 before it is used.
+each plane row by row. Only regular files with the names, sizes and SHA-256 of the official ones are extracted and
+read, whatever else an archive holds.
 """
 
+import gzip
 import hashlib
 import os
 import shlex
+import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from densenet_dist.data.image_files import Split
 from densenet_dist.errors import DataError
 
-Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
-"""Images (n, 32, 32, 3) uint8 and labels (n,) int64."""
-
-Contents = tuple[tuple[str, ...], Arrays, Arrays]
+Contents = tuple[tuple[str, ...], Split, Split]
 """Class names, training and test images."""
 
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
 _BATCH = 10_000
 TRAIN_IMAGES = 5 * _BATCH  # of both sets
-
-
-@dataclass(frozen=True)
-class Member:
-    """One official file: its size in bytes and its SHA-256 in hexadecimal."""
-
-    size: int
-    sha256: str
+_MAX_EXTRACTED_BYTES = 256 << 20  # the official archives contain 184 MB
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,10 @@ class CifarSpec:
 
     Attributes:
         name: as in `data.name`.
-        title: the usual spelling, for messages.
         folder: the folder in the archive.
-        archive: file name of the archive.
         label_bytes: bytes before the pixels of a record; the last of them is the label used.
-        train: names of the files with the training records, in order.
-        test: name of the file with the test records.
-        names: name of the file with the class names.
-        members: every file that is needed, by name.
+        train, test, names: names of the files with the training records, the test records and the class names.
+        members: size in bytes and SHA-256 in hexadecimal of every file that is needed, by name.
         mean, std: of the red, green and blue channels of the training images in [0, 1].
     """
 
@@ -62,7 +52,7 @@ class CifarSpec:
     test: str
     names: str
     num_classes: int
-    members: dict[str, Member]
+    members: dict[str, tuple[int, str]]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -77,8 +67,8 @@ class CifarSpec:
         return self.label_bytes + _PIXEL_BYTES
 
 
-def _records(count: int, label_bytes: int, sha256: str) -> Member:
-    return Member(count * (label_bytes + _PIXEL_BYTES), sha256)
+def _records(count: int, label_bytes: int, sha256: str) -> tuple[int, str]:
+    return count * (label_bytes + _PIXEL_BYTES), sha256
 
 
 CIFAR10 = CifarSpec(
@@ -98,7 +88,7 @@ CIFAR10 = CifarSpec(
         "data_batch_4.bin": _records(_BATCH, 1, "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"),
         "data_batch_5.bin": _records(_BATCH, 1, "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"),
         "test_batch.bin": _records(_BATCH, 1, "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
-        "batches.meta.txt": Member(61, "558e74b5e208382e186da55784b4bac2cd52e558448e1b5800990fdb28ed8033"),
+        "batches.meta.txt": (61, "558e74b5e208382e186da55784b4bac2cd52e558448e1b5800990fdb28ed8033"),
     },
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
@@ -117,7 +107,7 @@ CIFAR100 = CifarSpec(
     members={
         "train.bin": _records(5 * _BATCH, 2, "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29"),
         "test.bin": _records(_BATCH, 2, "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a"),
-        "fine_label_names.txt": Member(725, "4a53f81a8af29bb6aa646bfe2c455db1b061edfde82a39c0cfc313ef536c681b"),
+        "fine_label_names.txt": (725, "4a53f81a8af29bb6aa646bfe2c455db1b061edfde82a39c0cfc313ef536c681b"),
     },
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
@@ -147,46 +137,94 @@ def read_folder(spec: CifarSpec, folder: Path) -> Contents:
             f"{folder} is an incomplete {spec.title}: it lacks {', '.join(missing)}; {how_to_replace(spec, folder)}"
         )
 
-    def records(*names: str) -> Arrays:
-        data = b"".join(read_member(spec, folder / name) for name in names)
-        images, labels = parse_records(spec, data)
-        return np.ascontiguousarray(images), labels
+    def records(*names: str) -> Split:
+        return parse_records(spec, b"".join(_read_member(spec, folder / name) for name in names))
 
-    class_names = read_member(spec, folder / spec.names).decode("ascii").split()
+    class_names = _read_member(spec, folder / spec.names).decode("ascii").split()
     return tuple(class_names), records(*spec.train), records(spec.test)
 
 
-def read_member(spec: CifarSpec, path: Path, *, source: str = "", remedy: str = "") -> bytes:
+def _read_member(spec: CifarSpec, path: Path, *, source: str = "", remedy: str = "") -> bytes:
     """Read a file and check that it is the official one of that name.
 
     Args:
         source: what messages call the file; its path by default.
         remedy: what to do if it is another file, for messages.
-
-    Raises:
-        DataError: it cannot be read, or is not the official one.
     """
-    expected, source = spec.members[path.name], source or str(path)
-    remedy = remedy or how_to_replace(spec, path.parent)
+    source, remedy = source or str(path), remedy or how_to_replace(spec, path.parent)
+    official_size, official_sha256 = spec.members[path.name]
     try:
         size = path.stat().st_size
-        if size != expected.size:
-            state = "truncated" if size < expected.size else "too long"
-            raise DataError(f"{source} is {state}: {size} bytes instead of {expected.size}; {remedy}")
+        if size != official_size:
+            state = "truncated" if size < official_size else "too long"
+            raise DataError(f"{source} is {state}: {size} bytes instead of {official_size}; {remedy}")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror}") from error
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != expected.sha256:
+    if sha256 != official_sha256:
         raise DataError(
-            f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {expected.sha256[:16]}...; {remedy}"
+            f"{source} is damaged: its SHA-256 is {sha256[:16]}..., not {official_sha256[:16]}...; {remedy}"
         )
     return data
 
 
-def parse_records(spec: CifarSpec, data: bytes) -> Arrays:
-    """View records as images (n, 32, 32, 3) uint8, and return them with their labels; for CIFAR-100 the fine ones."""
+def parse_records(spec: CifarSpec, data: bytes) -> Split:
+    """Convert records to images and labels; for CIFAR-100 the fine ones."""
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.record_bytes)
     labels = records[:, spec.label_bytes - 1].astype(np.int64)
     planes = records[:, spec.label_bytes :].reshape(-1, 3, _SIDE, _SIDE)
-    return planes.transpose(0, 2, 3, 1), labels
+    return Split(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels)
+
+
+def extract(spec: CifarSpec, archive: Path, folder: Path, *, source: str, remedy: str) -> None:
+    """Extract the official files of an archive into `folder`, and verify them.
+
+    Args:
+        source: what messages call the archive.
+        remedy: what to do if it is damaged, for messages.
+
+    Raises:
+        DataError: it is damaged, unsafe, or another archive.
+        OSError: `folder` cannot be written.
+    """
+    try:
+        with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+            for member in tar:
+                if member.issparse():  # may declare any size without holding it
+                    raise tarfile.ReadError(f"{member.name!r} is a sparse file")
+                tarfile.data_filter(member, str(folder))  # also refuses unsafe members that are not needed
+                parent, _, name = member.name.partition("/")
+                if parent == spec.folder and name in spec.members and member.isreg():
+                    official = member.replace(name=name, mtime=0, mode=0o644, deep=False)
+                    tar.extract(official, folder, filter="data")
+    except tarfile.FilterError as error:
+        raise DataError(
+            f"{source} is not safe to extract: {error}; nothing was extracted. "
+            "Delete the archive and get it from a source you trust"
+        ) from error
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, RecursionError, ValueError, zlib.error) as error:
+        raise DataError(f"{source} is damaged or truncated ({error}); {remedy}") from error
+    missing = [name for name in spec.members if not (folder / name).exists()]
+    if missing:
+        raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(missing)}; {remedy}")
+    for name in spec.members:
+        _read_member(spec, folder / name, source=f"{name} in {source}", remedy=remedy)
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Fails at the end of the data, and past a limit: a small archive may unpack to any size, or declare any.
+
+    `tarfile` does not notice the end while it skips a member, but reads nothing after the end of a sound archive.
+    """
+
+    _left = _MAX_EXTRACTED_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        if not data:
+            raise EOFError("it ends within a member")
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.ReadError(f"it unpacks to more than {_MAX_EXTRACTED_BYTES} bytes")
+        return data

@@ -1,69 +1,66 @@
 """Obtain the files of a CIFAR data set: from a local folder, the official archive, a download, or an object store.
 
-Only regular files with the names, sizes and SHA-256 of the official ones are extracted, whatever else an archive
-holds. They are written to a temporary folder, which is renamed when all of them are complete and correct. A lock lets
-one process do so while others wait; a complete folder is used without the lock.
+They are written to a temporary folder, which is renamed when all of them are complete and correct. A lock lets one
+process do so while others wait; a complete folder is used without the lock.
 """
 
-import gzip
 import os
+import random
 import shlex
 import shutil
-import tarfile
-import zlib
+import socket
+import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from densenet_dist.data import cifar
-from densenet_dist.data.background import progress_bar
+from densenet_dist.data.background import Advance, progress_bar
 from densenet_dist.data.cifar import CifarSpec, Contents
-from densenet_dist.data.download import fetch
 from densenet_dist.data.store import DataStore, cache_of, locked_cache, locked_folder
-from densenet_dist.errors import DataError
+from densenet_dist.errors import ConfigError, DataError
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import sync
 
 _MAX_ARCHIVE_BYTES = 256 << 20  # the official ones have 170 MB
-_MAX_EXTRACTED_BYTES = 256 << 20  # and contain 184 MB
+_TIMEOUT_S = 30.0  # without any data, not for the whole transfer
+_CHUNK = 1 << 18
+_ATTEMPTS = 6
+_FIRST_WAIT_S = 1.0  # doubled after each attempt
+_LOCALHOST = ("localhost", "127.0.0.1", "::1")
+_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
+_PERMANENT = (
+    *(ssl.SSLCertVerificationError, FileNotFoundError, PermissionError, IsADirectoryError, InvalidURL, ValueError),
+    str,  # the reason of an URLError may be a text
+)
 
 
 def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) -> tuple[Path, Contents]:
     """Return the local folder with the files of a data set, and what they contain; obtain them first if missing.
 
-    Args:
-        root: a folder, in which `root/<folder>`, the files themselves and `root/<archive>` are looked for, in this
-            order; else the archive is downloaded to it. Or the URI of an object store, whose archive is copied to this
-            node's cache and extracted once; a damaged copy is replaced, and `download` and `url` are ignored.
-        download: whether a missing archive may be downloaded.
-        url: where from, instead of the official address.
-
-    Raises:
-        ConfigError: `url` cannot be used.
-        DataError: the data set is missing, damaged or unsafe to extract, or the download failed.
-        StorageError: `root`, or this node's cache, cannot be written.
+    In a local folder, `root/<folder>`, the files themselves and `root/<archive>` are looked for, in this order. The
+    archive on an object store is copied to this node's cache and extracted once; a damaged copy is replaced.
+    Arguments and errors are those of `datasets.load_dataset`.
     """
     if not is_uri(str(root)):
         folder = _find_or_make(spec, Path(root), download=download, url=url)
         return folder, cifar.read_folder(spec, folder)
     uri = str(root)
     folder = cache_of(uri) / spec.folder
-    if contents := _read_cached(spec, folder):
-        return folder, contents
-    with locked_cache(uri):
-        contents = _read_cached(spec, folder)  # another process may have copied it while we waited
-        if contents is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            _copy_from_store(spec, DataStore(uri), folder.parent)
-    return folder, contents or cifar.read_folder(spec, folder)
-
-
-def _read_cached(spec: CifarSpec, folder: Path) -> Contents | None:
-    """Return the contents of an extracted folder; None if it is missing or damaged."""
     with suppress(DataError):
-        if os.path.isdir(folder):
-            return cifar.read_folder(spec, folder)
-    return None
+        return folder, cifar.read_folder(spec, folder)
+    with locked_cache(uri):
+        with suppress(DataError):  # another process may have copied it while we waited
+            return folder, cifar.read_folder(spec, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        _copy_from_store(spec, DataStore(uri), folder)
+    return folder, cifar.read_folder(spec, folder)
 
 
 def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | None) -> Path:
@@ -74,13 +71,11 @@ def _find_or_make(spec: CifarSpec, root: Path, *, download: bool, url: str | Non
         missing = f"{spec.title} is not in {root}: {there if os.path.exists(root) else f'{root} does not exist'}"
         raise DataError(f"{missing}; {_ways_to_get(spec, root)}")
     with locked_folder(root, f".{spec.name}.lock", "choose a folder that can be written: data.root=..."):
-        # Another process may have made the folder while we waited.
-        folder = _find_folder(spec, root)
+        folder = _find_folder(spec, root)  # another process may have made it while we waited
         return folder or _make_folder(spec, root, url=url, remedy=_ways_to_get(spec, root))
 
 
 def _find_folder(spec: CifarSpec, root: Path) -> Path | None:
-    """Return the folder with the extracted data set, or None."""
     if os.path.isdir(root / spec.folder):
         return root / spec.folder
     if sum(os.path.isfile(root / name) for name in spec.members) > 1:  # one alone may be another's train.bin
@@ -101,64 +96,20 @@ def _ways_to_get(spec: CifarSpec, root: Path) -> str:
 
 def _make_folder(spec: CifarSpec, root: Path, *, url: str | None, remedy: str) -> Path:
     """Extract the archive in `root`, which is downloaded first if missing. The caller holds the lock."""
-    archive = root / spec.archive
-    if os.path.isfile(archive):
-        if not os.access(archive, os.R_OK):
-            raise DataError(f"cannot read {archive}: Permission denied; give access to it")
-        return _extract(spec, archive, root, source=str(archive), remedy=cifar.how_to_replace(spec, archive))
-    url = url or spec.url
-    with _partial(archive) as partial:
-        fetch(url, partial, title=spec.title, limit=_MAX_ARCHIVE_BYTES, remedy=remedy)
-        folder = _extract(spec, partial, root, source=url.partition("?")[0], remedy=remedy)
-        partial.replace(archive)  # only now: the next run must not find a damaged download
+    archive, folder = root / spec.archive, root / spec.folder
+    with _new_folder(folder) as partial:
+        if os.path.isfile(archive):
+            if not os.access(archive, os.R_OK):
+                raise DataError(f"cannot read {archive}: Permission denied; give access to it")
+            remedy = cifar.how_to_replace(spec, archive)
+            cifar.extract(spec, archive, partial, source=str(archive), remedy=remedy)
+        else:
+            url = url or spec.url
+            downloaded = partial / spec.archive
+            fetch(url, downloaded, title=spec.title, limit=_MAX_ARCHIVE_BYTES, remedy=remedy)
+            cifar.extract(spec, downloaded, partial, source=url.partition("?")[0], remedy=remedy)
+            downloaded.replace(archive)  # only now: the next run must not find a damaged download
     return folder
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """Yield the name for an incomplete file, and delete the file at the end if it is still there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _extract(spec: CifarSpec, archive: Path, root: Path, *, source: str, remedy: str) -> Path:
-    """Extract the official files of an archive into `root/<folder>`, all or none. The caller holds the lock.
-
-    Args:
-        source: what messages call the archive.
-        remedy: what to do if it is damaged, for messages.
-
-    Raises:
-        DataError: it is damaged, unsafe, or another archive.
-        OSError: `root` cannot be written.
-    """
-    with _new_folder(root / spec.folder) as partial:
-        try:
-            with _BoundedGzip(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-                for member in tar:
-                    if member.issparse():  # may declare any size without holding it
-                        raise tarfile.ReadError(f"{member.name!r} is a sparse file")
-                    tarfile.data_filter(member, str(partial))  # also refuses unsafe members that are not needed
-                    folder, _, name = member.name.partition("/")
-                    if folder == spec.folder and name in spec.members and member.isreg():
-                        official = member.replace(name=name, mtime=0, mode=0o644, deep=False)
-                        tar.extract(official, partial, filter="data")
-        except tarfile.FilterError as error:
-            raise DataError(
-                f"{source} is not safe to extract: {error}; nothing was extracted. "
-                "Delete the archive and get it from a source you trust"
-            ) from error
-        except (tarfile.TarError, gzip.BadGzipFile, EOFError, RecursionError, ValueError, zlib.error) as error:
-            raise DataError(f"{source} is damaged or truncated ({error}); {remedy}") from error
-        missing = [name for name in spec.members if not (partial / name).exists()]
-        if missing:
-            raise DataError(f"{source} is not the {spec.title} archive: it lacks {', '.join(missing)}; {remedy}")
-        for name in spec.members:
-            cifar.read_member(spec, partial / name, source=f"{name} in {source}", remedy=remedy)
-    return root / spec.folder
 
 
 @contextmanager
@@ -177,33 +128,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class _BoundedGzip(gzip.GzipFile):
-    """Fails at the end of the data, and past a limit: a small archive may unpack to any size, or declare any.
-
-    `tarfile` does not notice the end while it skips a member, but reads nothing after the end of a sound archive.
-    """
-
-    _left = _MAX_EXTRACTED_BYTES
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        if not data:
-            raise EOFError("it ends within a member")
-        self._left -= len(data)
-        if self._left < 0:
-            raise tarfile.ReadError(f"it unpacks to more than {_MAX_EXTRACTED_BYTES} bytes")
-        return data
-
-
 def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None) -> str:
-    """Make sure that the archive is on an object store; otherwise download it to this node's cache, and upload it.
-
-    Returns:
-        A description of what is on the store.
-
-    Raises:
-        ConfigError, DataError, StorageError: as for `load`; or the store cannot be read or written.
-    """
+    """Upload the archive to an object store unless it is there, see `datasets.publish_dataset`."""
     store = DataStore(uri)
     if spec.archive in store.list():
         return f"{spec.archive} is in {store.place}"
@@ -221,8 +147,8 @@ def publish(spec: CifarSpec, uri: str, *, download: bool, url: str | None) -> st
     return f"{spec.archive} has been put into {store.place}"
 
 
-def _copy_from_store(spec: CifarSpec, store: DataStore, cache: Path) -> None:
-    """Copy the archive from the store and extract it to `cache`. The caller holds the lock."""
+def _copy_from_store(spec: CifarSpec, store: DataStore, folder: Path) -> None:
+    """Copy the archive from the store, and extract it to `folder`. The caller holds the lock."""
     stamp = store.list().get(spec.archive)
     if stamp is None:
         raise DataError(_not_on_store(spec, store))
@@ -233,10 +159,12 @@ def _copy_from_store(spec: CifarSpec, store: DataStore, cache: Path) -> None:
     )
     if size > _MAX_ARCHIVE_BYTES:
         raise DataError(f"{source} has {size} bytes, too many for this archive; {remedy}")
-    with _partial(cache / spec.archive) as archive:
+    with _new_folder(folder) as partial:
+        archive = partial / spec.archive
         with progress_bar(f"downloading {spec.title}") as advance:
             store.copy(spec.archive, archive, lambda received: advance(received, size))
-        _extract(spec, archive, cache, source=source, remedy=remedy)
+        cifar.extract(spec, archive, partial, source=source, remedy=remedy)
+        archive.unlink()
 
 
 def _not_on_store(spec: CifarSpec, store: DataStore) -> str:
@@ -244,3 +172,77 @@ def _not_on_store(spec: CifarSpec, store: DataStore) -> str:
         f"{spec.title} is not in data.root={store.place}: there is no {spec.archive}; "
         f"put it there, once for all nodes: densenet-dist data prepare {spec.name} --root {shlex.quote(store.uri)}"
     )
+
+
+def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> None:
+    """Download `url` to the file `target`, with a progress bar; retry temporary failures after growing random waits.
+
+    Args:
+        title: what is downloaded, for messages and the progress bar.
+        limit: the maximum size in bytes.
+        remedy: what else the user can do, for messages.
+
+    Raises:
+        ConfigError: the address has no supported scheme or contains credentials.
+        DataError: the download failed, or the file is larger than `limit`.
+        OSError: `target` cannot be written.
+    """
+    _require_safe(url)
+    # The query may contain a signature, which must not appear in logs.
+    failed = f"cannot download {title} from {url.partition('?')[0]}"
+    for attempt in range(_ATTEMPTS):
+        try:
+            with progress_bar(f"downloading {title}") as advance:
+                _transfer(url, target, limit, advance)
+            return
+        except _FAILURES as error:
+            if isinstance(error, HTTPError):
+                error.close()  # it holds the connection
+            if not _is_temporary(error):
+                raise DataError(f"{failed}: {error}; {remedy}") from error
+            if attempt == _ATTEMPTS - 1:
+                raise DataError(f"{failed}: {error}; tried {_ATTEMPTS} times; {remedy}") from error
+        # Not the seeded generator of the training: all nodes would retry at the same moment.
+        time.sleep(random.SystemRandom().uniform(0.5, 1) * _FIRST_WAIT_S * 2**attempt)
+
+
+def _transfer(url: str, target: Path, limit: int, advance: Advance) -> None:
+    request = Request(url, headers={"User-Agent": "densenet-dist"})
+    with urlopen(request, timeout=_TIMEOUT_S) as response, open(target, "wb") as file:
+        length = response.headers["Content-Length"]
+        total = int(length) if length else None
+        received = 0
+        while chunk := response.read(_CHUNK):
+            received += len(chunk)
+            if received > limit:
+                raise ValueError(f"it has more than {limit} bytes, too many for the expected file")
+            file.write(chunk)
+            advance(len(chunk), total)
+        if total is not None and received != total:
+            raise ConnectionError(f"the transfer broke off after {received} of {total} bytes")
+
+
+def _is_temporary(error: Exception) -> bool:
+    if isinstance(error, HTTPError):
+        return error.code in _RETRIED_STATUS
+    reason = error.reason if isinstance(error, URLError) else error
+    if isinstance(reason, socket.gaierror):
+        return reason.errno == socket.EAI_AGAIN  # else there is no such host
+    return not isinstance(reason, _PERMANENT)
+
+
+def _require_safe(url: str) -> None:
+    """Refuse addresses with credentials, and those that are neither encrypted nor on this machine."""
+    try:
+        parts = urlsplit(url)
+        host, user = parts.hostname, parts.username
+    except ValueError as error:
+        raise ConfigError(f"data.url is not a valid address: {error}") from None
+    shown = url.rpartition("@")[2].partition("?")[0]
+    if user is not None:
+        raise ConfigError(f"data.url holds credentials for {shown}, which logs would show: remove them")
+    if parts.scheme not in ("https", "file") and not (parts.scheme == "http" and host in _LOCALHOST):
+        raise ConfigError(
+            f"cannot download from {shown!r}: data.url must begin with https:// or file://; "
+            "http:// is allowed for this machine only"
+        )

@@ -6,12 +6,19 @@ numbers and has no state, and it works ahead across epochs.
 
 DALI's CPU operators process single images; those on raw CIFAR records (slice, reinterpret, transpose) take more than
 half of the time there, so the images are converted to HWC once, when they are loaded (docs/log.md).
+
+DALI is imported only when selected; `require_dali` checks that it works on this machine.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +26,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from densenet_dist.data.dali_support import dali_problem, require_dali
-from densenet_dist.data.datasets import Split
-from densenet_dist.data.engine import BatchProducer, Engine, Request, upload
-from densenet_dist.data.image_files import BadImage, ImageFiles
+from densenet_dist.data.engine import BatchProducer, Engine, Request
+from densenet_dist.data.image_files import BadImage, ImageFiles, Split
 from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
+from densenet_dist.errors import EnvironmentProblem
 
+PACKAGE = "nvidia-dali-cuda130"
+_ALTERNATIVE = "augment with torch instead: data.loader=torch"
 _READERS = 8  # threads that read files: they mostly wait for a disk or a network
 
 
@@ -37,15 +45,11 @@ class DaliEngine(Engine):
         EnvironmentProblem: DALI is not installed, or cannot run on the device.
     """
 
-    def __init__(self, split: Split, **options: Any) -> None:
-        super().__init__(split, **options)
-        require_dali(self.device, decoding=self.files is not None)
+    def __init__(self, split: Split, *, device: torch.device | str = "cpu", **options: Any) -> None:
+        require_dali(torch.device(device), decoding=isinstance(split.images, ImageFiles))
+        super().__init__(split, device=device, **options)
         self.prefetch = max(1, self.prefetch)
         self._readers = ThreadPoolExecutor(_READERS, "densenet-dist-read")
-        self._resident: Any = None
-        if not isinstance(split.images, ImageFiles):
-            images = np.ascontiguousarray(split.images)
-            self._resident = upload(images, self.device) if self.device.type == "cuda" else images
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """See `Engine.batches`; each loader has a pipeline of its own, built on first use."""
@@ -53,16 +57,15 @@ class DaliEngine(Engine):
 
     def sources(self, request: Request) -> list[Any]:
         """Return the images of a request; of image files, their bytes, and start and shape of their windows."""
-        if (files := self.files) is not None:
-            # Read here and not by DALI, which a broken file can crash.
-            encoded = read_all(
-                request.array("indices").tolist(), lambda _, index: files.encoded(index), self._readers.map
-            )
-            left, top, width, height = request.array("window").astype(np.int32).T
-            return [encoded, np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
-        if self.device.type == "cuda":
-            return [self._resident.index_select(0, request.tensor("indices", self.device))]
-        return [self._resident[request.array("indices")]]
+        if self.resident is not None:
+            images = self.resident.index_select(0, request.tensor("indices", self.device))
+            return [images if images.is_cuda else images.numpy()]
+        files = self.files
+        assert files is not None
+        # Read here and not by DALI, which a broken file can crash.
+        encoded = read_all(request.array("indices").tolist(), lambda _, index: files.encoded(index), self._readers.map)
+        left, top, width, height = request.array("window").astype(np.int32).T
+        return [encoded, np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
 
     @staticmethod
     def parameters(request: Request) -> dict[str, npt.NDArray[Any]]:
@@ -112,19 +115,14 @@ class _Pipeline:
         return images
 
     def _diagnose(self, number: int, error: RuntimeError) -> None:
-        """Find the cause of a failure of the pipeline, which may have been working on a later request.
-
-        Raises:
-            UnreadableFiles: files cannot be decoded.
-            EnvironmentProblem: all files can be decoded.
-        """
+        """Raise the cause of a failure of the pipeline, which may have been working on a later request."""
         if (files := self._engine.files) is not None:
             indices = [self._request(number + ahead).array("indices") for ahead in range(self._engine.prefetch + 2)]
             some = np.unique(np.concatenate(indices)).tolist()
             # torchvision has the better messages. DALI, which can be stricter, is asked if that finds nothing.
             read_all(some, lambda _, index: files.decode(index))
             read_all(some, lambda _, index: _decode_alone(files.encoded(index)))
-        raise dali_problem(error, self._engine.device) from error
+        raise _dali_problem(error, self._engine.device) from error
 
 
 def _decode_alone(data: npt.NDArray[np.uint8]) -> None:
@@ -236,3 +234,96 @@ def _toned(images: Any, tone: Any, strength: Any, size: int, gpu: bool) -> Any:
     elif tone == Tone.EQUALIZE.value:
         levels = fn.cast(fn.equalize(whole), dtype=types.FLOAT)
     return math.clamp(levels, 0.0, 255.0)
+
+
+def dali_installed() -> bool:
+    """Return whether the package is installed; it may not work."""
+    try:
+        return util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # there is no package "nvidia" either
+        return False
+
+
+def require_dali(device: torch.device, *, decoding: bool) -> None:
+    """Check that DALI works on `device`, also for decoding files; else raise EnvironmentProblem with a remedy."""
+    if not dali_installed():
+        raise EnvironmentProblem(
+            f"data.loader=dali, but DALI is not installed\n  install it: pip install {PACKAGE}\n  or {_ALTERNATIVE}"
+        )
+    try:
+        backend = importlib.import_module("nvidia.dali.backend")
+        importlib.import_module("nvidia.dali.fn")
+    except (ImportError, OSError) as error:
+        raise EnvironmentProblem(
+            f"DALI {dali_version()} is installed but cannot be imported: {error}\n"
+            f"  install it again: pip install --force-reinstall {PACKAGE}\n  or {_ALTERNATIVE}"
+        ) from error
+    if device.type == "cuda":
+        _require_gpu(backend)
+    if decoding and backend.GetNvimgcodecVersion() == -1:
+        package = "nvidia-nvimgcodec-cu13"
+        raise EnvironmentProblem(
+            f"DALI {dali_version()} cannot decode images: its decoder library {package} is missing\n"
+            f"  install it: pip install {package}\n  or {_ALTERNATIVE}"
+        )
+
+
+def _dali_problem(error: BaseException, device: torch.device) -> EnvironmentProblem:
+    """Convert an error of DALI itself to one message, without the traceback of the pipeline in it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    # If an operator failed, DALI first shows the code that asked for it, up to a line "encountered:".
+    lines = [line for line in lines[lines.index("encountered:") + 1 if "encountered:" in lines else 0 :] if line]
+    messages = [line for line in lines if not line.startswith(("Critical error", "Error in"))]
+    return EnvironmentProblem(
+        f"DALI {dali_version()} failed on {device}: {messages[0] if messages else error}\n  {_ALTERNATIVE}"
+    )
+
+
+def dali_version() -> str | None:
+    """Return the installed version, or None."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(PACKAGE)
+    return None
+
+
+def driver_versions() -> tuple[str | None, tuple[int, int] | None]:
+    """Return the NVIDIA driver's version, and the newest CUDA (major, minor) that it supports; None if unknown."""
+    release = None
+    with suppress(OSError):
+        for line in Path("/proc/driver/nvidia/version").read_text().splitlines():
+            if "Kernel Module" in line:
+                release = next((word for word in line.split() if word[:1].isdigit() and "." in word), None)
+    number = ctypes.c_int(0)
+    with suppress(OSError, AttributeError):
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
+            return release, (number.value // 1000, number.value % 1000 // 10)
+    return release, None
+
+
+def _require_gpu(backend: Any) -> None:
+    built = int(str(backend.__cuda_version__)[:2])  # 13.4.92 is 13492
+    release, known = driver_versions()
+    title = f"DALI {dali_version()}, which is built for CUDA {built},"
+    if known is None:
+        raise EnvironmentProblem(
+            f"{title} finds no NVIDIA driver on this machine\n"
+            f"  install a driver that supports CUDA {built} (in a container: start it with its GPUs, --gpus all)\n"
+            f"  or {_ALTERNATIVE}, or train on the CPU: cluster.device=cpu"
+        )
+    driver = f"the driver {f'{release} ' if release else ''}supports CUDA {known[0]}.{known[1]}"
+    if known[0] < built:
+        raise EnvironmentProblem(
+            f"{title} cannot work here: {driver} at most\n"
+            f"  update the driver to one that supports CUDA {built}, or {_ALTERNATIVE}"
+        )
+    problem = "finds no GPU"
+    try:
+        if backend.GetCUDADeviceCount() > 0:
+            return
+    except RuntimeError as error:  # for example after a driver update without a restart
+        problem = f"cannot use the GPU ({' '.join(str(error).split())})"
+    raise EnvironmentProblem(
+        f"{title} {problem}, although {driver}\n"
+        "  see 'nvidia-smi' and CUDA_VISIBLE_DEVICES; restart the machine if the driver was updated\n"
+        f"  or {_ALTERNATIVE}, or train on the CPU: cluster.device=cpu"
+    )

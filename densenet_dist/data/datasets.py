@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from densenet_dist.data import cifar, cifar_source, image_folder, shapes, store
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.plan import Stream, split_indices
 from densenet_dist.errors import ConfigError, DataError
 from densenet_dist.object_store import is_uri
@@ -20,32 +20,13 @@ Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Images and their classes, in the data set's own order.
-
-    Attributes:
-        images: (n, H, W, 3) uint8, RGB, H = W; or image files.
-        labels: (n,) int64, in [0, number of classes).
-    """
-
-    images: npt.NDArray[np.uint8] | ImageFiles
-    labels: npt.NDArray[np.int64]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square images in pixels."""
-        return self.images.image_size if isinstance(self.images, ImageFiles) else int(self.images.shape[1])
-
-
-@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set.
 
     Attributes:
         class_names: by label.
-        mean: of the red, green and blue channels of the whole training split in [0, 1], whatever the limit or the seed;
-            ImageNet's for image files.
-        std: likewise.
+        mean, std: of the red, green and blue channels of the whole training split in [0, 1], whatever the limit or the
+            seed; ImageNet's for image files.
         val: (m,) int64, indices into `train` that the data set itself holds out for validation, or None.
         skipped: image files that were left out, one line each, with the reason.
         keeps_classes: see `plan.split_indices`.
@@ -91,11 +72,11 @@ def load_dataset(
         name: one of `DATASET_NAMES`.
         root: the folder with the data set, extracted or as the official archive, or the extracted folder itself; a
             download goes there. Or the URI of an object store, from which it is copied to this node's cache once;
-            `publish_dataset` puts it there. Ignored for data sets that are `GENERATED`.
+            `publish_dataset` puts it there.
         download: whether to download what is missing; never if `root` is a URI, so that nodes do not all download it.
         url: of the archive, instead of the official address: https:// or file://; http:// from this machine only.
         limit: use at most this many images of each split.
-        seed: of a generated data set; others ignore it.
+        seed: of a generated data set.
         image_size: side of the square images made from image files.
         test_fraction: share of the images that become the test split, for a folder without one.
         on_bad_image: whether image files that cannot be read are an error, or are left out.
@@ -115,12 +96,12 @@ def load_dataset(
     if name == "folder":
         path = _image_folder(root)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
-        # Older versions could leave a class without a training image.
-        return _folder_dataset(_keep_split(folder, split or {}, limit), limit, test_fraction, split != {})
+        folder = _keep_split(folder, split or {}, limit)
+        keeps_classes = split != {}  # older versions could leave a class without a training image
+        return _folder_dataset(folder, path.absolute(), limit, test_fraction, keeps_classes)
     spec = cifar.SPECS[name]
-    _, contents = cifar_source.load(spec, root, download=download, url=url)
-    class_names, train, test = contents
-    return Dataset(name, class_names, _first(*train, limit), _first(*test, limit), spec.mean, spec.std)
+    _, (class_names, train, test) = cifar_source.load(spec, root, download=download, url=url)
+    return Dataset(name, class_names, _first(train, limit), _first(test, limit), spec.mean, spec.std)
 
 
 def train_size(name: str, limit: int | None) -> int | None:
@@ -137,13 +118,10 @@ def prepare_dataset(
     url: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
 ) -> tuple[Path, str]:
-    """Download, extract and verify a data set if that is not done yet.
+    """Download, extract and verify a data set if that is not done yet; arguments and errors as for `load_dataset`.
 
     Returns:
-        The local folder with its files (`root` for a generated data set), and a description of what was found.
-
-    Raises:
-        ConfigError, DataError, StorageError: see `load_dataset`.
+        The local folder with its files, and a description of what was found.
     """
     _check_name(name)
     if name in GENERATED:
@@ -159,19 +137,9 @@ def prepare_dataset(
 
 
 def publish_dataset(name: str, root: str, *, download: bool = True, url: str | None = None) -> str:
-    """Make sure that a data set is on an object store, from which the nodes copy it.
+    """Make sure that a data set is on the object store `root`, and return a description of what is there.
 
-    A CIFAR set is downloaded and uploaded if it is missing; image files must be there.
-
-    Args:
-        root: the store's URI.
-        download, url: see `load_dataset`.
-
-    Returns:
-        A description of what is on the store.
-
-    Raises:
-        ConfigError, DataError, StorageError: see `load_dataset`; or the store cannot be written.
+    A missing CIFAR set is downloaded and uploaded; image files must be there. Errors are those of `load_dataset`.
     """
     _check_name(name)
     if name in GENERATED:
@@ -201,7 +169,8 @@ def _shapes(seed: int, limit: int | None) -> Dataset:
 
 def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: int | None) -> image_folder.Folder:
     """Divide the images as in `split`; an existing test folder stays as it is."""
-    files, labels = folder.files, folder.labels
+    files = folder.train.images
+    assert isinstance(files, ImageFiles)
     parts = np.array([split.get(name, "new") for name in files.names])
     if (parts == "new").all():
         return folder
@@ -210,34 +179,30 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
     skipped = (*(f"{image_folder.printable(name)}: not in the run's split" for name in new), *folder.skipped)
     used, test = np.flatnonzero(np.isin(parts, ("train", "val"))), np.flatnonzero(parts == "test")
     val = np.flatnonzero(parts[used] == "val")
-    kept = replace(folder, files=files.subset(used), labels=labels[used], val=val, skipped=skipped)
-    if folder.test_files is not None:
-        return kept
-    if not len(test):
+    if folder.test is None and not len(test):
         raise DataError(f"{files.root} has none of the run's test images any more: restore them")
-    return replace(kept, test_files=files.subset(test), test_labels=labels[test])
+    test_split = folder.train[test] if folder.test is None else folder.test
+    return replace(folder, train=folder.train[used], val=val, test=test_split, skipped=skipped)
 
 
 def _folder_dataset(
-    folder: image_folder.Folder, limit: int | None, test_fraction: float, keeps_classes: bool
+    folder: image_folder.Folder, root: Path, limit: int | None, test_fraction: float, keeps_classes: bool
 ) -> Dataset:
-    files, labels, val = folder.files, folder.labels, folder.val
-    test_files, test_labels = folder.test_files, folder.test_labels
-    if test_files is None or test_labels is None:
+    train, test, val = folder.train, folder.test, folder.val
+    if test is None:
         if test_fraction == 0.0:
-            raise ConfigError(f"{files.root} has no folder test, and test_fraction=0 leaves nothing to test on")
+            raise ConfigError(f"{root} has no folder test, and test_fraction=0 leaves nothing to test on")
         # One test split for all seeds: what is tested on must not depend on how a run was started.
-        train, test = split_indices(
-            labels, test_fraction, 0, stratified=True, keeps_classes=keeps_classes, stream=Stream.TEST_SPLIT
+        rest, held_out = split_indices(
+            train.labels, test_fraction, 0, stratified=True, keeps_classes=keeps_classes, stream=Stream.TEST_SPLIT
         )
-        test_files, test_labels = files.subset(test), labels[test]
-        files, labels = files.subset(train), labels[train]  # a validation folder would be the test split
-    kept, kept_test = _evenly(len(labels), limit), _evenly(len(test_labels), limit)
+        train, test = train[rest], train[held_out]  # a validation folder would be the test split
+    kept, kept_test = _evenly(len(train.labels), limit), _evenly(len(test.labels), limit)
     return Dataset(
         "folder",
         folder.class_names,
-        Split(files.subset(kept), labels[kept]),
-        Split(test_files.subset(kept_test), test_labels[kept_test]),
+        train[kept],
+        test[kept_test],
         IMAGENET_MEAN,
         IMAGENET_STD,
         None if val is None else np.flatnonzero(np.isin(kept, val)).astype(np.int64),
@@ -251,10 +216,9 @@ def _evenly(count: int, limit: int | None) -> npt.NDArray[np.int64]:
     return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
 
 
-def _first(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], limit: int | None) -> Split:
-    if limit is None or limit >= len(labels):
-        return Split(images, labels)
-    return Split(images[:limit].copy(), labels[:limit].copy())  # a view would keep the whole set in memory
+def _first(split: Split, limit: int | None) -> Split:
+    # The rows are copied: a view would keep the whole set in memory.
+    return split if limit is None or limit >= len(split.labels) else split[np.arange(limit)]
 
 
 GENERATED: Final[Mapping[str, Callable[[int, int | None], Dataset]]] = {"shapes": _shapes}

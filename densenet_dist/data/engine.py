@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.augment import Parameters
-from densenet_dist.data.datasets import Split
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.substitutes import Substitutes
 
 ENGINES: Final = ("torch", "dali")
@@ -25,7 +24,7 @@ class Epoch:
     Attributes:
         indices: (n,) int64, indices into the split.
         labels: (n,) int64.
-        parameters: of the augmentation, in the same order; operations whose parameters are None are not used.
+        parameters: of the augmentation, in the same order.
     """
 
     def __init__(
@@ -58,8 +57,7 @@ class Epoch:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return the attribute `name` of this object or of its parameters."""
-        found = getattr(self, name) if hasattr(self, name) else getattr(self.parameters, name)
-        assert isinstance(found, np.ndarray)
+        found: npt.NDArray[Any] = getattr(self if hasattr(self, name) else self.parameters, name)
         return found
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
@@ -70,11 +68,7 @@ class Epoch:
 
 
 class Request(NamedTuple):
-    """Some images of an epoch.
-
-    Attributes:
-        parts: ranges of positions in the epoch, one after the other; a single one costs no copy.
-    """
+    """Some images of an epoch: ranges of positions in it, one after the other; a single one costs no copy."""
 
     epoch: Epoch
     parts: tuple[range, ...]
@@ -117,13 +111,13 @@ class Engine:
 
     Args:
         mean, std: of each channel, for images in [0, 1].
-        device: where the pixels are produced.
         prefetch: number of batches produced ahead.
         threads: threads that decode files, or all CPU threads of DALI.
         on_bad_image: whether image files that can no longer be read are an error, or are replaced.
 
     Attributes:
         files: the split's images if they are files, else None.
+        resident: images in memory (n, H, W, 3) uint8, kept on the device, else None.
         image_size: side of the square images in pixels.
     """
 
@@ -140,7 +134,12 @@ class Engine:
     ) -> None:
         self.split, self.mean, self.std = split, mean, std
         self.device, self.prefetch, self.threads = torch.device(device), prefetch, threads
-        self.files = split.images if isinstance(split.images, ImageFiles) else None
+        self.files: ImageFiles | None = None
+        self.resident: Tensor | None = None
+        if isinstance(split.images, ImageFiles):
+            self.files = split.images
+        else:  # on a CPU the memory is shared, not copied
+            self.resident = torch.from_numpy(np.require(split.images, requirements=["C", "W"])).to(self.device)
         self.image_size = split.image_size
         self.substitutes = Substitutes(split, on_bad_image)
 
@@ -153,17 +152,12 @@ class Engine:
         return None
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
-        """Return the function that produces the batches of one loader.
-
-        Args:
-            request: returns the request with a given number.
-            largest: the maximum size of a request.
-        """
+        """Return a function that produces one loader's batches, `request(number)` each, of at most `largest` images."""
         raise NotImplementedError
 
 
 def engine_class(name: str) -> type[Engine]:
-    """Return the engine called `name`, one of `ENGINES`. DALI is imported only if it is selected.
+    """Return the engine called `name`, one of `ENGINES`.
 
     Its constructor raises EnvironmentProblem if DALI is not installed or cannot run on the device.
     """

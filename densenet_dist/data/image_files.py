@@ -1,17 +1,24 @@
-"""Decode image files of the accepted formats, and explain what is wrong with others."""
+"""Images with their labels, in memory or in files; decode image files, and say why others cannot be used.
 
+libjpeg reports damage on C's standard error only, which is captured per thread. glibc documents both parts of that:
+`stderr` is a variable that may be set, and `fopencookie` creates a stream of callbacks.
+"""
+
+import ctypes
 import io
 import os
 import stat
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
-from densenet_dist.data.c_stderr import capture_c_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,26 +65,19 @@ class ImageFiles:
     checksums: npt.NDArray[np.int64]
     image_size: int
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def __getitem__(self, indices: npt.NDArray[np.int64]) -> "ImageFiles":
+        names = tuple(self.names[index] for index in indices)
+        return ImageFiles(self.root, names, self.sizes[indices], self.checksums[indices], self.image_size)
 
     def path(self, index: int) -> Path:
         """Return the path of one file."""
         return self.root / self.names[index]
 
-    def subset(self, indices: npt.NDArray[np.int64]) -> "ImageFiles":
-        """Return the files at `indices`, (m,) int64, in that order."""
-        names = tuple(self.names[index] for index in indices)
-        return ImageFiles(self.root, names, self.sizes[indices], self.checksums[indices], self.image_size)
-
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of one file, (n,) uint8, which are a valid image of the size it had when it was verified.
+        """Return the bytes of one file, (n,) uint8, or raise BadImage unless they are an image of the verified size.
 
         Unchanged bytes are trusted; others are decoded first, because a broken file can crash DALI's decoder, and the
         process with it.
-
-        Raises:
-            BadImage: it can no longer be read, or is another image.
         """
         data = _read(self.path(index))
         unchanged = zlib.crc32(data.data) == self.checksums[index]
@@ -93,20 +93,33 @@ class ImageFiles:
         return encode_png(_pixels(data), compression_level=0).numpy() if _is_transparent(data) else data
 
     def decode(self, index: int) -> "Tensor":
-        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright.
-
-        Raises:
-            BadImage: see `read`; or it cannot be decoded.
-        """
+        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright; raise BadImage if that is not possible."""
         return _pixels(self.read(index))
 
 
-def decode_any(path: Path) -> "Tensor":
-    """Decode a file as `ImageFiles.decode` does, of any format that Pillow reads.
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their classes, in the data set's own order.
 
-    Raises:
-        BadImage: it cannot be read or decoded, is damaged, or is an animation.
+    Attributes:
+        images: (n, H, W, 3) uint8, RGB, H = W; or image files.
+        labels: (n,) int64, in [0, number of classes).
     """
+
+    images: npt.NDArray[np.uint8] | ImageFiles
+    labels: npt.NDArray[np.int64]
+
+    def __getitem__(self, indices: npt.NDArray[np.int64]) -> "Split":
+        return Split(self.images[indices], self.labels[indices])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.images.image_size if isinstance(self.images, ImageFiles) else int(self.images.shape[1])
+
+
+def decode_any(path: Path) -> "Tensor":
+    """Decode a file as `ImageFiles.decode` does, of any format that Pillow reads; raise BadImage for animations too."""
     return _verified_pixels(_read(path), any_format=True)
 
 
@@ -177,7 +190,7 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
 def _verified_pixels(data: npt.NDArray[np.uint8], *, any_format: bool = False) -> "Tensor":
     """Decode a file's bytes, of a supported format and not damaged."""
     kind = _check_header(data, any_format=any_format)
-    with capture_c_stderr() as lines:
+    with _captured_c_stderr() as lines:
         pixels = _pixels(data)
     if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings about colour profiles; damage is an error there
         raise BadImage(f"damaged: {lines[0]}")
@@ -249,3 +262,55 @@ def _is_transparent(data: npt.NDArray[np.uint8]) -> bool:
 
 def _not_supported(kind: str) -> str:
     return f"{kind.upper()} is not supported: convert it to PNG or JPEG"
+
+
+_WRITE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_thread = threading.local()
+_lock = threading.Lock()
+_users = 0
+
+
+class _Functions(ctypes.Structure):
+    _fields_ = (("read", ctypes.c_void_p), ("write", _WRITE), ("seek", ctypes.c_void_p), ("close", ctypes.c_void_p))
+
+
+def _write(cookie: object, data: int, size: int) -> int:
+    text = ctypes.string_at(data, size)
+    if hasattr(_thread, "lines"):
+        _thread.lines.append(text.decode(errors="replace").strip())
+    else:
+        os.write(2, text)
+    return size
+
+
+_callback = _WRITE(_write)  # must outlive the stream
+
+
+@cache
+def _streams() -> tuple[Any, int | None, int | None]:
+    """Return the C variable `stderr`, its original value, and a stream that calls `_write`."""
+    libc = ctypes.CDLL(None)
+    libc.fopencookie.restype = ctypes.c_void_p
+    stream = ctypes.c_void_p(libc.fopencookie(None, b"w", _Functions(None, _callback, None, None)))
+    libc.setbuf(stream, None)
+    variable = ctypes.c_void_p.in_dll(libc, "stderr")
+    return variable, variable.value, stream.value
+
+
+@contextmanager
+def _captured_c_stderr() -> Iterator[list[str]]:
+    """Yield a list that collects what C code prints on standard error in this thread."""
+    global _users
+    with _lock:
+        variable, own, ours = _streams()
+        variable.value = ours
+        _users += 1
+    _thread.lines = []
+    try:
+        yield _thread.lines
+    finally:
+        del _thread.lines
+        with _lock:
+            _users -= 1
+            if not _users:
+                variable.value = own

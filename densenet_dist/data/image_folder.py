@@ -1,27 +1,44 @@
-"""Find and list a user's own images in class folders before training starts.
+"""Find a user's own images in class folders, and verify them before training starts.
 
 `root/<class>/**/*.jpg` has no test split: the caller holds one out. `root/train/<class>/...` may have folders for test
 and validation beside it, by the names that public data sets use (`_PARTS`); a validation folder alone is the test
 split, as in ImageNet. A folder that contains only another folder stands for that one; so does a folder with a
 subfolder `images`, next to which data sets keep annotations or masks.
+
+Every image is decoded once. The results are cached by size and modification time, so that the next start decodes only
+new and changed files.
 """
 
+import hashlib
+import json
 import os
 import re
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data.image_check import verify
-from densenet_dist.data.image_files import IMAGE_SUFFIXES, ImageFiles, has_image_suffix
-from densenet_dist.errors import DataError
+from densenet_dist.data.background import map_ahead, progress_bar
+from densenet_dist.data.image_files import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    ImageFiles,
+    Split,
+    Verdict,
+    examine,
+    has_image_suffix,
+)
+from densenet_dist.environment import cache_folder
+from densenet_dist.errors import DataError, StorageError
+from densenet_dist.run_folder import RunFolder
 
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -31,6 +48,9 @@ _PARTS = {
 _IMAGES = ("images", "image", "imgs", "img", "jpg", "jpegimages")
 _IGNORED = ("__MACOSX", "Thumbs.db", "@eaDir", "lost+found")  # created by systems, as are names that begin with a dot
 _SHOWN = 20
+_MIN_FILES_FOR_BAR = 300
+_QUEUED = 1024  # files that wait for a thread
+_CACHE_VERSION = 3
 _NAME_ANOTHER = "name the folder that holds your class folders: data.root=..."
 _EXPECTED = f"images are looked for in <class>/, or in train/<class>/ and test/<class>/; {_NAME_ANOTHER}"
 
@@ -41,33 +61,24 @@ class Folder:
 
     Attributes:
         class_names: by label; the names of the training folders in byte order.
-        files: the training images, then those of the validation folder.
-        labels: (n,) int64, their classes.
-        val: (m,) int64, the rows of `files` from the validation folder, or None.
-        test_files: the test images, or None.
-        test_labels: int64, their classes, or None.
+        train: the training images, then those of the validation folder.
+        val: (m,) int64, the rows of `train` from the validation folder, or None.
         skipped: images and folders that were left out, each as "path: reason".
     """
 
     class_names: tuple[str, ...]
-    files: ImageFiles
-    labels: npt.NDArray[np.int64]
+    train: Split
     val: npt.NDArray[np.int64] | None
-    test_files: ImageFiles | None
-    test_labels: npt.NDArray[np.int64] | None
+    test: Split | None
     skipped: tuple[str, ...]
 
 
 def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "skip"] = "error") -> Folder:
-    """Find and verify the images below `root`.
-
-    Args:
-        image_size: side in pixels of the square images that are made from them.
-        on_bad_image: whether images that cannot be used are an error, or are left out and listed.
+    """Find and verify the images below `root`, of which squares of `image_size` pixels a side will be made.
 
     Raises:
         DataError: the folder is missing, cannot be read or has another layout; a class or a part has no image that can
-            be used; or an image cannot be used.
+            be used; or an image cannot be used, unless such images are skipped.
     """
     root = Path(root).absolute()
     try:
@@ -76,7 +87,7 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "
     except OSError as error:
         remedy = f"give access to it, or {_NAME_ANOTHER}"
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {remedy}") from error
-    verdicts = verify(root, [name for part in parts.values() for name in part])
+    verdicts = _verify(root, [name for part in parts.values() for name in part])
     bad = tuple(f"{printable(name)}: {verdict}" for name, verdict in verdicts.items() if isinstance(verdict, str))
     if bad and on_bad_image == "error":
         more = (f"... and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()
@@ -93,16 +104,16 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "
                 f"add some ({', '.join(IMAGE_SUFFIXES)}), or remove these folders"
             )
 
-    def arrays(labels: dict[str, int]) -> tuple[ImageFiles, npt.NDArray[np.int64]]:
+    def split(labels: dict[str, int]) -> Split:
         found = np.array([verdicts[name] for name in labels], dtype=np.int64)
         files = ImageFiles(root, tuple(labels), found[:, :2], found[:, 2], image_size)
-        return files, np.array(list(labels.values()), dtype=np.int64)
+        return Split(files, np.array(list(labels.values()), dtype=np.int64))
 
-    files, file_labels = arrays(parts["train"] | parts.get("val", {}))
-    val = np.arange(len(parts["train"]), len(files), dtype=np.int64) if "val" in parts else None
-    test_files, test_labels = arrays(parts["test"]) if "test" in parts else (None, None)
+    train = split(parts["train"] | parts.get("val", {}))
+    val = np.arange(len(parts["train"]), len(train.labels), dtype=np.int64) if "val" in parts else None
+    test = split(parts["test"]) if "test" in parts else None
     skipped = (*(f"{printable(name)}: not used (no class folders, or no part)" for name in unused), *bad)
-    return Folder(tuple(map(printable, class_names)), files, file_labels, val, test_files, test_labels, skipped)
+    return Folder(tuple(map(printable, class_names)), train, val, test, skipped)
 
 
 def few(names: Sequence[str]) -> str:
@@ -182,6 +193,50 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
         labels = {name: label_of[class_name] for class_name, inner in classes.items() for name in _walk(root, inner)}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))
     return list(subfolders), parts
+
+
+def _verify(root: Path, names: list[str]) -> dict[str, Verdict]:
+    """Return the verdict on each file, by name; only those that the cache does not know are decoded."""
+    cache = RunFolder(str(cache_folder()), "folders")
+    cache_file = f"{hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()}.json"
+    cached: dict[str, Any] = {}  # [size, mtime_ns, [width, height, CRC-32]] or [size, mtime_ns, reason]
+    with suppress(OSError, StorageError):  # without a cache, or with a damaged one, all files are examined
+        match cache.read_json(cache_file):
+            case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
+                cached = files
+    verdicts: dict[str, Verdict] = {}
+    stamps: dict[str, list[int]] = {}
+    for name in names:
+        with suppress(OSError):  # `examine` reports it
+            status = os.stat(root / name)
+            stamps[name] = [status.st_size, status.st_mtime_ns]
+        match cached.get(name):
+            case [*stamp, str() | [int(), int(), int()] as verdict] if stamp == stamps.get(name):
+                verdicts[name] = verdict if isinstance(verdict, str) else tuple(verdict)
+    unknown = [name for name in names if name not in verdicts]
+    try:
+        _examine_all(root, unknown, verdicts)
+    finally:  # keep what was found before an interrupt
+        entries = {
+            name: [*stamps[name], verdict]
+            for name, verdict in verdicts.items()
+            if name in stamps and not str(verdict).startswith(UNREADABLE)
+        }
+        if unknown or entries.keys() != cached.keys():
+            with suppress(OSError, StorageError):
+                cache.write(cache_file, json.dumps({"version": _CACHE_VERSION, "files": entries}))
+    return {name: verdicts[name] for name in names}
+
+
+def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict]) -> None:
+    """Examine files with as many threads as this process has CPUs, and add the results to `verdicts`."""
+    bar = progress_bar("checking images", "files") if len(names) >= _MIN_FILES_FOR_BAR else nullcontext(lambda *_: None)
+    # Pillow's warnings are ignored here, because the filters apply to all threads.
+    with warnings.catch_warnings(action="ignore"), bar as advance:
+        found = map_ahead(examine, (root / name for name in names), _QUEUED, len(os.sched_getaffinity(0)))
+        for name, verdict in zip(names, found, strict=True):
+            verdicts[name] = verdict
+            advance(1, len(names))
 
 
 def _has_images(root: Path, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
 from densenet_dist.data.engine import BatchProducer, Engine, Epoch, Request, upload
-from densenet_dist.data.plan import BatchPlan, epoch_order
+from densenet_dist.data.plan import BatchPlan, balanced_order, epoch_order
 from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 
@@ -41,9 +41,7 @@ class BatchRecipe(NamedTuple):
     """A batch to compute later: a pure function that runs on the device alone, so that a CUDA graph can contain it.
 
     Attributes:
-        inputs: tensors on the device.
         make: computes the batch from `inputs`, or, with one rank, from those of any other recipe with the same shapes.
-        global_size: of the batch.
     """
 
     inputs: tuple[Tensor, ...]
@@ -65,9 +63,11 @@ class TrainLoader:
     """The training batches of one rank; the global batches are the same for every world size.
 
     Args:
-        engine: of the whole training split; augmentation depends on an image's index into it.
+        engine: of the whole training split; augmentation depends on an image's index into it, or if `balanced` on its
+            position in the epoch.
         indices: (n,) int64, the images to train on.
         global_batch_size: images per step over all ranks.
+        balanced: whether every class has the same number of images in an epoch, see `plan.balanced_order`.
         num_classes: needed only if images are mixed.
         world_size: at most the number of images in the smallest global batch.
     """
@@ -79,6 +79,7 @@ class TrainLoader:
         *,
         global_batch_size: int,
         augmentation: Augmentation = NO_AUGMENTATION,
+        balanced: bool = False,
         seed: int = 0,
         num_classes: int = 0,
         rank: int = 0,
@@ -86,7 +87,8 @@ class TrainLoader:
     ) -> None:
         self._plan = BatchPlan(len(indices), global_batch_size)
         self._engine, self._indices = engine, indices
-        self._augmentation, self._seed, self._num_classes = augmentation, seed, num_classes
+        self._augmentation, self._balanced = augmentation, balanced
+        self._seed, self._num_classes = seed, num_classes
         self._rank, self._world_size = rank, world_size
         self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead into the next epoch
         largest = global_batch_size + math.ceil(global_batch_size / 8)  # of the largest global batch, see `BatchPlan`
@@ -110,11 +112,7 @@ class TrainLoader:
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
-        """Yield the same batches as recipes; None if the host takes part in producing them.
-
-        Raises:
-            IndexError: the epoch has fewer steps.
-        """
+        """Yield the same batches as recipes; None if the host takes part in producing them."""
         numbers = self._numbers(epoch, start_step)
         if numbers and self._engine.recipe(self._request(numbers[0])) is None:
             return None
@@ -128,11 +126,20 @@ class TrainLoader:
 
     def _make_epoch(self, epoch: int) -> Epoch:
         engine, labels = self._engine, self._engine.split.labels
+        if self._balanced:
+            order = balanced_order(self._indices, labels[self._indices], self._seed, epoch)
+        else:
+            order = epoch_order(self._indices, self._seed, epoch)
         # Validation images are in the same split, and must not replace training images.
-        order = engine.substitutes.resolve(epoch_order(self._indices, self._seed, epoch), self._indices)
+        order = engine.substitutes.resolve(order, self._indices)
         sizes = None if engine.files is None else engine.files.sizes
-        parameters = augment.draw(self._augmentation, self._seed, epoch, len(labels), engine.image_size, sizes)
-        return Epoch(order, labels[order], parameters.map(lambda array: array[order]), engine.image_size)
+        if self._balanced:  # drawn for positions in the epoch, since an image may occur several times
+            sizes = None if sizes is None else sizes[order]
+            parameters = augment.draw(self._augmentation, self._seed, epoch, len(order), engine.image_size, sizes)
+        else:
+            parameters = augment.draw(self._augmentation, self._seed, epoch, len(labels), engine.image_size, sizes)
+            parameters = parameters.map(lambda array: array[order])
+        return Epoch(order, labels[order], parameters, engine.image_size)
 
     def _request(self, number: int) -> Request:
         epoch, step = divmod(number, self.steps_per_epoch)
@@ -181,8 +188,8 @@ class TrainLoader:
         labels = request.tensor("labels", device)
         if not self._augmentation.mixes:
             return (labels,)
-        own = Request(request.epoch, request.parts[:1])
-        return labels, *(own.tensor(name, device) for name in ("blend", "box", "own"))
+        images = Request(request.epoch, request.parts[:1])  # without their partners
+        return labels, *(images.tensor(name, device) for name in ("blend", "box", "label_share"))
 
     def _mixed(self, global_size: int, images: Tensor, labels: Tensor, *mixing: Tensor) -> Batch:
         if not mixing:

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     CUTOUT = 7
     MIX = 8
     RESIZED_CROP = 9
+    BALANCE = 10
 
 
 def random_words(count: int, *, seed: int, stream: Stream, epoch: int = 0) -> npt.NDArray[np.uint64]:
@@ -54,6 +55,26 @@ def epoch_order(indices: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.ND
     return np.asarray(indices, dtype=np.int64)[np.argsort(keys, kind="stable")]
 
 
+def balanced_order(
+    indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Return as many images as `indices` (n,), the same number of each class, in random order: (n,) int64.
+
+    `labels` (n,) are theirs. Images of small classes are repeated, each equally often up to one; of large classes a
+    random part is chosen in each epoch. If n is no multiple of the number of classes, some have one image more; which
+    ones changes from epoch to epoch.
+    """
+    shuffled = np.argsort(random_words(len(indices), seed=seed, stream=Stream.ORDER, epoch=epoch), kind="stable")
+    classes, counts = np.unique(labels, return_counts=True)
+    each, extra = divmod(len(indices), len(classes))
+    first = epoch * extra  # of the classes that have one more
+    by_class = np.split(shuffled[np.argsort(labels[shuffled], kind="stable")], np.cumsum(counts)[:-1])
+    chosen = [np.resize(part, each + ((number - first) % len(classes) < extra)) for number, part in enumerate(by_class)]
+    keys = random_words(len(indices), seed=seed, stream=Stream.BALANCE, epoch=epoch)
+    positions = np.concatenate(chosen)[np.argsort(keys, kind="stable")]
+    return np.asarray(np.asarray(indices, dtype=np.int64)[positions])
+
+
 def split_indices(
     labels: npt.NDArray[np.int64],
     val_fraction: float,
@@ -70,7 +91,6 @@ def split_indices(
 
     Args:
         labels: (n,) integer class labels.
-        val_fraction: in [0, 1); 0 gives an empty validation part.
         keeps_classes: leave at least one image of every class in the training part; the validation part may become
             smaller. If no class would be lost, nothing changes.
         stream: `TEST_SPLIT` holds out a test part instead.
@@ -119,9 +139,6 @@ class BatchPlan:
     Global step t takes `order[t * B : (t + 1) * B]`. The remaining images are a batch of their own if they are at least
     ceil(B / 8), else they join the previous batch. So every image is seen once per epoch, up to B / 8 ranks always have
     images, and BatchNorm never sees very few of them. Fewer than B images are one batch.
-
-    Raises:
-        ConfigError: a number is less than 1.
     """
 
     num_images: int
@@ -138,11 +155,7 @@ class BatchPlan:
         return max(1, full + (tail >= -(-self.global_batch_size // 8)))
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """Return the slice (start, stop) of the epoch's order that global step `step` takes.
-
-        Raises:
-            IndexError: there is no such step.
-        """
+        """Return the slice (start, stop) of the epoch's order that global step `step` takes."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of an epoch of {self.steps} steps")
         start = step * self.global_batch_size
@@ -150,7 +163,7 @@ class BatchPlan:
 
     @property
     def smallest(self) -> int:
-        """Number of images in the smallest global batch of the epoch."""
+        """Number of images in the smallest global batch."""
         return min(stop - start for start, stop in (self.bounds(0), self.bounds(self.steps - 1)))
 
     def smallest_part(self, world_size: int, grad_accum_steps: int) -> int:

@@ -35,13 +35,9 @@ _NOISE_WORDS = IMAGE_SIZE**2 * 3 // 8
 
 
 def generate(count: int, *, seed: int, part: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Generate the first `count` images of a split; image i depends on (seed, part, i) alone and has class i mod 10.
+    """Generate the first `count` images of a part, (count, 32, 32, 3) uint8, and their labels, (count,) int64.
 
-    Args:
-        part: the split: 0 for training, 1 for test.
-
-    Returns:
-        images (count, 32, 32, 3) uint8 and labels (count,) int64.
+    Image i depends on (seed, part, i) alone and has class i mod 10. The parts are 0, training, and 1, test.
     """
     labels = np.arange(count, dtype=np.int64) % len(CLASS_NAMES)
     words = random_words(count * (_SCALARS + _NOISE_WORDS), seed=seed, stream=Stream.SHAPES, epoch=part)
@@ -69,7 +65,7 @@ def _draw(labels: npt.NDArray[np.int64], words: npt.NDArray[np.uint64]) -> npt.N
 
 
 class _Draws:
-    """Returns the columns of (n, m) float32 numbers in [0, 1), each once."""
+    """Gives the columns of (n, m) float32 numbers in [0, 1), each once."""
 
     def __init__(self, values: Field) -> None:
         self._values = values
@@ -85,10 +81,7 @@ class _Draws:
 def _local(centre: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
     """Return x and y of every pixel, (n, 32, 32) each, in a shape's coordinates: from its centre, rotated, scaled.
 
-    Args:
-        centre: (n, 2) in pixels.
-        angle: (n, 1) in radians.
-        scale: (n, 1) in pixels.
+    The centre (n, 2) and the scale (n, 1) are in pixels, the angle (n, 1) is in radians.
     """
     pixels = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
     x = ((pixels - centre[:, :1]) / scale)[:, None, :]

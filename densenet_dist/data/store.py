@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from filelock import FileLock
 
-from densenet_dist.cache_folder import CACHE_ENV, cache_folder
 from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import has_image_suffix
 from densenet_dist.data.image_folder import is_ignored
+from densenet_dist.environment import CACHE_ENV, cache_folder
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.object_store import explain_storage_error, open_filesystem
 
@@ -37,14 +36,7 @@ _QUEUED = 256  # files that wait for a thread
 
 
 class DataStore:
-    """The folder at an address of an object store.
-
-    Args:
-        uri: any that pyarrow supports, with its query.
-
-    Attributes:
-        uri: as given, for commands to copy.
-        place: without the query, for messages.
+    """The folder at an address of an object store; `place` is the address without its query, for messages.
 
     Raises:
         ConfigError, StorageError: the address cannot be used, see `open_filesystem`.
@@ -72,10 +64,7 @@ class DataStore:
         return {info.path[start:]: None if info.size is None else (info.size, info.mtime_ns) for info in infos}
 
     def copy(self, name: str, target: Path, advance: Callable[[int], object] = lambda size: None) -> None:
-        """Copy a file to the local file `target`, and flush it to the disk.
-
-        Args:
-            advance: called with the size of each chunk received.
+        """Copy a file to the local file `target`, and flush it to the disk; call `advance` with each chunk's size.
 
         Raises:
             DataError: the file cannot be read.
@@ -133,11 +122,7 @@ def cache_of(uri: str) -> Path:
 
 @contextmanager
 def locked_folder(folder: Path, lock_name: str, remedy: str) -> Iterator[None]:
-    """Create `folder` if it is missing, and hold its lock: one process at a time stores a data set in it.
-
-    Raises:
-        StorageError: something in it cannot be written; the message ends with `remedy`.
-    """
+    """Create `folder` if it is missing, and hold its lock; raise StorageError if something in it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / lock_name
@@ -171,17 +156,13 @@ def sync_images(uri: str) -> Path:
     with locked_cache(uri) as entry:
         folder, synced = entry / "files", entry / ".compared"
         if not (synced.is_file() and synced.stat().st_mtime > asked):  # else another process synced while we waited
-            _copy_changed(store, _list_images(store), folder, entry / ".partial")
+            _copy_changed(store, _list_images(store), folder)
             synced.touch()
     return folder
 
 
 def require_images(uri: str) -> str:
-    """Check that an address has folders, without copying anything; return a description of what was found.
-
-    Raises:
-        DataError: it has none, or the store cannot be read.
-    """
+    """Check that an address has folders, without copying anything; return a description of what was found."""
     store = DataStore(uri)
     folders = [name for name, stamp in store.list().items() if stamp is None and not is_ignored(name)]
     if not folders:
@@ -197,7 +178,7 @@ def _no_images(store: DataStore) -> str:
 
 
 def _list_images(store: DataStore) -> dict[str, Stamp]:
-    """List the files on the store that have the name of an image file."""
+    """List the files that have the name of an image."""
     found = {}
     for name, stamp in store.list(recursive=True).items():
         parts = name.split("/")
@@ -212,13 +193,13 @@ def _list_images(store: DataStore) -> dict[str, Stamp]:
     return found
 
 
-def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, partial: Path) -> None:
+def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path) -> None:
     """Make `folder` hold the wanted files and no others. The caller holds the lock."""
     missing = dict(wanted)
     for place, _, names in os.walk(folder, topdown=False):
         for path in (os.path.join(place, name) for name in names):
             name, status = os.path.relpath(path, folder), os.stat(path)
-            if name not in wanted:
+            if name not in wanted:  # or left by a process that was killed
                 os.unlink(path)
             elif wanted[name] == (status.st_size, status.st_mtime_ns):
                 del missing[name]
@@ -226,21 +207,19 @@ def _copy_changed(store: DataStore, wanted: dict[str, Stamp], folder: Path, part
             os.rmdir(place)  # only if it is empty: a class without images would be an error
     for parent in {os.path.dirname(name) for name in missing}:
         (folder / parent).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     if not missing:
         return
-    partial.mkdir()
 
     def copy(numbered: tuple[int, str]) -> int:
         number, name = numbered
         size, modified = wanted[name]
-        store.copy(name, partial / str(number))
-        os.utime(partial / str(number), ns=(modified, modified))
-        (partial / str(number)).replace(folder / name)
+        partial = folder / f".{number}.partial"
+        store.copy(name, partial)
+        os.utime(partial, ns=(modified, modified))
+        partial.replace(folder / name)
         return size
 
     total = sum(size for size, _ in missing.values())
     with progress_bar(f"downloading {len(missing)} images") as advance:
         for size in map_ahead(copy, enumerate(missing), _QUEUED, _THREADS):
             advance(size, total)
-    shutil.rmtree(partial, ignore_errors=True)

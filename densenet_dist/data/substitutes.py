@@ -1,4 +1,4 @@
-"""Image files that have become unreadable during a run, and the images that replace them."""
+"""Image files that become unreadable during a run: each is replaced by another one, or is an error."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from densenet_dist.data.datasets import Split
-from densenet_dist.data.image_files import BadImage, ImageFiles
+from densenet_dist.data.image_files import BadImage, ImageFiles, Split
 from densenet_dist.errors import DataError
 
 
 class UnreadableFiles(Exception):
-    """Some image files cannot be read.
-
-    Attributes:
-        reasons: the reason for each, by index into the split.
-    """
+    """Some image files cannot be read; `reasons` has the reason for each, by index into the split."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__(reasons)
@@ -26,7 +21,7 @@ class UnreadableFiles(Exception):
 
 
 def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[..., Iterable[Any]] = map) -> list[Any]:
-    """Return `read(position, index)` for each of `indices` at its position; `map` may use threads.
+    """Return `read(position, index)` for each of `indices`; `map` may use threads.
 
     Raises:
         UnreadableFiles: all those for which `read` raises BadImage.
@@ -46,15 +41,9 @@ def read_all(indices: list[int], read: Callable[[int, int], Any], map: Callable[
 
 
 class Substitutes:
-    """The image files of a split that can no longer be read, and what replaces them.
+    """The image files of a split that can no longer be read: `unreadable` has the reasons, by index into the split.
 
     Each is replaced by the next readable image of its class: batch sizes and labels stay the same on every rank.
-
-    Args:
-        policy: skip replaces images; error raises.
-
-    Attributes:
-        unreadable: the reasons, by index into the split; always empty for images in memory.
     """
 
     def __init__(self, split: Split, policy: Literal["error", "skip"]) -> None:
@@ -63,11 +52,7 @@ class Substitutes:
         self._reported = 0
 
     def exclude(self, reasons: Mapping[int, str]) -> None:
-        """Add unreadable images.
-
-        Raises:
-            DataError: naming them, if the policy is error.
-        """
+        """Add unreadable images; raise DataError, naming them, if the policy is error."""
         lines = "\n  ".join(self._lines(reasons))
         if self._policy == "error":
             raise DataError(

@@ -13,16 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import Padding
 from densenet_dist.data.background import map_ahead
-from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import BatchProducer, Engine, Recipe, Request, upload
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.substitutes import read_all
 
 _CPU_PIECE = 64
@@ -34,22 +32,13 @@ class TorchEngine(Engine):
 
     def __init__(self, split: Split, **options: Any) -> None:
         super().__init__(split, **options)
-        self._resident: Tensor | None = None
-        if not isinstance(split.images, ImageFiles):
-            # On a CPU the memory is shared, not copied.
-            images = np.require(split.images, requirements=["C", "W"])
-            self._resident = torch.from_numpy(images).to(self.device)
-            if self.device.type == "cuda":
-                self.prefetch = 0
-        levels = 255.0 * np.asarray(self.std, dtype=np.float64)
-        self._scale = self._row(1.0 / levels)
-        self._shift = self._row(-255.0 * np.asarray(self.mean, dtype=np.float64) / levels)
-        size = self.image_size
+        if self.resident is not None and self.device.type == "cuda":
+            self.prefetch = 0
+        size, levels = self.image_size, 255.0 * np.asarray(self.std, dtype=np.float64)
+        factors = (1.0 / levels, -255.0 * np.asarray(self.mean, dtype=np.float64) / levels)
+        # Repeated for every pixel of a row: (W * 3,) float32.
+        self._scale, self._shift = (upload(np.tile(each, size).astype(np.float32), self.device) for each in factors)
         self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
-
-    def _row(self, channels: npt.NDArray[np.float64]) -> Tensor:
-        """Repeat (3,) values for every pixel of a row: (W * 3,) float32 on the device."""
-        return upload(np.tile(channels, self.image_size).astype(np.float32), self.device)
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """See `Engine.batches`."""
@@ -61,17 +50,17 @@ class TorchEngine(Engine):
 
     def recipe(self, request: Request) -> Recipe | None:
         """See `Engine.recipe`. None if tones are changed: the host groups the images by operation."""
-        resident, parameters = self._resident, request.epoch.parameters
+        resident, parameters = self.resident, request.epoch.parameters
         if resident is None or parameters.tone is not None:
             return None
-        warped, cut = parameters.affine is not None, parameters.hole is not None
-        names = ["indices"] + ["theta"] * warped + ["hole"] * cut
+        operands = self._operands(request)
+        names = tuple(operands)
 
         def make(indices: Tensor, *rest: Tensor) -> Tensor:
-            theta, hole = rest[0] if warped else None, rest[-1] if cut else None
-            return self._transformed(_gather(resident, indices), theta, parameters.padding, hole)
+            named = dict(zip(names, rest, strict=True))
+            return self._transformed(_gather(resident, indices), parameters.padding, **named)
 
-        return tuple(request.tensor(name, self.device) for name in names), make
+        return (request.tensor("indices", self.device), *operands.values()), make
 
     def _pixels(self, request: Request) -> Tensor:
         """Compute the pixels of a request, (m, 3, H, W) float32, channels_last, normalized."""
@@ -79,25 +68,26 @@ class TorchEngine(Engine):
         if len(pieces) == 1:
             return self._piece(request)
         images = torch.empty(request.size, self.image_size, self.image_size, 3).permute(0, 3, 1, 2)
-        start = 0
-        for piece in pieces:
-            stop = start + piece.size
-            images[start:stop] = self._piece(piece)
-            start = stop
+        for rows, piece in zip(images.split([piece.size for piece in pieces]), pieces, strict=True):
+            rows.copy_(self._piece(piece))
         return images
 
     def _piece(self, request: Request) -> Tensor:
         parameters = request.epoch.parameters
-        if self._resident is not None:
-            images = _gather(self._resident, request.tensor("indices", self.device))
+        if self.resident is not None:
+            images = _gather(self.resident, request.tensor("indices", self.device))
         else:
             images = self._decode(request)
         if parameters.tone is not None:
             strength = request.tensor("strength", self.device)
             torch_ops.change_tones(images, request.array("tone"), strength, lambda array: upload(array, self.device))
-        theta = None if parameters.affine is None else request.tensor("theta", self.device)
-        hole = None if parameters.hole is None else request.tensor("hole", self.device)
-        return self._transformed(images, theta, parameters.padding, hole)
+        return self._transformed(images, parameters.padding, **self._operands(request))
+
+    def _operands(self, request: Request) -> dict[str, Tensor]:
+        """Return the tensors that `_transformed` needs for a request, by name."""
+        parameters = request.epoch.parameters
+        used = {"theta": parameters.affine is not None, "hole": parameters.hole is not None}
+        return {name: request.tensor(name, self.device) for name, is_used in used.items() if is_used}
 
     def _decode(self, request: Request) -> Tensor:
         """Decode image files to the same form as `_gather`."""
@@ -116,7 +106,9 @@ class TorchEngine(Engine):
             read_all(indices, load, pool.map)
         return images.to(self.device, non_blocking=True)
 
-    def _transformed(self, images: Tensor, theta: Tensor | None, padding: Padding, hole: Tensor | None) -> Tensor:
+    def _transformed(
+        self, images: Tensor, padding: Padding, theta: Tensor | None = None, hole: Tensor | None = None
+    ) -> Tensor:
         """Warp and normalize images, and cut holes."""
         if theta is not None:
             images = torch_ops.warp(images, theta, self._centres, padding)

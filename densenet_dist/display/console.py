@@ -1,4 +1,7 @@
-"""Show a run's events on the console: one line per epoch, and on a terminal progress bars below them."""
+"""Show a run's events.
+
+On the console: one line per epoch, and on a terminal progress bars below them. In a notebook: one output with a table.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,22 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
-from rich.status import Status
 from rich.style import Style
 from rich.text import Text
 
+from densenet_dist.display.json_lines import redirect_to_null
 from densenet_dist.display.progress import RunProgress, clock_time, counted, wrapped
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
+from densenet_dist.trackers import links
 
 if TYPE_CHECKING:
     from densenet_dist.train.context import Event
@@ -49,8 +54,6 @@ class RunSummary:
     @classmethod
     def read(cls, folder: RunFolder, summary: Mapping[str, Any]) -> RunSummary:
         """Read the summary of the run in a folder."""
-        from densenet_dist.trackers.tracker import links
-
         records = folder.read_records()
         rates = [record["perf/images_per_s"] for record in records if "perf/images_per_s" in record]
         shares = [record["goodput/ratio"] for record in records if "goodput/ratio" in record]
@@ -58,43 +61,13 @@ class RunSummary:
         return cls(folder.uri, folder.location, summary, speed, goodput, links(folder))
 
     @property
-    def title(self) -> str:
-        """The status and the name."""
-        return f"{self.summary['status']}: {self.run.rpartition('/')[2]}"
-
-    def figures(self) -> dict[str, str]:
-        """Return the results, formatted."""
-        summary, best = self.summary, self.summary["best"]
-        found = {}
-        if "val/top1" in best:
-            found["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
-        found["test top-1"] = f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"
-        steps = counted(summary["global_step"], "step")
-        found["trained"] = f"{counted(summary['epochs'], 'epoch')}, {steps} in {clock_time(summary['train_seconds'])}"
-        if self.images_per_s is not None:
-            found["speed"] = f"{self.images_per_s:,.0f} images/s"
-        if self.goodput is not None:
-            found["goodput"] = f"{self.goodput:.0%} of the time in productive steps"
-        return found
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.run.rpartition("/")[2]
 
     def files(self) -> dict[str, str]:
         """Return the folder, the report and the curves."""
-        return {"run folder": self.run, "report": f"{self.run}/{PAGE_FILE}", "curves": f"{self.run}/curves.png"}
-
-    def commands(self) -> dict[str, str]:
-        """Return commands for the next steps."""
-        run = shlex.quote(self.location)
-        return {
-            "evaluate": f"{_program('densenet-dist')} evaluate {run}",
-            "rebuild report": f"{_program('densenet-dist')} report {run}",
-            "TensorBoard": f"{_program('tensorboard')} --logdir {shlex.quote(self.run.rpartition('/')[0])}",
-        }
-
-
-def _program(name: str) -> str:
-    """Return how to start a program of this environment: by its path if it is not on PATH."""
-    installed = Path(sys.executable).with_name(name)
-    return name if shutil.which(name) or not installed.exists() else shlex.quote(os.path.relpath(installed))
+        return {"run_folder": self.run, "page": f"{self.run}/{PAGE_FILE}", "curves": f"{self.run}/curves.png"}
 
 
 class Console:
@@ -108,28 +81,24 @@ class Console:
         self._muted = False
         self._console = LastingConsole(quiet=quiet)
         self._progress = RunProgress(self._console)
-        self._status: Status | None = None
         self._workers: int | None = None
 
     def __enter__(self) -> Console:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._clear()
+        self._progress.live.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         kind = event["kind"]
         if kind == "run":
             self._console.say(f"{'resuming' if event['resumed'] else 'run folder'}: {event['run']}")
-            self._show_phase("starting")
+            self._progress.on_phase("starting")
         elif kind == "phase":
-            self._show_phase(event["text"])
+            self._progress.on_phase(event["text"])
         elif kind == "progress":
-            self._clear_phase()
             self._progress.on_progress(event)
-            if self._console.animates:
-                self._progress.start()
         elif kind == "start":
             self._start(event)
         elif kind == "epoch":
@@ -137,19 +106,38 @@ class Console:
             self._epoch(event)
         elif kind == "note":
             self._console.note(event, warns=not self._muted)
+        if kind in ("run", "phase", "progress") and self._console.animates:
+            self._progress.start()
 
     def mute(self) -> None:
         """Show nothing from now on: rank 0 shows the run."""
         self._muted = self._console.quiet = True
 
-    def finish(self, summary: RunSummary) -> None:
+    def finish(self, run: RunSummary) -> None:
         """Show the results, the files and commands for the next steps."""
-        self._clear()
-        files = summary.files() | dict(summary.links)
-        print_closing(self._console, summary.title, summary.figures(), files, summary.commands())
+        self._progress.live.stop()
+        summary, best, location = run.summary, run.summary["best"], shlex.quote(run.location)
+        figures = {}
+        if "val/top1" in best:
+            figures["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
+        figures["test top-1"] = f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"
+        steps = counted(summary["global_step"], "step")
+        figures["trained"] = f"{counted(summary['epochs'], 'epoch')}, {steps} in {clock_time(summary['train_seconds'])}"
+        if run.images_per_s is not None:
+            figures["speed"] = f"{run.images_per_s:,.0f} images/s"
+        if run.goodput is not None:
+            figures["goodput"] = f"{run.goodput:.0%} of the time in productive steps"
+        commands = {
+            "evaluate": f"{_program('densenet-dist')} evaluate {location}",
+            "rebuild report": f"{_program('densenet-dist')} report {location}",
+            "TensorBoard": f"{_program('tensorboard')} --logdir {shlex.quote(run.run.rpartition('/')[0])}",
+        }
+        files = dict(zip(("run folder", "report", "curves"), run.files().values(), strict=True))
+        title = f"{summary['status']}: {run.name}"
+        print_closing(self._console, title, figures, files | dict(run.links), commands)
 
     def _start(self, event: Event) -> None:
-        self._clear_phase()
+        self._progress.live.stop()
         self._progress.on_start(event)
         workers = event["world_size"]
         if self._workers is None:
@@ -161,30 +149,70 @@ class Console:
             self._console.say(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}{on}")
 
     def _epoch(self, event: Event) -> None:
-        left = self._progress.remaining_s()
-        parts = [*epoch_parts(event), *([f"{clock_time(left)} left"] if left else [])]
-        width = self._console.width if self._console.is_terminal else sys.maxsize
-        if event.get("is_best"):
-            parts[-1] += "  *"
-        text = Text("\n".join(wrapped(parts, width, indent="  ")))
+        parts = epoch_parts(event, self._progress.remaining_s())
+        text = Text("\n".join(wrapped(parts, self._console.line_width, indent="  ")))
         text.highlight_regex(r"\*$", "green")
         self._console.print(text)
 
-    def _show_phase(self, text: str) -> None:
-        self._clear()
-        if self._console.animates:
-            self._status = self._console.status(text, spinner="line")
-            self._status.start()
 
-    def _clear_phase(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+class NotebookConsole:
+    """Shows a run's events in the cell that started it, as `Console` does on a terminal."""
 
-    def _clear(self) -> None:
-        self._clear_phase()
-        if self._progress.live.is_started:
-            self._progress.stop()
+    def __init__(self) -> None:
+        self._head: list[str] = []
+        self._rows: list[Event] = []  # epochs and notes
+        self._handle: Any = None
+
+    def __enter__(self) -> NotebookConsole:
+        return self
+
+    def __exit__(self, kind: object, value: BaseException | None, trace: object) -> None:
+        if isinstance(value, KeyboardInterrupt):
+            self._note("interrupted; fit(config, resume=True) resumes from the last checkpoint")
+            # IPython shows this instead of the traceback through all of training.
+            vars(value)["_render_traceback_"] = lambda: ["KeyboardInterrupt: interrupted; see above how to resume"]
+        self._show()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event; with Ray it is called from another thread."""
+        kind = event["kind"]
+        if kind == "start":
+            self._head = self._head or start_lines(event)
+            if event["global_step"]:
+                self._note(f"resumed after step {event['global_step']}, in epoch {event['epoch'] + 1}")
+        elif kind in ("epoch", "note"):
+            self._rows.append(event)
+        self._show(event if kind in ("progress", "phase") else None)
+
+    def _note(self, text: str) -> None:
+        self._rows.append({"kind": "note", "text": text})
+
+    def _show(self, activity: Event | None = None) -> None:
+        """Show the head, the rows, and below them a ``progress`` or ``phase`` event."""
+        from densenet_dist.pages import render
+
+        if not (self._head or self._rows):
+            return
+        lines = [row["text"] if row["kind"] == "note" else "  ".join(epoch_parts(row)) for row in self._rows]
+        html = render("notebook.html", head=self._head, rows=self._rows, activity=activity)
+        shown = {"text/html": html, "text/plain": "\n".join([*self._head, *lines])}
+        if self._handle is None:
+            display = import_module("IPython.display").display  # IPython is no dependency: a notebook brings it
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+
+def console() -> Console | NotebookConsole:
+    """Return the console for this process: in a notebook (Jupyter, Colab, VS Code) its output."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return Console() if getattr(shell, "kernel", None) is None else NotebookConsole()
+
+
+def _program(name: str) -> str:
+    """Return how to start a program of this environment: by its path if it is not on PATH."""
+    installed = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) or not installed.exists() else shlex.quote(os.path.relpath(installed))
 
 
 class LastingConsole(RichConsole):
@@ -197,7 +225,12 @@ class LastingConsole(RichConsole):
     @property
     def animates(self) -> bool:
         """Whether lines can be redrawn: FORCE_COLOR colours a pipe, but does not make it a terminal."""
-        return not self.quiet and self.is_interactive and not self.is_dumb_terminal and self.file.isatty()
+        return not self.quiet and self.is_interactive and self.file.isatty()
+
+    @property
+    def line_width(self) -> int:
+        """The width of a line, unlimited without a terminal."""
+        return self.width if self.is_terminal else sys.maxsize
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print plain text, on a terminal wrapped between words so that long paths stay in one piece."""
@@ -251,14 +284,6 @@ def _link(text: str) -> Style:
     return Style(link=path.as_uri()) if path.is_absolute() else Style()
 
 
-def redirect_to_null(file: Any) -> None:
-    """Discard buffered output to a closed pipe, so that the process can exit normally."""
-    with suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, file.fileno())
-        os.close(null)
-
-
 def start_lines(event: Event) -> list[str]:
     """Describe the model, the data and the schedule of a run."""
     return [
@@ -271,19 +296,17 @@ def start_lines(event: Event) -> list[str]:
     ]
 
 
-def epoch_parts(event: Event) -> Iterator[str]:
-    """Yield the parts of an epoch's line."""
-    yield f"epoch {event['epoch']:>3}/{event['epochs']}"
+def epoch_parts(event: Event, left_s: float | None = None) -> list[str]:
+    """Return the parts of an epoch's line; a star marks the best so far."""
+    parts = [f"epoch {event['epoch']:>3}/{event['epochs']}"]
     for name in ("train", "val"):
         if f"{name}/loss" in event:
             loss, top1, top5 = (event[f"{name}/{key}"] for key in ("loss", "top1", "top5"))
             shown = f"{name} loss {loss:.4f} top-1 {top1:6.2%}"
-            yield f"{shown} top-5 {top5:6.2%}" if event.get("many_classes") else shown
-    yield f"lr {event['lr']:.2e}"
-    yield f"{event['perf/images_per_s']:,.0f} images/s"
-    yield f"{event['seconds']:.1f} s"
-
-
-def epoch_line(event: Event) -> str:
-    """Format an epoch as one line; a star marks the best so far."""
-    return "  ".join([*epoch_parts(event), *(["*"] if event.get("is_best") else [])])
+            parts.append(f"{shown} top-5 {top5:6.2%}" if event["many_classes"] else shown)
+    parts += [f"lr {event['lr']:.2e}", f"{event['perf/images_per_s']:,.0f} images/s", f"{event['seconds']:.1f} s"]
+    if left_s:
+        parts.append(f"{clock_time(left_s)} left")
+    if event["is_best"]:
+        parts[-1] += "  *"
+    return parts

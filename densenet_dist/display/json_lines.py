@@ -8,19 +8,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Self, TextIO
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from densenet_dist.credentials import without_credentials
-from densenet_dist.display.console import redirect_to_null
 from densenet_dist.errors import DenseNetDistError
 
 if TYPE_CHECKING:
     from densenet_dist.display.console import RunSummary
     from densenet_dist.train.context import Event
 
-PROGRESS_EVERY_S: Final = 5.0
+_PROGRESS_EVERY_S: Final = 5.0
+
+
+def redirect_to_null(file: Any) -> None:
+    """Discard buffered output to a closed pipe, so that the process can exit normally."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, file.fileno())
+        os.close(null)
 
 
 class JsonLines:
@@ -29,18 +35,14 @@ class JsonLines:
     def __init__(self) -> None:
         self._muted = False
         self._lock = threading.Lock()  # with Ray, events arrive in other threads
-        self._out: TextIO = sys.stdout
-        self._saved: int | None = None
 
     def __enter__(self) -> Self:
-        self._out = sys.stdout
-        if _is_descriptor_1(self._out):
+        self._stdout = self._out = sys.stdout
+        if self._stdout is sys.__stdout__:
             # C libraries print too, so the file descriptor itself is redirected.
-            self._out.flush()
-            self._saved = os.dup(1)
+            sys.stdout.flush()
             self._out = os.fdopen(os.dup(1), "w", encoding="ascii")
             os.dup2(2, 1)
-        self._before = sys.stdout
         sys.stdout = sys.stderr
         return self
 
@@ -49,13 +51,10 @@ class JsonLines:
             ours = isinstance(value, DenseNetDistError)
             message = str(value) if ours else without_credentials(f"{type(value).__name__}: {value}")
             self.emit("error", type=type(value).__name__, message=message, exit_code=getattr(value, "exit_code", 1))
-        sys.stdout = self._before
-        if self._saved is not None:
-            with suppress(OSError):
-                self._out.close()
-            os.dup2(self._saved, 1)
-            os.close(self._saved)
-            self._saved = None
+        sys.stdout = self._stdout
+        if self._out is not self._stdout:
+            os.dup2(self._out.fileno(), 1)
+            self._out.close()
 
     def mute(self) -> None:
         """Write nothing from now on: another rank writes, or nobody reads."""
@@ -88,7 +87,7 @@ class RunJsonLines(JsonLines):
         """Write one event, if it is part of the format."""
         kind = event["kind"]
         if kind == "progress":
-            if time.monotonic() - self._shown < PROGRESS_EVERY_S:
+            if time.monotonic() - self._shown < _PROGRESS_EVERY_S:
                 return
             self._shown = time.monotonic()
         if kind == "note":
@@ -96,31 +95,17 @@ class RunJsonLines(JsonLines):
         elif kind in ("run", "start", "progress", "epoch"):
             self.emit(kind, **{key: value for key, value in event.items() if key not in ("kind", "many_classes")})
 
-    def finish(self, summary: RunSummary) -> None:
+    def finish(self, run: RunSummary) -> None:
         """Write the last line of a finished run."""
         self.emit(
             "end",
-            name=summary.run.rpartition("/")[2],
-            **summary.summary,
-            images_per_s=summary.images_per_s,
-            goodput=summary.goodput,
-            files={
-                "page" if name == "report" else name: path for name, path in with_underscores(summary.files()).items()
-            },
-            links=dict(summary.links),
+            name=run.name,
+            **run.summary,
+            images_per_s=run.images_per_s,
+            goodput=run.goodput,
+            files=run.files(),
+            links=dict(run.links),
         )
-
-
-def with_underscores(files: Mapping[str, str]) -> dict[str, str]:
-    """Replace the spaces in the names of files."""
-    return {name.replace(" ", "_"): path for name, path in files.items()}
-
-
-def _is_descriptor_1(file: TextIO) -> bool:
-    try:
-        return file.fileno() == 1
-    except (OSError, ValueError):  # an in-memory file of a test or notebook
-        return False
 
 
 def finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.spinner import Spinner
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _MIN_WIDTH_FOR_BARS: Final = 60
 
 
 class RunProgress(Progress):
-    """A bar for the epoch and one for the run, with the time left, and the current metrics below them.
+    """A bar for the epoch and one for the run, with the time left, and the current metrics below; or the phase.
 
     Args:
         console: where to draw.
@@ -27,8 +28,9 @@ class RunProgress(Progress):
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._batch_size = 0
+        self._phase: Spinner | None = None
         self._metrics: list[str] = []
-        self._best = ""
+        self._best: list[str] = []
         bar = [BarColumn()] if console.width >= _MIN_WIDTH_FOR_BARS else []
         texts = [TextColumn("{task.fields[amount]}", justify="right"), TextColumn("{task.fields[left]}", style="cyan")]
         super().__init__(
@@ -44,13 +46,16 @@ class RunProgress(Progress):
         self._epoch = self.add_task("", amount="", left="")
         self._run = self.add_task("run", amount="", left="", visible=False)
 
+    def on_phase(self, text: str) -> None:
+        """Show what the run is doing in place of the bars, until the next progress."""
+        self._phase = Spinner("line", text, speed=0.5)
+
     def on_start(self, event: Event) -> None:
         """Handle a ``start`` event: workers start or restart, so the previous speed no longer applies."""
         self._batch_size = event["global_batch_size"]
         total, done = event["epochs"] * event["steps_per_epoch"], event["global_step"]
         self.reset(self._run, total=total, completed=done, visible=False, amount="", left="")
-        best = event.get("best") or {}
-        self._best = f"best {best['val/top1']:.2%} (epoch {best['epoch']})" if "val/top1" in best else ""
+        self._best = _best(event["best"] or {})
 
     def on_progress(self, event: Event) -> None:
         """Handle a ``progress`` event."""
@@ -63,33 +68,38 @@ class RunProgress(Progress):
             amount=f"{step}/{steps}",
             left=_left((steps - step) * self._batch_size / rate if rate else None),
         )
+        self._phase = None
+        self._metrics = [f"{rate:,.0f} images/s", f"loss {event['loss']:.3f}", f"top-1 {event['top1']:.2%}"]
         self._advance(event)
-        self._metrics = [f"{rate:,.0f} images/s", f"loss {event['loss']:.3f}"]
-        if "top1" in event:
-            self._metrics.append(f"top-1 {event['top1']:.2%}")
 
     def on_epoch(self, event: Event) -> None:
         """Handle an ``epoch`` event."""
-        if event.get("is_best") and "val/top1" in event:
-            self._best = f"best {event['val/top1']:.2%} (epoch {event['epoch']})"
+        if event["is_best"]:
+            self._best = _best(event)
         self._advance(event)
 
     def remaining_s(self) -> float | None:
-        """Estimated seconds until the end of the last epoch; None if unknown."""
+        """Return the estimated seconds until the end of the last epoch; None if unknown."""
         return self.tasks[self._run].time_remaining
 
     def _advance(self, event: Event) -> None:
-        if "global_step" in event:
-            self.update(self._run, completed=event["global_step"], visible=True)
-            run = self.tasks[self._run]  # task ids count from 0
-            self.update(self._run, amount=f"{int(run.percentage)} %", left=_left(run.time_remaining))
+        self.update(self._run, completed=event["global_step"], visible=True)
+        run = self.tasks[self._run]  # task ids count from 0
+        self.update(self._run, amount=f"{int(run.percentage)} %", left=_left(run.time_remaining))
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bars and the metrics."""
+        """Yield the phase, or the bars and the metrics."""
+        if self._phase is not None:
+            yield self._phase
+            return
         yield self.make_tasks_table(self.tasks)
         if self._metrics:
-            for line in wrapped([*self._metrics, *filter(None, [self._best])], self.console.width):
+            for line in wrapped([*self._metrics, *self._best], self.console.width):
                 yield Text(line, no_wrap=True, overflow="crop")
+
+
+def _best(record: Event) -> list[str]:
+    return [f"best {record['val/top1']:.2%} (epoch {record['epoch']})"] if "val/top1" in record else []
 
 
 def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from densenet_dist.config import load_config
+from densenet_dist.data.augment import EVAL_CROP
+from densenet_dist.environment import git_commit, package_version
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.inference import formats
-from densenet_dist.inference.header import Header
+from densenet_dist.inference.header import Header, first_problem
 from densenet_dist.inference.images import ImageLike, Unreadable, prepared
-from densenet_dist.inference.network import open_trained
 from densenet_dist.object_store import fetch_file, is_uri
+from densenet_dist.run_folder import CONFIG_FILE, open_run
+from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
-
-SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch-export", ".onnx": "onnx"}
-"""Suffixes of exported files and their formats; ``.pt2`` is only written."""
+from densenet_dist.train.evaluation import load_checkpoint, trained_model
+from densenet_dist.train.inputs import read_metadata
+from densenet_dist.train.network import autocast
 
 DEFAULT_BATCH = 64
+Checkpoint: TypeAlias = Literal["best", "last"]
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
-Forward: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Classifier:
         device: where it runs.
     """
 
-    def __init__(self, header: Header, run: Forward, device: torch.device) -> None:
+    def __init__(self, header: Header, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self.header, self.device, self._run = header, device, run
 
     @property
@@ -104,9 +110,7 @@ class Classifier:
         Raises:
             DataError: listing all unusable images.
         """
-        single = (
-            isinstance(images, str | os.PathLike | Tensor) or hasattr(images, "convert") or hasattr(images, "shape")
-        )
+        single = isinstance(images, str | os.PathLike) or hasattr(images, "convert") or hasattr(images, "shape")
         found = list(self.stream([images] if single else images, top=top, batch_size=batch_size, tta=tta))
         bad = [f"{item.source}: {item.reason}" for item in found if isinstance(item, Unreadable)]
         if bad:
@@ -127,8 +131,7 @@ class Classifier:
         """
         if top < 1 or batch_size < 1:
             raise ConfigError(f"top={top} and batch_size={batch_size} must each be at least 1")
-        threads = len(os.sched_getaffinity(0))
-        items = prepared(images, self.header.image_size, self.header.crop, threads=threads, ahead=2 * batch_size)
+        items = prepared(images, self.header.image_size, self.header.crop, ahead=2 * batch_size)
         while batch := list(islice(items, batch_size)):
             pixels = [found for _, found in batch if isinstance(found, Tensor)]
             guesses = iter(self._guesses(torch.stack(pixels), top, tta) if pixels else ())
@@ -146,29 +149,46 @@ class Classifier:
         ]
 
 
-def load_classifier(
-    path: str | Path,
-    *,
-    checkpoint: Literal["best", "last"] = "best",
-    device: Device = "auto",
-) -> Classifier:
+def load_classifier(path: str | Path, *, checkpoint: Checkpoint = "best", device: Device = "auto") -> Classifier:
     """Load a trained model to classify images.
 
     Args:
         path: the folder of a run (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX),
             which may be untrusted: nothing in it can run.
-        checkpoint: of a run.
+        checkpoint: of a run: best (by ``checkpoint.monitor``) or last.
         device: auto uses a GPU if there is one; ONNX files run on the CPU.
 
     Raises:
+        ConfigError: the last checkpoint of an exported file, which holds only one.
         StorageError, CheckpointError, EnvironmentProblem: as their names say.
         DataError: the run is too old to have its class names, and its data set is missing.
     """
     file = _exported_file(path)
-    if file is None:
-        trained = open_trained(path, checkpoint=checkpoint, device=device)
-        return Classifier(trained.header, trained, trained.device)
-    return open_exported(file, device)
+    if file is not None:
+        if checkpoint != "best":
+            raise ConfigError(f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}")
+        return open_exported(file, device)
+    chosen = choose_device(device)
+    config, header, network = open_trained(path, checkpoint=checkpoint)
+    network.to(chosen)
+
+    def run(pixels: Tensor) -> Tensor:
+        with autocast(chosen, config.train.precision):
+            logits: Tensor = network(pixels)
+        return logits
+
+    return Classifier(header, run, chosen)
+
+
+def _exported_file(path: str | Path) -> Path | None:
+    """Return the exported file of that name, downloaded from an object store if needed; None if it names a run."""
+    text, suffixes = str(path), formats.SUFFIXES.values()
+    if is_uri(text):
+        return fetch_file(text) if Path(text.partition("?")[0]).suffix in suffixes else None
+    local = Path(os.path.expanduser(text))
+    if os.path.isfile(local) or (local.suffix in suffixes and not os.path.isdir(local)):
+        return local
+    return None
 
 
 def open_exported(file: Path, device: Device = "auto") -> Classifier:
@@ -197,12 +217,46 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
     return Classifier(header, run, torch.device("cpu"))
 
 
-def _exported_file(path: str | Path) -> Path | None:
-    """Return the exported file of that name, downloaded from an object store if needed; None if it names a run."""
-    text = str(path)
-    if is_uri(text):
-        return fetch_file(text) if Path(text.partition("?")[0]).suffix in SUFFIXES else None
-    local = Path(os.path.expanduser(text))
-    if os.path.isfile(local) or (local.suffix in SUFFIXES and not os.path.isdir(local)):
-        return local
-    return None
+def open_trained(
+    run: str | Path,
+    *,
+    checkpoint: Checkpoint = "best",
+    block: Literal["reference"] | None = None,
+    overrides: tuple[str, ...] = (),
+) -> tuple[Config, Header, formats.Network]:
+    """Load a run's checkpoint on the CPU; only old runs without classes.json need their data set.
+
+    Args:
+        block: form of the dense blocks; by default that of the run.
+        overrides: changes to the run's configuration, such as ``data.root=...``.
+
+    Raises:
+        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+    """
+    folder = open_run(run)
+    config = load_config(folder.fetch(CONFIG_FILE), *overrides)
+    snapshot = load_checkpoint(folder, checkpoint, config)
+    classes = read_metadata(folder, config)
+    settings = config.model if block is None else replace(config.model, block=block)
+    model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size)
+    try:
+        header = Header(
+            format=1,
+            version=package_version("densenet-dist") or "unknown",
+            run=config.name,
+            data=config.data.name,
+            checkpoint=f"{checkpoint}, step {snapshot.position.global_step}",
+            commit=git_commit(),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            class_names=classes.names,
+            architecture=replace(model.architecture, block="reference"),
+            mean=classes.mean,
+            std=classes.std,
+            # Images in memory are evaluated whole, see `augment.evaluation_parameters`.
+            crop=EVAL_CROP if config.data.name == "folder" and config.data.augment == "random_resized_crop" else 1.0,
+            precision="fp32",
+            metrics=snapshot.metrics,
+        )
+    except ValidationError as error:  # the folder of a run is untrusted, too
+        raise CheckpointError(f"the model of the run cannot be used: {first_problem(error)}") from None
+    return config, header, formats.Network(model, classes.mean, classes.std)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import engine_class
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, StorageError, storage_errors
-from densenet_dist.inference.classifier import SUFFIXES, open_exported
-from densenet_dist.inference.formats import WRITERS
+from densenet_dist.inference.classifier import Checkpoint, open_exported, open_trained
+from densenet_dist.inference.formats import SUFFIXES, WRITERS, Format, Network, to_bfloat16
 from densenet_dist.inference.header import Header, Precision
-from densenet_dist.inference.network import Trained, open_trained, to_bfloat16
 from densenet_dist.run_folder import open_run
+from densenet_dist.schema import DataConfig
 from densenet_dist.train.inputs import load_run_data
-
-Format = Literal["safetensors", "torch-export", "onnx"]
 
 LARGEST_DIFFERENCE: Final = 1e-4
 """Tolerance for the logits of a float32 file, compared with those of the run."""
@@ -74,7 +72,7 @@ def export(
     *,
     format: Format = "safetensors",
     out: str | Path | None = None,
-    checkpoint: Literal["best", "last"] = "best",
+    checkpoint: Checkpoint = "best",
     precision: Precision = "fp32",
     check: bool = True,
     overrides: tuple[str, ...] = (),
@@ -99,22 +97,24 @@ def export(
     """
     if precision == "bf16" and format == "onnx":
         raise ConfigError("onnxruntime has no bf16 convolutions for CPUs: use fp32 with onnx, or another format")
-    trained = open_trained(run, checkpoint=checkpoint, device="cpu", block="reference", overrides=overrides)
-    path = _path(out, trained.config.name, format, precision)
-    header = dataclasses.replace(trained.header, precision=precision)
-    dataset = load_run_data(trained.config, open_run(run)) if check else None
+    config, header, network = open_trained(run, checkpoint=checkpoint, block="reference", overrides=overrides)
+    ending = SUFFIXES[format] if precision == "fp32" else f"-{precision}{SUFFIXES[format]}"
+    path = Path(os.path.expanduser(out or config.name + ending))
+    _require_writable(path, format)
+    header = dataclasses.replace(header, precision=precision)
+    dataset = load_run_data(config, open_run(run)) if check else None
     temporary = path.with_name(f".{os.getpid()}-{path.name}")  # PyTorch requires the suffix
     if precision == "bf16":
-        to_bfloat16(trained.network.model)
-    contents = WRITERS[format](trained.network, header)
+        to_bfloat16(network.model)
+    contents = WRITERS[format](network, header)
     try:
         with storage_errors(path):
             temporary.write_bytes(contents)
         found = None
         if dataset is not None:
             # Loaded again with the run's own blocks: writing a file changes the model.
-            original = open_trained(run, checkpoint=checkpoint, device="cpu", overrides=overrides)
-            found = compare(temporary, header, format, original, dataset)
+            _, _, original = open_trained(run, checkpoint=checkpoint, overrides=overrides)
+            found = _compare(temporary, header, format, original, dataset, config.data)
             # `not <=` also catches NaN.
             if precision == "fp32" and not found.largest <= LARGEST_DIFFERENCE:
                 raise CheckpointError(
@@ -128,25 +128,36 @@ def export(
     return Exported(path, format, header, path.stat().st_size, found)
 
 
-def compare(file: Path, header: Header, format: Format, trained: Trained, dataset: Dataset) -> Check:
+def _require_writable(path: Path, format: Format) -> None:
+    if path.suffix != SUFFIXES[format]:
+        raise ConfigError(f"--out {path}: a file in the format {format} must end in {SUFFIXES[format]}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StorageError(f"{path} cannot be written: not a regular file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise StorageError(f"{path} cannot be written: no such folder, or it is read-only")
+
+
+def _compare(
+    file: Path, header: Header, format: Format, network: Network, dataset: Dataset, settings: DataConfig
+) -> Check:
     """Load a file that this process wrote, and compare it with the run's model in float32 on test images."""
     run: Callable[[Tensor], Tensor]
     if format == "torch-export":
         with warnings.catch_warnings(action="ignore"):  # PyTorch's, about its own internals
             run = torch.export.load(file).module()
     else:
-        run = open_exported(file).logits
+        run = open_exported(file, "cpu").logits
     test = dataset.test
     count = len(test.labels) if header.precision == "bf16" else min(len(test.labels), _COMPARED)
     indices = np.arange(count) * len(test.labels) // count
     # Images as evaluation shows them, but not normalised: pixel values, 0 to 255.
     engine = engine_class("torch")(
         test, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads(),
-        on_bad_image=trained.config.data.on_bad_image,
+        on_bad_image=settings.on_bad_image,
     )  # fmt: skip
-    loader = EvalLoader(engine, indices, batch_size=_BATCH, geometry=trained.config.data.augment)
+    loader = EvalLoader(engine, indices, batch_size=_BATCH, geometry=settings.augment)
     with torch.no_grad():
-        batches = [(trained.network(batch.images), run(batch.images), batch.targets) for batch in loader]
+        batches = [(network(batch.images), run(batch.images), batch.targets) for batch in loader]
     expected, found, labels = map(torch.cat, zip(*batches, strict=True))
     top1, exported_top1 = expected.argmax(1), found.argmax(1)
 
@@ -155,15 +166,3 @@ def compare(file: Path, header: Header, format: Format, trained: Trained, datase
 
     largest = float((expected - found).abs().max())  # NaN if any is NaN
     return Check(count, largest, share(top1 == exported_top1), share(top1 == labels), share(exported_top1 == labels))
-
-
-def _path(out: str | Path | None, name: str, format: Format, precision: Precision) -> Path:
-    (suffix,) = [known for known, name_of_format in SUFFIXES.items() if name_of_format == format]
-    path = Path(os.path.expanduser(out or name + ("" if precision == "fp32" else f"-{precision}") + suffix))
-    if path.suffix != suffix:
-        raise ConfigError(f"--out {path}: a file in the format {format} must end in {suffix}")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise StorageError(f"{path} cannot be written: not a regular file")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise StorageError(f"{path} cannot be written: no such folder, or it is read-only")
-    return path

@@ -10,28 +10,71 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
-from densenet_dist.inference.network import Network, empty_net
 from densenet_dist.model import DenseNet
-from densenet_dist.train.network import TensorSpec, require_same_tensors, tensor_specs
+from densenet_dist.train.snapshot import TensorSpec, require_same_tensors, tensor_specs
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+SUFFIXES: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+"""The suffix of each format's files."""
 
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
 _INPUT, _OUTPUT = "pixels", "logits"
 _MAX_ONNX_BYTES: Final = (1 << 31) - 1  # of any protobuf message
 _MAX_BATCH: Final = 1 << 16
+
+
+class Network(nn.Module):
+    """Normalises and classifies images.
+
+    Input: (N, 3, H, W) float32 pixel values from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
+    in the dtype of its weights; with bfloat16, batch normalisation keeps float32 parameters (`to_bfloat16`).
+
+    Args:
+        model: the trained model.
+        mean, std: normalisation of images in [0, 1].
+    """
+
+    model: DenseNet
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: DenseNet, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        # Bit for bit the normalisation of data.torch_loader.TorchEngine, including its two roundings.
+        levels = 255.0 * np.asarray(std, dtype=np.float64)
+        for name, values in (("scale", 1.0 / levels), ("shift", -255.0 * np.asarray(mean, dtype=np.float64) / levels)):
+            self.register_buffer(name, torch.from_numpy(values.astype(np.float32)).view(3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Compute logits; see the class."""
+        images = pixels * self.scale + self.shift
+        first = next(self.model.parameters())
+        logits: Tensor = self.model(images.to(first.dtype))
+        return logits.float()
+
+
+def to_bfloat16(model: DenseNet) -> None:
+    """Convert convolutions and linear layers to bfloat16 in place; batch normalisation stays float32."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
 
 
 def safetensors_bytes(network: Network, header: Header) -> bytes:
@@ -49,7 +92,10 @@ def read_safetensors(path: Path) -> tuple[Header, Network]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = header_of((file.metadata() or {}).get(HEADER_KEY), str(path))
-            model = empty_net(header)
+            with torch.device("meta"):
+                model = DenseNet(replace(header.architecture, block="reference", init="torchvision"))
+            if header.precision == "bf16":
+                to_bfloat16(model)
             problem = f"{path} does not contain the model that its metadata describes"
             require_same_tensors(_specs_in(file), tensor_specs(_weights(model)), problem)  # before any is read
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
@@ -58,7 +104,7 @@ def read_safetensors(path: Path) -> tuple[Header, Network]:
     counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name not in weights}
     model.load_state_dict(weights | counters, assign=True)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
-    return header, Network(model, header.mean, header.std).eval().requires_grad_(False)
+    return header, Network(model, header.mean, header.std)
 
 
 def _weights(model: DenseNet) -> dict[str, Tensor]:
@@ -114,7 +160,6 @@ def onnx_bytes(network: Network, header: Header) -> bytes:
 
 
 def _traced(network: Network, header: Header) -> torch.export.ExportedProgram:
-    network = network.eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's stubs lack the keyword
     # Two images: with one, the tracer would take the batch size for a constant.
     example = torch.zeros(2, 3, header.image_size, header.image_size)
@@ -176,7 +221,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
-WRITERS: Final[dict[str, Callable[[Network, Header], bytes]]] = {
+WRITERS: Final[dict[Format, Callable[[Network, Header], bytes]]] = {
     "safetensors": safetensors_bytes,
     "torch-export": torch_export_bytes,
     "onnx": onnx_bytes,

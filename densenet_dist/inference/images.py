@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from densenet_dist.data import torch_ops
 from densenet_dist.data.augment import central_windows
 from densenet_dist.data.background import map_ahead
-from densenet_dist.data.image_files import BadImage, decode_any, on_white, pixels_of
+from densenet_dist.data.image_files import BadImage, decode_any, pixels_of
 from densenet_dist.data.image_folder import walk
 from densenet_dist.errors import DataError
 
@@ -74,15 +75,12 @@ def _matches(pattern: str) -> list[str]:
 
 def _below(folder: str, listed: set[str]) -> Iterator[Path | Unreadable]:
     """Yield the image files below `folder`, except in folders of `listed`, to which those visited are added."""
-    problems: list[Unreadable] = []
+    problems: list[OSError] = []
     found = False
-    for place, names in walk(
-        folder, listed, lambda error: problems.append(Unreadable(str(error.filename), str(error.strerror)))
-    ):
-        for name in names:
-            found = True
-            yield Path(place, name)
-    yield from problems
+    for place, names in walk(folder, listed, problems.append):
+        found = found or bool(names)
+        yield from (Path(place, name) for name in names)
+    yield from (Unreadable(str(error.filename), str(error.strerror)) for error in problems)
     if not found and not problems:
         yield Unreadable(str(Path(folder)), "contains no images")
 
@@ -108,7 +106,7 @@ def prepare(image: ImageLike, size: int, crop: float) -> Tensor:
 
 
 def prepared(
-    images: Iterable[ImageLike | Unreadable], size: int, crop: float, *, threads: int, ahead: int
+    images: Iterable[ImageLike | Unreadable], size: int, crop: float, *, ahead: int
 ) -> Iterator[tuple[str, Tensor | Unreadable]]:
     """Yield each image's name with its pixels or its problem, in order, prepared ahead by threads."""
 
@@ -123,28 +121,26 @@ def prepared(
             return name, Unreadable(name, str(error))
 
     with warnings.catch_warnings(action="ignore"):  # of Pillow
-        yield from map_ahead(make, enumerate(images), ahead, threads)
+        yield from map_ahead(make, enumerate(images), ahead, threads=len(os.sched_getaffinity(0)))
 
 
 def _decode(image: ImageLike) -> Tensor:
     """Decode an image to (3, H, W) uint8, RGB, upright."""
     if isinstance(image, str | os.PathLike):
         return decode_any(Path(image))
-    if isinstance(image, Tensor):
-        array = image.cpu()
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-        array = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-        array = array.permute(2, 0, 1) if array.ndim == 3 else array[None]
-        array = array.expand(3, -1, -1) if array.shape[0] == 1 else array
-    elif hasattr(image, "convert"):
-        return pixels_of(image)
-    elif isinstance(image, np.ndarray):
-        array = torch.empty(0)  # refused below
-    else:
+    if isinstance(image, Tensor | np.ndarray):
+        array: Any = image
+        if isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8:
+            array = image.permute(1, 2, 0).cpu().numpy()
+        elif image.shape[2:] == (1,):
+            array = image[:, :, 0]
+        # Other tensors keep a dtype that is not NumPy's.
+        if array.dtype != np.uint8 or 0 in array.shape or not (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
+            raise DataError(
+                f"an image of shape {tuple(image.shape)} and dtype {image.dtype}: arrays must be uint8 and (H, W, 3), "
+                "(H, W, 4) or (H, W), tensors uint8 and (3, H, W) or (4, H, W)"
+            )
+        image = Image.fromarray(array)
+    if not hasattr(image, "convert"):
         raise DataError(f"a {type(image).__name__} is not an image: give paths, uint8 arrays (H, W, 3) or PIL images")
-    if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] not in (3, 4) or 0 in array.shape:
-        raise DataError(
-            f"an image of shape {tuple(image.shape)} and dtype {image.dtype}: arrays must be uint8 and (H, W, 3), "
-            "(H, W, 4) or (H, W), tensors uint8 and (3, H, W) or (4, H, W)"
-        )
-    return on_white(array) if len(array) == 4 else array
+    return pixels_of(image)

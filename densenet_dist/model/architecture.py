@@ -32,9 +32,9 @@ class Architecture:
         compression_of: ``channels``, the transition's input channels, or ``growth_rate``, as in the notebook.
         drop_rate: probability of dropout after each convolution but the stem's (sec. 4.2: "except the first one").
         norm_momentum: weight of the new batch in the running statistics, as in PyTorch (Keras' momentum is 1 minus it).
-        norm_eps: added to the variance in batch normalisation.
+        norm_eps: added to the variance in batch normalization.
         head: ``global`` average pooling, or ``pool2``: 2x2 average pooling and a classifier that sees all positions.
-        init: initialisation of the weights, see :func:`densenet_dist.model.densenet.initialise`.
+        init: initialization of the weights, see :func:`densenet_dist.model.densenet.initialize`.
         image_size: side of the square images in pixels. With ``global``, larger images work too.
         in_channels: channels of the images.
         block: implementation of the dense blocks; all compute the same function from the same weights. ``auto`` builds
@@ -65,6 +65,7 @@ class Architecture:
         for layers in self.num_layers:
             leaving = entering + layers * self.growth_rate
             widths.append((entering, leaving))
+            # In binary: 100 * 0.29 is 28. Rounding it as a decimal would change the widths of existing networks.
             entering = int((leaving if self.compression_of == "channels" else self.growth_rate) * self.compression)
         return widths
 

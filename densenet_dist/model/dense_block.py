@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 NormFactory = Callable[[int], nn.BatchNorm2d]
-"""Builds a batch normalisation for a number of channels, with the network's momentum and epsilon."""
+"""Builds a batch normalization for a number of channels, with the network's momentum and epsilon."""
 
 
 class DenseLayer(nn.Sequential):
@@ -22,7 +22,7 @@ class DenseLayer(nn.Sequential):
         growth_rate: output channels (k).
         bn_size: width of the bottleneck in units of the growth rate (4 in the paper); None: no bottleneck.
         drop_rate: probability of dropout in training.
-        norm: builds the batch normalisations.
+        norm: builds the batch normalizations.
     """
 
     def __init__(
@@ -52,9 +52,7 @@ class DenseBlock(nn.ModuleDict):
         num_layers: number of layers.
         in_channels: input channels.
         growth_rate: channels that each layer adds (k).
-        bn_size: see :class:`DenseLayer`.
-        drop_rate: see :class:`DenseLayer`.
-        norm: see :class:`DenseLayer`.
+        bn_size, drop_rate, norm: see :class:`DenseLayer`.
     """
 
     def __init__(

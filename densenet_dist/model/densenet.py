@@ -1,8 +1,9 @@
 """DenseNet: the networks of the notebook, the paper (Huang et al. 2017, arXiv:1608.06993) and torchvision."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _OLD_NAMES: Final = re.compile(r"(?<=\.)(norm|conv)\.([12]\.)")
 class DenseNet(nn.Module):
     """Dense blocks with transitions between them, then BN-ReLU-pooling-linear (paper, sec. 3).
 
-    Modules, parameters and buffers have torchvision's names. The last batch normalisation is ``features.norm5`` for any
+    Modules, parameters and buffers have torchvision's names. The last batch normalization is ``features.norm5`` for any
     number of blocks. Weights and feature maps are in ``channels_last`` memory.
 
     Args:
@@ -35,9 +36,10 @@ class DenseNet(nn.Module):
         if problems := architecture.problems():
             raise ConfigError("\n".join(problems))
         self.architecture = architecture
+        self._frozen: list[str] = []
         self.features = _features(architecture)
         self.classifier = nn.Linear(architecture.head_features(), architecture.num_classes)
-        initialise(self, architecture.init)
+        initialize(self, architecture.init)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack the keyword
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,21 +59,48 @@ class DenseNet(nn.Module):
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits
 
+    def freeze(self, parts: Literal["backbone"] | Sequence[str | int]) -> None:
+        """Exclude parts from training: their weights stay, and their batch normalisations use running statistics.
+
+        Args:
+            parts: ``"stem"`` and numbers of blocks, from 1, or ``"backbone"``: all of them. A block includes the
+                transition after it, the last one the last batch normalisation.
+        """
+        part: str | int = "stem"
+        for name, module in self.features.named_children():
+            if name.startswith("denseblock"):
+                part = int(name.removeprefix("denseblock"))
+            if parts == "backbone" or part in parts:
+                module.requires_grad_(False)
+                self._frozen.append(name)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen:
+            self.features.get_submodule(name).eval()
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # Accept the names in torchvision's published files (norm.1 for norm1) and the prefixes of DataParallel, DDP
-        # (module.) and torch.compile (_orig_mod.). `load_state_dict` passes a copy.
+        # `load_state_dict` passes a copy.
         for name in [name for name in state_dict if name.startswith(prefix)]:
-            renamed = prefix + _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name.removeprefix(prefix)))
+            renamed = prefix + standard_name(name.removeprefix(prefix))
             if renamed not in state_dict:
                 state_dict[renamed] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
+def standard_name(name: str) -> str:
+    """Remove the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile); convert torchvision's ``norm.1``."""
+    return _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name))
+
+
 class Features(nn.Sequential):
-    """All modules up to the last batch normalisation, followed by ReLU.
+    """All modules up to the last batch normalization, followed by ReLU.
 
     Shape: (N, in_channels, H, W) -> (N, channels of the last block, h, w). A fused block also computes the batch
-    normalisation and ReLU after it, and a transition's convolution.
+    normalization and ReLU after it, and a transition's convolution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +126,7 @@ class Transition(nn.Sequential):
         in_channels: input channels.
         out_channels: output channels.
         drop_rate: probability of dropout after the convolution.
-        norm: builds the batch normalisation.
+        norm: builds the batch normalization.
     """
 
     norm: nn.BatchNorm2d
@@ -114,7 +143,7 @@ class Transition(nn.Sequential):
 
 
 def _features(arch: Architecture) -> Features:
-    """Build the stem, the blocks with transitions between them, and the last batch normalisation."""
+    """Build the stem, the blocks with transitions between them, and the last batch normalization."""
     norm = partial(nn.BatchNorm2d, momentum=arch.norm_momentum, eps=arch.norm_eps)
     features = _stem(arch, norm)
     widths = arch.block_widths()
@@ -148,8 +177,8 @@ def _stem(arch: Architecture, norm: NormFactory) -> Features:
     return stem
 
 
-def initialise(model: nn.Module, init: Init) -> None:
-    """Initialise the weights of convolutions and linear layers, and set the biases of linear layers to 0.
+def initialize(model: nn.Module, init: Init) -> None:
+    """Initialize the weights of convolutions and linear layers, and set the biases of linear layers to 0.
 
     ======================  ===============================================  ==================================
     ``init``                convolutions                                     linear layers
@@ -159,7 +188,7 @@ def initialise(model: nn.Module, init: Init) -> None:
     ``torchvision``         N(0, 2 / fan_in)                                 U(-a, a), a = 1 / sqrt(fan_in)
     ======================  ===============================================  ==================================
 
-    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalisations keep PyTorch's
+    fan_in and fan_out are the input and output channels times the kernel's area. Batch normalizations keep PyTorch's
     initial values, gamma 1 and beta 0. Sources: Glorot and Bengio 2010, eq. 16; He et al. 2015, sec. 2.2 (both
     fans); ``models/densenet.lua`` of github.com/liuzhuang13/DenseNet (fan_out).
     """
@@ -197,7 +226,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the trainable parameters of a model and the running statistics of its batch normalisations."""
+    """Count the trainable parameters of a model and the running statistics of its batch normalizations."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     statistics = sum(
         buffer.numel() for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))

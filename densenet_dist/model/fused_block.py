@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # base class of 
 
 from densenet_dist.model.dense_block import DenseBlock
 from densenet_dist.model.fused.operator import dense_block
+from densenet_dist.model.fused.types import empty_maps
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.sync_bn import SyncBatchNorm
 
@@ -34,62 +34,51 @@ class FusedDenseBlock(DenseBlock):
 
     def forward(self, x: Tensor, norm: BatchNorm | None = None, conv: nn.Conv2d | None = None) -> Tensor:
         """Run the layers, then `norm`, ReLU and `conv` if they are given; see the class."""
-        modules = self._modules_in_order(norm, conv)
-        if _falls_back(x.device.type) or not _is_supported(modules):
-            return self._forward_reference(x, norm, conv)
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = x.contiguous(memory_format=torch.channels_last)
-        training = [bn.training for bn in modules.norms]
-        values, synchronised = x.numel() // x.shape[1], any(training) and _is_synchronised(modules)
-        if any(training) and values == 1 and not synchronised:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-        drop_rate = modules.drops[0].p if modules.drops and modules.drops[0].training else 0.0
-        maps, out, mean, var, _, inner_mean, inner_var, count = dense_block(
-            x,
-            [bn.weight for bn in modules.norms],
-            [bn.bias for bn in modules.norms],
-            [module.weight for module in modules.convs],
-            [stat for bn in modules.norms if not bn.training for stat in (bn.running_mean, bn.running_var)],
-            list(self._dropout_masks(x, modules)),
-            training,
-            [bn.eps for bn in modules.norms],
-            modules.bottleneck,
-            norm is not None,
-            1 - drop_rate,
-            synchronised,
-            torch.is_grad_enabled(),
-        )
-        if any(training):
-            counts = [bn.num_batches_tracked for bn in modules.norms if bn.training]
-            torch._foreach_add_(counts, 1)  # type: ignore[arg-type]
-        if any(training) and (values > 0 or synchronised):  # like PyTorch, learn nothing from an empty batch
-            # Running variances are unbiased: times M / (M - 1), the same factor for every channel of the block. A
-            # channel is read by many batch norms, so it is scaled here, once: 2 operations per block instead of 1 per
-            # norm.
-            unbias = count / (count - 1) if synchronised else values / (values - 1)
-            with torch.no_grad():
-                outer, inner = (mean, (var * unbias).to(var.dtype)), (inner_mean, (inner_var * unbias).to(var.dtype))
-                _update_running_statistics(modules, outer, inner)
-        result: Tensor = maps if norm is None else out
-        return result
-
-    def _modules_in_order(self, norm: BatchNorm | None, conv: nn.Conv2d | None) -> _Modules:
         modules = [module for layer in self.values() for module in layer.children()]
         norms = [module for module in modules if isinstance(module, BatchNorm)]
         convs = [module for module in modules if isinstance(module, nn.Conv2d)]
         drops = [module for module in modules if isinstance(module, nn.Dropout)]
         bottleneck = len(convs) == 2 * len(self)
-        return _Modules(norms + [n for n in (norm,) if n], convs + [c for c in (conv,) if c], drops, bottleneck)
-
-    def _dropout_masks(self, x: Tensor, modules: _Modules) -> Iterator[Tensor]:
-        """Draw the masks that the reference form would draw from the same state of the generator."""
-        n, _, height, width = x.shape
-        for conv, drop in zip(modules.convs, modules.drops, strict=False):
-            if drop.training and drop.p > 0:
-                ones = torch.ones((n, conv.out_channels, height, width), dtype=x.dtype, device=x.device)
-                ones = ones.contiguous(memory_format=torch.channels_last)
-                yield F.dropout(ones, drop.p, training=True).bool()
+        if norm is not None:
+            norms.append(norm)
+        if conv is not None:
+            convs.append(conv)
+        if _falls_back(x.device.type) or not _is_supported(norms, drops):
+            return self._forward_reference(x, norm, conv)
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.contiguous(memory_format=torch.channels_last)
+        training = [bn.training for bn in norms]
+        values, synchronized = x.numel() // x.shape[1], any(training) and _is_synchronized(norms[0])
+        if any(training) and values == 1 and not synchronized:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        drop_rate = drops[0].p if drops and drops[0].training else 0.0
+        maps, out, mean, var, _, count = dense_block(
+            x,
+            [bn.weight for bn in norms],
+            [bn.bias for bn in norms],
+            [module.weight for module in convs],
+            [stat for bn in norms if not bn.training for stat in (bn.running_mean, bn.running_var)],
+            list(_dropout_masks(x, convs, drops)),
+            1 - drop_rate,
+            training,
+            [bn.eps for bn in norms],
+            bottleneck,
+            norm is not None,
+            synchronized,
+            torch.is_grad_enabled(),
+        )
+        if any(training):
+            counts = [bn.num_batches_tracked for bn in norms if bn.training]
+            torch._foreach_add_(counts, 1)  # type: ignore[arg-type]
+        if any(training) and (values > 0 or synchronized):  # like PyTorch, learn nothing from an empty batch
+            # Running variances are unbiased: times M / (M - 1), the same factor for every channel of the block. A
+            # channel is read by many batch norms, so it is scaled here: 1 operation per block instead of 1 per norm.
+            unbias = count / (count - 1) if synchronized else values / (values - 1)
+            with torch.no_grad():
+                _update_running_statistics(norms, bottleneck, mean, (var * unbias).to(var.dtype))
+        result: Tensor = maps if norm is None else out
+        return result
 
     def _forward_reference(self, x: Tensor, norm: BatchNorm | None, conv: nn.Conv2d | None) -> Tensor:
         x = super().forward(x)
@@ -97,54 +86,52 @@ class FusedDenseBlock(DenseBlock):
         return x if conv is None else conv(x)
 
 
-class _Modules(NamedTuple):
-    """The modules of a block and its tail, in the order of the operator's units."""
+def _dropout_masks(x: Tensor, convs: list[nn.Conv2d], drops: list[nn.Dropout]) -> Iterator[Tensor]:
+    """Draw the masks that the reference form would draw from the same state of the generator."""
+    for conv, drop in zip(convs, drops, strict=False):
+        if drop.training and drop.p > 0:
+            ones = empty_maps(x, conv.out_channels).fill_(1)
+            yield F.dropout(ones, drop.p, training=True).bool()
 
-    norms: list[BatchNorm]
-    convs: list[nn.Conv2d]
-    drops: list[nn.Dropout]
-    bottleneck: bool
 
-
-def _is_supported(modules: _Modules) -> bool:
+def _is_supported(norms: list[BatchNorm], drops: list[nn.Dropout]) -> bool:
     """Return whether the operator can replace the modules. It can unless a user has changed them."""
-    first = modules.norms[0]
-    alike = all(type(bn) is type(first) and bn.momentum == first.momentum for bn in modules.norms)
-    plain = all(bn.affine and bn.track_running_stats and bn.running_mean is not None for bn in modules.norms)
-    rates = {drop.p if drop.training else 0.0 for drop in modules.drops}
+    first = norms[0]
+    alike = all(type(bn) is type(first) and bn.momentum == first.momentum for bn in norms)
+    plain = all(bn.affine and bn.track_running_stats and bn.running_mean is not None for bn in norms)
+    rates = {drop.p if drop.training else 0.0 for drop in drops}
     group = getattr(first, "process_group", None)
     return alike and plain and first.momentum is not None and len(rates) <= 1 and group in (None, dist.group.WORLD)
 
 
-def _is_synchronised(modules: _Modules) -> bool:
+def _is_synchronized(norm: BatchNorm) -> bool:
     """Return whether statistics are those of all ranks."""
     kinds = (SyncBatchNorm, nn.SyncBatchNorm)
-    return isinstance(modules.norms[0], kinds) and dist.is_initialized() and dist.get_world_size() > 1
+    return isinstance(norm, kinds) and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _update_running_statistics(modules: _Modules, outer: tuple[Tensor, Tensor], inner: tuple[Tensor, Tensor]) -> None:
+def _update_running_statistics(norms: list[BatchNorm], bottleneck: bool, mean: Tensor, unbiased_var: Tensor) -> None:
     """Move the running statistics towards those of the batch, in one multi-tensor operation.
 
     Args:
-        modules: whose batch norms in training mode are updated.
-        outer: mean and unbiased variance of the buffer's channels, of which a norm reads the first ones.
-        inner: mean and unbiased variance of all bottlenecks, one after another: with a width of 8, the second norm of
-            layer index 2 reads channels 16:24.
+        norms: those in training mode are updated.
+        bottleneck: whether the norm of a bottleneck follows that of each layer's input.
+        mean: of the bottlenecks, layer after layer, then of the buffer, of which a norm reads the first channels.
+        unbiased_var: likewise.
     """
     running: list[Tensor] = []
     batch: list[Tensor] = []
-    width = modules.norms[1].num_features if modules.bottleneck else 0
-    for i, bn in enumerate(modules.norms):
+    width = norms[1].num_features if bottleneck else 0
+    buffer_start = len(norms) // 2 * width
+    for i, bn in enumerate(norms):
         if not bn.training:
             continue
-        is_inner = modules.bottleneck and i % 2 == 1
-        start = i // 2 * width if is_inner else 0
-        mean, var = (stat[start : start + bn.num_features] for stat in (inner if is_inner else outer))
+        start = i // 2 * width if bottleneck and i % 2 == 1 else buffer_start
         assert bn.running_mean is not None
         assert bn.running_var is not None
         running += [bn.running_mean, bn.running_var]
-        batch += [mean.to(bn.running_mean.dtype), var.to(bn.running_var.dtype)]
-    momentum = modules.norms[0].momentum
+        batch += [stat[start : start + bn.num_features].to(bn.running_mean.dtype) for stat in (mean, unbiased_var)]
+    momentum = norms[0].momentum
     assert momentum is not None
     torch._foreach_lerp_(running, batch, momentum)
 

@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch, on CPUs too: `torch.nn.SyncBatchNorm` supports GPUs only."""
+"""Batch normalization over the global batch, on CPUs too: `torch.nn.SyncBatchNorm` supports GPUs only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce  # differentiable: gradients are summed over ranks
 
 
-def synchronise_batchnorm(model: nn.Module) -> nn.Module:
+def synchronize_batchnorm(model: nn.Module) -> nn.Module:
     """Make all batch norms of `model` compute statistics over all ranks, in place. The state dict does not change."""
     if next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -20,13 +20,13 @@ def synchronise_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over all ranks on CPUs (gloo). Ranks may have different numbers of images.
+    """Batch normalization over all ranks on CPUs (gloo). Ranks may have different numbers of images.
 
     Not a subclass of `torch.nn.SyncBatchNorm`, which DDP rejects on CPUs.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W) with the statistics of all ranks, in evaluation mode with the running ones."""
+        """Normalize (N, C, H, W) with the statistics of all ranks, in evaluation mode with the running ones."""
         if not self.training or not dist.is_initialized():
             return super().forward(input)
         x = input.float()
@@ -34,11 +34,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         dist.all_reduce(count)
         total = float(count)
         mean: Tensor = all_reduce(x.sum((0, 2, 3)), group=None) / total
-        centred = x - mean[:, None, None]
-        variance: Tensor = all_reduce(centred.square().sum((0, 2, 3)), group=None) / total
+        centered = x - mean[:, None, None]
+        variance: Tensor = all_reduce(centered.square().sum((0, 2, 3)), group=None) / total
         self._update_running(mean.detach(), variance.detach() * (total / max(total - 1, 1)))
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None]).to(input.dtype)
+        return torch.addcmul(self.bias[:, None, None], centered, scale[:, None, None]).to(input.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:

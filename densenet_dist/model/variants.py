@@ -1,4 +1,4 @@
-"""DenseNets by name: their architectures, and the function that builds them."""
+"""DenseNets by name."""
 
 from __future__ import annotations
 
@@ -45,10 +45,34 @@ _VARIANTS: Final[Mapping[str, _Variant]] = {
     "densenet201": _Variant(_IMAGENET, 32, (6, 12, 48, 32), lambda k: 2 * k),
 }
 VARIANTS: Final = tuple(_VARIANTS)
-"""Names of :func:`densenet`."""
+"""Names of the variants."""
 
 
-def densenet(
+def densenet(variant: str, **settings: Any) -> DenseNet:
+    """Build a DenseNet by name, such as ``densenet("densenet121", num_classes=5, image_size=224)``.
+
+    ===================  =====================================================  ===========================
+    variant              source                                                 growth rate, layers
+    ===================  =====================================================  ===========================
+    ``notebook``         the Keras notebook that this project began with        35, 4 blocks of 12
+    ``densenet``         paper, table 2: DenseNet for CIFAR                     12, 3 blocks of 12 (depth 40)
+    ``densenet_bc``      paper, table 2: DenseNet-BC for CIFAR                  12, 3 blocks of 16 (depth 100)
+    ``densenet121`` ...  paper, table 1, and torchvision, whose weights fit     32 (48 in 161), 4 blocks
+    ===================  =====================================================  ===========================
+
+    Args:
+        variant: one of :data:`VARIANTS`.
+        settings: those of :func:`variant_architecture`.
+
+    Raises:
+        ConfigError: the network cannot be built; one line per reason.
+    """
+    from densenet_dist.model.densenet import DenseNet
+
+    return DenseNet(variant_architecture(variant, **settings))
+
+
+def variant_architecture(
     variant: str,
     *,
     num_classes: int,
@@ -59,17 +83,8 @@ def densenet(
     compression: float | None = None,
     drop_rate: float | None = None,
     block: BlockForm = "reference",
-) -> DenseNet:
-    """Build a DenseNet by name. Arguments that are None take the variant's value.
-
-    ===================  =====================================================  ===========================
-    variant              source                                                 growth rate, layers
-    ===================  =====================================================  ===========================
-    ``notebook``         the Keras notebook that this project began with        35, 4 blocks of 12
-    ``densenet``         paper, table 2: DenseNet for CIFAR                     12, 3 blocks of 12 (depth 40)
-    ``densenet_bc``      paper, table 2: DenseNet-BC for CIFAR                  12, 3 blocks of 16 (depth 100)
-    ``densenet121`` ...  paper, table 1, and torchvision, whose weights fit     32 (48 in 161), 4 blocks
-    ===================  =====================================================  ===========================
+) -> Architecture:
+    """Return the architecture of a DenseNet by name. Arguments that are None take the variant's value.
 
     Args:
         variant: one of :data:`VARIANTS`.
@@ -85,39 +100,6 @@ def densenet(
         block: implementation of the dense blocks, see `Architecture`.
 
     Raises:
-        ConfigError: the network cannot be built; one line per reason.
-    """
-    architecture = variant_architecture(
-        variant,
-        num_classes=num_classes,
-        image_size=image_size,
-        growth_rate=growth_rate,
-        num_layers=num_layers,
-        depth=depth,
-        compression=compression,
-        drop_rate=drop_rate,
-        block=block,
-    )
-    from densenet_dist.model.densenet import DenseNet
-
-    return DenseNet(architecture)
-
-
-def variant_architecture(
-    variant: str,
-    *,
-    num_classes: int,
-    image_size: int = 32,
-    growth_rate: int | None = None,
-    num_layers: int | Sequence[int] | None = None,
-    depth: int | None = None,
-    compression: float | None = None,
-    drop_rate: float | None = None,
-    block: BlockForm = "reference",
-) -> Architecture:
-    """Return the architecture that :func:`densenet` builds, given the same arguments.
-
-    Raises:
         ConfigError: the network cannot be built; one line per reason, ``model.<key>: problem; remedy``.
     """
     if variant not in _VARIANTS:
@@ -125,9 +107,10 @@ def variant_architecture(
     preset = _VARIANTS[variant]
     k = preset.growth_rate if growth_rate is None else growth_rate
     family = preset.family if compression is None else {**preset.family, "compression": compression}
+    layers, problems = _layers(variant, num_layers, depth)
     arch = Architecture(
         growth_rate=k,
-        num_layers=_layers(preset, num_layers, depth),
+        num_layers=layers,
         num_classes=num_classes,
         # At least 1, or a growth rate of 0 would be reported as an invalid `stem_channels`, which is not a setting.
         stem_channels=preset.stem_channels(max(k, 1)),
@@ -136,30 +119,31 @@ def variant_architecture(
         block=block,
         **family,
     )
-    if problems := _depth_problems(variant, num_layers, depth) + arch.problems():
+    if problems := problems + arch.problems():
         raise ConfigError("\n".join(problems))
     return arch
 
 
-def _layers(preset: _Variant, num_layers: int | Sequence[int] | None, depth: int | None) -> tuple[int, ...]:
-    """Return the number of layers of each block. An invalid depth is ignored here, see `_depth_problems`."""
-    if num_layers is None and depth is not None and preset.depth_unit is not None and depth >= preset.depth_unit + 4:
-        num_layers = (depth - 4) // preset.depth_unit
-    if isinstance(num_layers, int):
-        return (num_layers,) * len(preset.num_layers)
-    return preset.num_layers if num_layers is None else tuple(num_layers)
-
-
-def _depth_problems(variant: str, num_layers: int | Sequence[int] | None, depth: int | None) -> list[str]:
-    unit = _VARIANTS[variant].depth_unit
-    if depth is None:
-        return []
-    if unit is None:
-        return [f"model.depth: {variant} has no setting for the depth; use model.num_layers instead"]
-    if num_layers is not None:
-        return ["model.depth: it is given together with model.num_layers, which it determines; remove one of them"]
-    layers, rest = divmod(depth - 4, unit)
-    if layers >= 1 and rest == 0:
-        return []
-    nearest = f"{layers * unit + 4} or {(layers + 1) * unit + 4}" if layers >= 1 else f"{unit + 4} or more"
-    return [f"model.depth: {depth} is not a depth of {variant}: depth - 4 must be a multiple of {unit}; use {nearest}"]
+def _layers(
+    variant: str, num_layers: int | Sequence[int] | None, depth: int | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """Return the number of layers of each block, and the problems of the depth, which is then ignored."""
+    preset, problem = _VARIANTS[variant], None
+    unit = preset.depth_unit
+    if depth is not None:
+        if unit is None:
+            problem = f"{variant} has no setting for the depth; use model.num_layers instead"
+        elif num_layers is not None:
+            problem = "it is given together with model.num_layers, which it determines; remove one of them"
+        else:
+            per_block, rest = divmod(depth - 4, unit)
+            if per_block >= 1 and rest == 0:
+                num_layers = per_block
+            else:
+                low, high = per_block * unit + 4, (per_block + 1) * unit + 4
+                nearest = f"{low} or {high}" if per_block >= 1 else f"{unit + 4} or more"
+                problem = f"{depth} is not a depth of {variant}: depth - 4 must be a multiple of {unit}; use {nearest}"
+    if num_layers is None:
+        num_layers = preset.num_layers
+    layers = (num_layers,) * len(preset.num_layers) if isinstance(num_layers, int) else tuple(num_layers)
+    return layers, [] if problem is None else [f"model.depth: {problem}"]

@@ -7,13 +7,15 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 SHADES: Final = 7
@@ -30,20 +32,9 @@ _ROLES: Final = (
     *("ink", "muted", "grid", "best", *STATUSES, *(f"shade{i}" for i in range(SHADES))),
     *("train", "val", "test", *(f"run{i}" for i in range(RUNS))),
 )
-_PAGE_STYLE: Final[dict[str, Any]] = {
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": False,
-    "text.parse_math": False,  # a value may contain dollar signs
-}
 _PRINTED_SHADES: Final = ("#ddeaf6", "#bcd6eb", "#92c1de", "#63a8d2", "#4289c4", "#2268ac", "#0a3d7a")
-_RECTANGLE: Final = (1, 2, 2, 2, 79)
-"""Path codes of matplotlib: MOVETO, three LINETO, CLOSEPOLY."""
+_SQUARE: Final = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (0, 0)])
+_PRINTED_INKS: Final = (*("black",) * 4, *("white",) * 3)
 
 
 def colour(role: str) -> str:
@@ -51,20 +42,25 @@ def colour(role: str) -> str:
     return f"#0100{_ROLES.index(role):02x}"
 
 
-def drawing() -> AbstractContextManager[None]:
-    """Set matplotlib's style for figures of a page."""
-    texts = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink"))
-    lines = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted"))
-    return _styled(_PAGE_STYLE | texts | lines | {"grid.color": colour("grid")})
-
-
-def printed() -> AbstractContextManager[None]:
-    """Set matplotlib's style for figures in black on white."""
-    return _styled({"text.parse_math": False, "font.size": 9})
+PRINTED: Final[dict[str, Any]] = {"text.parse_math": False, "font.size": 9}  # a value may contain dollar signs
+"""The style of figures in black on white."""
+PAGE: Final[dict[str, Any]] = PRINTED | {
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink")),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted")),
+    "grid.color": colour("grid"),
+}
+"""The style of figures of a page."""
 
 
 @contextmanager
-def _styled(style: Mapping[str, Any]) -> Iterator[None]:
+def drawing(style: Mapping[str, Any]) -> Iterator[None]:
     """Use matplotlib's defaults and a style, whatever the process has set, and restore everything afterwards."""
     import matplotlib
 
@@ -75,11 +71,11 @@ def _styled(style: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Make a figure of a size in inches, without pyplot and its global list of figures."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout="constrained")
 
     def png() -> bytes:
         buffer = io.BytesIO()
@@ -117,29 +113,44 @@ def _round_numbers(attribute: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace(" \n", "")
 
 
-def printed_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str], cell: float = 0.42) -> Figure:
-    """Draw a confusion matrix in fixed colours; draw and save it within `printed`. See `confusion_figure`."""
-    return confusion_figure(confusion, names, _PRINTED_SHADES, ["black"] * 4 + ["white"] * 3, cell)
+def set_epoch_axes(axes: Axes, label: str) -> None:
+    """Label the axes of a figure by epoch, with ticks at whole epochs only; `label` is that of the vertical axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch", ylabel=label)
+
+
+def set_logarithmic(axis: XAxis | YAxis, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Set a logarithmic scale with plain numbers; `subs` are the ticks of a decade."""
+    from matplotlib.ticker import LogLocator
+
+    set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")  # the default formatter needs math text, which pages turn off
+    axis.minorticks_off()
 
 
 def confusion_figure(
     confusion: npt.NDArray[np.int64],
     names: Sequence[str],
-    shades: Sequence[str],
-    inks: Sequence[str],
+    *,
+    shades: Sequence[str] = _PRINTED_SHADES,
+    inks: Sequence[str] = _PRINTED_INKS,
     cell: float = 0.42,
 ) -> Figure:
-    """Draw a confusion matrix; cells without images stay empty.
+    """Draw a confusion matrix, within `drawing`; cells without images stay empty.
 
     Args:
         confusion: (classes, classes) int64, number of images by true class (row) and predicted class (column).
         names: of the classes.
-        shades: colours from the smallest to the largest share of a row.
+        shades: `SHADES` colours from the smallest to the largest share of a row.
         inks: colours of the numbers on each shade.
         cell: side of a cell in inches, if there are few classes; texts keep their size.
     """
     from matplotlib.patches import PathPatch
-    from matplotlib.path import Path as Outline
+    from matplotlib.path import Path
 
     count = len(names)
     side = 2.2 + min(cell * count, 15 * cell)
@@ -149,14 +160,11 @@ def confusion_figure(
     # On a square-root scale, so that rare mistakes are visible too.
     levels = np.minimum(np.sqrt(shares) * len(shades), len(shades) - 1).astype(int)
     for level, shade in enumerate(shades):
-        cells = [
-            Outline(
-                [(x - 0.5, y - 0.5), (x + 0.5, y - 0.5), (x + 0.5, y + 0.5), (x - 0.5, y + 0.5), (0, 0)], _RECTANGLE
-            )
-            for y, x in np.argwhere((levels == level) & (confusion > 0)).tolist()
-        ]
+        rows, columns = np.nonzero((levels == level) & (confusion > 0))
+        squares = np.stack([columns, rows], axis=1)[:, None] + _SQUARE
+        cells = [Path(square, closed=True) for square in squares]
         if cells:
-            axes.add_patch(PathPatch(Outline.make_compound_path(*cells), facecolor=shade, linewidth=0))
+            axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=shade, linewidth=0))
     if count <= _MAX_NUMBERS:
         for y, x in np.argwhere(confusion > 0).tolist():
             axes.text(x, y, f"{confusion[y, x]}", ha="center", va="center", fontsize=8, color=inks[levels[y, x]])

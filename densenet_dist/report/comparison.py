@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
-from densenet_dist.pages.figures import RUNS, colour, drawing, new_figure, to_svg
-from densenet_dist.pages.render import render
-from densenet_dist.report.figures import line, logarithmic, points_of, whole_epochs
+from densenet_dist.pages import render
+from densenet_dist.pages.figures import PAGE, RUNS, colour, drawing, new_figure, set_epoch_axes, set_logarithmic, to_svg
+from densenet_dist.report.figures import line, points_of
 from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten
 
@@ -28,12 +28,7 @@ Metric: TypeAlias = Callable[[RunRecord], float | None]
 
 
 class Interval(NamedTuple):
-    """A mean over seeds.
-
-    Attributes:
-        mean: of the values.
-        half: half the width of its 95 % confidence interval, by Student's t; None for a single value.
-    """
+    """A mean over seeds, and half the width of its 95 % confidence interval by Student's t; None for few values."""
 
     mean: float
     half: float | None
@@ -44,14 +39,16 @@ class Group:
     """Runs that differ only in their seed.
 
     Attributes:
-        label: the settings that distinguish it from other groups.
+        label: the name of a single run, and the settings that distinguish the group from others.
         members: its runs.
         colour: a variable of the page's style sheet.
+        settings: its values of the settings that differ between groups.
     """
 
     label: str
     members: tuple[RunRecord, ...]
     colour: str
+    settings: dict[str, Any]
 
     def interval(self, metric: Metric) -> Interval | None:
         """Return the mean of a metric over the members that have it; None if there are none."""
@@ -60,8 +57,6 @@ class Group:
 
 
 class _Column(NamedTuple):
-    """A column of numbers."""
-
     name: str
     unit: float
     format: str
@@ -86,14 +81,9 @@ _PARAMETERS: Final = _Column(
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:
-    """Render the template ``comparison.html``.
-
-    Raises:
-        ConfigError: the runs use different data sets.
-    """
+    """Render the template ``comparison.html``. Errors are those of `group`."""
     groups = group(runs)
     data = [found.members[0].config.data for found in groups]
-    labels_show_settings = all("=" in found.label for found in groups)
     columns = [column for column in _COLUMNS if any(column.value(run) is not None for run in runs)] + [_PARAMETERS]
     return render(
         "comparison.html",
@@ -104,7 +94,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         headings=[(column.name, True) for column in columns],
         groups=groups,
         group_headings=[(found.label, True) for found in groups],
-        differences={} if labels_show_settings else differences(groups),
+        differences=[] if all("=" in found.label for found in groups) else list(groups[0].settings),
         curves=_curves(groups),
         repeat_after=RUNS,
         total_seconds=sum(run.summary.get("train_seconds", 0.0) for run in runs),
@@ -124,28 +114,23 @@ def group(runs: Sequence[RunRecord]) -> list[Group]:
     for run in runs:
         members.setdefault(repr(sorted(_settings(run).items())), []).append(run)
     settings = [_settings(found[0]) for found in members.values()]
-    keys = _different_keys(settings)
+    keys = dict.fromkeys(key for found in settings for key in found)
+    different = [key for key in keys if any(found.get(key) != settings[0].get(key) for found in settings)]
     groups = []
     for number, (first, found) in enumerate(zip(settings, members.values(), strict=True)):
-        label = ", ".join(f"{key}={first.get(key)}" for key in keys)
-        label = label if 0 < len(label) <= _MAX_LABEL else found[0].name
-        groups.append(Group(label, tuple(found), f"run{number % RUNS}"))
+        values = {key: first.get(key) for key in different}
+        label = ", ".join(f"{key}={value}" for key, value in values.items())
+        if not 0 < len(label) <= _MAX_LABEL:
+            label = found[0].name
+        elif len(found) == 1:
+            label = f"{found[0].name}: {label}"
+        groups.append(Group(label, tuple(found), f"run{number % RUNS}", values))
     return groups
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Return the settings that differ between groups: by key, the value of each group."""
-    settings = [_settings(found.members[0]) for found in groups]
-    return {key: [found.get(key) for found in settings] for key in _different_keys(settings)}
-
-
 def _settings(run: RunRecord) -> dict[str, Any]:
-    return {key: value for key, value in flatten(to_dict(run.config)).items() if not key.startswith(_IRRELEVANT)}
-
-
-def _different_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for found in settings for key in found)
-    return [key for key in keys if any(found.get(key) != settings[0].get(key) for found in settings)]
+    settings = flatten(to_dict(run.config)) | {"data.stratified": run.config.data.is_stratified}
+    return {key: value for key, value in settings.items() if not key.startswith(_IRRELEVANT)}
 
 
 def _require_same_data(runs: Sequence[RunRecord]) -> None:
@@ -177,7 +162,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _curves(groups: Sequence[Group]) -> list[str]:
-    with drawing():
+    with drawing(PAGE):
         return [
             _curve(groups, key, unit, label)
             for key, unit, label in (
@@ -202,9 +187,8 @@ def _curve(groups: Sequence[Group], key: str, unit: float, label: str) -> str:
             axes.fill_between(x, low, high, color=colour(found.colour), alpha=0.18, lw=0)
         values += [mean.mean for _, mean in means]
     if key.endswith("loss") and values and min(values) > 0 and max(values) > 20 * min(values):
-        logarithmic(axes)
-    whole_epochs(axes)
-    axes.set(xlabel="epoch", ylabel=label)
+        set_logarithmic(axes.yaxis)
+    set_epoch_axes(axes, label)
     return to_svg(figure, f"{label} of {len(groups)} groups against epoch")
 
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from densenet_dist.pages.figures import (
+    PAGE,
+    PRINTED,
     SHADES,
     colour,
     confusion_figure,
     drawing,
     new_figure,
-    printed,
-    printed_confusion,
+    set_epoch_axes,
+    set_logarithmic,
     to_svg,
 )
 from densenet_dist.train.results import BINS, Calibration, Counts
@@ -42,7 +44,7 @@ def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
     """Plot top-1, loss and top-5 of training and validation against the epoch, with the test result as a star."""
     colours = {role: colour(role) for role in _PRINTED_COLOURS}
     figures = []
-    with drawing():
+    with drawing(PAGE):
         for name, label, unit in _RESULTS:
             figure = new_figure(*_SIZE)
             _plot_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
@@ -82,9 +84,8 @@ def _plot_result(
         axes.scatter(test["epoch"], value, s=110, c=colours["test"], marker="*", zorder=4, label=text)
         values.append(value)
     if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
-        logarithmic(axes)  # a single bad epoch must not flatten the others
-    whole_epochs(axes)
-    axes.set(xlabel="epoch", ylabel=label)
+        set_logarithmic(axes.yaxis)  # a single bad epoch must not flatten the others
+    set_epoch_axes(axes, label)
 
 
 def points_of(epochs: Records, key: str, unit: float) -> Points:
@@ -99,28 +100,11 @@ def line(axes: Axes, points: Points, color: str, label: str | None = None) -> No
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=3, label=label)
 
 
-def whole_epochs(axes: Axes) -> None:
-    """Set ticks at whole epochs only."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-
-
-def logarithmic(axes: Axes) -> None:
-    """Set a logarithmic scale with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.minorticks_off()
-
-
 def calibration_svg(found: Calibration) -> str:
     """Plot the reliability diagram; the area of a dot is proportional to the number of its images."""
     centres = (np.arange(BINS) + 0.5) / BINS * 100
     used = found.images > 0
-    with drawing():
+    with drawing(PAGE):
         figure = new_figure(4.3, 3.7)
         axes = figure.add_subplot()
         axes.bar(centres[used], found.accuracy[used] * 100, width=92 / BINS, color=colour("train"))
@@ -133,14 +117,14 @@ def calibration_svg(found: Calibration) -> str:
 
 def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
     """Draw the confusion matrix for the page."""
-    with drawing():
-        shades = [colour(f"shade{i}") for i in range(SHADES)]
-        return to_svg(confusion_figure(confusion, names, shades, [colour("ink")] * SHADES), "confusion matrix")
+    shades, inks = [colour(f"shade{i}") for i in range(SHADES)], [colour("ink")] * SHADES
+    with drawing(PAGE):
+        return to_svg(confusion_figure(confusion, names, shades=shades, inks=inks), "confusion matrix")
 
 
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Figure:
     """Draw the confusion matrix for ``confusion.png``."""
-    with printed():
-        figure = printed_confusion(confusion, names)
+    with drawing(PRINTED):
+        figure = confusion_figure(confusion, names)
         figure.suptitle(title)
         return figure

@@ -11,16 +11,10 @@ from typing import Any, Final
 import numpy as np
 
 from densenet_dist.errors import DataError, storage_errors
-from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, printed
-from densenet_dist.pages.render import percent, render
+from densenet_dist.pages import render
+from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES, PRINTED, drawing
 from densenet_dist.report.comparison import comparison_page, group
-from densenet_dist.report.figures import (
-    calibration_svg,
-    confusion_svg,
-    curves_figure,
-    result_figures,
-    titled_confusion,
-)
+from densenet_dist.report.figures import calibration_svg, confusion_svg, curves_figure, result_figures, titled_confusion
 from densenet_dist.report.record import RunRecord, read_run
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
 from densenet_dist.train.evaluation import load_test_results
@@ -29,13 +23,6 @@ from densenet_dist.train.results import BINS, TestResults
 CURVES_FILE: Final = "curves.png"
 CONFUSION_FILE: Final = "confusion.png"
 _MAX_PAIRS: Final = 12
-_LOST_TIME: Final = {
-    "start": "start-up",
-    "wait": "waiting for data",
-    "validate": "validation",
-    "save": "checkpoints",
-    "recovery": "recovery from failures",
-}
 
 
 def write_report(
@@ -76,14 +63,18 @@ def write_report(
     group(records)  # raises its errors before anything is evaluated
     if evaluate:
         records = [_evaluated(record, overrides, notify) for record in records]
-    if len(records) == 1 and out is None:
-        return _write_into_folder(records[0])
-    path = out or Path(PAGE_FILE)
-    page = run_page(records[0]) if len(records) == 1 else comparison_page(records)
+    if len(records) > 1:
+        page, path = comparison_page(records), out or Path(PAGE_FILE)
+    else:
+        page, folder = _run_page(records[0]), records[0].folder
+        path = out or folder.path / PAGE_FILE
+        figures = _write_figures(records[0], path.parent)
+        if out is None:
+            folder.publish(*figures)
+            folder.write(PAGE_FILE, page)
+            return f"{folder.uri}/{PAGE_FILE}"
     with storage_errors(path):
         path.write_text(page, encoding="utf-8")
-    if len(records) == 1:
-        _write_figures(records[0], path.parent)
     return str(path)
 
 
@@ -94,51 +85,32 @@ def _evaluated(record: RunRecord, overrides: Sequence[str], notify: Callable[[st
         raise DataError(f"{error}\n  or report without evaluating the test set: --no-evaluate") from error
 
 
-def _write_into_folder(record: RunRecord) -> str:
-    names = _write_figures(record, record.folder.path)
-    record.folder.publish(*names)
-    record.folder.write(PAGE_FILE, run_page(record))
-    return f"{record.folder.uri}/{PAGE_FILE}"
-
-
 def _write_figures(record: RunRecord, folder: Path) -> list[str]:
-    names, results = [CURVES_FILE], record.results
-    with storage_errors(folder):
-        with printed():  # without the settings of a user's matplotlibrc
-            curves_figure(record.epochs, record.test, record.name).savefig(folder / CURVES_FILE, dpi=120)
+    """Write the figures as files; return their names."""
+    results = record.results
+    with storage_errors(folder), drawing(PRINTED):  # without the settings of a user's matplotlibrc
+        figures = {CURVES_FILE: curves_figure(record.epochs, record.test, record.name)}
         if results is not None and len(results.class_names) <= MAX_CLASSES:
-            figure = titled_confusion(results.confusion, results.class_names, record.name)
-            with printed():
-                figure.savefig(folder / CONFUSION_FILE, dpi=120)
-            names.append(CONFUSION_FILE)
-    return names
+            figures[CONFUSION_FILE] = titled_confusion(results.confusion, results.class_names, record.name)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=120)
+    return list(figures)
 
 
-def run_page(run: RunRecord) -> str:
-    """Render the template ``run.html``; without test results it lacks their sections."""
+def _run_page(run: RunRecord) -> str:
     device = run.config.cluster.device
     return render(
         "run.html",
         title=run.name,
         run=run,
-        goodput=_goodput(run.epochs[-1]),
         uses_gpus=device == "cuda" or (device == "auto" and bool(run.environment.get("gpus"))),
         machine=_machine(run.environment),
         environment={name: _plain(value) for name, value in run.environment.items()},
-        legend=_legend(run),
+        has_validation=any("val/loss" in record for record in run.epochs),
         result_figures=result_figures(run.epochs, run.test),
         results=run.results,
         **({} if run.results is None else _test_section(run.results)),
     )
-
-
-def _goodput(last: dict[str, Any]) -> str | None:
-    """Describe the share of time in productive steps, and the other shares, largest first, excluding the test."""
-    if "goodput/ratio" not in last:
-        return None
-    lost = {words: last.get(f"goodput/lost_to_{key}", 0.0) for key, words in _LOST_TIME.items()}
-    parts = [f"{percent(share)} {words}" for words, share in sorted(lost.items(), key=lambda item: -item[1]) if share]
-    return ", ".join([f"{percent(last['goodput/ratio'])} of the time in productive steps", *parts])
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -157,15 +129,6 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _legend(run: RunRecord) -> list[tuple[str, str, str]]:
-    legend = [("train", "●", "training")]
-    if any("val/loss" in record for record in run.epochs):
-        legend.append(("val", "●", "validation"))
-    if run.test is not None:
-        legend.append(("test", "★", "test, at the epoch of the checkpoint"))
-    return legend
-
-
 def _test_section(results: TestResults) -> dict[str, Any]:
     """Return the template's variables about test images."""
     confusion, names, calibration = results.confusion, results.class_names, results.calibration
@@ -173,31 +136,18 @@ def _test_section(results: TestResults) -> dict[str, Any]:
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     rows, columns = np.nonzero(wrong)
-    order = np.argsort(-wrong[rows, columns], kind="stable")[:_MAX_PAIRS]
-    pairs = np.stack([rows[order], columns[order]], axis=1).tolist()
+    counts = wrong[rows, columns]
+    order = np.argsort(-counts, kind="stable")[:_MAX_PAIRS]
+    pairs = zip(rows[order].tolist(), columns[order].tolist(), counts[order].tolist(), strict=True)
     return {
         "bins": BINS,
         "mean_confidence": float((calibration.images * calibration.confidence).sum() / calibration.images.sum()),
         "confusion_figure": confusion_svg(confusion, names) if len(names) <= MAX_CLASSES else None,
         "are_numbered": len(names) > MAX_NAMES,
-        "confusions": [
-            {
-                "label": names[row],
-                "predicted": names[column],
-                "images": int(wrong[row, column]),
-                "share": int(wrong[row, column]) / images[row],
-            }
-            for row, column in pairs
-            if wrong[row, column]
-        ],
+        "confusions": [(names[row], names[column], count, count / images[row]) for row, column, count in pairs],
         "classes": [
-            {
-                "name": name,
-                "images": images[label],
-                "accuracy": correct[label] / images[label] if images[label] else None,
-                "precision": correct[label] / predicted[label] if predicted[label] else None,
-            }
-            for label, name in enumerate(names)
+            (name, total, right / total if total else None, right / guessed if guessed else None)
+            for name, total, right, guessed in zip(names, images, correct, predicted, strict=True)
         ],
         "calibration_figures": [calibration_svg(calibration)],
     }

@@ -1,45 +1,129 @@
-"""Read and validate a sweep file: settings, base configuration and search space."""
+"""A sweep file: its settings, each a field of a frozen dataclass as in `densenet_dist.schema`; read and validate it."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from densenet_dist import bundled
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings_dataclass
+
 from densenet_dist import config as run_config
-from densenet_dist.config import load_config, name_of_file
+from densenet_dist.config import Settings, join_problems, load_config, name_of_file
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
-from densenet_dist.schema import Config
+from densenet_dist.schema import STRICT, Config, Count, Index, PathOrUri, Positive, Workers
 from densenet_dist.sweep import space as spaces
-from densenet_dist.sweep.schema import SweepConfig, conflicts
-from densenet_dist.sweep.space import Domain, Value, read_domain
-from densenet_dist.typed_settings import Settings, join_problems
-from densenet_dist.yaml_settings import merge, nest, read_override, read_yaml, to_yaml
+from densenet_dist.sweep.space import KINDS, Domain, Value, read_domain
+from densenet_dist.yaml_settings import find_file, is_override, merge, nest, read_override, read_yaml, to_yaml
 
-SETTINGS: Final = Settings(SweepConfig, conflicts)
 DEFAULT_TRIALS: Final = 16
 _CHECKED_COMBINATIONS: Final = 200
 _LARGEST_GRID: Final = 10_000
-_GROUPS: Final = ("model", "data", "train", "checkpoint", "cluster", "fault", "log", "seed")
+_GROUPS: Final = tuple(field.name for field in fields(Config) if field.name not in ("name", "storage"))
+"""Keys of a configuration that the base of a sweep may set."""
 _REMOVED: Final = ("perturb_epochs", "quantile", "resample_probability")
 """Scheduler settings of earlier versions, which every sweep.yaml written by them contains; they are ignored."""
 
 
+@settings_dataclass(frozen=True, config=STRICT)
+class SchedulerConfig:
+    """Which trials are stopped early."""
+
+    name: Literal["fifo", "asha", "median"] = "asha"
+    """fifo: none; asha: successive halving (Li et al. 2018, arXiv:1810.05934); median: trials below the median of the
+    others."""
+    grace_epochs: Count = 1
+    """asha, median: epochs that every trial trains."""
+    reduction_factor: Annotated[int, Field(ge=2, le=10**9)] = 3
+    """asha: one trial in this many continues after each rung; rungs are this factor apart in epochs."""
+    min_trials: Count = 3
+    """median: number of trials that must have reached an epoch before any is stopped there."""
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class SearchConfig:
+    """How the settings of trials are chosen."""
+
+    name: Literal["random", "grid", "optuna"] = "random"
+    """random; grid: every combination of a space of choices and steps; optuna: its tree-structured Parzen estimator."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of random and optuna; optuna also depends on the order in which trials end."""
+    startup_trials: Count = 10
+    """optuna: number of random trials before the estimator is used."""
+
+
+@settings_dataclass(frozen=True, config=STRICT)
+class SweepConfig:
+    """A sweep: runs of one base configuration with different settings."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "sweep"
+    """Name of the sweep and of its folder; by default the name of the sweep file."""
+    storage: PathOrUri = "runs"
+    """Where the sweep's folder is, as for a run; it contains the run folders of the trials."""
+    base: str = ""
+    """The configuration file that every trial starts from, relative to the sweep file; empty: the defaults."""
+    metric: Literal[
+        "val/top1", "val/top5", "val/balanced_accuracy", "val/macro_f1", "val/loss", "train/top1", "train/loss"
+    ] = "val/top1"
+    """Trials are compared by this metric, each at its best epoch."""
+    mode: Literal["auto", "max", "min"] = "auto"
+    """Whether the highest or the lowest value is best; auto: min for a loss, max for an accuracy."""
+    trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Number of trials; null: 16, or all combinations of a grid."""
+    max_hours: Positive | None = None
+    """The sweep and its running trials are stopped after this time, resumes included; null: no limit."""
+    max_gpu_hours: Positive | None = None
+    """The same for GPU hours of all trials together (hours of CPU workers on a cluster without GPUs)."""
+    concurrent: Count | Literal["auto"] = "auto"
+    """Maximum number of trials at a time; auto: as many as the cluster has room for."""
+    workers: Workers = 1
+    """DDP workers per trial; one trains in the trial's own process, several are started by Ray Train."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """auto: 1 if the cluster has GPUs; a fraction lets trials of one worker share a GPU; 0: train on CPUs."""
+    cpus_per_worker: Count | Literal["auto"] = "auto"
+    """CPU cores and torch threads per worker; auto: one."""
+    max_failures: Index = 1
+    """How often a crashed trial is restarted from its last checkpoint; NaN and wrong settings are not retried."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """Which trials are stopped early."""
+    search: SearchConfig = SearchConfig()
+    """How the settings of trials are chosen."""
+
+    @property
+    def maximise(self) -> bool:
+        """Whether the highest value is best."""
+        return self.is_accuracy if self.mode == "auto" else self.mode == "max"
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether the metric is an accuracy rather than a loss."""
+        return not self.metric.endswith("loss")
+
+    @property
+    def unit(self) -> int:
+        """Factor of the metric on pages, where accuracies are in per cent."""
+        return 100 if self.is_accuracy else 1
+
+
+def _conflicts(sweep: SweepConfig) -> Iterator[str]:
+    """Yield problems of settings that are each valid alone but not together."""
+    gpus = sweep.gpus_per_worker
+    if gpus != "auto" and gpus not in (0, 1) and (gpus > 1 or sweep.workers > 1):
+        yield f"gpus_per_worker: {gpus:g}; a worker uses 0 or 1, and only trials of one worker can share a GPU"
+
+
+SETTINGS: Final = Settings(SweepConfig, _conflicts)
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """A validated sweep.
-
-    Attributes:
-        settings: the sweep's own settings.
-        base: the configuration that trials start from, as nested plain values.
-        space: a domain for each dotted key.
-    """
+    """A validated sweep: its own settings, the configuration of its trials, and a domain for each searched key."""
 
     settings: SweepConfig
     base: Mapping[str, Any]
@@ -58,12 +142,7 @@ class Sweep:
         return join_location(self.settings.storage, self.settings.name)
 
     def config(self, name: str, overrides: Mapping[str, Value], **changed: Any) -> Config:
-        """Return the configuration of one trial.
-
-        Args:
-            name: the trial's.
-            overrides: its values of the searched keys.
-            changed: further settings by dotted key.
+        """Return the configuration of a trial: `overrides` and other changed settings, by dotted key, over the base.
 
         Raises:
             ConfigError: these values cannot work together.
@@ -72,10 +151,12 @@ class Sweep:
 
     def to_yaml(self) -> str:
         """Return the whole sweep as one file for `load_sweep`."""
-        settings = SETTINGS.to_dict(self.settings) | {"base": ""}
-        return to_yaml(
-            settings | {"settings": self.base, "space": {key: domain.describe() for key, domain in self.space.items()}}
-        )
+        space = {key: domain.describe() for key, domain in self.space.items()}
+        return to_yaml(SETTINGS.to_dict(self.settings) | {"base": "", "settings": self.base, "space": space})
+
+    def stored_at(self, storage: str, name: str) -> Sweep:
+        """Return the sweep with another storage and name: its folder may have been moved since it was written."""
+        return replace(self, settings=replace(self.settings, storage=storage, name=name))
 
 
 def load_sweep(*sources: str | Path) -> Sweep:
@@ -98,17 +179,24 @@ def load_sweep(*sources: str | Path) -> Sweep:
             raise ConfigError(f"space: must hold a domain for each key, not {space_of_layer!r}")
         domains |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
         merge(merged, layer)
-        if not _is_override(source):
+        if not is_override(source):
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
     settings_of_base = merged.pop("settings", None) or {}
+    base_file = str(merged.get("base") or "")
     problems: list[str] = []
-    settings = _try(partial(SETTINGS.validate, name | merged), problems, "")
-    base = _try(partial(_load_base, str(merged.get("base") or ""), settings_of_base), problems, "")
+    settings: SweepConfig | None = None
+    base: Config | None = None
+    with _collected(problems):
+        settings = SETTINGS.validate(name | merged)
+    with _collected(problems):
+        if not isinstance(settings_of_base, Mapping):
+            raise ConfigError(f"settings: must hold settings of the base configuration, not {settings_of_base!r}")
+        base = load_config(*([base_file] if base_file else []), nest(settings_of_base))
     space = _read_space(domains, problems)
     if settings is not None and base is not None:
         values = run_config.to_dict(base)
-        sweep = Sweep(settings, {key: values[key] for key in values if key not in ("name", "storage")}, space)
+        sweep = Sweep(settings, {key: values[key] for key in _GROUPS}, space)
         problems += _find_problems(sweep)
         if not problems:
             return sweep
@@ -123,12 +211,8 @@ def json_schema(sweeps: bool) -> dict[str, Any]:
     return found
 
 
-def _is_override(source: str | Path) -> bool:
-    return isinstance(source, str) and "=" in source and not os.path.exists(source)
-
-
 def _read(source: str | Path) -> dict[str, Any]:
-    if not _is_override(source):
+    if not is_override(source):
         layer = read_yaml(Path(source))
         misplaced = [key for key in _GROUPS if key in layer]
         if misplaced and "space" not in layer:
@@ -150,21 +234,14 @@ def _read(source: str | Path) -> dict[str, Any]:
 
 def find_base(file: Path, base: str) -> Path:
     """Find the base configuration of a sweep file: in the same folder, or one that comes with the package."""
-    path = bundled.find(file).parent / os.path.expanduser(base)
-    return path if path.is_file() or not bundled.find(base).is_file() else bundled.find(base)
-
-
-def _load_base(path: str, settings: Any) -> Config:
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"settings: must hold settings of the base configuration, not {settings!r}")
-    return load_config(*([path] if path else []), nest(settings))
+    path = find_file(file).parent / os.path.expanduser(base)
+    return path if path.is_file() or not find_file(base).is_file() else find_file(base)
 
 
 def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:
     space: dict[str, Domain] = {}
     if not domains:
         problems.append("space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}")
-        return space
     for key, value in domains.items():
         unknown = run_config.SETTINGS.unknown_key(key)
         if unknown is not None:
@@ -174,8 +251,8 @@ def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Do
                 f"space.{key}: cannot be searched: it is the same for all trials and part of the sweep's own settings"
             )
         else:
-            domain = _try(partial(read_domain, value), problems, f"space.{key}: ")
-            space |= {} if domain is None else {key: domain}
+            with _collected(problems, f"space.{key}: "):
+                space[key] = read_domain(value)
     return space
 
 
@@ -184,7 +261,7 @@ def _leaves(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for part, value in space.items():
         key = f"{prefix}{part}"
         group = isinstance(value, Mapping) and run_config.SETTINGS.unknown_key(key) is not None
-        if group and not set(value) & {"choice", "uniform", "loguniform", "integer", "loginteger"}:
+        if group and not KINDS & set(value):
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value
@@ -197,7 +274,8 @@ def _find_problems(sweep: Sweep) -> list[str]:
         for end in domain.ends:
             values = nest(sweep.base)
             merge(values, nest({key: end}))
-            _try(partial(run_config.SETTINGS.validate, values, combinations=False), problems, "space.")
+            with _collected(problems, "space."):
+                run_config.SETTINGS.validate(values, combinations=False)
     settings = sweep.settings
     if settings.search.name == "grid":
         for key, domain in sweep.space.items():
@@ -218,32 +296,24 @@ def _check_combinations(sweep: Sweep) -> list[str]:
     from densenet_dist.train.checks import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
-
-    def check(overrides: Mapping[str, Value]) -> None:
-        check_run(sweep.config("trial", overrides, **cluster))
-
     rng = random.Random(0)
+    problems: list[str] = []
     for _ in range(_CHECKED_COMBINATIONS):
         overrides = spaces.sample(sweep.space, rng)
-        example = ", ".join(f"{key}={value}" for key, value in overrides.items())
-        problems = [f"space: some combinations cannot work, such as {example}"]
-        _try(partial(check, overrides), problems, "  ")
-        if len(problems) > 1:
-            return problems
+        with _collected(problems, "  "):
+            check_run(sweep.config("trial", overrides, **cluster))
+        if problems:
+            example = ", ".join(f"{key}={value}" for key, value in overrides.items())
+            return [f"space: some combinations cannot work, such as {example}", *problems]
     return []
 
 
-def _try(make: Callable[[], Any], problems: list[str], prefix: str) -> Any:
-    """Return the result of `make`; if it fails, add its problems, each after `prefix`, and return None."""
+@contextmanager
+def _collected(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Suppress a ConfigError; add each of its problems to `problems`, after `prefix`."""
     try:
-        return make()
+        yield
     except ConfigError as error:
         lines = str(error).splitlines()
         several = lines[0].endswith("problems in the configuration:")
         problems += [prefix + line.strip() for line in (lines[1:] if several else lines)]
-        return None
-
-
-def with_storage(sweep: Sweep, storage: str, name: str) -> Sweep:
-    """Return the sweep with another storage and name: its folder may have been moved since it was written."""
-    return replace(sweep, settings=replace(sweep.settings, storage=storage, name=name))

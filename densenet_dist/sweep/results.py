@@ -17,8 +17,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import ConfigError, DamagedRecord
 from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
-from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import Sweep, SweepConfig
 from densenet_dist.yaml_settings import flatten, read_yaml
 from densenet_dist.yaml_settings import to_yaml as dump_yaml
 
@@ -28,9 +27,13 @@ TABLE_FILE: Final = "sweep.csv"
 BEST_FILE: Final = "best.yaml"
 PAGE_FILE: Final = "sweep.html"
 TRIAL_PREFIX: Final = "trial-"
+ERROR: Final = "error"
+"""Key of the result of a trial that ended by itself: its `DenseNetDistError`, or None if it finished."""
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
 """stopped: by the scheduler or a budget; interrupted: neither, it can be resumed."""
+State: TypeAlias = Status | Literal["epoch"]
+"""What an event reports of a trial: its new status, or the end of an epoch."""
 
 
 @dataclass
@@ -135,8 +138,8 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """Return a table of the trials, the best one in bold, for IPython."""
-        from densenet_dist.pages.render import escape
-        from densenet_dist.sweep.console import figure, shown
+        from densenet_dist.pages import escape
+        from densenet_dist.sweep.display import figure, shown
 
         heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))
         rows = []
@@ -173,11 +176,7 @@ class Note:
     parameters: int | None = None
 
     def write(self, run: RunFolder) -> None:
-        """Write trial.json.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Write trial.json."""
         run.write(TRIAL_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
@@ -245,11 +244,6 @@ def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[
         TABLE_FILE: _csv(sweep, ranked(trials, settings.maximise)),
     }
     return files if best is None else files | {BEST_FILE: best_yaml(sweep, best)}
-
-
-def read_usage(folder: RunFolder) -> Usage:
-    """Read the time that a sweep has used from sweep.json; none if the file is missing, damaged or older."""
-    return folder.read(RESULTS_FILE, Usage, strict=False) or Usage()
 
 
 def best_yaml(sweep: Sweep, trial: Trial) -> str:

@@ -124,8 +124,9 @@ class Range:
 
 Domain: TypeAlias = Choice | Range
 Space: TypeAlias = Mapping[str, Domain]
+KINDS: Final = frozenset(("choice", "uniform", "loguniform", "integer", "loginteger"))
+_FORMS: Final = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, integer or loginteger"
 _JSON: Final = "json:"
-FORMS = "{choice: [a, b]}, or {uniform: [low, high]}, or likewise loguniform, integer or loginteger"
 
 
 def read_domain(value: Any) -> Domain:
@@ -136,13 +137,10 @@ def read_domain(value: Any) -> Domain:
     """
     if isinstance(value, list):
         value = {"choice": value}
-    kinds = {"choice", "uniform", "loguniform", "integer", "loginteger"}
-    if not isinstance(value, Mapping) or len(found := set(value) & kinds) != 1 or set(value) - found - {"step"}:
-        raise ConfigError(f"must be {FORMS}; uniform and integer also accept a step; got {_shown(value)}")
-    kind = found.pop()
-    if kind == "choice":
-        return _read_choice(value)
-    return _read_range(kind, value[kind], value.get("step"))
+    if not isinstance(value, Mapping) or len(found := KINDS & set(value)) != 1 or set(value) - found - {"step"}:
+        raise ConfigError(f"must be {_FORMS}; uniform and integer also accept a step; got {_shown(value)}")
+    [kind] = found
+    return _read_choice(value) if kind == "choice" else _read_range(kind, value[kind], value.get("step"))
 
 
 def _read_choice(value: Mapping[str, Any]) -> Choice:

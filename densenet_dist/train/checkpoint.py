@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final
 
-from densenet_dist.errors import CheckpointError, StorageError
+from pydantic import Field, TypeAdapter
+
+from densenet_dist.errors import CheckpointError, DamagedRecord, StorageError
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, RunFolder
-from densenet_dist.train.control import WorkerStatus
+from densenet_dist.train.context import WorkerStatus
 from densenet_dist.train.snapshot import FILES, META, UNREADABLE, Position, Snapshot, read_snapshot, write_snapshot
 
 _MANIFEST = f"{CHECKPOINTS_FOLDER}/manifest.json"
@@ -31,17 +30,21 @@ MAX_COST: Final = 0.01
 
 @dataclass(frozen=True)
 class Entry:
-    """One complete checkpoint in the manifest.
+    """One complete checkpoint in the manifest: the name of its folder, and what its `Snapshot` has."""
 
-    Attributes:
-        name: name of its folder.
-        position: where training resumes from it.
-        metrics: validation metrics, for checkpoints at the end of an epoch.
-    """
-
-    name: str
+    name: Annotated[str, Field(pattern=r"^step-[0-9a-z-]+$")]  # it becomes part of a path
     position: Position
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    best: str | None
+    checkpoints: list[Entry]
+
+    def __post_init__(self) -> None:
+        if self.best not in {None, *(entry.name for entry in self.checkpoints)}:
+            raise ValueError(f"the best, {self.best}, is not among them")
 
 
 class CheckpointStore:
@@ -51,9 +54,8 @@ class CheckpointStore:
     `save` or `wait`.
 
     Args:
-        run: the run's folder.
         keep: number of newest checkpoints to keep beside the best.
-        monitor: the metric of the best checkpoint: ``val/top1`` or ``val/loss``.
+        monitor: the metric of the best checkpoint, such as ``val/top1``.
         status: status of this rank, if it saves.
 
     Attributes:
@@ -74,20 +76,24 @@ class CheckpointStore:
         self.rebuilt: str | None = None
         self.total_cost_s = self._last_cost_s = 0.0
         self._status = status or WorkerStatus()
-        self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
         self._saved_at = time.perf_counter()
-        if run.exists(_MANIFEST):
-            self._read_manifest(run.fetch(_MANIFEST))
+        try:
+            manifest = run.read(_MANIFEST, _Manifest)
+        except DamagedRecord as error:
+            problem = f"the list of checkpoints {error}".partition("\n")[0]
+            self._rebuild(problem)
+            if not self.entries:
+                raise CheckpointError(problem) from error
         else:
-            self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
+            if manifest is not None:
+                self.entries, self.best = manifest.checkpoints, manifest.best
+            else:
+                self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copy a snapshot and write it in the background; `entries` and `best` include it at once.
-
-        Raises:
-            StorageError: the previous checkpoint could not be written.
-        """
+        """Copy a snapshot and write it in the background; `entries` and `best` include it at once."""
         self.wait()
         started = time.perf_counter()
         with self._status.during("save"):
@@ -100,19 +106,16 @@ class CheckpointStore:
             began = time.perf_counter()
             try:
                 self._write(copy, entry)
-            except BaseException as error:
-                self._failure = error
-            else:
                 self._status.saved += 1
-            self._last_cost_s = pause + time.perf_counter() - began
-            self.total_cost_s += self._last_cost_s
+            finally:
+                self._last_cost_s = pause + time.perf_counter() - began
+                self.total_cost_s += self._last_cost_s
 
-        self._writer = threading.Thread(target=write, name="checkpoint")
-        self._writer.start()
+        self._writing = self._executor.submit(write)
 
     def save_is_due(self) -> bool:
         """Return whether ``every_steps: auto`` calls for a checkpoint now."""
-        writing = self._writer is not None and self._writer.is_alive()
+        writing = self._writing is not None and not self._writing.done()
         interval = max(MIN_INTERVAL_S, self._last_cost_s / MAX_COST)
         return not writing and time.perf_counter() - self._saved_at > interval
 
@@ -122,18 +125,17 @@ class CheckpointStore:
         Raises:
             StorageError: it cannot be written, or the folder belongs to another job now. Earlier ones stay intact.
         """
-        if self._writer is not None:
+        if self._writing is not None:
             with self._status.during("save"):
-                self._writer.join()
-            self._writer = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+                wait([self._writing])
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> None:
-        """Wait without raising errors, for cleaning up after another error."""
+        """Wait without raising errors, for cleaning up after another error. Nothing can be saved afterwards."""
         with suppress(Exception):
             self.wait()
+        self._executor.shutdown()
 
     def _plan(self, snapshot: Snapshot) -> Entry:
         """Add a checkpoint to `entries`, and remove those that will be deleted once it is written."""
@@ -160,11 +162,7 @@ class CheckpointStore:
         self._delete_unlisted()
 
     def write_list(self) -> None:
-        """Write manifest.json.
-
-        Raises:
-            StorageError: it cannot be written, or another job has taken over the folder.
-        """
+        """Write manifest.json."""
         self.run.guard()  # again: writing the files may have taken long enough for another job to take over
         content = {"format": 1, "best": self.best, "checkpoints": [asdict(entry) for entry in self.entries]}
         self.run.write(_MANIFEST, json.dumps(content, indent=1) + "\n")
@@ -180,7 +178,7 @@ class CheckpointStore:
     def load_latest(self) -> Snapshot | None:
         """Load the newest checkpoint that is intact.
 
-        Damaged ones are removed from `entries`, the best one too, and described in `damaged`.
+        Damaged ones, the best too, are removed from `entries` and described in `damaged`.
 
         Raises:
             CheckpointError: all checkpoints are damaged.
@@ -191,13 +189,7 @@ class CheckpointStore:
         return newest
 
     def load_best(self) -> Snapshot | None:
-        """Load the best checkpoint that is intact, or the newest one if none has validation metrics.
-
-        Damaged ones are removed from `entries` and described in `damaged`.
-
-        Raises:
-            CheckpointError: all checkpoints are damaged.
-        """
+        """Load the best checkpoint that is intact, like `load_latest`; the newest if none has validation metrics."""
         return self._load_first_intact(self.best_or_latest)
 
     def load(self, entry: Entry) -> Snapshot:
@@ -245,45 +237,20 @@ class CheckpointStore:
                 with suppress(StorageError):  # tried again after the next checkpoint
                     self.run.remove(f"{CHECKPOINTS_FOLDER}/{name}")
 
-    def _read_manifest(self, path: Path) -> None:
-        try:
-            content = json.loads(path.read_text())
-            self.best = content["best"]
-            self.entries = [_entry(item["name"], item) for item in content["checkpoints"]]
-            if self.best not in {None, *(entry.name for entry in self.entries)}:
-                raise ValueError(f"the best, {self.best}, is not among them")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"the list of checkpoints {self.run.uri}/{_MANIFEST} is damaged: {error}"
-            self._rebuild(problem)
-            if not self.entries:
-                raise CheckpointError(problem) from error
-
     def _rebuild(self, problem: str) -> None:
         """Rebuild the list from the checkpoints whose checkpoint.json can be read, oldest first."""
         found = []
         for name in self.run.names(CHECKPOINTS_FOLDER):
-            with suppress(*UNREADABLE):
-                meta = json.loads(self.run.fetch(f"{CHECKPOINTS_FOLDER}/{name}/{META}").read_text())
-                found.append(_entry(name, meta))
+            with suppress(*UNREADABLE, OverflowError):
+                meta = self.run.read_json(f"{CHECKPOINTS_FOLDER}/{name}/{META}")
+                found.append(TypeAdapter(Entry).validate_python(meta | {"name": name}))
         self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
         self.best = self._find_best()
         self.rebuilt = problem if self.entries else None
 
 
 def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:
-    """Return the first record with the best ``val/top1`` or ``val/loss``, or None if no record has a finite value."""
+    """Return the first record with the best value of `monitor`, or None if no record has a finite one."""
     validated = [record for record in records if -math.inf < record.get(monitor, math.nan) < math.inf]
-    pick = max if monitor.endswith("top1") else min
+    pick = min if monitor.endswith("loss") else max
     return pick(validated, key=lambda record: record[monitor]) if validated else None
-
-
-def _entry(name: str, content: dict[str, Any]) -> Entry:
-    """Read an entry of the manifest or a checkpoint.json. It is not trusted: the name becomes part of a path."""
-    entry = Entry(name, Position(**content["position"]), content["metrics"])
-    if not re.fullmatch(r"step-[0-9a-z-]+", name):
-        raise ValueError(f"{name[:80]!r} is not the name of a checkpoint")
-    if not all(type(value) is int and 0 <= value <= sys.maxsize for value in asdict(entry.position).values()):
-        raise ValueError(f"the position of {name} must be three non-negative integers")
-    if not all(type(value) in (int, float) for value in entry.metrics.values()):
-        raise ValueError(f"the metrics of {name} must be numbers")
-    return entry

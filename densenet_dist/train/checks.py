@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from densenet_dist.data.datasets import train_size
 from densenet_dist.data.plan import BatchPlan
@@ -12,6 +15,9 @@ from densenet_dist.model.architecture import Architecture
 from densenet_dist.model.variants import variant_architecture
 from densenet_dist.schema import Config
 
+if TYPE_CHECKING:
+    import torch
+
 
 def check_run(config: Config) -> None:
     """Check the model, and the batches if the numbers of images and workers are known from the configuration.
@@ -19,21 +25,18 @@ def check_run(config: Config) -> None:
     Raises:
         ConfigError: settings cannot work; the message names each of them.
     """
-    _architecture(config)
+    blocks, frozen = len(_architecture(config).num_layers), config.train.freeze
+    if frozen != "backbone" and (missing := [part for part in frozen if part != "stem" and part > blocks]):
+        raise ConfigError(f"train.freeze: there is no block {missing[0]}; the model has {blocks}")
     images = train_size(config.data.name, config.data.limit)
     if images is not None and config.cluster.engine == "ray" and config.cluster.workers != "auto":
         check_batches(config, images - round(config.data.val_fraction * images), config.cluster.worker_range)
 
 
 def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:
-    """Check that every rank has enough images in each forward pass of training: one, or two if BatchNorm needs them.
+    """Raise a ConfigError unless every rank has an image in each forward pass of training, or two for BatchNorm.
 
-    Args:
-        num_images: number of training images.
-        world_sizes: possible numbers of ranks.
-
-    Raises:
-        ConfigError: it has not; the message suggests settings that work.
+    The message suggests settings that work. `world_sizes` are the possible numbers of ranks.
     """
     train, size = config.train, config.train.global_batch_size
     sizes = range(size, max(size, num_images) + 1)
@@ -55,5 +58,31 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
         )
 
 
+def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
+    """Raise a ConfigError, before anything is built, if the configuration needs more memory than `device` has.
+
+    The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
+    dense blocks or of `evaluated` images in the largest block.
+    """
+    train, side = config.train, config.data.side
+    net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
+    state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
+    values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
+    needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if device.type == "cuda":
+        import torch
+
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+    if needed > memory:
+        raise ConfigError(
+            f"{net.parameters():,} parameters and {max(trained, evaluated):,} images of {side}x{side} at a time need "
+            f"{needed / 2**30:,.1f} GiB of memory or more, {device} has {memory / 2**30:,.1f} GiB\n"
+            "  lower model.num_layers or growth_rate, data.image_size, train.global_batch_size or eval_batch_size"
+        )
+
+
 def _architecture(config: Config) -> Architecture:
-    return variant_architecture(**asdict(config.model), num_classes=10, image_size=config.data.side)
+    return variant_architecture(**config.model.network, num_classes=10, image_size=config.data.side)

@@ -16,10 +16,10 @@ from typing import Final, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from densenet_dist.data.dali_support import dali_installed
+from densenet_dist.data.dali_loader import dali_installed
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import ENGINES
-from densenet_dist.data.speed import Speed, endless, measure, synchronize
+from densenet_dist.data.speed import Speed, measure, synchronize
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import DenseNet
 from densenet_dist.model.kernels import unavailable
@@ -27,8 +27,8 @@ from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
-from densenet_dist.train.metrics import broadcast, gather_objects
 from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.ranks import broadcast, gather_objects
 
 CHOICES: Final = {
     "loader": ("data.",),
@@ -61,36 +61,39 @@ class Choice(NamedTuple):
 def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> str:
     """Return torch or dali, the same on every rank. A collective call.
 
-    For auto, both are measured on the run's own images, augmentation and batch size: images per CPU-second on a CPU,
-    where training needs the cores, and images per second on a GPU.
+    For auto, both are measured on the run's own images, augmentation and batch size.
     """
     if config.data.loader != "auto":
         return config.data.loader
 
-    def speed(loader: str) -> Speed:
-        engine = engine_of(config, context.device, dataset, dataset.train, loader)
-        batches = endless(train_loader(config, context, dataset, engine, indices))
-        return measure(batches, context.device, seconds=LOADER_SECONDS)
-
     def measure_both() -> Choice:
         if not dali_installed():
             return Choice("torch", "DALI is not installed", {})
+        speeds = {}
         try:
-            return compare_loaders({loader: speed(loader) for loader in ENGINES}, context.device.type)
+            for loader in ENGINES:
+                engine = engine_of(config, context.device, dataset, dataset.train, loader)
+                batches = train_loader(config, context, dataset, engine, indices)
+                speeds[loader] = measure(batches, context.device, seconds=LOADER_SECONDS)
         except EnvironmentProblem as error:
             return Choice("torch", str(error).splitlines()[0], {})
+        return compare_loaders(speeds, context.device.type)
 
     return _recorded(context, "loader", ENGINES, measure_both)
 
 
 def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
-    """Choose DALI on a GPU and torch on a CPU, or the other one if it is clearly faster."""
+    """Choose the default of the device, or the other loader if it is clearly faster.
+
+    Images per CPU-second count on a CPU, where training needs the cores, and images per second on a GPU.
+    """
     if device == "cuda":
+        default, other, unit, key = "dali", "torch", "images/s", "images_per_s"
         rates = {name: speed.per_second for name, speed in speeds.items()}
-        return _choice(rates, "dali" if MIN_SPEEDUP * rates["dali"] >= rates["torch"] else "torch")
-    rates = {name: speed.per_cpu_second for name, speed in speeds.items()}
-    name = "torch" if MIN_SPEEDUP * rates["torch"] >= rates["dali"] else "dali"
-    return _choice(rates, name, "images/CPU-s", "images_per_cpu_s")
+    else:
+        default, other, unit, key = "torch", "dali", "images/CPU-s", "images_per_cpu_s"
+        rates = {name: speed.per_cpu_second for name, speed in speeds.items()}
+    return _choice(rates, default if MIN_SPEEDUP * rates[default] >= rates[other] else other, unit, key)
 
 
 def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str = "images_per_s") -> Choice:
@@ -99,17 +102,13 @@ def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str
     return Choice(name, f"{rates[name]:,.0f} {unit}; {other}: {rates[other]:,.0f}", figures)
 
 
-def choose_block(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> ModelConfig:
+def choose_block(config: Config, context: RunContext, dataset: Dataset, images: int) -> ModelConfig:
     """Return the model's settings with the form of the dense block to train. A collective call.
 
     ``auto`` becomes the form that is faster with the run's own network, batch size, precision and number of threads. It
     is ``fused`` without a measurement if the steps are compiled or captured as a CUDA graph (the eager speed says
-    little about them), in short runs, and in runs of versions that did not measure it.
-
-    Args:
-        num_classes: number of classes of the data set.
-        image_size: side of the images in pixels.
-        images: number of training images over all epochs and ranks.
+    little about them), in short runs, and in runs of versions that did not measure it. `images` is the number of
+    training images over all epochs and ranks.
     """
     model = config.model
     if model.block == "reference":
@@ -122,34 +121,35 @@ def choose_block(config: Config, context: RunContext, num_classes: int, image_si
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
     if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
         return replace(model, block="fused")
-    measure_both = partial(_measure_blocks, config, context, num_classes, image_size, images // context.world_size)
+    measure_both = partial(_measure_blocks, config, context, dataset, images // context.world_size)
     name = _recorded(context, "block", FORMS, measure_both)
     return replace(model, block="fused" if name == "fused" else "reference")
 
 
-def _measure_blocks(config: Config, context: RunContext, num_classes: int, image_size: int, images: int) -> Choice:
+def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, images: int) -> Choice:
     share = max(1, config.train.global_batch_size // (context.world_size * config.train.grad_accum_steps))
-    models = {form: build_model(replace(config.model, block=form), num_classes, image_size) for form in FORMS}
-    models = {form: model.to(context.device).train() for form, model in models.items()}
     rates = dict.fromkeys(FORMS, 0.0)
+    models: dict[str, DenseNet] = {}
+    for form in FORMS:
+        model = build_model(replace(config.model, block=form), dataset.num_classes, dataset.image_size)
+        models[form] = model.to(context.device).train()
+    how = dataset.image_size, config.train.precision, context.device
 
     def measure_steps(count: int) -> None:
         for form, model in models.items():
-            seconds = _step_seconds(model, count, image_size, config.train.precision, context.device)
-            rates[form] = max(rates[form], count / seconds)
+            rates[form] = max(rates[form], count / _step_seconds(model, count, *how))
 
     try:
         for model in models.values():  # builds kernels and allocates
-            _step_seconds(model, 2, image_size, config.train.precision, context.device)
+            _step_seconds(model, 2, *how)
         measure_steps(2)
         per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
         remaining = min(MAX_SECONDS, MAX_SHARE * images * min(1 / rate for rate in rates.values()))
-        most = share if context.device.type == "cuda" else min(share, MAX_IMAGES)
-        count = max(2, min(most, int(remaining / 2 / per_image)))
+        count = max(2, min(share, MAX_IMAGES, int(remaining / 2 / per_image)))
         if context.device.type == "cuda":  # two images show what launches cost; cuDNN searches for each batch size
             count, per_image, rates = max(2, share), 0.0, dict.fromkeys(FORMS, 0.0)
             for model in models.values():
-                _step_seconds(model, count, image_size, config.train.precision, context.device)
+                _step_seconds(model, count, *how)
         while remaining > count * per_image:
             started = time.perf_counter()
             measure_steps(count)
@@ -174,8 +174,7 @@ def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device
 def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:
     """Return the choice that env.json records under `key` for this type of device, or else measure and record it.
 
-    A collective call. Only rank 0 measures, reports the result and writes env.json. A recorded value that is not one of
-    `names` is replaced.
+    A collective call. Only rank 0 measures, reports the result and writes env.json.
     """
     name = ""
     if context.rank == 0:

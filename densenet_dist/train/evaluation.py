@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset
@@ -22,8 +22,8 @@ from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import RunContext, choose_device
-from densenet_dist.train.ddp import sync_from_rank0
+from densenet_dist.train.checks import require_memory
+from densenet_dist.train.context import RunContext, StopRequest, choose_device
 from densenet_dist.train.inputs import (
     Indices,
     digest_of_files,
@@ -33,72 +33,103 @@ from densenet_dist.train.inputs import (
     report_lines,
     train_and_val,
 )
-from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
-from densenet_dist.train.results import ResultsAccumulator, TestResults, add_images, read_test_results
-from densenet_dist.train.snapshot import Snapshot, require_same
+from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.ranks import gather_objects, sync_from_rank0
+from densenet_dist.train.results import (
+    ClassCounts,
+    Metrics,
+    ResultsAccumulator,
+    TestResults,
+    add_images,
+    read_test_results,
+)
+from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module,
+    model: DenseNet,
     batches: Iterable[Batch],
-    device: torch.device,
+    context: RunContext,
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
+    on_stop: Callable[[], None] = lambda: None,
     split: str = "test",
 ) -> dict[str, float]:
-    """Compute loss, top-1, top-5 and number of images over the batches of all ranks; every rank calls it with its own.
+    """Compute the metrics and the number of images over the batches of all ranks; every rank calls it with its own.
 
     `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
 
+    A rank that is requested to stop calls `on_stop` and skips the rest of its batches. It does not leave: the others
+    would wait for it, and ranks may have different numbers of batches, so that they cannot exchange requests between
+    them. In a run, `sync_requests` must follow, and tells whether the evaluation is complete.
+
     Raises:
-        DataError: no image could be read. Every rank raises it.
+        DataError: an image file cannot be read, and must not be skipped, or none can. Every rank raises it.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
-    metrics = Metrics(device)
-    for batch in batches:
-        with autocast(device, precision):
-            logits = model(batch.images)
-        metrics.update(F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits, batch.targets)
-        if on_batch is not None:
-            on_batch(logits, batch)
-    totals = metrics.compute()
+    metrics, classes = Metrics(context.device), ClassCounts(model.architecture.num_classes, context.device)
+    problem = ""
+    try:
+        for batch in batches:
+            with autocast(context.device, precision):
+                logits = model(batch.images)
+            loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+            classes.update(metrics.update(loss, logits, batch.targets), batch.targets)
+            if on_batch is not None:
+                on_batch(logits, batch)
+            context.status.advance()
+            if context.status.requested >= StopRequest.STOP:
+                on_stop()
+                break
+    except DataError as error:  # the others would wait for this rank
+        problem = str(error)
+    if problem := next(filter(None, gather_objects(problem)), ""):
+        raise DataError(problem)
+    totals = metrics.compute() | classes.compute()
     if not totals["images"]:
         raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
     return totals
 
 
-def evaluate_test_set(
-    model: nn.Module,
-    config: Config,
-    context: RunContext,
-    dataset: Dataset,
-    engine: Engine,
-    watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-) -> TestResults:
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model, on the device of `context`, and the images to evaluate it on.
+
+    Attributes:
+        engine: produces the images of a split.
+        indices: (n,) int64, indices into that split, in the order of evaluation; None for all images.
+    """
+
+    config: Config
+    context: RunContext
+    dataset: Dataset
+    model: DenseNet
+    engine: Engine
+    indices: Indices | None = None
+
+    def loader(self) -> EvalLoader:
+        """Return a loader of this rank's share of the images, without augmentation."""
+        return eval_loader(self.config, self.context, self.engine, self.indices)
+
+
+def evaluate_test_set(found: Evaluation) -> TestResults:
     """Evaluate a model on the test set, each rank on its share of the images. Every rank calls it.
 
-    Args:
-        engine: of the test split.
-        watch: wraps the iterable of batches, for instance to stop between two of them.
-
-    Returns:
-        The same on every rank, except that only rank 0 has the images of the mistakes.
+    The results are the same on every rank, except that only rank 0 has the images of the mistakes.
     """
-    loader = eval_loader(config, context, engine)
-    accumulator = ResultsAccumulator(dataset.num_classes)
+    context, loader = found.context, found.loader()
+    accumulator = ResultsAccumulator(found.dataset.num_classes)
 
     def add(logits: Tensor, batch: Batch) -> None:
         accumulator.update(logits, batch.targets, loader.batch_indices)
 
-    metrics = evaluate_model(model, watch(loader), context.device, config.train.precision, add)
-    accumulator.reduce(context.device)
-    results = accumulator.compute(metrics, dataset.class_names, context.device)
+    metrics = evaluate_model(found.model, loader, context, found.config.train.precision, add)
+    results = accumulator.compute(metrics, found.dataset.class_names, context.device)
     if context.rank == 0:
         try:
-            results = add_images(results, config, engine)
+            results = add_images(results, found.config, found.engine)
         except Exception as error:  # missing images must not lose the results
             context.note(f"the images of the worst mistakes could not be read: {error}")
     return results
@@ -124,35 +155,13 @@ def evaluate(
         notify: called with a message if images are skipped, or differ from those of the run.
 
     Returns:
-        ``loss``, ``top1``, ``top5`` (shares in [0, 1]) and ``images``.
+        ``loss``, ``top1``, ``top5``, ``balanced_accuracy``, ``macro_f1`` (from 0 to 1) and ``images``.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify)
-    return evaluate_model(found.model, found.loader(), found.context.device, found.config.train.precision, split=split)
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A model with the weights of a checkpoint, and the images to evaluate it on.
-
-    Attributes:
-        model: on the device of `context`.
-        engine: produces the images of the split.
-        indices: (n,) int64, indices into that split, in the order of evaluation.
-    """
-
-    config: Config
-    context: RunContext
-    dataset: Dataset
-    model: nn.Module
-    engine: Engine
-    indices: Indices
-
-    def loader(self) -> EvalLoader:
-        """Return a loader of the images, without augmentation."""
-        return eval_loader(self.config, self.context, self.engine, self.indices)
+    return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision, split=split)
 
 
 def load_test_results(
@@ -160,28 +169,17 @@ def load_test_results(
 ) -> TestResults:
     """Return the stored test results of a run. If there are none, evaluate its best checkpoint without storing them.
 
-    Args:
-        overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-        notify: called with a message before the test set is evaluated, and if images are skipped.
-
-    Raises:
-        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+    `notify` is called before that with a message; otherwise as `evaluate`.
     """
     stored = read_test_results(run)
     if stored is not None:
         return stored
     notify("No stored test results; evaluating the test set once")
-    found = prepare_evaluation(run, overrides=overrides, notify=notify)
-    return evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
+    return evaluate_test_set(prepare_evaluation(run, overrides=overrides, notify=notify))
 
 
 def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:
-    """Load the best or the last checkpoint of a run.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: it is called neither best nor last.
-    """
+    """Load the best or the last checkpoint of a run."""
     if checkpoint not in ("best", "last"):
         raise ConfigError(f"checkpoint={checkpoint!r}: choose best or last")
     store = CheckpointStore(run, monitor=config.checkpoint.monitor)
@@ -194,11 +192,7 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 def trained_model(
     run: RunFolder, config: ModelConfig, snapshot: Snapshot, num_classes: int, image_size: int
 ) -> DenseNet:
-    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit this model.
-    """
+    """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average."""
     model = build_model(config, num_classes, image_size)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {run.uri}")
     return model

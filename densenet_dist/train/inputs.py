@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import TypeAlias
 
@@ -15,26 +15,26 @@ import numpy.typing as npt
 import torch
 
 from densenet_dist.data.augment import Augmentation
-from densenet_dist.data.datasets import Channels, Dataset, Split, load_dataset
+from densenet_dist.data.datasets import Channels, Dataset, load_dataset
 from densenet_dist.data.engine import Engine, engine_class
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
-from densenet_dist.errors import CheckpointError, DataError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.metrics import gather_objects
+from densenet_dist.train.ranks import gather_objects
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 _MIN_IMAGES = 30  # with fewer, each image is more than 3 % of the accuracy
 
 
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
-    """Load and verify the configured data set; `split` as for `load_dataset`."""
+    """Load and verify the configured data set, with the configured normalisation; `split` as for `load_dataset`."""
     data = config.data
-    return load_dataset(
+    dataset = load_dataset(
         data.name,
         data.root,
         download=data.download,
@@ -46,6 +46,9 @@ def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> D
         on_bad_image=data.on_bad_image,
         split=split,
     )
+    if data.normalize == "unit":
+        return replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return dataset
 
 
 def report_lines(report: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
@@ -55,21 +58,34 @@ def report_lines(report: Callable[[str], object], lines: Sequence[str], what: st
         report("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
 
 
-def _normalisation(config: Config, dataset: Dataset) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation by which images in [0, 1] are normalised."""
-    if config.data.normalize == "unit":
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return dataset.mean, dataset.std
-
-
 def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
     """Return the indices of the training and the validation images in the training split; each (n,) int64, sorted."""
     if dataset.val is not None:  # a folder with its own validation images
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
     data, labels = config.data, dataset.train.labels
     return split_indices(
-        labels, data.val_fraction, config.seed, stratified=data.stratified, keeps_classes=dataset.keeps_classes
+        labels, data.val_fraction, config.seed, stratified=data.is_stratified, keeps_classes=dataset.keeps_classes
     )
+
+
+def class_weights(config: Config, dataset: Dataset, indices: Indices) -> torch.Tensor | None:
+    """Return ``train.class_weights`` (classes,) float32 for training on the images at `indices`, or None.
+
+    Raises:
+        ConfigError: there is not one weight per class.
+    """
+    wanted = config.train.class_weights
+    if wanted is None:
+        return None
+    if wanted == "balanced":
+        counts = np.bincount(dataset.train.labels[indices], minlength=dataset.num_classes)
+        return torch.from_numpy(len(indices) / (np.count_nonzero(counts) * np.maximum(counts, 1))).float()
+    if len(wanted) != dataset.num_classes:
+        raise ConfigError(
+            f"train.class_weights: {len(wanted)} weights for {dataset.num_classes} classes; give one per class, in this"
+            f" order: {few(dataset.class_names)}"
+        )
+    return torch.tensor(wanted)
 
 
 def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
@@ -87,19 +103,11 @@ def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
 
 
 def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Split, loader: str) -> Engine:
-    """Create the engine that produces the images of a split; several loaders may share it.
-
-    Args:
-        loader: torch or dali.
-
-    Raises:
-        EnvironmentProblem: `loader` is dali, and DALI cannot work here.
-    """
-    mean, std = _normalisation(config, dataset)
+    """Create the engine that produces the images of a split, torch or dali; several loaders may share it."""
     return engine_class(loader)(
         split,
-        mean=mean,
-        std=std,
+        mean=dataset.mean,
+        std=dataset.std,
         device=device,
         prefetch=config.data.prefetch,
         threads=torch.get_num_threads(),
@@ -120,6 +128,7 @@ def train_loader(
         indices,
         global_batch_size=config.train.global_batch_size,
         augmentation=augmentation,
+        balanced=data.sampler == "balanced",
         seed=config.seed,
         num_classes=dataset.num_classes,
         rank=context.rank,
@@ -143,10 +152,7 @@ def eval_loader(config: Config, context: RunContext, engine: Engine, indices: In
 class ModelMetadata:
     """The content of classes.json: what a network needs besides weights to classify images.
 
-    Attributes:
-        names: class names by label.
-        image_size: side of the square images in pixels.
-        mean, std: normalisation of each channel, for images in [0, 1].
+    The names are by label, the size is a side in pixels, and mean and std are for images in [0, 1].
     """
 
     names: tuple[str, ...]
@@ -154,14 +160,19 @@ class ModelMetadata:
     mean: Channels
     std: Channels
 
+    @classmethod
+    def of(cls, dataset: Dataset) -> ModelMetadata:
+        """Return the metadata of a model that is trained on a data set."""
+        return cls(dataset.class_names, dataset.image_size, dataset.mean, dataset.std)
+
 
 def write_metadata(run: RunFolder, config: Config, dataset: Dataset) -> None:
     """Write classes.json and, when a run on a folder of images starts, split.json.gz."""
     files, test_files = dataset.train.images, dataset.test.images
     if isinstance(files, ImageFiles) and isinstance(test_files, ImageFiles) and not run.exists(SPLIT_FILE):
-        train, val = (files.subset(part).names for part in train_and_val(config, dataset))
+        train, val = (files[part].names for part in train_and_val(config, dataset))
         run.write(SPLIT_FILE, json.dumps({"train": train, "val": val, "test": test_files.names}))
-    run.write(CLASSES_FILE, json.dumps(asdict(_metadata(config, dataset)), indent=1) + "\n")
+    run.write(CLASSES_FILE, json.dumps(asdict(ModelMetadata.of(dataset)), indent=1) + "\n")
 
 
 def load_run_data(config: Config, run: RunFolder) -> Dataset:
@@ -172,7 +183,6 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 
     Raises:
         CheckpointError: the classes, or their order, differ from those of the run; the message names both.
-        DataError, StorageError: the data set, or one of the run's files, cannot be used.
     """
     parts = run.read_json(SPLIT_FILE).items()
     split = {str(name): part for part, names in parts if isinstance(names, list) for name in names}
@@ -192,18 +202,9 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 
 
 def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
-    """Read classes.json of a run. Runs of versions that wrote none take its content from the data set.
-
-    Raises:
-        StorageError: the file is damaged.
-        DataError: there is no file, and the data set is missing.
-    """
+    """Read classes.json of a run. Runs of versions that wrote none take its content from the data set."""
     found = run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
-    return found or _metadata(config, load_dataset_of(config))
-
-
-def _metadata(config: Config, dataset: Dataset) -> ModelMetadata:
-    return ModelMetadata(dataset.class_names, dataset.image_size, *_normalisation(config, dataset))
+    return found or ModelMetadata.of(load_dataset_of(config))
 
 
 def digest_of_files(dataset: Dataset) -> str | None:
@@ -216,11 +217,7 @@ def digest_of_files(dataset: Dataset) -> str | None:
 
 
 def require_same_files(dataset: Dataset) -> None:
-    """Check that all ranks see the same files, since indices refer to the sorted file names. A collective call.
-
-    Raises:
-        DataError: they do not; the message names the nodes.
-    """
+    """Raise a DataError unless all ranks see the same files: indices refer to sorted file names. A collective call."""
     digest = digest_of_files(dataset)
     if digest is None:
         return

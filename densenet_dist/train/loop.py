@@ -9,29 +9,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
-from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE
+from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.board import Board
-from densenet_dist.train.context import RunContext, Stopped
-from densenet_dist.train.control import StopRequest
-from densenet_dist.train.ddp import no_sync, sync_from_rank0
-from densenet_dist.train.evaluation import evaluate_model, evaluate_test_set
+from densenet_dist.train.context import RunContext, Stopped, StopRequest
+from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
-from densenet_dist.train.logs import RunLog, epoch_event, progress_event, start_event
-from densenet_dist.train.metrics import broadcast, gather_objects
-from densenet_dist.train.network import load_weights
+from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
+from densenet_dist.train.network import no_sync
+from densenet_dist.train.ranks import broadcast, gather_objects, sync_from_rank0
 from densenet_dist.train.results import write_test_results
-from densenet_dist.train.snapshot import Snapshot
+from densenet_dist.train.snapshot import Snapshot, load_weights
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5
@@ -50,7 +45,6 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     Raises:
         TrainingError: a loss is NaN or infinite. Every rank raises it at the same step.
         Stopped: a stop was requested; everything is saved, unless another job has taken over the run's folder.
-        DataError, ConfigError, StorageError, CheckpointError: as their names say.
     """
     if context.rank == 0:
         context.run.guard()  # workers may be restarted after another job has taken over the folder
@@ -64,12 +58,16 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
             started = time.perf_counter()
             record = train_epoch(trainer, log)
-            # A save requested now happens after the validation, so that the checkpoint contains its metrics. A stop
-            # request stays pending: `_validate` or the next step handles it.
-            request = sync_requests(trainer, _save_is_due(trainer))
-            validation = _validate(trainer)
+            request = sync_requests(trainer)
+            before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
+            stop_if_requested(trainer, request, before)
+            validation = _validate(trainer, before)
+            request = max(request, sync_requests(trainer))
+            stop_if_requested(trainer, request, before)  # the validation may be incomplete
+            if not math.isfinite(validation.get("val/loss", 0.0)):
+                raise trainer.diverged("validation loss", trainer.position.global_step - 1)
             trainer.end_epoch(validation.get("val/loss"))
-            record |= validation | context.goodput.figures() | {"seconds": time.perf_counter() - started}
+            record |= validation | trainer.goodput.figures() | {"seconds": time.perf_counter() - started}
             _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
         return _test(trainer, log)
     except BaseException as error:
@@ -111,7 +109,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     status.enter("train")
     totals = trainer.metrics.compute()  # waits for the device: the time below includes its work
     status.enter("validate")  # the phase of all that follows, until the next epoch
-    trained, waited = trainer.count_time()
+    trained, waited = trainer.epoch_time()
     record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
     return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
 
@@ -140,40 +138,27 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
 
 
 def save_or_stop(trainer: Trainer) -> None:
-    """Save within an epoch if the configuration or a request asks for it, and stop if that is requested.
-
-    Raises:
-        Stopped: on every rank; everything is saved, except after `StopRequest.LEAVE`.
-        TrainingError: a loss is not finite.
-    """
+    """Save within an epoch if the configuration or a request asks for it, and stop if that is requested."""
     every = trainer.config.checkpoint.every_steps
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
-        request = sync_requests(trainer, _save_is_due(trainer))
-        if request is StopRequest.LEAVE:
-            raise Stopped
-        if request is not StopRequest.NONE:
-            trainer.count_time()  # so that the snapshot includes the time until now
+        request = sync_requests(trainer)
+        if request in (StopRequest.SAVE, StopRequest.STOP):
             save(trainer, trainer.snapshot())
-        if request is StopRequest.STOP:
-            stop(trainer)
+        stop_if_requested(trainer, request)
 
 
-def _save_is_due(trainer: Trainer) -> bool:
-    """Return whether the configuration asks for a checkpoint after this step."""
-    every = trainer.config.checkpoint.every_steps
-    if every == "auto":  # depends on the clock, so rank 0 decides for all ranks
-        return trainer.context.rank == 0 and trainer.store.save_is_due()
-    return every is not None and trainer.position.global_step % every == 0
-
-
-def sync_requests(trainer: Trainer, save_is_due: bool = False) -> StopRequest:
-    """Exchange the requests of all ranks and return the greatest one. A collective call.
+def sync_requests(trainer: Trainer) -> StopRequest:
+    """Exchange the requests of all ranks, and of the configuration, and return the greatest one. A collective call.
 
     Raises:
         TrainingError: a loss since the last call was not finite.
     """
-    request = StopRequest.SAVE if save_is_due else StopRequest.NONE
-    not_finite, request = trainer.rank_sync.exchange(request)
+    every = trainer.config.checkpoint.every_steps
+    if every == "auto":  # depends on the clock, so rank 0 decides for all ranks
+        save_is_due = trainer.context.rank == 0 and trainer.store.save_is_due()
+    else:
+        save_is_due = every is not None and trainer.position.global_step % every == 0
+    not_finite, request = trainer.rank_sync.exchange(StopRequest.SAVE if save_is_due else StopRequest.NONE)
     if not_finite is not None:
         raise trainer.diverged("loss", not_finite)
     return request
@@ -196,43 +181,34 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     trainer.saved_step = trainer.position.global_step
 
 
-def stop(trainer: Trainer, snapshot: Snapshot | None = None) -> NoReturn:
-    """Save the snapshot, if one is given, wait until it is written, and raise `Stopped`."""
-    if snapshot is not None:
-        save(trainer, snapshot)
-    trainer.store.wait()
-    trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
-    raise Stopped
+def stop_if_requested(trainer: Trainer, request: StopRequest, snapshot: Snapshot | None = None) -> None:
+    """Raise `Stopped` if the ranks have agreed on it; before that, save the snapshot, if one is given."""
+    if request is StopRequest.STOP:
+        if snapshot is not None and trainer.saved_step != trainer.position.global_step:
+            save(trainer, snapshot)
+        trainer.store.wait()
+        trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
+    if request in (StopRequest.STOP, StopRequest.LEAVE):
+        raise Stopped
 
 
-def _stoppable(trainer: Trainer, batches: Iterable[Batch], on_stop: Callable[[], None]) -> Iterator[Batch]:
-    """Yield the batches of an evaluation. Between two of them, rank 0 calls `on_stop` if a stop is requested."""
-    status = trainer.context.status
-    for batch in batches:
-        yield batch
-        status.advance()
-        if status.requested is StopRequest.LEAVE:
-            raise Stopped
-        # Ranks may have different numbers of batches, so they cannot exchange requests here: rank 0 stops alone.
-        if trainer.context.rank == 0 and status.requested is StopRequest.STOP:
-            on_stop()
-
-
-def _validate(trainer: Trainer) -> dict[str, float]:
+def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
     if trainer.val_loader is None:
         return {}
-    before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which validation does not change
-    batches = _stoppable(trainer, trainer.val_loader, lambda: stop(trainer, before))
-    device, precision = trainer.context.device, trainer.config.train.precision
+
+    def save_now() -> None:  # the other ranks may take longer than there is time
+        if trainer.context.rank == 0 and trainer.context.status.requested is StopRequest.STOP:
+            save(trainer, before)
+            trainer.store.wait()
+
     try:
-        totals = evaluate_model(trainer.eval_model, batches, device, precision, split="validation")
+        model, precision = trainer.eval_model, trainer.config.train.precision
+        totals = evaluate_model(model, trainer.val_loader, trainer.context, precision, None, save_now, "validation")
     except DataError:
         save(trainer, before)  # training resumes from here once the files are back
         trainer.store.wait()
         raise
-    if not math.isfinite(totals["loss"]):
-        raise trainer.diverged("validation loss", trainer.position.global_step - 1)
-    return {f"val/{name}": totals[name] for name in ("loss", "top1", "top5")}
+    return {f"val/{name}": value for name, value in totals.items() if name != "images"}
 
 
 def _end_epoch(
@@ -240,7 +216,7 @@ def _end_epoch(
 ) -> None:
     """Record an epoch, save if that is due, and report it."""
     config, context, position = trainer.config, trainer.context, trainer.position
-    record["perf/device_hours"] = context.goodput.device_hours
+    record["perf/device_hours"] = trainer.goodput.device_hours
     if log is not None:
         with context.status.during("save"):  # slow storage is not a hang
             log.record(record, position.global_step)
@@ -272,27 +248,29 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     best = broadcast(best)
     sync_from_rank0(list(trainer.eval_model.parameters()))
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
-    wrap = partial(_stoppable, trainer, on_stop=lambda: stop(trainer))
-    results = evaluate_test_set(trainer.eval_model, config, context, trainer.dataset, engine, wrap)
+    test = Evaluation(config, context, trainer.dataset, trainer.eval_model, engine)
+    results = evaluate_test_set(test)
+    stop_if_requested(trainer, sync_requests(trainer))
     _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
-    test = {"test/loss": results.loss, "test/top1": results.top1, "test/top5": results.top5}
+    metrics = {f"test/{name}": value for name, value in results.metrics.items()}
     summary = {
         "status": "early stop" if trainer.lr_controller.stopped else "finished",
         "epochs": trainer.position.epoch,
         "global_step": step,
-        "train_seconds": round(trainer.seconds, 3),
+        "train_seconds": round(trainer.train_time()[0], 3),
         "best": best,
-        **test,
+        **metrics,
     }
     if log is not None:
-        log.record({"epoch": best["epoch"], **test}, step)
+        log.record({"epoch": best["epoch"], **metrics}, step)
         log.write_board(Board.test_results, results, step)
         log.write_board(Board.finished, step)
         log.publish(last=True)
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        context.run.remove(WEIGHTS_FILE)  # there are checkpoints now
         log.end_tracking(summary)
         context.report({"kind": "end", **summary})
     return summary

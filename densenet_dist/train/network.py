@@ -1,26 +1,30 @@
-"""Build the model of a configuration; memory limits, weights and precision."""
+"""Build the network of a configuration, and wrap it for training: autocast, DistributedDataParallel, torch.compile.
+
+DDP reduces gradients in buckets during the backward pass (Li et al. 2020, "PyTorch Distributed", sec. 3.2). Its
+default of 25 MiB is larger than most DenseNets: the notebook's 14 MB would be sent at once, after the last gradient.
+So the buckets follow the dense blocks.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
-from typing import TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.errors import CheckpointError, ConfigError
 from densenet_dist.model import DenseNet
-from densenet_dist.model.variants import densenet, variant_architecture
-from densenet_dist.schema import Config, ModelConfig
-
-TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
-"""A tensor's dtype and shape."""
+from densenet_dist.model.sync_bn import synchronize_batchnorm
+from densenet_dist.model.variants import densenet
+from densenet_dist.schema import Config, ModelConfig, TrainConfig
+from densenet_dist.train.context import RunContext
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_BUCKET: Final = 2**20
+"""Bytes below which a block's gradients are sent with those of the next: latency dominates smaller messages. DDP's
+own first bucket has the same size (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:
@@ -31,34 +35,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, see
     """
     if seed is not None:
         torch.manual_seed(seed)
-    return densenet(**asdict(config), num_classes=num_classes, image_size=image_size)
-
-
-def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
-    """Check, before anything is built, that the configuration does not need more memory than `device` has.
-
-    The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
-    dense blocks or of `evaluated` images in the largest block.
-
-    Raises:
-        ConfigError: it needs more; the message states parameters, images and memory.
-    """
-    train, side = config.train, config.data.side
-    net = variant_architecture(**asdict(config.model), num_classes=num_classes, image_size=side)
-    state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
-    values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
-    needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    if device.type == "cuda":
-        memory = int(torch.cuda.get_device_properties(device).total_memory)
-    if needed > memory:
-        raise ConfigError(
-            f"{net.parameters():,} parameters and {max(trained, evaluated):,} images of {side}x{side} at a time need "
-            f"{needed / 2**30:,.1f} GiB of memory or more, {device} has {memory / 2**30:,.1f} GiB\n"
-            "  lower model.num_layers or growth_rate, data.image_size, train.global_batch_size or eval_batch_size"
-        )
+    return densenet(**config.network, num_classes=num_classes, image_size=image_size)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -67,42 +44,88 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load a state dict.
+def wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
+    """Wrap `model`, on its device, for training: data-parallel for several ranks, compiled if configured.
 
-    Raises:
-        CheckpointError: tensors are missing, unexpected, of another shape or dtype, or counts are negative.
+    A collective call.
     """
-    own = model.state_dict()
-    require_same_tensors(tensor_specs(weights), tensor_specs(own), f"{origin} does not fit this model")
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() and (tensor < 0).any():
-            raise CheckpointError(f"{origin} is damaged: {name} is negative")
-    model.load_state_dict(dict(weights))
+    train, device = config.train, context.device
+    forward: nn.Module = model
+    if context.world_size > 1:
+        limits = bucket_sizes(model, train)
+        if train.compile:  # it requires a limit of at least DDP's first bucket; the last bucket takes the rest
+            limits[-1] = max(limits[-1], SMALLEST_BUCKET)
+        forward = DistributedDataParallel(
+            synchronize_batchnorm(model) if train.sync_bn else model,
+            [device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            # Gradients live in the buckets: no copies, and no second memory of the parameters' size.
+            gradient_as_bucket_view=True,
+            # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed
+            # blocks). It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with
+            # torch.compile, which splits the graph where buckets end (#93672).
+            static_graph=train.grad_accum_steps == 1 and not train.compile,
+            # In MiB, and exact, because the divisor is a power of two.
+            bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
+        )
+        if train.gradient_compression == "bf16":
+            forward.register_comm_hook(None, bf16_compress_hook)
+        _settle_buckets(forward, config, device)
+    return cast(nn.Module, torch.compile(forward)) if train.compile else forward
 
 
-def tensor_specs(weights: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """Return the dtype and shape of each tensor, for `require_same_tensors`."""
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
+    """Return the sizes of DDP's gradient buckets in bytes, in the order of the backward pass; the last takes the rest.
 
-
-def require_same_tensors(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], problem: str) -> None:
-    """Check that a file contains exactly the tensors of a model.
-
-    Raises:
-        CheckpointError: `problem`, and the tensors that are missing, unexpected, or of another shape or dtype.
+    By default a bucket has the gradients of one dense block and the transition after it. The fused form produces them
+    all at once, so smaller buckets would not be sent earlier, and larger ones would wait for the next block. Blocks of
+    less than `SMALLEST_BUCKET` are combined.
     """
-    lines = [f"missing: {name}" for name in wanted if name not in found]
-    lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
-    lines += [
-        f"{name}: {_describe(found[name])} there, {_describe(kind)} in this model"
-        for name, kind in wanted.items()
-        if name in found and found[name] != kind
-    ]
-    if lines:
-        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
-        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
+    if train.bucket_mb is not None:
+        return [int(train.bucket_mb * 2**20)]
+    sizes, held = [], 0
+    for stage in _stages(model):
+        held += stage
+        if held >= SMALLEST_BUCKET:
+            sizes.append(held)
+            held = 0
+    return [*sizes, held] if held else sizes
 
 
-def _describe(kind: TensorSpec) -> str:
-    return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"
+def _stages(model: DenseNet) -> list[int]:
+    """Return the bytes of gradients of each dense block and the layers up to the next one, the last block first.
+
+    The stem belongs to the first block, the last normalisation and the classifier to the last.
+    """
+    stages = [0]
+    for name, module in [*model.features.named_children(), ("classifier", model.classifier)]:
+        if name.startswith("denseblock") and name != "denseblock1":
+            stages.append(0)
+        stages[-1] += sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    return stages[::-1]
+
+
+def _settle_buckets(parallel: DistributedDataParallel, config: Config, device: torch.device) -> None:
+    """Run backward passes and discard the gradients, so that DDP has its final buckets before the first step.
+
+    DDP fills its buckets in the order of the parameters at first, then in the order in which gradients are ready: with
+    a static graph after two passes, else after one. With three or more ranks, the rounding of a sum over ranks depends
+    on the position in the bucket: without this, the first steps after a restart would differ from the original ones.
+    """
+    kept = [buffer.clone() for buffer in parallel.module.buffers()]
+    images = torch.zeros(2, 3, config.data.side, config.data.side, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            with autocast(device, config.train.precision):
+                logits = parallel(images)
+            logits.float().sum().backward()
+            parallel.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(parallel.module.buffers(), kept, strict=True):
+            buffer.copy_(value)
+
+
+def no_sync(forward: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context without the exchange of gradients, if there is one."""
+    inner = getattr(forward, "_orig_mod", forward)  # the module that torch.compile wraps
+    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()

@@ -13,22 +13,35 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from densenet_dist.model import DenseNet
 from densenet_dist.schedules import SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build the optimizer; with ``decay: weights``, biases and BatchNorm are in a second group without weight decay."""
+def build_optimizer(
+    model: DenseNet, config: OptimizerConfig, lr: float, head_lr: float | None = None
+) -> torch.optim.Optimizer:
+    """Build the optimizer.
+
+    With ``decay: weights``, biases and BatchNorm are in groups of their own without weight decay; with `head_lr`, the
+    parameters of the classifier are, whose learning rate is the schedule's times ``lr_scale``.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.decay == "all":
-        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
-    else:
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if config.decay == "weights":
         # Weights of convolutions and linear layers have two dimensions or more; biases, gamma and beta have one.
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if head_lr is not None:
+        head = {id(p) for p in model.classifier.parameters()}
+        groups = [
+            {**group, "params": [p for p in group["params"] if (id(p) in head) == in_head], "lr_scale": scale}
+            for in_head, scale in ((False, 1.0), (True, head_lr / lr))
+            for group in groups
         ]
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
@@ -95,10 +108,6 @@ class Patience:
 class LRController:
     """The learning rate of each step, and the end of training.
 
-    Args:
-        config: schedule, peak rate, number of epochs and early stopping.
-        steps_per_epoch: optimizer steps per epoch.
-
     Attributes:
         scale: product of the reductions by the ``plateau`` schedule so far.
         stopped: whether early stopping has ended the run.
@@ -138,7 +147,7 @@ class LRController:
         self.stopped = self._config.early_stopping.enabled and self._early.exhausted(val_loss)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state as plain numbers."""
+        """Return the state for a checkpoint."""
         counters = {"plateau": self._plateau, "early": self._early}
         state = {f"{name}.{key}": float(value) for name, c in counters.items() for key, value in asdict(c).items()}
         return state | {"scale": self.scale, "stopped": float(self.stopped)}
@@ -151,13 +160,9 @@ class LRController:
 
 
 class WeightAverage:
-    """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging).
+    """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging): `model`."""
 
-    Attributes:
-        model: the averaged model, to evaluate with.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: DenseNet, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
         self._averaged = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]

@@ -6,6 +6,7 @@ Memory does not grow with the number of images: predictions are counted, not sto
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,13 +23,14 @@ from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.control import collective
-from densenet_dist.train.metrics import gather_objects
+from densenet_dist.train.context import collective
+from densenet_dist.train.ranks import gather_objects, gather_ranks
 
 BINS: Final = 15
 """Number of bins of confidence for the calibration."""
 MAX_MISTAKES: Final = 24
 _IMAGE_SIDE: Final = 128
+_LOSS, _TOP1, _TOP5, _IMAGES = range(4)
 
 _AS_LISTS = PlainSerializer(np.ndarray.tolist)
 Counts = Annotated[npt.NDArray[np.int64], PlainValidator(partial(np.asarray, dtype=np.int64)), _AS_LISTS]
@@ -41,8 +43,6 @@ class Mistake:
 
     Attributes:
         index: its index in the test split.
-        label: its true class.
-        predicted: the predicted class.
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
         png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
@@ -101,6 +101,12 @@ class TestResults:
     mistakes: tuple[Mistake, ...]
     device: str
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Loss, accuracies and the metrics of `class_metrics`, by name."""
+        counts = np.stack([self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)])
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **class_metrics(counts)}
+
     def __post_init__(self) -> None:
         classes, bins = len(self.class_names), self.calibration
         shapes = [values.shape for values in (self.confusion, bins.images, bins.confidence, bins.accuracy)]
@@ -109,6 +115,83 @@ class TestResults:
             raise ValueError("the numbers of classes and bins do not agree")
         if self.confusion.min(initial=0) < 0 or bins.images.min() < 0:
             raise ValueError("a number of images is negative")
+
+
+class Metrics:
+    """Running sums of loss, top-1 and top-5 hits and images, updated without a host sync.
+
+    Attributes:
+        sums: (4,) float64 on the device: summed loss, top-1 hits, top-5 hits, images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Add a batch: its summed loss, (), and logits, (n, classes); return the predicted labels, (n,) int64.
+
+        Labels are (n,) int64, or (n, classes) float32 probabilities, by which hits are weighted.
+        """
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = labels.gather(1, top) if labels.ndim == 2 else top == labels[:, None]
+        self.sums[_LOSS] += loss_sum.detach()
+        self.sums[_TOP1] += hits[:, 0].sum()
+        self.sums[_TOP5] += hits.sum()
+        self.sums[_IMAGES] += len(labels)
+        return top[:, 0]
+
+    def restore(self, gathered: Tensor, rank: int, world_size: int) -> None:
+        """Load the sums of a checkpoint; if the world size differs, rank 0 gets all of them."""
+        if len(gathered) == world_size:
+            self.sums.copy_(gathered[rank])
+        elif rank == 0:
+            self.sums.copy_(gathered.sum(0))
+
+    def compute(self) -> dict[str, float]:
+        """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call."""
+        loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
+        count = max(images, 1.0)
+        return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
+
+
+class ClassCounts:
+    """Running counts of the images of each class, updated without a host sync.
+
+    Attributes:
+        counts: (3, classes) int64 on the device: correct predictions, images, and predictions of the class.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        """Add a batch: predicted and true labels, (n,) int64."""
+        ones, classes = torch.ones_like(labels), self.counts.shape[1]
+        places = torch.cat([labels, labels + classes, predicted + 2 * classes])
+        self.counts.view(-1).index_add_(0, places, torch.cat([(predicted == labels).long(), ones, ones]))
+
+    def compute(self) -> dict[str, float]:
+        """Return the metrics of `class_metrics` over all ranks. A collective call."""
+        return class_metrics(gather_ranks(self.counts).sum(0).cpu().numpy())
+
+
+def class_metrics(counts: Counts) -> dict[str, float]:
+    """Return metrics in which every class counts the same, whatever its number of images, as scikit-learn defines them.
+
+    ``balanced_accuracy`` is the mean accuracy of the classes that have images, ``macro_f1`` the mean F1 score of those
+    that have images or predictions; NaN without images.
+
+    Args:
+        counts: (3, classes): correct predictions, images, and predictions of each class.
+    """
+    correct, images, predicted = counts.astype(np.float64)
+    found, seen = images > 0, images + predicted > 0
+    return {
+        "balanced_accuracy": float(np.mean(correct[found] / images[found])) if found.any() else math.nan,
+        "macro_f1": float(np.mean(2 * correct[seen] / (images + predicted)[seen])) if seen.any() else math.nan,
+    }
 
 
 class ResultsAccumulator:
@@ -126,13 +209,7 @@ class ResultsAccumulator:
         self.mistakes: list[Mistake] = []
 
     def update(self, logits: Tensor, labels: Tensor, indices: Counts) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (n, classes), any float dtype.
-            labels: (n,) int64.
-            indices: (n,) int64, the images' indices in the split.
-        """
+        """Add a batch: logits, (n, classes); labels, (n,) int64; the images' indices in the split, (n,) int64."""
         classes = len(self.confusion)
         predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # ties as in `Metrics`
         probabilities, labels = logits.float().cpu().double().softmax(1).nan_to_num(), labels.cpu()
@@ -147,8 +224,11 @@ class ResultsAccumulator:
         wrong = predicted != labels
         self._keep_worst(Mistake(*found) for found in zip(*(value[wrong].tolist() for value in values), strict=True))
 
-    def reduce(self, device: torch.device) -> None:
-        """Add up the counts of all ranks. A collective call; communication happens on `device`."""
+    def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
+        """Return the results of all ranks. A collective call; communication happens on `device`.
+
+        `metrics` are those of the same images.
+        """
         for counts in (self.confusion, self.calibration) if dist.is_initialized() else ():
             on_device = counts.to(device)
             with collective():
@@ -156,14 +236,11 @@ class ResultsAccumulator:
             counts.copy_(on_device)
         gathered, self.mistakes = gather_objects(self.mistakes), []
         self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
-
-    def compute(self, metrics: dict[str, float], class_names: tuple[str, ...], device: torch.device) -> TestResults:
-        """Return the results; `metrics` are loss, top-1, top-5 and number of the same images."""
         images, confidence, correct = self.calibration.numpy()
         filled = np.maximum(images, 1)
         return TestResults(
             class_names=class_names,
-            **metrics,
+            **{name: metrics[name] for name in ("loss", "top1", "top5", "images")},
             confusion=self.confusion.numpy(),
             calibration=Calibration(images.astype(np.int64), confidence / filled, correct / filled),
             mistakes=tuple(self.mistakes),
@@ -210,12 +287,5 @@ def write_test_results(run: RunFolder, results: TestResults) -> None:
 
 
 def read_test_results(run: RunFolder) -> TestResults | None:
-    """Read test_results.json of a run.
-
-    Returns:
-        None if the run has none: it is not finished, or was made by an older version.
-
-    Raises:
-        StorageError: the file is damaged or cannot be read.
-    """
+    """Read test_results.json; None if the run is not finished, or was made by an older version."""
     return run.read(TEST_RESULTS_FILE, TestResults, remedy="delete it: the test set is then evaluated again")

@@ -1,4 +1,4 @@
-"""The content of one checkpoint, and reading and writing its files.
+"""The content of one checkpoint: reading and writing its files, and checking that it fits a run.
 
 ``step-00001234/`` holds::
 
@@ -17,14 +17,16 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 import torch
-from torch import Tensor
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from densenet_dist.config import to_dict
@@ -43,20 +45,20 @@ UNREADABLE: Final = (
 )
 """The errors that reading damaged files can raise."""
 
+_Count: TypeAlias = Annotated[int, Field(ge=0, le=sys.maxsize, strict=True)]
+TensorSpec: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
+
 
 @dataclass(frozen=True)
 class Position:
-    """The progress of a run.
+    """The progress of a run: epochs completed, steps of the current epoch completed, and all steps completed."""
 
-    Attributes:
-        epoch: epochs completed.
-        step: steps of the current epoch completed.
-        global_step: all steps completed.
-    """
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
-    epoch: int = 0
-    step: int = 0
-    global_step: int = 0
+    epoch: _Count = 0
+    step: _Count = 0
+    global_step: _Count = 0
 
 
 @dataclass
@@ -64,8 +66,7 @@ class Snapshot:
     """The content of a checkpoint.
 
     Attributes:
-        model: the state dict of the plain model.
-        average: that of the averaged model, if there is one.
+        model, average: the state dicts of the plain model, and of the averaged one if there is one.
         state: nested plain values and tensors: optimizer, scaler, learning rate, sums.
         position: where training resumes.
         metrics: validation figures, at the end of an epoch.
@@ -81,8 +82,12 @@ class Snapshot:
 
     def copy(self) -> Snapshot:
         """Copy it to the CPU, so that training can continue while the copy is written."""
+
+        def to_cpu(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
+
         content = {"model": dict(self.model), "average": self.average and dict(self.average), "state": self.state}
-        return replace(self, **tree_map_only(Tensor, _to_cpu, content))
+        return replace(self, **tree_map_only(Tensor, to_cpu, content))
 
 
 def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -> Snapshot:
@@ -99,7 +104,9 @@ def read_snapshot(folder: Path, position: Position, metrics: dict[str, float]) -
         if name not in (WEIGHTS, AVERAGE, STATE) or _sha256(folder / name) != meta["sha256"][name]:
             raise CheckpointError(f"{name} is damaged")
     average = _load(folder / AVERAGE) if AVERAGE in meta["sha256"] else None
-    if _unpacked_size(folder / STATE) > (folder / STATE).stat().st_size:
+    with zipfile.ZipFile(folder / STATE) as archive:  # `torch.save` does not compress
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > (folder / STATE).stat().st_size:
         raise CheckpointError(f"{STATE} is compressed, and could unpack to any size")
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     return Snapshot(_load(folder / WEIGHTS), average, state, position, metrics)
@@ -154,22 +161,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
         raise
 
 
-def _unpacked_size(path: Path) -> int:
-    """Return the uncompressed size of a file of `torch.save`, in bytes; `torch.save` does not compress."""
-    with zipfile.ZipFile(path) as archive:
-        return sum(record.file_size for record in archive.infolist())
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.preserve_format)
-
-
-_CHANGEABLE: Final = ("block", "drop_rate")
+_CHANGEABLE: Final = ("block", "drop_rate", "weights", "pretrained")
 """Model settings that may differ between a checkpoint and the run: the weights fit all the same."""
 
 
@@ -180,23 +177,16 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     order = {
         "seed": config.seed,
         "data.limit": config.data.limit,
+        "data.sampler": config.data.sampler,
         "data.val_fraction": config.data.val_fraction,
         "train.global_batch_size": config.train.global_batch_size,
     }
-    return {"always": model | images, "within an epoch": order}
+    train = {"train.freeze": to_dict(config)["train"]["freeze"], "train.head_lr": config.train.head_lr is not None}
+    return {"always": model | images | train, "within an epoch": order}
 
 
 def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
-    """Check that a checkpoint fits this run.
-
-    Args:
-        snapshot: the checkpoint.
-        here: `identity_of` this run.
-        origin: name of the checkpoint in the error.
-
-    Raises:
-        CheckpointError: listing every difference.
-    """
+    """Raise a CheckpointError with every difference, unless a checkpoint fits this run, whose identity is `here`."""
     there = snapshot.state.get("identity")
     if there is None:
         return  # a checkpoint of an older version
@@ -213,3 +203,40 @@ def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: st
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state dict.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of another shape or dtype, or counts are negative.
+    """
+    own = model.state_dict()
+    require_same_tensors(tensor_specs(weights), tensor_specs(own), f"{origin} does not fit this model")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and (tensor < 0).any():
+            raise CheckpointError(f"{origin} is damaged: {name} is negative")
+    model.load_state_dict(dict(weights))
+
+
+def tensor_specs(weights: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return the dtype and shape of each tensor."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+def require_same_tensors(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], problem: str) -> None:
+    """Raise a CheckpointError with `problem` and every difference, unless a file has exactly the tensors of a model."""
+    lines = [f"missing: {name}" for name in wanted if name not in found]
+    lines += [f"not in this model: {ascii(name)[1:-1][:200]}" for name in found if name not in wanted]
+    lines += [
+        f"{name}: {_describe(found[name])} there, {_describe(kind)} in this model"
+        for name, kind in wanted.items()
+        if name in found and found[name] != kind
+    ]
+    if lines:
+        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
+        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
+
+
+def _describe(kind: TensorSpec) -> str:
+    return f"{str(kind[0]).removeprefix('torch.')} {list(kind[1])}"

@@ -5,8 +5,8 @@ If the images are on the GPU, the graph also produces the batch (`densenet_dist.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple, TypeAlias
 
@@ -30,16 +30,6 @@ class StepResult(NamedTuple):
     targets: Tensor
 
 
-_Shapes: TypeAlias = tuple[torch.Size, ...]
-
-
-@dataclass(frozen=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    made: StepResult
-
-
 class StepGraph:
     """Takes training steps; once a batch shape has been seen often enough, by replaying a graph.
 
@@ -54,8 +44,8 @@ class StepGraph:
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._step, self._optimizer, self._device = step, optimizer, device
-        self._steps_taken: dict[_Shapes, int] = {}
-        self._captured: dict[_Shapes, _Captured] = {}
+        self._steps_taken: Counter[tuple[torch.Size, ...]] = Counter()
+        self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], StepResult]] = {}
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -64,23 +54,23 @@ class StepGraph:
     def __call__(self, recipe: BatchRecipe) -> StepResult:
         """Take a step. The next step with the same shapes overwrites the returned tensors."""
         shapes = tuple(tensor.shape for tensor in recipe.inputs)
-        captured = self._captured.get(shapes)
-        if captured is None:
-            self._steps_taken[shapes] = self._steps_taken.get(shapes, 0) + 1
+        if shapes not in self._captured:
+            self._steps_taken[shapes] += 1
             if self._steps_taken[shapes] <= WARM_UP_STEPS:
                 return self._warm_up(recipe)
-            captured = self._captured[shapes] = self._capture(recipe)
-        torch._foreach_copy_(captured.inputs, list(recipe.inputs))
-        captured.graph.replay()
-        return captured.made
+            self._captured[shapes] = self._capture(recipe)
+        graph, inputs, result = self._captured[shapes]
+        torch._foreach_copy_(inputs, list(recipe.inputs))
+        graph.replay()
+        return result
 
     def set_learning_rate(self, value: float) -> None:
-        """Set the learning rate of every group in the tensor that a captured step reads."""
+        """Set the learning rate of every group, times its ``lr_scale``, in the tensor that a captured step reads."""
         for group in self._optimizer.param_groups:
             # The type alone: "cuda" differs from "cuda:0", and a new tensor would not be the one that a graph reads.
             if not isinstance(group["lr"], Tensor) or group["lr"].device.type != self._device.type:
                 group["lr"] = torch.tensor(value, device=self._device)
-            group["lr"].fill_(value)
+            group["lr"].fill_(value * group.get("lr_scale", 1.0))
             if "capturable" in group:
                 group["capturable"] = True
 
@@ -89,19 +79,19 @@ class StepGraph:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._optimizer.zero_grad(set_to_none=True)
-            made = self._whole_step(recipe)
+            result = self._whole_step(recipe)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return made
+        return result
 
-    def _capture(self, recipe: BatchRecipe) -> _Captured:
+    def _capture(self, recipe: BatchRecipe) -> tuple[torch.cuda.CUDAGraph, list[Tensor], StepResult]:
         """Record a step; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         held = recipe._replace(inputs=tuple(tensor.clone() for tensor in recipe.inputs))
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph allocates gradients in its own memory
         # Other threads (of loaders and DALI) may allocate memory and synchronise during the capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            made = self._whole_step(held)
-        return _Captured(graph, list(held.inputs), made)
+            result = self._whole_step(held)
+        return graph, list(held.inputs), result
 
     def _whole_step(self, recipe: BatchRecipe) -> StepResult:
         batch = recipe.compute()

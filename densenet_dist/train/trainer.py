@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from densenet_dist.conflicts import validation_conflicts
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
-from densenet_dist.schema import Config, WorkerRange, validation_conflicts
+from densenet_dist.model import DenseNet
+from densenet_dist.schema import Config, WorkerRange
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches
+from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.choices import choose_block, choose_loader
-from densenet_dist.train.context import RunContext
-from densenet_dist.train.ddp import RankSync, wrap
+from densenet_dist.train.context import Goodput, RunContext
+from densenet_dist.train.initial_weights import load_initial_weights
 from densenet_dist.train.inputs import (
+    class_weights,
     digest_of_files,
     engine_of,
     eval_loader,
@@ -31,21 +34,17 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
-from densenet_dist.train.metrics import Metrics, broadcast, gather_ranks
-from densenet_dist.train.network import autocast, build_model, load_weights, require_memory
+from densenet_dist.train.network import autocast, build_model, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
-from densenet_dist.train.snapshot import Position, Snapshot, identity_of, require_same
+from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
+from densenet_dist.train.results import Metrics
+from densenet_dist.train.snapshot import Position, Snapshot, identity_of, load_weights, require_same
 from densenet_dist.train.step_graph import StepGraph
 
 
 class Trainer:
-    """One rank of a run: everything that a training step needs.
-
-    Args:
-        config: of the run.
-        context: of this rank.
-        dataset: the configured data set, if it is already loaded.
+    """One rank of a run: everything that a training step needs. `dataset` is given if it is already loaded.
 
     Attributes:
         model: the plain model, whose state dict is in checkpoints.
@@ -56,10 +55,8 @@ class Trainer:
         num_images: training and validation images.
         position: steps and epochs completed.
         saved_step: the global step of the newest checkpoint, known on every rank.
-        seconds: time spent in training epochs so far, over all restarts.
-        epoch_time: seconds of training in the current epoch, and how many of them were spent waiting for batches.
+        goodput: how the run spends its time; that of rank 0 is reported.
         step_graph: takes the steps if they are captured as a CUDA graph.
-        profiler: profiles steps if configured.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -75,6 +72,8 @@ class Trainer:
         train_indices, val_indices = train_and_val(config, dataset)
         self.num_images = len(train_indices), len(val_indices)
         self._require_feasible()  # before anything is measured or built
+        weights = class_weights(config, dataset, train_indices)
+        self.class_weights = None if weights is None else weights.to(context.device)
 
         # Validation images are part of the training split, so that one engine serves both loaders.
         self.loader_name = choose_loader(config, context, dataset, train_indices)
@@ -86,12 +85,15 @@ class Trainer:
 
         train = config.train
         images = train.epochs * len(train_indices)
-        model = choose_block(config, context, dataset.num_classes, dataset.image_size, images)
+        model = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
-        self.forward = wrap(self.model, config, context, autocast(context.device, train.precision))
+        if config.model.weights or config.model.pretrained:
+            load_initial_weights(self.model, context)
+        self.model.freeze(train.freeze)
+        self.forward = wrap(self.model, config, context)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
-        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr)
+        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
         self.lr_controller = LRController(train, self.train_loader.steps_per_epoch)
 
@@ -99,17 +101,17 @@ class Trainer:
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
         self.metrics = Metrics(context.device)
         self.rank_sync = RankSync(context)
+        self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
         self.position = Position()
         self.saved_step: int | None = None
-        self.seconds = 0.0
-        self.epoch_time = self._counted = (0.0, 0.0)
+        self._epoch_start = (0.0, 0.0)  # `train_time` then
         self.step_graph: StepGraph | None = None
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
 
     @property
-    def eval_model(self) -> nn.Module:
+    def eval_model(self) -> DenseNet:
         """The model to evaluate: the weight average if there is one."""
         return self.average.model if self.average else self.model
 
@@ -129,7 +131,7 @@ class Trainer:
             self.step_graph.set_learning_rate(lr)
         else:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.config.model.drop_rate > 0:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
@@ -143,7 +145,7 @@ class Trainer:
         with autocast(self.context.device, self.config.train.precision):
             logits = self.forward(images)
         smoothing = self.config.train.label_smoothing
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        loss = F.cross_entropy(logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=smoothing)
         self.scaler.scale(loss * scale).backward()
         return loss.detach(), logits.detach()
 
@@ -160,15 +162,15 @@ class Trainer:
         self.metrics.update(loss, logits, targets)
         self.rank_sync.watch(loss, self.position.global_step)
 
-    def count_time(self) -> tuple[float, float]:
-        """Add the time since the last call to `seconds` and `epoch_time`; return `epoch_time`."""
-        spent = self.context.status.seconds()
-        waited, trained = spent.get("wait", 0.0), spent.get("wait", 0.0) + spent.get("train", 0.0)
-        added = trained - self._counted[0], waited - self._counted[1]
-        self._counted = trained, waited
-        self.seconds += added[0]
-        self.epoch_time = self.epoch_time[0] + added[0], self.epoch_time[1] + added[1]
-        return self.epoch_time
+    def train_time(self) -> tuple[float, float]:
+        """Return the seconds spent in training epochs, over all restarts, and how many of them waiting for batches."""
+        spent = self.goodput.seconds()
+        return spent["train"] + spent["wait"], spent["wait"]
+
+    def epoch_time(self) -> tuple[float, float]:
+        """Return the part of `train_time` since the start of the current epoch."""
+        trained, waited = self.train_time()
+        return trained - self._epoch_start[0], waited - self._epoch_start[1]
 
     def end_step(self) -> None:
         """Update the weight average and move on to the next step."""
@@ -182,7 +184,7 @@ class Trainer:
         self.lr_controller.end_epoch(val_loss)
         self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
         self.metrics = Metrics(self.context.device)
-        self.epoch_time = (0.0, 0.0)
+        self._epoch_start = self.train_time()
 
     def diverged(self, what: str, step: int) -> TrainingError:
         """Return the error for a value that is not finite."""
@@ -198,15 +200,15 @@ class Trainer:
 
     def snapshot(self, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
         """Return the current state. A collective call: it contains the running metrics of every rank."""
-        state: dict[str, Any] = {
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "lr_controller": self.lr_controller.state_dict(),
             "sums": gather_ranks(self.metrics.sums).cpu(),
             "clock": {
-                "seconds": self.seconds,
-                "epoch_time": self.epoch_time,
-                "goodput": self.context.goodput.state_dict(),
+                "seconds": self.train_time()[0],
+                "epoch_time": self.epoch_time(),
+                "goodput": self.goodput.state_dict(),
             },
             "pictures": digest_of_files(self.dataset),
             "identity": identity_of(self.config, self.dataset),
@@ -270,8 +272,9 @@ class Trainer:
         self.lr_controller.load_state_dict(controller)
         self.metrics.restore(state["sums"], self.context.rank, self.context.world_size)
         self.position = snapshot.position
-        self.seconds, self.epoch_time = state["clock"]["seconds"], state["clock"]["epoch_time"]
-        self.context.goodput.load_state_dict(state["clock"]["goodput"])
+        self.goodput.load_state_dict(state["clock"]["goodput"])
+        (trained, waited), (epoch_trained, epoch_waited) = self.train_time(), state["clock"]["epoch_time"]
+        self._epoch_start = trained - epoch_trained, waited - epoch_waited
         self.saved_step = snapshot.position.global_step
 
     def _require_feasible(self) -> None:
@@ -297,11 +300,7 @@ class Trainer:
 
 
 def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) -> None:
-    """Check the numbers in a checkpoint's state. NaN fails each of the comparisons.
-
-    Raises:
-        ValueError: a count is negative, or another number is impossible.
-    """
+    """Raise a ValueError if a number in a checkpoint's state is impossible. NaN fails each of the comparisons."""
     scaler, sums, clock = state["scaler"], state["sums"], state["clock"]
     if (sums.dtype, sums.shape[1:], sums.is_contiguous()) != (torch.float64, (4,), True):
         raise ValueError("the sums of loss, hits and images have another form")

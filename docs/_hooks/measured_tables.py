@@ -45,11 +45,13 @@ def peers() -> str:
 
 
 def _fastest(rounds: Sequence[dict[str, Any]], name: str) -> tuple[float, float] | None:
-    """Median speed and peak memory of an arm, as it is or with channels_last."""
-    arms = [arm for arm in rounds[0] if arm.replace("+channels_last", "") == name and "images_per_s" in rounds[0][arm]]
+    """Median speed and peak memory of a variant, as it is or with channels_last."""
+    variants = [
+        key for key in rounds[0] if key.replace("+channels_last", "") == name and "images_per_s" in rounds[0][key]
+    ]
     medians = [
-        (median(found[arm]["images_per_s"] for found in rounds), median(found[arm]["peak_mib"] for found in rounds))
-        for arm in arms
+        (median(found[key]["images_per_s"] for found in rounds), median(found[key]["peak_mib"] for found in rounds))
+        for key in variants
     ]
     return max(medians, default=None)
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from densenet_dist.config import SETTINGS as RUN_SETTINGS
+from densenet_dist.config import Settings
 from densenet_dist.sweep.definition import SETTINGS as SWEEP_SETTINGS
-from densenet_dist.typed_settings import Settings
 
 _CODE = r"s3://\S+?(?=[ ).,;:]|$)|\{[^}]*\}|\$?[A-Za-z0-9]\w*_\w+|\bnull\b|\bval/\w+"
 """What stands for a value or a name wherever it stands."""

@@ -2,13 +2,12 @@
 
 import json
 import os
-from functools import partial
 
 import pytest
 import torch
 from runs import tiny, train
 
-from densenet_dist.bench.common import MeasuringProcess
+from densenet_dist.bench.model import measuring_process, result_of
 from densenet_dist.config import to_yaml
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 
@@ -87,13 +86,10 @@ def test_on_a_gpu_with_a_graph(tmp_path, command):
 
 
 def test_a_measuring_process_answers_or_reports_that_it_died():
-    process = MeasuringProcess(partial, divmod)
-    assert process.measure(7, 2) == (3, 1)
-    process.stop()
-    process = MeasuringProcess(partial, os._exit)
-    with pytest.raises(EnvironmentProblem, match="the measuring process was killed, perhaps"):
-        process.measure(3)
-    process.stop()
+    with measuring_process() as process:
+        assert result_of(process.submit(divmod, 7, 2)) == (3, 1)
+        with pytest.raises(EnvironmentProblem, match="the measuring process was killed, perhaps"):
+            result_of(process.submit(os._exit, 3))
 
 
 def test_time_to_accuracy_trains_as_training_does_and_goes_on(tmp_path, script, capsys):

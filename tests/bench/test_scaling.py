@@ -9,8 +9,8 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from densenet_dist.bench.scaling import RankMeasurements, measure_rank, rows
-from densenet_dist.config import load_config, to_dict
+from densenet_dist.bench.scaling import measure_rank, rows
+from densenet_dist.config import load_config
 
 ROOT = Path(__file__).parents[2]
 NET = ["model.num_layers=[1,1]", "model.growth_rate=4"]
@@ -22,25 +22,25 @@ def measured():
     from predict_scaling import probe_exchange
 
     train = ("gradient_compression=bf16", "bucket_mb=0.004", "grad_accum_steps=2", "sync_bn=true")
-    plain = to_dict(load_config(*TINY, *(f"train.{setting}" for setting in train), "data.mixup=1"))
-    return measure_rank(torch.device("cpu"), plain, 10, [12, 5], 0.0, 2, partial(probe_exchange, rounds=2))
+    config = load_config(*TINY, *(f"train.{setting}" for setting in train), "data.mixup=1")
+    return measure_rank(torch.device("cpu"), config, 10, [12, 5], 0.0, 2, partial(probe_exchange, rounds=2))
 
 
 def test_ranks_measure_the_step_of_training():
-    for found in run_ranks(measured, 2):
-        assert set(found.timings) == {(12, True), (12, False), (5, True), (5, False)}
-        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.timings.values())
-        assert (found.device, found.backend) == ("CPU", "gloo")
-        buckets = found.probed["buckets"]
-        assert (len(buckets), sum(buckets)) == (2, 4 * found.parameters)
-        assert {size // 2 for size in buckets} < set(found.probed["all_reduces"])  # sent as bf16
-        for shares in found.probed["ready"].values():
+    for timings, about in run_ranks(measured, 2):
+        assert set(timings) == {(12, True), (12, False), (5, True), (5, False)}
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in timings.values())
+        assert (about["device"], about["backend"]) == ("CPU", "gloo")
+        buckets = about["probed"]["buckets"]
+        assert (len(buckets), sum(buckets)) == (2, 4 * about["parameters"])
+        assert {size // 2 for size in buckets} < set(about["probed"]["all_reduces"])  # sent as bf16
+        for shares in about["probed"]["ready"].values():
             assert 0 < shares[0] <= shares[-1] < 1
 
 
 def rank(timings):
     """A rank that took these seconds in its first round, and a fifth more in the second."""
-    return RankMeasurements({key: [s, 1.2 * s] for key, s in timings.items()}, 150_000, "CPU", "gloo")
+    return {key: [s, 1.2 * s] for key, s in timings.items()}
 
 
 def test_efficiency_follows_from_the_times():

@@ -77,32 +77,21 @@ def remove(name: str, checkpoint: Path) -> None:
     (checkpoint / name).unlink()
 
 
+DAMAGES = (
+    ("weights-flipped", "a bit of the weights is flipped", partial(flip, "model.safetensors")),
+    ("average-flipped", "a bit of the averaged weights", partial(flip, "ema.safetensors")),
+    ("state-flipped", "a bit of the optimizer state", partial(flip, "state.pt")),
+    ("weights-truncated", "the weights are cut in half", partial(truncate, "model.safetensors")),
+    ("state-removed", "the optimizer state is deleted", partial(remove, "state.pt")),
+    ("folder-removed", "all of it is deleted", shutil.rmtree),
+)
+
+
 @pytest.mark.parametrize(
     "damage",
     cases(
         "reported; resumes from the checkpoint before it; equal",
-        (
-            "weights-flipped",
-            "damage to the newest checkpoint: a bit of the weights is flipped",
-            partial(flip, "model.safetensors"),
-        ),
-        (
-            "average-flipped",
-            "damage to the newest checkpoint: a bit of the averaged weights",
-            partial(flip, "ema.safetensors"),
-        ),
-        ("state-flipped", "damage to the newest checkpoint: a bit of the optimizer state", partial(flip, "state.pt")),
-        (
-            "weights-truncated",
-            "damage to the newest checkpoint: the weights are cut in half",
-            partial(truncate, "model.safetensors"),
-        ),
-        (
-            "state-removed",
-            "damage to the newest checkpoint: the optimizer state is deleted",
-            partial(remove, "state.pt"),
-        ),
-        ("folder-removed", "damage to the newest checkpoint: all of it is deleted", shutil.rmtree),
+        *((name, f"damage to the newest checkpoint: {what}", damage) for name, what, damage in DAMAGES),
     ),
 )
 def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
@@ -110,9 +99,8 @@ def test_damaged_checkpoint(lab: Lab, damage: Callable[[Path], None]) -> None:
     before, newest = (entry["name"] for entry in manifest(run.folder)["checkpoints"][-2:])
     damage(run.folder / "checkpoints" / newest)
     again = lab.begin(resume=run.folder)
-    again.finish_like(
-        lab.undisturbed(*LOCAL, "checkpoint.keep=4"), f"resumed after step {int(before.removeprefix('step-'))}"
-    )
+    resumed = f"resumed after step {int(before.removeprefix('step-'))}"
+    again.finish_like(lab.undisturbed(*LOCAL, "checkpoint.keep=4"), resumed)
     notes = [line for line in again.text.splitlines() if newest in line and "skipped" in line]
     assert notes, f"it did not say that {newest} is damaged:{again.end_of_text}"
     lab.observe("reported; equal")
@@ -153,7 +141,7 @@ def test_storage_read_only(lab: Lab) -> None:
 @pytest.mark.fault(f"{STEPS} checkpoints are written with checkpoint.keep=3", "the last three and the best are kept")
 def test_rotation(lab: Lab) -> None:
     run = lab.begin(*LOCAL, "checkpoint.keep=3")
-    run.succeed()
+    run.end(0)
     listed = manifest(run.folder)
     names = {entry["name"] for entry in listed["checkpoints"]}
     there = {path.name for path in (run.folder / "checkpoints").iterdir()} - {"manifest.json"}
@@ -162,10 +150,7 @@ def test_rotation(lab: Lab) -> None:
     lab.observe("kept")
 
 
-@pytest.mark.fault(
-    "the driver is killed, and all files that Ray keeps of the run are emptied",
-    "resumes; equal",
-)
+@pytest.mark.fault("the driver is killed, and all files that Ray keeps of the run are emptied", "resumes; equal")
 def test_ray_state_torn(lab: Lab) -> None:
     run = lab.begin("cluster.workers=2")
     run.wait_for_step(20)

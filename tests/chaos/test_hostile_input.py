@@ -70,19 +70,19 @@ def test_poisoned_data(lab: Lab, canary: Path) -> None:
     lab.observe("exit 4; nothing ran")
 
 
+HOSTILE = (
+    ("yaml-object", "a YAML tag that calls a function", CALL, "python/object"),
+    ("yaml-duplicate", "a key given twice", "train: {lr: 0.1}\ntrain: {lr: 0.2}\n", "train"),
+    ("yaml-bomb", "aliases that expand to 9^9 items", BOMB, ""),
+    ("yaml-path", "a run name that leads out of the storage folder", "name: ../../etc/run\n", "name"),
+)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     cases(
         "exit 2, naming the place; nothing runs",
-        ("yaml-object", "in a configuration: a YAML tag that calls a function", CALL, "python/object"),
-        ("yaml-duplicate", "in a configuration: a key given twice", "train: {lr: 0.1}\ntrain: {lr: 0.2}\n", "train"),
-        ("yaml-bomb", "in a configuration: aliases that expand to 9^9 items", BOMB, ""),
-        (
-            "yaml-path",
-            "in a configuration: a run name that leads out of the storage folder",
-            "name: ../../etc/run\n",
-            "name",
-        ),
+        *((name, f"in a configuration: {what}", *values) for name, what, *values in HOSTILE),
     ),
 )
 def test_hostile_configuration(lab: Lab, canary: Path, text: str, words: str) -> None:
@@ -120,7 +120,7 @@ def test_secrets(lab: Lab) -> None:
     names = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN"]
     names += ["WANDB_API_KEY", "GITHUB_TOKEN", "DB_PASSWORD"]
     run = lab.begin("cluster.workers=2", environment=dict.fromkeys(names, marker))
-    run.succeed()
+    run.end(0)
     files = [path for path in run.folder.rglob("*") if path.is_file()] + [run.output]
     found = [str(path) for path in files if marker.encode() in path.read_bytes()]
     assert not found, f"found in {found}"
@@ -131,7 +131,7 @@ def test_secrets(lab: Lab) -> None:
 def test_html_names(lab: Lab) -> None:
     settings = write_pictures(lab.folder / "pictures", "fine", "<img src=x onerror=alert(1)>")
     run = lab.begin(*LOCAL, *settings, "train.epochs=1")
-    run.succeed()
+    run.end(0)
     page = (run.folder / "report.html").read_text()
     assert "<img src=x" not in page, "the class's name is in the page as HTML"
     assert "&lt;img src=x" in page, "the class's name is not in the page"

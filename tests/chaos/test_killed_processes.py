@@ -4,7 +4,9 @@ import signal
 import time
 
 import pytest
-from chaos_lab import LOCAL, STEPS, Lab, all_records, cases, largest_difference_of_losses
+from chaos_lab import LOCAL, STEPS, Lab, cases, largest_difference_of_losses
+
+from densenet_dist.run_folder import open_run
 
 SAME = "resumes; equal"
 RAY = ("cluster.workers=2", "cluster.max_failures=30")
@@ -25,7 +27,8 @@ def test_worker_killed(lab: Lab) -> None:
     reference = lab.undisturbed(*settings)
     run.finish_like(reference)
     found, best = (
-        [line for line in all_records(folder) if "goodput/ratio" in line][-1] for folder in (run.folder, reference)
+        [line for line in open_run(str(folder)).read_records() if "goodput/ratio" in line][-1]
+        for folder in (run.folder, reference)
     )
     lost = found["goodput/lost_to_recovery"]
     assert lost > 0.1, f"20 recoveries are not counted: {found}"
@@ -117,7 +120,7 @@ def test_number_of_ranks_changed(lab: Lab) -> None:
     # learning rate, because with a high one training itself makes rounding differences grow.
     settings = (*LOCAL, "train.sync_bn=true", "model.drop_rate=0", "train.lr=0.005")
     reference = lab.begin_ranks(2, *settings)
-    reference.succeed()
+    reference.end(0)
     run = lab.begin_ranks(2, *settings)
     run.wait_for_step(14)
     run.kill_all()
@@ -125,7 +128,7 @@ def test_number_of_ranks_changed(lab: Lab) -> None:
     run.wait_for_step(33)
     run.interrupt()
     run = lab.begin_ranks(3, resume=run.folder)
-    run.succeed()
+    run.end(0)
     worst = largest_difference_of_losses(run.folder, reference.folder)
     assert worst < 1e-5, f"losses differ by {worst:.1e}"
     lab.observe(f"losses differ by {worst:.0e} at most", 2)

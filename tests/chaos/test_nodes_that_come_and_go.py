@@ -56,7 +56,7 @@ def test_node_lost(lab: Lab) -> None:
             time.sleep(9)
             second = cluster.add_node(num_cpus=1)
             seconds = run.wait_for_step(run.saved + 3)
-        run.succeed()
+        run.end(0)
     run.finish_like(lab.undisturbed(*LONG, "cluster.workers=2"), "waiting up to 20 s for resources: 2 workers")
     lab.observe(f"resumed {seconds:.0f} s after the last new node joined; equal", 3)
 
@@ -77,7 +77,7 @@ def test_elastic(lab: Lab) -> None:
         run.wait_for_step(run.saved + 5)
         cluster.add_node(num_cpus=1)
         run.wait_until(lambda: workers_of(run) == 2, "a start with two workers again")
-        run.succeed()
+        run.end(0)
     worst = largest_difference_of_losses(run.folder, lab.undisturbed(*LONG, *SYNC, "cluster.workers=2"))
     assert worst < 1e-5, f"losses differ by {worst:.1e}"
     lab.observe(f"2, 1, then 2 workers; losses differ by {worst:.0e} at most", 2)
@@ -105,7 +105,7 @@ def test_node_preempted(lab: Lab) -> None:
         cluster.add_node(num_cpus=1)
         run.wait_for("a node was preempted", 60)
         saved = run.saved
-        run.succeed()
+        run.end(0)
     assert "was lost" not in run.text, run.end_of_text
     run.finish_like(lab.undisturbed(*settings), f"resumed after step {saved}")
     lab.observe(f"saved {seconds:.1f} s after the notice, resumed from there; equal")

@@ -43,7 +43,7 @@ def test_many_epochs(lab: Lab) -> None:
     early = usage(process)
     run.wait_for("epoch 190/200", 800)
     late = usage(process)
-    run.succeed()
+    run.end(0)
     found = require_no_growth(early, late, 1.1, files=1, threads=1)
     board = sum(path.stat().st_size for path in (run.folder / "tb").rglob("*") if path.is_file()) / MIB
     assert board < 1, f"TensorBoard has {board:.1f} MiB"
@@ -62,7 +62,7 @@ def test_many_restarts(lab: Lab) -> None:
     early, early_shared = usage(driver), shared_memory()
     kill_workers(run, range(45, 165, 8))
     late, late_shared = usage(driver), shared_memory()
-    run.succeed()
+    run.end(0)
     time.sleep(2)
     left = shared_memory() - before
     found = require_no_growth(early, late, 1.15, files=8, threads=8, processes=2)

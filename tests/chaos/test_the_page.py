@@ -1,4 +1,4 @@
-"""docs/reliability.md has every case, and a case can tell right from wrong."""
+"""docs/reliability.md has every case."""
 
 import json
 
@@ -23,8 +23,9 @@ def test_the_page_has_every_case_as_expected(cases):
 def test_a_difference_between_runs_is_named(tmp_path, weights, loss, differs):
     reference, run = tmp_path / "a", tmp_path / "b"
     for folder, content, value in ((reference, b"w", 0.5), (run, weights, loss)):
-        (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
-        (folder / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(content)
+        (folder / "checkpoints" / "step-3").mkdir(parents=True)
+        (folder / "checkpoints" / "manifest.json").write_text('{"checkpoints": [{"name": "step-3"}]}')
+        (folder / "checkpoints" / "step-3" / "model.safetensors").write_bytes(content)
         (folder / "metrics.jsonl").write_text(json.dumps({"train/loss": value, "seconds": id(folder)}) + "\n")
         (folder / "tb").mkdir()
     if differs is None:

@@ -167,9 +167,7 @@ def test_hosts_share_an_object_store(hosts, store):
 def test_a_sweep_on_hosts(hosts, tmp_path):
     cluster, _ = hosts
     tiny = ("trials=2", "train.epochs=1", "data.limit=200", "scheduler={name: fifo}", "workers=2")
-    text = finished(
-        submit(cluster, "tune", "configs/sweep_quickstart.yaml", *tiny, f"storage={tmp_path}", "name=sweep")
-    )
-    assert "best trial" in text
+    sweep = ("configs/sweep_quickstart.yaml", *tiny, f"storage={tmp_path}", "name=sweep")
+    assert "best trial" in finished(submit(cluster, "tune", *sweep))
     statuses = [trial["status"] for trial in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]]
     assert statuses == ["finished", "finished"]

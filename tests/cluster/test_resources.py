@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from densenet_dist.cluster.measured import plan_measurement
-from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_resources, plan_trials
+from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_measurement, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import SweepConfig
 
 
 @pytest.mark.parametrize(
@@ -83,12 +82,7 @@ def test_no_room_for_one_trial():
 
 @pytest.mark.parametrize(
     ("workers", "cpus", "expected"),
-    [
-        (2, 2, (2, 2)),
-        ("auto", 8, (2, 2)),
-        ("auto", 1, (1, 1)),
-        (WorkerRange(1, 4), 2, (1, 4)),
-    ],
+    [(2, 2, (2, 2)), ("auto", 8, (2, 2)), ("auto", 1, (1, 1)), (WorkerRange(1, 4), 2, (1, 4))],
 )
 def test_workers(workers: Any, cpus: int, expected: tuple[int, int]):
     planned = plan_resources(ClusterConfig(workers=workers, device="cpu"), {"CPU": cpus}, fixed=True)

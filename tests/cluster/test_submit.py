@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from densenet_dist.cli import app, submitting
+from densenet_dist.cli import app, submitting, training
 from densenet_dist.cluster import submit
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.cluster.submit import Job, prepare, send
@@ -86,18 +86,12 @@ def run(monkeypatch: pytest.MonkeyPatch, answer: bool | None) -> tuple[int, str]
     return result.exit_code, result.output
 
 
-def test_the_exit_code_is_that_of_the_command(monkeypatch, client):
-    client.exit_code = 5
+@pytest.mark.parametrize(("expected", "end"), [(5, "failed"), (0, "succeeded")])
+def test_the_exit_code_is_that_of_the_command_and_all_output_is_shown(monkeypatch, client, expected, end):
+    client.exit_code, client.ends = expected, expected == 0
     code, text = run(monkeypatch, answer=None)
-    assert code == 5, text
-    assert re.search(r"job densenet-doctor-\S+ failed", text)
-
-
-def test_all_output_is_shown_to_the_end(monkeypatch, client):
-    client.ends = True
-    code, text = run(monkeypatch, answer=None)
-    assert code == 0, text
-    assert re.search(r"^epoch 1\nepoch 2\njob densenet-doctor-\S+ succeeded$", text, re.MULTILINE), text
+    assert code == expected, text
+    assert re.search(rf"^epoch 1\nepoch 2\njob densenet-doctor-\S+ {end}$", text, re.MULTILINE), text
 
 
 @pytest.mark.parametrize(("moment", "silent"), [("send", False), ("follow", False), ("follow", True)])
@@ -135,7 +129,7 @@ def test_an_interrupt_that_python_drops_is_raised_again(client, monkeypatch):
             submit.follow(Job("job", "http://nowhere", "", ""), lambda piece: Dropping())
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    assert [type(each.exc_value) for each in dropped] == [KeyboardInterrupt]
+    assert [type(each.exc_value) for each in dropped] == [training.SignalInterrupt]
 
 
 def test_a_closed_terminal_interrupts_but_not_under_nohup(monkeypatch):

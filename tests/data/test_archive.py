@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toy_cifar import Toy
+from toy_cifar import Toy, visible
 
 from densenet_dist.data.cifar import CIFAR10
 from densenet_dist.data.datasets import load_dataset
@@ -29,10 +29,6 @@ def load(root: Path) -> None:
 
 def start_load(root: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", LOAD, str(root)], stdout=subprocess.PIPE, text=True)
-
-
-def visible(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
 
 
 class TestExtract:

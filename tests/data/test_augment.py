@@ -19,7 +19,7 @@ from densenet_dist.data.augment import GEOMETRIES, Augmentation, Parameters, dra
 from densenet_dist.data.plan import Stream, random_words, unit_floats
 from densenet_dist.data.trivial_augment import OPERATIONS, STRENGTHS, Tone
 
-NAMES = ("window", "affine", "tone", "strength", "hole", "blend", "box", "own")
+NAMES = ("window", "affine", "tone", "strength", "hole", "blend", "box", "label_share")
 AWKWARD = [(1, 1), (1, 2), (2, 1), (3, 4), (1, 500), (500, 1), (7, 300), (32, 32), (500, 375), (375, 500), (4000, 3000)]
 
 
@@ -49,7 +49,7 @@ def test_golden() -> None:
     assert sha(drawn(cutout=8).hole) == "93045bbe06759957"
     mixed = drawn(mixup=1.0, cutmix=1.0)
     assert (sha(mixed.box), sha(mixed.blend)) == ("5b0e4cdcc11f2745", "939d29279ea5332a")
-    assert sha(mixed.own) == "68dd32dea8504aaf"
+    assert sha(mixed.label_share) == "68dd32dea8504aaf"
 
 
 @pytest.mark.parametrize("geometry", ["crop_flip", "random_resized_crop"])

@@ -15,9 +15,8 @@ from image_loaders import train_loader as any_loader
 from PIL import Image
 
 from densenet_dist.data.augment import Augmentation
-from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import Engine
-from densenet_dist.data.image_files import ImageFiles
+from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.loader import Batch, TrainLoader
 from densenet_dist.data.plan import epoch_order
 from densenet_dist.data.substitutes import Substitutes

@@ -4,6 +4,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from nvidia import dali
 from nvidia.dali import backend
 from runs import TINY
 
-from densenet_dist.data import dali_support
-from densenet_dist.data.dali_support import require_dali
+from densenet_dist.data import dali_loader
+from densenet_dist.data.dali_loader import require_dali
 from densenet_dist.errors import EnvironmentProblem
 
 VERSION = re.escape(str(dali.__version__))
@@ -33,7 +34,7 @@ def test_training_goes_on_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     """Left to the program it takes torch and says so; asked for DALI, it says what is missing."""
-    monkeypatch.setattr(dali_support.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dali_loader.util, "find_spec", lambda name: None)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     for loader, expected in (("auto", 0), ("dali", 3)):
         code, *said = command("train", "tiny.yaml", f"name={loader}", f"data.loader={loader}", "train.epochs=1")
@@ -48,19 +49,16 @@ def test_a_part_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     require_dali(CPU, decoding=False)  # no matter for images in memory
     said = problem(decoding=True)
     assert re.search(rf"DALI {VERSION} cannot decode images: .*\n.*pip install nvidia-nvimgcodec-cu13", said)
-
-    def fail(name: str) -> None:
-        raise ImportError("libdali_core.so: cannot open shared object file")
-
-    monkeypatch.setattr(importlib, "import_module", fail)
+    missing = ImportError("libdali_core.so: cannot open shared object file")
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=missing))
     said = problem()
     assert f"DALI {dali.__version__} is installed but cannot be imported: libdali_core.so" in said
     assert "pip install --force-reinstall nvidia-dali-cuda130" in said
 
 
 def test_a_driver_that_is_too_old_or_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali_support, "driver_versions", lambda: ("550.54", (12, 4)))
+    monkeypatch.setattr(dali_loader, "driver_versions", lambda: ("550.54", (12, 4)))
     assert "built for CUDA 13, cannot work here: the driver 550.54 supports CUDA 12.4 at most" in problem(GPU)
-    monkeypatch.setattr(dali_support, "driver_versions", lambda: (None, (13, 5)))
+    monkeypatch.setattr(dali_loader, "driver_versions", lambda: (None, (13, 5)))
     monkeypatch.setattr(backend, "GetCUDADeviceCount", lambda: 0)
     assert "finds no GPU, although the driver supports CUDA 13.5" in problem(GPU)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from s3_server import reset
-from toy_cifar import Toy
+from toy_cifar import Toy, visible
 
-from densenet_dist.data import download
+from densenet_dist.data import cifar_source
+from densenet_dist.data.cifar_source import fetch
 from densenet_dist.data.datasets import load_dataset, prepare_dataset
-from densenet_dist.data.download import fetch
 from densenet_dist.errors import DataError
 
 Answer = Callable[["Handler"], None]
@@ -79,17 +79,13 @@ def server(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds between tries, which no test waits for."""
     made: list[float] = []
-    monkeypatch.setattr(download.time, "sleep", made.append)
+    monkeypatch.setattr(cifar_source.time, "sleep", made.append)
     return made
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "root"
-
-
-def visible(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
 
 
 @pytest.mark.parametrize("length", [True, False])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from ray_runs import bytes_of
 from s3_store import Store
 
 from densenet_dist.data.datasets import load_dataset, prepare_dataset, publish_dataset
@@ -32,13 +33,9 @@ def photos(store: Store) -> dict[str, bytes]:
     return files
 
 
-def here(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def sync(store: Store) -> dict[str, bytes]:
     """The node's pictures, brought up to date."""
-    return here(sync_images(store.uri))
+    return bytes_of(sync_images(store.uri))
 
 
 def taken(store: Store) -> list[str]:
@@ -113,7 +110,7 @@ class TestErrors:
         with pytest.raises(DataError, match=r"cannot read dog/2\.png in data\.root=s3://.*ACCESS_DENIED"):
             sync(store)
         store.server.refuses_names = ()
-        before = set(here(cache_of(store.uri) / "files"))
+        before = set(bytes_of(cache_of(store.uri) / "files"))
         assert "dog/2.png" not in before
         taken(store)
         assert sync(store) == photos

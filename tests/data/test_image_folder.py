@@ -13,7 +13,7 @@ import pytest
 from image_loaders import picture_kinds, png_chunk
 from PIL import Image, ImageOps
 
-from densenet_dist.data import image_check, image_folder
+from densenet_dist.data import image_folder
 from densenet_dist.data.image_files import Verdict
 from densenet_dist.data.image_folder import Folder, read_folder
 from densenet_dist.errors import DataError
@@ -25,13 +25,13 @@ WIDTH, HEIGHT = 24, 16
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that have been opened to verify them."""
     names: list[str] = []
-    check = image_check.examine
+    check = image_folder.examine
 
     def count(path: Path) -> Verdict:
         names.append(path.name)
         return check(path)
 
-    monkeypatch.setattr(image_check, "examine", count)
+    monkeypatch.setattr(image_folder, "examine", count)
     return names
 
 
@@ -96,13 +96,13 @@ class TestLayouts:
         put(tmp_path, "cat/b.png", "cat/deep/er/a.png", "dog/2.png", "dog/10.PNG", "ant/x.png")
         folder = read(tmp_path)
         assert folder.class_names == ("ant", "cat", "dog")
-        assert folder.files.names == ("ant/x.png", "cat/b.png", "cat/deep/er/a.png", "dog/10.PNG", "dog/2.png")
-        assert folder.labels.tolist() == [0, 1, 1, 2, 2]
-        assert folder.labels.dtype == folder.files.sizes.dtype == np.int64
-        assert folder.files.sizes.tolist() == [[WIDTH, HEIGHT]] * 5
-        assert (folder.files.root, folder.files.image_size, len(folder.files)) == (tmp_path, 32, 5)
-        assert folder.files.path(1) == tmp_path / "cat" / "b.png"
-        assert (folder.val, folder.test_files, folder.test_labels) == (None, None, None)
+        assert folder.train.images.names == ("ant/x.png", "cat/b.png", "cat/deep/er/a.png", "dog/10.PNG", "dog/2.png")
+        assert folder.train.labels.tolist() == [0, 1, 1, 2, 2]
+        assert folder.train.labels.dtype == folder.train.images.sizes.dtype == np.int64
+        assert folder.train.images.sizes.tolist() == [[WIDTH, HEIGHT]] * 5
+        assert (folder.train.images.root, folder.train.images.image_size, len(folder.train.labels)) == (tmp_path, 32, 5)
+        assert folder.train.images.path(1) == tmp_path / "cat" / "b.png"
+        assert (folder.val, folder.test) == (None, None)
         assert folder.skipped == ()
 
     @pytest.mark.parametrize("layout", PUBLIC)
@@ -112,12 +112,12 @@ class TestLayouts:
         folder = read(tmp_path)
         assert folder.class_names == CLASSES
         expected = {part: files_of(pattern) for part, _, pattern in tokens}
-        val = [folder.files.names[row] for row in ([] if folder.val is None else folder.val)]
-        assert list(folder.files.names) == expected.get("train", expected.get("flat")) + val
+        val = [folder.train.images.names[row] for row in ([] if folder.val is None else folder.val)]
+        assert list(folder.train.images.names) == expected.get("train", expected.get("flat")) + val
         assert val == expected.get("val", [])
-        assert folder.labels.tolist() == [0, 1, 2, 3] * (1 + bool(val))
-        assert list(folder.test_files.names if folder.test_files else []) == expected.get("test", [])
-        assert folder.test_labels is None or folder.test_labels.tolist() == [0, 1, 2, 3]
+        assert folder.train.labels.tolist() == [0, 1, 2, 3] * (1 + bool(val))
+        assert list(folder.test.images.names if folder.test else []) == expected.get("test", [])
+        assert folder.test is None or folder.test.labels.tolist() == [0, 1, 2, 3]
         left = [line for line in folder.skipped if line.endswith(": not used (no class folders, or no part)")]
         assert len(left) == len(folder.skipped) == layout.count("left=")
 
@@ -125,7 +125,7 @@ class TestLayouts:
         put(tmp_path, "a/1.png", "b/1.png", "cover.png", ".git/x.png", "__MACOSX/a/1.png", "a/notes.txt", "a/Thumbs.db")
         put(tmp_path, "a/.hidden.png", "a/._1.png", "a/.trash/1.png", "b/labels.csv", "b/x.json", "b/README.md", "b/no")
         folder = read(tmp_path)
-        assert folder.files.names == ("a/1.png", "b/1.png")
+        assert folder.train.images.names == ("a/1.png", "b/1.png")
         assert folder.skipped == ()
 
     def test_names_that_are_not_utf8(self, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ class TestLayouts:
         folder = read(tmp_path, on_bad_image="skip")
         assert folder.class_names == ("b", "caf\\udce9")
         assert folder.skipped == ("b/\\udce9.png: empty file",)
-        assert read(tmp_path, on_bad_image="skip").files.path(1).is_file()
+        assert read(tmp_path, on_bad_image="skip").train.images.path(1).is_file()
 
     def test_links_are_followed_but_never_in_a_loop(self, tmp_path: Path) -> None:
         put(tmp_path, "set/a/1.png", "set/b/1.png", "elsewhere/2.png", "elsewhere/deep/3.png")
@@ -146,7 +146,7 @@ class TestLayouts:
         (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere")
         folder = read(tmp_path / "set")
         linked = ("a/more/2.png", "a/more/deep/3.png", "b/1.png", "b/link.png", "c/2.png", "c/deep/3.png")
-        assert folder.files.names == ("a/1.png", *linked)
+        assert folder.train.images.names == ("a/1.png", *linked)
 
 
 class TestWrongFolders:
@@ -159,20 +159,17 @@ class TestWrongFolders:
     @pytest.mark.parametrize(
         ("names", "said"),
         [
-            (["1.png", "2.png"], r"has 0 class folders, but at least 2 are needed: .*<class>"),
-            (["train/a/1.png", "test/a/1.png"], r"has 1 class folders, but at least 2 are needed: .*<class>"),
-            (
-                ["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"],
-                "more than one val folder: remove valid",
-            ),
-            (["train/cat.1.png", "test1/1.png"], "has no class folders in test1, train: images are looked for"),
-            (["images/1.png", "annotations/trimaps/1.png"], "images has 0 class folders"),
-            (["train/a/1.png", "train/b/1.png", "val/z/1.png"], r"/val has classes that .*/train lacks: z; rename"),
-            (["a/1.png", "b/1.png", "c/x.txt", "d/e/x.txt"], r"no image that can be used in c, d: add some \(\.jpg"),
+            ("1.png 2.png", r"has 0 class folders, but at least 2 are needed: .*<class>"),
+            ("train/a/1.png test/a/1.png", r"has 1 class folders, but at least 2 are needed: .*<class>"),
+            ("train/a/1.png train/b/1.png val/a/1.png valid/a/1.png", "more than one val folder: remove valid"),
+            ("train/cat.1.png test1/1.png", "has no class folders in test1, train: images are looked for"),
+            ("images/1.png annotations/trimaps/1.png", "images has 0 class folders"),
+            ("train/a/1.png train/b/1.png val/z/1.png", r"/val has classes that .*/train lacks: z; rename"),
+            ("a/1.png b/1.png c/x.txt d/e/x.txt", r"no image that can be used in c, d: add some \(\.jpg"),
         ],
     )
-    def test_no_such_layout(self, tmp_path: Path, names: list[str], said: str) -> None:
-        put(tmp_path, *names)
+    def test_no_such_layout(self, tmp_path: Path, names: str, said: str) -> None:
+        put(tmp_path, *names.split())
         with pytest.raises(DataError, match=said):
             read(tmp_path)
 
@@ -199,8 +196,8 @@ def test_pictures_are_as_pillow_reads_them(tmp_path: Path, capfd: pytest.Capture
     for name, data in kinds.items():
         put(tmp_path, f"a/{name}", data=data)
     put(tmp_path, "b/1.png")
-    files = read(tmp_path).files
-    assert len(files) == len(kinds) + 1
+    files = read(tmp_path).train.images
+    assert len(files.names) == len(kinds) + 1
     for row, name in enumerate(files.names[:-1]):
         expected = by_pillow(kinds[name[2:]])
         pixels = files.decode(row)
@@ -266,7 +263,7 @@ class TestBadImages:
     def test_skip_names_each_with_its_reason(self, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
         for _ in range(2):  # opened, and from the cache
             folder = read(root, on_bad_image="skip")
-            assert folder.files.names == ("a/good.png", "b/good.png")
+            assert folder.train.images.names == ("a/good.png", "b/good.png")
             assert dict(line.split(": ", 1) for line in folder.skipped) == FOUND
         assert capfd.readouterr().err == "", "decoders are heard, and their lines do not go where no file is named"
 
@@ -298,16 +295,16 @@ class TestCache:
         opened.clear()
         again = self.skip(root)
         assert opened == []
-        assert (again.files.names, again.skipped) == (first.files.names, first.skipped)
-        assert again.files.sizes.tolist() == first.files.sizes.tolist()
+        assert (again.train.images.names, again.skipped) == (first.train.images.names, first.skipped)
+        assert again.train.images.sizes.tolist() == first.train.images.sizes.tolist()
         put(root, "a/new.png", "b/bad.png")
         put(root, "a/1.png", data=encode(picture().resize((3, 5)), "PNG"))
         os.utime(root / "a" / "2.png", ns=(0, 12345))
         (root / "b" / "3.png").unlink()
         folder = self.skip(root)
         assert sorted(opened) == ["1.png", "2.png", "bad.png", "new.png"]
-        assert folder.files.names == ("a/1.png", "a/2.png", "a/new.png", "b/bad.png")
-        assert folder.files.sizes[0].tolist() == [3, 5]
+        assert folder.train.images.names == ("a/1.png", "a/2.png", "a/new.png", "b/bad.png")
+        assert folder.train.images.sizes[0].tolist() == [3, 5]
         assert folder.skipped == ()
 
     def test_damaged(self, root: Path, remembered: Path, opened: list[str]) -> None:
@@ -319,7 +316,7 @@ class TestCache:
         for damaged in (whole[: len(whole) // 2], "[" * 100_000, *others):
             file.write_text(damaged)
             opened.clear()
-            assert self.skip(root).files.names == first.files.names
+            assert self.skip(root).train.images.names == first.train.images.names
             assert len(opened) == 4
             self.skip(root)
             assert len(opened) == 4  # it has been mended

@@ -13,7 +13,7 @@ from image_loaders import MEAN, SPLIT, STD, assert_same, engine_of, eval_loader,
 
 from densenet_dist.data import augment
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
-from densenet_dist.data.datasets import Split
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.loader import Batch
 
 MIXED = Augmentation("notebook", mixup=0.4, cutmix=1.0)
@@ -106,6 +106,7 @@ class TestTrainLoader:
             (pictures, 16, cropped),
         ):
             options: Any = {"split": split, "batch": batch, "augmentation": augmentation}
+            options["balanced"] = split is pictures
             ranks = [
                 list(train_loader(kind, **options, rank=rank, world_size=world_size).epoch(5))
                 for rank in range(world_size)
@@ -120,6 +121,14 @@ class TestTrainLoader:
             assert_same(whole.epoch(2, start_step=step), expected[step:7])
             resumed = train_loader(kind, augmentation=EVERYTHING)
             assert_same([*resumed.epoch(2, start_step=step), *resumed.epoch(3)], expected[step:])
+
+    def test_a_repeated_image_of_a_small_class_is_augmented_anew(self, kind: str) -> None:
+        split = numbered(64)
+        split.labels[:] = np.arange(64) == 5
+        batches = list(train_loader(kind, split, Augmentation("crop_flip"), balanced=True).epoch(0))
+        labels, images = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("targets", "images"))
+        assert labels.bincount().tolist() == [32, 32]
+        assert len({image.numpy().tobytes() for image in images[labels == 1]}) > 20
 
     def test_an_abandoned_epoch_disturbs_no_other(self, kind: str) -> None:
         loader = train_loader(kind)
@@ -171,8 +180,8 @@ def test_mixing_is_its_definition(kind: str, batch: int) -> None:
             share = np.where(inside, 0.0, drawn.blend[row])
             own, other = single.images[place].numpy(), single.images[partner].numpy()
             np.testing.assert_allclose(mixed.images[place].numpy(), share * own + (1 - share) * other, atol=1e-5)
-            targets[place, row] += drawn.own[row]
-            targets[place, int(single.targets[partner])] += 1 - drawn.own[row]
+            targets[place, row] += drawn.label_share[row]
+            targets[place, int(single.targets[partner])] += 1 - drawn.label_share[row]
         np.testing.assert_allclose(mixed.targets.numpy(), targets, atol=1e-6)
         np.testing.assert_allclose(mixed.targets.sum(dim=1).numpy(), 1.0, atol=1e-6)
         assert (mixed.targets >= 0.0).all()

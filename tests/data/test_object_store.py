@@ -48,7 +48,7 @@ def packed(toy: Toy, tmp_path: Path) -> bytes:
 
 def train_images(toy: Toy) -> np.ndarray[Any, Any]:
     data = b"".join(toy.files[name] for name in toy.spec.train)
-    return cifar.parse_records(toy.spec, data)[0]
+    return cifar.parse_records(toy.spec, data).images
 
 
 class TestPublish:
@@ -160,10 +160,8 @@ class TestCommands:
         found = doctor._data(config)
         assert found.state == "note"
         assert found.text == f"cifar10 is not in {where}; it will be downloaded once and uploaded there"
-        for change, said in (
-            ("data.download=false", "data prepare cifar10 --root"),
-            ("data.name=folder", "no images"),
-        ):
+        mistakes = {"data.download=false": "data prepare cifar10 --root", "data.name=folder": "no images"}
+        for change, said in mistakes.items():
             with pytest.raises(DataError, match=said):
                 doctor._data(load_config(to_dict(config), change))
         store.write(toy.spec.archive, packed)

@@ -14,8 +14,9 @@ from image_loaders import smooth as smooth_images
 from PIL import Image
 
 from densenet_dist.data.augment import GEOMETRIES, NO_AUGMENTATION, Augmentation
-from densenet_dist.data.datasets import Split, load_dataset
+from densenet_dist.data.datasets import load_dataset
 from densenet_dist.data.engine import ENGINES
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.image_folder import read_folder
 from densenet_dist.data.loader import Batch, TrainLoader
 
@@ -87,8 +88,8 @@ class TestCifar:
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
         folder = read_folder(tmp_path, image_size=32)
-        files = Split(folder.files, folder.labels)
-        order = [int(Path(name).stem) for name in folder.files.names]
+        files = folder.train
+        order = [int(Path(name).stem) for name in files.images.names]
         in_order = Split(arrays.images[order], arrays.labels[order])
         assert np.array_equal(files.labels, in_order.labels)
         for augmentation in (NO_AUGMENTATION, Augmentation("notebook", True, 8, 0.4, 1.0), Augmentation("crop_flip")):
@@ -110,7 +111,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Split:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         folder = read_folder(root, image_size=32)
-    return Split(folder.files, folder.labels)
+    return folder.train
 
 
 class TestFiles:

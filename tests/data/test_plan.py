@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from densenet_dist.data import shapes
-from densenet_dist.data.plan import BatchPlan, Stream, epoch_order, split_indices
+from densenet_dist.data.plan import BatchPlan, Stream, balanced_order, epoch_order, split_indices
 from densenet_dist.errors import ConfigError
 
 LABELS = np.arange(1000) % 10
@@ -28,6 +28,23 @@ def test_golden() -> None:
     assert sha(split_indices(LABELS, 0.1, 42, stream=test_split)[1]) == "87826d9dc35f1ec5"
     assert sha(split_indices(LABELS, 0.1, 42, stratified=True, stream=test_split)[1]) == "17eaa3b474f6620e"
     assert sha(epoch_order(np.arange(50_000), 42, 7)) == "7f67f07ddf4bfd94"
+
+
+def test_a_balanced_epoch_has_every_class_equally_often() -> None:
+    labels, indices = np.repeat([0, 1, 2], [80, 15, 5]), np.arange(100) * 7
+    seen = np.zeros(3, dtype=int)
+    for epoch in range(3):
+        order = balanced_order(indices, labels, 42, epoch)
+        assert np.array_equal(order, balanced_order(indices, labels, 42, epoch))
+        found, counts = np.unique(order // 7, return_counts=True)
+        per_class = np.bincount(labels[order // 7])
+        assert sorted(per_class) == [33, 33, 34]
+        seen += per_class
+        for label in range(3):  # none twice while another is not there yet
+            assert np.ptp(counts[labels[found] == label]) <= 1
+        assert set(labels[found[counts == 1]]) == {0}
+    assert seen.tolist() == [100, 100, 100]
+    assert not np.array_equal(order, balanced_order(indices, labels, 42, 0))
 
 
 def test_golden_shapes() -> None:

@@ -15,7 +15,7 @@ import termios
 import pytest
 from rich.console import Console as RichConsole
 
-from densenet_dist.display.console import Console, RunSummary, epoch_line
+from densenet_dist.display.console import Console, RunSummary, epoch_parts
 from densenet_dist.display.json_lines import RunJsonLines
 from densenet_dist.display.progress import RunProgress
 from densenet_dist.errors import Interrupted
@@ -63,9 +63,8 @@ def shown(script: str, columns: int, **env: str) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT + script], env=ENV | env, start_new_session=True, **streams
-    )
+    command = [sys.executable, "-c", SCRIPT + script]
+    process = subprocess.Popen(command, env=ENV | env, start_new_session=True, **streams)
     os.close(theirs)
     written = b""
     try:
@@ -108,8 +107,8 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
     line += "  1,234 images/s  36.4 s"
     assert lines[2] == "resumed after step 4224, in epoch 7"
     assert re.fullmatch(re.escape(line) + r"  [\d:]+ left  \*", lines[3])
-    assert epoch_line(EPOCH) == f"{line}  *"
-    assert epoch_line({**EPOCH, "many_classes": True}).count("top-5") == 2
+    assert "  ".join(epoch_parts(EPOCH)) == f"{line}  *"
+    assert "".join(epoch_parts({**EPOCH, "many_classes": True})).count("top-5") == 2
     assert lines[4] == "something [odd] happened"
     assert [re.split("   +", line.strip()) for line in lines[5:] if line.strip()] == [
         ["finished: run"],

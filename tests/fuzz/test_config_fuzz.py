@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from densenet_dist.cli import main
 from densenet_dist.config import load_config, to_dict
-from densenet_dist.sweep.definition import SETTINGS
-from densenet_dist.sweep.schema import SweepConfig
+from densenet_dist.sweep.definition import SETTINGS, SweepConfig
 from densenet_dist.yaml_settings import flatten
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""A tiny run with averaged weights, exported files of it, and commands run in an empty folder."""
+"""A copy of a tiny run, exported files of it, and images."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run_of, tiny, train
 
 from densenet_dist.inference.exporting import export
-
-
-@pytest.fixture(scope="session")
-def original(tmp_path_factory) -> Path:
-    """The folder of a finished run; not to be changed."""
-    config = tiny(tmp_path_factory.mktemp("original"), "train.epochs=2", "train.ema_decay=0.5")
-    train(config)
-    return run_of(config).path
 
 
 @pytest.fixture

@@ -19,16 +19,11 @@ import pytest
 import requests
 from PIL import Image, ImageOps
 
-from densenet_dist.inference.classifier import Classifier, load_classifier
+from densenet_dist.inference.classifier import load_classifier
 
 pytest.importorskip("gradio", reason="gradio is not installed", exc_type=ImportError)
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-
-
-@pytest.fixture(scope="module")
-def classifier(original) -> Classifier:
-    return load_classifier(original, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +61,14 @@ def classify(address: str, picture: dict[str, Any]) -> str:
     return requests.get(f"{address}/call/predict/{call}", timeout=60).text
 
 
-def test_an_upload_is_classified(address, classifier):
+def test_an_upload_is_classified(address, original):
     picture = Image.merge("LA", [Image.new("L", (256, 256)), Image.linear_gradient("L")])  # the shape is in alpha alone
     file = io.BytesIO()
     picture.save(file, "PNG")
     answer = classify(address, {"path": upload(address, "x.png", file.getvalue())} | META)
     assert answer.startswith("event: complete")
     (found,) = json.loads(answer.partition("data: ")[2])
-    (wanted,) = classifier.predict(ImageOps.invert(Image.linear_gradient("L")))
+    (wanted,) = load_classifier(original, device="cpu").predict(ImageOps.invert(Image.linear_gradient("L")))
     assert [item["label"] for item in found["confidences"]] == [guess.name for guess in wanted.top]
     assert found["confidences"][0]["confidence"] == pytest.approx(wanted.top[0].probability)
 

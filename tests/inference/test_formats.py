@@ -16,21 +16,19 @@ import densenet_dist
 from densenet_dist.data import shapes
 from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, StorageError
 from densenet_dist.inference import formats
-from densenet_dist.inference.classifier import load_classifier
+from densenet_dist.inference.classifier import load_classifier, open_trained
 from densenet_dist.inference.exporting import LARGEST_DIFFERENCE, export
 from densenet_dist.inference.header import header_of
-from densenet_dist.inference.network import open_trained
 from densenet_dist.train.evaluation import evaluate, prepare_evaluation
 
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx"])
 def test_a_file_classifies_as_the_run_does(original, exported, images, format):
     classifier = load_classifier(exported(format))
-    run = open_trained(original, device="cpu")
+    _, _, network = open_trained(original)
     for count in (1, 5):
-        torch.testing.assert_close(
-            classifier.logits(images[:count]), run.network(images[:count]), rtol=0, atol=LARGEST_DIFFERENCE
-        )
+        expected = network(images[:count])
+        torch.testing.assert_close(classifier.logits(images[:count]), expected, rtol=0, atol=LARGEST_DIFFERENCE)
     assert b"/" + b"densenet_dist/" not in exported(format).read_bytes()  # no paths of this machine
     assert classifier.class_names == shapes.CLASS_NAMES
     assert classifier.header.metrics.keys() >= {"val/top1"}
@@ -54,9 +52,9 @@ def test_a_file_has_the_mode_of_other_files_and_no_folder_that_cannot_take_it(or
 def test_pytorch_alone_runs_a_program_and_predict_refuses_it(original, exported, images, command):
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.load(exported("torch-export")).module()
-    run = open_trained(original, device="cpu")
+    _, _, network = open_trained(original)
     for count in (1, 5):
-        torch.testing.assert_close(program(images[:count]), run.network(images[:count]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(program(images[:count]), network(images[:count]), rtol=0, atol=1e-5)
     code, _, err = command("predict", exported("torch-export"), "x.png")
     assert code == 6
     assert "is a torch-export file" in err

@@ -59,9 +59,8 @@ def test_pictures_in_folders_are_cut_as_in_evaluation(tmp_path):
     settings = ("data.name=folder", root, "data.image_size=32", "data.augment=random_resized_crop", "data.limit=null")
     config = tiny(tmp_path, *settings, "train.epochs=1", "train.global_batch_size=4", "data.val_fraction=0.25")
     train(config)
-    assert_files_are_classified_as_in_evaluation(
-        run_of(config).path, sorted((tmp_path / "photos" / "test").glob("*/*"))
-    )
+    files = sorted((tmp_path / "photos" / "test").glob("*/*"))
+    assert_files_are_classified_as_in_evaluation(run_of(config).path, files)
     shutil.rmtree(tmp_path / "photos")
     assert load_classifier(run_of(config).path).class_names == ("cat", "dog")  # without the data set
 
@@ -178,9 +177,8 @@ def test_predict_command(original, tmp_path, photo, command):
     assert "2 images in " in err
     assert "images/s on cpu" in err
     (tmp_path / "c.png").write_text("x")
-    code, out, err = command(
-        "predict", original, "a.png", "c.png", "b[bold].png", "--json", "--tta", "--batch-size", "1"
-    )
+    files, options = ("a.png", "c.png", "b[bold].png"), ("--json", "--tta", "--batch-size", "1")
+    code, out, err = command("predict", original, *files, *options)
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 4
     assert [line["image"] for line in lines] == ["a.png", "b[bold].png"]

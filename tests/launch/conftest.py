@@ -29,7 +29,6 @@ class Rendered(NamedTuple):
         return f"{self.values['image']}:{self.values['image_tag']}" + (f"@{digest}" if digest else "")
 
     def documents(self, path: str) -> list[dict[str, Any]]:
-        """The YAML documents of a launcher."""
         return list(yaml.safe_load_all(self.files[path]))
 
 
@@ -41,11 +40,6 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def renderer() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "render.py")))
-
-
-@pytest.fixture(scope="session")
-def starter() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "launch" / "start.py")))
 
 
 @pytest.fixture

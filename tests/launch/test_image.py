@@ -22,16 +22,13 @@ def steps(root):
     return re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
 
 
-def tool(name):
-    """A linter's path, in this environment or on the PATH."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    return found or pytest.skip(f"{name} is not installed")
-
-
 def test_linters_find_nothing(root):
     scripts = ["slurm/train.sbatch", "local.sh", "build_without_engine.sh", "try_image.sh"]
     for command in (["hadolint", root / "Dockerfile"], ["shellcheck", *(root / "launch" / name for name in scripts)]):
-        done = subprocess.run([tool(command[0]), *command[1:]], capture_output=True, text=True)
+        tool = shutil.which(command[0], path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        if tool is None:
+            pytest.skip(f"{command[0]} is not installed")
+        done = subprocess.run([tool, *command[1:]], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 

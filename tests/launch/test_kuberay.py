@@ -1,4 +1,4 @@
-"""KubeRay's resources: valid by KubeRay's own schemas, safe, and of the shape that values.yaml says."""
+"""KubeRay's resources: valid by its own schemas, safe, of the shape that values.yaml says; and what watches a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from jsonschema import Draft7Validator
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
 from densenet_dist import __version__
 from densenet_dist.config import load_config
@@ -196,9 +198,8 @@ def test_only_the_cluster_itself_kuberay_and_prometheus_come_in(rendered, resour
     inside, outside, *listed = spec["egress"]
     assert inside == {"to": [{"podSelector": selector}]}
     assert {port["port"] for port in outside["ports"]} == {53, 443, 6443}  # a cloud's metadata service is on 80
-    assert [rule["ports"][0]["port"] for rule in listed] == [
-        rule["port"] for rule in rendered.values["kubernetes"]["egress"]
-    ]
+    expected = [rule["port"] for rule in rendered.values["kubernetes"]["egress"]]
+    assert [rule["ports"][0]["port"] for rule in listed] == expected
 
 
 def test_the_head_and_training_pods_are_not_moved(rendered, pods):
@@ -209,3 +210,29 @@ def test_the_head_and_training_pods_are_not_moved(rendered, pods):
     for cluster in (pod for pod in pods if pod.part in ("head", "workers") and pod.file in ("raycluster", *JOBS)):
         assert cluster.annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
         assert cluster.annotations["karpenter.sh/do-not-disrupt"] == "true"
+
+
+def test_tensorboard_reads_where_runs_are_written_and_its_service_finds_it(rendered):
+    deployment, service = rendered.documents("kuberay/tensorboard.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["args"][:3] == ["tensorboard", "--logdir", rendered.values["storage"]]
+    assert container["volumeMounts"][0]["readOnly"] is True
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
+
+
+def test_prometheus_finds_the_nodes(rendered, root):
+    (monitor,) = rendered.documents("kuberay/podmonitor.yaml")
+    assert monitor["metadata"]["labels"]["release"] == rendered.values["prometheus"]["release"]
+    selector, (endpoint,) = monitor["spec"]["selector"], monitor["spec"]["podMetricsEndpoints"]
+    assert selector["matchExpressions"] == [
+        {"key": "ray.io/node-type", "operator": "In", "values": ["head", "worker"]}  # not the submitter, TensorBoard
+    ]
+    (cluster,) = rendered.documents("kuberay/raycluster.yaml")
+    for group in [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]:
+        assert selector["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+        ports = group["template"]["spec"]["containers"][0]["ports"]
+        assert {"name": endpoint["port"], "containerPort": 8080} in ports  # KubeRay starts Ray with it
+    config = yaml.safe_load((root / "launch" / "monitoring" / "prometheus.yml").read_text())
+    (discovery,) = config["scrape_configs"][0]["file_sd_configs"]
+    assert discovery["files"] == [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]

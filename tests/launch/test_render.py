@@ -1,7 +1,8 @@
-"""No launcher drifts from values.yaml, and no value is unused."""
+"""No launcher drifts from values.yaml, no value is unused, and nothing listens on all addresses."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,13 @@ def test_check_writes_nothing_and_names_what_differs(root, tmp_path):
         assert (done.returncode, said in done.stdout + done.stderr) == (code, True)
         assert (job.read_text() == before) is (code == 1)
     assert "--time=08:00:00" in job.read_text()
+
+
+def test_nothing_listens_on_all_addresses(rendered):
+    wide = [path for path, text in rendered.files.items() if re.search(r"\b0\.0\.0\.0|\[::\]|bind_all", text)]
+    assert wide == ["kuberay/tensorboard.yaml"]  # guarded by the network policy
+    for path in ("local.sh", "ray_up/aws.yaml", "ray_up/gcp.yaml", "ray_up/local.yaml"):
+        (host,) = re.findall(r"--dashboard-host=(\S+)", rendered.files[path])
+        assert host in {"127.0.0.1", "localhost"}, path
+    assert "--node-ip-address=127.0.0.1 " in rendered.files["local.sh"]  # and so all the rest of Ray's ports
+    assert not re.search("NodePort|LoadBalancer|kind: Ingress", "".join(rendered.files.values()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,7 +17,8 @@ from ray_runs import until
 from densenet_dist.run_folder import RunFolder
 
 
-def test_what_exists_is_resumed_and_all_else_is_started(starter, s3, tmp_path):
+def test_what_exists_is_resumed_and_all_else_is_started(root, s3, tmp_path):
+    starter = SimpleNamespace(**runpy.run_path(str(root / "launch" / "start.py")))
     for place in (str(tmp_path), s3 % "/launch"):
         given = [f"storage={place}", "name=first", "train.epochs=3"]
         base, question, query = place.partition("?")
@@ -74,13 +77,9 @@ class LocalCluster:
         until(lambda: not found(), 15)
 
 
-@pytest.fixture
-def local(root, tmp_path):
-    return LocalCluster(root, tmp_path / "project")
-
-
 @pytest.mark.parametrize(("epochs", "code"), [(0, 1), pytest.param(1, 0, marks=pytest.mark.nightly)])
-def test_locally_two_workers_train_and_nothing_is_left_behind(local, epochs, code):
+def test_locally_two_workers_train_and_nothing_is_left_behind(root, tmp_path, epochs, code):
+    local = LocalCluster(root, tmp_path / "project")
     process = local.start(f"train.epochs={epochs}")
     assert process.wait(300) == code, local.output.read_text()
     assert ("train.epochs" if code else "2 x CPU") in local.output.read_text()
@@ -89,7 +88,8 @@ def test_locally_two_workers_train_and_nothing_is_left_behind(local, epochs, cod
 
 
 @pytest.mark.nightly
-def test_locally_an_interrupted_job_leaves_nothing_behind(local):
+def test_locally_an_interrupted_job_leaves_nothing_behind(root, tmp_path):
+    local = LocalCluster(root, tmp_path / "project")
     process = local.start("train.epochs=500")
     until(lambda: "epoch   1/500" in local.output.read_text() or process.poll() is not None, 240)
     process.send_signal(signal.SIGTERM)

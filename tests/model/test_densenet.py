@@ -31,7 +31,10 @@ def images(side: int = 32) -> Tensor:
 
 
 def definition(x: Tensor, params: dict[str, Tensor], *, num_layers: int, blocks: int, eps: float, head: str) -> Tensor:
-    """Compute a CIFAR network in training mode without dropout, from the definition in the papers."""
+    """Compute a CIFAR network in training mode without dropout, from the definition in the papers.
+
+    Checkpoints depend on the names of its parameters: if they change, the old ones must still load.
+    """
 
     def norm_relu(x: Tensor, name: str) -> Tensor:
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
@@ -122,31 +125,6 @@ def test_torchvision_weights_give_torchvision_logits(variant: str, written: Call
         ours.load_state_dict({**weights, "module.classifier.weights": torch.zeros(1)})
 
 
-def test_names_of_the_state() -> None:
-    """Checkpoints depend on these names: if they change, the old ones must still load."""
-
-    def norm(name: str) -> list[str]:
-        return [f"{name}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-
-    assert list(small("notebook", num_layers=[2, 1]).state_dict()) == [
-        "features.conv0.weight",
-        *norm("features.denseblock1.denselayer1.norm1"),
-        "features.denseblock1.denselayer1.conv1.weight",
-        *norm("features.denseblock1.denselayer2.norm1"),
-        "features.denseblock1.denselayer2.conv1.weight",
-        *norm("features.transition1.norm"),
-        "features.transition1.conv.weight",
-        *norm("features.denseblock2.denselayer1.norm1"),
-        "features.denseblock2.denselayer1.conv1.weight",
-        *norm("features.norm5"),
-        "classifier.weight",
-        "classifier.bias",
-    ]
-    # Those of bottlenecks are torchvision's, see above.
-    # Dropout has no state: the checkpoint of a network with dropout loads into one without.
-    assert list(small("densenet_bc", drop_rate=0.5).state_dict()) == list(small("densenet_bc").state_dict())
-
-
 def fans(weight: Tensor) -> tuple[int, int]:
     """Return fan_in and fan_out."""
     area = weight[0, 0].numel() if weight.ndim == 4 else 1
@@ -196,17 +174,15 @@ def test_dropout_follows_every_convolution_but_the_first() -> None:
     assert children(bottleneck.features) == ["Conv2d", *layer, *layer, *transition, *layer, *layer, "BatchNorm2d"]
     assert {m.p for m in bottleneck.modules() if isinstance(m, nn.Dropout)} == {0.3}
     assert "Dropout" not in children(small("notebook"))
-
-
-def side_of(variant: str) -> int:
-    """Return an image size with several pixels in the last block: one pixel has no memory format."""
-    return 64 if variant == "densenet121" else 32
+    # It has no state: the checkpoint of a network with dropout loads into one without.
+    assert list(small("densenet_bc", drop_rate=0.5).state_dict()) == list(small("densenet_bc").state_dict())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_maps_weights_and_gradients_are_in_channels_last(variant: str) -> None:
     """If a gradient had other strides than its weight, DDP would copy it in every step."""
-    net, x = small(variant, drop_rate=0.2).train(), images(side_of(variant))
+    side = 64 if variant == "densenet121" else 32  # several pixels in the last block: one has no memory format
+    net, x = small(variant, drop_rate=0.2).train(), images(side)
     maps = net.features(x)
     maps.square().sum().backward()
     assert maps.is_contiguous(memory_format=torch.channels_last)

@@ -11,8 +11,9 @@ from fused import assert_same, small_net, state_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.model.fused.reduction import Reduction
-from densenet_dist.model.sync_bn import synchronise_batchnorm
+from densenet_dist.model.fused.forward import merge_over_ranks
+from densenet_dist.model.kernels.interface import Statistics
+from densenet_dist.model.sync_bn import synchronize_batchnorm
 
 IMAGES = 7
 SHARES = [slice(0, 2), slice(2, IMAGES)]
@@ -25,15 +26,11 @@ def images(channels: int = 3, mean: float = 0.0) -> tuple[Tensor, Tensor]:
     return x, torch.randn(IMAGES, 3, generator=generator, dtype=torch.float64)
 
 
-def loss_of(logits: Tensor, weights: Tensor) -> Tensor:
-    return (logits * weights).sum() + logits.square().sum()
-
-
 def step(model: nn.Module, x: Tensor, weights: Tensor, factor: float = 1.0) -> dict[str, Any]:
     """Run a step with the sum of the loss, scaled so that DDP's average is the sum over all images."""
     x = x.clone().requires_grad_()
     logits = model(x)
-    (loss_of(logits, weights) * factor).backward()
+    (((logits * weights).sum() + logits.square().sum()) * factor).backward()
     module = model.module if isinstance(model, DistributedDataParallel) else model
     return {"logits": logits.detach(), "x": x.grad / factor, **state_of(module)}
 
@@ -47,7 +44,7 @@ def synchronised_steps(variant: str) -> dict[str, Any]:
     own = SHARES[dist.get_rank()]
     for form, (dtype, _) in FORMS.items():
         x, weights = (tensor[own].to(dtype) for tensor in images(mean=3.0))
-        model = DistributedDataParallel(synchronise_batchnorm(small_net(form, variant).to(dtype)))
+        model = DistributedDataParallel(synchronize_batchnorm(small_net(form, variant).to(dtype)))
         found[form] = step(model, x, weights, 2.0)
         model.eval()
         with torch.no_grad():
@@ -77,11 +74,11 @@ def test_synchronised_ranks_with_unequal_shares_together_equal_one_process(varia
 
 
 def merged() -> list[tuple[Tensor, Tensor]]:
-    """Return float32 statistics over all ranks, from `Reduction` and from the batch norm."""
+    """Return float32 statistics over all ranks, from the fused block and from the batch norm."""
     x = far_from_zero()[SHARES[dist.get_rank()]]
     mean, var = x.double().mean((0, 2, 3)).float(), x.double().var((0, 2, 3), correction=0).float()
-    Reduction(True).merge(mean, var, x.numel() // x.shape[1])
-    net = synchronise_batchnorm(nn.Sequential(nn.BatchNorm2d(CHANNELS, momentum=1.0)))
+    merge_over_ranks(Statistics(mean, var), x.numel() // x.shape[1])
+    net = synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(CHANNELS, momentum=1.0)))
     net(x)
     count = IMAGES * x[0, 0].numel()
     return [(mean, var), (net[0].running_mean, net[0].running_var * (count - 1) / count)]

@@ -24,7 +24,8 @@ from kernel_cases import (
 )
 
 from densenet_dist.model.fused import backward, convolutions, forward, operator
-from densenet_dist.model.kernels.interface import MAX_CONSUMERS, BNReLU, Consumer, Correction, Kernels, Norm, NormGrad
+from densenet_dist.model.kernels import interface
+from densenet_dist.model.kernels.interface import Consumer, Correction, Kernels, Norm, NormGrad, OutputGradient
 from densenet_dist.model.kernels.native import NativeKernels
 
 EXACT = Kernels()
@@ -84,13 +85,13 @@ def test_store_output(name: str, dropout: bool) -> None:
         shape, (before, after), padding = case
         n, c, h, w = shape
         draw = Draw(device_of(name), dtype)
-        made, mask = draw.maps(n, c + padding, h, w), draw.mask(*shape, keep=0.8) if dropout else None
-        slot, mean, var = draw.maps(*shape, before=before, after=after), draw.normal(c), draw.normal(c)
+        made, kept = draw.maps(n, c + padding, h, w), draw.dropout(*shape, keep=0.8) if dropout else None
+        slot, into = draw.maps(*shape, before=before, after=after), interface.Statistics(draw.normal(c), draw.normal(c))
         rest, expected = Untouched(slot), torch.empty(shape, device=slot.device, dtype=torch.float64)
-        EXACT.store_output(made.double(), mask, 0.8, expected, None, None)
-        make_kernels(name).store_output(made, mask, 0.8, slot, mean, var)
+        EXACT.store_output(made.double(), kept, expected, None)
+        make_kernels(name).store_output(made, kept, slot, into)
         close(slot, expected, label=(case, dtype))
-        check_statistics(slot, mean, var)
+        check_statistics(slot, *into)
         rest.check()
 
 
@@ -101,8 +102,8 @@ def test_variance_survives_a_mean_far_from_zero(name: str) -> None:
     made = draw.maps(*MANY_PIXELS) + 3e4
     made[1] += 100
     made[:, 1] = 3e4  # a constant channel
-    mean, var = draw.normal(12), draw.normal(12)
-    make_kernels(name).store_output(made, None, 1.0, made, mean, var)
+    mean, var = into = interface.Statistics(draw.normal(12), draw.normal(12))
+    make_kernels(name).store_output(made, None, made, into)
     close(mean, made.double().mean((0, 2, 3)), 1e-6)
     close(var, made.double().var((0, 2, 3), unbiased=False), 2e-4)
     assert 0 <= var[1] < 1e-3
@@ -111,7 +112,7 @@ def test_variance_survives_a_mean_far_from_zero(name: str) -> None:
 @with_names
 @pytest.mark.parametrize("carried", ["nothing", "maps", "wide", "in place"])
 def test_sum_gradients(name: str, carried: str) -> None:
-    count = {"nothing": 1, "maps": MAX_CONSUMERS, "wide": 2, "in place": 3}[carried]
+    count = {"nothing": 1, "maps": interface.MAX_CONSUMERS, "wide": 2, "in place": 3}[carried]
     for case, dtype in cases(name):
         shape, (before, after), _ = case
         c = shape[1]
@@ -150,15 +151,15 @@ def test_correct_gradient(name: str, corrected: bool, dropout: bool) -> None:
         gradient = draw.maps(*shape, before=before, after=after, dtype=draw.wide if corrected else None)
         x, out = draw.maps(*shape), draw.maps(n, c + padding, h, w, before=before, after=after)
         correction = Correction(draw.normal(c), draw.normal(2, c + 3)[:, :c], 3) if corrected else None
-        mask = draw.mask(*shape) if dropout else None
+        kept = draw.dropout(*shape) if dropout else None
         rest, expected = Untouched(out), torch.empty(out.shape, device=x.device, dtype=torch.float64)
         exact = None if correction is None else Correction(correction.mean.double(), correction.sums.double(), 3)
         other, norm = draw.maps(2, 37, 5, 3), draw.norm(37)
         rectified, rectified_exactly = draw.maps(2, 40, 5, 3), torch.empty(2, 40, 5, 3, device=x.device).double()
-        exactly = BNReLU(other.double(), double(norm), rectified_exactly)
-        EXACT.correct_gradient(gradient.double(), x.double(), exact, mask, 0.7, expected, exactly)
-        also = None if case is CASES[0] else BNReLU(other, norm, rectified)
-        make_kernels(name).correct_gradient(gradient, x, correction, mask, 0.7, out, also)
+        exactly = interface.BNReLU(other.double(), double(norm), rectified_exactly)
+        EXACT.correct_gradient(OutputGradient(gradient.double(), x.double(), exact, kept), expected, exactly)
+        also = None if case is CASES[0] else interface.BNReLU(other, norm, rectified)
+        make_kernels(name).correct_gradient(OutputGradient(gradient, x, correction, kept), out, also)
         close(out, expected, label=(case, dtype))
         if also is not None:
             close(rectified, rectified_exactly, label=(case, dtype))
@@ -238,7 +239,7 @@ def test_bfloat16_is_rounded_as_pytorch_rounds_it() -> None:
     gradient = values.reshape(1, 1, *values.shape).clone()
     maps = torch.zeros(gradient.shape, dtype=torch.bfloat16)
     out = torch.empty_like(maps)
-    NativeKernels().correct_gradient(gradient, maps, None, None, 1.0, out)
+    NativeKernels().correct_gradient(OutputGradient(gradient, maps), out)
     expected = gradient.bfloat16()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))

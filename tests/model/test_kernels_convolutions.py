@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from densenet_dist.model.fused import convolutions
 from densenet_dist.model.kernels import build
-from densenet_dist.model.kernels.interface import Consumer, Kernels, Norm, NormGrad
+from densenet_dist.model.kernels.interface import Consumer, Dropout, Kernels, Norm, NormGrad, Statistics
 from densenet_dist.model.kernels.native import NativeKernels
 
 # Kernels work on chunks of about 128 pixels (3x3: whole image rows), threads on 256 or more, products on tiles of three
@@ -58,7 +58,7 @@ class Layer(NamedTuple):
     maps: Tensor
     norm: Norm
     weight: Tensor
-    mask: Tensor
+    dropout: Dropout
     d_made: Tensor
     carry: Tensor
 
@@ -69,7 +69,7 @@ class Layer(NamedTuple):
         norm, maps = draw.norm(c), draw.maps(*shape, before=3, after=4)
         keep_away_from_zero(maps, [norm])
         d_made, carry = draw.maps(n, makes, h, w, before=1), draw.maps(*shape, after=5)
-        return cls(maps, norm, draw.normal(makes, c, side, side), draw.mask(n, makes, h, w), d_made, carry)
+        return cls(maps, norm, draw.normal(makes, c, side, side), draw.dropout(n, makes, h, w), d_made, carry)
 
 
 def rectify_exactly(maps: Tensor, norm: Norm) -> Tensor:
@@ -84,13 +84,13 @@ def rectify_exactly(maps: Tensor, norm: Norm) -> Tensor:
 def test_forward_equals_float64(native: NativeKernels, dtype: torch.dtype, masked: bool) -> None:
     for shape, makes, side in CASES:
         layer, (n, _, h, w) = Layer.draw(shape, makes, side, dtype), shape
-        mask = layer.mask if masked else None
+        dropout = layer.dropout if masked else None
         slot = Draw("cpu", dtype).maps(n, makes, h, w, before=2, after=3)
         rest, (mean, var) = Untouched(slot), torch.full((2, makes), math.nan, dtype=dtype)
         expected = F.conv2d(rectify_exactly(layer.maps, layer.norm), layer.weight.double(), padding=side // 2)
-        Kernels().store_output(expected, mask, 0.7, expected, None, None)
+        Kernels().store_output(expected, dropout, expected, None)
 
-        native.convolve(layer.maps, layer.norm, layer.weight, mask, 0.7, slot, mean, var)
+        native.convolve(layer.maps, layer.norm, layer.weight, dropout, slot, Statistics(mean, var))
 
         close(slot, expected, TOLERANCE[dtype], label=(shape, makes, side))
         stored = slot.double()  # statistics are those of the stored, rounded values
@@ -117,8 +117,7 @@ def test_backward_equals_float64(native: NativeKernels, dtype: torch.dtype, carr
         F.conv2d(rectified, wanted, padding=side // 2).backward(d_made.double())
         assert wanted.grad is not None
 
-        native.convolve_backward(maps, norm, weight, d_made, before, out, sums, d_weight)
-        sums[1] *= torch.rsqrt(norm.var + norm.eps)
+        native.convolve_backward(maps, NormGrad(norm, sums, None), weight, d_made, before, out, d_weight)
 
         close(out, expected, TOLERANCE[dtype], label=(shape, makes, side))
         close(sums, expected_sums, TOLERANCE[dtype], label=(shape, makes, side))
@@ -141,24 +140,14 @@ def test_relu_signs_equal_those_of_bn_relu(native: NativeKernels, dtype: torch.d
 
     identity, sums = torch.eye(35, dtype=dtype)[:, :, None, None], draw.normal(2, 35)
     identity = F.pad(identity, [side // 2] * 4)
-    native.convolve(maps, norm, identity, None, 1.0, slot, None, None)
+    native.convolve(maps, norm, identity, None, slot, None)
     assert torch.equal(slot, rectified)
 
-    native.convolve_backward(maps, norm, identity, torch.ones_like(maps), None, total, sums, None)
+    native.convolve_backward(maps, NormGrad(norm, sums, None), identity, torch.ones_like(maps), None, total, None)
     assert torch.equal(rectified > 0, total != 0)
     assert torch.equal(sums[0].double(), (rectified > 0).double().sum((0, 2, 3)))
     assert (total[0, ::2] == 0).all()  # no gradient where y is 0
     assert 0.1 < (rectified[1:] > 0).double().mean() < 0.9
-
-
-def all_at_once(native: NativeKernels, layer: Layer) -> list[Tensor]:
-    """Return slot, mean, variance, out, sums and the weight's gradient."""
-    maps, norm, weight, mask, d_made, carry = layer
-    slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
-    mean, var, sums = weight.new_empty(len(weight)), weight.new_empty(len(weight)), weight.new_empty(2, maps.shape[1])
-    native.convolve(maps, norm, weight, mask, 0.7, slot, mean, var)
-    native.convolve_backward(maps, norm, weight, d_made, carry, out, sums, d_weight)
-    return [slot, mean, var, out, sums, d_weight]
 
 
 @each_side
@@ -172,8 +161,13 @@ def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: s
             layer.weight[4, 5] = math.nan
         else:
             getattr(layer, where)[image, 4 if where == "d_made" else 5, pixel // 15, pixel % 15] = math.nan
-        # In slot, mean, var, out, sums, d_weight. As in PyTorch, the gradient passes where y is NaN.
-        assert [int(tensor.isnan().any()) for tensor in all_at_once(native, layer)] == {
+        maps, norm, weight, dropout, d_made, carry = layer
+        slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
+        (mean, var), sums = weight.new_empty(2, len(weight)), weight.new_empty(2, maps.shape[1])
+        native.convolve(maps, norm, weight, dropout, slot, Statistics(mean, var))
+        native.convolve_backward(maps, NormGrad(norm, sums, None), weight, d_made, carry, out, d_weight)
+        # As in PyTorch, the gradient passes where y is NaN.
+        assert [int(tensor.isnan().any()) for tensor in (slot, mean, var, out, sums, d_weight)] == {
             "maps": [1, 1, 1, 0, 1, 1],
             "weight": [1, 1, 1, 1, 1, 0],
             "d_made": [0, 0, 0, 1, 1, 1],

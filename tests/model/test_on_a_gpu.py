@@ -25,7 +25,7 @@ def test_launches_of_a_step(net, most, wide, synchronised, monkeypatch):
     model = densenet(**net, num_classes=10, block="fused")
     if synchronised:
         model, most = nn.SyncBatchNorm.convert_sync_batchnorm(model), 10 * most
-        monkeypatch.setattr("densenet_dist.model.fused_block._is_synchronised", lambda _: True)
+        monkeypatch.setattr("densenet_dist.model.fused_block._is_synchronized", lambda _: True)
         monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
     launches = launches_of_a_step(model, batch_size=256)
     assert sum(launches.counts.values()) <= most

@@ -44,16 +44,15 @@ def test_exact_size(variant: str, options: dict[str, Any], trainable: int, stati
 
 
 @pytest.mark.parametrize(
-    ("variant", "widths"),
+    ("variant", "growth_rate", "compression", "widths"),
     [
-        # int(5 * 0.5) = 2 channels enter each later block; 5 + 5, then 2 + 5 leave.
-        ("notebook", [(5, 10), (2, 7), (2, 7)]),
-        # A fraction of the input channels: int(15 * 0.5), int(12 * 0.5).
-        ("densenet_bc", [(10, 15), (7, 12), (6, 11)]),
+        ("notebook", 5, 0.5, [(5, 10), (2, 7), (2, 7)]),  # 5 * 0.5 = 2 channels enter each later block
+        ("notebook", 100, 0.29, [(100, 200), (28, 128), (28, 128)]),  # 100 * 0.29 < 29 in binary: it stays so
+        ("densenet_bc", 5, 0.5, [(10, 15), (7, 12), (6, 11)]),  # a fraction of the input channels: 15 * 0.5, 12 * 0.5
     ],
 )
-def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) -> None:
-    net = on_meta(variant, num_classes=10, growth_rate=5, num_layers=[1, 1, 1], compression=0.5)
+def test_compression_rounds_down(variant: str, growth_rate: int, compression: float, widths: Any) -> None:
+    net = on_meta(variant, num_classes=10, num_layers=[1] * 3, growth_rate=growth_rate, compression=compression)
     assert net.architecture.block_widths() == widths
     convs = [net.get_submodule(f"features.transition{i}.conv").weight for i in (1, 2)]
     assert [conv.shape[:2] for conv in convs] == [(widths[i + 1][0], widths[i][1]) for i in (0, 1)]
@@ -75,12 +74,6 @@ def test_compression_rounds_down(variant: str, widths: list[tuple[int, int]]) ->
         ("notebook", {"num_layers": 10**6}, "model.num_layers, model.growth_rate: 22,190,027,545,006,310 parameters"),
         ("notebook", {"growth_rate": 10**5}, "model.num_layers, model.growth_rate: 28,470,127,500,010 parameters"),
         ("notebook", {"depth": 40}, "model.depth: notebook has no setting for the depth; use model.num_layers instead"),
-        (
-            "notebook",
-            {"num_layers": [2] * 7},
-            "model.num_layers: images of 32x32 are too small for 7 blocks: 0x0 would remain in the last one, "
-            "which needs 2x2; use at most 5 blocks or images of at least 128x128",
-        ),
     ],
 )
 def test_problem_is_named(variant: str, options: dict[str, Any], problem: str) -> None:

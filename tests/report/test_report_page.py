@@ -1,4 +1,4 @@
-"""The pages of runs: what is on them, that they need nothing else, and where they go."""
+"""The pages of runs: what is on them, that they need nothing else and show all names as text, and where they go."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import shutil
 import subprocess
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from matplotlib.image import imread
+from photos import write_photos
 from pyarrow import fs
-from runs import tiny
+from runs import TINY, tiny, train
 from safetensors.torch import save_file
 from torch import zeros
 
@@ -30,6 +32,8 @@ RECORDS = ["Accuracy and loss", "Test images"]
 TESTED = ["Confusion matrix", "Accuracy of each class", "Calibration", "Most confident mistakes"]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SETUP = ["Model", "Configuration", "Environment"]
+NASTY = "<img src=x onerror=alert(1)>"
+CLASSES = (NASTY, "\"' onload='alert(1)", "<b>bold", "&amp;")
 
 
 def lines(page, first):
@@ -46,12 +50,9 @@ def lines(page, first):
 @pytest.fixture
 def no_evaluation(monkeypatch):
     """Evaluating anything fails."""
-
-    def fail(*arguments, **settings):
-        raise AssertionError("the test set is evaluated")
-
-    monkeypatch.setattr("densenet_dist.train.evaluation.evaluate_model", fail)
-    monkeypatch.setattr("densenet_dist.train.evaluation.prepare_evaluation", fail)
+    for function in ("evaluate_model", "prepare_evaluation"):
+        fail = Mock(side_effect=AssertionError("the test set is evaluated"))
+        monkeypatch.setattr(f"densenet_dist.train.evaluation.{function}", fail)
 
 
 def test_a_run_ends_with_its_page(finished, page_of):
@@ -174,7 +175,7 @@ def test_several_runs_side_by_side(run, tmp_path, page_of, no_evaluation):
     top1 = json.loads((run / "summary.json").read_text())["test/top1"] * 100
     first, second = lines(page, "settings")
     assert first[:3] == ["train.lr=0.05", "3", f"{top1 + 2:.2f} ± {4.302653 * 2 / 3**0.5:.2f}"]
-    assert second[:3] == ["train.lr=0.01", "1", f"{top1:.2f}"]
+    assert second[:3] == ["other: train.lr=0.01", "1", f"{top1:.2f}"]
     assert [row[0] for row in lines(page, "run")] == ["tiny", "seed1", "seed2", "other"]
     assert group(list(map(read_run, folders[:2])))[0].interval(lambda run: run.summary["test/loss"]).half is None
     for setting in ("cluster.workers: 1", "cluster.cpus_per_worker: 1", "checkpoint.monitor: val/loss"):
@@ -231,3 +232,27 @@ def test_a_page_that_cannot_be_made_is_an_error_but_not_at_the_end_of_training(r
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(StorageError, match=r"has no epochs yet(.|\n)*--resume"):
         write_report([run])
+
+
+def test_nothing_on_the_pages_of_runs_becomes_html(tmp_path, monkeypatch, page_of):
+    """Of a run on pictures whose class folders have such names, and whose records were written by anybody."""
+    monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path / "cache"))
+    write_photos(tmp_path / "data", CLASSES, 8)
+    data = {"name": "folder", "root": str(tmp_path / "data"), "image_size": 32, "limit": None}
+    train(load_config(TINY, {"storage": str(tmp_path), "data": data, "train": {"epochs": 1}}))
+    run = tmp_path / "tiny"
+    config = load_config(run / "config.yaml")
+    (run / "config.yaml").write_text(to_yaml(config).replace(config.data.root, f"'/{NASTY}'"))
+    facts = {"host": NASTY, "cpu": NASTY, "gpus": [NASTY], "git": NASTY, "packages": {NASTY: NASTY}}
+    (run / "env.json").write_text(json.dumps(facts))
+    (run / "summary.json").write_text((run / "summary.json").read_text().replace("finished", NASTY))
+    page = page_of(write_report([run]))
+    assert page.is_harmless()
+    assert page.tags["img"] == page.text.count('src="data:image/png')
+    assert all(name in page.shown for name in CLASSES)
+    assert page.shown.count(NASTY) > page.shown.count(CLASSES[1])  # of settings, host and versions too
+    copies = [shutil.copytree(run, tmp_path / f"{NASTY}{number}") for number in range(2)]
+    (copies[1] / "env.json").write_text(json.dumps(facts | {"time": "later"}))
+    page = page_of(write_report(copies, tmp_path / "all.html"))
+    assert page.is_harmless()
+    assert f"{NASTY}1" in page.shown

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from toy_cifar import Toy
 
-from densenet_dist.data import cifar_source
+from densenet_dist.data import cifar
 from densenet_dist.data.cifar import SPECS
+from densenet_dist.data.cifar_source import fetch
 from densenet_dist.data.datasets import load_dataset
-from densenet_dist.data.download import fetch
 from densenet_dist.errors import ConfigError, DataError
 
 
@@ -32,7 +32,7 @@ def test_what_is_never_asked(tmp_path: Path):
 
 def test_the_official_files_are_pinned():
     assert all(spec.url.startswith("https://www.cs.toronto.edu/~kriz/cifar-") for spec in SPECS.values())
-    assert all(len(member.sha256) == 64 for spec in SPECS.values() for member in spec.members.values())
+    assert all(len(sha256) == 64 for spec in SPECS.values() for _, sha256 in spec.members.values())
 
 
 UNSAFE = (
@@ -73,7 +73,7 @@ def test_nothing_but_the_official_files_is_written(toy: Toy, tmp_path: Path):
 
 
 def test_a_bomb_is_stopped(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cifar_source._BoundedGzip, "_left", 1 << 20)
+    monkeypatch.setattr(cifar._BoundedGzip, "_left", 1 << 20)
     path = toy.write_archive(tmp_path / toy.spec.archive, extra=[member("cifar-10-batches-bin/zeros", size=2 << 20)])
     assert path.stat().st_size < 1 << 20
     with pytest.raises(DataError, match="unpacks to more than"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from densenet_dist.cache_folder import cache_folder
+from densenet_dist.environment import cache_folder
 
 MARKER = "MARKER7f3a91c5"
 NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD",

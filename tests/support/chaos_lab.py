@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from photos import write_photos
-from ray_runs import is_ray_process, kill_tree, records
+from ray_runs import CLOCK, is_ray_process, kill_tree, records, weights
 
 TINY = (
     *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),
@@ -31,8 +31,6 @@ TINY = (
 """A model of two layers on generated images: six epochs of nine steps."""
 STEPS = 54
 LOCAL = ("cluster.engine=local",)
-CLOCK = ("time", "seconds", "perf/", "goodput/")
-"""What records of two equal runs may differ in."""
 
 
 @dataclass
@@ -45,7 +43,6 @@ class Started:
 
     @property
     def text(self) -> str:
-        """What it has printed so far."""
         return self.output.read_text()
 
     @property
@@ -56,17 +53,16 @@ class Started:
     @property
     def saved(self) -> int:
         """The step of the newest complete checkpoint; 0 without one."""
-        return newest_step(self.folder)
+        with suppress(FileNotFoundError):
+            names = [path.name for path in (self.folder / "checkpoints").iterdir()]
+            return max((int(name[5:13]) for name in names if re.match(r"step-\d{8}", name)), default=0)
+        return 0
 
     def end(self, code: int, *words: str, seconds: float = 240) -> None:
         """Wait for its end, which must have this exit code, and for words that it must have printed."""
         found = self.process.wait(seconds)
         assert found == code, f"exit code {found}, not {code}:{self.end_of_text}"
         self.require_said(*words)
-
-    def succeed(self) -> None:
-        """Wait for its end, which must be a success."""
-        self.end(0)
 
     def fail(self, code: int, *words: str) -> None:
         """Wait for its end, which must have this exit code and a message with these words."""
@@ -187,7 +183,7 @@ class Lab:
         """The folder of a finished run of these settings that nothing happened to; trained once a session."""
         if settings not in self._undisturbed:
             run = self.begin(*settings, name="undisturbed")
-            run.succeed()
+            run.end(0)
             self._undisturbed[settings] = run.folder
         return self._undisturbed[settings]
 
@@ -205,7 +201,7 @@ def write_pictures(folder: Path, *labels: str) -> tuple[str, ...]:
 
 def require_same(folder: Path, reference: Path) -> None:
     """Require that two finished runs are equal bit for bit, except for what depends on the clock."""
-    for what, of in (("weights", newest_weights), ("metrics.jsonl", records), ("TensorBoard", scalars)):
+    for what, of in (("weights", weights), ("metrics.jsonl", records), ("TensorBoard", scalars)):
         assert of(folder) == of(reference), f"{what} of {folder.name} differ from those of the undisturbed run"
 
 
@@ -215,28 +211,9 @@ def largest_difference_of_losses(folder: Path, reference: Path) -> float:
     return max(abs(one[key] - other[key]) for one, other in pairs for key in one if key.endswith("/loss"))
 
 
-def newest_step(folder: Path) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
-    with suppress(FileNotFoundError):
-        names = [path.name for path in (folder / "checkpoints").iterdir()]
-        return max((int(name[5:13]) for name in names if re.match(r"step-\d{8}", name)), default=0)
-    return 0
-
-
-def newest_weights(folder: Path) -> bytes:
-    """As they are on disk."""
-    return (folder / "checkpoints" / f"step-{newest_step(folder):08d}" / "model.safetensors").read_bytes()
-
-
 def manifest(folder: Path) -> dict[str, Any]:
-    """The list of checkpoints."""
     found: dict[str, Any] = json.loads((folder / "checkpoints" / "manifest.json").read_text())
     return found
-
-
-def all_records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -22,18 +22,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call ``function(*args)`` in `world_size` processes of one gloo process group, with one thread each.
-
-    Args:
-        function: a function at the top of a test module. It finds its rank with ``dist.get_rank()``.
-        args: what it is called with; pickled.
-
-    Returns:
-        What each rank returned, by rank.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: with the first failing rank's number and traceback.
-    """
+    """What a function at the top of a test module returns in each process of one gloo group, with one thread each."""
     # A server that has imported torch already forks a process in an instant; spawning one takes seconds.
     preload = ["densenet_dist.train.loop", "torch.utils.tensorboard", "torchvision.utils"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
@@ -50,7 +39,13 @@ def _rank_main(rank: int, world_size: int, folder: str, home: str, name: str, ar
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", TIMEOUT, world_size, rank)
     try:
-        result = _main(home, name, args)
+        spec = importlib.util.spec_from_file_location("test_module", home)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["test_module"] = module
+        spec.loader.exec_module(module)
+        result = getattr(module, name)(*args)
         Path(folder, f"result-{rank}").write_bytes(pickle.dumps(result))
         dist.barrier()  # nobody leaves while another still talks to it
     except RuntimeError as error:
@@ -59,13 +54,3 @@ def _rank_main(rank: int, world_size: int, folder: str, home: str, name: str, ar
         raise
     finally:
         dist.destroy_process_group()
-
-
-def _main(home: str, name: str, args: tuple[Any, ...]) -> Any:
-    spec = importlib.util.spec_from_file_location("test_module", home)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["test_module"] = module
-    spec.loader.exec_module(module)
-    return getattr(module, name)(*args)

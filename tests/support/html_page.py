@@ -11,16 +11,7 @@ _FORBIDDEN = {"iframe", "object", "embed", "link", "form", "base"}
 
 
 class Page(HTMLParser):
-    """A page whose tags are closed in the order in which they were opened.
-
-    Attributes:
-        text: its HTML.
-        shown: the text that a reader sees, and attributes.
-        titles: of its sections.
-        pictures: what images and drawings say of themselves.
-        rows: the cells of each row of a table.
-        tags: how often each tag is there.
-    """
+    """A page whose tags are closed in the order in which they were opened; `shown` is its text and attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

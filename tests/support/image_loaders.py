@@ -15,8 +15,8 @@ from photos import write_photos
 from PIL import Image
 
 from densenet_dist.data.augment import Augmentation, Parameters
-from densenet_dist.data.datasets import Split
 from densenet_dist.data.engine import Engine, Epoch, Request, engine_class
+from densenet_dist.data.image_files import Split
 from densenet_dist.data.image_folder import read_folder
 from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
 
@@ -51,8 +51,7 @@ def numbered(count: int) -> Split:
 def write_pictures(root: Path, classes: int, of_each: int, image_size: int) -> Split:
     """Pictures of several sizes and kinds in class folders: those of class c are rows from `c * of_each` on."""
     write_photos(root, map(str, range(classes)), of_each)
-    folder = read_folder(root, image_size=image_size)
-    return Split(folder.files, folder.labels)
+    return read_folder(root, image_size=image_size).train
 
 
 def picture_kinds(image: Image.Image) -> dict[str, bytes]:
@@ -134,15 +133,16 @@ def train_loader(
     *,
     batch: int = 32,
     seed: int = 3,
+    balanced: bool = False,
     rank: int = 0,
     world_size: int = 1,
     **options: Any,
 ) -> TrainLoader:
     """A loader of an engine, or of a new one by its name and options; of `SPLIT` unless told otherwise."""
     engine = engine_of(engine, split, **options) if isinstance(engine, str) else engine
-    ranks = {"rank": rank, "world_size": world_size, "num_classes": int(split.labels.max()) + 1}
-    indices = np.arange(len(split.labels))
-    return TrainLoader(engine, indices, global_batch_size=batch, augmentation=augmentation, seed=seed, **ranks)
+    options = {"augmentation": augmentation, "balanced": balanced, "seed": seed, "rank": rank, "world_size": world_size}
+    num_classes, indices = int(split.labels.max()) + 1, np.arange(len(split.labels))
+    return TrainLoader(engine, indices, global_batch_size=batch, num_classes=num_classes, **options)
 
 
 def eval_loader(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from densenet_dist.model.kernels.interface import Kernels, Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Dropout, Kernels, Norm, accumulation_type
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON: Any = pytest.param(
@@ -91,9 +91,9 @@ class Draw:
         buffer[..., before + c :] = torch.nan
         return buffer.permute(0, 3, 1, 2)[:, before : before + c]
 
-    def mask(self, n: int, c: int, h: int, w: int, keep: float = 0.7) -> Tensor:
+    def dropout(self, n: int, c: int, h: int, w: int, keep: float = 0.7) -> Dropout:
         kept = torch.rand(n, h, w, c, generator=self.generator) < keep
-        return kept.to(self.device).permute(0, 3, 1, 2)
+        return Dropout(kept.to(self.device).permute(0, 3, 1, 2), keep)
 
     def norm(self, c: int) -> Norm:
         """A normalisation, each vector a range of a longer one."""

@@ -29,12 +29,9 @@ MOST_TENSORS = (110, 64, 48, 36, 30)
 
 
 class Launches(TorchDispatchMode):
-    """Operators that launch a kernel, and Triton's kernels.
+    """`counts` operators that launch a kernel, and Triton's kernels; `waits` are those that copy from the CPU.
 
-    Attributes:
-        counts: how many, by name.
-        read: of passes that rectify, by how many channels a thread reads at once.
-        waits: operators that copy from the CPU.
+    Of passes that rectify, `read` is how often a thread reads so many channels at once.
     """
 
     def __init__(self) -> None:
@@ -72,8 +69,8 @@ class Launches(TorchDispatchMode):
         for parameter, value in zip(kernel.params, args, strict=False):
             assert not parameter.annotation_type.startswith("fp") or isinstance(value, float), parameter.name
         self.counts[kernel.__name__] += 1
-        width = constants["READ"] if kernel.__name__ == "_bn_relu" else constants.get("BN_READ", 0)
-        if kernel.__name__ == "_bn_relu" or constants.get("BN_BLOCK_R", 1) > 1:
+        width = constants["READ"] if kernel.__name__ == "bn_relu" else constants.get("BN_READ", 0)
+        if kernel.__name__ == "bn_relu" or constants.get("BN_BLOCK_R", 1) > 1:
             self.read[width] += 1
 
 

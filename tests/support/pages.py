@@ -20,13 +20,7 @@ _NOT = re.compile(r"<!-- not (?:run|here)[^>]*-->\s*$")
 
 
 class Block(NamedTuple):
-    """A fenced block.
-
-    Attributes:
-        language: as written behind the fence.
-        text: without the fences' own indent.
-        tried: whether no comment before it says that it cannot be.
-    """
+    """A fenced block without the fences' own indent; `tried` unless a comment before it says that it cannot be."""
 
     language: str
     text: str
@@ -34,7 +28,6 @@ class Block(NamedTuple):
 
 
 def name_of(page: Path) -> str:
-    """A page's path in the repository."""
     return page.relative_to(ROOT).as_posix()
 
 

@@ -29,13 +29,7 @@ OUTSIDE = f"{NETWORK}.254"
 
 @dataclass
 class Cluster:
-    """A head and another node, one CPU each.
-
-    Attributes:
-        address: of the dashboard, for the Jobs API.
-        environment: for commands that are to reach it: its token.
-        folder: Ray's own of the head.
-    """
+    """A head and another node, one CPU each; the dashboard's address, its clients' environment, the head's folder."""
 
     address: str
     environment: dict[str, str]
@@ -91,11 +85,7 @@ def two_nodes() -> Iterator[Cluster]:
 def two_hosts(local: Path) -> Iterator[Cluster]:
     """Two hosts, ``host1`` (the head) and ``host2``, with the addresses 10.213.77.1 and .2, and this process at .254.
 
-    Args:
-        local: a folder that each of them has for itself, empty at first; all others are shared.
-
-    Raises:
-        PermissionError: where such hosts cannot be made.
+    Of all folders, each has only `local` for itself. PermissionError where such hosts cannot be made.
     """
     with tempfile.TemporaryDirectory(prefix="ddh-", dir="/tmp") as name, _bridge():
         folder = Path(name)

@@ -35,6 +35,7 @@ space:
 """
 UNDISTURBED = ("train.epochs=4", "checkpoint.every_steps=4", "data.augment=notebook", "train.ema_decay=0.9")
 """Settings of the run that others are compared with."""
+CLOCK = ("time", "seconds", "perf/", "goodput/")  # what records of two equal runs may differ in
 OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Coordinator")
 RAY_NOISE = re.compile(r"raylet|\(pid=|WARNING|INFO|ray::|ray\.tune|dashboard|deprecat|Traceback", re.IGNORECASE)
 
@@ -48,7 +49,6 @@ class Run:
     output: Path
 
     def text(self) -> str:
-        """What it printed so far."""
         return self.output.read_text()
 
     def wait_for(self, text: str) -> None:
@@ -66,7 +66,6 @@ class Run:
         os.killpg(self.process.pid, number) if number == signal.SIGHUP else self.process.send_signal(number)
 
     def wait(self, seconds: float = 400) -> int:
-        """Wait for its exit code."""
         return self.process.wait(seconds)
 
     def descendants(self) -> list[psutil.Process]:
@@ -148,12 +147,10 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 def records(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time", "seconds", "perf/", "goodput/")
-    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
 
 
 def epochs_of(folder: Path) -> list[int]:
-    """The epochs on a run's record."""
     return [int(line["epoch"]) for line in records(folder) if "train/loss" in line]
 
 
@@ -164,5 +161,4 @@ def weights(folder: Path) -> bytes:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a run."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -36,7 +36,6 @@ def tiny(storage: Path | str, *settings: str) -> Config:
 
 
 def run_of(config: Config) -> RunFolder:
-    """The folder of a run."""
     return RunFolder(config.storage, config.name)
 
 

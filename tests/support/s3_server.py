@@ -16,20 +16,10 @@ DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Err
 
 
 class FaultyServer:
-    """Listen on a port of its own. All servers in this process share their buckets.
+    """Listens on a port of its own and notes what was asked; all servers in this process share their buckets.
 
-    Args:
-        host: The address to listen on.
-
-    Attributes:
-        query: The query of an address ``s3://bucket/path?query`` on this server.
-        failing: The share of requests that fail: half of them with status 503, half with a reset connection, where
-            every other request was carried out before.
-        down: Reset every connection.
-        refuses_writing: Answer all writes with "access denied".
-        refuses_names: Answer likewise where the object's key ends with this.
-        seen: The method and the path of each request so far.
-        failed: The number of requests that have failed.
+    Of the share of requests that is `failing`, half are answered with status 503, and the others' connections are
+    reset, every second one after it was carried out. `refuses_names` denies access where an object's key ends so.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from densenet_dist.data.cifar import CifarSpec, Member
+from densenet_dist.data.cifar import CifarSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,5 +48,10 @@ def make_toy(spec: CifarSpec, images_a_file: int = 20) -> Toy:
         records = rng.integers(0, 256, (images_a_file, spec.record_bytes), dtype=np.uint8)
         records[:, : spec.label_bytes] = rng.integers(0, 10, (images_a_file, spec.label_bytes))
         files[name] = records.tobytes()
-    members = {name: Member(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    members = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     return Toy(dataclasses.replace(spec, members=members), files)
+
+
+def visible(root: Path) -> list[str]:
+    """What lies in a folder, but for locks."""
+    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))

@@ -11,8 +11,7 @@ from html_page import Page
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import load_sweep
-from densenet_dist.sweep.importance import importance
-from densenet_dist.sweep.page import write_page
+from densenet_dist.sweep.page import importance, write_page
 from densenet_dist.sweep.results import Trial
 from densenet_dist.sweep.space import sample
 

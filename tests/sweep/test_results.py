@@ -12,18 +12,18 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from densenet_dist.cluster.ray_tune import make_scheduler, make_searcher, points_to_try
-from densenet_dist.cluster.sweep import open_sweep, tune
+from densenet_dist.cluster.ray_tune import _PastTrial, make_scheduler, make_searcher, points_to_try
+from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError
+from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import RunFolder
-from densenet_dist.sweep.console import SweepConsole
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.json_lines import SweepJsonLines
+from densenet_dist.sweep.display import SweepConsole, SweepJsonLines
 from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,
     TABLE_FILE,
+    Note,
     SweepResult,
     Trial,
     Usage,
@@ -31,7 +31,6 @@ from densenet_dist.sweep.results import (
     best_trial,
     format_results,
     ranked,
-    read_usage,
     trials_on_record,
 )
 
@@ -161,28 +160,30 @@ def test_trials_on_record(sweep, folder):
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_schedulers_compare_with_trials_that_ended_before(sweep, name):
+def test_schedulers_compare_with_earlier_trials(sweep, name):
     scheduler = f"scheduler={{name: {name}, reduction_factor: 2, min_trials: 2}}"
     asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", scheduler)
     ended = [trial("000", 0.5, 0.6), trial("001", 0.6, 0.7, status="stopped"), trial("002", status="failed")]
+    resumed = [trial("003", 0.5, 0.6, status="interrupted"), trial("004", 0.6, 0.7, status="interrupted")]
     decisions = []
-    for past in (ended, []):
+    for past in (ended, resumed, []):
         scheduler, new = make_scheduler(asked, past), Mock(trial_id="new")
-        scheduler.on_trial_add(None, new)
+        for added in [*(_PastTrial(one.name) for one in past if one.status == "interrupted"), new]:
+            scheduler.on_trial_add(None, added)
         result = {"epoch": 1, "val/top1": 0.1}
         decisions.append(scheduler.on_trial_result(Mock(get_live_trials=list), new, result))
-    assert decisions == ["STOP", "CONTINUE"]
+    assert decisions == ["STOP", "STOP", "CONTINUE"]
 
 
 def test_optuna_learns_the_last_values_of_trials_that_ended_before(sweep):
     asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", "search.name=optuna")
     ended = [trial("000", 0.6, 0.5), trial("001", 0.2, status="failed"), trial("002"), trial("003", 0.4, lr=7.0)]
-    searcher = make_searcher(asked, ended, [trial("004", 0.3, lr=0.07).overrides], 2)
+    searcher = make_searcher(asked, [*ended, trial("004", 0.3, status="interrupted", lr=0.07)], 2)
     assert [one.value for one in searcher._ot_study.get_trials(states=(TrialState.COMPLETE,))] == [0.5, 0.2]
     assert searcher.suggest("resumed")["train.lr"] == 0.07
 
 
-def test_resuming_and_extending_a_sweep(sweep, folder):
+def test_resuming_and_extending_a_sweep(sweep, folder, monkeypatch):
     ended = [trial("000", 0.5, 0.6), trial("001", 0.6, lr=0.2)]
     for one in ended:
         leave(sweep, one.name, *one.history.values(), overrides=one.overrides, status="stopped")
@@ -201,7 +202,11 @@ def test_resuming_and_extending_a_sweep(sweep, folder):
     folder.write(RESULTS_FILE, json.dumps({"hours": 1.5, "gpu_hours": 0.5}))
     result = tune(extended, resume=True, listener=list)
     assert (result.ended_by, len(result.trials)) == ("max_hours: 1 hours are over", 2)
-    assert read_usage(folder) == Usage(1.5, 0.5)
+    with SweepRecord(folder, extended, list) as record, monkeypatch.context() as full:
+        assert record.usage == Usage(1.5, 0.5)
+        full.setattr(Note, "write", Mock(side_effect=StorageError("the disk is full")))
+        record.update("trial-000", {}, "failed", {}, "NaN")
+    assert [one.status for one in trials_on_record(folder, extended)] == ["failed", "stopped"], "it is written later"
     assert open_sweep(folder.location).trials == 3
 
 

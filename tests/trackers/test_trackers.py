@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_runs import free_ports, until
+from ray_runs import bytes_of, free_ports, until
 from runs import notes_of, run_of, stop_after, tiny
 from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
 from densenet_dist.display.console import RunSummary
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.trackers.tracker import without_secrets
-from densenet_dist.trackers.wandb_tracker import _SETTINGS
+from densenet_dist.trackers import _WANDB_SETTINGS, without_secrets
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
@@ -35,13 +33,9 @@ pytestmark = [
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for as long as a busy machine needs: what W&B does not finish in time is not in its file."""
     for timeout in ("init_timeout", "finish_timeout", "x_service_wait"):
-        monkeypatch.setitem(_SETTINGS, timeout, 120)
-    monkeypatch.setattr("densenet_dist.trackers.tracker._FINISH_TIMEOUT_S", 120.0)
-    monkeypatch.setattr("densenet_dist.trackers.tracker._ABORT_TIMEOUT_S", 120.0)
-
-
-def everything_in(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        monkeypatch.setitem(_WANDB_SETTINGS, timeout, 120)
+    monkeypatch.setattr("densenet_dist.trackers._FINISH_TIMEOUT_S", 120.0)
+    monkeypatch.setattr("densenet_dist.trackers._ABORT_TIMEOUT_S", 120.0)
 
 
 @needs_mlflow
@@ -70,7 +64,7 @@ def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatc
     url = f"{mlflow_server}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     assert f"MLflow: {url}" in notes
     assert RunSummary.read(run_of(config), {}).links == {"MLflow": url}
-    assert MARKER.encode() not in everything_in(run_of(config).path)
+    assert not any(MARKER.encode() in content for content in bytes_of(run_of(config).path).values())
 
 
 @needs_mlflow
@@ -124,7 +118,7 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     state = json.loads((run_of(config).path / "trackers" / "wb.json").read_text())
     assert state == {"id": first.run_id, "url": None, "sent": 3}
     assert RunSummary.read(run_of(config), {}).links == {}
-    found = everything_in(run_of(config).path)
+    found = b"".join(bytes_of(run_of(config).path).values())
     assert MARKER.encode() not in found
     assert key.encode() not in found
 

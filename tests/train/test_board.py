@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from runs import notes_of, run_of, stop_after, tiny, train, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from densenet_dist.train.board import Board
+from densenet_dist.train.logs import Board
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
+METRICS = ("loss", "top1", "top5", "balanced_accuracy", "macro_f1")
 TAGS = {
-    *("train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5", "test/loss", "test/top1"),
-    *("test/top5", "lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
+    *("train/loss", "train/top1", "train/top5", *(f"{split}/{name}" for split in ("val", "test") for name in METRICS)),
+    *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
@@ -132,11 +134,8 @@ def test_a_run_that_starts_again_shows_everything_once(tmp_path):
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise OSError("no font")
-
-    for function in ("results._png", "board.printed_confusion", "loop._show_images"):
-        monkeypatch.setattr(f"densenet_dist.train.{function}", fail)
+    for function in ("results._png", "logs.confusion_figure", "loop._show_images"):
+        monkeypatch.setattr(f"densenet_dist.train.{function}", Mock(side_effect=OSError("no font")))
     config = tiny(tmp_path, "train.epochs=1")
     notes = notes_of(config)
     assert "the images of the worst mistakes could not be read: no font" in notes

@@ -21,9 +21,8 @@ from torch import nn
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore, Entry
-from densenet_dist.train.control import WorkerStatus
-from densenet_dist.train.network import load_weights
-from densenet_dist.train.snapshot import Position, Snapshot
+from densenet_dist.train.context import WorkerStatus
+from densenet_dist.train.snapshot import Position, Snapshot, load_weights
 
 
 @pytest.fixture
@@ -256,14 +255,14 @@ def test_what_is_written_is_what_there_was_when_it_was_saved(run):
 
 
 def test_what_goes_wrong_is_raised_at_the_next_save_but_not_on_closing(run):
-    store = CheckpointStore(run)
+    store, before = CheckpointStore(run), set(threading.enumerate())
     (run.path / "checkpoints").write_text("a file where the folder should be")
     store.save(snapshot(1))
     with pytest.raises(StorageError, match="cannot be written"):
         store.save(snapshot(2))
     store.save(snapshot(3))
     store.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    assert not set(threading.enumerate()) - before
 
 
 def test_weights_that_do_not_fit_are_listed_and_change_nothing():

@@ -36,7 +36,7 @@ def fused(trainer: Any) -> bool:
 def test_the_usual_one_of_a_device_is_taken_unless_the_other_is_clearly_faster(device, torch_rate, dali_rate, chosen):
     def speed(rate: int) -> Speed:
         # On a CPU its seconds count, on a GPU those of the clock; the other figure would lead astray.
-        return Speed(1000, 1000 / rate, 1.0) if device == "cuda" else Speed(1000, 1.0, 1000 / rate)
+        return Speed(rate, 1000.0) if device == "cuda" else Speed(1000.0, rate)
 
     name, reason, _ = compare_loaders({"torch": speed(torch_rate), "dali": speed(dali_rate)}, device)
     assert name == chosen

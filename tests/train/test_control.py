@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from densenet_dist.train import control as module
-from densenet_dist.train.control import Goodput, WorkerStatus
+from densenet_dist.train import context as module
+from densenet_dist.train.context import Goodput, WorkerStatus
 
 
 class Clock:

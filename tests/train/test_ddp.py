@@ -14,15 +14,14 @@ from distributed import run_ranks
 from runs import records, run_of, tiny, train, trainer_of
 
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError, TrainingError
+from densenet_dist.errors import TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import TrainConfig
-from densenet_dist.train import ddp
-from densenet_dist.train.control import StopRequest
-from densenet_dist.train.ddp import bucket_sizes
+from densenet_dist.train import ranks as module
+from densenet_dist.train.context import StopRequest
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_step
-from densenet_dist.train.network import build_model
+from densenet_dist.train.network import bucket_sizes, build_model
 from densenet_dist.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -125,15 +124,6 @@ def test_a_compiled_net_exchanges_gradients_too(tmp_path):
     torch.testing.assert_close(first, eager, rtol=1e-2, atol=2e-4)
 
 
-def test_what_cannot_be_is_refused():
-    for settings in (["train.bucket_mb=-1"], ["train.bucket_mb=0.5", "train.compile=true"]):
-        with pytest.raises(ConfigError, match="bucket_mb"):
-            load_config(*settings)
-
-
-# The training loop over ranks: the same results as one process on the same global batches
-
-
 # In eval mode the whole step is a sum over images, so any share of it can be checked; 11 images over 2 ranks and in up
 # to 3 parts are never equal shares.
 SHARES = ["train.global_batch_size=11", "train.clip_grad_norm=0.5", "train.label_smoothing=0.1"]
@@ -164,7 +154,7 @@ def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
     config = tiny(storage, *settings)
     summary = train(config)
     trainer = trainer_of(config)
-    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    val = evaluate_model(trainer.model, trainer.val_loader, trainer.context, "fp32")
     for batch in trainer.train_loader.epoch(0):
         train_step(trainer, batch)
     return {
@@ -209,7 +199,7 @@ def test_a_request_that_arrives_during_an_exchange_is_not_lost(tmp_path, monkeyp
         trainer.context.status.request(StopRequest.SAVE)  # by the thread of the heartbeats
         return tensor[None]
 
-    monkeypatch.setattr(ddp, "gather_ranks", gather)
+    monkeypatch.setattr(module, "gather_ranks", gather)
     assert trainer.rank_sync.exchange() == (None, StopRequest.NONE)
     assert trainer.rank_sync.exchange() == (None, StopRequest.SAVE)
 

@@ -91,9 +91,8 @@ def test_every_class_keeps_a_training_picture(photos, tmp_path):
 
 def test_validation_images_may_be_a_folder_of_their_own(photos, tmp_path):
     config = tiny(tmp_path, *settings(photos, "data.val_fraction=0", "train.early_stopping.enabled=true"))
-    with pytest.raises(
-        ConfigError, match=r"val_fraction: there are no validation images, .*train\.early_stopping.*\n.* a folder val"
-    ):
+    said = r"val_fraction: there are no validation images, .*train\.early_stopping.*\n.* a folder val"
+    with pytest.raises(ConfigError, match=said):
         trainer_of(config)
     for name in ("train", "test", "val"):
         shutil.copytree(photos, tmp_path / "parts" / name)

@@ -16,11 +16,12 @@ from torch import nn
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches
+from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import evaluate, evaluate_model
+from densenet_dist.train.inputs import train_and_val
 from densenet_dist.train.loop import train_epoch, train_step
-from densenet_dist.train.network import build_model, require_memory
+from densenet_dist.train.network import build_model
 from densenet_dist.train.snapshot import Position
 from densenet_dist.train.trainer import Trainer, _set_determinism
 
@@ -293,13 +294,26 @@ def test_a_loss_that_is_not_finite_in_an_evaluation_ends_the_run(tmp_path, split
     assert not run_of(config).exists("summary.json")
 
 
+def test_classes_are_weighted_in_the_loss(tmp_path):
+    trainer = trainer_of(tiny(tmp_path, "train.class_weights=balanced"))
+    labels = trainer.dataset.train.labels[train_and_val(trainer.config, trainer.dataset)[0]]
+    assert trainer.class_weights[labels].mean() == pytest.approx(1)
+    assert trainer.class_weights.numpy() * np.bincount(labels) == pytest.approx(np.full(10, len(labels) / 10))
+    batch = next(trainer.train_loader.epoch(0))
+    loss, logits = trainer.forward_backward(batch.images, batch.targets, 1.0)
+    losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    assert loss == pytest.approx(float((losses * trainer.class_weights[batch.targets]).sum()))
+    with pytest.raises(ConfigError, match=r"class_weights: 2 weights for 10 classes; give one per class, .* circle"):
+        trainer_of(tiny(tmp_path, "train.class_weights=[1, 2]"))
+
+
 def test_the_average_of_the_weights_is_what_is_validated_and_saved_beside(tmp_path):
     config = tiny(tmp_path, "train.ema_decay=0.9", "train.epochs=1")
     train(config)
     snapshot = CheckpointStore(run_of(config)).load_latest()
     trainer = trainer_of(config)
     trainer.model.load_state_dict(snapshot.average)
-    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context.device, "fp32")
+    found = evaluate_model(trainer.model, trainer.val_loader, trainer.context, "fp32")
     assert found["loss"] == pytest.approx(records(config)[0]["val/loss"], rel=1e-6)
     assert not torch.equal(snapshot.average["classifier.weight"], snapshot.model["classifier.weight"])
 

@@ -125,9 +125,8 @@ def test_plateau_stops_at_the_lowest_rate_but_a_warmup_may_be_below_it():
     ],
 )
 def test_early_stopping(min_delta, losses, stops_after):
-    run = controller(
-        "early_stopping.enabled=true", "early_stopping.patience=3", f"early_stopping.min_delta={min_delta}"
-    )
+    settings = ("enabled=true", "patience=3", f"min_delta={min_delta}")
+    run = controller(*(f"early_stopping.{setting}" for setting in settings))
     stopped = []
     for loss in losses:
         run.end_epoch(loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from PIL import Image
 from runs import context_of, run_of, tiny, train
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train import results as module
-from densenet_dist.train.evaluation import evaluate_test_set, prepare_evaluation
-from densenet_dist.train.metrics import Metrics
-from densenet_dist.train.results import BINS, read_test_results
+from densenet_dist.train.evaluation import evaluate, evaluate_test_set, prepare_evaluation
+from densenet_dist.train.results import BINS, Metrics, read_test_results
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def run(tmp_path_factory) -> Path:
 
 def evaluated(run: Path) -> module.TestResults:
     found = prepare_evaluation(run)
-    return evaluate_test_set(found.model, found.config, context_of(found.config), found.dataset, found.engine)
+    return evaluate_test_set(replace(found, context=context_of(found.config)))
 
 
 def test_results_are_those_that_numpy_computes(run):
@@ -52,6 +53,10 @@ def test_results_are_those_that_numpy_computes(run):
     confusion = np.zeros((10, 10), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     np.testing.assert_array_equal(results.confusion, confusion)
+    scores = {"balanced_accuracy": balanced_accuracy_score(labels, predicted)}
+    scores["macro_f1"] = f1_score(labels, predicted, average="macro")
+    for found_scores in (results.metrics, evaluate(run)):
+        assert {name: found_scores[name] for name in scores} == pytest.approx(scores)
     bins = np.ceil(confidence * BINS).astype(int) - 1
     gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).sum() for b in set(bins)]
     assert results.calibration.images.tolist() == np.bincount(bins, minlength=BINS).tolist()
@@ -124,7 +129,7 @@ def test_images_that_can_no_longer_be_read_are_left_out(tmp_path):
     found = prepare_evaluation(run_of(config))
     for index in (0, 1, 4):  # a whole batch, and one of two
         found.engine.split.images.path(index).write_bytes(b"")
-    results = evaluate_test_set(found.model, found.config, found.context, found.dataset, found.engine)
+    results = evaluate_test_set(found)
     assert results.images == 7
     assert results.confusion.sum(1).tolist() == [2, 5]
     assert {mistake.index for mistake in results.mistakes} <= {2, 3, 5, 6, 7, 8, 9}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from runs import STEPS_PER_EPOCH, records, run_of, tiny, train, trainer_of, weights_of
+from runs import STEPS_PER_EPOCH, notes_of, records, run_of, tiny, train, trainer_of, weights_of
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.errors import CheckpointError
@@ -32,10 +32,16 @@ EVERYTHING = [
     *("train.early_stopping.enabled=true", "train.early_stopping.patience=3", "train.early_stopping.min_delta=0.05"),
 ]
 CASES = {
-    "fp32 sgd, parts": ["train.grad_accum_steps=3"],
+    "fp32 sgd, parts": ["train.grad_accum_steps=3", "train.freeze=[stem, 1]", "train.head_lr=0.02"],
     "bf16 adamw": ["train.precision=bf16", "train.optimizer.name=adamw", "train.optimizer.weight_decay=0.1"],
     "fp16 adam": ["train.precision=fp16", "train.optimizer.name=adam", "train.lr=0.003"],
-    "fp32 sgd, DALI, mixed": ["data.loader=dali", "data.mixup=1", "data.cutmix=1", "data.trivial_augment=true"],
+    "fp32 sgd, DALI, mixed, balanced": [
+        "data.sampler=balanced",
+        "data.loader=dali",
+        "data.mixup=1",
+        "data.cutmix=1",
+        "data.trivial_augment=true",
+    ],
 }
 
 
@@ -114,28 +120,13 @@ def _steps_saved(config: Config) -> int:
     return json.loads(path.read_text())["checkpoints"][-1]["position"]["global_step"] if path.exists() else 0
 
 
-def test_a_finished_run_is_left_as_it_is_unless_it_is_made_longer(tmp_path):
-    # A constant rate: with others, the length of the run is in every step.
-    short, long = (tiny(tmp_path / name, "train.schedule.name=constant", "train.epochs=3") for name in ("a", "b"))
-    finished = tiny(short.storage, "train.schedule.name=constant", "train.epochs=2")
-    first = train(finished)
-    lines, weights = records(finished), weights_of(finished)
-    assert train(finished) == first
-    assert records(finished) == lines
-    assert weights_of(finished) == weights
-    train(short)
-    train(long)
-    assert_same_run(short, long)
-
-
 def test_a_damaged_line_of_the_record_costs_its_epoch_alone(tmp_path):
     config, longer = (tiny(tmp_path, "train.schedule.name=constant", f"train.epochs={epochs}") for epochs in (4, 5))
     train(config)
     path = run_of(config).path / "metrics.jsonl"
     first, second, third, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, second[:50] + b"\n", b"\xff" + third, *others]))
-    notes = []
-    train(longer, listener=lambda event: event["kind"] == "note" and notes.append(event["text"]))
+    notes = notes_of(longer)
     assert [record["epoch"] for record in records(longer)[:-1]] == [1, 4, 5]
     assert any(re.search(r"metrics\.jsonl: .*\n  epoch 2\n  epoch 3$", note) for note in notes)
 

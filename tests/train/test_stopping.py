@@ -14,8 +14,7 @@ from densenet_dist.config import to_yaml
 from densenet_dist.errors import CheckpointError
 from densenet_dist.run_folder import CONFIG_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.context import Stopped
-from densenet_dist.train.control import StopRequest, WorkerStatus
+from densenet_dist.train.context import Stopped, StopRequest, WorkerStatus
 from densenet_dist.train.loop import fit
 
 # Each epoch: 5 steps and a batch of validation; then 4 batches of the test.
@@ -97,19 +96,20 @@ def test_a_checkpoint_within_an_epoch_is_of_one_order_of_images(tmp_path):
     assert train(tiny(tmp_path, "train.lr=0.1", "model.block=reference"))["global_step"] == 15
 
 
-def stop_on_one_rank(storage: str, rank_asked: int) -> list[str]:
+def stop_on_one_rank(storage: str, rank_asked: int, at: int) -> list[str]:
     config = tiny(storage, "data.limit=300")
     rank = torch.distributed.get_rank()
-    events = asked(config, 4 if rank == rank_asked else 10**6, StopRequest.STOP)
+    events = asked(config, at if rank == rank_asked else 10**6, StopRequest.STOP)
     return [event["kind"] for event in events[-2:]] + sorted(weights_of(config))
 
 
-def test_all_ranks_stop_where_one_is_asked(tmp_path):
-    first, second = run_ranks(stop_on_one_rank, 2, str(tmp_path), 1)
+@pytest.mark.parametrize(("rank", "at"), [(1, 4), (0, 18)])  # within an epoch of 17 steps, and in its validation
+def test_all_ranks_stop_where_one_is_asked(tmp_path, rank, at):
+    first, second = run_ranks(stop_on_one_rank, 2, str(tmp_path), rank, at)
     assert first[:2] == ["note", "stopped"]
     assert second[0] == "stopped"
     assert len(first) == 3
-    assert 4 <= int(first[2].removeprefix("step-")) <= 17
+    assert min(at, 17) <= int(first[2][5:13]) <= 17
 
 
 def test_every_so_many_steps_it_saves_at_the_end_of_an_epoch_too(tmp_path):

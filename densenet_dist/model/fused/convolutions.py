@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from itertools import compress
 from pathlib import Path
 from typing import Final
@@ -20,9 +20,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from densenet_dist.cache_folder import cache_folder
-from densenet_dist.model.fused.types import TENSOR_CORE_CHANNELS, OutputGradient, Statistics, Unit, empty_maps
-from densenet_dist.model.kernels.interface import BNReLU, Consumer, Kernels, Norm, NormGrad
+from densenet_dist.environment import cache_folder
+from densenet_dist.model.fused.types import TENSOR_CORE_CHANNELS, Unit, empty_maps, empty_statistics, merge_statistics
+from densenet_dist.model.kernels.interface import (
+    BNReLU,
+    Consumer,
+    Dropout,
+    Kernels,
+    Norm,
+    NormGrad,
+    OutputGradient,
+    Statistics,
+)
 from densenet_dist.model.kernels.native import KERNEL_SIZES, NativeKernels
 
 PIECE_BYTES = 24 * 2**20
@@ -46,18 +55,14 @@ class Convolutions:
     """
 
     def __init__(self, kernels: Kernels, like: Tensor, units: Sequence[Unit]) -> None:
-        self._kernels, self._like = kernels, like
+        self._kernels = kernels
         self._multiple = TENSOR_CORE_CHANNELS if like.is_cuda else 1
         # On a CPU newly allocated pages cost more than the pass that fills them.
         n, _, height, width = like.shape
         self._scratch = like.new_empty(n * height * width * self.padded(_max_in_channels(units)))
-        # On a GPU all weights are converted in one launch; on a CPU one at a time, which needs less memory.
-        self._convert_together = like.is_cuda
-        self._converted: dict[int, Tensor] = {}
-        if self._convert_together:
-            weights = [unit.weight for unit in units if unit.weight is not None]
-            converted = _convert(kernels, weights, [self._empty_weight(weight) for weight in weights])
-            self._converted = {id(weight): out for weight, out in zip(weights, converted, strict=True)}
+        weights = [unit.weight for unit in units if unit.weight is not None]
+        converted = _convert(kernels, weights, [self._empty_weight(weight, like) for weight in weights])
+        self._weights = {id(weight): out for weight, out in zip(weights, converted, strict=True)}
 
     def accumulates(self, unit: Unit) -> bool:
         """Return whether `backward_accumulate` is faster than `backward` followed by one sum for several units."""
@@ -75,10 +80,10 @@ class Convolutions:
             return out
         # A view of padded maps could not be changed in place by the caller.
         slot = None if self.padded(unit.out_channels) == unit.out_channels else empty_maps(maps, unit.out_channels)
-        return self.forward(unit, maps, norm, None, 1.0, slot, None)
+        return self.forward(unit, maps, norm, None, slot, None)
 
     def forward(
-        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        self, unit: Unit, maps: Tensor, norm: Norm, dropout: Dropout | None, slot: Tensor | None,
         into: Statistics | None,
     ) -> Tensor:  # fmt: skip
         """Compute ``slot = conv(relu(norm(maps))) * mask / keep`` and its statistics, as `Kernels.store_output` does.
@@ -90,7 +95,7 @@ class Convolutions:
         output = self._convolve(unit.weight, maps, norm)
         if slot is None:
             slot = output if output.shape[1] == unit.out_channels else output[:, : unit.out_channels]
-        self._kernels.store_output(output, mask, keep, slot, *(into or (None, None)))
+        self._kernels.store_output(output, dropout, slot, into)
         return slot
 
     def backward(
@@ -99,13 +104,12 @@ class Convolutions:
         """Compute the gradients of relu(norm(maps)), (N, >= C, H, W), and of the weight, for `like_weights`."""
         if unit.weight is None:
             return d_output.gradient, None
-        weight, rectified = self._convert_weight(unit.weight), self._scratch_like(maps)
+        weight, rectified = self._weights[id(unit.weight)], self._scratch_like(maps)
         gradient = self._corrected(d_output, unit.out_channels, BNReLU(maps, norm, rectified))
         d_rectified, d_weight, _ = torch.ops.aten.convolution_backward(
-            gradient, rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1,
-            [True, need_weight, False],
-        )  # fmt: skip
-        return _channels_last(d_rectified), self._like_weight(d_weight if need_weight else None, unit.weight)
+            gradient, rectified, weight, None, *_geometry(weight), [True, need_weight, False]
+        )
+        return _channels_last(d_rectified), d_weight if need_weight else None
 
     def backward_accumulate(
         self, unit: Unit, maps: Tensor, norm_grad: NormGrad, d_output: OutputGradient, need_weight: bool,
@@ -118,40 +122,25 @@ class Convolutions:
 
     def like_weights(self, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Give gradients the shapes, dtypes and strides of the weights: torch's fused optimizers ignore strides."""
-        if not self._convert_together:
-            return list(gradients)
         return _convert(self._kernels, gradients, [torch.empty_like(weight) for weight in weights])
-
-    def _like_weight(self, gradient: Tensor | None, weight: Tensor) -> Tensor | None:
-        if gradient is None or self._convert_together:
-            return gradient
-        return _convert(self._kernels, [gradient], [torch.empty_like(weight)])[0]
-
-    def _convert_weight(self, weight: Tensor) -> Tensor:
-        """Return the weight in the maps' dtype, padded."""
-        if self._convert_together:
-            return self._converted[id(weight)]
-        return _convert(self._kernels, [weight], [self._empty_weight(weight)])[0]
 
     def _corrected(self, d_output: OutputGradient, channels: int, also: BNReLU | None = None) -> Tensor:
         """Return the gradient of a convolution's output, (N, padded K, H, W); run `also`."""
-        gradient, maps, correction, mask, keep, owned = d_output
+        gradient, maps, correction, dropout, owned = d_output
         padded, same_dtype = self.padded(channels), gradient.dtype == maps.dtype
         dense = gradient.shape[1] == padded and gradient.is_contiguous(memory_format=torch.channels_last)
-        if same_dtype and dense and correction is None and mask is None:
+        if same_dtype and dense and correction is None and dropout is None:
             if also is not None:
                 self._kernels.bn_relu(*also)
             return gradient
         out = gradient if owned and same_dtype and padded == channels else empty_maps(maps, padded)
-        self._kernels.correct_gradient(gradient, maps, correction, mask, keep, out, also)
+        self._kernels.correct_gradient(d_output, out, also)
         return out
 
     def _convolve(self, weight: Tensor, maps: Tensor, norm: Norm) -> Tensor:
-        weight, rectified = self._convert_weight(weight), self._scratch_like(maps)
+        weight, rectified = self._weights[id(weight)], self._scratch_like(maps)
         self._kernels.bn_relu(maps, norm, rectified)
-        output: Tensor = torch.ops.aten.convolution(
-            rectified, weight, None, [1, 1], _padding(weight), [1, 1], False, [0, 0], 1
-        )
+        output: Tensor = torch.ops.aten.convolution(rectified, weight, None, *_geometry(weight))
         return _channels_last(output)
 
     def _scratch_like(self, maps: Tensor) -> Tensor:
@@ -161,17 +150,16 @@ class Convolutions:
         flat = self._scratch[: n * height * width * padded]
         return flat.view(n, height, width, padded).permute(0, 3, 1, 2)
 
-    def _empty_weight(self, weight: Tensor) -> Tensor:
+    def _empty_weight(self, weight: Tensor, like: Tensor) -> Tensor:
         """Allocate a weight in the maps' dtype, padded."""
         shape = (self.padded(weight.shape[0]), self.padded(weight.shape[1]), *weight.shape[2:])
-        like = self._like
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 class CpuConvolutions(Convolutions):
     """The convolutions of one block on a CPU: by the C++ kernels, or by oneDNN, some images at a time (`PIECE_BYTES`).
 
-    The C++ kernels normalise what they read and compute the statistics of what they store, in one pass.
+    The C++ kernels normalize what they read and compute the statistics of what they store, in one pass.
 
     Args:
         native_sizes: kernel sizes of the convolutions that the C++ kernels compute.
@@ -182,7 +170,6 @@ class CpuConvolutions(Convolutions):
     ) -> None:
         self._native = kernels if isinstance(kernels, NativeKernels) else None
         self._native_sizes = native_sizes
-        self._dtype = like.dtype
         others = [unit for unit in units if not self._native_for(unit)]
         self._images = max(1, PIECE_BYTES // max(1, like[:1, :1].nbytes * _max_in_channels(others)))
         self._several_pieces = len(like) > self._images
@@ -193,27 +180,28 @@ class CpuConvolutions(Convolutions):
         return self._several_pieces or self._native_for(unit) is not None
 
     def forward(
-        self, unit: Unit, maps: Tensor, norm: Norm, mask: Tensor | None, keep: float, slot: Tensor | None,
+        self, unit: Unit, maps: Tensor, norm: Norm, dropout: Dropout | None, slot: Tensor | None,
         into: Statistics | None,
     ) -> Tensor:  # fmt: skip
         """See `Convolutions.forward`."""
         assert unit.weight is not None
         native = self._native_for(unit)
         if native is None and len(maps) <= self._images:
-            return super().forward(unit, maps, norm, mask, keep, slot, into)
+            return super().forward(unit, maps, norm, dropout, slot, into)
         slot = empty_maps(maps, unit.out_channels) if slot is None else slot
         if native is not None:
-            weight = unit.weight.to(maps.dtype).contiguous()
-            native.convolve(maps, norm, weight, mask, keep, slot, *(into or (None, None)))
+            native.convolve(maps, norm, unit.weight.to(maps.dtype).contiguous(), dropout, slot, into)
             return slot
         pieces = self._split(maps)
-        parts = None if into is None else torch.stack([torch.stack(into)] * len(pieces))
-        masks = [None] * len(pieces) if mask is None else self._split(mask)
-        for i, (piece, mask_piece, slot_piece) in enumerate(zip(pieces, masks, self._split(slot), strict=True)):
-            output, statistics = self._convolve(unit.weight, piece, norm), (None, None) if parts is None else parts[i]
-            self._kernels.store_output(output, mask_piece, keep, slot_piece, *statistics)
+        dropouts: list[Dropout | None] = [None] * len(pieces)
+        if dropout is not None:
+            dropouts = [Dropout(mask, dropout.keep) for mask in self._split(dropout.mask)]
+        parts = None if into is None else into.mean.new_empty((len(pieces), 2, unit.out_channels))
+        for i, (piece, dropout_piece, slot_piece) in enumerate(zip(pieces, dropouts, self._split(slot), strict=True)):
+            statistics = None if parts is None else Statistics(*parts[i])
+            self._kernels.store_output(self._convolve(unit.weight, piece, norm), dropout_piece, slot_piece, statistics)
         if into is not None and parts is not None:
-            _merge_statistics(parts, [len(piece) for piece in pieces], into)
+            merge_statistics(parts, [len(piece) for piece in pieces], into)
         return slot
 
     def backward_accumulate(
@@ -226,11 +214,10 @@ class CpuConvolutions(Convolutions):
             return super().backward_accumulate(unit, maps, norm_grad, d_output, need_weight, carry, out)
         gradient = self._corrected(d_output, unit.out_channels)
         if native is not None:
-            weight, sums = unit.weight.to(maps.dtype).contiguous(), norm_grad.norm.mean.new_empty(2, unit.in_channels)
+            weight = unit.weight.to(maps.dtype).contiguous()
             d_weight = torch.empty_like(weight) if need_weight else None
-            native.convolve_backward(maps, norm_grad.norm, weight, gradient, carry, out, sums, d_weight)
-            norm_grad.apply_sums(sums)
-            return self._like_weight(d_weight, unit.weight)
+            native.convolve_backward(maps, norm_grad, weight, gradient, carry, out, d_weight)
+            return d_weight
         pieces = self._split(maps)
         carries = [None] * len(pieces) if carry is None else self._split(carry)
         parts = norm_grad.gradients.new_empty(len(pieces), *norm_grad.gradients.shape)
@@ -245,13 +232,11 @@ class CpuConvolutions(Convolutions):
             if d_weight is not None and d_weight_piece is not None:
                 d_weight += d_weight_piece
         torch.sum(parts, 0, out=norm_grad.gradients)
-        return self._like_weight(d_weight, unit.weight)
+        return d_weight
 
     def _native_for(self, unit: Unit) -> NativeKernels | None:
         """Return the C++ kernels if they compute this unit's convolution."""
-        if self._native is None or unit.weight is None or unit.weight.shape[2] not in self._native_sizes:
-            return None
-        return self._native if self._native.convolves(unit.weight, self._dtype) else None
+        return None if unit.weight is None or unit.weight.shape[2] not in self._native_sizes else self._native
 
     def _split(self, maps: Tensor) -> tuple[Tensor, ...]:
         pieces: tuple[Tensor, ...] = maps.split(self._images)
@@ -317,57 +302,44 @@ def _time_layer(kernels: NativeKernels, size: int) -> tuple[float, float]:
     maps, d_output = (empty_maps(like, c).normal_(generator=generator) for c in (in_channels, out_channels))
     weight = torch.empty(out_channels, in_channels, size, size).normal_(generator=generator)
     ones, zeros = torch.ones(in_channels), torch.zeros(in_channels)
-    unit = Unit(ones, zeros, weight, 1e-5, frozen=(zeros, ones))
-    runs = [
-        partial(_run_layer, CpuConvolutions(kernels, maps, [unit], sizes), unit, maps, d_output)
-        for sizes in (KERNEL_SIZES, ())
-    ]
-    best = [float("inf")] * 2
-    for _ in range(ROUNDS):
-        for i, run in enumerate(runs):
-            started = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - started)
-    return best[0], best[1]
+    unit = Unit(ones, zeros, weight, 1e-5, frozen=Statistics(zeros, ones))
 
+    def run(sizes: Collection[int]) -> float:
+        started = time.perf_counter()
+        convolutions, norm = CpuConvolutions(kernels, maps, [unit], sizes), unit.norm(empty_statistics(0, maps))
+        slot, into = empty_maps(maps, out_channels), empty_statistics(out_channels, maps)
+        convolutions.forward(unit, maps, norm, None, slot, into)
+        norm_grad, out = NormGrad(norm, maps.new_empty(2, in_channels), None), empty_maps(maps, in_channels)
+        gradient = OutputGradient(d_output, d_output)
+        d_weight = convolutions.backward_accumulate(unit, maps, norm_grad, gradient, True, maps, out)
+        assert d_weight is not None
+        convolutions.like_weights([d_weight], [weight])
+        return time.perf_counter() - started
 
-def _run_layer(convolutions: CpuConvolutions, unit: Unit, maps: Tensor, d_output: Tensor) -> None:
-    norm, k = unit.norm(Statistics.empty(0, maps), maps.dtype), unit.out_channels
-    convolutions.forward(unit, maps, norm, None, 1.0, empty_maps(maps, k), Statistics.empty(k, maps))
-    norm_grad = NormGrad(norm, maps.new_empty(2, unit.in_channels), None)
-    gradient, out = OutputGradient(d_output, d_output), empty_maps(maps, unit.in_channels)
-    convolutions.backward_accumulate(unit, maps, norm_grad, gradient, True, maps, out)
+    rounds = [(run(KERNEL_SIZES), run(())) for _ in range(ROUNDS)]
+    native, onednn = (min(times) for times in zip(*rounds, strict=True))
+    return native, onednn
 
 
 def _convert(kernels: Kernels, sources: Sequence[Tensor], outs: Sequence[Tensor]) -> list[Tensor]:
     """Return each source if it has the shape, strides and dtype of its `out`, else `out` with a copy of it."""
     pairs = list(zip(sources, outs, strict=True))
-    different = [_layout(source) != _layout(out) for source, out in pairs]
+    different = [
+        source.shape != out.shape or source.stride() != out.stride() or source.dtype != out.dtype
+        for source, out in pairs
+    ]
     needed = list(compress(pairs, different))
-    if needed:
-        kernels.copy_weights([source for source, _ in needed], [out for _, out in needed])
+    kernels.copy_weights([source for source, _ in needed], [out for _, out in needed])
     return [out if differs else source for (source, out), differs in zip(pairs, different, strict=True)]
-
-
-def _layout(weight: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return weight.shape, weight.stride(), weight.dtype
-
-
-def _merge_statistics(parts: Tensor, images: list[int], into: Statistics) -> None:
-    """Combine the mean and variance of pieces, (pieces, 2, C), of so many images each."""
-    share = parts.new_tensor(images, dtype=torch.float64)[:, None] / sum(images)
-    means, variances = parts.double().unbind(1)
-    mean = (share * means).sum(0)
-    into.mean.copy_(mean)
-    into.var.copy_((share * (variances + (means - mean).square())).sum(0))
 
 
 def _max_in_channels(units: Sequence[Unit]) -> int:
     return max((unit.in_channels for unit in units), default=1)
 
 
-def _padding(weight: Tensor) -> list[int]:
-    return [size // 2 for size in weight.shape[2:]]
+def _geometry(weight: Tensor) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Return stride, padding, dilation, whether it is transposed, output padding and groups of a convolution."""
+    return [1, 1], [size // 2 for size in weight.shape[2:]], [1, 1], False, [0, 0], 1
 
 
 def _channels_last(maps: Tensor) -> Tensor:

@@ -24,52 +24,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from densenet_dist.model.fused.convolutions import choose_convolutions
-from densenet_dist.model.fused.types import BlockSpec, ForwardResult, Statistics, Unit, empty_buffer
-from densenet_dist.model.kernels.interface import Kernels, accumulation_type
+from densenet_dist.model.fused.types import BlockSpec, Unit, empty_buffer, empty_statistics
+from densenet_dist.model.kernels.interface import Dropout, Kernels, Statistics
 
 
 def run_forward(
-    kernels: Kernels, block: BlockSpec, x: Tensor, masks: Sequence[Tensor], keep_bottlenecks: bool
-) -> ForwardResult:
-    """Compute a block's feature maps and its tail's output.
+    kernels: Kernels, block: BlockSpec, x: Tensor, dropouts: Sequence[Dropout], keep_bottlenecks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    """Compute the results of `dense_block`.
 
     Args:
         kernels: for the device and dtype of `x`.
         block: what to compute; its weights may have another dtype than `x`.
         x: (N, C, H, W), channels_last.
-        masks: what dropout keeps after each convolution of the layers, in order; empty without dropout.
+        dropouts: after each convolution of the layers, in order; empty without dropout.
         keep_bottlenecks: whether a backward pass may follow.
     """
-    widths, narrow, wide = block.widths, block.bottleneck_width, accumulation_type(x.dtype)
-    convolutions, remaining_masks = choose_convolutions(kernels, x, block.units), iter(masks)
+    widths, narrow, values = block.widths, block.bottleneck_width, x.numel() // x.shape[1]
+    convolutions, remaining_dropouts = choose_convolutions(kernels, x, block.units), iter(dropouts)
+    maps, bottlenecks = empty_buffer(x, widths[-1]), []
+    statistics = empty_statistics(block.buffer_start + widths[-1] if block.in_training else 0, x)
 
-    def merge(own: Statistics, stored: Tensor) -> None:
-        if block.in_training:
-            block.reduction.merge(own.mean, own.var, stored.numel() // stored.shape[1])
-
-    def run_unit(unit: Unit, maps: Tensor, stats: Statistics, slot: Tensor | None, own: Statistics) -> Tensor:
+    def run_unit(unit: Unit, unit_input: Tensor, slot: Tensor | None, own: Statistics) -> Tensor:
         """Store a unit's output, after dropout, in `slot` and its statistics in `own`."""
-        mask, into = next(remaining_masks, None), own if block.in_training else None
-        output = convolutions.forward(unit, maps, unit.norm(stats, wide), mask, block.keep, slot, into)
-        merge(own, output)
+        dropout, into = next(remaining_dropouts, None), own if block.in_training else None
+        output = convolutions.forward(unit, unit_input, unit.norm(statistics), dropout, slot, into)
+        if block.synchronized:
+            merge_over_ranks(own, values)
         return output
 
-    maps, bottlenecks = empty_buffer(x, widths[-1]), []
-    stats = Statistics.empty(widths[-1] if block.in_training else 0, x)
-    bottleneck_stats = Statistics.empty(narrow * len(block.layers) if block.in_training else 0, x)
-    input_stats = stats.narrow(0, widths[0])
-    kernels.store_output(x, None, 1.0, maps[:, : widths[0]], *(input_stats if block.in_training else (None, None)))
-    merge(input_stats, x)
+    buffer_statistics = statistics.narrow(block.buffer_start)
+    own = buffer_statistics.narrow(0, widths[0])
+    kernels.store_output(x, None, maps[:, : widths[0]], own if block.in_training else None)
+    count = merge_over_ranks(own, values) if block.synchronized else x.new_empty(0, dtype=torch.float64)
     for i, (layer, (start, stop)) in enumerate(zip(block.layers, pairwise(widths), strict=True)):
-        unit_input, unit_stats = maps[:, :start], stats
+        unit_input = maps[:, :start]
         if narrow:
-            unit_stats = bottleneck_stats.narrow(i * narrow, (i + 1) * narrow)
-            unit_input = run_unit(layer[0], maps[:, :start], stats, None, unit_stats)
+            unit_input = run_unit(layer[0], unit_input, None, statistics.narrow(i * narrow, (i + 1) * narrow))
             if keep_bottlenecks:
                 bottlenecks.append(unit_input)
-        run_unit(layer[-1], unit_input, unit_stats, maps[:, start:stop], stats.narrow(start, stop))
-    out = None if block.tail is None else convolutions.apply(block.tail, maps, block.tail.norm(stats, wide))
-    return ForwardResult(maps, out, stats, bottlenecks, bottleneck_stats)
+        run_unit(layer[-1], unit_input, maps[:, start:stop], buffer_statistics.narrow(start, stop))
+    out = x.new_empty(0)
+    if block.tail is not None:
+        out = convolutions.apply(block.tail, maps, block.tail.norm(statistics))
+    return maps, out, *statistics, bottlenecks, count
+
+
+def merge_over_ranks(statistics: Statistics, count: int) -> Tensor:
+    """Replace this rank's statistics of `count` values per channel by those of all ranks, in one all-reduce.
+
+    Ranks may have different numbers of images. Sums are float64, because a mean far from zero must not cancel the
+    variance.
+
+    Returns:
+        The number of values per channel of all ranks, (1,), float64.
+    """
+    mean, var = (vector.double() for vector in statistics)
+    if count == 0:  # a rank without images has NaN statistics, which must not spread
+        mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+    sums = torch.cat([mean * count, (var + mean.square()) * count, mean.new_full((1,), count)])
+    dist.all_reduce(sums)
+    total = sums / sums[-1]
+    global_mean, second_moment = total[:-1].chunk(2)
+    statistics.mean.copy_(global_mean)
+    statistics.var.copy_((second_moment - global_mean.square()).clamp_(min=0))
+    return sums[-1:].clone()

@@ -1,17 +1,15 @@
-"""A dense block as tensors and numbers, and what its forward and backward pass exchange."""
+"""A dense block as tensors and numbers, and the memory of its feature maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from densenet_dist.model.fused.reduction import Reduction
-from densenet_dist.model.kernels.interface import Correction, Norm, accumulation_type
+from densenet_dist.model.kernels.interface import Norm, Statistics, accumulation_type
 
 TENSOR_CORE_CHANNELS = 8
 """Tensor cores need channels in multiples of 8 (16 bytes in half precision); otherwise cuDNN copies or falls back to
@@ -27,15 +25,17 @@ class Unit:
         gamma: (C,), any floating dtype.
         beta: (C,).
         weight: (K, C, 1, 1) or (K, C, 3, 3); None: BN-ReLU alone.
-        eps: of the batch normalisation.
-        frozen: running mean and variance, (C,) each, if the batch normalisation is in evaluation mode.
+        eps: of the batch normalization.
+        frozen: running statistics, if the batch normalization is in evaluation mode.
+        start: index of the first of its C channels in the block's statistics.
     """
 
     gamma: Tensor
     beta: Tensor
     weight: Tensor | None
     eps: float
-    frozen: tuple[Tensor, Tensor] | None = None
+    frozen: Statistics | None = None
+    start: int = 0
 
     @property
     def in_channels(self) -> int:
@@ -47,107 +47,64 @@ class Unit:
         """Return K; C without a convolution."""
         return self.in_channels if self.weight is None else self.weight.shape[0]
 
-    def norm(self, statistics: Statistics, dtype: torch.dtype) -> Norm:
-        """Return the normalisation with the statistics of its input, or its running ones; vectors of `dtype`."""
-        mean, var = statistics.narrow(0, self.in_channels) if self.frozen is None else self.frozen
-        gamma, beta, mean, var = (v.to(dtype).contiguous() for v in (self.gamma, self.beta, mean, var))
+    def norm(self, statistics: Statistics) -> Norm:
+        """Return the normalization with its part of the block's statistics, or with the running ones."""
+        mean, var = self.frozen or statistics.narrow(self.start, self.start + self.in_channels)
+        gamma, beta, mean, var = (v.to(statistics.mean.dtype).contiguous() for v in (self.gamma, self.beta, mean, var))
         return Norm(gamma, beta, mean, var, self.eps)
 
 
-@dataclass(frozen=True)
 class BlockSpec:
-    """A dense block as its units.
+    """A dense block as its units. The arguments are those of `dense_block`.
 
     Attributes:
+        units: layer by layer, then the tail.
         layers: each layer's unit, or two with a bottleneck: BN-ReLU-conv1x1 and BN-ReLU-conv3x3.
         tail: a unit after the block that reads all its channels: a transition's BN-ReLU-conv1x1, or the last BN-ReLU.
-        keep: probability that dropout keeps a value.
-        reduction: whether statistics are those of this rank or of all ranks.
+        buffer_units: the units that read the block's buffer, in order: each layer's first, then the tail.
+        widths: number of channels before each layer and after the last: ``[C, C + k, .., C + L k]``.
+        bottleneck_width: number of channels between the two convolutions of a layer; 0 without bottlenecks.
+        buffer_start: index of the buffer's first channel in the block's statistics, after those of all bottlenecks.
+        in_training: whether any batch normalization uses the statistics of the batch.
+        synchronized: whether these are the statistics of all ranks.
     """
 
-    layers: Sequence[tuple[Unit, ...]]
-    tail: Unit | None
-    keep: float
-    reduction: Reduction
-
-    @property
-    def buffer_units(self) -> list[Unit]:
-        """Return the units that read the block's buffer, in order: each layer's first, then the tail."""
-        return [layer[0] for layer in self.layers] + ([self.tail] if self.tail else [])
-
-    @property
-    def units(self) -> list[Unit]:
-        """Return all units, layer by layer, then the tail."""
-        return [unit for layer in self.layers for unit in layer] + ([self.tail] if self.tail else [])
-
-    @property
-    def widths(self) -> list[int]:
-        """Return the number of channels before each layer and after the last: ``[C, C + k, .., C + L k]``."""
+    def __init__(
+        self, gammas: Sequence[Tensor], betas: Sequence[Tensor], weights: Sequence[Tensor], frozen: Sequence[Tensor],
+        training: Sequence[bool], eps: Sequence[float], bottleneck: bool, tail: bool, synchronized: bool,
+    ) -> None:  # fmt: skip
+        step = 2 if bottleneck else 1
+        self.bottleneck_width = weights[0].shape[0] if bottleneck else 0
+        self.buffer_start = len(gammas) // 2 * self.bottleneck_width
+        self.in_training, self.synchronized = any(training), synchronized
+        running = (Statistics(*pair) for pair in zip(frozen[::2], frozen[1::2], strict=True))
+        self.units: list[Unit] = []
+        for i, (gamma, beta) in enumerate(zip(gammas, betas, strict=True)):
+            weight = weights[i] if i < len(weights) else None
+            start = i // 2 * self.bottleneck_width if bottleneck and i % 2 == 1 else self.buffer_start
+            statistics = None if training[i] else next(running)
+            self.units.append(Unit(gamma.detach(), beta.detach(), weight, eps[i], statistics, start))
+        self.tail = self.units[-1] if tail else None
+        in_layers = self.units[:-1] if tail else self.units
+        self.layers = [tuple(in_layers[i : i + step]) for i in range(0, len(in_layers), step)]
+        self.buffer_units = self.units[::step]
         growth = (layer[-1].out_channels for layer in self.layers)
-        return list(accumulate(growth, initial=self.layers[0][0].in_channels))
-
-    @property
-    def bottleneck_width(self) -> int:
-        """Return the number of channels between the two convolutions of a layer; 0 without bottlenecks."""
-        return self.layers[0][0].out_channels if len(self.layers[0]) == 2 else 0
-
-    @property
-    def in_training(self) -> bool:
-        """Return whether any batch normalisation uses the statistics of the batch."""
-        return any(unit.frozen is None for unit in self.units)
+        self.widths = list(accumulate(growth, initial=self.units[0].in_channels))
 
 
-class Statistics(NamedTuple):
-    """Mean and biased variance of each channel, (C,), accumulation dtype."""
-
-    mean: Tensor
-    var: Tensor
-
-    @classmethod
-    def empty(cls, channels: int, like: Tensor) -> Statistics:
-        """Allocate them for maps of the dtype and device of `like`."""
-        wide = accumulation_type(like.dtype)
-        return cls(like.new_empty(channels, dtype=wide), like.new_empty(channels, dtype=wide))
-
-    def narrow(self, start: int, stop: int) -> Statistics:
-        """Return views of channels ``start:stop``."""
-        return Statistics(self.mean[start:stop], self.var[start:stop])
+def empty_statistics(channels: int, like: Tensor) -> Statistics:
+    """Allocate the statistics of maps of the dtype and device of `like`."""
+    wide = accumulation_type(like.dtype)
+    return Statistics(like.new_empty(channels, dtype=wide), like.new_empty(channels, dtype=wide))
 
 
-class ForwardResult(NamedTuple):
-    """The results of the forward pass.
-
-    Attributes:
-        maps: the buffer, (N, C + L k, H, W): the block's input, then each layer's output.
-        out: the tail's output (N, K, H, W); None without a tail.
-        statistics: of `maps`; of 0 channels if no batch normalisation is in training mode.
-        bottlenecks: of each layer with a bottleneck, the output of its 1x1 convolution; empty if no backward pass
-            follows.
-        bottleneck_statistics: of `bottlenecks`, one layer after another.
-    """
-
-    maps: Tensor
-    out: Tensor | None
-    statistics: Statistics
-    bottlenecks: list[Tensor]
-    bottleneck_statistics: Statistics
-
-
-class OutputGradient(NamedTuple):
-    """The gradient with respect to a unit's stored output, as arguments of `Kernels.correct_gradient`.
-
-    `correction` and `mask` are still to be applied; the result is the gradient of the convolution's output.
-
-    Attributes:
-        owned: whether `gradient` may be overwritten.
-    """
-
-    gradient: Tensor
-    maps: Tensor
-    correction: Correction | None = None
-    mask: Tensor | None = None
-    keep: float = 1.0
-    owned: bool = False
+def merge_statistics(parts: Tensor, images: list[int], into: Statistics) -> None:
+    """Combine the mean and variance of pieces, (pieces, 2, C), of so many images each."""
+    share = parts.new_tensor(images, dtype=torch.float64)[:, None] / sum(images)
+    means, variances = parts.double().unbind(1)
+    mean = (share * means).sum(0)
+    into.mean.copy_(mean)
+    into.var.copy_((share * (variances + (means - mean).square())).sum(0))
 
 
 def empty_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from densenet_dist.cache_folder import CACHE_ENV, cache_folder
+from densenet_dist.environment import CACHE_ENV, cache_folder
 
 SOURCE: Final = Path(__file__).with_name("native.cpp")
 FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")

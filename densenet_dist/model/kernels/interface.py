@@ -1,4 +1,4 @@
-"""The pointwise kernels that the fused dense block needs on each device, implemented with PyTorch operators.
+"""The pointwise kernels of the fused dense block, their arguments, and an implementation in PyTorch operators.
 
 Conventions, also of `densenet_dist.model.fused`:
 
@@ -8,7 +8,6 @@ Conventions, also of `densenet_dist.model.fused`:
   one element per channel (gamma, mean, sums) have this dtype.
 - Kernels write into tensors that the caller allocates. The order of their sums depends on shapes only, so that equal
   inputs give bitwise equal outputs.
-- ``mask`` is what dropout keeps, ``keep`` the probability that it keeps a value.
 """
 
 from __future__ import annotations
@@ -21,12 +20,23 @@ from torch import Tensor
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which maps of `dtype` are normalised and summed."""
+    """Return the dtype in which maps of `dtype` are normalized and summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Statistics(NamedTuple):
+    """Mean and biased variance (divided by N H W) of each channel, (C,), contiguous, accumulation dtype."""
+
+    mean: Tensor
+    var: Tensor
+
+    def narrow(self, start: int, stop: int | None = None) -> Statistics:
+        """Return views of channels ``start:stop``."""
+        return Statistics(self.mean[start:stop], self.var[start:stop])
+
+
 class Norm(NamedTuple):
-    """A batch normalisation with known statistics: y = gamma (x - mean) / sqrt(var + eps) + beta.
+    """A batch normalization with known statistics: y = gamma (x - mean) / sqrt(var + eps) + beta.
 
     The vectors have shape (C,), are contiguous and of the accumulation dtype.
     """
@@ -43,7 +53,7 @@ class Norm(NamedTuple):
 
 
 class NormGrad(NamedTuple):
-    """The normalisation of a unit relu(norm(x)) in the backward pass, and where its gradients go.
+    """The normalization of a unit relu(norm(x)) in the backward pass, and where its gradients go.
 
     Below, g is the gradient of the loss with respect to norm(x): that of relu(norm(x)) where norm(x) > 0, else 0. Sums
     are over (N, H, W).
@@ -100,6 +110,33 @@ class Correction(NamedTuple):
     values: float
 
 
+class Dropout(NamedTuple):
+    """The values that dropout keeps: bool, (N, C, H, W), contiguous in channels_last, and the probability of True."""
+
+    mask: Tensor
+    keep: float
+
+
+class OutputGradient(NamedTuple):
+    """The gradient with respect to the maps that a convolution stored, to which two steps are still to be applied.
+
+    The gradient with respect to the convolution's output is ``(gradient - correction) * mask / keep``.
+
+    Attributes:
+        gradient: (N, C, H, W), of the maps' or the accumulation dtype.
+        maps: as stored, (N, C, H, W).
+        correction: None: zero.
+        dropout: None: all values are kept.
+        owned: whether `gradient` may be overwritten.
+    """
+
+    gradient: Tensor
+    maps: Tensor
+    correction: Correction | None = None
+    dropout: Dropout | None = None
+    owned: bool = False
+
+
 class BNReLU(NamedTuple):
     """Arguments of `Kernels.bn_relu`."""
 
@@ -117,26 +154,23 @@ class Kernels:
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """Compute ``out = relu(norm(maps))``: maps (N, C, H, W), out (N, >= C, H, W)."""
         channels = maps.shape[1]
-        out[:, :channels] = torch.relu(_normalise(maps, norm))
+        out[:, :channels] = torch.relu(_normalize(maps, norm))
         out[:, channels:] = 0
 
-    def store_output(
-        self, output: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
-    ) -> None:
+    def store_output(self, output: Tensor, dropout: Dropout | None, slot: Tensor, into: Statistics | None) -> None:
         """Store a convolution's output after dropout, ``slot = output[:, :C] * mask / keep``, and its statistics.
 
         Args:
             output: (N, >= C, H, W). `slot` may be its first C channels; it is then changed in place.
-            mask: bool, (N, C, H, W), contiguous in channels_last; None: no dropout.
-            keep: probability that dropout keeps a value.
+            dropout: None: all values are kept.
             slot: (N, C, H, W), the destination.
-            mean: (C,), accumulation dtype; overwritten with the mean of `slot` as stored, after rounding. 0 if `slot`
-                is empty. None: not needed.
-            var: (C,), likewise, the biased variance (divided by N H W).
+            into: overwritten with the statistics of `slot` as stored, after rounding; 0 if it is empty. None: not
+                needed.
         """
-        slot.copy_(_dropout(output[:, : slot.shape[1]], mask, keep))
-        if mean is None or var is None:
+        slot.copy_(_dropout(output[:, : slot.shape[1]], dropout))
+        if into is None:
             return
+        mean, var = into
         if slot.numel() == 0:
             mean.zero_()
             var.zero_()
@@ -160,32 +194,26 @@ class Kernels:
         total = torch.zeros_like(x) if carry is None else carry.to(x.dtype)
         for gradient, norm_grad in consumers:
             norm = norm_grad.norm
-            g = torch.where(_normalise(maps, norm) <= 0, 0, gradient.to(x.dtype))
+            g = torch.where(_normalize(maps, norm) <= 0, 0, gradient.to(x.dtype))
             total = total + _per_channel(norm.scale()) * g
             norm_grad.apply_sums(torch.stack([g.sum((0, 2, 3)), (g * (x - _per_channel(norm.mean))).sum((0, 2, 3))]))
         out.copy_(total)
 
-    def correct_gradient(
-        self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
-        out: Tensor, also: BNReLU | None = None,
-    ) -> None:  # fmt: skip
-        """Compute ``out = (gradient - correction) * mask / keep``.
+    def correct_gradient(self, d_output: OutputGradient, out: Tensor, also: BNReLU | None = None) -> None:
+        """Compute the gradient with respect to a convolution's output, see `OutputGradient`.
 
         Args:
-            gradient: (N, C, H, W), of the maps' or the accumulation dtype; may be `out`.
-            maps: (N, C, H, W), the maps that `correction` refers to.
-            correction: None: zero.
-            mask: as for `store_output`.
-            keep: as for `store_output`.
+            d_output: its gradient may be `out`.
             out: (N, >= C, H, W).
             also: an independent `bn_relu`, on GPUs in the same launch.
         """
+        gradient, maps, correction, dropout, _ = d_output
         channels, wide = maps.shape[1], accumulation_type(maps.dtype)
         total = gradient.to(wide)
         if correction is not None:
             offset, slope = (_per_channel(row / correction.values) for row in correction.sums)
             total = total - offset - slope * (maps.to(wide) - _per_channel(correction.mean))
-        out[:, :channels] = _dropout(total, mask, keep)
+        out[:, :channels] = _dropout(total, dropout)
         out[:, channels:] = 0
         if also is not None:
             self.bn_relu(*also)
@@ -207,13 +235,13 @@ def _per_channel(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _normalise(maps: Tensor, norm: Norm) -> Tensor:
+def _normalize(maps: Tensor, norm: Norm) -> Tensor:
     scale = norm.scale()
     return maps.to(scale.dtype) * _per_channel(scale) + _per_channel(norm.beta - norm.mean * scale)
 
 
-def _dropout(values: Tensor, mask: Tensor | None, keep: float) -> Tensor:
-    if mask is None:
+def _dropout(values: Tensor, dropout: Dropout | None) -> Tensor:
+    if dropout is None:
         return values
     wide = values.to(accumulation_type(values.dtype))
-    return wide * mask / keep if keep > 0 else torch.zeros_like(wide)
+    return wide * dropout.mask / dropout.keep if dropout.keep > 0 else torch.zeros_like(wide)

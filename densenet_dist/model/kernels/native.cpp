@@ -48,25 +48,24 @@ void store_output(int64_t rows, int64_t channels, const T *output, int64_t ldp, 
   moments.finish(mean, var);
 }
 
-// Add one consumer to a chunk: out (+)= scale g, and the sums of g and of g (x - mean).
-template <typename T, typename B, typename O, bool kFirst>
+// Add one consumer to a chunk: out = before + scale g, and the sums of g and of g (x - mean).
+template <typename T, typename B, typename O>
 void add_consumer(int64_t first, int64_t last, int64_t channels, const T *x, int64_t ldx, const T *gradient,
                   int64_t ldg, const typename Wide<T>::type *__restrict scale,
                   const typename Wide<T>::type *__restrict shift,
-                  const typename Wide<T>::type *__restrict mean, const B *carry, int64_t ldc, O *out, int64_t ldo,
+                  const typename Wide<T>::type *__restrict mean, const B *before, int64_t ldb, O *out, int64_t ldo,
                   typename Wide<T>::type *__restrict sum, typename Wide<T>::type *__restrict moment) {
   using A = typename Wide<T>::type;
   for (int64_t row = first; row < last; ++row) {
     const T *__restrict maps = x + row * ldx;
     const T *__restrict d_rectified = gradient + row * ldg;
-    const B *before = carry + row * ldc;
+    const B *from = before + row * ldb;
     O *to = out + row * ldo;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const A value = load(maps + c);
       const A g = value * scale[c] + shift[c] <= 0 ? A(0) : static_cast<A>(load(d_rectified + c));
-      const A base = kFirst ? A(0) : static_cast<A>(load(before + c));
-      store(to + c, base + scale[c] * g);
+      store(to + c, static_cast<A>(load(from + c)) + scale[c] * g);
       sum[c] += g;
       moment[c] += g * (value - mean[c]);
     }
@@ -93,6 +92,7 @@ void sum_gradients(int64_t rows, int64_t channels, const T *x, int64_t ldx, int6
                        consumers[i].eps);
   const int64_t groups = (rows + kGroup - 1) / kGroup, width = 2 * channels;
   std::vector<double> partial(groups * count * width);
+  const std::vector<O> zeros(channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = group * kGroup, end = std::min(rows, begin + kGroup);
@@ -103,31 +103,27 @@ void sum_gradients(int64_t rows, int64_t channels, const T *x, int64_t ldx, int6
       for (int64_t i = 0; i < count; ++i) {
         std::fill(sums.begin(), sums.end(), A(0));
         const A *mean = static_cast<const A *>(consumers[i].mean);
-        const auto add = [&](auto zero, auto *before, int64_t ldb, auto *to, int64_t ldt) {
-          add_consumer<T, std::remove_const_t<std::remove_pointer_t<decltype(before)>>,
-                       std::remove_pointer_t<decltype(to)>, decltype(zero)::value>(
-              first, last, channels, x, ldx, consumers[i].gradient, consumers[i].ld, norms[i].scale.data(),
-              norms[i].shift.data(), mean, before, ldb, to, ldt, sums.data(), sums.data() + channels);
+        const auto add = [&](const auto *before, int64_t ldb, auto *to, int64_t ldt) {
+          add_consumer(first, last, channels, x, ldx, consumers[i].gradient, consumers[i].ld, norms[i].scale.data(),
+                       norms[i].shift.data(), mean, before, ldb, to, ldt, sums.data(), sums.data() + channels);
         };
         if constexpr (sizeof(O) < sizeof(A)) {
           // Sum in the accumulation type and round once, instead of after every consumer.
           A *chunk = kept.data() - first * channels;
+          if (i == 0 && carry == nullptr) std::fill(kept.begin(), kept.end(), A(0));
           if (i == 0 && carry != nullptr)
             for (int64_t row = first; row < last; ++row)
               for (int64_t c = 0; c < channels; ++c) chunk[row * channels + c] = load(carry + row * ldc + c);
-          if (i == 0 && carry == nullptr)
-            add(std::true_type{}, chunk, channels, chunk, channels);
-          else
-            add(std::false_type{}, chunk, channels, chunk, channels);
+          add(chunk, channels, chunk, channels);
           if (i == count - 1)
             for (int64_t row = first; row < last; ++row)
               for (int64_t c = 0; c < channels; ++c) store(out + row * ldo + c, chunk[row * channels + c]);
         } else if (i > 0) {
-          add(std::false_type{}, static_cast<const O *>(out), ldo, out, ldo);
+          add(out, ldo, out, ldo);
         } else if (carry != nullptr) {
-          add(std::false_type{}, carry, ldc, out, ldo);
+          add(carry, ldc, out, ldo);
         } else {
-          add(std::true_type{}, static_cast<const O *>(out), ldo, out, ldo);
+          add(zeros.data(), 0, out, ldo);
         }
         double *total = partial.data() + (group * count + i) * width;
         for (int64_t c = 0; c < width; ++c) total[c] += sums[c];

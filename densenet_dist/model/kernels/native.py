@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +15,12 @@ from densenet_dist.model.kernels.build import native_library
 from densenet_dist.model.kernels.interface import (
     BNReLU,
     Consumer,
-    Correction,
+    Dropout,
     Kernels,
     Norm,
+    NormGrad,
+    OutputGradient,
+    Statistics,
     accumulation_type,
 )
 
@@ -94,31 +97,23 @@ class NativeKernels(Kernels):
                     function.argtypes, function.restype = (_P,), None
                     self._functions[name, dtype] = function
 
-    @staticmethod
-    def convolves(weight: Tensor | None, dtype: torch.dtype) -> bool:
-        """Return whether `convolve` supports this weight and maps of this dtype."""
-        return weight is not None and weight.shape[2] == weight.shape[3] in KERNEL_SIZES and dtype in _CONVOLUTION_TYPES
-
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Kernels.bn_relu`."""
         pixels, channels, ld = _pixels(maps)
         _, padded, ldo = _pixels(out)
         self._functions["bn_relu", maps.dtype](
-            pixels, channels, padded, maps.data_ptr(), ld, *_pointers(norm, channels, maps.dtype), norm.eps,
-            out.data_ptr(), ldo, torch.get_num_threads(),
+            pixels, channels, padded, maps.data_ptr(), ld, *_vectors(norm[:4], maps), norm.eps, out.data_ptr(), ldo,
+            torch.get_num_threads(),
         )  # fmt: skip
 
-    def store_output(
-        self, output: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
-    ) -> None:
+    def store_output(self, output: Tensor, dropout: Dropout | None, slot: Tensor, into: Statistics | None) -> None:
         """See `Kernels.store_output`."""
         pixels, channels, lds = _pixels(slot)
         _, _, ld = _pixels(output)
         assert output.dtype == slot.dtype
-        assert (mean is None) == (var is None)
         self._functions["store_output", slot.dtype](
-            pixels, channels, output.data_ptr(), ld, _mask(mask, slot), keep, slot.data_ptr(), lds,
-            _vector(mean, channels, slot.dtype), _vector(var, channels, slot.dtype), torch.get_num_threads(),
+            pixels, channels, output.data_ptr(), ld, *_dropout(dropout, slot), slot.data_ptr(), lds,
+            *_vectors(into or (None, None), slot), torch.get_num_threads(),
         )  # fmt: skip
 
     def sum_gradients(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
@@ -134,8 +129,8 @@ class NativeKernels(Kernels):
             assert gradient.dtype == maps.dtype
             assert gradient.shape == maps.shape
             structure.gradient, (_, _, structure.ld) = gradient.data_ptr(), _pixels(gradient)
-            structure.gamma, structure.beta, structure.mean, structure.var = _pointers(norm, channels, maps.dtype)
-            structure.eps, structure.sums = norm.eps, _vector(own_sums, 2 * channels, maps.dtype)
+            structure.gamma, structure.beta, structure.mean, structure.var = _vectors(norm[:4], maps)
+            structure.eps, structure.sums = norm.eps, own_sums.data_ptr()
         self._functions["sum_gradients", maps.dtype](
             pixels, channels, maps.data_ptr(), ld, len(consumers), ctypes.addressof(structures),
             None if carry is None else carry.data_ptr(), ldc, out.data_ptr(), ldo, _is_wide(out, maps),
@@ -144,27 +139,23 @@ class NativeKernels(Kernels):
         for consumer, own_sums in zip(consumers, sums, strict=True):
             consumer.norm_grad.apply_sums(own_sums)
 
-    def correct_gradient(
-        self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
-        out: Tensor, also: BNReLU | None = None,
-    ) -> None:  # fmt: skip
+    def correct_gradient(self, d_output: OutputGradient, out: Tensor, also: BNReLU | None = None) -> None:
         """See `Kernels.correct_gradient`."""
+        gradient, maps, correction, dropout, _ = d_output
         pixels, channels, ld = _pixels(maps)
         _, _, ldg = _pixels(gradient)
         _, padded, ldo = _pixels(out)
         divided = (None,) * 3 if correction is None else (correction.mean, *(correction.sums / correction.values))
-        vectors = [_vector(vector, channels, maps.dtype) for vector in divided]
         self._functions["correct_gradient", maps.dtype](
-            pixels, channels, padded, gradient.data_ptr(), ldg, maps.data_ptr(), ld, *vectors, _mask(mask, maps), keep,
-            out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
+            pixels, channels, padded, gradient.data_ptr(), ldg, maps.data_ptr(), ld, *_vectors(divided, maps),
+            *_dropout(dropout, maps), out.data_ptr(), ldo, _is_wide(gradient, maps), torch.get_num_threads(),
         )  # fmt: skip
         if also is not None:
             self.bn_relu(*also)
 
     def convolve(
-        self, maps: Tensor, norm: Norm, weight: Tensor, mask: Tensor | None, keep: float, slot: Tensor,
-        mean: Tensor | None, var: Tensor | None,
-    ) -> None:  # fmt: skip
+        self, maps: Tensor, norm: Norm, weight: Tensor, dropout: Dropout | None, slot: Tensor, into: Statistics | None
+    ) -> None:
         """Compute ``conv(relu(norm(maps)))`` and store it as `store_output` does, which explains the other arguments.
 
         Args:
@@ -176,27 +167,25 @@ class NativeKernels(Kernels):
         pixels, out_channels, lds = _pixels(slot)
         assert pixels == _pixels(maps)[0]
         assert slot.dtype == maps.dtype
-        assert (mean is None) == (var is None)
         call = _ConvolutionForward(*_convolution(maps, norm, weight, out_channels))
-        call.mask, call.keep = _mask(mask, slot), keep
+        call.mask, call.keep = _dropout(dropout, slot)
         call.slot, call.lds = slot.data_ptr(), lds
-        call.slot_mean, call.slot_var = (_vector(vector, out_channels, slot.dtype) for vector in (mean, var))
+        call.slot_mean, call.slot_var = _vectors(into or (None, None), slot)
         self._functions[_name(weight), maps.dtype](ctypes.addressof(call))
 
     def convolve_backward(
-        self, maps: Tensor, norm: Norm, weight: Tensor, d_output: Tensor, carry: Tensor | None, out: Tensor,
-        sums: Tensor, d_weight: Tensor | None,
+        self, maps: Tensor, norm_grad: NormGrad, weight: Tensor, d_output: Tensor, carry: Tensor | None, out: Tensor,
+        d_weight: Tensor | None,
     ) -> None:  # fmt: skip
         """Compute the backward pass of `convolve`, then `sum_gradients` with the result as its only consumer.
 
         Args:
-            maps: x, (N, C, H, W).
-            norm: of x.
+            maps: (N, C, H, W).
+            norm_grad: as for `sum_gradients`.
             weight: as for `convolve`.
             d_output: (N, K, H, W), the gradient with respect to the convolution's output.
             carry: as for `sum_gradients`.
             out: as for `sum_gradients`, of the maps' dtype.
-            sums: (2, C), contiguous, accumulation dtype; overwritten with the argument of `NormGrad.apply_sums`.
             d_weight: of the weight's shape, contiguous, overwritten with its gradient; None: not needed.
         """
         pixels, channels, _ = _pixels(maps)
@@ -206,15 +195,15 @@ class NativeKernels(Kernels):
         assert out.shape == maps.shape
         assert d_output.dtype == out.dtype == maps.dtype
         assert carry is None or (carry.dtype == maps.dtype and carry.shape == maps.shape)
-        call = _ConvolutionBackward(*_convolution(maps, norm, weight, out_channels))
+        sums = maps.new_empty((2, channels), dtype=accumulation_type(maps.dtype))
+        call = _ConvolutionBackward(*_convolution(maps, norm_grad.norm, weight, out_channels))
         call.d_output, call.ldd = d_output.data_ptr(), ldd
         if carry is not None:
             call.carry, call.ldc = carry.data_ptr(), _pixels(carry)[2]
         call.out, call.ldo = out.data_ptr(), ldo
-        call.sums = _vector(sums, 2 * channels, maps.dtype)
-        assert d_weight is None or d_weight.shape == weight.shape
-        call.d_weight = None if d_weight is None else _weight(d_weight, out_channels, channels, maps.dtype)
+        call.sums, call.d_weight = sums.data_ptr(), _pointer(d_weight, weight.shape, maps.dtype)
         self._functions[f"{_name(weight)}_backward", maps.dtype](ctypes.addressof(call))
+        norm_grad.apply_sums(sums)
 
 
 def _keep_freed_memory() -> None:
@@ -234,7 +223,7 @@ def _convolution(maps: Tensor, norm: Norm, weight: Tensor, out_channels: int) ->
     images, channels, height, width = maps.shape
     return (
         images, height, width, channels, out_channels, maps.data_ptr(), _pixels(maps)[2],
-        *_pointers(norm, channels, maps.dtype), norm.eps, _weight(weight, out_channels, channels, maps.dtype),
+        *_vectors(norm[:4], maps), norm.eps, _pointer(weight, (out_channels, channels, *weight.shape[2:]), maps.dtype),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -256,33 +245,28 @@ def _pixels(maps: Tensor) -> tuple[int, int, int]:
     return n * height * width, channels, ld
 
 
-def _vector(vector: Tensor | None, elements: int, dtype: torch.dtype) -> int | None:
-    if vector is None:
+def _vectors(vectors: Iterable[Tensor | None], maps: Tensor) -> list[int | None]:
+    """Return the addresses of vectors with one element per channel."""
+    return [_pointer(vector, maps.shape[1:2], accumulation_type(maps.dtype)) for vector in vectors]
+
+
+def _pointer(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    if tensor is None:
         return None
-    assert vector.dtype == accumulation_type(dtype)
-    assert vector.numel() == elements
-    assert vector.is_contiguous()
-    return vector.data_ptr()
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
-def _weight(weight: Tensor, out_channels: int, channels: int, dtype: torch.dtype) -> int:
-    assert weight.dtype == dtype
-    assert weight.shape[:2] == (out_channels, channels)
-    assert weight.is_contiguous()
-    return weight.data_ptr()
-
-
-def _pointers(norm: Norm, channels: int, dtype: torch.dtype) -> list[int | None]:
-    return [_vector(vector, channels, dtype) for vector in norm[:4]]
-
-
-def _mask(mask: Tensor | None, maps: Tensor) -> int | None:
-    if mask is None:
-        return None
+def _dropout(dropout: Dropout | None, maps: Tensor) -> tuple[int | None, float]:
+    if dropout is None:
+        return None, 1.0
+    mask, keep = dropout
     assert mask.dtype == torch.bool
     assert mask.shape == maps.shape
     assert mask.is_contiguous(memory_format=torch.channels_last)
-    return mask.data_ptr()
+    return mask.data_ptr(), keep
 
 
 def _is_wide(values: Tensor, maps: Tensor) -> bool:

@@ -1,4 +1,4 @@
-// Shared by the CPU kernels: element types, a batch normalisation as scale and shift, and the statistics of rows.
+// Shared by the CPU kernels: element types, a batch normalization as scale and shift, and the statistics of rows.
 
 #pragma once
 
@@ -100,7 +100,7 @@ class Moments {
   template <typename T>
   void add(int64_t begin, int64_t first, int64_t last, const T *values, int64_t ld, A *scratch) {
     if (!wanted_) return;
-    A *__restrict sum = scratch, *__restrict square = sum + channels_, *__restrict centre = square + channels_;
+    A *__restrict sum = scratch, *__restrict square = sum + channels_, *__restrict center = square + channels_;
     std::fill(sum, sum + 2 * channels_, A(0));
     for (int64_t row = first; row < last; ++row) {
       const T *__restrict from = values + row * ld;
@@ -108,18 +108,18 @@ class Moments {
       for (int64_t c = 0; c < channels_; ++c) sum[c] += load(from + c);
     }
     const A share = A(1) / static_cast<A>(last - first);
-    for (int64_t c = 0; c < channels_; ++c) centre[c] = sum[c] * share;
+    for (int64_t c = 0; c < channels_; ++c) center[c] = sum[c] * share;
     for (int64_t row = first; row < last; ++row) {
       const T *__restrict from = values + row * ld;
 #pragma omp simd
       for (int64_t c = 0; c < channels_; ++c) {
-        const A off = load(from + c) - centre[c];
+        const A off = load(from + c) - center[c];
         square[c] += off * off;
       }
     }
     double *mean = means_.data() + begin / group_ * channels_, *m2 = squares_.data() + begin / group_ * channels_;
     const double old = static_cast<double>(first - begin), more = static_cast<double>(last - first);
-    for (int64_t c = 0; c < channels_; ++c) merge(mean[c], m2[c], old, centre[c], square[c], more);
+    for (int64_t c = 0; c < channels_; ++c) merge(mean[c], m2[c], old, center[c], square[c], more);
   }
 
   void finish(void *mean_out, void *var_out) const {

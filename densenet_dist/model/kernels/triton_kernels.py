@@ -1,36 +1,36 @@
-"""The kernels for CUDA, in Triton. Each reads and writes every feature map once.
+"""The kernels for CUDA: what is launched, and with which arguments. `triton_jit` is their code.
 
 Maps (N, C, H, W) in channels_last memory are N H W rows of C channels, at a fixed distance `ld` (in elements). A
 program works on a tile, some rows by up to 64 channels, small enough for many of them to run at once on each
 multiprocessor.
 
-Sums over all rows need no second launch. A program sums a group of tiles into its own slot of `partial`, and takes a
-ticket: an atomic counter, one per block of channels. The program that draws the last ticket knows that all others have
-stored their sums. It adds them up in order of the groups, so that the result does not depend on which one is last, and
-sets the counter back to 0 for the next launch. With 3 groups and 2 blocks of channels (6 programs):
-
-    ticket of block 0    group 1 draws 0, group 0 draws 1, group 2 draws 2 = last: adds partial[0], [1], [2] of block 0
-    ticket of block 1    group 0 draws 0, group 2 draws 1, group 1 draws 2 = last: likewise for block 1
-
-Sizes that differ from layer to layer are ordinary arguments and kernels are not specialised on them. A kernel is
+Sizes that differ from layer to layer are ordinary arguments and kernels are not specialized on them. A kernel is
 compiled for dtypes, which optional inputs are given, the shape of a tile (powers of two) and the number of channels
 that a thread moves at once.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from densenet_dist.model.kernels import interface
-from densenet_dist.model.kernels.interface import MAX_CONSUMERS, BNReLU, Consumer, Correction, Kernels, Norm
+from densenet_dist.model.kernels import triton_jit
+from densenet_dist.model.kernels.interface import (
+    MAX_CONSUMERS,
+    BNReLU,
+    Consumer,
+    Dropout,
+    Kernels,
+    Norm,
+    OutputGradient,
+    Statistics,
+    accumulation_type,
+)
 
 _TILE = 4096
 """Elements of a tile without sums: 32 per thread with 4 warps."""
@@ -59,26 +59,24 @@ class TritonKernels(Kernels):
     def bn_relu(self, maps: Tensor, norm: Norm, out: Tensor) -> None:
         """See `Kernels.bn_relu`."""
         programs, arguments, constants = _bn_relu_arguments(maps, norm, out)
-        _bn_relu[(programs,)](*arguments, **constants, num_warps=4)
+        triton_jit.bn_relu[(programs,)](*arguments, **constants, num_warps=4)
 
-    def store_output(
-        self, output: Tensor, mask: Tensor | None, keep: float, slot: Tensor, mean: Tensor | None, var: Tensor | None
-    ) -> None:
+    def store_output(self, output: Tensor, dropout: Dropout | None, slot: Tensor, into: Statistics | None) -> None:
         """See `Kernels.store_output`."""
         read, written = _layout_like(output, slot), _layout_of(slot)
         in_place = output.data_ptr() == slot.data_ptr() and read.ld == written.ld and output.dtype == slot.dtype
-        mask_bytes, mask_layout = _mask_bytes(mask, slot)
-        if (mean is None or var is None) and in_place and mask_bytes is None:
+        if into is None and in_place and dropout is None:
             return
+        mask, mask_layout, scale = _dropout_arguments(dropout, slot)
         groups = _groups_for(written)
         moments = None
-        if mean is not None and var is not None:
-            _check_vectors(slot, mean, var)
-            moments = mean.new_empty(groups.number, 2, written.channels)
-        _store_output[groups.grid](
-            output, read.ld, mask_bytes, _dropout_scale(keep), slot, written.ld, moments, mean, var,
+        if into is not None:
+            _check_vectors(slot, *into)
+            moments = into.mean.new_empty(groups.number, 2, written.channels)
+        triton_jit.store_output[groups.grid](
+            output, read.ld, mask, scale, slot, written.ld, moments, *(into or (None, None)),
             self._tickets_for(slot), read.rows, written.channels, groups.tiles, groups.number,
-            STORE=mask_bytes is not None or not in_place,
+            STORE=dropout is not None or not in_place,
             READ=_read_width(written.channels, read), WRITE=_write_width(written.channels, written, mask_layout),
             BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
@@ -96,8 +94,8 @@ class TritonKernels(Kernels):
             flat += [gradient, layout.ld, *norm, gradients, _check_pair(gradients, maps), correction]
             flat.append(0 if correction is None else _check_pair(correction, maps))
         shape = (count, groups.number, 2, read.channels)
-        sums = torch.empty(shape, dtype=interface.accumulation_type(maps.dtype), device=maps.device)
-        _sum_gradients[groups.grid](
+        sums = torch.empty(shape, dtype=accumulation_type(maps.dtype), device=maps.device)
+        triton_jit.sum_gradients[groups.grid](
             maps, read.ld, *flat, *_NO_CONSUMER * (MAX_CONSUMERS - count),
             carry, 0 if carry_layout is None else carry_layout.ld, out, written.ld, sums, self._tickets_for(maps),
             read.rows, read.channels, groups.tiles, groups.number, COUNT=count,
@@ -106,20 +104,18 @@ class TritonKernels(Kernels):
             BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
 
-    def correct_gradient(
-        self, gradient: Tensor, maps: Tensor, correction: Correction | None, mask: Tensor | None, keep: float,
-        out: Tensor, also: BNReLU | None = None,
-    ) -> None:  # fmt: skip
+    def correct_gradient(self, d_output: OutputGradient, out: Tensor, also: BNReLU | None = None) -> None:
         """See `Kernels.correct_gradient`."""
+        gradient, maps, correction, dropout, _ = d_output
         read, written, layout = _layout_of(maps), _layout_like(out, maps), _layout_like(gradient, maps)
-        mask_bytes, mask_layout = _mask_bytes(mask, maps)
+        mask, mask_layout, scale = _dropout_arguments(dropout, maps)
         mean, sums, values = correction or (None, None, 1.0)
         block = _block_channels(written.channels)
         programs = _programs(written, block)
         others, arguments, constants = _NO_BN_RELU if also is None else _bn_relu_arguments(*also)
-        _correct_gradient[(programs + others,)](
+        triton_jit.correct_gradient[(programs + others,)](
             gradient, layout.ld, maps, read.ld, mean, sums, 0 if sums is None else _check_pair(sums, maps), 1 / values,
-            mask_bytes, _dropout_scale(keep), out, written.ld, read.rows, read.channels, written.channels, programs,
+            mask, scale, out, written.ld, read.rows, read.channels, written.channels, programs,
             *arguments, READ=_read_width(read.channels, layout, read), MASK=_write_width(read.channels, mask_layout),
             WRITE=_write_width(written.channels, written), NORM=1 if mean is None else _vector_width(maps, mean),
             BLOCK_R=_TILE // block, BLOCK_C=block, **{f"BN_{name}": value for name, value in constants.items()},
@@ -130,10 +126,10 @@ class TritonKernels(Kernels):
         """See `Kernels.copy_weights`."""
         for first in range(0, len(sources), _MAX_WEIGHTS):
             some, into = sources[first : first + _MAX_WEIGHTS], outs[first : first + _MAX_WEIGHTS]
-            # Triton specialises on numbers in tuples, so only pointers are passed in them.
+            # Triton specializes on numbers in tuples, so only pointers are passed in them.
             rows = (_weight_layout(source) + _weight_layout(out) for source, out in zip(some, into, strict=True))
             layouts = _table(some[0].device, *rows)
-            _copy_weights[(triton.cdiv(max(map(torch.numel, into)), _WEIGHT_TILE), len(some))](
+            triton_jit.copy_weights[(triton.cdiv(max(map(torch.numel, into)), _WEIGHT_TILE), len(some))](
                 tuple(some), tuple(into), layouts, COUNT=len(some), BLOCK=_WEIGHT_TILE, num_warps=4
             )
 
@@ -150,7 +146,7 @@ def _programs(layout: _Layout, block: int) -> int:
 
 
 def _bn_relu_arguments(maps: Tensor, norm: Norm, out: Tensor) -> tuple[int, tuple[object, ...], dict[str, int]]:
-    """Return the programs, arguments and compile-time constants of `_bn_relu_tile`."""
+    """Return the programs, arguments and compile-time constants of `triton_jit.bn_relu`."""
     read, written = _layout_of(maps), _layout_like(out, maps)
     block = _block_channels(written.channels)
     constants = {
@@ -259,7 +255,7 @@ def _layout_like(tensor: Tensor, maps: Tensor) -> _Layout:
 def _check_vectors(maps: Tensor, *vectors: Tensor) -> None:
     """Check that vectors are (C,), contiguous and of the accumulation dtype."""
     for vector in vectors:
-        fits = vector.shape == maps.shape[1:2] and vector.dtype == interface.accumulation_type(maps.dtype)
+        fits = vector.shape == maps.shape[1:2] and vector.dtype == accumulation_type(maps.dtype)
         if not fits or not vector.is_contiguous():
             raise ValueError(
                 f"a vector for {maps.shape[1]} channels of {maps.dtype} has shape {tuple(vector.shape)}, "
@@ -269,25 +265,21 @@ def _check_vectors(maps: Tensor, *vectors: Tensor) -> None:
 
 def _check_pair(pair: Tensor, maps: Tensor) -> int:
     """Check two vectors (2, C) likewise; return the elements from one to the other."""
-    dtype = interface.accumulation_type(maps.dtype)
+    dtype = accumulation_type(maps.dtype)
     if pair.shape != (2, maps.shape[1]) or pair.stride(1) != 1 or pair.dtype != dtype:
         raise ValueError(f"expected two vectors for {maps.shape[1]} channels of {maps.dtype}, not {pair.shape}")
     return pair.stride(0)
 
 
-def _mask_bytes(mask: Tensor | None, maps: Tensor) -> tuple[Tensor | None, _Layout | None]:
-    """Return a bool mask of the maps' shape, contiguous in channels_last memory, as uint8, and its layout."""
-    if mask is None:
-        return None, None
+def _dropout_arguments(dropout: Dropout | None, maps: Tensor) -> tuple[Tensor | None, _Layout | None, float]:
+    """Return the mask as uint8, its layout, and the factor of the values that are kept, as PyTorch's."""
+    if dropout is None:
+        return None, None, 1.0
+    mask, keep = dropout
     layout = _layout_of(mask)
     if mask.shape != maps.shape or mask.dtype != torch.bool or layout.ld != layout.channels:
         raise ValueError(f"expected a dense bool mask {tuple(maps.shape)}, not {mask.dtype} {tuple(mask.shape)}")
-    return mask.view(torch.uint8), layout
-
-
-def _dropout_scale(keep: float) -> float:
-    """Return the factor of the values that dropout keeps, as PyTorch's."""
-    return 1 / keep if keep > 0 else 0.0
+    return mask.view(torch.uint8), layout, 1 / keep if keep > 0 else 0.0
 
 
 def _read_width(channels: int, *layouts: _Layout | None) -> int:
@@ -317,332 +309,3 @@ def _vector_width(maps: Tensor, *vectors: Tensor) -> int:
 def _block_channels(channels: int) -> int:
     """Return the number of channels of a tile: the smallest of 16, 32 and 64 that holds them all, else 64."""
     return min(64, max(16, 1 << (channels - 1).bit_length()))
-
-
-def _jit(function: Callable[..., None]) -> Any:
-    """Apply `triton.jit` without specialising on the values and the alignment of arguments."""
-    names = [p.name for p in inspect.signature(function).parameters.values() if "constexpr" not in str(p.annotation)]
-    return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(function)
-
-
-@triton.jit
-def _tile(program, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the indices of the rows and of the channels of a program's tile."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    return program // blocks * BLOCK_R + tl.arange(0, BLOCK_R), program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-
-
-@triton.jit
-def _bn_relu_tile(
-    program, maps, maps_ld, gamma, beta, mean, var, eps, out, out_ld, rows, channels, out_channels,
-    READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    row, channel = _tile(program, out_channels, BLOCK_R, BLOCK_C)
-    valid = _tile_mask(row, rows, channel, channels, READ)
-    x = _wide(tl.load(_pointers(maps, maps_ld, row, channel, READ), mask=valid, other=0))
-    s, t = _scale_and_shift(gamma, beta, mean, var, eps, channel, channels, NORM)
-    y = tl.where((channel < channels)[None, :], _relu(_affine(x, s, t)), 0)
-    valid = _tile_mask(row, rows, channel, out_channels, WRITE)
-    tl.store(_pointers(out, out_ld, row, channel, WRITE), y, mask=valid)
-
-
-@_jit
-def _bn_relu(
-    maps, maps_ld, gamma, beta, mean, var, eps: tl.float64, out, out_ld, rows, channels, out_channels,
-    READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    _bn_relu_tile(
-        tl.program_id(0), maps, maps_ld, gamma, beta, mean, var, eps, out, out_ld, rows, channels, out_channels,
-        READ, WRITE, NORM, BLOCK_R, BLOCK_C,
-    )  # fmt: skip
-
-
-@_jit
-def _store_output(
-    output, output_ld, mask, scale: tl.float64, slot, slot_ld, moments, mean, var, tickets, rows, channels, tiles,
-    groups, STORE: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(channels, BLOCK_C)
-    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = group * tiles * BLOCK_R
-    # Sum differences from one value of each channel, so that a large mean does not cancel the variance.
-    pivot = _wide(tl.load(output + start.to(tl.int64) * output_ld + channel, mask=channel < channels, other=0))
-    if STORE:
-        tl.debug_barrier()  # in place: no warp may store before all have loaded the pivot
-    first = tl.zeros([BLOCK_C], pivot.dtype)
-    second = tl.zeros([BLOCK_C], pivot.dtype)
-    for tile in range(tiles):
-        row = start + tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        valid = _tile_mask(row, rows, channel, channels, READ)
-        x = tl.load(_pointers(output, output_ld, row, channel, READ), mask=valid, other=0)
-        valid = _tile_mask(row, rows, channel, channels, WRITE)
-        if mask is not None:
-            keep_mask = tl.load(_pointers(mask, channels, row, channel, WRITE), mask=valid, other=0)
-            x = _dropout(_wide(x), keep_mask, scale)
-        x = x.to(slot.dtype.element_ty)
-        if STORE:
-            tl.store(_pointers(slot, slot_ld, row, channel, WRITE), x, mask=valid)
-        if moments is not None:
-            off = tl.where((row < rows)[:, None], _wide(x) - pivot[None, :], 0)
-            first += tl.sum(off, 0)
-            second += tl.sum(off * off, 0)
-    if moments is not None:
-        count = tl.minimum(rows - start, tiles * BLOCK_R).to(pivot.dtype)
-        pointer = moments + group.to(tl.int64) * 2 * channels + channel
-        tl.store(pointer, pivot + first / count, mask=channel < channels)
-        tl.store(pointer + channels, tl.maximum(second - first * first / count, 0), mask=channel < channels)
-        if _is_last_program(tickets + block, groups):
-            _combine_moments(moments, mean, var, groups, tiles * BLOCK_R, rows, channel, channels, BLOCK_T)
-
-
-@_jit
-def _sum_gradients(
-    maps, maps_ld,
-    gradient0, ld0, gamma0, beta0, mean0, var0, eps0: tl.float64, gradients0, gradients_ld0, corr0, corr_ld0,
-    gradient1, ld1, gamma1, beta1, mean1, var1, eps1: tl.float64, gradients1, gradients_ld1, corr1, corr_ld1,
-    gradient2, ld2, gamma2, beta2, mean2, var2, eps2: tl.float64, gradients2, gradients_ld2, corr2, corr_ld2,
-    gradient3, ld3, gamma3, beta3, mean3, var3, eps3: tl.float64, gradients3, gradients_ld3, corr3, corr_ld3,
-    carry, carry_ld, out, out_ld, sums, tickets, rows, channels, tiles, groups, COUNT: tl.constexpr,
-    READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(channels, BLOCK_C)
-    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    zero = _wide(tl.zeros([BLOCK_C], maps.dtype.element_ty))
-    a0, b0, a1, b1, a2, b2, a3, b3 = zero, zero, zero, zero, zero, zero, zero, zero
-    for tile in range(tiles):
-        row = (group * tiles + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
-        valid = _tile_mask(row, rows, channel, channels, READ)
-        x = _wide(tl.load(_pointers(maps, maps_ld, row, channel, READ), mask=valid, other=0))
-        if carry is not None:
-            total = _wide(tl.load(_pointers(carry, carry_ld, row, channel, READ), mask=valid, other=0))
-        else:
-            total = tl.zeros([BLOCK_R, BLOCK_C], x.dtype)
-        total, a0, b0 = _consume(
-            gradient0, ld0, gamma0, beta0, mean0, var0, eps0, x, total, a0, b0, row, valid, channel, channels,
-            READ, NORM,
-        )  # fmt: skip
-        if COUNT > 1:
-            total, a1, b1 = _consume(
-                gradient1, ld1, gamma1, beta1, mean1, var1, eps1, x, total, a1, b1, row, valid, channel, channels,
-                READ, NORM,
-            )  # fmt: skip
-        if COUNT > 2:
-            total, a2, b2 = _consume(
-                gradient2, ld2, gamma2, beta2, mean2, var2, eps2, x, total, a2, b2, row, valid, channel, channels,
-                READ, NORM,
-            )  # fmt: skip
-        if COUNT > 3:
-            total, a3, b3 = _consume(
-                gradient3, ld3, gamma3, beta3, mean3, var3, eps3, x, total, a3, b3, row, valid, channel, channels,
-                READ, NORM,
-            )  # fmt: skip
-        valid = _tile_mask(row, rows, channel, channels, WRITE)
-        tl.store(_pointers(out, out_ld, row, channel, WRITE), total, mask=valid)
-    found = ((a0, b0), (a1, b1), (a2, b2), (a3, b3))
-    for i in tl.static_range(COUNT):
-        pointer = sums + (i * groups + group).to(tl.int64) * 2 * channels + channel
-        tl.store(pointer, found[i][0], mask=channel < channels)
-        tl.store(pointer + channels, found[i][1], mask=channel < channels)
-    if _is_last_program(tickets + block, groups):
-        gamma, var, eps = (gamma0, gamma1, gamma2, gamma3), (var0, var1, var2, var3), (eps0, eps1, eps2, eps3)
-        gradients = (gradients0, gradients1, gradients2, gradients3)
-        gradients_ld = (gradients_ld0, gradients_ld1, gradients_ld2, gradients_ld3)
-        corr, corr_ld = (corr0, corr1, corr2, corr3), (corr_ld0, corr_ld1, corr_ld2, corr_ld3)
-        for i in tl.static_range(COUNT):
-            _apply_sums(
-                gamma[i], var[i], eps[i], gradients[i], gradients_ld[i], corr[i], corr_ld[i],
-                sums + i * groups * 2 * channels, groups, channel, channels, NORM, BLOCK_T,
-            )  # fmt: skip
-
-
-@triton.jit
-def _consume(
-    gradient, ld, gamma, beta, mean, var, eps, x, total, first, second, row, valid, channel, channels,
-    READ: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Add a consumer's gradient to a tile's total, and to its sums of g and g (x - mean)."""
-    g = _wide(tl.load(_pointers(gradient, ld, row, channel, READ), mask=valid, other=0))
-    s, t = _scale_and_shift(gamma, beta, mean, var, eps, channel, channels, NORM)
-    g = tl.where(_affine(x, s, t) <= 0, 0, g)
-    centre = _vector(mean, channel, channels, NORM)
-    return total + s[None, :] * g, first + tl.sum(g, 0), second + tl.sum(g * (x - centre[None, :]), 0)
-
-
-@triton.jit
-def _apply_sums(
-    gamma, var, eps, gradients, gradients_ld, corr, corr_ld, sums, groups, channel, channels,
-    NORM: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Compute `NormGrad.apply_sums` of the sums of all groups; `corr` is its `correction`."""
-    valid = channel < channels
-    first = _sum_of_groups(sums, groups, channel, channels, BLOCK_T)
-    second = _sum_of_groups(sums + channels, groups, channel, channels, BLOCK_T)
-    variance = _vector(var, channel, channels, NORM)
-    rstd = tl.rsqrt(variance + tl.full([], eps, variance.dtype))
-    second *= rstd
-    tl.store(gradients + channel, first, mask=valid)
-    tl.store(gradients + gradients_ld + channel, second, mask=valid)
-    if corr is not None:
-        scale = _vector(gamma, channel, channels, NORM) * rstd
-        pointer = corr + channel
-        tl.store(pointer, tl.load(pointer, mask=valid, other=0) + scale * first, mask=valid)
-        pointer += corr_ld
-        tl.store(pointer, tl.load(pointer, mask=valid, other=0) + scale * rstd * second, mask=valid)
-        tl.debug_barrier()  # the next consumer adds to the same elements
-
-
-@triton.jit
-def _sum_of_groups(partial, groups, channel, channels, BLOCK_T: tl.constexpr):
-    """Add up one of the two rows of `partial`, (groups, 2, channels), over the groups."""
-    total = tl.zeros([BLOCK_T, channel.shape[0]], partial.dtype.element_ty)
-    for start in range(0, groups, BLOCK_T):
-        group = start + tl.arange(0, BLOCK_T)
-        exists = (group < groups)[:, None] & (channel < channels)[None, :]
-        pointer = partial + group.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
-        total += tl.load(pointer, mask=exists, other=0, cache_modifier=".cg")
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _is_last_program(ticket, programs):
-    """Draw a ticket; return whether it is the last, so that all partial results of its block can be read."""
-    tl.debug_barrier()  # all threads of this program have stored their results
-    arrived = tl.atomic_add(ticket, 1, sem="acq_rel")
-    last = arrived == programs - 1
-    if last:
-        tl.store(ticket, 0)
-    tl.debug_barrier()
-    return last
-
-
-@_jit
-def _correct_gradient(
-    gradient, gradient_ld, maps, maps_ld, mean, sums, sums_ld, inverse: tl.float64, mask, scale: tl.float64,
-    out, out_ld, rows, channels, out_channels, programs,
-    bn_maps, bn_maps_ld, gamma, beta, bn_mean, var, eps: tl.float64, bn_out, bn_out_ld, bn_rows, bn_channels,
-    bn_out_channels,
-    READ: tl.constexpr, MASK: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BN_READ: tl.constexpr, BN_WRITE: tl.constexpr, BN_NORM: tl.constexpr,
-    BN_BLOCK_R: tl.constexpr, BN_BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Correct a gradient with the first `programs`, and compute an independent BN-ReLU with the others."""
-    program = tl.program_id(0)
-    if program < programs:
-        row, channel = _tile(program, out_channels, BLOCK_R, BLOCK_C)
-        valid = _tile_mask(row, rows, channel, channels, READ)
-        g = _wide(tl.load(_pointers(gradient, gradient_ld, row, channel, READ), mask=valid, other=0))
-        if mean is not None:
-            x = _wide(tl.load(_pointers(maps, maps_ld, row, channel, READ), mask=valid, other=0))
-            x -= _vector(mean, channel, channels, NORM)[None, :]
-            offset = _vector(sums, channel, channels, 1)[None, :]
-            slope = _vector(sums + sums_ld, channel, channels, 1)[None, :]
-            g -= (offset + slope * x) * tl.full([], inverse, x.dtype)
-        if mask is not None:
-            valid = _tile_mask(row, rows, channel, channels, MASK)
-            g = _dropout(g, tl.load(_pointers(mask, channels, row, channel, MASK), mask=valid, other=0), scale)
-        g = tl.where((channel < channels)[None, :], g, 0)
-        valid = _tile_mask(row, rows, channel, out_channels, WRITE)
-        tl.store(_pointers(out, out_ld, row, channel, WRITE), g, mask=valid)
-    elif bn_maps is not None:
-        _bn_relu_tile(
-            program - programs, bn_maps, bn_maps_ld, gamma, beta, bn_mean, var, eps, bn_out, bn_out_ld, bn_rows,
-            bn_channels, bn_out_channels, BN_READ, BN_WRITE, BN_NORM, BN_BLOCK_R, BN_BLOCK_C,
-        )  # fmt: skip
-
-
-@_jit
-def _copy_weights(sources, outs, layouts, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy `COUNT` weights. `layouts` (COUNT, 12) is `_weight_layout` of each source and its output."""
-    n = tl.program_id(1)
-    layout = layouts + n * 12
-    source_k, source_c = tl.load(layout), tl.load(layout + 1)
-    out_k, out_c, taps = tl.load(layout + 6), tl.load(layout + 7), tl.load(layout + 8)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c, t, k = element % out_c, element // out_c % taps, element // out_c // taps
-    source = k * tl.load(layout + 3) + c * tl.load(layout + 4) + t * tl.load(layout + 5)
-    out = k * tl.load(layout + 9) + c * tl.load(layout + 10) + t * tl.load(layout + 11)
-    for i in tl.static_range(COUNT):
-        if n == i:
-            w = tl.load(sources[i] + source, mask=(k < source_k) & (c < source_c), other=0)
-            tl.store(outs[i] + out, w, mask=k < out_k)
-
-
-@triton.jit
-def _combine_moments(moments, mean, var, groups, group_rows, rows, channel, channels, BLOCK_T: tl.constexpr):
-    """Compute mean and variance from those of groups, each of `group_rows` but the last (Chan et al. 1983)."""
-    valid = channel < channels
-    pivot = tl.load(moments + channel, mask=valid, other=0, cache_modifier=".cg")
-    total = tl.zeros([BLOCK_T, channel.shape[0]], pivot.dtype)
-    squares = tl.zeros([BLOCK_T, channel.shape[0]], pivot.dtype)
-    for start in range(0, groups, BLOCK_T):
-        group = start + tl.arange(0, BLOCK_T)
-        exists = (group < groups)[:, None] & valid[None, :]
-        count = tl.minimum(rows - group * group_rows, group_rows).to(pivot.dtype)[:, None]
-        pointer = moments + group.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
-        off = tl.load(pointer, mask=exists, other=0, cache_modifier=".cg") - pivot[None, :]
-        within = tl.load(pointer + channels, mask=exists, other=0, cache_modifier=".cg")
-        total += tl.where(exists, off * count, 0)
-        squares += tl.where(exists, within + off * off * count, 0)
-    off = tl.sum(total, 0) / rows
-    tl.store(mean + channel, pivot + off, mask=valid)
-    tl.store(var + channel, tl.maximum(tl.sum(squares, 0) / rows - off * off, 0), mask=valid)
-
-
-@triton.jit
-def _wide(x):
-    """Convert to the accumulation dtype."""
-    return x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
-
-
-@triton.jit
-def _pointers(start, ld, row, channel, WIDTH: tl.constexpr):
-    """Return pointers (rows, channels) into maps, aligned for vectors of WIDTH channels."""
-    # Offsets in large batches of wide maps do not fit in 32 bits.
-    pointers = start + row.to(tl.int64)[:, None] * ld + channel[None, :]
-    # A hint for the pointers. Alignment inferred from arguments would compile a kernel for each combination of them.
-    return tl.multiple_of(pointers, [1, WIDTH * (start.dtype.element_ty.primitive_bitwidth // 8)])
-
-
-@triton.jit
-def _tile_mask(row, rows, channel, channels, WIDTH: tl.constexpr):
-    """Return which elements of a tile exist, (rows, channels), with `channels` rounded up to a multiple of WIDTH."""
-    channels = (channels + WIDTH - 1) // WIDTH
-    return (row < rows)[:, None] & (channel < channels * WIDTH)[None, :]
-
-
-@triton.jit
-def _vector(start, channel, channels, WIDTH: tl.constexpr):
-    """Load one element per channel, 0 beyond the last. The division tells Triton that WIDTH divides `channels`."""
-    pointers = tl.multiple_of(start + channel, [WIDTH * (start.dtype.element_ty.primitive_bitwidth // 8)])
-    return tl.load(pointers, mask=channel < channels // WIDTH * WIDTH, other=0)
-
-
-@triton.jit
-def _scale_and_shift(gamma, beta, mean, var, eps, channel, channels, WIDTH: tl.constexpr):
-    """Return s and t of norm(x) = s x + t. All kernels use this expression, so they agree on the sign of norm(x)."""
-    variance = _vector(var, channel, channels, WIDTH)
-    s = _vector(gamma, channel, channels, WIDTH) * tl.rsqrt(variance + tl.full([], eps, variance.dtype))
-    return s, tl.fma(-_vector(mean, channel, channels, WIDTH), s, _vector(beta, channel, channels, WIDTH))
-
-
-@triton.jit
-def _affine(x, s, t):
-    """Return s x + t for a tile, with one rounding."""
-    return tl.fma(x, tl.broadcast_to(s[None, :], x.shape), tl.broadcast_to(t[None, :], x.shape))
-
-
-@triton.jit
-def _relu(y):
-    """Return the ReLU of y; NaN stays NaN."""
-    return tl.maximum(y, 0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _dropout(x, keep_mask, scale):
-    """Apply dropout to a tile. As in PyTorch it is a product, so NaN stays NaN where it is dropped."""
-    return x * (keep_mask.to(x.dtype) * tl.full([], scale, x.dtype))

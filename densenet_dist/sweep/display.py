@@ -1,4 +1,4 @@
-"""Console output of a sweep: a line per trial that ends, a status line on terminals, and a table at the end."""
+"""Output of a sweep: a line per trial, a status line on terminals and a table at the end; or JSON lines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.status import Status
 from rich.table import Table
 
 from densenet_dist.display.console import LastingConsole, print_closing
+from densenet_dist.display.json_lines import JsonLines
 from densenet_dist.display.progress import counted, wrapped
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import SweepResult, Trial, ranked
@@ -25,15 +26,14 @@ class SweepConsole:
         # Without a terminal, rich would limit tables to 80 columns.
         width = None if sys.stdout.isatty() else 200
         self._console = LastingConsole(quiet=quiet, width=width)
-        self._status: Status | None = None
+        self._status = Status("", console=self._console, spinner="line")
         self._metric, self._total = "", 0
 
     def __enter__(self) -> SweepConsole:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._status.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -42,7 +42,11 @@ class SweepConsole:
         elif event["kind"] == "note":
             self._console.note(event)
         elif event["kind"] == "trial":
-            self._trial(event)
+            if event["state"] not in ("running", "epoch"):
+                self._console.print(self._line(event["trial"], event["best"]), markup=False)
+            if self._console.animates:
+                self._status.update(self._summary(event["all"], event["best"]))
+                self._status.start()
 
     def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:
         settings = sweep.settings
@@ -54,33 +58,21 @@ class SweepConsole:
         for key, domain in sweep.space.items():
             self._console.say(f"  {key}: {shown(domain.describe())}")
         if recorded:
-            ended = sum(trial.status != "interrupted" for trial in recorded)
-            self._console.say(f"resumed: {counted(ended, 'trial')} ended, {len(recorded) - ended} to be continued")
-
-    def _trial(self, event: Event) -> None:
-        trial: Trial = event["trial"]
-        if event["state"] not in ("running", "epoch"):
-            self._console.print(self._line(trial, event["best"]), markup=False)
-        if self._console.animates:
-            if self._status is None:
-                self._status = self._console.status("", spinner="line")
-                self._status.start()
-            self._status.update(self._summary(event["all"], event["best"]))
+            known = ended(recorded)
+            self._console.say(f"resumed: {counted(known, 'trial')} ended, {len(recorded) - known} to be continued")
 
     def _line(self, trial: Trial, best: Trial | None) -> str:
         epochs = counted(trial.epochs, "epoch")
         what = {"stopped": f"stopped after {epochs}", "finished": f"finished {epochs}"}
         parts = [f"{trial.name}  {what.get(trial.status, trial.status):<24}", f"{self._metric} {figure(trial.metric)}"]
         parts += [f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()]
-        width = self._console.width if self._console.is_terminal else sys.maxsize
-        lines = wrapped([*parts, "*"] if best is trial else parts, width, indent="  ")
+        lines = wrapped([*parts, "*"] if best is trial else parts, self._console.line_width, indent="  ")
         return "\n".join(lines if trial.cause is None else [*lines, f"  {trial.cause}"])
 
     def _summary(self, trials: Sequence[Trial], best: Trial | None) -> str:
         running = [trial for trial in trials if trial.status == "running"]
-        ended = sum(trial.status not in ("running", "interrupted") for trial in trials)
         now = ", ".join(f"{trial.name} epoch {trial.epochs}" for trial in running[:4])
-        text = f"{ended} of {self._total} trials ended; running: {now or 'none'}"
+        text = f"{ended(trials)} of {self._total} trials ended; running: {now or 'none'}"
         return text if best is None else f"{text}; best {self._metric} {figure(best.metric)} ({best.name})"
 
     def finish(self, result: SweepResult) -> None:
@@ -88,30 +80,89 @@ class SweepConsole:
 
         The trials are listed without their settings if the terminal is too narrow.
         """
-        if self._status is not None:
-            self._status.stop()
-        sweep, trials = result.sweep, result.trials
-        keys = list(sweep.space)
+        self._status.stop()
+        keys = list(result.sweep.space)
         unbounded = self._console.options.update(max_width=10_000)
-        wanted = self._console.measure(_table(sweep, trials, keys, causes=False), options=unbounded).maximum
-        if self._console.is_terminal and wanted > self._console.width:
+        wanted = self._console.measure(_table(result, keys, causes=False), options=unbounded).maximum
+        if wanted > self._console.line_width:
             keys = []
         self._console.print()
-        self._console.print(_table(sweep, trials, keys, causes=any(trial.cause for trial in trials)))
+        self._console.print(_table(result, keys, causes=any(trial.cause for trial in result.trials)))
         title = f"{result.status}: {result.sweep.settings.name}"
         print_closing(self._console, title, result.figures(), result.files(), result.commands())
 
 
-def _table(sweep: Sweep, trials: Sequence[Trial], keys: Sequence[str], *, causes: bool) -> Table:
+def _table(result: SweepResult, keys: Sequence[str], *, causes: bool) -> Table:
+    settings = result.sweep.settings
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("trial", "status", sweep.settings.metric, "epoch", *map(short, keys), *["cause"] * causes):
+    for heading in ("trial", "status", settings.metric, "epoch", *map(short, keys), *["cause"] * causes):
         table.add_column(heading, overflow="fold")
-    for trial in ranked(trials, sweep.settings.maximise):
+    for trial in ranked(result.trials, settings.maximise):
         values = [shown(trial.overrides.get(key)) for key in keys]
         best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
         cause = [trial.cause or ""] * causes
         table.add_row(trial.name, trial.status, figure(trial.metric), best, *values, *cause)
     return table
+
+
+class SweepJsonLines(JsonLines):
+    """Write the events of a sweep as JSON lines; see `densenet_dist.cluster.sweep` and docs/commands.md."""
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        if event["kind"] == "sweep":
+            self._begin(event["sweep"], event["trials"], event["folder"])
+        elif event["kind"] == "trial":
+            trial: Trial = event["trial"]
+            best = event["best"] is trial
+            self.emit("trial", **_values(trial), state=event["state"], is_best=best, ended=ended(event["all"]))
+        elif event["kind"] == "note":
+            self.note(event)
+
+    def finish(self, result: SweepResult) -> None:
+        """Write the last line of a sweep that ended."""
+        settings = result.sweep.settings
+        self.emit(
+            "end",
+            status=result.status,
+            name=settings.name,
+            metric=settings.metric,
+            best=None if result.best is None else _values(result.best),
+            trials=[_values(trial) for trial in ranked(result.trials, settings.maximise)],
+            files={name.replace(" ", "_"): path for name, path in result.files().items()},
+        )
+
+    def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:
+        settings = sweep.settings
+        self.emit(
+            "sweep",
+            name=settings.name,
+            folder=folder,
+            trials=max(sweep.trials, len(recorded)),
+            recorded=len(recorded),
+            metric=settings.metric,
+            maximise=settings.maximise,
+            search=settings.search.name,
+            scheduler=settings.scheduler.name,
+            space={key: domain.describe() for key, domain in sweep.space.items()},
+        )
+
+
+def _values(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": trial.name,
+        "status": trial.status,
+        "settings": trial.overrides,
+        "epochs": trial.epochs,
+        "value": trial.metric,
+        "best_epoch": trial.best_epoch,
+        "cause": trial.cause,
+    }
+
+
+def ended(trials: Sequence[Trial]) -> int:
+    """Count the trials that ended."""
+    return sum(trial.status not in ("running", "interrupted") for trial in trials)
 
 
 def figure(value: float | None) -> str:

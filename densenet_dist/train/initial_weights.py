@@ -1,0 +1,174 @@
+"""Weights that training starts from: those of a run, an exported file or a PyTorch state dict, or torchvision's.
+
+The process that starts a run reads them, checks them against the model and writes them to the run folder, where rank 0
+finds them. So problems are found before training starts, no other process needs the file, and a run that is restarted
+before its first checkpoint does not depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from densenet_dist.config import load_config
+from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, StorageError
+from densenet_dist.model import DenseNet
+from densenet_dist.model.densenet import standard_name
+from densenet_dist.object_store import fetch_file, is_uri
+from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE, RunFolder, open_run
+from densenet_dist.schema import Config
+from densenet_dist.train.context import RunContext
+from densenet_dist.train.evaluation import load_checkpoint
+from densenet_dist.train.network import build_model
+from densenet_dist.train.ranks import sync_from_rank0
+from densenet_dist.train.snapshot import UNREADABLE, require_same_tensors, tensor_specs
+
+_PICKLES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+_UNREADABLE: Final = (".pt2", ".onnx")
+_STATE_DICT_KEYS: Final = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
+"""Keys under which training scripts save a model's state dict (PyTorch's examples, torchvision, Lightning, timm)."""
+
+
+def write_initial_weights(run: RunFolder, config: Config) -> None:
+    """Write the weights of ``model.weights`` or ``model.pretrained`` to the run folder.
+
+    Raises:
+        StorageError: there is no such file or run, or it cannot be read.
+        CheckpointError: the file is damaged, or its tensors do not fit the model; the message lists them.
+        ConfigError: the file has another format.
+        EnvironmentProblem: torchvision's weights cannot be downloaded.
+    """
+    settings = config.model
+    if settings.weights is None:
+        origin, weights = f"torchvision's {settings.variant}", _torchvision_weights(settings.variant)
+    else:
+        origin, weights = settings.weights, read_weights(settings.weights)
+    with torch.device("meta"):
+        model = build_model(settings, num_classes=1, image_size=config.data.side)
+    # The workers compare the classifier: they know the number of classes.
+    wanted = tensor_specs(_features(model.state_dict()))
+    require_same_tensors(tensor_specs(_features(weights)), wanted, f"the weights of {origin} do not fit the model")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise CheckpointError(f"the weights of {origin} contain NaN or infinity")
+    from safetensors.torch import save  # the training loop must work without this package
+
+    run.write(WEIGHTS_FILE, save(weights))
+
+
+def _features(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if _is_weight(name) and not _is_classifier(name)}
+
+
+def _is_weight(name: str) -> bool:
+    return not name.endswith(".num_batches_tracked")  # which no forward pass needs, and old files lack
+
+
+def _is_classifier(name: str) -> bool:
+    return name.startswith("classifier.")
+
+
+def load_initial_weights(model: DenseNet, context: RunContext) -> None:
+    """Load the weights that `write_initial_weights` wrote if the run has no checkpoint yet. A collective call.
+
+    Rank 0 reads them; DDP copies the parameters to the other ranks. If the classifier does not fit, it keeps its random
+    weights, with a note.
+
+    Raises:
+        StorageError: the file is missing or cannot be read.
+        CheckpointError: the file is damaged.
+    """
+    if context.rank == 0 and not context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json"):
+        _load(model, context)
+    sync_from_rank0(list(model.buffers()))  # frozen batch norms need the running statistics on every rank
+
+
+def _load(model: DenseNet, context: RunContext) -> None:
+    if not context.run.exists(WEIGHTS_FILE):
+        raise StorageError(f"{context.run.uri}/{WEIGHTS_FILE} is missing\n  start a new run: name=NEW")
+    weights = _read_file(context.run.fetch(WEIGHTS_FILE))
+    own = model.state_dict()
+    classifiers = [tensor_specs({n: t for n, t in each.items() if _is_classifier(n)}) for each in (weights, own)]
+    if classifiers[0] != classifiers[1]:
+        weights = _features(weights)
+        context.note(f"the classifier of {model.architecture.num_classes} classes starts from random weights")
+    model.load_state_dict({**own, **weights})
+
+
+def read_weights(location: str) -> dict[str, Tensor]:
+    """Read the weights of a run's best checkpoint or of a file, as float32 under this package's names.
+
+    Files are safetensors, or PyTorch state dicts, which are read with ``weights_only=True`` and so cannot run code.
+
+    Args:
+        location: path or URI of a file or of a run's folder, or a run's name under ``runs/``.
+
+    Raises:
+        StorageError, CheckpointError, ConfigError: see `write_initial_weights`.
+    """
+    suffix = PurePath(location.partition("?")[0]).suffix.lower()
+    if suffix in _UNREADABLE:
+        raise ConfigError(f"model.weights: {location} is a compiled program; export the run as safetensors, or name it")
+    if suffix == ".safetensors" or suffix in _PICKLES:
+        return _standard(_read_file(fetch_file(location) if is_uri(location) else Path(location)), location)
+    run = open_run(location)
+    snapshot = load_checkpoint(run, "best", load_config(run.fetch(CONFIG_FILE)))
+    return _standard(snapshot.average or snapshot.model, location)
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"model.weights: there is no file {path}") from None
+    except (*UNREADABLE, SafetensorError, IndexError, AssertionError, struct.error) as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise CheckpointError(f"{path} is damaged, or contains more than tensors: {reason}") from error
+    for key in _STATE_DICT_KEYS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} contains a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _standard(weights: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
+    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{origin} contains no tensors by name")
+    if all(name.startswith("model.") for name in tensors):  # Lightning's
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return {standard_name(name): tensor.float().contiguous() for name, tensor in tensors.items() if _is_weight(name)}
+
+
+def _torchvision_weights(variant: str) -> dict[str, Tensor]:
+    """Load torchvision's weights of ImageNet-1k, downloaded once to torch's hub folder, and compare their checksum."""
+    from torchvision.models import get_model_weights
+
+    url = next(iter(get_model_weights(variant))).url
+    path = Path(torch.hub.get_dir(), "checkpoints", PurePath(url).name)
+    digest = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    assert digest is not None
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest[1])
+        except (OSError, RuntimeError) as error:  # RuntimeError: another checksum, as of a transfer that broke off
+            raise EnvironmentProblem(
+                f"model.pretrained: {url} cannot be downloaded: {error}\n"
+                f"  download it elsewhere and put it into {path.parent} (or $TORCH_HOME/hub/checkpoints)"
+            ) from error
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest[1]):
+        raise CheckpointError(f"{path} is damaged: its checksum differs from that in its name; delete it")
+    return _standard(_read_file(path), str(path))
