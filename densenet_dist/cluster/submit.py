@@ -64,8 +64,6 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     Raises:
         ConfigError: the command is wrong, or its results would be lost with the job.
     """
-    import ray.job_submission  # noqa: F401  # not first in the thread of `send`: the process may exit during the import
-
     if not folder.is_dir():
         raise ConfigError(f"--working-dir: there is no folder {folder}")
     sent, name = _checked_command(list(arguments), folder)
@@ -127,27 +125,6 @@ def follow(job: Job, write: Callable[[str], object]) -> Any:
             if details.status.is_terminal():
                 return details
         time.sleep(max(_POLL_S, shown / _CHARACTERS_PER_S))
-
-
-def stop(job: Job) -> None:
-    """Stop a job; return when the cluster has signalled it, or it has ended. `follow` waits for the end.
-
-    Raises:
-        EnvironmentProblem: the cluster has not responded for two minutes.
-    """
-    responded = time.monotonic()
-    while True:
-        try:
-            client = _client(job.address)
-            if client.stop_job(job.id) or client.get_job_info(job.id).status.is_terminal():
-                return
-            responded = time.monotonic()  # the job has not started yet
-        except Exception as error:
-            if time.monotonic() - responded > _LOST_TIMEOUT_S:
-                raise EnvironmentProblem(
-                    f"{job.address} does not stop the job: {_last_line(error)}\n  try again: {job.command('stop')}"
-                ) from error
-        time.sleep(_POLL_S)
 
 
 def exit_code(details: Any) -> int:
