@@ -47,7 +47,7 @@ class TestExtract:
         lacking = {other: data for other, data in toy.files.items() if other != name}
         for files, said in (
             ({**toy.files, name: bytes(flipped)}, rf"{name} in .*{toy.spec.archive} is damaged: its SHA-256"),
-            ({**toy.files, name: b"short"}, rf"{name} in .*{toy.spec.archive} is truncated: 5 bytes"),
+            ({**toy.files, name: b"short"}, rf"lacks {name}, or has them in another size"),
             (lacking, rf"not the CIFAR-10 archive: it lacks {name}"),
         ):
             toy.write_archive(tmp_path / toy.spec.archive, files=files)
