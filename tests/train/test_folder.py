@@ -64,13 +64,13 @@ def test_the_command_trains_on_a_folder(photos, tmp_path, command):
     assert figures["images"] == 7
 
 
-def test_parts_of_a_public_data_set_are_told(photos, command):
-    for part in ("seg_train", "seg_test"):
-        shutil.copytree(photos, photos.parent / "intel" / part / part)
-    shutil.copytree(photos / "cat", photos.parent / "intel" / "seg_pred" / "seg_pred")
+def test_unused_folders_are_told(photos, command):
+    for part in ("train", "test"):
+        shutil.copytree(photos, photos.parent / "intel" / part)
+    shutil.copytree(photos / "cat", photos.parent / "intel" / "pred")
     code, out, err = command("data", "prepare", "folder", "--root", photos.parent / "intel")
     assert code == 0, err
-    assert out.endswith("intel: 3 classes: apple, bär, cat\n  seg_pred: not used (no class folders, or no part)\n")
+    assert out.endswith("intel: 3 classes: apple, bär, cat\n  pred: not used (no class folders, or no part)\n")
 
 
 def test_every_class_keeps_a_training_picture(photos, tmp_path):
