@@ -26,7 +26,6 @@ from torch import Tensor
 
 from densenet_dist.data.engine import BatchProducer, Engine, Request
 from densenet_dist.data.image_files import ImageFiles, Split
-from densenet_dist.data.substitutes import UnreadableFiles, read_all
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 from densenet_dist.errors import EnvironmentProblem
@@ -61,7 +60,7 @@ class DaliEngine(Engine):
         files = self.files
         assert files is not None
         # Read here and not by DALI, which a broken file can crash.
-        encoded = read_all(request.array("indices").tolist(), lambda _, index: files.encoded(index), self._readers.map)
+        encoded = list(self._readers.map(files.encoded, request.array("indices").tolist()))
         left, top, width, height = request.array("window").astype(np.int32).T
         return [encoded, np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
 
@@ -96,9 +95,6 @@ class _Pipeline:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)
             try:
                 images = self._run()
-            except UnreadableFiles:  # raised while working ahead; batches that were not yielded are computed again
-                self._pipeline = None
-                raise
             except RuntimeError as error:
                 self._pipeline = None
                 reason = " ".join(str(error).rpartition("encountered:")[2].split())  # without DALI's traceback
