@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_nodes import BIN, OUTSIDE, Cluster, two_hosts, two_nodes
+from ray_nodes import OUTSIDE, Cluster, two_hosts, two_nodes
 from ray_runs import until
 from s3_server import bucket
 
@@ -59,17 +59,6 @@ def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     assert re.search(r"job both-\d{8}-\d{6}-\d+ succeeded$", text.strip())
     assert status_of(RunFolder(str(tmp_path), "both")) == "finished"
     assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
-
-
-@pytest.mark.nightly
-def test_ray_job_submit_does_it_too(nodes, tmp_path):
-    """What the README says, with Ray's own command."""
-    train = ("python", "-m", "densenet_dist", "train", *QUICK, f"storage={tmp_path}", "name=plain")
-    line = [str(BIN / "ray"), "job", "submit", "--address", nodes.address, "--working-dir", ".", "--", *train]
-    done = subprocess.run(line, capture_output=True, text=True, env=nodes.environment, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "epoch   2/2" in done.stdout + done.stderr
-    assert status_of(RunFolder(str(tmp_path), "plain")) == "finished"
 
 
 def test_after_an_interrupt_the_job_continues_until_it_is_stopped(nodes, tmp_path):
