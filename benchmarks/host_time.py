@@ -26,12 +26,12 @@ from typing import Any, Final
 
 import torch
 import triton
+from measuring import print_table
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 
-from densenet_dist.bench.common import print_table
 from densenet_dist.model import fused_block
 from densenet_dist.model.fused import backward, convolutions, forward, operator
 from densenet_dist.model.kernels.triton_kernels import TritonKernels

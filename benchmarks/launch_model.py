@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from measuring import number, print_table
 from roofline import traffic
 
-from densenet_dist.bench.common import number, print_table
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.model.variants import variant_architecture
 

@@ -4,7 +4,7 @@
         --plot scaling.png
     python benchmarks/predict_scaling.py configs/cifar10_notebook.yaml --measured scaling.json --gpu-step-ms 12
 
-The first measures as ``densenet-dist bench scaling`` does, and besides it when DDP's buckets are filled, and isolated
+The first measures as scaling.py does, and besides it when DDP's buckets are filled, and isolated
 all-reduces. The latter give latency and bandwidth, with which ``communication.py`` predicts each measured step: its
 error. The second takes an earlier outcome of the same configuration instead of measuring.
 
@@ -14,7 +14,6 @@ roofline of an H100, which is marked as an estimate. --beside draws earlier outc
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -30,15 +29,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from communication import FABRICS, Bucket, Fabric, Step, all_reduce_s, fit_ring, predict_on
+from measuring import median_and_spread, num_classes, number, parser_of, print_table, rounded, write_json
 from roofline import count_flops, net_on_meta, traffic
+from scaling import MODES, barrier, longest, measure, print_rows
 
-from densenet_dist.bench.common import median_and_spread, num_classes, number, print_table, rounded
-from densenet_dist.bench.scaling import MODES, barrier, bench_scaling, longest, print_scaling
-from densenet_dist.cli.options import write_json
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch
-from densenet_dist.data.speed import synchronize
 from densenet_dist.schema import Config
+from densenet_dist.train.choices import synchronize
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import AUTOCAST, bucket_sizes, no_sync
 from densenet_dist.train.trainer import Trainer
@@ -381,16 +379,12 @@ def draw_measured(efficiency: Any, speed: Any, outcome: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", metavar="CONFIG | key=value")
+    parser = parser_of(__doc__)
     parser.add_argument("--measured", type=Path, help="an earlier outcome of this script, instead of measuring")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--gpu-images", type=int, help="a step of one GPU; else the configured batch")
     parser.add_argument("--gpu-step-ms", type=float)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--beside", type=Path, action="append", default=[], help="an earlier outcome, to draw as well")
     args = parser.parse_intermixed_args(arguments)
@@ -398,10 +392,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.measured:
         outcome = json.loads(args.measured.read_text())
     else:
-        outcome = bench_scaling(
+        outcome = measure(
             config,
             workers=args.workers,
-            modes=MODES if args.mode == "both" else (args.mode,),
+            modes=args.modes,
             seconds=args.seconds,
             rounds=args.rounds,
             probe=partial(probe_exchange, rounds=args.rounds),
@@ -409,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         take_up_probes(outcome)
     predict_measured(outcome)
     predict_gpus(outcome, config, gpu_step_of(outcome, config, args.gpu_images, args.gpu_step_ms))
-    print_scaling(outcome)
+    print_rows(outcome)
     print_predictions(outcome)
     write_json(outcome, args.out)
     if args.plot:

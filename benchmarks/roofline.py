@@ -1,6 +1,6 @@
 """What a training step must at least compute and move, against what this machine can at most.
 
-    densenet-dist bench model configs/cifar10_notebook.yaml --out model.json
+    python benchmarks/model.py configs/cifar10_notebook.yaml --out model.json
     python benchmarks/roofline.py model.json --plot model.png
 
 prints of each measured row how many of this machine's FLOP/s and bytes/s it reached, on the device it was measured on.
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from measuring import number, print_table
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from densenet_dist.bench.common import number, print_table
 from densenet_dist.model import DenseNet
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.model.variants import densenet
@@ -34,7 +34,7 @@ from densenet_dist.train.network import AUTOCAST
 
 
 def net_on_meta(outcome: Mapping[str, Any]) -> DenseNet:
-    """The reference net that ``bench model`` measured, without weights."""
+    """The reference net that model.py measured, without weights."""
     with torch.device("meta"):
         settings = {**outcome["model"], "block": "reference"}
         return densenet(**settings, num_classes=outcome["classes"], image_size=outcome["image_size"])
@@ -121,7 +121,7 @@ PASSES: Final[Mapping[str, Mapping[str, Passes]]] = {
     "compiled_graph": _COMPILED,
     "padded_compiled_graph": _COMPILED,
 }
-"""The passes of each variant of ``bench model`` over the maps of each part of a net."""
+"""The passes of each variant of model.py over the maps of each part of a net."""
 
 
 class _Part(NamedTuple):
@@ -270,7 +270,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("outcome", type=Path, help="what `densenet-dist bench model --out` wrote")
+    parser.add_argument("outcome", type=Path, help="what `model.py --out` wrote")
     parser.add_argument("--seconds", type=float, default=2.0, help="to find this machine's peaks")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(arguments)

@@ -23,11 +23,11 @@ import psutil
 import ray
 import torch
 import torch.distributed as dist
+from measuring import number, print_table
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from torch.multiprocessing.spawn import start_processes
 
-from densenet_dist.bench.common import number, print_table
 from densenet_dist.cluster.coordinator import Coordinator, on_this_node
 from densenet_dist.cluster.heartbeat import Heartbeat, heartbeat_interval
 from densenet_dist.cluster.ray_backend import poll_interval

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from measuring import print_table, write_json
 
-from densenet_dist.bench.common import print_table
-from densenet_dist.cli.options import write_json
 from densenet_dist.cluster.launch import prepare_data
 from densenet_dist.config import load_config, to_dict
 from densenet_dist.data.datasets import train_size

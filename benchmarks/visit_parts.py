@@ -25,7 +25,8 @@ TESTS = ("tests/model/test_kernels.py", "tests/train/test_loop.py", "tests/data/
 
 
 def smoke(small: bool, out: Path, seconds: float) -> None:
-    from densenet_dist.bench.training_step import VARIANTS, TrainingStep
+    from training_step import VARIANTS, TrainingStep
+
     from densenet_dist.environment import describe_environment
 
     about = describe_environment()
@@ -76,7 +77,7 @@ def ceilings(small: bool, out: Path, seconds: float) -> None:
 
 def seconds_of(work: Callable[[], object], device: Any) -> float:
     """The shortest of five calls."""
-    from densenet_dist.data.speed import synchronize
+    from densenet_dist.train.choices import synchronize
 
     taken = []
     for _ in range(6):
@@ -121,10 +122,9 @@ def tests(small: bool, out: Path, seconds: float) -> None:
 
 
 def profile(small: bool, out: Path, seconds: float) -> None:
+    from measuring import print_table
     from torch.profiler import ProfilerActivity
-
-    from densenet_dist.bench.common import print_table
-    from densenet_dist.bench.training_step import VARIANTS, TrainingStep
+    from training_step import VARIANTS, TrainingStep
 
     config, device = configuration(small)
     activity, kind = (ProfilerActivity.CPU, "CPU") if small else (ProfilerActivity.CUDA, "CUDA")
@@ -152,10 +152,9 @@ def profile(small: bool, out: Path, seconds: float) -> None:
 
 
 def model(small: bool, out: Path, seconds: float) -> None:
-    from densenet_dist.bench.model import bench_model, print_model
-    from densenet_dist.bench.training_step import VARIANTS
+    from model import measure, print_rows
 
-    variants = {name: VARIANTS[name] for name in ("padded", "fused", "graph")}
+    variants = ("padded", "fused", "graph")
     found = json.loads(out.read_text()) if out.exists() else []
     found = [one for one in found if not any(row["note"] for row in one["rows"])]
     for batch_size in (4, 8) if small else (64, 256, 1024):
@@ -163,9 +162,9 @@ def model(small: bool, out: Path, seconds: float) -> None:
             continue
         seconds, rounds = (0.01, 1) if small else (0.5, 3)
         config = configuration(small)[0]
-        found.append(bench_model(config, variants=variants, batch_sizes=[batch_size], seconds=seconds, rounds=rounds))
+        found.append(measure(config, variants=variants, batch_sizes=[batch_size], seconds=seconds, rounds=rounds))
         out.write_text(json.dumps(found, indent=1))
-        print_model(found[-1])
+        print_rows(found[-1])
     failed = [row["note"] for one in found for row in one["rows"] if row["note"]]
     raise SystemExit(bool(failed))
 

@@ -18,7 +18,7 @@ from densenet_dist.cluster.connection import address_of, connected
 from densenet_dist.credentials import without_credentials
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.dali_loader import PACKAGE as DALI_PACKAGE
-from densenet_dist.data.dali_loader import dali_installed, dali_version, driver_versions, require_dali
+from densenet_dist.data.dali_loader import dali_installed, dali_version, require_dali
 from densenet_dist.data.datasets import GENERATED, prepare_dataset, publish_dataset
 from densenet_dist.data.store import DataStore, locked_cache
 from densenet_dist.environment import cpu_name, package_version
@@ -92,11 +92,11 @@ def _torch(config: Config) -> Finding:
 
 
 def _gpus(config: Config) -> Finding:
-    driver, _ = driver_versions()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return Finding("ok", f"{len(names)}: {', '.join(sorted(set(names)))}; driver {driver}")
-    text = "no GPU" if driver is None else f"driver {driver} is installed, but torch cannot use a GPU"
+        return Finding("ok", f"{len(names)}: {', '.join(sorted(set(names)))}")
+    driver = Path("/proc/driver/nvidia/version").exists()
+    text = "an NVIDIA driver is installed, but torch cannot use a GPU" if driver else "no GPU"
     hint = f"update the driver to one that supports CUDA {torch.version.cuda}" if driver else ""
     elsewhere = config.cluster.engine == "ray" and (address_of(config.cluster)[0] or driver)
     if config.cluster.device == "cuda" and not elsewhere:

@@ -163,7 +163,7 @@ def read_override(text: str) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  # a subclass of SafeLoader
 
 
 @contextmanager

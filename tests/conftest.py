@@ -29,7 +29,7 @@ STARTS_RAY = ("tests/cluster/", "tests/launch/test_start.py")
 """On two cores they run one after another: in one process of pytest-xdist, which begins with them."""
 
 SLOW = (
-    *(*STARTS_RAY, "tests/bench/", "tests/chaos/", "tests/docs/test_extending.py", "tests/docs/test_site.py"),
+    *(*STARTS_RAY, "tests/benchmarks/", "tests/chaos/", "tests/docs/test_extending.py", "tests/docs/test_site.py"),
     *("tests/fuzz/test_checkpoint_fuzz.py", "tests/inference/test_demo.py"),
     *("tests/test_notebook.py", "tests/test_packaging.py", "tests/train/test_board.py"),
     *("tests/train/test_folder.py", "tests/train/test_choices.py", "tests/train/test_profiling.py"),

@@ -25,7 +25,7 @@ QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "tra
 
 def test_help_of_every_command(command):
     names = ["train", "evaluate", "report", "predict", "export", "tune", "config", "doctor", "submit"]
-    for name in ["", *names, "data prepare", "bench model"]:
+    for name in ["", *names, "data prepare"]:
         code, out, _ = command(*name.split(), "--help")
         assert code == 0
         assert f"densenet-dist {name}".rstrip() in out.partition("Usage")[2].partition("\n")[2]  # an example
@@ -69,6 +69,7 @@ def test_every_config_resolves_and_opens_with_its_command(command):
         (2, "train"),
         (2, "evaluate quickstart more.yaml", "more.yaml: the run has its own config.yaml; only key=value settings"),
         (2, "predict k24.onnx photo.jpg --checkpoint last", "an exported file with one checkpoint"),
+        (2, "bench model", "moved to benchmarks/ in the repository: python benchmarks/model.py"),
         (2, "train quickstart --epochs 3", "Settings are given without dashes: train.epochs=3"),
         (2, "train cifar10_notebok", "error: there is no config file cifar10_notebok; did you mean cifar10_notebook?"),
         (2, "train nonsense", "densenet-dist config --list"),

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from densenet_dist import __version__
-from densenet_dist.cli.bench import bench_app
 from densenet_dist.cli.options import Debug, Sources, is_sweep, load, status
 from densenet_dist.cli.submitting import submit
 from densenet_dist.cli.trained import evaluate, export, predict, report
@@ -40,7 +39,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Download, unpack and verify data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
 
 
 def show_versions(requested: bool) -> None:
@@ -180,7 +178,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _hint(error: Any, arguments: list[str]) -> str:
-    """Return how to give a setting, if an unknown option has its name: ``--epochs 3`` is ``train.epochs=3``."""
+    """Return what to type instead, if it is known: for ``--epochs 3`` it is ``train.epochs=3``."""
+    if arguments[:1] == ["bench"]:
+        return "\nIt has moved to benchmarks/ in the repository: python benchmarks/model.py, data.py, scaling.py"
     from densenet_dist.config import load_config, to_dict
 
     option = str(getattr(error, "option_name", ""))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -110,10 +109,3 @@ def require_writable(path: Path | None) -> None:
             path.open("a").close()
             if new:
                 path.unlink()
-
-
-def write_json(found: dict[str, Any], path: Path | None) -> None:
-    """Write results to a file, if there is one."""
-    if path is not None:
-        with storage_errors(path):
-            path.write_text(json.dumps(found, indent=1) + "\n")

@@ -44,8 +44,7 @@ def first_failure(failure: WorkerGroupError) -> tuple[int, Exception]:
 
 
 def _note(coordinator: Any, text: str, *, warning: bool = False) -> None:
-    if coordinator is not None:  # there is none in measurements
-        coordinator.put.remote({"kind": "note", "text": text, "warning": warning})
+    coordinator.put.remote({"kind": "note", "text": text, "warning": warning})
 
 
 class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classes are untyped
@@ -73,7 +72,7 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classe
             _note(self._coordinator, f"{explain_crash(problem, 'a worker')}; starting the workers again", warning=True)
         losses, preemptions = self._worker_group_failures, self._preemption_failures
         decision = super().make_decision(training_failed_error)
-        if decision is FailureDecision.RAISE or self._coordinator is None:
+        if decision is FailureDecision.RAISE:
             return decision
         if self._worker_group_failures > losses:
             rank, cause = first_failure(training_failed_error)

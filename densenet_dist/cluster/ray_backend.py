@@ -12,9 +12,6 @@ from types import FrameType
 from typing import Any
 
 import ray
-import ray.train.torch
-import torch
-import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -39,10 +36,9 @@ from densenet_dist.cluster.controller import (
     raised_error,
 )
 from densenet_dist.cluster.coordinator import EpochBarrier, explain_crash
-from densenet_dist.cluster.resources import Resources, plan_measurement
+from densenet_dist.cluster.resources import Resources
 from densenet_dist.cluster.signals import NUMBERS, handle
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, StorageError, TrainingError
-from densenet_dist.run_folder import RunFolder
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import Config
 
 _START_ATTEMPT_S = 60.0
@@ -67,7 +63,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         config: ``cluster`` and ``fault`` are used.
         storage: where Ray keeps its own files, in a folder that starts with the given name.
         own_cluster: whether the cluster is a private one, whose processes have inherited this one's environment.
-        coordinator: of a run. Without it, nothing is saved on a signal, and lost workers are not restarted.
+        coordinator: of the run.
         barrier: of a trial, which waits for its turn: the sweep has checked that the cluster is large enough.
     """
 
@@ -81,7 +77,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         name: str,
         storage: str,
         own_cluster: bool,
-        coordinator: Any = None,
+        coordinator: Any,
         barrier: EpochBarrier | None = None,
     ) -> None:
         elastic, variables = resources.fewest < resources.workers, config.cluster.variables
@@ -100,10 +96,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 # A new name for every start: Ray would silently continue from its own state, incomplete or finished.
                 name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 storage_path=storage,
-                failure_config=FailureConfig(
-                    max_failures=config.cluster.max_failures if coordinator is not None else 0,
-                    controller_failure_limit=-1,
-                ),
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=-1),
                 callbacks=[RegisterWithSweep(coordinator, barrier.placements, barrier.owner)] if barrier else [],
                 # A private cluster has inherited WORKER_ENV, and starts faster without a runtime environment.
                 worker_runtime_env={"env_vars": WORKER_ENV | variables} if variables or not own_cluster else None,
@@ -169,7 +162,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
             first, self._stopped_by = self._stopped_by is None, number
             if self._ended:  # calling an actor after Ray's shutdown would start a new cluster
                 raise KeyboardInterrupt(number)
-            if first and self._coordinator is not None:
+            if first:
                 handle(signal.default_int_handler)  # a second signal interrupts the wait for a checkpoint
                 with suppress(KeyboardInterrupt, ray.exceptions.RayError):
                     ray.get(self._coordinator.stop.remote(), timeout=self._fault.grace_s)
@@ -201,36 +194,3 @@ def _problem_of(failure: Any) -> DenseNetDistError:
             "  see the traceback with --debug; resume from the last checkpoint with --resume"
         )
     return TrainingError(f"training failed: {failure}")
-
-
-def run_on_workers(
-    workers: int, function: Callable[..., Any], arguments: tuple[Any, ...], *, config: Config, own_cluster: bool
-) -> list[Any]:
-    """Call ``function(device, *arguments)`` on every rank of a process group, and return the results by rank.
-
-    For measurements: workers may share CPU cores, and are not restarted.
-
-    Raises:
-        EnvironmentProblem: as `plan_measurement`, or a worker was lost.
-        DenseNetDistError: raised by a worker.
-    """
-    resources = plan_measurement(config.cluster, workers, ray.cluster_resources())
-    payload = {"function": function, "arguments": arguments, "threads": resources.threads or 1}
-    trainer = InterruptibleTrainer(
-        _run_on_rank, payload, config, resources, name="bench", storage=config.storage, own_cluster=own_cluster
-    )
-    try:
-        return list(trainer.run())
-    except TrainingError as error:
-        raise EnvironmentProblem(f"the measurement on {workers} workers did not finish: {error}") from error
-    finally:
-        with suppress(StorageError):
-            RunFolder(config.storage, trainer.run_config.name).remove("")
-
-
-def _run_on_rank(payload: dict[str, Any]) -> list[Any]:
-    torch.set_num_threads(payload["threads"])
-    result = payload["function"](ray.train.torch.get_device(), *payload["arguments"])
-    results = [None] * dist.get_world_size()
-    dist.all_gather_object(results, result)
-    return results

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig
 from densenet_dist.sweep.definition import SweepConfig
-
-_WORKERS_PER_CPU = 16
 
 
 @dataclass(frozen=True)
@@ -64,24 +62,6 @@ def plan_resources(config: ClusterConfig, available: Mapping[str, float], *, fix
 
 def _uses_gpus(config: ClusterConfig, available: bool) -> bool:
     return config.device == "cuda" or (config.device == "auto" and available)
-
-
-def plan_measurement(config: ClusterConfig, workers: int, available: Mapping[str, float]) -> Resources:
-    """Return the resources of a number of workers that may share CPU cores.
-
-    Raises:
-        EnvironmentProblem: there are fewer GPUs than workers, or more than 16 workers per CPU core.
-    """
-    single = plan_resources(replace(config, workers=1), available, fixed=True)
-    cpus, gpus = available["CPU"], available.get("GPU", 0.0)
-    if workers > (gpus if single.use_gpu else _WORKERS_PER_CPU * cpus):
-        raise EnvironmentProblem(
-            f"{workers} workers are too many for {cpus:g} CPUs and {gpus:g} GPUs\n"
-            "  use fewer workers, or join a larger cluster with cluster.address"
-        )
-    share = int(cpus / workers * 1e4) / 1e4  # Ray counts in ten-thousandths of a core
-    per_worker = single.per_worker | {"CPU": min(single.per_worker["CPU"], share)}
-    return replace(single, fewest=workers, workers=workers, per_worker=per_worker)
 
 
 def shortage(workers: int, per_worker: Mapping[str, float]) -> str:

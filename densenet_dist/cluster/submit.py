@@ -7,12 +7,10 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from densenet_dist.cluster.launch import require_permanent
 from densenet_dist.cluster.signals import NUMBERS
@@ -64,8 +62,6 @@ def prepare(arguments: Sequence[str], folder: Path, address: str | None = None) 
     Raises:
         ConfigError: the command is wrong, or its results would be lost with the job.
     """
-    import ray.job_submission  # noqa: F401  # not first in the thread of `send`: the process may exit during the import
-
     if not folder.is_dir():
         raise ConfigError(f"--working-dir: there is no folder {folder}")
     sent, name = _checked_command(list(arguments), folder)
@@ -127,27 +123,6 @@ def follow(job: Job, write: Callable[[str], object]) -> Any:
             if details.status.is_terminal():
                 return details
         time.sleep(max(_POLL_S, shown / _CHARACTERS_PER_S))
-
-
-def stop(job: Job) -> None:
-    """Stop a job; return when the cluster has signalled it, or it has ended. `follow` waits for the end.
-
-    Raises:
-        EnvironmentProblem: the cluster has not responded for two minutes.
-    """
-    responded = time.monotonic()
-    while True:
-        try:
-            client = _client(job.address)
-            if client.stop_job(job.id) or client.get_job_info(job.id).status.is_terminal():
-                return
-            responded = time.monotonic()  # the job has not started yet
-        except Exception as error:
-            if time.monotonic() - responded > _LOST_TIMEOUT_S:
-                raise EnvironmentProblem(
-                    f"{job.address} does not stop the job: {_last_line(error)}\n  try again: {job.command('stop')}"
-                ) from error
-        time.sleep(_POLL_S)
 
 
 def exit_code(details: Any) -> int:
@@ -225,25 +200,12 @@ def _client(address: str) -> Any:
     except Exception as error:  # ConnectionError, AuthenticationError, and errors of requests
         raise EnvironmentProblem(
             f"there is no Ray cluster at {address}: {_last_line(error)}\n"
-            "  set the dashboard's address with --address or RAY_API_SERVER_ADDRESS, and its token with RAY_AUTH_TOKEN"
-            + "".join(f"\n  {hint}" for hint in _hints(address))
+            "  set the dashboard's address, http://HEAD:8265, with --address, RAY_API_SERVER_ADDRESS or RAY_ADDRESS, "
+            "and its token with RAY_AUTH_TOKEN; requests also follow http_proxy and no_proxy"
         ) from error
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.ERROR)  # else it lists every file that it packs
     return client
-
-
-def _hints(address: str) -> Iterator[str]:
-    """Yield the environment variables that set the address, or redirect requests to it."""
-    for name in _ADDRESS_VARIABLES:
-        if os.environ.get(name) == address:
-            yield f"the address comes from {name}"
-    if address.startswith("ray://"):
-        yield "ray:// is the address of Ray Client; the dashboard of the same cluster is http://HEAD:8265"
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    for kind in (parts.scheme, "all"):
-        if kind in getproxies() and not proxy_bypass(parts.hostname or ""):
-            yield f"{kind}_proxy sends requests through a proxy; without it: no_proxy={parts.hostname}"
 
 
 def _last_line(error: Exception) -> str:

@@ -12,13 +12,11 @@ DALI is imported only when selected; `require_dali` checks that it works on this
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.engine import BatchProducer, Engine, Request
-from densenet_dist.data.image_files import BadImage, ImageFiles, Split
-from densenet_dist.data.substitutes import UnreadableFiles, read_all
+from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.torch_ops import GREY
 from densenet_dist.data.trivial_augment import Tone
 from densenet_dist.errors import EnvironmentProblem
@@ -63,7 +60,7 @@ class DaliEngine(Engine):
         files = self.files
         assert files is not None
         # Read here and not by DALI, which a broken file can crash.
-        encoded = read_all(request.array("indices").tolist(), lambda _, index: files.encoded(index), self._readers.map)
+        encoded = list(self._readers.map(files.encoded, request.array("indices").tolist()))
         left, top, width, height = request.array("window").astype(np.int32).T
         return [encoded, np.stack([top, left], axis=1), np.stack([height, width], axis=1)]
 
@@ -98,12 +95,10 @@ class _Pipeline:
                 self._pipeline = _build(self._engine, self._request, number, self._largest)
             try:
                 images = self._run()
-            except UnreadableFiles:  # raised while working ahead; batches that were not yielded are computed again
-                self._pipeline = None
-                raise
             except RuntimeError as error:
                 self._pipeline = None
-                self._diagnose(number, error)
+                reason = " ".join(str(error).rpartition("encountered:")[2].split())  # without DALI's traceback
+                raise _problem(f"failed on {self._engine.device}: {reason[:300]}") from error
             self._next = number + 1
             yield images
 
@@ -113,31 +108,6 @@ class _Pipeline:
         # HWC in memory is channels_last: a view, and DALI does not reuse the memory while it is referenced.
         images: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
         return images
-
-    def _diagnose(self, number: int, error: RuntimeError) -> None:
-        """Raise the cause of a failure of the pipeline, which may have been working on a later request."""
-        if (files := self._engine.files) is not None:
-            indices = [self._request(number + ahead).array("indices") for ahead in range(self._engine.prefetch + 2)]
-            some = np.unique(np.concatenate(indices)).tolist()
-            # torchvision has the better messages. DALI, which can be stricter, is asked if that finds nothing.
-            read_all(some, lambda _, index: files.decode(index))
-            read_all(some, lambda _, index: _decode_alone(files.encoded(index)))
-        raise _dali_problem(error, self._engine.device) from error
-
-
-def _decode_alone(data: npt.NDArray[np.uint8]) -> None:
-    """Decode one file, (n,) uint8, by DALI on the CPU; raise BadImage if that fails."""
-    from nvidia.dali import fn, pipeline_def
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
-    def pipeline() -> Any:
-        encoded = fn.external_source(source=lambda: [data], batch=True)
-        return fn.decoders.image(encoded, device="cpu")
-
-    try:
-        pipeline().run()
-    except RuntimeError as error:
-        raise BadImage("DALI cannot decode it") from error
 
 
 def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, largest: int) -> Any:
@@ -253,29 +223,19 @@ def require_dali(device: torch.device, *, decoding: bool) -> None:
     try:
         backend = importlib.import_module("nvidia.dali.backend")
         importlib.import_module("nvidia.dali.fn")
-    except (ImportError, OSError) as error:
-        raise EnvironmentProblem(
-            f"DALI {dali_version()} is installed but cannot be imported: {error}\n"
-            f"  install it again: pip install --force-reinstall {PACKAGE}\n  or {_ALTERNATIVE}"
-        ) from error
-    if device.type == "cuda":
-        _require_gpu(backend)
+        if device.type == "cuda" and backend.GetCUDADeviceCount() == 0:
+            raise RuntimeError("no GPU")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _problem(f"cannot be used on {device}: {error}") from error
     if decoding and backend.GetNvimgcodecVersion() == -1:
-        package = "nvidia-nvimgcodec-cu13"
-        raise EnvironmentProblem(
-            f"DALI {dali_version()} cannot decode images: its decoder library {package} is missing\n"
-            f"  install it: pip install {package}\n  or {_ALTERNATIVE}"
-        )
+        raise _problem("cannot decode images: nvidia-nvimgcodec-cu13 is missing")
 
 
-def _dali_problem(error: BaseException, device: torch.device) -> EnvironmentProblem:
-    """Convert an error of DALI itself to one message, without the traceback of the pipeline in it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    # If an operator failed, DALI first shows the code that asked for it, up to a line "encountered:".
-    lines = [line for line in lines[lines.index("encountered:") + 1 if "encountered:" in lines else 0 :] if line]
-    messages = [line for line in lines if not line.startswith(("Critical error", "Error in"))]
+def _problem(what: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"DALI {dali_version()} failed on {device}: {messages[0] if messages else error}\n  {_ALTERNATIVE}"
+        f"DALI {dali_version()} {what}\n"
+        f"  update the NVIDIA driver, or install DALI again: pip install --force-reinstall {PACKAGE}\n"
+        f"  or {_ALTERNATIVE}"
     )
 
 
@@ -284,46 +244,3 @@ def dali_version() -> str | None:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(PACKAGE)
     return None
-
-
-def driver_versions() -> tuple[str | None, tuple[int, int] | None]:
-    """Return the NVIDIA driver's version, and the newest CUDA (major, minor) that it supports; None if unknown."""
-    release = None
-    with suppress(OSError):
-        for line in Path("/proc/driver/nvidia/version").read_text().splitlines():
-            if "Kernel Module" in line:
-                release = next((word for word in line.split() if word[:1].isdigit() and "." in word), None)
-    number = ctypes.c_int(0)
-    with suppress(OSError, AttributeError):
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
-            return release, (number.value // 1000, number.value % 1000 // 10)
-    return release, None
-
-
-def _require_gpu(backend: Any) -> None:
-    built = int(str(backend.__cuda_version__)[:2])  # 13.4.92 is 13492
-    release, known = driver_versions()
-    title = f"DALI {dali_version()}, which is built for CUDA {built},"
-    if known is None:
-        raise EnvironmentProblem(
-            f"{title} finds no NVIDIA driver on this machine\n"
-            f"  install a driver that supports CUDA {built} (in a container: start it with its GPUs, --gpus all)\n"
-            f"  or {_ALTERNATIVE}, or train on the CPU: cluster.device=cpu"
-        )
-    driver = f"the driver {f'{release} ' if release else ''}supports CUDA {known[0]}.{known[1]}"
-    if known[0] < built:
-        raise EnvironmentProblem(
-            f"{title} cannot work here: {driver} at most\n"
-            f"  update the driver to one that supports CUDA {built}, or {_ALTERNATIVE}"
-        )
-    problem = "finds no GPU"
-    try:
-        if backend.GetCUDADeviceCount() > 0:
-            return
-    except RuntimeError as error:  # for example after a driver update without a restart
-        problem = f"cannot use the GPU ({' '.join(str(error).split())})"
-    raise EnvironmentProblem(
-        f"{title} {problem}, although {driver}\n"
-        "  see 'nvidia-smi' and CUDA_VISIBLE_DEVICES; restart the machine if the driver was updated\n"
-        f"  or {_ALTERNATIVE}, or train on the CPU: cluster.device=cpu"
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from densenet_dist.data.augment import Parameters
 from densenet_dist.data.image_files import ImageFiles, Split
-from densenet_dist.data.substitutes import Substitutes
 
 ENGINES: Final = ("torch", "dali")
 
@@ -102,7 +101,7 @@ Recipe: TypeAlias = tuple[tuple[Tensor, ...], Callable[..., Tensor]]
 BatchProducer: TypeAlias = Callable[[int, int], Iterator[Tensor]]
 """Yields the pixels of requests `first` to `last`, exclusive: (m, 3, H, W) float32 in channels_last memory for each.
 
-Raises `UnreadableFiles` for image files that have become unreadable; no batch before them is lost.
+Raises DataError for an image file that has become unreadable.
 """
 
 
@@ -113,7 +112,6 @@ class Engine:
         mean, std: of each channel, for images in [0, 1].
         prefetch: number of batches produced ahead.
         threads: threads that decode files, or all CPU threads of DALI.
-        on_bad_image: whether image files that can no longer be read are an error, or are replaced.
 
     Attributes:
         files: the split's images if they are files, else None.
@@ -130,7 +128,6 @@ class Engine:
         device: torch.device | str = "cpu",
         prefetch: int = 2,
         threads: int = 1,
-        on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         self.split, self.mean, self.std = split, mean, std
         self.device, self.prefetch, self.threads = torch.device(device), prefetch, threads
@@ -141,7 +138,6 @@ class Engine:
         else:  # on a CPU the memory is shared, not copied
             self.resident = torch.from_numpy(np.require(split.images, requirements=["C", "W"])).to(self.device)
         self.image_size = split.image_size
-        self.substitutes = Substitutes(split, on_bad_image)
 
     def recipe(self, request: Request) -> Recipe | None:
         """Return tensors on the device, and the function that computes a request's pixels from such tensors.

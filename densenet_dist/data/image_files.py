@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from densenet_dist.errors import DataError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -73,28 +75,39 @@ class ImageFiles:
         """Return the path of one file."""
         return self.root / self.names[index]
 
-    def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of one file, (n,) uint8, or raise BadImage unless they are an image of the verified size.
+    def encoded(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return bytes (n,) uint8 for another decoder: those of the file; of a transparent image, `decode` as PNG.
+
+        Raises:
+            DataError: the file is no longer an image of the verified size.
+        """
+        from torchvision.io import encode_png
+
+        with self._read(index) as data:
+            return encode_png(_pixels(data), compression_level=0).numpy() if _is_transparent(data) else data
+
+    def decode(self, index: int) -> "Tensor":
+        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright; errors as for `encoded`."""
+        with self._read(index) as data:
+            return _pixels(data)
+
+    @contextmanager
+    def _read(self, index: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield the bytes of one file.
 
         Unchanged bytes are trusted; others are decoded first, because a broken file can crash DALI's decoder, and the
         process with it.
         """
-        data = _read(self.path(index))
-        unchanged = zlib.crc32(data.data) == self.checksums[index]
-        if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[index].tolist():
-            raise BadImage("no longer the image that was verified")
-        return data
-
-    def encoded(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return bytes for another decoder: those of `read`; of a transparent image, the result of `decode` as PNG."""
-        from torchvision.io import encode_png
-
-        data = self.read(index)
-        return encode_png(_pixels(data), compression_level=0).numpy() if _is_transparent(data) else data
-
-    def decode(self, index: int) -> "Tensor":
-        """Decode one image to (3, H, W) uint8 on the CPU, RGB, upright; raise BadImage if that is not possible."""
-        return _pixels(self.read(index))
+        try:
+            data = _read(self.path(index))
+            unchanged = zlib.crc32(data.data) == self.checksums[index]
+            if not unchanged and list(_verified_pixels(data).shape[:0:-1]) != self.sizes[index].tolist():
+                raise BadImage("no longer the image that was verified")
+            yield data
+        except BadImage as error:
+            raise DataError(
+                f"{self.path(index)}: {error}\n  it was readable when the run started: restore it, and resume the run"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,7 @@
 """Find a user's own images in class folders, and verify them before training starts.
 
-`root/<class>/**/*.jpg` has no test split: the caller holds one out. `root/train/<class>/...` may have folders for test
-and validation beside it, by the names that public data sets use (`_PARTS`); a validation folder alone is the test
-split, as in ImageNet. A folder that contains only another folder stands for that one; so does a folder with a
-subfolder `images`, next to which data sets keep annotations or masks.
+`root/<class>/**/*.jpg` has no test split: the caller holds one out. `root/train/<class>/...` may have the folders
+`test` and `val` beside it; `val` alone is the test split, as in ImageNet.
 
 Every image is decoded once. The results are cached by size and modification time, so that the next start decodes only
 new and changed files.
@@ -12,14 +10,12 @@ new and changed files.
 import hashlib
 import json
 import os
-import re
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,17 +38,16 @@ from densenet_dist.run_folder import RunFolder
 
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
-_IMAGES = ("images", "image", "imgs", "img", "jpg", "jpegimages")
 _IGNORED = ("__MACOSX", "Thumbs.db", "@eaDir", "lost+found")  # created by systems, as are names that begin with a dot
 _SHOWN = 20
 _MIN_FILES_FOR_BAR = 300
 _QUEUED = 1024  # files that wait for a thread
 _CACHE_VERSION = 3
 _NAME_ANOTHER = "name the folder that holds your class folders: data.root=..."
-_EXPECTED = f"images are looked for in <class>/, or in train/<class>/ and test/<class>/; {_NAME_ANOTHER}"
+_EXPECTED = f"images are looked for in <class>/, or in train/<class>/, val/<class>/ and test/<class>/; {_NAME_ANOTHER}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,52 +121,30 @@ def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
     if not root.is_dir():
         what = "is not a folder (an archive must be unpacked)" if root.exists() else "does not exist"
         raise DataError(f"{root} {what}; {_NAME_ANOTHER}")
-    for parent, subfolders in ((root, _subfolders(root)), _unwrap(root, root)):
-        parts: dict[str, Path] = {}
-        unused = []
-        for name in subfolders:
-            part = _part_of(name)
-            folder, classes = _unwrap(root, parent / name) if part else (parent, [])
-            if not part or not classes:
-                unused.append(name)
-            elif part in parts:
-                raise DataError(f"{parent} has more than one {part} folder: remove {name}, or {_NAME_ANOTHER}")
-            else:
-                parts[part] = folder
-        if "train" in parts:
-            if "test" not in parts and "val" in parts:
-                parts["test"] = parts.pop("val")
-            return parts, [name for name in unused if _has_images(root, parent / name)]
-    named = set(map(_part_of, subfolders))
-    if None not in named and {"train"} < named:
-        raise DataError(f"{parent} has no class folders in {few(subfolders)}: {_EXPECTED}")
-    return {"train": parent}, []
-
-
-def _part_of(name: str) -> str | None:
-    """Return the part named by the first or last word of a folder's name: train for Training, seg_train, trainSet."""
-    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
-    return next((_PARTS[word.lower()] for word in (*words[:1], *words[-1:]) if word.lower() in _PARTS), None)
-
-
-def _unwrap(root: Path, folder: Path) -> tuple[Path, list[str]]:
-    """Return the first folder from `folder` down that does not only wrap another one, and its subfolders' names."""
-    while True:
-        subfolders = _subfolders(folder)
-        images = [name for name in subfolders if name.lower() in _IMAGES]
-        filled = list(islice((name for name in images or subfolders if _has_images(root, folder / name)), 2))
-        wraps = len(filled) == 1 and (images or filled[0] == folder.name or _subfolders(folder / filled[0]))
-        if not wraps or any(has_image_suffix(entry.name) for entry in _entries(folder)):
-            return folder, subfolders
-        folder = folder / filled[0]
+    parts: dict[str, Path] = {}
+    unused = []
+    names = _subfolders(root)
+    for name in names:
+        part = _PARTS.get(name.lower())
+        if not part or not _subfolders(root / name):
+            unused.append(name)
+        elif part in parts:
+            raise DataError(f"{root} has more than one {part} folder: remove {name}, or {_NAME_ANOTHER}")
+        else:
+            parts[part] = root / name
+    if "train" in parts:
+        if "test" not in parts and "val" in parts:
+            parts["test"] = parts.pop("val")
+        return parts, [name for name in unused if _has_images(root, root / name)]
+    if any("train" in name.lower() for name in names) and any("test" in name.lower() for name in names):
+        raise DataError(f"{root} has {few(names)}, which are no classes and no parts: {_EXPECTED}")
+    return {"train": root}, []
 
 
 def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[str, dict[str, int]]]:
     """Return the class names; and for each part the labels of its image files, by name, in byte order."""
-    found = {
-        part: {name: _unwrap(root, folder / name) for name in _subfolders(folder)} for part, folder in folders.items()
-    }
-    train, subfolders = folders["train"], {name: names for name, (_, names) in found["train"].items()}
+    train = folders["train"]
+    subfolders = {name: _subfolders(train / name) for name in _subfolders(train)}
     if len(subfolders) < 2:
         raise DataError(f"{train} has {len(subfolders)} class folders, but at least 2 are needed: {_EXPECTED}")
     copies = [name for name, names in subfolders.items() if len(names) > 1]
@@ -186,11 +159,11 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
     label_of = {name: label for label, name in enumerate(subfolders)}
     parts = {}
     for part, folder in folders.items():
-        if unknown := [name for name in found[part] if name not in label_of and _has_images(root, folder / name)]:
+        names = _subfolders(folder)
+        if unknown := [name for name in names if name not in label_of and _has_images(root, folder / name)]:
             problem = f"{folder} has classes that {train} lacks: {printable(', '.join(unknown))}"
             raise DataError(f"{problem}; rename or remove these folders")
-        classes = {name: inner for name, (inner, _) in found[part].items() if name in label_of}
-        labels = {name: label_of[class_name] for class_name, inner in classes.items() for name in _walk(root, inner)}
+        labels = {image: label_of[name] for name in names if name in label_of for image in _walk(root, folder / name)}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))
     return list(subfolders), parts
 

@@ -13,14 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from densenet_dist.data import augment, torch_ops
 from densenet_dist.data.augment import NO_AUGMENTATION, Augmentation
-from densenet_dist.data.engine import BatchProducer, Engine, Epoch, Request, upload
+from densenet_dist.data.engine import Engine, Epoch, Request
 from densenet_dist.data.plan import BatchPlan, balanced_order, epoch_order
-from densenet_dist.data.substitutes import Substitutes, UnreadableFiles
 
 
 class Batch(NamedTuple):
@@ -105,10 +103,10 @@ class TrainLoader:
 
         Raises:
             IndexError: the epoch has fewer steps.
-            DataError: an image file has become unreadable, and must not be replaced.
+            DataError: an image file has become unreadable.
         """
         numbers = self._numbers(epoch, start_step)
-        pixels = _replace_unreadable(self._produce, numbers, self._engine.substitutes, self._epochs.cache_clear)
+        pixels = self._produce(numbers.start, numbers.stop)
         return (self._batch(number, images) for number, images in zip(numbers, pixels, strict=True))
 
     def recipes(self, epoch: int, start_step: int = 0) -> Iterator[BatchRecipe] | None:
@@ -130,8 +128,6 @@ class TrainLoader:
             order = balanced_order(self._indices, labels[self._indices], self._seed, epoch)
         else:
             order = epoch_order(self._indices, self._seed, epoch)
-        # Validation images are in the same split, and must not replace training images.
-        order = engine.substitutes.resolve(order, self._indices)
         sizes = None if engine.files is None else engine.files.sizes
         if self._balanced:  # drawn for positions in the epoch, since an image may occur several times
             sizes = None if sizes is None else sizes[order]
@@ -249,21 +245,17 @@ class EvalLoader:
         first = self._passes * len(self)
         self._passes += 1
         numbers = range(first, first + len(self))
-        substitutes = self._engine.substitutes
-        pixels = _replace_unreadable(self._produce, numbers, substitutes, self._epoch.cache_clear)
-        for number, images in zip(numbers, pixels, strict=True):
+        for number, images in zip(numbers, self._produce(numbers.start, numbers.stop), strict=True):
             start, stop = self._bounds(number)
             labels = self._request(number).tensor("labels", self._engine.device)
             self.batch_indices = self._indices[start + self._rank : stop : self._world_size]
-            batch = self._without_unreadable(Batch(images, labels, stop - start))
-            if len(batch.targets):
-                yield batch
+            yield Batch(images, labels, stop - start)
 
     def _make_epoch(self) -> Epoch:
-        engine, indices = self._engine, self._engine.substitutes.resolve(self._indices)
+        engine, indices = self._engine, self._indices
         sizes = None if engine.files is None else engine.files.sizes[indices]
         parameters = augment.evaluation_parameters(self._geometry, sizes)
-        return Epoch(indices, engine.split.labels[self._indices], parameters, engine.image_size)
+        return Epoch(indices, engine.split.labels[indices], parameters, engine.image_size)
 
     def _bounds(self, number: int) -> tuple[int, int]:
         start = number % len(self) * self._stride
@@ -272,29 +264,3 @@ class EvalLoader:
     def _request(self, number: int) -> Request:
         start, stop = self._bounds(number)
         return Request(self._epoch(), (range(start + self._rank, stop, self._world_size),))
-
-    def _without_unreadable(self, batch: Batch) -> Batch:
-        """Remove the substitutes from a batch: neither unreadable images nor others in their place are evaluated."""
-        unreadable = self._engine.substitutes.unreadable
-        if not unreadable:
-            return batch
-        kept = np.flatnonzero([index not in unreadable for index in self.batch_indices.tolist()])
-        self.batch_indices = self.batch_indices[kept]
-        kept_rows = upload(kept, self._engine.device)
-        images = batch.images.index_select(0, kept_rows).contiguous(memory_format=torch.channels_last)
-        return Batch(images, batch.targets.index_select(0, kept_rows), batch.global_size)
-
-
-def _replace_unreadable(
-    produce: BatchProducer, numbers: range, substitutes: Substitutes, replan: Callable[[], None]
-) -> Iterator[Tensor]:
-    """Yield the pixels of requests `numbers`; if files turn out to be unreadable, replace them and continue."""
-    done = numbers.start
-    while done < numbers.stop:
-        try:
-            for images in produce(done, numbers.stop):
-                done += 1
-                yield images
-        except UnreadableFiles as error:
-            substitutes.exclude(error.reasons)
-            replan()

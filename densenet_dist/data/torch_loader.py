@@ -21,7 +21,6 @@ from densenet_dist.data.augment import Padding
 from densenet_dist.data.background import map_ahead
 from densenet_dist.data.engine import BatchProducer, Engine, Recipe, Request, upload
 from densenet_dist.data.image_files import Split
-from densenet_dist.data.substitutes import read_all
 
 _CPU_PIECE = 64
 """Images that a CPU processes at a time: few enough for its cache, whatever the batch size (docs/log.md)."""
@@ -103,7 +102,7 @@ class TorchEngine(Engine):
             images[position] = torch_ops.resize(image[:, top : top + height, left : left + width], size)
 
         with ThreadPoolExecutor(self.threads, "densenet-dist-decode") as pool:
-            read_all(indices, load, pool.map)
+            list(pool.map(load, range(len(indices)), indices))  # raises what a thread raised
         return images.to(self.device, non_blocking=True)
 
     def _transformed(

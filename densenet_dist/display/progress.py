@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console, RenderableType
@@ -23,10 +22,9 @@ class RunProgress(Progress):
 
     Args:
         console: where to draw.
-        clock: monotonic seconds.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console) -> None:
         self._batch_size = 0
         self._phase: Spinner | None = None
         self._metrics: list[str] = []
@@ -41,7 +39,6 @@ class RunProgress(Progress):
             refresh_per_second=4,
             # Use all updates that rich keeps (1,000), so that the speed includes validation and checkpoints.
             speed_estimate_period=math.inf,
-            get_time=clock,
         )
         self._epoch = self.add_task("", amount="", left="")
         self._run = self.add_task("run", amount="", left="", visible=False)

@@ -42,42 +42,21 @@ class Unreadable:
 def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
     """Yield the files of a command line's arguments: files, image files below folders, and matches of patterns."""
     for argument in map(os.path.expanduser, arguments):
-        literal = os.path.exists(argument) or not glob.has_magic(argument)
-        matches = [argument] if literal else _matches(argument)
-        listed: set[str] = set()  # real paths of folders
-        for match in matches:
-            if not os.path.isdir(match):
-                if os.path.realpath(os.path.dirname(match)) not in listed:
-                    yield Path(match)
-            elif os.path.realpath(match) not in listed:
-                yield from _below(match, listed)
-        if not matches:
+        if os.path.isdir(argument):
+            yield from _below(argument)
+        elif os.path.exists(argument) or not glob.has_magic(argument):
+            yield Path(argument)
+        elif matches := sorted(filter(os.path.isfile, glob.glob(argument, recursive=True))):
+            yield from map(Path, matches)
+        else:
             yield Unreadable(argument, "no file matches")
 
 
-def _matches(pattern: str) -> list[str]:
-    """Return what `glob.glob` finds, but let ``**`` visit each folder once, even if links lead back to a parent.
-
-    A pattern that ends in ``**`` matches the folders before it.
-    """
-    parts = pattern.split("/")
-    if "**" not in parts:
-        return sorted(glob.glob(pattern))
-    index = parts.index("**")
-    roots = sorted(glob.glob("/".join([*parts[:index], ""]))) if index else [""]
-    rest = parts[index + 1 :]
-    if not rest:
-        return [root or "." for root in roots]
-    seen: set[str] = set()
-    folders = [place for root in roots for place, _ in walk(root or ".", seen)]
-    return [match for place in folders for match in _matches(os.path.join(glob.escape(place), *rest))]
-
-
-def _below(folder: str, listed: set[str]) -> Iterator[Path | Unreadable]:
-    """Yield the image files below `folder`, except in folders of `listed`, to which those visited are added."""
+def _below(folder: str) -> Iterator[Path | Unreadable]:
+    """Yield the image files below `folder`."""
     problems: list[OSError] = []
     found = False
-    for place, names in walk(folder, listed, problems.append):
+    for place, names in walk(folder, set(), problems.append):
         found = found or bool(names)
         yield from (Path(place, name) for name in names)
     yield from (Unreadable(str(error.filename), str(error.strerror)) for error in problems)

@@ -6,6 +6,7 @@ the last bits of their results.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from densenet_dist.data.dali_loader import dali_installed
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import ENGINES
-from densenet_dist.data.speed import Speed, measure, synchronize
+from densenet_dist.data.loader import TrainLoader
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model import DenseNet
 from densenet_dist.model.kernels import unavailable
@@ -58,6 +59,13 @@ class Choice(NamedTuple):
     figures: dict[str, float]
 
 
+class Speed(NamedTuple):
+    """Images that a loader produces while nothing consumes them: per second, and per CPU-second of all threads."""
+
+    per_second: float
+    per_cpu_second: float
+
+
 def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices: Indices) -> str:
     """Return torch or dali, the same on every rank. A collective call.
 
@@ -74,12 +82,30 @@ def choose_loader(config: Config, context: RunContext, dataset: Dataset, indices
             for loader in ENGINES:
                 engine = engine_of(config, context.device, dataset, dataset.train, loader)
                 batches = train_loader(config, context, dataset, engine, indices)
-                speeds[loader] = measure(batches, context.device, seconds=LOADER_SECONDS)
+                speeds[loader] = measure_loader(batches, context.device, seconds=LOADER_SECONDS)
         except EnvironmentProblem as error:
             return Choice("torch", str(error).splitlines()[0], {})
         return compare_loaders(speeds, context.device.type)
 
     return _recorded(context, "loader", ENGINES, measure_both)
+
+
+def measure_loader(loader: TrainLoader, device: torch.device, *, seconds: float, warm_up: int = 3) -> Speed:
+    """Take batches for about `seconds`; the first `warm_up` batches are not counted."""
+    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
+    for _ in itertools.islice(batches, warm_up):
+        pass
+    synchronize(device)
+    images, started, worked = 0, time.perf_counter(), time.process_time()
+    for count, batch in enumerate(batches, start=1):
+        images += len(batch.targets)
+        if count % 16 == 0:
+            synchronize(device)  # else the queue of a GPU would run ahead of the clock
+        if time.perf_counter() - started > seconds:
+            break
+    synchronize(device)
+    elapsed, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+    return Speed(images / elapsed, images / max(cpu_seconds, 1e-9))
 
 
 def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
@@ -169,6 +195,12 @@ def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device
     F.cross_entropy(logits.float(), logits.new_zeros(count, dtype=torch.long)).backward()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; do nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:

@@ -54,18 +54,17 @@ def evaluate_model(
     precision: str,
     on_batch: Callable[[Tensor, Batch], None] | None = None,
     on_stop: Callable[[], None] = lambda: None,
-    split: str = "test",
 ) -> dict[str, float]:
     """Compute the metrics and the number of images over the batches of all ranks; every rank calls it with its own.
 
-    `on_batch` is called with each batch's logits, (n, classes), and the batch; `split` names the images in the error.
+    `on_batch` is called with each batch's logits, (n, classes), and the batch.
 
     A rank that is requested to stop calls `on_stop` and skips the rest of its batches. It does not leave: the others
     would wait for it, and ranks may have different numbers of batches, so that they cannot exchange requests between
     them. In a run, `sync_requests` must follow, and tells whether the evaluation is complete.
 
     Raises:
-        DataError: an image file cannot be read, and must not be skipped, or none can. Every rank raises it.
+        DataError: an image file cannot be read. Every rank raises it.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
@@ -87,10 +86,7 @@ def evaluate_model(
         problem = str(error)
     if problem := next(filter(None, gather_objects(problem)), ""):
         raise DataError(problem)
-    totals = metrics.compute() | classes.compute()
-    if not totals["images"]:
-        raise DataError(f"none of the {split} images can be read any more\n  restore their files, then try again")
-    return totals
+    return metrics.compute() | classes.compute()
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +157,7 @@ def evaluate(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify)
-    return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision, split=split)
+    return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision)
 
 
 def load_test_results(

@@ -111,7 +111,6 @@ def engine_of(config: Config, device: torch.device, dataset: Dataset, split: Spl
         device=device,
         prefetch=config.data.prefetch,
         threads=torch.get_num_threads(),
-        on_bad_image=config.data.on_bad_image,
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import DataError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
@@ -24,7 +23,7 @@ from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
-from densenet_dist.train.ranks import broadcast, gather_objects, sync_from_rank0
+from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
 from densenet_dist.train.trainer import Trainer
@@ -203,7 +202,7 @@ def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
 
     try:
         model, precision = trainer.eval_model, trainer.config.train.precision
-        totals = evaluate_model(model, trainer.val_loader, trainer.context, precision, None, save_now, "validation")
+        totals = evaluate_model(model, trainer.val_loader, trainer.context, precision, None, save_now)
     except DataError:
         save(trainer, before)  # training resumes from here once the files are back
         trainer.store.wait()
@@ -221,7 +220,6 @@ def _end_epoch(
         with context.status.during("save"):  # slow storage is not a hang
             log.record(record, position.global_step)
             log.publish()
-    _report_lost_files(context, trainer.engine)
     last = position.epoch == config.train.epochs or trainer.lr_controller.stopped
     if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
         save(trainer, trainer.snapshot(validation))
@@ -251,7 +249,6 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     test = Evaluation(config, context, trainer.dataset, trainer.eval_model, engine)
     results = evaluate_test_set(test)
     stop_if_requested(trainer, sync_requests(trainer))
-    _report_lost_files(context, engine)
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
     metrics = {f"test/{name}": value for name, value in results.metrics.items()}
@@ -294,10 +291,3 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
 def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     first = batch.compute() if isinstance(batch, BatchRecipe) else batch
     board.images("train/augmented", first.images, trainer.engine.mean, trainer.engine.std, 0)
-
-
-def _report_lost_files(context: RunContext, engine: Engine) -> None:
-    """Report the images that became unreadable on any rank since the last call. A collective call."""
-    if engine.files is not None:
-        lines = {line for lines in gather_objects(engine.substitutes.news()) for line in lines}
-        report_lines(context.warn, sorted(lines), "images that became unreadable (replaced in training, not evaluated)")

@@ -256,7 +256,7 @@ def add_images(results: TestResults, config: Config, engine: Engine) -> TestResu
     """Add the images of the mistakes, read again with the engine of the test split. Only one rank calls it.
 
     Raises:
-        DataError: an image can no longer be read, and ``data.on_bad_image`` is error.
+        DataError: an image can no longer be read.
     """
     indices = np.array([mistake.index for mistake in results.mistakes], dtype=np.int64)
     size, geometry = config.train.eval_batch_size, config.data.augment

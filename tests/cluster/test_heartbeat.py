@@ -83,17 +83,3 @@ def test_no_run_fails_for_its_figures(caplog: pytest.LogCaptureFixture):
         telemetry({"kind": "progress"})
     (record,) = caplog.records
     assert "no longer exported" in record.message
-
-
-def test_every_event_renews_what_earlier_ones_said(monkeypatch: pytest.MonkeyPatch):
-    """Ray forgets a gauge that nobody has set for a while."""
-    told: list[dict[str, float]] = []
-    monkeypatch.setattr(Telemetry, "_export", lambda self: told.append(dict(self._current)))
-    telemetry = Telemetry("run")
-    telemetry({"kind": "start", "global_step": 0})
-    telemetry({"kind": "epoch", "epoch": 1, "global_step": 9, "val/loss": 0.5})
-    telemetry({"kind": "note", "text": "of no figures"})
-    progress = {"rate": 1.0, "loss": 2.0, "epoch": 2, "step": 1, "steps": 4, "global_step": 10, "goodput": 0.5}
-    telemetry({"kind": "progress", **progress})
-    assert len(told) == 3
-    assert (told[-1]["densenet_restarts"], told[-1]["densenet_val_loss"], told[-1]["densenet_epochs"]) == (0, 0.5, 1.25)

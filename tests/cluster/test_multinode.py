@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import secrets
-import select
+import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_nodes import BIN, OUTSIDE, Cluster, two_hosts, two_nodes
+from ray_nodes import OUTSIDE, Cluster, two_hosts, two_nodes
 from ray_runs import until
 from s3_server import bucket
 
@@ -64,40 +61,15 @@ def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
 
 
-@pytest.mark.nightly
-def test_ray_job_submit_does_it_too(nodes, tmp_path):
-    """What the README says, with Ray's own command."""
-    train = ("python", "-m", "densenet_dist", "train", *QUICK, f"storage={tmp_path}", "name=plain")
-    line = [str(BIN / "ray"), "job", "submit", "--address", nodes.address, "--working-dir", ".", "--", *train]
-    done = subprocess.run(line, capture_output=True, text=True, env=nodes.environment, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "epoch   2/2" in done.stdout + done.stderr
-    assert status_of(RunFolder(str(tmp_path), "plain")) == "finished"
-
-
-def read_until(terminal: int, text: str, seconds: float = 240) -> str:
-    seen, deadline = b"", time.monotonic() + seconds
-    while text.encode() not in seen:
-        assert time.monotonic() < deadline, f"{text!r} did not come in {seconds:g} s: {seen.decode()}"
-        if select.select([terminal], [], [], 1)[0]:
-            seen += os.read(terminal, 4096)  # raises OSError where the command has ended
-    return seen.decode()
-
-
-def test_interrupting_asks_and_stops(nodes, tmp_path):
-    ours, theirs = pty.openpty()
-    arguments = ("train", *ENDLESS, f"storage={tmp_path}", "name=asked")
-    process = submit(nodes, *arguments, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    read_until(ours, "epoch   2/")
+def test_after_an_interrupt_the_job_continues_until_it_is_stopped(nodes, tmp_path):
+    process = submit(nodes, "train", *ENDLESS, f"storage={tmp_path}", "name=stopped")
+    until((tmp_path / "stopped" / "metrics.jsonl").exists)
     process.send_signal(signal.SIGINT)
-    read_until(ours, "[y/N]")
-    os.write(ours, b"y\n")
-    assert "stopped" in read_until(ours, "stopped")
-    assert process.wait(120) == 130
-    os.close(ours)
+    shown = re.search(r"stop it: +(ray job stop .+)", finished(process, 130))
+    assert nodes.workers()
+    subprocess.run(shlex.split(shown[1]), env=nodes.environment, check=True, capture_output=True)
     until(lambda: not nodes.workers())
-    assert json.loads((tmp_path / "asked" / "checkpoints" / "manifest.json").read_text())["checkpoints"]
+    assert json.loads((tmp_path / "stopped" / "checkpoints" / "manifest.json").read_text())["checkpoints"]
 
 
 def test_a_wrong_token_is_refused_and_the_right_one_not_shown(nodes, tmp_path):

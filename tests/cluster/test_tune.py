@@ -9,18 +9,15 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from ray_runs import RAY_NOISE, SWEEP, Run, assert_gone, bytes_of, epochs_of, is_ray_process, until
 
 from densenet_dist.cluster.sweep import tune
 from densenet_dist.cluster.trial import _Training
-from densenet_dist.cluster.tune_hooks import TuneHooks
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
-from densenet_dist.sweep.definition import SweepConfig, load_sweep
-from densenet_dist.sweep.results import Usage
+from densenet_dist.sweep.definition import load_sweep
 from densenet_dist.train.evaluation import evaluate
 
 
@@ -163,15 +160,3 @@ def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its
     training = _Training("trial-000", {}, sweep, None, ("", ""))
     assert not training._on_event({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
     assert "metric: val/top1 needs validation images" in str(training._output.get(timeout=0)["error"])
-
-
-def test_hours():
-    usage = Usage(hours=0.9)
-    hooks = TuneHooks(SweepConfig(max_hours=1.0), Mock(usage=usage), 1.0, Mock())
-    hooks.running = {"trial-000"}
-    assert not hooks.stop_all()
-    assert 0.9 < usage.hours < 1
-    assert usage.gpu_hours > 0, "epochs that have not ended count, too"
-    usage.hours = 1.1
-    assert hooks.stop_all()
-    assert hooks.spent == "max_hours: 1 hours are over"

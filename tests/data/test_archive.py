@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,19 +46,13 @@ class TestExtract:
         lacking = {other: data for other, data in toy.files.items() if other != name}
         for files, said in (
             ({**toy.files, name: bytes(flipped)}, rf"{name} in .*{toy.spec.archive} is damaged: its SHA-256"),
-            ({**toy.files, name: b"short"}, rf"{name} in .*{toy.spec.archive} is truncated: 5 bytes"),
+            ({**toy.files, name: b"short"}, rf"lacks {name}, or has them in another size"),
             (lacking, rf"not the CIFAR-10 archive: it lacks {name}"),
         ):
             toy.write_archive(tmp_path / toy.spec.archive, files=files)
             with pytest.raises(DataError, match=said):
                 load(tmp_path)
             assert visible(tmp_path) == [toy.spec.archive]
-
-    def test_archive_of_the_other_set(self, toys: Callable[[str], Toy], tmp_path: Path) -> None:
-        for name, rival in (("cifar10", "cifar100"), ("cifar100", "cifar10")):
-            toys(rival).write_archive(tmp_path / toys(name).spec.archive)
-            with pytest.raises(DataError, match=rf"is not the {toys(name).spec.title} archive: it lacks"):
-                load_dataset(name, tmp_path, download=False)
 
 
 class TestNotThere:

@@ -1,7 +1,6 @@
 """Where DALI is missing, broken or cannot work, one message says so with versions and the way out; torch goes on."""
 
 import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,8 +16,7 @@ from densenet_dist.data import dali_loader
 from densenet_dist.data.dali_loader import require_dali
 from densenet_dist.errors import EnvironmentProblem
 
-VERSION = re.escape(str(dali.__version__))
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 def problem(device: torch.device = CPU, *, decoding: bool = False) -> str:
@@ -43,22 +41,15 @@ def test_training_goes_on_without_it(
     assert "pip install nvidia-dali-cuda130\n" in problem()
 
 
-def test_a_part_of_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_it_is_missing_or_it_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     require_dali(CPU, decoding=True)
     monkeypatch.setattr(backend, "GetNvimgcodecVersion", lambda: -1)
     require_dali(CPU, decoding=False)  # no matter for images in memory
-    said = problem(decoding=True)
-    assert re.search(rf"DALI {VERSION} cannot decode images: .*\n.*pip install nvidia-nvimgcodec-cu13", said)
+    assert f"DALI {dali.__version__} cannot decode images: nvidia-nvimgcodec-cu13 is miss" in problem(decoding=True)
+    monkeypatch.setattr(backend, "GetCUDADeviceCount", lambda: 0)
+    assert "cannot be used on cuda: no GPU\n  update the NVIDIA driver" in problem(torch.device("cuda"))
     missing = ImportError("libdali_core.so: cannot open shared object file")
     monkeypatch.setattr(importlib, "import_module", Mock(side_effect=missing))
     said = problem()
-    assert f"DALI {dali.__version__} is installed but cannot be imported: libdali_core.so" in said
+    assert f"DALI {dali.__version__} cannot be used on cpu: libdali_core.so" in said
     assert "pip install --force-reinstall nvidia-dali-cuda130" in said
-
-
-def test_a_driver_that_is_too_old_or_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali_loader, "driver_versions", lambda: ("550.54", (12, 4)))
-    assert "built for CUDA 13, cannot work here: the driver 550.54 supports CUDA 12.4 at most" in problem(GPU)
-    monkeypatch.setattr(dali_loader, "driver_versions", lambda: (None, (13, 5)))
-    monkeypatch.setattr(backend, "GetCUDADeviceCount", lambda: 0)
-    assert "finds no GPU, although the driver supports CUDA 13.5" in problem(GPU)

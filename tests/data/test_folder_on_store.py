@@ -48,7 +48,7 @@ def taken(store: Store) -> list[str]:
 def test_loads_as_from_a_folder(store: Store, photos: dict[str, bytes], tmp_path: Path) -> None:
     for name in photos:
         store.delete(name)
-    photos = {f"{part}/{part}/{name}": data for part in ("Training", "Testing") for name, data in photos.items()}
+    photos = {f"{part}/{name}": data for part in ("Training", "Testing") for name, data in photos.items()}
     for name, data in photos.items():
         store.write(name, data)
         (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def test_loads_as_from_a_folder(store: Store, photos: dict[str, bytes], tmp_path
     assert isinstance(local.train.images, ImageFiles)
     assert remote.class_names == local.class_names == ("cat", "dog")
     assert remote.train.images.names == local.train.images.names
-    assert all(name.startswith("Training/Training/") for name in remote.train.images.names)
+    assert all(name.startswith("Training/") for name in remote.train.images.names)
     np.testing.assert_array_equal(remote.train.images.checksums, local.train.images.checksums)
     np.testing.assert_array_equal(remote.test.labels, local.test.labels)
 

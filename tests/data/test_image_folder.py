@@ -66,23 +66,14 @@ def read(root: Path, **options: Any) -> Folder:
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 PUBLIC = (  # layouts of archives: * is a class, part= what the part is found to be, left= what is not used
     "train=Training/* test=Testing/*",  # brain tumor MRI
-    "train=seg_train/seg_train/* test=seg_test/seg_test/* left=seg_pred/seg_pred",  # Intel image classification
-    "train=x/train/* val=x/val/* test=x/test/* left=x/x/train/* x/__MACOSX/train/*",  # chest X-ray
-    "train=flower_data/train/* test=flower_data/valid/* left=flower_data/test",  # Flowers 102
-    "train=Final_Training/Images/* left=Final_Test/Images",  # GTSRB
-    "train=train/*/images left=val/images left=test/images train/notes.txt",  # tiny ImageNet
-    "flat=images/Images/* annotations/Annotation/*/x.xml",  # Stanford dogs
-    "flat=food-101/images/* food-101/meta/train.txt",
-    "flat=101_ObjectCategories/* Annotations/*/1.mat",  # Caltech 101
-    "flat=2750/*",  # EuroSAT
-    "flat=x/*/images x/*/masks",  # COVID radiography
+    "train=train/* val=val/* test=test/* left=other/* __MACOSX/train/*",  # chest X-ray
+    "train=train/* test=valid/* left=test",  # Flowers 102
+    "flat=*/images",
 )
 COPIES = {  # where all classes are found more than once
-    "set/color/* set/grayscale/*": "color, grayscale",  # PlantVillage
-    "EuroSAT/* EuroSATallBands/*": "EuroSAT, EuroSATallBands",
-    "data/natural_images/* natural_images/*": "data, natural_images",
-    "cell_images/* cell_images/cell_images/*": "cell_images",  # malaria
-    "*/train/good */test/good": "glioma, meningioma, notumor, pituitary",  # MVTec
+    "color/* grayscale/*": "color, grayscale",  # PlantVillage
+    "* cell_images/*": "cell_images",  # malaria
+    "*/images */masks": "glioma, meningioma, notumor, pituitary",  # COVID radiography
 }
 
 
@@ -162,8 +153,9 @@ class TestWrongFolders:
             ("1.png 2.png", r"has 0 class folders, but at least 2 are needed: .*<class>"),
             ("train/a/1.png test/a/1.png", r"has 1 class folders, but at least 2 are needed: .*<class>"),
             ("train/a/1.png train/b/1.png val/a/1.png valid/a/1.png", "more than one val folder: remove valid"),
-            ("train/cat.1.png test1/1.png", "has no class folders in test1, train: images are looked for"),
-            ("images/1.png annotations/trimaps/1.png", "images has 0 class folders"),
+            ("train/cat.1.png test1/1.png", "has test1, train, which are no classes and no parts: images are looked"),
+            ("seg_train/a/1.png seg_train/b/1.png seg_test/a/1.png", "has seg_test, seg_train, which are no classes"),
+            ("set/a/1.png set/b/1.png", r"has 1 class folders.*name the folder that holds your class folders"),
             ("train/a/1.png train/b/1.png val/z/1.png", r"/val has classes that .*/train lacks: z; rename"),
             ("a/1.png b/1.png c/x.txt d/e/x.txt", r"no image that can be used in c, d: add some \(\.jpg"),
         ],

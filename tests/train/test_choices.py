@@ -10,11 +10,10 @@ from runs import run_of, tiny, train, trainer_of
 
 from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
-from densenet_dist.data.speed import Speed
 from densenet_dist.model.fused_block import FusedDenseBlock
 from densenet_dist.run_folder import ENV_FILE, SUMMARY_FILE
 from densenet_dist.train import choices
-from densenet_dist.train.choices import compare_loaders
+from densenet_dist.train.choices import Speed, compare_loaders
 
 
 def environment(config: Any) -> dict[str, Any]:

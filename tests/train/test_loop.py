@@ -23,7 +23,7 @@ from densenet_dist.train.inputs import train_and_val
 from densenet_dist.train.loop import train_epoch, train_step
 from densenet_dist.train.network import build_model
 from densenet_dist.train.snapshot import Position
-from densenet_dist.train.trainer import Trainer, _set_determinism
+from densenet_dist.train.trainer import Trainer
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -125,13 +125,6 @@ def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, 
     assert [setting.removeprefix("train.").removeprefix("global_") for setting in offered] == remedies
     for setting in offered:
         check_batches(tiny(tmp_path, *settings, setting), images, [ranks])
-
-
-def test_a_model_that_ends_in_one_pixel_trains_where_no_batch_has_one_image(tmp_path):
-    config = [*ONE_PIXEL, "data.limit=10", "train.epochs=1", "train.global_batch_size=8"]
-    with pytest.raises(ConfigError, match="9 training images in batches of 8 leave a batch of 1, too few for world"):
-        trainer_of(tiny(tmp_path, *config))
-    assert train(tiny(tmp_path, *config, "train.global_batch_size=9"))["global_step"] == 1
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path):
@@ -370,14 +363,3 @@ def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_pa
     monkeypatch.setattr("densenet_dist.train.choices.unavailable", lambda _: "no C++ compiler is found (c++)")
     notes = notes_of(tiny(tmp_path, "model.block=auto", "train.epochs=1"))
     assert "block: reference (no C++ compiler is found (c++))" in notes
-
-
-def test_deterministic_training_does_not_fill_memory(tmp_path):
-    config = tiny(tmp_path, "train.deterministic=true")
-    try:
-        _set_determinism(config, RunContext(run_of(config), torch.device("cuda")))
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.utils.deterministic.fill_uninitialized_memory
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True

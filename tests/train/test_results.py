@@ -112,27 +112,3 @@ def test_what_is_stored_is_what_was_computed_and_a_damaged_file_is_named(run, tm
         folder.write("test_results.json", damaged)
         with pytest.raises(StorageError, match=r"test_results.json is damaged: .*\n  delete it"):
             read_test_results(folder)
-
-
-def test_images_that_can_no_longer_be_read_are_left_out(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 4), ("test", 5)):
-        for kind in ("a", "b"):
-            folder = tmp_path / "set" / part / kind
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    settings = ("data.name=folder", f"data.root={tmp_path / 'set'}", "data.image_size=16", "data.limit=null")
-    more = ("data.on_bad_image=skip", "train.global_batch_size=4", "train.eval_batch_size=2", "train.epochs=1")
-    config = tiny(tmp_path, *settings, *more, "data.val_fraction=0.25", "data.augment=none")
-    train(config)
-    found = prepare_evaluation(run_of(config))
-    for index in (0, 1, 4):  # a whole batch, and one of two
-        found.engine.split.images.path(index).write_bytes(b"")
-    results = evaluate_test_set(found)
-    assert results.images == 7
-    assert results.confusion.sum(1).tolist() == [2, 5]
-    assert {mistake.index for mistake in results.mistakes} <= {2, 3, 5, 6, 7, 8, 9}
-    for mistake in results.mistakes:
-        shown, file = Image.open(io.BytesIO(mistake.png)), Image.open(found.engine.split.images.path(mistake.index))
-        np.testing.assert_array_equal(np.asarray(shown), np.asarray(file))

@@ -1,4 +1,6 @@
-"""``densenet-dist bench scaling``: how training speeds up with the number of workers.
+"""How training speeds up with the number of workers (docs/scaling.md).
+
+    python benchmarks/scaling.py configs/cifar10_notebook.yaml --workers 1 2 --out scaling.json
 
 The training step is measured on random images in memory, on 1, 2, ... Ray Train workers. Weak scaling gives every
 worker the same number of images: the efficiency is T(1) / T(n). Strong scaling splits one batch: T(1) / (n T(n)).
@@ -7,6 +9,7 @@ worker the same number of images: the efficiency is T(1) / T(n). Strong scaling 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,8 +20,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 import torch.distributed as dist
-
-from densenet_dist.bench.common import (
+from measuring import (
     conditions,
     conditions_line,
     device_name,
@@ -26,23 +28,25 @@ from densenet_dist.bench.common import (
     median_and_spread,
     num_classes,
     number,
+    parser_of,
     print_table,
     rounded,
     with_spread,
+    write_json,
 )
+
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.launch import absolute
 from densenet_dist.cluster.resources import count_fitting, plan_resources
-from densenet_dist.config import to_dict
+from densenet_dist.config import load_config, to_dict
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.image_files import Split
 from densenet_dist.data.loader import Batch
-from densenet_dist.data.speed import synchronize
-from densenet_dist.display.progress import counted
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
 from densenet_dist.train.checks import check_run
+from densenet_dist.train.choices import synchronize
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import no_sync
@@ -58,14 +62,13 @@ Timings: TypeAlias = dict[tuple[int, bool], list[float]]
 or stay on their rank (DDP's ``no_sync``)."""
 
 
-def bench_scaling(
+def measure(
     config: Config,
     *,
     workers: Sequence[int] = (1, 2),
     modes: Sequence[str] = MODES,
     seconds: float = 1.0,
     rounds: int = 3,
-    on_progress: Callable[[str], None] = lambda text: None,
     probe: Probe | None = None,
 ) -> dict[str, Any]:
     """Measure with every number of workers, each time for about `seconds`.
@@ -87,22 +90,20 @@ def bench_scaling(
     if "strong" in modes and counts[-1] > config.train.global_batch_size:
         raise ConfigError(
             f"--workers: {counts[-1]} workers cannot share train.global_batch_size={config.train.global_batch_size}\n"
-            "  raise it, or measure weak scaling alone with --mode weak"
+            "  raise it, or measure weak scaling alone with --modes weak"
         )
     check_run(config)
     timings: dict[int, list[Timings]] = {}
     about: dict[int, dict[str, Any]] = {}
     with connected(config.cluster) as own_cluster:
-        from densenet_dist.cluster.ray_backend import run_on_workers
-
-        for count in counts:
-            on_progress(f"{counted(count, 'worker')} (of {', '.join(map(str, counts))})")
-            sizes = list(dict.fromkeys(_images(config, mode, count) for mode in modes))
-            arguments = (config, num_classes(config), sizes, seconds, rounds, probe)
-            ranks = run_on_workers(count, measure_rank, arguments, config=config, own_cluster=own_cluster)
-            timings[count], about[count] = [of_rank for of_rank, _ in ranks], ranks[0][1]
         import ray
 
+        for count in counts:
+            print(f"{count} of {', '.join(map(str, counts))} workers", file=sys.stderr, flush=True)
+            sizes = list(dict.fromkeys(images_of(config, mode, count) for mode in modes))
+            arguments = (config, num_classes(config), sizes, seconds, rounds, probe)
+            ranks = run_on_workers(count, arguments, config, own_cluster)
+            timings[count], about[count] = [of_rank for of_rank, _ in ranks], ranks[0][1]
         available = ray.cluster_resources()
     single, threads = replace(config.cluster, workers=1), config.cluster.cpus_per_worker
     room = count_fitting(available, plan_resources(single, available, fixed=False).per_worker)
@@ -122,7 +123,50 @@ def bench_scaling(
     }
 
 
-def _images(config: Config, mode: str, workers: int) -> int:
+def run_on_workers(workers: int, arguments: tuple[Any, ...], config: Config, own_cluster: bool) -> list[Any]:
+    """Call `measure_rank` on every rank of a process group, and return the results by rank.
+
+    Workers may share CPU cores, and are not restarted.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from densenet_dist.cluster.connection import WORKER_ENV
+    from densenet_dist.cluster.controller import NodeAddressTorchConfig
+
+    available = ray.cluster_resources()
+    single = plan_resources(replace(config.cluster, workers=1), available, fixed=True)
+    share = int(available["CPU"] / workers * 1e4) / 1e4  # Ray counts in ten-thousandths of a core
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            on_rank,
+            train_loop_config={"arguments": arguments, "threads": single.threads or 1},
+            torch_config=NodeAddressTorchConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=single.use_gpu,
+                resources_per_worker=single.per_worker | {"CPU": min(single.per_worker["CPU"], share)},
+            ),
+            run_config=RunConfig(
+                name="scaling",
+                storage_path=folder,  # nothing is saved
+                worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
+            ),
+        )
+        return list(trainer.fit().return_value)
+
+
+def on_rank(payload: dict[str, Any]) -> list[Any]:
+    import ray.train.torch
+
+    torch.set_num_threads(payload["threads"])
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, measure_rank(ray.train.torch.get_device(), *payload["arguments"]))
+    return results
+
+
+def images_of(config: Config, mode: str, workers: int) -> int:
     """Return the size of the global batch."""
     return config.train.global_batch_size * (workers if mode == "weak" else 1)
 
@@ -137,12 +181,12 @@ def rows(
     """
     made = []
     for mode in modes:
-        alone = statistics.median(_slowest(timings[1], _images(config, mode, 1)))
+        alone = statistics.median(slowest(timings[1], images_of(config, mode, 1)))
         for count, ranks in timings.items():
-            images = _images(config, mode, count)
-            step = [1e3 * seconds for seconds in _slowest(ranks, images)]
+            images = images_of(config, mode, count)
+            step = [1e3 * seconds for seconds in slowest(ranks, images)]
             step_ms, spread = median_and_spread(step)
-            local_ms = 1e3 * statistics.median(_slowest(ranks, images, exchange=count == 1))
+            local_ms = 1e3 * statistics.median(slowest(ranks, images, exchange=count == 1))
             ideal = 1e3 * alone / (1 if mode == "weak" else count)
             made.append(
                 {
@@ -164,13 +208,13 @@ def rows(
     return made
 
 
-def _slowest(ranks: Sequence[Timings], images: int, *, exchange: bool = True) -> list[float]:
+def slowest(ranks: Sequence[Timings], images: int, *, exchange: bool = True) -> list[float]:
     """Return the seconds per step of the slowest rank, in each round."""
     return [max(times) for times in zip(*(timings[images, exchange] for timings in ranks), strict=True)]
 
 
-def print_scaling(found: dict[str, Any]) -> None:
-    """Print the result of `bench_scaling`."""
+def print_rows(found: dict[str, Any]) -> None:
+    """Print the result of `measure`."""
     headings = ["mode", "workers", "images", "images/s", "lowest-\nhighest", "step\nms", "without\nexchange"]
     headings += ["exposed\nms", "efficiency\n(low-high)", "of com-\nputing"]
     cells = []
@@ -204,13 +248,13 @@ def measure_rank(
         The timings; and the model's number of ``parameters``, the names of ``device`` and ``backend``, and what was
         ``probed``.
     """
-    with _trainer(config, device, num_classes, max(global_sizes)) as trainer:
+    with random_trainer(config, device, num_classes, max(global_sizes)) as trainer:
         whole = next(iter(trainer.train_loader.epoch(0)))
         batches = {}
         for size in global_sizes:
             count = len(range(trainer.context.rank, size, trainer.context.world_size))  # this rank's share
             batches[size] = Batch(whole.images[:count], whole.targets[:count], size)
-        return _time_rounds(trainer, batches, seconds, rounds), {
+        return time_rounds(trainer, batches, seconds, rounds), {
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
             "device": device_name(device),
             "backend": dist.get_backend(),
@@ -219,7 +263,7 @@ def measure_rank(
 
 
 @contextmanager
-def _trainer(config: Config, device: torch.device, num_classes: int, images: int) -> Iterator[Trainer]:
+def random_trainer(config: Config, device: torch.device, num_classes: int, images: int) -> Iterator[Trainer]:
     """Make a trainer on random images, with a learning rate that barely changes the weights."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
     train = replace(train, epochs=1, cuda_graph=False, profile=None, class_weights=None)
@@ -241,21 +285,21 @@ def _trainer(config: Config, device: torch.device, num_classes: int, images: int
             trainer.store.close()
 
 
-def _time_rounds(trainer: Trainer, batches: dict[int, Batch], seconds: float, rounds: int) -> Timings:
+def time_rounds(trainer: Trainer, batches: dict[int, Batch], seconds: float, rounds: int) -> Timings:
     orders = ((True, False), (False, True)) if trainer.context.world_size > 1 else ((True,), (True,))
     timings: Timings = {(size, exchange): [] for size in batches for exchange in orders[0]}
     for size, exchange in timings:
-        _time_steps(trainer, batches[size], 1, exchange)  # warms up
+        time_steps(trainer, batches[size], 1, exchange)  # warms up
     for current in range(rounds):
         for size, batch in batches.items():
-            count = max(2, int(seconds / longest(_time_steps(trainer, batch, 1, True), trainer.context.device)))
+            count = max(2, int(seconds / longest(time_steps(trainer, batch, 1, True), trainer.context.device)))
             # Alternate the order, so that a drift of the machine's speed does not bias the difference.
             for exchange in orders[current % 2]:
-                timings[size, exchange].append(_time_steps(trainer, batch, count, exchange))
+                timings[size, exchange].append(time_steps(trainer, batch, count, exchange))
     return timings
 
 
-def _time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> float:
+def time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> float:
     """Run `count` steps, with or without the all-reduce; return the seconds per step."""
     with nullcontext() if exchange else no_sync(trainer.forward):
         barrier(trainer.context.device)
@@ -277,3 +321,19 @@ def barrier(device: torch.device) -> None:
     """Synchronize the device, then all ranks."""
     synchronize(device)
     dist.barrier()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="1 is always measured")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    args = parser.parse_intermixed_args(arguments)
+    found = measure(
+        load_config(*args.sources), workers=args.workers, modes=args.modes, seconds=args.seconds, rounds=args.rounds
+    )
+    print_rows(found)
+    write_json(found, args.out)
+
+
+if __name__ == "__main__":
+    main()

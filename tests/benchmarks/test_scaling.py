@@ -1,6 +1,7 @@
-"""``densenet-dist bench scaling`` and ``benchmarks/predict_scaling.py``: what ranks measure, and what is made of it."""
+"""``benchmarks/scaling.py`` and ``predict_scaling.py``: what ranks measure, and what is made of it."""
 
 import json
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,6 @@ import pytest
 import torch
 from distributed import run_ranks
 
-from densenet_dist.bench.scaling import measure_rank, rows
 from densenet_dist.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,7 @@ TINY = ["quickstart", *NET, "cluster.device=cpu", "train.global_batch_size=6"]
 def measured():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from predict_scaling import probe_exchange
+    from scaling import measure_rank
 
     train = ("gradient_compression=bf16", "bucket_mb=0.004", "grad_accum_steps=2", "sync_bn=true")
     config = load_config(*TINY, *(f"train.{setting}" for setting in train), "data.mixup=1")
@@ -43,11 +44,12 @@ def rank(timings):
     return {key: [s, 1.2 * s] for key, s in timings.items()}
 
 
-def test_efficiency_follows_from_the_times():
+def test_efficiency_follows_from_the_times(script):
     fast = rank({(12, True): 0.11, (12, False): 0.1, (6, True): 0.07, (6, False): 0.06})
     slow = rank({(12, True): 0.125, (12, False): 0.09, (6, True): 0.06, (6, False): 0.055})
     results = {1: [rank({(6, True): 0.1})], 2: [fast, slow]}
-    found = {(row["mode"], row["workers"]): row for row in rows(load_config(*TINY), results, ("weak", "strong"), 1)}
+    rows = script("scaling").rows(load_config(*TINY), results, ("weak", "strong"), 1)
+    found = {(row["mode"], row["workers"]): row for row in rows}
     alone, weak, strong = found["weak", 1], found["weak", 2], found["strong", 2]
     assert (alone["efficiency"], alone["exposed_ms"], alone["oversubscribed"]) == (1, 0, False)
     assert (weak["images"], strong["images"], weak["oversubscribed"]) == (12, 6, True)
@@ -59,17 +61,16 @@ def test_efficiency_follows_from_the_times():
 
 
 @pytest.mark.nightly
-@pytest.mark.filterwarnings("default")  # Ray's own
-def test_the_command_on_ray_train(tmp_path, command):
+def test_the_script_on_ray_train(tmp_path):
     out = tmp_path / "scaling.json"
     options = ["--workers", "3", "--seconds", "0.05", "--rounds", "2", "--out", out]
-    assert command("bench", "scaling", *TINY, f"storage={tmp_path / 'runs'}", *options)[0] == 0
+    subprocess.run([sys.executable, ROOT / "benchmarks/scaling.py", *TINY, *options], cwd=tmp_path, check=True)
     found = json.loads(out.read_text())
     assert [(row["mode"], row["workers"], row["images"]) for row in found["rows"]] == [
         ("weak", 1, 6), ("weak", 3, 18), ("strong", 1, 6), ("strong", 3, 6),
     ]  # fmt: skip
     assert bool(found["notes"]) == (found["room"] < 3)
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_predictions_are_those_on_record(tmp_path, script):

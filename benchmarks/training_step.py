@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.data.speed import synchronize
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.variants import densenet, variant_architecture
 from densenet_dist.schema import Config
+from densenet_dist.train.choices import synchronize
 from densenet_dist.train.network import autocast
 from densenet_dist.train.optim import build_optimizer
 from densenet_dist.train.step_graph import WARM_UP_STEPS, StepGraph

@@ -1,10 +1,13 @@
-"""What the measurements share: their conditions, medians, and tables for the terminal."""
+"""What the measurements share: arguments, conditions, medians, tables for the terminal, and files of results."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,22 @@ import torch
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.environment import describe_environment
 from densenet_dist.schema import Config
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the arguments of model.py, data.py, scaling.py and predict_scaling.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="CONFIG | key=value")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements; medians are reported")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results to this file")
+    return parser
+
+
+def write_json(found: dict[str, Any], path: Path | None) -> None:
+    """Write results to a file, if there is one."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def conditions(device: str, threads: int, seconds: float, rounds: int) -> dict[str, Any]:

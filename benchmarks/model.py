@@ -1,8 +1,11 @@
-"""``densenet-dist bench model``: how fast a configuration's model trains on this machine, and in how much memory.
+"""How fast a configuration's model trains on this machine, and in how much memory.
+
+    python benchmarks/model.py configs/cifar10_notebook.yaml --out model.json
 
 Each variant of the model runs in its own process, so that its memory can be measured, and is idle while another one is
 measured. The rounds alternate between variants, and medians are reported. Images are random and already on the device:
-this measures the model and the optimizer on one device, without data loading and communication.
+this measures the model and the optimizer on one device, without data loading and communication. For deep models,
+compiling takes minutes per batch size.
 """
 
 from __future__ import annotations
@@ -11,15 +14,15 @@ import itertools
 import multiprocessing
 import signal
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from typing import Any, Final, TypeAlias
 
 import torch
-
-from densenet_dist.bench.common import (
+from measuring import (
     conditions,
     conditions_line,
     device_name,
@@ -27,37 +30,34 @@ from densenet_dist.bench.common import (
     median_and_spread,
     num_classes,
     number,
+    parser_of,
     print_table,
     rounded,
     with_spread,
+    write_json,
 )
-from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, measure_variant, prepare_variant
+from training_step import VARIANTS, Measurement, OutOfMemory, measure_variant, prepare_variant
+
 from densenet_dist.cluster.resources import local_threads
-from densenet_dist.config import to_dict
+from densenet_dist.config import load_config, to_dict
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
 from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device
 
-_FIGURES: Final = (
+FIGURES: Final = (
     *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),
     *("time_ratio", "time_ratio_spread", "memory_ratio"),
 )
-_Case: TypeAlias = tuple[str, int]
+Case: TypeAlias = tuple[str, int]
 """A variant and a batch size."""
 
 
-def bench_model(
-    config: Config,
-    *,
-    variants: Mapping[str, Variant],
-    batch_sizes: Sequence[int],
-    seconds: float = 1.0,
-    rounds: int = 3,
-    on_progress: Callable[[str], None] = lambda text: None,
+def measure(
+    config: Config, *, variants: Sequence[str], batch_sizes: Sequence[int], seconds: float = 1.0, rounds: int = 3
 ) -> dict[str, Any]:
-    """Measure every variant at every batch size, each time for about `seconds`.
+    """Measure every one of the `VARIANTS` named at every batch size, each time for about `seconds`.
 
     Returns:
         ``rows``, with the figures of `Measurement` and their ratios to the reference of the same round and batch size,
@@ -69,12 +69,12 @@ def bench_model(
     """
     check_run(config)
     device = choose_device(config.cluster.device)
-    usable = {name: variant for name, variant in variants.items() if device.type == "cuda" or not variant.cuda_graph}
+    usable = [name for name in variants if device.type == "cuda" or not VARIANTS[name].cuda_graph]
     notes = [f"{name} skipped: it needs a GPU" for name in variants if name not in usable]
     if config.data.name == "folder":
         notes.append(f"the folder is not read: measured with {num_classes(config)} classes")
     sizes = tuple(dict.fromkeys(batch_sizes))
-    results, failures = _measure_all(config, device, usable, sizes, seconds, rounds, on_progress)
+    results, failures = measure_all(config, device, usable, sizes, seconds, rounds)
     settings = to_dict(config)
     found: dict[str, Any] = finite(
         {
@@ -83,8 +83,8 @@ def bench_model(
                     "arm": name,
                     "batch_size": size,
                     "note": failures.get((name, size), ""),
-                    **dict.fromkeys(_FIGURES),
-                    **_figures(size, measured, results.get(("reference", size), [])),
+                    **dict.fromkeys(FIGURES),
+                    **figures_of(size, measured, results.get(("reference", size), [])),
                     "rounds": [asdict(one) for one in measured],
                 }
                 for (name, size), measured in results.items()
@@ -101,25 +101,18 @@ def bench_model(
     return found
 
 
-def _measure_all(
-    config: Config,
-    device: torch.device,
-    variants: Mapping[str, Variant],
-    sizes: Sequence[int],
-    seconds: float,
-    rounds: int,
-    on_progress: Callable[[str], None],
-) -> tuple[dict[_Case, list[Measurement]], dict[_Case, str]]:
+def measure_all(
+    config: Config, device: torch.device, variants: Sequence[str], sizes: Sequence[int], seconds: float, rounds: int
+) -> tuple[dict[Case, list[Measurement]], dict[Case, str]]:
     """Return the measurements of all rounds, and why those that are missing failed."""
-    results: dict[_Case, list[Measurement]] = {case: [] for case in itertools.product(variants, sizes)}
-    failures: dict[_Case, str] = {}
+    results: dict[Case, list[Measurement]] = {case: [] for case in itertools.product(variants, sizes)}
+    failures: dict[Case, str] = {}
     others = set(multiprocessing.active_children())
     processes = {name: measuring_process() for name in variants}
-    on_progress("preparing")
     try:
         prepared = {
-            name: processes[name].submit(prepare_variant, variant, config, num_classes(config), device)
-            for name, variant in variants.items()
+            name: processes[name].submit(prepare_variant, VARIANTS[name], config, num_classes(config), device)
+            for name in variants
         }
         for name, task in prepared.items():  # all of them, so that preparing disturbs no measurement
             try:
@@ -129,7 +122,7 @@ def _measure_all(
         for current, size, name in itertools.product(range(1, rounds + 1), sizes, variants):
             if (name, size) in failures:
                 continue
-            on_progress(f"round {current} of {rounds}: {name}, batch size {size}")
+            print(f"round {current} of {rounds}: {name}, batch size {size}", file=sys.stderr, flush=True)
             try:
                 results[name, size].append(result_of(processes[name].submit(measure_variant, size, seconds)))
             except OutOfMemory as error:
@@ -146,7 +139,7 @@ def _measure_all(
     return results, failures
 
 
-def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequence[Measurement]) -> dict[str, Any]:
+def figures_of(batch_size: int, results: Sequence[Measurement], reference: Sequence[Measurement]) -> dict[str, Any]:
     if not results:
         return {}
     step, step_spread = median_and_spread([one.step_ms for one in results])
@@ -168,8 +161,8 @@ def _figures(batch_size: int, results: Sequence[Measurement], reference: Sequenc
     return figures
 
 
-def print_model(found: dict[str, Any]) -> None:
-    """Print the result of `bench_model`."""
+def print_rows(found: dict[str, Any]) -> None:
+    """Print the result of `measure`."""
     headings = ["variant", "batch", "images/s", "lowest-\nhighest", "step\nms", "peak\nMiB"]
     headings += ["time/ref.\n(low-high)", "mem.\n/ref."]
     rows = []
@@ -198,3 +191,24 @@ def result_of(task: Future[Any]) -> Any:
         return task.result()
     except BrokenProcessPool:
         raise EnvironmentProblem("the measuring process was killed, perhaps because memory ran out") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 128, 256, 512, 1024, 2048])
+    default = ["reference", "compiled", "fused", "graph"]
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default)
+    args = parser.parse_intermixed_args(arguments)
+    found = measure(
+        load_config(*args.sources),
+        variants=args.variants,
+        batch_sizes=args.batch_sizes,
+        seconds=args.seconds,
+        rounds=args.rounds,
+    )
+    print_rows(found)
+    write_json(found, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Measurements for users: ``densenet-dist bench``."""
