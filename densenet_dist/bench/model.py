@@ -31,11 +31,11 @@ from densenet_dist.bench.common import (
     rounded,
     with_spread,
 )
-from densenet_dist.bench.training_step import Measurement, OutOfMemory, Variant, measure_variant, prepare_variant
+from densenet_dist.bench.training_step import Measurement, Variant, measure_variant, prepare_variant
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import to_dict
 from densenet_dist.display.json_lines import finite
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, OutOfMemory
 from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device

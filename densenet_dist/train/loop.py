@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from densenet_dist.train.network import no_sync
 from densenet_dist.train.ranks import broadcast, gather_objects, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
+from densenet_dist.train.step_graph import StepResult
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5
@@ -120,21 +121,32 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
     scaled by world_size / global_size, which stays exact where the shares are unequal.
     """
-    trainer.prepare_step()
-    if trainer.step_graph is not None:  # the graph includes the update of the weights
-        trainer.update_metrics(*trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch)))
-    else:
-        batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
-        world_size = trainer.context.world_size
-        parts = min(trainer.config.train.grad_accum_steps, batch.global_size // world_size)
-        micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
-        for number, (images, targets) in enumerate(micro_batches, start=1):
-            with no_sync(trainer.forward) if number < parts else nullcontext():
-                loss, logits = trainer.forward_backward(images, targets, scale=world_size / batch.global_size)
-            trainer.update_metrics(loss, logits, targets)
+    results: list[StepResult] | None = None
+    while results is None:
+        trainer.prepare_step()
+        with suppress(torch.OutOfMemoryError):  # nothing refers to the memory of the step after this block
+            results = _forward_backward(trainer, batch)
+        if results is None:
+            trainer.halve_micro_batch(batch)
+    for result in results:
+        trainer.update_metrics(*result)
+    if trainer.step_graph is None:  # a graph includes the update of the weights
         trainer.update_weights()
         trainer.optimizer.zero_grad(set_to_none=True)
     trainer.end_step()
+
+
+def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[StepResult]:
+    """Accumulate the gradients of this rank's share of a batch; return the results of its parts."""
+    if trainer.step_graph is not None:
+        return [trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch))]
+    batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
+    parts, scale, results = trainer.num_parts(batch), trainer.context.world_size / batch.global_size, []
+    micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
+    for number, (images, targets) in enumerate(micro_batches, start=1):
+        with no_sync(trainer.forward) if number < parts else nullcontext():
+            results.append(StepResult(*trainer.forward_backward(images, targets, scale), targets))
+    return results
 
 
 def save_or_stop(trainer: Trainer) -> None:
