@@ -56,7 +56,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if context.rank == 0:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
-        while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
+        while not trainer.finished:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
             request = sync_requests(trainer)
@@ -97,7 +97,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         status.enter("train")
         if log is not None and trainer.position.global_step == 0:
             log.write_board(_show_images, trainer, batch)
-        ends_epoch = trainer.position.step + 1 == trainer.train_loader.steps_per_epoch
+        ends_epoch = trainer.steps_left == 1
         with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
         status.advance(trainer.position.global_step)
@@ -112,7 +112,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     status.enter("validate")  # the phase of all that follows, until the next epoch
     trained, waited = trainer.epoch_time()
     record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
-    return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
+    return record | {"perf/images_per_s": totals["images"] / trained, "perf/data_wait": waited / trained}
 
 
 def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -155,6 +155,7 @@ def save_or_stop(trainer: Trainer) -> None:
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
         request = sync_requests(trainer)
         if request in (StopRequest.SAVE, StopRequest.STOP):
+            trainer.fit_to_time()
             save(trainer, trainer.snapshot())
         stop_if_requested(trainer, request)
 
@@ -170,6 +171,8 @@ def sync_requests(trainer: Trainer) -> StopRequest:
         save_is_due = trainer.context.rank == 0 and trainer.store.save_is_due()
     else:
         save_is_due = every is not None and trainer.position.global_step % every == 0
+    if trainer.context.rank == 0 and trainer.budget.is_due(trainer.position.global_step):
+        save_is_due = True  # `fit_to_time` comes with a checkpoint
     not_finite, request = trainer.rank_sync.exchange(StopRequest.SAVE if save_is_due else StopRequest.NONE)
     if not_finite is not None:
         raise trainer.diverged("loss", not_finite)
@@ -234,10 +237,10 @@ def _end_epoch(
             log.record(record, position.global_step)
             log.publish()
     _report_lost_files(context, trainer.engine)
-    last = position.epoch == config.train.epochs or trainer.lr_controller.stopped
-    if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
+    if save_now or trainer.finished or position.epoch % config.checkpoint.every_epochs == 0:
+        trainer.fit_to_time()
         save(trainer, trainer.snapshot(validation))
-    if context.sync_each_epoch or last:
+    if context.sync_each_epoch or trainer.finished:
         trainer.store.wait()
     with context.status.during("save"):  # in a sweep this waits for the scheduler, which is not a hang
         context.report(epoch_event(trainer, record))
@@ -267,9 +270,12 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
     metrics = {f"test/{name}": value for name, value in results.metrics.items()}
+    status = "finished" if trainer.position.epoch >= config.train.epochs else "time budget"
+    status = "early stop" if trainer.lr_controller.stopped else status
     summary = {
-        "status": "early stop" if trainer.lr_controller.stopped else "finished",
+        "status": status,
         "epochs": trainer.position.epoch,
+        "trained_epochs": round(step / trainer.steps_per_epoch, 2),
         "global_step": step,
         "train_seconds": round(trainer.train_time()[0], 3),
         "best": best,
