@@ -36,8 +36,9 @@ from densenet_dist.run_folder import (
 from densenet_dist.schema import Config
 from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
-from densenet_dist.train.choices import CHOICES, PARTS
+from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
+from densenet_dist.train.micro_batches import PARTS
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:

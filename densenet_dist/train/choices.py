@@ -35,8 +35,6 @@ CHOICES: Final = {
     "block": ("data.", "model.", "train.global_batch_size", "train.grad_accum_steps", "train.precision"),
 }
 """The keys under which env.json holds choices, and the settings that each depends on."""
-PARTS: Final = "grad_accum_steps"
-"""The key of env.json for the numbers of parts of a step that memory required, by the first step of each."""
 
 LOADER_SECONDS: Final = 0.4
 MIN_SPEEDUP: Final = 1.1
@@ -171,21 +169,6 @@ def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device
     F.cross_entropy(logits.float(), logits.new_zeros(count, dtype=torch.long)).backward()
     synchronize(device)
     return time.perf_counter() - started
-
-
-def recorded_parts(context: RunContext) -> dict[int, int]:
-    """Return the numbers of parts in env.json, by step. A collective call."""
-    found = context.run.read_json(ENV_FILE).get(PARTS) if context.rank == 0 else None
-    pairs = found.items() if isinstance(found, dict) else ()
-    return broadcast({int(step): parts for step, parts in pairs if step.isdecimal() and isinstance(parts, int)})
-
-
-def record_parts(context: RunContext, parts: dict[int, int]) -> None:
-    """Write the numbers of parts to env.json. Any rank may call it; those that do so at a time write the same."""
-    with context.status.during("save"):  # slow storage is not a hang
-        context.run.guard()
-        environment = context.run.read_json(ENV_FILE) | {PARTS: parts}
-        context.run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
 
 
 def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Callable[[], Choice]) -> str:

@@ -141,7 +141,8 @@ def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[Step
     if trainer.step_graph is not None:
         return [trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch))]
     batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
-    parts, scale, results = trainer.num_parts(batch), trainer.context.world_size / batch.global_size, []
+    parts = trainer.micro_batches.count(trainer.position.global_step, batch.global_size)
+    scale, results = trainer.context.world_size / batch.global_size, []
     micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
     for number, (images, targets) in enumerate(micro_batches, start=1):
         with no_sync(trainer.forward) if number < parts else nullcontext():

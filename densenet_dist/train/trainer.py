@@ -18,12 +18,12 @@ from torch.amp.grad_scaler import GradScaler
 from densenet_dist.conflicts import validation_conflicts
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, OutOfMemory, TrainingError
+from densenet_dist.errors import CheckpointError, ConfigError, TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import Config, WorkerRange
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches, least_images, require_memory
-from densenet_dist.train.choices import choose_block, choose_loader, record_parts, recorded_parts
+from densenet_dist.train.checks import check_batches, require_memory
+from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import Goodput, RunContext
 from densenet_dist.train.initial_weights import load_initial_weights
 from densenet_dist.train.inputs import (
@@ -36,6 +36,7 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
+from densenet_dist.train.micro_batches import MicroBatches
 from densenet_dist.train.network import autocast, build_model, free_memory, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
@@ -57,7 +58,7 @@ class Trainer:
         engine: produces the pixels of the training split.
         num_images: training and validation images.
         position: steps and epochs completed.
-        parts: numbers of parts of a step that memory required, by the first step of each.
+        micro_batches: the number of parts in which a step is computed.
         saved_step: the global step of the newest checkpoint, known on every rank.
         goodput: how the run spends its time; that of rank 0 is reported.
         budget: on rank 0 estimates the steps for which there is time.
@@ -96,10 +97,8 @@ class Trainer:
         if config.model.weights or config.model.pretrained:
             load_initial_weights(self.model, context)
         self.model.freeze(train.freeze)
-        self.parts = recorded_parts(context)
-        in_parts = max([train.grad_accum_steps, *self.parts.values()]) > 1
-        self.forward = wrap(self.model, config, context, in_parts=in_parts)
-        self._least_images = least_images(config, context.world_size)
+        self.micro_batches = MicroBatches(config, context)
+        self.forward = wrap(self.model, config, context, in_parts=self.micro_batches.several)
         buffers = list(self.model.buffers())  # by type, so that a copy is one operation
         self._statistics = [[b for b in buffers if b.is_floating_point() is real] for real in (True, False)]
         self._statistics_before = copy.deepcopy(self._statistics)
@@ -119,7 +118,8 @@ class Trainer:
         self.saved_step: int | None = None
         self._epoch_start = (0.0, 0.0)  # `train_time` then
         self.step_graph: StepGraph | None = None
-        if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1 and not in_parts:
+        captured = train.cuda_graph and not self.micro_batches.several
+        if captured and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.steps_per_epoch)
 
@@ -191,39 +191,9 @@ class Trainer:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
-    def num_parts(self, batch: Batch | BatchRecipe) -> int:
-        """Return the number of parts in which this rank's share of a batch is computed, the same on every rank."""
-        step = self.position.global_step
-        wanted = [self.config.train.grad_accum_steps, *(n for first, n in self.parts.items() if first <= step)]
-        return min(max(wanted), self._most_parts(batch))
-
-    def _most_parts(self, batch: Batch | BatchRecipe) -> int:
-        return max(1, batch.global_size // self.context.world_size // self._least_images)
-
     def halve_micro_batch(self, batch: Batch | BatchRecipe) -> None:
-        """Double the number of parts from this step on, since it has run out of memory, and free its memory.
-
-        One rank can then repeat the step. Of several, others may be waiting for this one in a collective operation, so
-        the number is recorded, and all ranks restart from their last checkpoint.
-
-        Raises:
-            EnvironmentProblem: a part cannot be smaller.
-            OutOfMemory: there are several ranks.
-        """
-        parts, step, first = self.num_parts(batch), self.position.global_step, not self.parts
-        where = f"rank {self.context.rank} is out of memory in step {step}"
-        if parts == self._most_parts(batch):
-            raise EnvironmentProblem(
-                f"{where}, with the smallest possible part of a batch\n"
-                "  lower model.growth_rate, model.num_layers or data.image_size, or set train.precision=bf16"
-            )
-        self.parts[step] = 2 * parts
-        record_parts(self.context, self.parts)
-        text = f"{where}: from there on, each worker computes its share in {2 * parts} parts"
-        if self.context.world_size > 1:
-            raise OutOfMemory(f"{text}\n  resume the run from its last checkpoint with --resume {self.context.run.uri}")
-        note = "\n  gradients are those of the whole batch; BatchNorm uses the statistics of each part"
-        self.context.warn(text + note * first)
+        """Free the memory of a step that ran out of it, and prepare to repeat it in more parts; errors as `halve`."""
+        self.micro_batches.halve(self.position.global_step, batch.global_size)
         self.step_graph = None  # it takes a step as a whole
         self.optimizer.zero_grad(set_to_none=True)
         for saved, current in zip(self._statistics_before, self._statistics, strict=True):
