@@ -36,12 +36,12 @@ from measuring import (
     with_spread,
     write_json,
 )
-from training_step import VARIANTS, Measurement, OutOfMemory, measure_variant, prepare_variant
+from training_step import VARIANTS, Measurement, measure_variant, prepare_variant
 
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.config import load_config, to_dict
 from densenet_dist.display.json_lines import finite
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, OutOfMemory
 from densenet_dist.schema import Config
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device

@@ -266,7 +266,7 @@ def measure_rank(
 def random_trainer(config: Config, device: torch.device, num_classes: int, images: int) -> Iterator[Trainer]:
     """Make a trainer on random images, with a learning rate that barely changes the weights."""
     train = replace(config.train, lr=1e-12, schedule=ScheduleConfig(name="constant"), global_batch_size=images)
-    train = replace(train, epochs=1, cuda_graph=False, profile=None, class_weights=None)
+    train = replace(train, epochs=1, max_minutes=None, cuda_graph=False, profile=None, class_weights=None)
     data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1, sampler="uniform")
     model = replace(config.model, weights=None, pretrained=False)
     config = replace(config, model=model, train=train, data=data, cluster=replace(config.cluster, workers="auto"))

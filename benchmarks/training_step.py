@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from densenet_dist.cluster.resources import local_threads
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, OutOfMemory
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.variants import densenet, variant_architecture
 from densenet_dist.schema import Config
@@ -57,10 +57,6 @@ VARIANTS: Final = {
     "padded": Variant("reference", padded=True),
     "padded_compiled_graph": Variant("reference", compile=True, cuda_graph=True, padded=True),
 }
-
-
-class OutOfMemory(EnvironmentProblem):
-    """A batch size is too large for this machine."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class EnvironmentProblem(DenseNetDistError):
     exit_code = 3
 
 
+class OutOfMemory(EnvironmentProblem):
+    """A batch is too large for the memory of a device."""
+
+
 class DataError(DenseNetDistError):
     """A data set is missing, damaged, or not the expected one."""
 

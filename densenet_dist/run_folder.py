@@ -55,6 +55,8 @@ class _Summary(BaseModel, extra="allow"):
 
     status: str
     epochs: _Count
+    trained_epochs: _Number | None = None
+    """The passes over the data, with a fraction if the time was over; older versions did not write it."""
     global_step: _Count
     train_seconds: _Number
     best: dict[str, _Count | _Number]

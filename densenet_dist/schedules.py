@@ -16,16 +16,16 @@ class ScheduleState(NamedTuple):
     """The arguments of every schedule.
 
     Attributes:
-        step: global step, from 0.
+        step: global step, from 0; a fraction if the schedule is fitted to ``train.max_minutes``, as `steps`.
         warmup: steps of warm-up, possibly fractional; the schedule is called for later steps only.
         steps: number of steps in the run.
         steps_per_epoch: number of steps in an epoch.
         lr: the peak rate.
     """
 
-    step: int
+    step: float
     warmup: float
-    steps: int
+    steps: float
     steps_per_epoch: int
     lr: float
 
@@ -34,6 +34,8 @@ Schedule: TypeAlias = Callable[..., float]
 """Maps a `ScheduleState`, and settings of ``train.schedule`` as keywords, to the learning rate."""
 
 SCHEDULES: Final[dict[str, Schedule]] = {}
+OPEN_ENDED: Final = ("constant", "multistep", "plateau")
+"""Schedules that do not depend on the number of steps."""
 
 
 def schedule(function: Schedule) -> Schedule:

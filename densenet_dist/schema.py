@@ -229,7 +229,10 @@ class TrainConfig:
     """Training of the model."""
 
     epochs: Count = 30
-    """Passes over the training images."""
+    """Passes over the training images; with max_minutes at most so many."""
+    max_minutes: Annotated[float, Field(gt=0, le=10**7)] | None = None
+    """Time from the start of the workers to the end of the last validation, with restarts, without pauses before
+    --resume: cosine and one_cycle schedules are fitted to it, with others training just ends. null: no limit."""
     global_batch_size: Count = 64
     """Images per step, over all workers."""
     eval_batch_size: Count = 500

@@ -19,7 +19,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="RUN",
-            help="Resume this run from its last checkpoint; train.epochs=N extends it if its schedule allows that.",
+            help="Resume this run from its last checkpoint; train.epochs=N and train.max_minutes=N extend it if its "
+            "schedule allows that.",
         ),
     ] = None,
     start_from: Annotated[

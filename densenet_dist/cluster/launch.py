@@ -38,6 +38,7 @@ from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
+from densenet_dist.train.micro_batches import PARTS
 
 
 def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
@@ -177,7 +178,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
     environment = describe_environment()
     if resume:
         before = run.read_json(ENV_FILE)
-        environment |= {key: before[key] for key in CHOICES if key in before}
+        environment |= {key: before[key] for key in (*CHOICES, PARTS) if key in before}
     run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
     run.remove(TEST_RESULTS_FILE)
     if resume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING
 from densenet_dist.config import load_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
+from densenet_dist.schedules import OPEN_ENDED
 from densenet_dist.schema import Config
 from densenet_dist.yaml_settings import flatten
 
 if TYPE_CHECKING:
     from densenet_dist.train.context import Event
 
-_EXTENDABLE = ("constant", "multistep", "plateau")
-"""Schedules whose learning rate does not depend on the number of epochs."""
+_LIMITS = ("train.epochs", "train.max_minutes")
 _RESUME_MAY_CHANGE = (
     *("cluster.", "fault.", "checkpoint.", "storage", "log.", "train.profile", "name"),
     *("data.root", "data.url", "data.download", "data.prefetch", "data.loader"),
@@ -39,8 +40,8 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
     if refused:
         fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
         remedy = "start a new run for that, with name=NEW"
-        if after.train.epochs > before.train.epochs:
-            remedy = f"only {', '.join(_EXTENDABLE)} schedules can be extended; {_from_weights(run)}"
+        if any(key.startswith(_LIMITS) for key in refused):
+            remedy = f"only {', '.join(OPEN_ENDED)} schedules can be extended, and none shortened; {_from_weights(run)}"
         raise ConfigError("a resumed run cannot change:\n  " + "\n  ".join(refused) + f"\n  {remedy}{fine}")
     _refuse_early_stop(run, before, after)
     return after
@@ -56,14 +57,16 @@ def _from_weights(run: RunFolder) -> str:
 
 
 def _extends(before: Config, after: Config) -> bool:
-    return before.train.schedule.name in _EXTENDABLE and after.train.epochs > before.train.epochs
+    old, new = ((each.train.epochs, each.train.max_minutes or math.inf) for each in (before, after))
+    return before.train.schedule.name in OPEN_ENDED and old != new and old[0] <= new[0] and old[1] <= new[1]
 
 
 def extend_config(run: RunFolder, config: Config) -> None:
-    """Write the number of epochs to the run's config.yaml if the resumed run has more than before."""
+    """Write the numbers of epochs and minutes to the run's config.yaml if the resumed run has more than before."""
     began = load_config(run.fetch(CONFIG_FILE))
     if _extends(began, config):
-        run.write(CONFIG_FILE, to_yaml(replace(began, train=replace(began.train, epochs=config.train.epochs))))
+        train = replace(began.train, epochs=config.train.epochs, max_minutes=config.train.max_minutes)
+        run.write(CONFIG_FILE, to_yaml(replace(began, train=train)))
 
 
 def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
@@ -72,7 +75,7 @@ def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
     old, new = (flatten(to_dict(each)) | {"data.stratified": each.data.is_stratified} for each in (before, after))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
-    may_change = (*_RESUME_MAY_CHANGE, *(("train.epochs",) if _extends(before, after) else ()))
+    may_change = (*_RESUME_MAY_CHANGE, *(_LIMITS if _extends(before, after) else ()))
     refused = [lines[key] for key in keys if not key.startswith(may_change)]
     return [lines[key] for key in keys if key.startswith(may_change)], refused
 

@@ -215,7 +215,7 @@ class _Training:
         if event["kind"] == "epoch":
             figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
             figures["parameters"] = self._parameters
-            if event["epoch"] == event["epochs"]:  # the last one: stopping here would only skip the test
+            if event["global_step"] >= event["total_steps"]:  # the last one: stopping here would only skip the test
                 self._last_epoch = figures
             else:
                 self._output.put(figures)

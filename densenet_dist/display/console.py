@@ -23,7 +23,7 @@ from rich.style import Style
 from rich.text import Text
 
 from densenet_dist.display.json_lines import redirect_to_null
-from densenet_dist.display.progress import RunProgress, clock_time, counted, wrapped
+from densenet_dist.display.progress import RunProgress, clock_time, counted, trained_epochs, wrapped
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
 from densenet_dist.trackers import links
 
@@ -122,7 +122,7 @@ class Console:
             figures["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
         figures["test top-1"] = f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"
         steps = counted(summary["global_step"], "step")
-        figures["trained"] = f"{counted(summary['epochs'], 'epoch')}, {steps} in {clock_time(summary['train_seconds'])}"
+        figures["trained"] = f"{trained_epochs(summary)}, {steps} in {clock_time(summary['train_seconds'])}"
         if run.images_per_s is not None:
             figures["speed"] = f"{run.images_per_s:,.0f} images/s"
         if run.goodput is not None:
@@ -286,11 +286,12 @@ def _link(text: str) -> Style:
 
 def start_lines(event: Event) -> list[str]:
     """Describe the model, the data and the schedule of a run."""
+    limit = f"{event['max_minutes']:g} minutes, at most " if event["max_minutes"] else ""
     return [
         f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
         f"{event['train_images']:,} training and {event['val_images']:,} validation images",
         *([f"{event['classes']:,} classes: {event['class_names']}"] if event["data"] == "folder" else []),
-        f"{counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}, global batch size "
+        f"{limit}{counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}, global batch size "
         f"{event['global_batch_size']}; {event['world_size']} x {event['device']}, {event['precision']}, "
         f"loader {event['loader']}",
     ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
@@ -50,7 +50,7 @@ class RunProgress(Progress):
     def on_start(self, event: Event) -> None:
         """Handle a ``start`` event: workers start or restart, so the previous speed no longer applies."""
         self._batch_size = event["global_batch_size"]
-        total, done = event["epochs"] * event["steps_per_epoch"], event["global_step"]
+        total, done = event["total_steps"], event["global_step"]
         self.reset(self._run, total=total, completed=done, visible=False, amount="", left="")
         self._best = _best(event["best"] or {})
 
@@ -80,8 +80,9 @@ class RunProgress(Progress):
         return self.tasks[self._run].time_remaining
 
     def _advance(self, event: Event) -> None:
-        self.update(self._run, completed=event["global_step"], visible=True)
         run = self.tasks[self._run]  # task ids count from 0
+        run.total = event["total_steps"]  # changes with a time limit; `update` would forget the speed
+        self.update(self._run, completed=event["global_step"], visible=True)
         self.update(self._run, amount=f"{int(run.percentage)} %", left=_left(run.time_remaining))
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -113,6 +114,12 @@ def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
 def counted(count: int, noun: str) -> str:
     """Format a number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def trained_epochs(summary: Mapping[str, Any]) -> str:
+    """Return the passes over the data of a finished run, such as "7.4 epochs" if its time was over within one."""
+    epochs = summary.get("trained_epochs") or summary["epochs"]
+    return f"{epochs:.1f} epochs" if epochs % 1 else counted(int(epochs), "epoch")
 
 
 def clock_time(seconds: float) -> str:

@@ -40,9 +40,8 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
     """
     train, size = config.train, config.train.global_batch_size
     sizes = range(size, max(size, num_images) + 1)
-    ends_in_one_pixel = _architecture(config).block_sides()[-1] == 1
     for ranks in world_sizes:
-        needed = 2 if ends_in_one_pixel and not (train.sync_bn and ranks > 1) else 1
+        needed = least_images(config, ranks)
         parts = (BatchPlan(num_images, each).smallest_part(ranks, train.grad_accum_steps) for each in sizes)
         working = next((each for each, part in zip(sizes, parts, strict=True) if part >= needed), None)
         if working == size:
@@ -58,12 +57,20 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
         )
 
 
+def least_images(config: Config, ranks: int) -> int:
+    """Return the fewest images of a rank in a forward pass of training: two if BatchNorm sees one pixel of each."""
+    ends_in_one_pixel = _architecture(config).block_sides()[-1] == 1
+    return 2 if ends_in_one_pixel and not (config.train.sync_bn and ranks > 1) else 1
+
+
 def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
     """Raise a ConfigError, before anything is built, if the configuration needs more memory than `device` has.
 
     The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
-    dense blocks or of `evaluated` images in the largest block.
+    dense blocks or of `evaluated` images in the largest block; of one on a GPU, where batches are divided if necessary.
     """
+    if device.type == "cuda":
+        trained, evaluated = min(trained, 1), min(evaluated, 1)
     train, side = config.train, config.data.side
     net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
     state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from densenet_dist.config import load_config
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
-from densenet_dist.errors import CheckpointError, ConfigError, DataError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
@@ -33,7 +34,7 @@ from densenet_dist.train.inputs import (
     report_lines,
     train_and_val,
 )
-from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.network import autocast, build_model, free_memory
 from densenet_dist.train.ranks import gather_objects, sync_from_rank0
 from densenet_dist.train.results import (
     ClassCounts,
@@ -72,8 +73,7 @@ def evaluate_model(
     problem = ""
     try:
         for batch in batches:
-            with autocast(context.device, precision):
-                logits = model(batch.images)
+            logits = _logits(model, batch.images, context, precision)
             loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
             classes.update(metrics.update(loss, logits, batch.targets), batch.targets)
             if on_batch is not None:
@@ -87,6 +87,24 @@ def evaluate_model(
     if problem := next(filter(None, gather_objects(problem)), ""):
         raise DataError(problem)
     return metrics.compute() | classes.compute()
+
+
+def _logits(model: DenseNet, images: Tensor, context: RunContext, precision: str) -> Tensor:
+    """Return the logits of a batch, computed in as many parts as memory requires.
+
+    Raises:
+        EnvironmentProblem: not even one image fits.
+    """
+    status = context.status
+    while True:
+        parts = min(status.eval_parts, len(images))
+        with suppress(torch.OutOfMemoryError), autocast(context.device, precision):
+            return torch.cat([model(part) for part in images.tensor_split(parts)])
+        if parts == len(images):
+            raise EnvironmentProblem(f"rank {context.rank} is out of memory in the evaluation of one image")
+        status.eval_parts = 2 * parts
+        context.warn(f"out of memory in an evaluation: its batches are computed in {2 * parts} parts")
+        free_memory()
 
 
 @dataclass(frozen=True, eq=False)

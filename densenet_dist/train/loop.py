@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from densenet_dist.train.network import no_sync
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
+from densenet_dist.train.step_graph import StepResult
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5
@@ -54,7 +55,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if context.rank == 0:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
-        while trainer.position.epoch < config.train.epochs and not trainer.lr_controller.stopped:  # early stopping
+        while not trainer.finished:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
             request = sync_requests(trainer)
@@ -95,7 +96,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         status.enter("train")
         if log is not None and trainer.position.global_step == 0:
             log.write_board(_show_images, trainer, batch)
-        ends_epoch = trainer.position.step + 1 == trainer.train_loader.steps_per_epoch
+        ends_epoch = trainer.steps_left == 1
         with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
         status.advance(trainer.position.global_step)
@@ -110,7 +111,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     status.enter("validate")  # the phase of all that follows, until the next epoch
     trained, waited = trainer.epoch_time()
     record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
-    return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
+    return record | {"perf/images_per_s": totals["images"] / trained, "perf/data_wait": waited / trained}
 
 
 def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -119,21 +120,33 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     The loss is the mean over the *global* batch: DDP averages the ranks' gradients, so each rank's summed loss is
     scaled by world_size / global_size, which stays exact where the shares are unequal.
     """
-    trainer.prepare_step()
-    if trainer.step_graph is not None:  # the graph includes the update of the weights
-        trainer.update_metrics(*trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch)))
-    else:
-        batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
-        world_size = trainer.context.world_size
-        parts = min(trainer.config.train.grad_accum_steps, batch.global_size // world_size)
-        micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
-        for number, (images, targets) in enumerate(micro_batches, start=1):
-            with no_sync(trainer.forward) if number < parts else nullcontext():
-                loss, logits = trainer.forward_backward(images, targets, scale=world_size / batch.global_size)
-            trainer.update_metrics(loss, logits, targets)
+    results: list[StepResult] | None = None
+    while results is None:
+        trainer.prepare_step()
+        with suppress(torch.OutOfMemoryError):  # nothing refers to the memory of the step after this block
+            results = _forward_backward(trainer, batch)
+        if results is None:
+            trainer.halve_micro_batch(batch)
+    for result in results:
+        trainer.update_metrics(*result)
+    if trainer.step_graph is None:  # a graph includes the update of the weights
         trainer.update_weights()
         trainer.optimizer.zero_grad(set_to_none=True)
     trainer.end_step()
+
+
+def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[StepResult]:
+    """Accumulate the gradients of this rank's share of a batch; return the results of its parts."""
+    if trainer.step_graph is not None:
+        return [trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch))]
+    batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
+    parts = trainer.micro_batches.count(trainer.position.global_step, batch.global_size)
+    scale, results = trainer.context.world_size / batch.global_size, []
+    micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
+    for number, (images, targets) in enumerate(micro_batches, start=1):
+        with no_sync(trainer.forward) if number < parts else nullcontext():
+            results.append(StepResult(*trainer.forward_backward(images, targets, scale), targets))
+    return results
 
 
 def save_or_stop(trainer: Trainer) -> None:
@@ -142,6 +155,7 @@ def save_or_stop(trainer: Trainer) -> None:
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
         request = sync_requests(trainer)
         if request in (StopRequest.SAVE, StopRequest.STOP):
+            trainer.fit_to_time()
             save(trainer, trainer.snapshot())
         stop_if_requested(trainer, request)
 
@@ -157,6 +171,8 @@ def sync_requests(trainer: Trainer) -> StopRequest:
         save_is_due = trainer.context.rank == 0 and trainer.store.save_is_due()
     else:
         save_is_due = every is not None and trainer.position.global_step % every == 0
+    if trainer.context.rank == 0 and trainer.budget.is_due(trainer.position.global_step):
+        save_is_due = True  # `fit_to_time` comes with a checkpoint
     not_finite, request = trainer.rank_sync.exchange(StopRequest.SAVE if save_is_due else StopRequest.NONE)
     if not_finite is not None:
         raise trainer.diverged("loss", not_finite)
@@ -220,10 +236,10 @@ def _end_epoch(
         with context.status.during("save"):  # slow storage is not a hang
             log.record(record, position.global_step)
             log.publish()
-    last = position.epoch == config.train.epochs or trainer.lr_controller.stopped
-    if save_now or last or position.epoch % config.checkpoint.every_epochs == 0:
+    if save_now or trainer.finished or position.epoch % config.checkpoint.every_epochs == 0:
+        trainer.fit_to_time()
         save(trainer, trainer.snapshot(validation))
-    if context.sync_each_epoch or last:
+    if context.sync_each_epoch or trainer.finished:
         trainer.store.wait()
     with context.status.during("save"):  # in a sweep this waits for the scheduler, which is not a hang
         context.report(epoch_event(trainer, record))
@@ -252,9 +268,12 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
     metrics = {f"test/{name}": value for name, value in results.metrics.items()}
+    status = "finished" if trainer.position.epoch >= config.train.epochs else "time budget"
+    status = "early stop" if trainer.lr_controller.stopped else status
     summary = {
-        "status": "early stop" if trainer.lr_controller.stopped else "finished",
+        "status": status,
         "epochs": trainer.position.epoch,
+        "trained_epochs": round(step / trainer.steps_per_epoch, 2),
         "global_step": step,
         "train_seconds": round(trainer.train_time()[0], 3),
         "best": best,

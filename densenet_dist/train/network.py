@@ -7,6 +7,7 @@ So the buckets follow the dense blocks.
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
@@ -44,10 +45,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
 
 
-def wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
+def free_memory() -> None:
+    """Return what a failed computation held to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def wrap(model: DenseNet, config: Config, context: RunContext, *, in_parts: bool) -> nn.Module:
     """Wrap `model`, on its device, for training: data-parallel for several ranks, compiled if configured.
 
-    A collective call.
+    A collective call. `in_parts`: whether steps may have several forward passes.
     """
     train, device = config.train, context.device
     forward: nn.Module = model
@@ -64,7 +72,7 @@ def wrap(model: DenseNet, config: Config, context: RunContext) -> nn.Module:
             # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed
             # blocks). It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with
             # torch.compile, which splits the graph where buckets end (#93672).
-            static_graph=train.grad_accum_steps == 1 and not train.compile,
+            static_graph=not in_parts and not train.compile,
             # In MiB, and exact, because the divisor is a power of two.
             bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.model import DenseNet
-from densenet_dist.schedules import SCHEDULES, ScheduleState, keyword_settings
+from densenet_dist.schedules import OPEN_ENDED, SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
 
 
@@ -111,6 +111,7 @@ class LRController:
     Attributes:
         scale: product of the reductions by the ``plateau`` schedule so far.
         stopped: whether early stopping has ended the run.
+        end_step: number of steps for which there is time, see `fit`; infinite without a limit.
     """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
@@ -120,6 +121,9 @@ class LRController:
         self._early = Patience(config.early_stopping.patience, config.early_stopping.min_delta)
         self.scale = 1.0
         self.stopped = False
+        self.end_step = math.inf
+        self._fitted = (0, 0.0)  # step of the last `fit`, and the progress there
+        self._minutes = config.max_minutes or math.inf
 
     def lr(self, step: int) -> float:
         """Return the learning rate of global step `step`, counted from 0."""
@@ -128,13 +132,30 @@ class LRController:
 
     def _scheduled(self, step: int) -> float:
         schedule, lr = self._config.schedule, self._config.lr
-        warmup = schedule.warmup_epochs * self._steps_per_epoch
-        if step < warmup:
+        warmup: float = schedule.warmup_epochs * self._steps_per_epoch
+        steps: float = self._steps_per_epoch * self._config.epochs
+        now: float = step
+        if self.end_step < math.inf and schedule.name not in OPEN_ENDED:
+            # As a run of which every step takes as large a share as those from the last `fit` on.
+            first, done = self._fitted
+            whole = max(self.end_step - first, 1) / max(1 - done, 1e-9)
+            now, warmup, steps = self._progress(step) * whole, warmup * whole / steps, whole
+        if now < warmup:
             start = schedule.warmup_start
-            return lr * (start + (1 - start) * (step + 1) / math.ceil(warmup))
-        steps = self._steps_per_epoch * self._config.epochs
-        state = ScheduleState(step, warmup, steps, self._steps_per_epoch, lr)
+            return lr * (start + (1 - start) * min(now + 1, math.ceil(warmup)) / math.ceil(warmup))
+        state = ScheduleState(now, warmup, steps, self._steps_per_epoch, lr)
         return SCHEDULES[schedule.name](state, **self._settings)
+
+    def fit(self, step: int, end_step: int) -> None:
+        """Let the schedule continue at `step` where it is, and complete it at `end_step`."""
+        self._fitted, self.end_step = (step, self._progress(step)), end_step
+
+    def _progress(self, step: int) -> float:
+        """Return the share of the schedule that is complete before a step."""
+        if self.end_step == math.inf:
+            return step / (self._steps_per_epoch * self._config.epochs)
+        first, done = self._fitted
+        return min(1.0, max(0.0, done + (1 - done) * (step - first) / max(self.end_step - first, 1)))
 
     def end_epoch(self, val_loss: float | None) -> None:
         """Reduce the learning rate or stop, depending on an epoch's validation loss, if there is one."""
@@ -150,13 +171,22 @@ class LRController:
         """Return the state for a checkpoint."""
         counters = {"plateau": self._plateau, "early": self._early}
         state = {f"{name}.{key}": float(value) for name, c in counters.items() for key, value in asdict(c).items()}
-        return state | {"scale": self.scale, "stopped": float(self.stopped)}
+        step, progress = self._fitted
+        fitted = {
+            "fit.step": float(step),
+            "fit.progress": progress,
+            "fit.end": self.end_step,
+            "fit.minutes": self._minutes,
+        }
+        return state | fitted | {"scale": self.scale, "stopped": float(self.stopped)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load a state; patience and min_delta come from the configuration."""
+        """Load a state; patience and min_delta come from the configuration, and the end if its time limit differs."""
         for name, counter in (("plateau", self._plateau), ("early", self._early)):
             counter.best, counter.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
         self.scale, self.stopped = state["scale"], bool(state["stopped"])
+        if state.get("fit.minutes", math.inf) == self._minutes < math.inf:
+            self._fitted, self.end_step = (int(state["fit.step"]), state["fit.progress"]), state["fit.end"]
 
 
 class WeightAverage:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -34,13 +36,15 @@ from densenet_dist.train.inputs import (
     train_and_val,
     train_loader,
 )
-from densenet_dist.train.network import autocast, build_model, wrap
+from densenet_dist.train.micro_batches import MicroBatches
+from densenet_dist.train.network import autocast, build_model, free_memory, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
 from densenet_dist.train.results import Metrics
 from densenet_dist.train.snapshot import Position, Snapshot, identity_of, load_weights, require_same
 from densenet_dist.train.step_graph import StepGraph
+from densenet_dist.train.time_budget import TimeBudget
 
 
 class Trainer:
@@ -54,8 +58,10 @@ class Trainer:
         engine: produces the pixels of the training split.
         num_images: training and validation images.
         position: steps and epochs completed.
+        micro_batches: the number of parts in which a step is computed.
         saved_step: the global step of the newest checkpoint, known on every rank.
         goodput: how the run spends its time; that of rank 0 is reported.
+        budget: on rank 0 estimates the steps for which there is time.
         step_graph: takes the steps if they are captured as a CUDA graph.
 
     Raises:
@@ -91,41 +97,90 @@ class Trainer:
         if config.model.weights or config.model.pretrained:
             load_initial_weights(self.model, context)
         self.model.freeze(train.freeze)
-        self.forward = wrap(self.model, config, context)
+        self.micro_batches = MicroBatches(config, context)
+        self.forward = wrap(self.model, config, context, in_parts=self.micro_batches.several)
+        buffers = list(self.model.buffers())  # by type, so that a copy is one operation
+        self._statistics = [[b for b in buffers if b.is_floating_point() is real] for real in (True, False)]
+        self._statistics_before = copy.deepcopy(self._statistics)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
         self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
-        self.lr_controller = LRController(train, self.train_loader.steps_per_epoch)
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.lr_controller = LRController(train, self.steps_per_epoch)
 
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
         self.metrics = Metrics(context.device)
         self.rank_sync = RankSync(context)
         self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
+        self.budget = TimeBudget(train.max_minutes, self.goodput.seconds)
         self.position = Position()
         self.saved_step: int | None = None
         self._epoch_start = (0.0, 0.0)  # `train_time` then
         self.step_graph: StepGraph | None = None
-        if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
+        captured = train.cuda_graph and not self.micro_batches.several
+        if captured and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
-        self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
+        self.profiler = StepProfiler(context, train.profile, train.epochs * self.steps_per_epoch)
 
     @property
     def eval_model(self) -> DenseNet:
         """The model to evaluate: the weight average if there is one."""
         return self.average.model if self.average else self.model
 
-    def batches(self) -> Iterator[Batch] | Iterator[BatchRecipe]:
+    @property
+    def steps_left(self) -> float:
+        """The number of steps left in the current epoch, which ends early if the time is over."""
+        return min(self.steps_per_epoch - self.position.step, self.lr_controller.end_step - self.position.global_step)
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps after which training ends, unless it stops early."""
+        return int(min(self._most_steps, self.lr_controller.end_step))
+
+    @property
+    def _most_steps(self) -> int:
+        position, epochs = self.position, self.config.train.epochs
+        return position.global_step + (epochs - position.epoch) * self.steps_per_epoch - position.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over: after the last epoch, by early stopping, or because the time is over."""
+        ended = self.position.global_step >= self.total_steps and self.position.step == 0
+        return ended or self.lr_controller.stopped
+
+    def fit_to_time(self) -> None:
+        """Plan anew when training ends, if ``train.max_minutes`` is set and that is due. A collective call.
+
+        To be called just before a checkpoint is saved: steps that are repeated from there on have the same rates.
+        """
+        if self.config.train.max_minutes is None or self.finished:
+            return
+        step, steps = self.position.global_step, None  # rank 0 decides
+        if self.context.rank == 0 and self.budget.is_due(step):
+            images, val_images = self.num_images
+            steps = self.budget.steps_left(self.position, self.steps_per_epoch, val_images / images)
+        if (steps := broadcast(steps)) is not None:
+            within_epoch = self.position.step > 0  # its last step is known before it is taken
+            end = min(step + max(steps, int(within_epoch)), self._most_steps)
+            if end < self.total_steps or self.lr_controller.end_step < math.inf:
+                self.lr_controller.fit(step, end)
+
+    def batches(self) -> Iterator[Batch | BatchRecipe]:
         """Yield the remaining batches of the epoch; as recipes if the CUDA graph of a step can include the batch."""
         start = (self.position.epoch, self.position.step)
         recipes = None if self.step_graph is None else self.train_loader.recipes(*start)
-        return self.train_loader.epoch(*start) if recipes is None else recipes
+        batches: Iterator[Batch | BatchRecipe] = self.train_loader.epoch(*start) if recipes is None else recipes
+        return takewhile(lambda _: self.steps_left > 0, batches)
 
     def prepare_step(self) -> None:
         """Set the learning rate and seed dropout.
 
         Both are functions of the step, so a resumed run needs no state of a scheduler or random number generator.
         """
+        if self.context.world_size == 1:  # the step may be repeated, see `halve_micro_batch`
+            for saved, current in zip(self._statistics_before, self._statistics, strict=True):
+                torch._foreach_copy_(saved, current)
         lr = self.lr_controller.lr(self.position.global_step)
         if self.step_graph is not None:
             self.step_graph.set_learning_rate(lr)
@@ -135,6 +190,15 @@ class Trainer:
         if self.config.model.drop_rate > 0:
             key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+
+    def halve_micro_batch(self, batch: Batch | BatchRecipe) -> None:
+        """Free the memory of a step that ran out of it, and prepare to repeat it in more parts; errors as `halve`."""
+        self.micro_batches.halve(self.position.global_step, batch.global_size)
+        self.step_graph = None  # it takes a step as a whole
+        self.optimizer.zero_grad(set_to_none=True)
+        for saved, current in zip(self._statistics_before, self._statistics, strict=True):
+            torch._foreach_copy_(current, saved)
+        free_memory()
 
     def forward_backward(self, images: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Run the forward and backward pass; gradients of ``scale`` times the summed loss are accumulated.
@@ -191,7 +255,7 @@ class Trainer:
         kept = "no checkpoint was saved yet"
         if self.saved_step is not None:
             kept = f"the checkpoint of step {self.saved_step} is kept"
-        epoch = step // self.train_loader.steps_per_epoch + 1
+        epoch = step // self.steps_per_epoch + 1
         return TrainingError(
             f"the {what} is NaN or infinite at step {step} (epoch {epoch}); {kept}\n"
             "  try a lower train.lr, a warm-up (train.schedule.warmup_epochs), train.clip_grad_norm=1 "
@@ -260,8 +324,8 @@ class Trainer:
         require_same(snapshot, identity_of(self.config, self.dataset), origin)
         controller = state["lr_controller" if "lr_controller" in state else "course"]  # its name in older checkpoints
         _require_valid(state, controller)
-        if snapshot.position.step > self.train_loader.steps_per_epoch:
-            raise ValueError(f"an epoch has {self.train_loader.steps_per_epoch} steps, not {snapshot.position.step}")
+        if snapshot.position.step > self.steps_per_epoch:
+            raise ValueError(f"an epoch has {self.steps_per_epoch} steps, not {snapshot.position.step}")
         load_weights(self.model, snapshot.model, origin)
         if self.average:
             load_weights(self.average.model, snapshot.average or snapshot.model, origin)
@@ -310,6 +374,8 @@ def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) ->
         all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
         and all(map(math.isfinite, times))
         and 0 <= controller["scale"] <= 1
+        and 0 <= controller.get("fit.progress", 0) <= 1
+        and 0 <= controller.get("fit.step", 0) <= controller.get("fit.end", math.inf)
         and 0 < scaler.get("scale", 1) <= torch.finfo(torch.float32).max
     ):
         raise ValueError("it holds an impossible count, time or scale")

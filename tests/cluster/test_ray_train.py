@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
 from ray_runs import RAY_NOISE, Run, assert_gone, is_ray_process, records, until
 
+import densenet_dist
 from densenet_dist.cli import main
 from densenet_dist.cluster.launch import fit
 from densenet_dist.config import load_config
@@ -77,3 +80,26 @@ def test_a_lost_coordinator_is_replaced(start):
     run.interrupt(signal.SIGINT)
     assert run.wait(90) == 130, run.text()
     assert re.search(r"stopped; the checkpoint of step \d+ is saved", run.text()), run.text()
+
+
+LIMITED = """
+def _limited(self, images, *arguments, _whole=Trainer.forward_backward):
+    if self.context.rank == 1 and self.position.global_step >= 11 and len(images) > 16:
+        raise torch.OutOfMemoryError("injected")
+    return _whole(self, images, *arguments)
+
+Trainer.forward_backward = _limited
+"""
+
+
+def test_workers_that_run_out_of_memory_restart_with_smaller_parts(start, tmp_path, monkeypatch):
+    shutil.copytree(Path(densenet_dist.__file__).parent, tmp_path / "changed" / "densenet_dist")
+    with open(tmp_path / "changed" / "densenet_dist" / "train" / "trainer.py", "a") as file:
+        file.write(LIMITED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "changed"))
+    monkeypatch.chdir(tmp_path)  # so that Python finds that package first
+    run = start("train.epochs=2", "cluster.max_failures=0")
+    assert run.wait() == 0, run.text()
+    assert re.search(r"rank 1 is out of memory in step 11: .* 2 parts; all workers are restarted, which", run.text())
+    assert json.loads((run.folder / "env.json").read_text())["grad_accum_steps"] == {"11": 2}
+    assert json.loads((run.folder / "summary.json").read_text())["global_step"] == 18

@@ -20,17 +20,18 @@ from densenet_dist.errors import Interrupted
 
 START = {
     **{"kind": "start", "model": "notebook", "parameters": 3532210, "data": "cifar10", "train_images": 45000},
-    **{"val_images": 5000, "epochs": 90, "steps_per_epoch": 704, "global_batch_size": 64, "precision": "fp32"},
+    **{"val_images": 5000, "epochs": 90, "steps_per_epoch": 704, "total_steps": 63360, "global_batch_size": 64},
+    **{"max_minutes": None, "precision": "fp32"},
     **{"loader": "torch", "world_size": 2, "device": "CPU", "epoch": 0, "global_step": 0, "best": None},
 }
 PROGRESS = {
     **{"kind": "progress", "epoch": 8, "epochs": 90, "step": 200, "steps": 704, "global_step": 5128, "loss": 1.5},
-    **{"top1": 0.625, "rate": 128.0, "goodput": 0.9},
+    **{"top1": 0.625, "rate": 128.0, "goodput": 0.9, "total_steps": 63360},
 }
 EPOCH = {
     **{"kind": "epoch", "epoch": 7, "epochs": 90, "lr": 0.001, "train/loss": 1.23456, "train/top1": 0.5},
     **{"train/top5": 0.9, "val/loss": 2.0, "val/top1": 0.4321, "val/top5": 0.8, "perf/images_per_s": 1234.5},
-    **{"seconds": 36.4, "many_classes": False, "is_best": True, "global_step": 4928},
+    **{"seconds": 36.4, "many_classes": False, "is_best": True, "global_step": 4928, "total_steps": 63360},
 }
 SUMMARY = {
     **{"status": "finished", "epochs": 90, "global_step": 63360, "train_seconds": 3723.0},

@@ -88,22 +88,6 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     assert len(losses) == 67
 
 
-@pytest.mark.parametrize("parts", [3, 100])
-def test_a_step_in_parts_is_the_step_as_a_whole(tmp_path, parts):
-    # With BatchNorm in eval mode: in training mode each part has statistics of its own, in any framework.
-    trainers = [trainer_of(tiny(tmp_path, f"train.grad_accum_steps={count}")) for count in (1, parts)]
-    batches = list(trainers[0].train_loader.epoch(0))
-    assert batches[-1].global_size == 3  # fewer than the parts; three parts of 16 are unequal
-    for trainer in trainers:
-        trainer.forward.eval()
-        for batch in batches:
-            train_step(trainer, batch)
-    whole, in_parts = trainers
-    assert_close(state(in_parts), state(whole), 2e-6)
-    torch.testing.assert_close(in_parts.metrics.sums, whole.metrics.sums, rtol=1e-5, atol=0)
-    assert in_parts.position == whole.position
-
-
 ONE_PIXEL = ("model.variant=densenet", "model.num_layers=[1, 1, 1, 1, 1, 1]")  # 32 pixels, halved five times
 DENSENET121 = ("model.variant=densenet121", "model.num_layers=[6, 12, 24, 16]", "train.global_batch_size=64")
 

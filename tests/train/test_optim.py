@@ -78,6 +78,25 @@ def test_milestones_and_warmup_may_end_within_an_epoch_and_do_not_move_each_othe
     assert both == pytest.approx([0.5, 1.0, 1.0, 0.1, 0.1, 0.01])
 
 
+@pytest.mark.parametrize("options", ["one_cycle", "cosine", "cosine,schedule.warmup_epochs=6"])
+def test_a_schedule_fitted_to_the_time_is_that_of_a_run_with_as_many_steps(options):
+    name, *warmup = options.split(",")
+    long = controller(f"schedule.name={name}", "max_minutes=1", *warmup)  # of 20 epochs
+    long.fit(0, 10 * STEPS_PER_EPOCH)
+    short = rates(10, lr=0.1, name=name, warmup_epochs=3.0 if warmup else 0.0)
+    assert [long.lr(step) for step in range(70)] == pytest.approx(short, rel=1e-9)
+    # Estimates that change: the rate continues where it is, and completes its course where the last one says.
+    long.fit(30, 50)
+    assert long.lr(30) == pytest.approx(short[30], rel=0.05)
+    long.fit(45, 95)
+    found = [long.lr(step) for step in range(45, 95)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < 0.01 * found[0]
+    restored = controller(f"schedule.name={name}", "max_minutes=1", *warmup)
+    restored.load_state_dict(long.state_dict())
+    assert [restored.lr(step) for step in range(45, 95)] == found
+
+
 def test_a_run_of_one_step_has_a_rate():
     for name in SCHEDULES:
         (rate,) = rates(1, steps_per_epoch=1, name=name)

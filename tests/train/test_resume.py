@@ -191,7 +191,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_w
         (("state", "optimizer", "state"), {0: sound.state["optimizer"]["state"][0]}),
         (("state", "optimizer", "param_groups"), sound.state["optimizer"]["param_groups"][::-1]),
         *((("state", "sums"), value) for value in (-sound.state["sums"], sound.state["sums"][:, :3], None)),
-        *((("state", "lr_controller", key), -1.0) for key in ("plateau.waited", "early.waited", "scale")),
+        *((("state", "lr_controller", key), -1.0) for key in ("plateau.waited", "fit.progress", "scale")),
         *((("state", "scaler", key), -1) for key in ("scale", "_growth_tracker")),
         (("state", "clock", "seconds"), None),
     ]

@@ -1,0 +1,58 @@
+"""How many steps a run can still take within ``train.max_minutes``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from densenet_dist.train.snapshot import Position
+
+INTERVAL: Final = 0.02
+"""Share of the time between two estimates."""
+_NEWEST: Final = 0.3
+"""Weight of the newest measurement of a step: other programs may change the speed of the machine for a while."""
+_FORWARD: Final = 0.5
+"""Time of an image in the validation, relative to training, until a validation has been measured."""
+
+
+class TimeBudget:
+    """Estimates on rank 0 how many steps there is time for.
+
+    Args:
+        minutes: ``train.max_minutes``.
+        seconds: returns the seconds that the run has spent in each phase so far, see `Goodput`.
+    """
+
+    def __init__(self, minutes: float | None, seconds: Callable[[], Mapping[str, float]]) -> None:
+        self._total_s, self._seconds = math.inf if minutes is None else 60 * minutes, seconds
+        self._estimated: tuple[float, int] | None = None  # seconds of training steps then, and global steps
+        self._step_s: float | None = None
+
+    def is_due(self, global_step: int) -> bool:
+        """Return whether to estimate now. The first call starts the measurement: call it after a step that warms up."""
+        trained = self._train_seconds()
+        if self._estimated is None:
+            self._estimated = trained, global_step
+        before, step = self._estimated
+        return global_step > step and trained - before >= INTERVAL * self._total_s
+
+    def steps_left(self, position: Position, steps_per_epoch: int, val_share: float) -> int:
+        """Estimate, when it is due, how many steps can be taken before a last validation; negative if none can.
+
+        `val_share` is the number of validation images, relative to that of training images.
+        """
+        assert self._estimated is not None
+        spent, trained, (before, step) = self._seconds(), self._train_seconds(), self._estimated
+        newest = (trained - before) / (position.global_step - step)
+        step_s = newest if self._step_s is None else self._step_s + _NEWEST * (newest - self._step_s)
+        self._step_s, self._estimated = step_s, (trained, position.global_step)
+        train_s = steps_per_epoch * step_s
+        validation_s = spent["validate"] / position.epoch if position.epoch else _FORWARD * val_share * train_s
+        # Whole epochs from the start of this one, then the steps of one that ends early.
+        epochs, rest = divmod(self._total_s - sum(spent.values()) + position.step * step_s, train_s + validation_s)
+        return int(epochs) * steps_per_epoch + max(0, int((rest - validation_s) / step_s)) - position.step
+
+    def _train_seconds(self) -> float:
+        spent = self._seconds()
+        return spent["train"] + spent["wait"] + spent["save"]
