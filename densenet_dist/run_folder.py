@@ -60,7 +60,8 @@ class _Summary(BaseModel, extra="allow"):
     best: dict[str, _Count | _Number]
     loss: _Number = Field(alias="test/loss")
     top1: _Number = Field(alias="test/top1")
-    top5: _Number = Field(alias="test/top5")
+    top5: _Number | None = Field(None, alias="test/top5")
+    images: _Count | None = Field(None, alias="test/images")
 
 
 class _Line(BaseModel, extra="allow"):
@@ -73,7 +74,7 @@ class _Line(BaseModel, extra="allow"):
     @model_validator(mode="after")
     def _complete(self) -> _Line:
         splits = {key.partition("/")[0] for key in self.__pydantic_extra__} & {"train", "val", "test"}
-        needed = {f"{split}/{name}" for split in splits for name in ("loss", "top1", "top5")}
+        needed = {f"{split}/{name}" for split in splits for name in ("loss", "top1")}
         if missing := needed - self.__pydantic_extra__.keys():
             raise ValueError(f"{min(missing)} is missing")
         return self
@@ -246,7 +247,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Read summary.json; empty while the run has not finished. Errors are those of `read`."""
         found = self.read(SUMMARY_FILE, _Summary)
-        return {} if found is None else found.model_dump(by_alias=True)
+        return {} if found is None else found.model_dump(by_alias=True, exclude_none=True)
 
     def read_records(self) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl, in order; damaged lines are skipped.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
@@ -116,6 +116,13 @@ def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
 def counted(count: int, noun: str) -> str:
     """Format a number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def test_details(summary: Mapping[str, Any]) -> str:
+    """Return the top-5 accuracy, loss and number of images of a test, as far as summary.json has them."""
+    found = [f"top-5 {summary['test/top5']:.2%}"] if "test/top5" in summary else []
+    found.append(f"loss {summary['test/loss']:.4f}")
+    return ", ".join([*found, counted(summary["test/images"], "image")] if "test/images" in summary else found)
 
 
 def clock_time(seconds: float) -> str:

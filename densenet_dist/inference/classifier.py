@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from densenet_dist.config import load_config
+from densenet_dist.config import load_run_config
 from densenet_dist.data.augment import EVAL_CROP
 from densenet_dist.environment import git_commit, package_version
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
@@ -234,7 +234,7 @@ def open_trained(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     folder = open_run(run)
-    config = load_config(folder.fetch(CONFIG_FILE), *overrides)
+    config = load_run_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
     classes = read_metadata(folder, config)
     settings = config.model if block is None else replace(config.model, block=block)

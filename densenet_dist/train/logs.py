@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers import Tracker, flat_settings, open_trackers
 from densenet_dist.train.checkpoint import best_record
 from densenet_dist.train.context import Event
-from densenet_dist.train.results import Mistake, TestResults
+from densenet_dist.train.results import TOP5_CLASSES, Mistake, TestResults
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,7 +201,7 @@ class Board:
             if "/" in tag or tag == "lr":
                 self._writer.add_scalar(tag, value, step)
 
-    def introduce(self, config: Config) -> None:
+    def introduce(self, config: Config, num_classes: int) -> None:
         """Write the settings, and which curves belong together, before the first step.
 
         `SummaryWriter.add_hparams` would start another run in TensorBoard. Stopped and lost runs are in the HPARAMS tab
@@ -214,8 +215,11 @@ class Board:
             for key, value in flat_settings(config).items()
             if key.startswith(_HYPERPARAMETERS)
         }
+        layout = copy.deepcopy(_LAYOUT)
+        if num_classes < TOP5_CLASSES:
+            del layout["training and validation"]["top-5"]
         self._writer._get_file_writer().add_summary(hparams(settings, {})[1])
-        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer.add_custom_scalars(layout)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:

@@ -110,8 +110,9 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     totals = trainer.metrics.compute()  # waits for the device: the time below includes its work
     status.enter("validate")  # the phase of all that follows, until the next epoch
     trained, waited = trainer.epoch_time()
-    record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
-    return record | {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
+    record = {f"train/{key}": value for key, value in totals.items() if key != "images"}
+    speed = {"perf/images_per_s": trainer.num_images[0] / trained, "perf/data_wait": waited / trained}
+    return {"epoch": epoch + 1, "lr": first_lr} | record | speed
 
 
 def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -262,6 +263,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         "train_seconds": round(trainer.train_time()[0], 3),
         "best": best,
         **metrics,
+        "test/images": round(results.images),
     }
     if log is not None:
         log.record({"epoch": best["epoch"], **metrics}, step)
@@ -282,7 +284,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
     report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
-        log.write_board(Board.introduce, config)
+        log.write_board(Board.introduce, config, dataset.num_classes)
     log.track(config, context.note)
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))

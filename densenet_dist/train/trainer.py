@@ -99,7 +99,7 @@ class Trainer:
 
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
-        self.metrics = Metrics(context.device)
+        self.metrics = Metrics(context.device, self.dataset.num_classes)
         self.rank_sync = RankSync(context)
         self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
         self.position = Position()
@@ -183,7 +183,7 @@ class Trainer:
         """Move on to the next epoch."""
         self.lr_controller.end_epoch(val_loss)
         self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
-        self.metrics = Metrics(self.context.device)
+        self.metrics = Metrics(self.context.device, self.dataset.num_classes)
         self._epoch_start = self.train_time()
 
     def diverged(self, what: str, step: int) -> TrainingError:

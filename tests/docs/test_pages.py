@@ -132,7 +132,7 @@ def test_settings_in_sentences_exist(page):
 
 def smaller(*sources):
     """`load_config` of a run that takes a second."""
-    small = ["data.limit=75", "data.loader=torch", "model.num_layers=[1,1]", "train.epochs=1"]
+    small = ["data.limit=75", "data.test_limit=75", "data.loader=torch", "model.num_layers=[1,1]", "train.epochs=1"]
     return load_config(*sources, *small, "cluster.engine=local", "cluster.device=cpu")
 
 

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from densenet_dist.train.logs import Board
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
-METRICS = ("loss", "top1", "top5", "balanced_accuracy", "macro_f1")
+METRICS = ("loss", "top1", "top5", "balanced_accuracy", "worst_class_accuracy", "macro_f1")
 TAGS = {
     *("train/loss", "train/top1", "train/top5", *(f"{split}/{name}" for split in ("val", "test") for name in METRICS)),
     *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
@@ -100,7 +100,7 @@ def test_the_settings_are_beside_the_results(done):
 def test_class_names_may_contain_anything(tmp_path):
     labels = torch.arange(300) % 12
     logits = torch.randn(300, 12, generator=torch.Generator().manual_seed(3))
-    accumulator = ResultsAccumulator(12)
+    accumulator = ResultsAccumulator()
     accumulator.update(logits[labels != 5], labels[labels != 5], np.arange(300)[labels != 5])
     names = ("a $x_1$ 猫 \n<b>" * 4, "/../é", *(f"class {label}" for label in range(10)))
     png = io.BytesIO()

@@ -22,7 +22,7 @@ from densenet_dist.train.evaluation import evaluate, load_test_results, prepare_
 from densenet_dist.train.inputs import train_and_val
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ["data.name=folder", "data.limit=null", "data.image_size=16", "train.eval_batch_size=7"]
+SETTINGS = ["data.name=folder", "data={limit: null, test_limit: null}", "data.image_size=16", "train.eval_batch_size=7"]
 
 
 @pytest.fixture(autouse=True)

@@ -128,7 +128,7 @@ def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, 
 
 
 def test_a_model_that_ends_in_one_pixel_trains_where_no_batch_has_one_image(tmp_path):
-    config = [*ONE_PIXEL, "data.limit=10", "train.epochs=1", "train.global_batch_size=8"]
+    config = [*ONE_PIXEL, "data.limit=10", "data.test_limit=10", "train.epochs=1", "train.global_batch_size=8"]
     with pytest.raises(ConfigError, match="9 training images in batches of 8 leave a batch of 1, too few for world"):
         trainer_of(tiny(tmp_path, *config))
     assert train(tiny(tmp_path, *config, "train.global_batch_size=9"))["global_step"] == 1
@@ -281,8 +281,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, 
 @pytest.mark.parametrize(
     ("split", "settings"),
     [
-        ("validation", ["data.limit=18", "train.lr=1e30"]),
-        ("test", ["data.limit=16", "train.lr=1e15", "data.val_fraction=0", "train.epochs=1"]),
+        ("validation", ["data.limit=18", "data.test_limit=18", "train.lr=1e30"]),
+        ("test", ["data.limit=16", "data.test_limit=16", "train.lr=1e15", "data.val_fraction=0", "train.epochs=1"]),
     ],
 )
 def test_a_loss_that_is_not_finite_in_an_evaluation_ends_the_run(tmp_path, split, settings):
