@@ -65,15 +65,16 @@ class _Summary(BaseModel, extra="allow"):
 
 
 class _Line(BaseModel, extra="allow"):
-    """A line of metrics.jsonl: an epoch's, or the test's."""
+    """A line of metrics.jsonl: an epoch's, the test's, or, without ``epoch``, that of ``log.every_steps`` steps."""
 
     __pydantic_extra__: dict[str, _Number]
-    epoch: _Count
+    epoch: _Count | None = None
     global_step: _Count
 
     @model_validator(mode="after")
     def _complete(self) -> _Line:
         splits = {key.partition("/")[0] for key in self.__pydantic_extra__} & {"train", "val", "test"}
+        splits |= {"step"} if self.epoch is None else set()
         needed = {f"{split}/{name}" for split in splits for name in ("loss", "top1")}
         if missing := needed - self.__pydantic_extra__.keys():
             raise ValueError(f"{min(missing)} is missing")
@@ -249,8 +250,10 @@ class RunFolder:
         found = self.read(SUMMARY_FILE, _Summary)
         return {} if found is None else found.model_dump(by_alias=True, exclude_none=True)
 
-    def read_records(self) -> list[dict[str, Any]]:
+    def read_records(self, *, steps: bool = False) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl, in order; damaged lines are skipped.
+
+        With `steps` those of ``log.every_steps`` are included, which have no ``epoch``.
 
         Raises:
             DamagedRecord: no line is a record.
@@ -261,10 +264,10 @@ class RunFolder:
         lines = self._content(METRICS_FILE).splitlines()
         for line in lines:
             with suppress(ValueError, OverflowError, RecursionError):
-                records.append(_Line.model_validate(json.loads(line)).model_dump())
+                records.append(_Line.model_validate(json.loads(line)).model_dump(exclude_none=True))
         if not records and len(lines) > 1:  # a single line may have been torn by a crash
             raise DamagedRecord(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  {_RESTORE_COPY}")
-        return records
+        return [record for record in records if steps or "epoch" in record]
 
     def _content(self, relative: str) -> bytes:
         path = self.fetch(relative)

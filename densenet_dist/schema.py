@@ -395,8 +395,10 @@ class MlflowConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """Services to which metrics are also sent; training continues if they do not respond."""
+    """What is recorded, and services to which it is also sent; training continues if they do not respond."""
 
+    every_steps: Count | None = None
+    """Also record the training loss, top-1, learning rate and images/s of every N steps; null: only those of epochs."""
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
 

@@ -69,13 +69,15 @@ class RunLog:
         self._notify: Callable[[str, bool], None] | None = None
         self._board: Board | None = None
         self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
-        self._records = self._keep_until(global_step, epochs)
+        self._lines = self._keep_until(global_step, epochs)
+        self._records = [line for line in self._lines if "epoch" in line]
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # left by a process that stopped before its first checkpoint
         self._earlier = run.names(TENSORBOARD_FOLDER)
-        # If the test was interrupted, its events have the step of the last epoch. Board hides both: log the epoch anew.
-        if self._earlier and self._records and self._records[-1]["global_step"] == global_step:
-            self._write_scalars(self._records[-1])
+        # Board hides the events of this step: the test's, if it was interrupted, but also those that are to stay.
+        for line in self._lines if self._earlier else ():
+            if line["global_step"] == global_step:
+                self._write_scalars(line)
         self.publish()  # metrics.jsonl marks the run as started
 
     def missing_epochs(self, epochs: int) -> list[int]:
@@ -99,14 +101,15 @@ class RunLog:
         Raises:
             EnvironmentProblem: the package of a service is missing.
         """
-        self._trackers, self._notify = open_trackers(config, self.run, list(self._records)), notify
+        self._trackers, self._notify = open_trackers(config, self.run, list(self._lines)), notify
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl, and write each number to TensorBoard under its own tag."""
         self.run.guard()
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         self.run.append(METRICS_FILE, json.dumps(line) + "\n")
-        self._records.append(line)
+        if "epoch" in line:
+            self._records.append(line)
         self._write_scalars(line)
         for tracker in self._trackers:
             tracker.add(line)
@@ -134,7 +137,7 @@ class RunLog:
             tracker.detach() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
     def _write_scalars(self, record: dict[str, Any]) -> None:
-        best = best_scalars(self._records, self._monitor)
+        best = best_scalars(self._records, self._monitor) if "epoch" in record else {}
         self.write_board(Board.scalars, record | best, record["global_step"])
 
     def _report_messages(self) -> None:
@@ -149,8 +152,8 @@ class RunLog:
 
     def _keep_until(self, global_step: int, epochs: float) -> list[dict[str, Any]]:
         """Return the records up to a step, and drop later ones from metrics.jsonl."""
-        records = self.run.read_records()
-        done = [line for line in records if line["global_step"] <= global_step and line["epoch"] <= epochs]
+        records = self.run.read_records(steps=True)
+        done = [line for line in records if line["global_step"] <= global_step and line.get("epoch", 0) <= epochs]
         kept = [line for line in done if "test/loss" not in line]
         if (self.run.path / METRICS_FILE).exists():
             self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))

@@ -99,6 +99,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         ends_epoch = trainer.position.step + 1 == trainer.train_loader.steps_per_epoch
         with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
+        log_steps(trainer)
         status.advance(trainer.position.global_step)
         if not ends_epoch:  # `fit` saves at the end of the epoch
             save_or_stop(trainer)
@@ -136,6 +137,15 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
         trainer.update_weights()
         trainer.optimizer.zero_grad(set_to_none=True)
     trainer.end_step()
+
+
+def log_steps(trainer: Trainer) -> None:
+    """Record the figures of the last ``log.every_steps`` steps if that is due. Waits for the device only then."""
+    every, step = trainer.config.log.every_steps, trainer.position.global_step
+    if every is not None and step % every == 0:
+        figures = trainer.step_figures()
+        if trainer.log is not None:
+            trainer.log.record(figures, step)
 
 
 def save_or_stop(trainer: Trainer) -> None:
@@ -178,6 +188,9 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     if not norms.isfinite().all():
         raise trainer.diverged("norm of the weights", trainer.position.global_step - 1)
     if trainer.context.rank == 0:
+        if trainer.log is not None and trainer.config.log.every_steps is not None:
+            with trainer.context.status.during("save"):
+                trainer.context.run.publish(METRICS_FILE)  # a resumed run needs the lines of the steps before
         trainer.store.save(snapshot)
     trainer.saved_step = trainer.position.global_step
 
@@ -280,7 +293,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
 
 def _start_log(trainer: Trainer, log: RunLog) -> None:
     """Record and report the configuration, and warn about problems of the log and the data."""
-    config, context, dataset = trainer.config, trainer.context, trainer.dataset
+    config, context, dataset, trainer.log = trainer.config, trainer.context, trainer.dataset, log
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
     report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:

@@ -35,7 +35,7 @@ space:
 """
 UNDISTURBED = ("train.epochs=4", "checkpoint.every_steps=4", "data.augment=notebook", "train.ema_decay=0.9")
 """Settings of the run that others are compared with."""
-CLOCK = ("time", "seconds", "perf/", "goodput/")
+CLOCK = ("time", "seconds", "perf/", "goodput/", "slowest", "step/images_per_s")
 """What records of two equal runs may differ in."""
 OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Coordinator")
 RAY_NOISE = re.compile(r"raylet|\(pid=|WARNING|INFO|ray::|ray\.tune|dashboard|deprecat|Traceback", re.IGNORECASE)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import notes_of, run_of, stop_after, tiny, train, trainer_of
+from runs import notes_of, records, run_of, stop_after, tiny, train, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from densenet_dist import load_run
 from densenet_dist.train.logs import Board
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
@@ -156,3 +157,20 @@ def test_a_lost_tensorboard_folder_is_one_warning_and_the_run_goes_on(tmp_path):
     assert summary["epochs"] == len(run_of(config).read_records()) - 1 == 3
     (warning,) = warnings
     assert re.match(r"TensorBoard is incomplete: FileNotFoundError: .*/tb/events", warning)
+
+
+def test_the_figures_of_every_so_many_steps_are_those_of_these_steps(tmp_path):
+    each, fourth = (tiny(tmp_path, "train.epochs=2", f"log.every_steps={n}", f"name=every-{n}") for n in (1, 4))
+    train(each), train(fourth)
+    ones, fours = ([line for line in records(config) if "epoch" not in line] for config in (each, fourth))
+    sizes, epochs = np.array([16, 16, 16, 16, 3] * 2), run_of(each).read_records()
+    assert [line["global_step"] for line in ones] == list(range(1, 11))
+    assert len(epochs) == len(load_run(run_of(each).path).history) + 1 == 3
+    for name in ("loss", "top1"):
+        values = np.array([line[f"step/{name}"] for line in ones])
+        for line, part in zip(fours, (slice(4), slice(4, 8)), strict=True):  # across the end of an epoch
+            assert line[f"step/{name}"] == pytest.approx(np.average(values[part], weights=sizes[part]))
+        for record, part in zip(epochs[:2], (slice(5), slice(5, 10)), strict=True):
+            assert record[f"train/{name}"] == pytest.approx(np.average(values[part], weights=sizes[part]))
+    assert [event.step for event in board_of(fourth).Scalars("step/loss")] == [4, 8]
+    assert ones[5]["step/lr"] == epochs[1]["lr"]  # at the start of the second epoch
