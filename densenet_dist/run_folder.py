@@ -70,6 +70,7 @@ class _Line(BaseModel, extra="allow"):
     __pydantic_extra__: dict[str, _Number]
     epoch: _Count | None = None
     global_step: _Count
+    slowest_host: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> _Line:

@@ -44,6 +44,7 @@ _LAYOUT: Final = {
     },
     "speed": {
         "images a second": ["Multiline", ["perf/images_per_s"]],
+        "own part of a step (ms)": ["Multiline", ["perf/step_ms_.*"]],
         "goodput, and waiting for data": ["Multiline", ["goodput/ratio", "perf/data_wait"]],
         "what time was lost to": ["Multiline", ["goodput/lost_to_.*"]],
     },

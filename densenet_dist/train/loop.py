@@ -24,6 +24,7 @@ from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
+from densenet_dist.train.performance import performance
 from densenet_dist.train.ranks import broadcast, gather_objects, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
@@ -230,6 +231,7 @@ def _end_epoch(
 ) -> None:
     """Record an epoch, save if that is due, and report it."""
     config, context, position = trainer.config, trainer.context, trainer.position
+    record |= performance(trainer, record["perf/images_per_s"])
     record["perf/device_hours"] = trainer.goodput.device_hours
     if log is not None:
         with context.status.during("save"):  # slow storage is not a hang

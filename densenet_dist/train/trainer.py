@@ -36,6 +36,7 @@ from densenet_dist.train.inputs import (
 )
 from densenet_dist.train.network import autocast, build_model, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
+from densenet_dist.train.performance import StepTimer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
 from densenet_dist.train.results import Metrics
@@ -115,6 +116,8 @@ class Trainer:
         self.step_graph: StepGraph | None = None
         if train.cuda_graph and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
+        self.timer = StepTimer(self.model, context.device, captured=self.step_graph is not None)
+        self.warned_of_slow_rank = False
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.train_loader.steps_per_epoch)
 
     @property
@@ -133,6 +136,7 @@ class Trainer:
 
         Both are functions of the step, so a resumed run needs no state of a scheduler or random number generator.
         """
+        self.timer.start()
         lr = self.lr_controller.lr(self.position.global_step)
         if self.step_graph is not None:
             self.step_graph.set_learning_rate(lr)
@@ -194,6 +198,7 @@ class Trainer:
 
     def end_step(self) -> None:
         """Update the weight average and move on to the next step."""
+        self.timer.stop()
         step = self.position.global_step
         if self.average is not None:
             self.average.update(step)

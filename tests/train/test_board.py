@@ -23,7 +23,8 @@ from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_r
 METRICS = ("loss", "top1", "top5", "balanced_accuracy", "worst_class_accuracy", "macro_f1")
 TAGS = {
     *("train/loss", "train/top1", "train/top5", *(f"{split}/{name}" for split in ("val", "test") for name in METRICS)),
-    *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
+    *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio", "perf/tflops"),
+    *("perf/memory_gib", "perf/step_ms_p50", "perf/step_ms_p95", "perf/step_ms_max"),
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
