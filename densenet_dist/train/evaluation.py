@@ -130,7 +130,7 @@ def evaluate_test_set(found: Evaluation) -> TestResults:
     results = accumulator.compute(metrics, found.dataset.class_names, context.device)
     if context.rank == 0:
         try:
-            results = add_images(results, found.config, found.engine)
+            results = add_images(results, found.config, found.engine, found.model)
         except Exception as error:  # missing images must not lose the results
             context.note(f"the images of the worst mistakes could not be read: {error}")
     return results

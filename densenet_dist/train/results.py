@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,16 @@ from torch import Tensor
 
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
+from densenet_dist.model import DenseNet
+from densenet_dist.model.grad_cam import grad_cam
+from densenet_dist.pages.figures import heat_overlay
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import collective
 from densenet_dist.train.ranks import gather_objects, gather_ranks
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 BINS: Final = 15
 """Number of bins of confidence for the calibration."""
@@ -49,6 +55,7 @@ class Mistake:
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
         png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
+        heat: the same under a heat map of what speaks for the predicted class (`grad_cam`); None in older runs.
     """
 
     index: int
@@ -57,6 +64,7 @@ class Mistake:
     confidence: float
     label_probability: float
     png: Base64Bytes | None = None
+    heat: Base64Bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,8 +303,10 @@ class ResultsAccumulator:
         del self.mistakes[MAX_MISTAKES:]
 
 
-def add_images(results: TestResults, config: Config, engine: Engine) -> TestResults:
-    """Add the images of the mistakes, read again with the engine of the test split. Only one rank calls it.
+def add_images(results: TestResults, config: Config, engine: Engine, model: DenseNet) -> TestResults:
+    """Add the images of the mistakes, read again with the engine of the test split, and heat maps by the model.
+
+    Only one rank calls it.
 
     Raises:
         DataError: an image can no longer be read, and ``data.on_bad_image`` is error.
@@ -304,20 +314,22 @@ def add_images(results: TestResults, config: Config, engine: Engine) -> TestResu
     indices = np.array([mistake.index for mistake in results.mistakes], dtype=np.int64)
     size, geometry = config.train.eval_batch_size, config.data.augment
     loader = EvalLoader(engine, indices, batch_size=size, geometry=geometry)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (engine.mean, engine.std))
-    images: dict[int, bytes] = {}
-    for batch in loader if len(indices) else ():
-        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        pngs = [_png(image.numpy()) for image in pixels.permute(0, 2, 3, 1)]
-        images |= dict(zip(loader.batch_indices.tolist(), pngs, strict=True))
-    mistakes = tuple(replace(mistake, png=images.get(mistake.index)) for mistake in results.mistakes)
-    return replace(results, mistakes=mistakes)
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
-    image = Image.fromarray(pixels)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (engine.mean, engine.std))
+    predicted = {mistake.index: mistake.predicted for mistake in results.mistakes}
+    images: dict[int, tuple[bytes, bytes]] = {}
+    for batch in loader if len(indices) else ():
+        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        found = loader.batch_indices.tolist()
+        heat = grad_cam(model, batch.images, torch.tensor([predicted[index] for index in found])).cpu()
+        for index, image, mask in zip(found, pixels.permute(0, 2, 3, 1).numpy(), heat.numpy(), strict=True):
+            images[index] = _png(Image.fromarray(image)), _png(heat_overlay(image, mask))
+    pairs = [(mistake, *images.get(mistake.index, (None, None))) for mistake in results.mistakes]
+    return replace(results, mistakes=tuple(replace(mistake, png=png, heat=heat) for mistake, png, heat in pairs))
+
+
+def _png(image: Image.Image) -> bytes:
     image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
