@@ -174,7 +174,8 @@ def _warm_up(config: Config) -> float:
     train = replace(config.train, epochs=1, schedule=replace(config.train.schedule, name="constant", warmup_epochs=0.0))
     limit = few if config.data.limit is None else min(few, config.data.limit)
     started = time.perf_counter()
-    for _ in _epochs(replace(config, train=train, data=replace(config.data, limit=limit, val_fraction=0.0))):
+    data = replace(config.data, limit=limit, test_limit=limit, val_fraction=0.0)
+    for _ in _epochs(replace(config, train=train, data=data)):
         pass
     return round(time.perf_counter() - started, 3)
 

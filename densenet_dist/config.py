@@ -212,6 +212,22 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
     return validate(name | merged)
 
 
+def limits_of_test(values: Mapping[str, Any]) -> list[str]:
+    """Return the override that makes a stored configuration limit the test images as it did when it was written.
+
+    Versions without ``data.test_limit`` limited them by ``data.limit``. Stored configurations have every setting.
+    """
+    data = values.get("data")
+    if not isinstance(data, Mapping) or data.get("limit") is None or "test_limit" in data:
+        return []
+    return [f"data.test_limit={json.dumps(data['limit'], default=str)}"]
+
+
+def load_run_config(path: str | Path, *overrides: str) -> Config:
+    """Load the config.yaml of a run, of any version, with changes; errors are those of `load_config`."""
+    return load_config(path, *limits_of_test(read_yaml(path)), *overrides)
+
+
 def name_of_file(path: str | Path) -> str:
     """Return the default name of a run: the stem of the file, with invalid characters replaced."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")[:100]

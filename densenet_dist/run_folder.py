@@ -62,20 +62,23 @@ class _Summary(BaseModel, extra="allow"):
     best: dict[str, _Count | _Number]
     loss: _Number = Field(alias="test/loss")
     top1: _Number = Field(alias="test/top1")
-    top5: _Number = Field(alias="test/top5")
+    top5: _Number | None = Field(None, alias="test/top5")
+    images: _Count | None = Field(None, alias="test/images")
 
 
 class _Line(BaseModel, extra="allow"):
-    """A line of metrics.jsonl: an epoch's, or the test's."""
+    """A line of metrics.jsonl: an epoch's, the test's, or, without ``epoch``, that of ``log.every_steps`` steps."""
 
     __pydantic_extra__: dict[str, _Number]
-    epoch: _Count
+    epoch: _Count | None = None
     global_step: _Count
+    slowest_host: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> _Line:
         splits = {key.partition("/")[0] for key in self.__pydantic_extra__} & {"train", "val", "test"}
-        needed = {f"{split}/{name}" for split in splits for name in ("loss", "top1", "top5")}
+        splits |= {"step"} if self.epoch is None else set()
+        needed = {f"{split}/{name}" for split in splits for name in ("loss", "top1")}
         if missing := needed - self.__pydantic_extra__.keys():
             raise ValueError(f"{min(missing)} is missing")
         return self
@@ -248,10 +251,12 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Read summary.json; empty while the run has not finished. Errors are those of `read`."""
         found = self.read(SUMMARY_FILE, _Summary)
-        return {} if found is None else found.model_dump(by_alias=True)
+        return {} if found is None else found.model_dump(by_alias=True, exclude_none=True)
 
-    def read_records(self) -> list[dict[str, Any]]:
+    def read_records(self, *, steps: bool = False) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl, in order; damaged lines are skipped.
+
+        With `steps` those of ``log.every_steps`` are included, which have no ``epoch``.
 
         Raises:
             DamagedRecord: no line is a record.
@@ -262,10 +267,10 @@ class RunFolder:
         lines = self._content(METRICS_FILE).splitlines()
         for line in lines:
             with suppress(ValueError, OverflowError, RecursionError):
-                records.append(_Line.model_validate(json.loads(line)).model_dump())
+                records.append(_Line.model_validate(json.loads(line)).model_dump(exclude_none=True))
         if not records and len(lines) > 1:  # a single line may have been torn by a crash
             raise DamagedRecord(f"{self.uri}/{METRICS_FILE} is damaged: no line is a record\n  {_RESTORE_COPY}")
-        return records
+        return [record for record in records if steps or "epoch" in record]
 
     def _content(self, relative: str) -> bytes:
         path = self.fetch(relative)

@@ -107,7 +107,9 @@ class DataConfig:
     url: str | None = None
     """A mirror to download from instead of the official address; checksums are verified all the same."""
     limit: Count | None = None
-    """Use only the first N training and the first N test images (folder: N spread evenly over the classes)."""
+    """Train and validate with the first N training images only (folder: N spread evenly over the classes)."""
+    test_limit: Count | None = None
+    """Test on the first N test images only, likewise; null: on all of them."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
     stratified: bool | None = None
@@ -290,7 +292,9 @@ class CheckpointConfig:
     per minute; null: never. Files are written while training continues."""
     keep: Count = 1
     """Number of newest checkpoints to keep besides the best."""
-    monitor: Literal["val/top1", "val/balanced_accuracy", "val/macro_f1", "val/loss"] = "val/top1"
+    monitor: Literal["val/top1", "val/balanced_accuracy", "val/worst_class_accuracy", "val/macro_f1", "val/loss"] = (
+        "val/top1"
+    )
     """The metric of the best checkpoint: the lowest val/loss, or the highest of the others."""
 
 
@@ -394,8 +398,10 @@ class MlflowConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """Services to which metrics are also sent; training continues if they do not respond."""
+    """What is recorded, and services to which it is also sent; training continues if they do not respond."""
 
+    every_steps: Count | None = None
+    """Also record the training loss, top-1, learning rate and images/s of every N steps; null: only those of epochs."""
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
 

@@ -1,4 +1,4 @@
-"""Serve a page on which pictures can be tried: drop one, see its most probable classes.
+"""Serve a page on which pictures can be tried: drop one, see its most probable classes and what speaks for the first.
 
     pip install 'densenet-dist[demo]'
     python examples/demo.py runs/k24                    # then open http://127.0.0.1:7860
@@ -75,13 +75,13 @@ def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
             raise gradio.Error("This picture is not there any more: upload it again")
         return path
 
-    def classify(path: str | None) -> dict[str, float] | None:
+    def classify(path: str | None) -> tuple[dict[str, float] | None, Any]:
         if path is None:
-            return None
+            return None, None
         (found,) = classifier.stream([path])
         if isinstance(found, Unreadable):
             raise gradio.Error(f"This picture cannot be used: {found.reason}")
-        return {guess.name: guess.probability for guess in found.top}
+        return {guess.name: guess.probability for guess in found.top}, classifier.heat_map(path, found.top[0].label)
 
     picture = gradio.Image(sources=["upload", "clipboard"], label="Picture")
     # Gradio's own code for images lets a request without `meta` name any file, and opens every format that Pillow
@@ -93,7 +93,10 @@ def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
     page = gradio.Interface(
         classify,
         picture,
-        gradio.Label(num_top_classes=5, label="Most probable classes"),
+        [
+            gradio.Label(num_top_classes=5, label="Most probable classes"),
+            gradio.Image(label="What speaks for the first one (Grad-CAM)", format="png", interactive=False),
+        ],
         title=f"{header.run}: {len(header.class_names)} classes of {header.data}",
         api_name="predict",
         flagging_mode="never",

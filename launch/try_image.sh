@@ -8,7 +8,7 @@
 
 set -euo pipefail
 runs=/tmp/runs
-small=(train.epochs=1 data.limit=640 "storage=$runs")
+small=(train.epochs=1 data.limit=640 data.test_limit=640 "storage=$runs")
 
 failed() {
   echo "error: $1" >&2

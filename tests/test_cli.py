@@ -20,7 +20,8 @@ from densenet_dist.cluster.launch import is_writer
 from densenet_dist.lease import Holder
 
 ROOT = Path(__file__).parent.parent
-QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", "data.limit=128", "train.epochs=1", "cluster.engine=local")
+LIMITS = ("data.limit=128", "data.test_limit=128")
+QUICK = ("model.num_layers=[1,1]", "model.growth_rate=4", *LIMITS, "train.epochs=1", "cluster.engine=local")
 
 
 def test_help_of_every_command(command):

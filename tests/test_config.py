@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from densenet_dist.config import load_config, to_dict, to_yaml
+from densenet_dist.config import load_config, load_run_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config, WorkerRange
 from densenet_dist.sweep.definition import json_schema
@@ -215,3 +215,13 @@ def test_what_cannot_be_read_is_no_config(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00name")
     assert "cannot be read" in message(tmp_path / "c.yaml")
     assert message("train.epochs=[1, 2").startswith("the value in 'train.epochs=[1, 2' is not valid YAML")
+
+
+def test_runs_of_versions_that_limited_both_splits_are_tested_on_the_same_images(tmp_path):
+    path = tmp_path / "config.yaml"
+    cases = {"limit: 75": (75, 75), "limit: null": (None, None), "limit: 7, test_limit: null": (7, None)}
+    for text, limits in cases.items():
+        path.write_text(f"data: {{{text}}}")
+        data = load_run_config(path, "train.epochs=2").data
+        assert (data.limit, data.test_limit) == limits
+    assert load_config(path).data.test_limit is None

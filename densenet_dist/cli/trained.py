@@ -44,9 +44,11 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **found}))
     else:
+        top5 = f"top-5 {found['top5']:.2%}, " if "top5" in found else ""
         typer.echo(
-            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, "
-            f"balanced accuracy {found['balanced_accuracy']:.2%}, macro F1 {found['macro_f1']:.4f} "
+            f"{split}: loss {found['loss']:.4f}, top-1 {found['top1']:.2%}, {top5}"
+            f"balanced accuracy {found['balanced_accuracy']:.2%}, worst class {found['worst_class_accuracy']:.2%}, "
+            f"macro F1 {found['macro_f1']:.4f} "
             f"({found['images']:,.0f} images)"
         )
 

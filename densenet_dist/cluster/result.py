@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from densenet_dist.config import load_config
-from densenet_dist.display.progress import counted, trained_epochs
+from densenet_dist.config import load_run_config
+from densenet_dist.display.progress import counted, test_details, trained_epochs
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, open_run
 from densenet_dist.schema import Config
@@ -25,7 +25,7 @@ class Result:
 
     Attributes:
         run: path or URI of the run folder, also for `densenet_dist.evaluate`.
-        summary: ``test/top1``, ``test/top5`` (from 0 to 1), ``test/loss`` (mean), the validation results of the
+        summary: ``test/top1`` (from 0 to 1), ``test/loss`` (mean), ``test/images``, the validation results of the
             ``best`` epoch, ``epochs``, ``global_step``, ``train_seconds``, ``status``; empty before the end of the run.
 
     Examples:
@@ -48,7 +48,7 @@ class Result:
         Raises:
             StorageError, ConfigError: config.yaml cannot be read, or is invalid.
         """
-        return load_config(open_run(self.run).fetch(CONFIG_FILE))
+        return load_run_config(open_run(self.run).fetch(CONFIG_FILE))
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -122,8 +122,7 @@ class Result:
         if not self.summary:
             return rows | {"status": "not finished; resume with fit(config, resume=True)"}
         best, seconds = self.summary["best"], self.summary["train_seconds"]
-        top1, top5, loss = (self.summary[f"test/{key}"] for key in ("top1", "top5", "loss"))
-        rows["test"] = f"top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.4f}"
+        rows["test"] = f"top-1 {self.summary['test/top1']:.2%}, {test_details(self.summary)}"
         if "val/top1" in best:
             rows["validation"] = f"top-1 {best['val/top1']:.2%} (best, epoch {best['epoch']})"
         epochs, steps = trained_epochs(self.summary), counted(self.summary["global_step"], "step")

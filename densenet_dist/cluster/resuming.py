@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from densenet_dist.config import load_config, to_dict, to_yaml
+from densenet_dist.config import load_run_config, to_dict, to_yaml
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schedules import OPEN_ENDED
@@ -33,7 +33,7 @@ def resume_config(run: RunFolder, overrides: list[str]) -> Config:
         ConfigError: an override changes a setting that must stay the same.
     """
     path = run.fetch(CONFIG_FILE)
-    before, after = load_config(path), load_config(path, *overrides)
+    before, after = load_run_config(path), load_run_config(path, *overrides)
     # The folder may have been moved or mounted elsewhere since.
     after = replace(after, storage=run.storage, name=run.name)
     allowed, refused = _changes(before, after)
@@ -63,7 +63,7 @@ def _extends(before: Config, after: Config) -> bool:
 
 def extend_config(run: RunFolder, config: Config) -> None:
     """Write the numbers of epochs and minutes to the run's config.yaml if the resumed run has more than before."""
-    began = load_config(run.fetch(CONFIG_FILE))
+    began = load_run_config(run.fetch(CONFIG_FILE))
     if _extends(began, config):
         train = replace(began.train, epochs=config.train.epochs, max_minutes=config.train.max_minutes)
         run.write(CONFIG_FILE, to_yaml(replace(began, train=train)))
@@ -82,7 +82,7 @@ def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
 
 def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
     """Report the settings that differ from the run's config.yaml in a note."""
-    began = load_config(run.fetch(CONFIG_FILE))
+    began = load_run_config(run.fetch(CONFIG_FILE))
     allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
     if allowed or refused:
         text = "\n  ".join(["settings changed since the run began:", *allowed, *refused])
@@ -93,6 +93,6 @@ def is_finished(run: RunFolder, config: Config) -> bool:
     """Return whether the run finished with this configuration, except for settings that a resumed run may change."""
     if not run.exists(SUMMARY_FILE):
         return False
-    began = load_config(run.fetch(CONFIG_FILE))
+    began = load_run_config(run.fetch(CONFIG_FILE))
     _refuse_early_stop(run, began, config)
     return not _changes(began, config)[1] and not _extends(began, config)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
+from densenet_dist.config import limits_of_test
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, open_run
@@ -37,6 +38,7 @@ from densenet_dist.sweep.results import (
 )
 from densenet_dist.trackers import require_trackers
 from densenet_dist.train.context import Event
+from densenet_dist.yaml_settings import read_yaml
 
 _WRITE_EVERY_S: Final = 5.0
 _TUNE_ENV: Final = {
@@ -158,8 +160,10 @@ def open_sweep(folder: str | Path, *settings: str) -> Sweep:
             )
     found = open_run(folder, SWEEP_FILE, "sweep")
     file = found.fetch(SWEEP_FILE)
-    sweep = load_sweep(file, *settings)
-    if settings and sweep.trials < (before := load_sweep(file).trials):
+    base = read_yaml(file).get("settings")
+    stored = (file, *(limits_of_test(base) if isinstance(base, dict) else ()))
+    sweep = load_sweep(*stored, *settings)
+    if settings and sweep.trials < (before := load_sweep(*stored).trials):
         raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")
     return sweep.stored_at(found.storage, found.name)
 

@@ -208,6 +208,9 @@ class _Training:
         if event["kind"] == "start":
             self._parameters = event["parameters"]
             metric = self._sweep.settings.metric
+            if metric == "val/top5" and event["classes"] < 6:
+                self._fail(ConfigError(f"metric: val/top5 needs 6 classes or more, not {event['classes']}"))
+                return False
             if metric.startswith("val/") and not event["val_images"]:
                 problem = f"metric: {metric} needs validation images: set data.val_fraction, or add a folder val"
                 self._fail(ConfigError(problem))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from densenet_dist.object_store import is_uri
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Channels = tuple[float, float, float]
+Limits: TypeAlias = tuple[int | None, int | None]
+"""How many training and how many test images to keep; None: all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ def load_dataset(
     download: bool = True,
     url: str | None = None,
     limit: int | None = None,
+    test_limit: int | None = None,
     seed: int = 0,
     image_size: int = 224,
     test_fraction: float = 0.1,
@@ -75,7 +78,7 @@ def load_dataset(
             `publish_dataset` puts it there.
         download: whether to download what is missing; never if `root` is a URI, so that nodes do not all download it.
         url: of the archive, instead of the official address: https:// or file://; http:// from this machine only.
-        limit: use at most this many images of each split.
+        limit, test_limit: use at most this many images of the training split, and of the test split.
         seed: of a generated data set.
         image_size: side of the square images made from image files.
         test_fraction: share of the images that become the test split, for a folder without one.
@@ -84,24 +87,26 @@ def load_dataset(
             left out. If it names none of the files, the parts are drawn anew; if it is empty, as older versions did.
 
     Raises:
-        ConfigError: the name, `limit` or `url` is invalid.
+        ConfigError: the name, `limit`, `test_limit` or `url` is invalid.
         DataError: the files are missing, damaged or of another data set, or cannot be downloaded or read.
         StorageError: `root`, or this node's cache, cannot be written.
     """
     _check_name(name)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit}: the number of images to keep must be at least 1")
+    limits = limit, test_limit
+    for key, count in zip(("limit", "test_limit"), limits, strict=True):
+        if count is not None and count < 1:
+            raise ConfigError(f"{key}={count}: the number of images to keep must be at least 1")
     if name in GENERATED:
-        return GENERATED[name](seed, limit)
+        return GENERATED[name](seed, limits)
     if name == "folder":
         path = _image_folder(root)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
-        folder = _keep_split(folder, split or {}, limit)
+        folder = _keep_split(folder, split or {}, limits)
         keeps_classes = split != {}  # older versions could leave a class without a training image
-        return _folder_dataset(folder, path.absolute(), limit, test_fraction, keeps_classes)
+        return _folder_dataset(folder, path.absolute(), limits, test_fraction, keeps_classes)
     spec = cifar.SPECS[name]
     _, (class_names, train, test) = cifar_source.load(spec, root, download=download, url=url)
-    return Dataset(name, class_names, _first(train, limit), _first(test, limit), spec.mean, spec.std)
+    return Dataset(name, class_names, _first(train, limit), _first(test, test_limit), spec.mean, spec.std)
 
 
 def train_size(name: str, limit: int | None) -> int | None:
@@ -159,15 +164,15 @@ def _image_folder(root: str | Path) -> Path:
     return store.sync_images(str(root)) if is_uri(str(root)) else Path(root)
 
 
-def _shapes(seed: int, limit: int | None) -> Dataset:
+def _shapes(seed: int, limits: Limits) -> Dataset:
     train, test = (
         Split(*shapes.generate(min(limit or count, count), seed=seed, part=part))
-        for part, count in enumerate((shapes.TRAIN_IMAGES, shapes.TEST_IMAGES))
+        for part, (limit, count) in enumerate(zip(limits, (shapes.TRAIN_IMAGES, shapes.TEST_IMAGES), strict=True))
     )
     return Dataset("shapes", shapes.CLASS_NAMES, train, test, shapes.MEAN, shapes.STD)
 
 
-def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: int | None) -> image_folder.Folder:
+def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limits: Limits) -> image_folder.Folder:
     """Divide the images as in `split`; an existing test folder stays as it is."""
     files = folder.train.images
     assert isinstance(files, ImageFiles)
@@ -175,7 +180,8 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
     if (parts == "new").all():
         return folder
     # A limit leaves images out as well: which of them are new is unknown.
-    new = [files.names[index] for index in np.flatnonzero(parts == "new")] if limit is None else []
+    is_limited = limits[0] is not None or (limits[1] is not None and folder.test is None)
+    new = [] if is_limited else [files.names[index] for index in np.flatnonzero(parts == "new")]
     skipped = (*(f"{image_folder.printable(name)}: not in the run's split" for name in new), *folder.skipped)
     used, test = np.flatnonzero(np.isin(parts, ("train", "val"))), np.flatnonzero(parts == "test")
     val = np.flatnonzero(parts[used] == "val")
@@ -186,7 +192,7 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limit: in
 
 
 def _folder_dataset(
-    folder: image_folder.Folder, root: Path, limit: int | None, test_fraction: float, keeps_classes: bool
+    folder: image_folder.Folder, root: Path, limits: Limits, test_fraction: float, keeps_classes: bool
 ) -> Dataset:
     train, test, val = folder.train, folder.test, folder.val
     if test is None:
@@ -197,7 +203,7 @@ def _folder_dataset(
             train.labels, test_fraction, 0, stratified=True, keeps_classes=keeps_classes, stream=Stream.TEST_SPLIT
         )
         train, test = train[rest], train[held_out]  # a validation folder would be the test split
-    kept, kept_test = _evenly(len(train.labels), limit), _evenly(len(test.labels), limit)
+    kept, kept_test = _evenly(len(train.labels), limits[0]), _evenly(len(test.labels), limits[1])
     return Dataset(
         "folder",
         folder.class_names,
@@ -221,7 +227,7 @@ def _first(split: Split, limit: int | None) -> Split:
     return split if limit is None or limit >= len(split.labels) else split[np.arange(limit)]
 
 
-GENERATED: Final[Mapping[str, Callable[[int, int | None], Dataset]]] = {"shapes": _shapes}
-"""Data sets that are generated when used, from the seed and the number of images in each split (None: all)."""
+GENERATED: Final[Mapping[str, Callable[[int, Limits], Dataset]]] = {"shapes": _shapes}
+"""Data sets that are generated when used, from the seed and the limits of the two splits."""
 
 DATASET_NAMES: Final = (*GENERATED, *cifar.SPECS, "folder")

@@ -23,7 +23,7 @@ from rich.style import Style
 from rich.text import Text
 
 from densenet_dist.display.json_lines import redirect_to_null
-from densenet_dist.display.progress import RunProgress, clock_time, counted, trained_epochs, wrapped
+from densenet_dist.display.progress import RunProgress, clock_time, counted, test_details, trained_epochs, wrapped
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
 from densenet_dist.trackers import links
 
@@ -120,7 +120,7 @@ class Console:
         figures = {}
         if "val/top1" in best:
             figures["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
-        figures["test top-1"] = f"{summary['test/top1']:.2%}   (top-5 {summary['test/top5']:.2%})"
+        figures["test top-1"] = f"{summary['test/top1']:.2%}   ({test_details(summary)})"
         steps = counted(summary["global_step"], "step")
         figures["trained"] = f"{trained_epochs(summary)}, {steps} in {clock_time(summary['train_seconds'])}"
         if run.images_per_s is not None:
@@ -302,9 +302,8 @@ def epoch_parts(event: Event, left_s: float | None = None) -> list[str]:
     parts = [f"epoch {event['epoch']:>3}/{event['epochs']}"]
     for name in ("train", "val"):
         if f"{name}/loss" in event:
-            loss, top1, top5 = (event[f"{name}/{key}"] for key in ("loss", "top1", "top5"))
-            shown = f"{name} loss {loss:.4f} top-1 {top1:6.2%}"
-            parts.append(f"{shown} top-5 {top5:6.2%}" if event["many_classes"] else shown)
+            shown = f"{name} loss {event[f'{name}/loss']:.4f} top-1 {event[f'{name}/top1']:6.2%}"
+            parts.append(f"{shown} top-5 {event[f'{name}/top5']:6.2%}" if event["many_classes"] else shown)
     parts += [f"lr {event['lr']:.2e}", f"{event['perf/images_per_s']:,.0f} images/s", f"{event['seconds']:.1f} s"]
     if left_s:
         parts.append(f"{clock_time(left_s)} left")

@@ -122,6 +122,13 @@ def trained_epochs(summary: Mapping[str, Any]) -> str:
     return f"{epochs:.1f} epochs" if epochs % 1 else counted(int(epochs), "epoch")
 
 
+def test_details(summary: Mapping[str, Any]) -> str:
+    """Return the top-5 accuracy, loss and number of images of a test, as far as summary.json has them."""
+    found = [f"top-5 {summary['test/top5']:.2%}"] if "test/top5" in summary else []
+    found.append(f"loss {summary['test/loss']:.4f}")
+    return ", ".join([*found, counted(summary["test/images"], "image")] if "test/images" in summary else found)
+
+
 def clock_time(seconds: float) -> str:
     """Format a duration as 0:07, 12:34, 1:02:03 or 2 d 3:04:05."""
     days, rest = divmod(round(seconds), 86400)

@@ -8,26 +8,31 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from densenet_dist.config import load_config
+from densenet_dist.config import load_run_config
 from densenet_dist.data.augment import EVAL_CROP
 from densenet_dist.environment import git_commit, package_version
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.inference import formats
 from densenet_dist.inference.header import Header, first_problem
-from densenet_dist.inference.images import ImageLike, Unreadable, prepared
+from densenet_dist.inference.images import ImageLike, Unreadable, prepare, prepared
+from densenet_dist.model.grad_cam import grad_cam
 from densenet_dist.object_store import fetch_file, is_uri
+from densenet_dist.pages.figures import heat_overlay
 from densenet_dist.run_folder import CONFIG_FILE, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.context import choose_device
 from densenet_dist.train.evaluation import load_checkpoint, trained_model
 from densenet_dist.train.inputs import read_metadata
 from densenet_dist.train.network import autocast
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEFAULT_BATCH = 64
 Checkpoint: TypeAlias = Literal["best", "last"]
@@ -63,10 +68,17 @@ class Classifier:
         header: the model's metadata.
         run: maps (n, 3, size, size) float32 pixel values on `device` to (n, classes) logits.
         device: where it runs.
+        network: on `device`, for heat maps; None if the layers cannot be reached.
     """
 
-    def __init__(self, header: Header, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self.header, self.device, self._run = header, device, run
+    def __init__(
+        self,
+        header: Header,
+        run: Callable[[Tensor], Tensor],
+        device: torch.device,
+        network: formats.Network | None = None,
+    ) -> None:
+        self.header, self.device, self._run, self._network = header, device, run, network
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -138,6 +150,19 @@ class Classifier:
             for name, found in batch:
                 yield found if isinstance(found, Unreadable) else Prediction(name, next(guesses))
 
+    def heat_map(self, image: ImageLike, label: int) -> Image.Image | None:
+        """Show what in an image speaks for a class: Grad-CAM over the image as the model takes it; None for ONNX files.
+
+        Raises:
+            DataError: the image cannot be used.
+        """
+        if self._network is None:
+            return None
+        pixels = prepare(image, self.header.image_size, self.header.crop)
+        images = self._network.normalize(pixels[None].to(self.device))
+        (heat,) = grad_cam(self._network.model, images, torch.tensor([label])).cpu().numpy()
+        return heat_overlay(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy(), heat)
+
     def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[Guess, ...]]:
         logits = self.logits(pixels, tta=tta)
         if not logits.isfinite().all():
@@ -177,7 +202,7 @@ def load_classifier(path: str | Path, *, checkpoint: Checkpoint = "best", device
             logits: Tensor = network(pixels)
         return logits
 
-    return Classifier(header, run, chosen)
+    return Classifier(header, run, chosen, network)
 
 
 def _exported_file(path: str | Path) -> Path | None:
@@ -206,7 +231,7 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
     if start[8:9] == b"{":
         header, network = formats.read_safetensors(file)
         chosen = choose_device(device)
-        return Classifier(header, network.to(chosen), chosen)
+        return Classifier(header, network.to(chosen), chosen, network)
     if file.suffix != ".onnx":
         raise CheckpointError(
             f"{file} is not an exported model: give a run, or a .safetensors or .onnx file from densenet-dist export"
@@ -234,7 +259,7 @@ def open_trained(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     folder = open_run(run)
-    config = load_config(folder.fetch(CONFIG_FILE), *overrides)
+    config = load_run_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
     classes = read_metadata(folder, config)
     settings = config.model if block is None else replace(config.model, block=block)

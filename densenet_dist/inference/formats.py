@@ -64,10 +64,12 @@ class Network(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute logits; see the class."""
-        images = pixels * self.scale + self.shift
-        first = next(self.model.parameters())
-        logits: Tensor = self.model(images.to(first.dtype))
+        logits: Tensor = self.model(self.normalize(pixels))
         return logits.float()
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Normalise pixel values, and convert them to the model's dtype."""
+        return (pixels * self.scale + self.shift).to(next(self.model.parameters()).dtype)
 
 
 def to_bfloat16(model: DenseNet) -> None:

@@ -92,6 +92,23 @@ class Architecture:
         total += sum(leaving * (2 + entering) for (_, leaving), (entering, _) in pairwise(widths))
         return total + 2 * widths[-1][1] + (self.head_features() + 1) * self.num_classes
 
+    def macs(self) -> list[int]:
+        """Return the multiply-adds of the forward pass of an image: stem, each block with the transition, classifier.
+
+        Only convolutions and the classifier count.
+        """
+        widths, sides, k = self.block_widths(), self.block_sides(), self.growth_rate
+        area, side = (7 * 7, (self.image_size + 1) // 2) if self.stem == "imagenet" else (3 * 3, self.image_size)
+        found = [self.in_channels * self.stem_channels * area * side**2]
+        narrow = (self.bn_size or 0) * k
+        following = [entering for entering, _ in widths[1:]] + [0]
+        for i, layers in enumerate(self.num_layers):
+            entering, leaving = widths[i]
+            inputs = layers * entering + k * layers * (layers - 1) // 2  # as in `parameters`
+            weights = inputs * (narrow or 9 * k) + layers * narrow * 9 * k + leaving * following[i]
+            found.append(weights * sides[i] ** 2)
+        return [*found, self.head_features() * self.num_classes]
+
     def block_values(self) -> list[int]:
         """Return the number of values of each block's feature maps, per image."""
         return [leaving * side**2 for (_, leaving), side in zip(self.block_widths(), self.block_sides(), strict=True)]

@@ -54,7 +54,10 @@ class DenseNet(nn.Module):
         Raises:
             RuntimeError: by PyTorch, if the network was built for other channels or image sizes.
         """
-        x = self.features(x.contiguous(memory_format=torch.channels_last))
+        return self.classify(self.features(x.contiguous(memory_format=torch.channels_last)))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Compute the logits from the output of ``features``, (N, channels, h, w)."""
         x = F.avg_pool2d(x, 2) if self.architecture.head == "pool2" else F.adaptive_avg_pool2d(x, 1)
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits

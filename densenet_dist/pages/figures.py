@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
+    from PIL import Image
 
 SHADES: Final = 7
 """Number of colours from the worst value to the best."""
@@ -177,6 +178,17 @@ def confusion_figure(
         axes.set_yticks(range(count), shown)
     axes.tick_params(length=0)
     return figure
+
+
+def heat_overlay(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> Image.Image:
+    """Blend an image (H, W, 3) with a heat map (h, w) from 0 to 1, which is resized: blue is low, red is high."""
+    import matplotlib
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    mask = Image.fromarray((heat * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    colours = matplotlib.colormaps["turbo"](np.asarray(mask), bytes=True)[..., :3]
+    return Image.blend(image, Image.fromarray(np.ascontiguousarray(colours)), 0.5)
 
 
 def shortened(name: str) -> str:

@@ -89,7 +89,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         "comparison.html",
         title=f"{len(runs)} runs on {data[0].name}",
         of_shapes=data[0].name == "shapes",
-        limits_differ=len({each.limit for each in data}) > 1,
+        limits_differ=len({each.test_limit for each in data}) > 1,
         columns=columns,
         headings=[(column.name, True) for column in columns],
         groups=groups,

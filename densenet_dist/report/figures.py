@@ -46,6 +46,8 @@ def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
     figures = []
     with drawing(PAGE):
         for name, label, unit in _RESULTS:
+            if not any(f"train/{name}" in record for record in epochs):
+                continue  # top-5 of few classes
             figure = new_figure(*_SIZE)
             _plot_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
             figures.append(to_svg(figure, f"{label} against epoch"))

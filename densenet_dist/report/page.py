@@ -131,18 +131,14 @@ def _plain(value: object) -> str:
 
 def _test_section(results: TestResults) -> dict[str, Any]:
     """Return the template's variables about test images."""
-    confusion, names, calibration = results.confusion, results.class_names, results.calibration
-    images, correct, predicted = confusion.sum(1).tolist(), np.diag(confusion).tolist(), confusion.sum(0).tolist()
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    rows, columns = np.nonzero(wrong)
-    counts = wrong[rows, columns]
-    order = np.argsort(-counts, kind="stable")[:_MAX_PAIRS]
-    pairs = zip(rows[order].tolist(), columns[order].tolist(), counts[order].tolist(), strict=True)
+    names, calibration = results.class_names, results.calibration
+    correct, images, predicted = results.class_counts.tolist()
+    wrong = results.pairs[results.pairs[:, 0] != results.pairs[:, 1]]
+    pairs = wrong[np.argsort(-wrong[:, 2], kind="stable")[:_MAX_PAIRS]].tolist()
     return {
         "bins": BINS,
         "mean_confidence": float((calibration.images * calibration.confidence).sum() / calibration.images.sum()),
-        "confusion_figure": confusion_svg(confusion, names) if len(names) <= MAX_CLASSES else None,
+        "confusion_figure": confusion_svg(results.confusion, names) if len(names) <= MAX_CLASSES else None,
         "are_numbered": len(names) > MAX_NAMES,
         "confusions": [(names[row], names[column], count, count / images[row]) for row, column, count in pairs],
         "classes": [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from densenet_dist.config import load_config
+from densenet_dist.config import load_run_config
 from densenet_dist.errors import CheckpointError, DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
 from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, RunFolder, open_run
@@ -77,7 +77,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
             f"  wait for its first epoch, or resume it: densenet-dist train --resume {shlex.quote(folder.location)}"
         )
     path = folder.fetch(CONFIG_FILE)
-    config = load_config(path)
+    config = load_run_config(path)
     return RunRecord(
         folder=folder,
         config=config,

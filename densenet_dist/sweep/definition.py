@@ -69,7 +69,14 @@ class SweepConfig:
     base: str = ""
     """The configuration file that every trial starts from, relative to the sweep file; empty: the defaults."""
     metric: Literal[
-        "val/top1", "val/top5", "val/balanced_accuracy", "val/macro_f1", "val/loss", "train/top1", "train/loss"
+        "val/top1",
+        "val/top5",
+        "val/balanced_accuracy",
+        "val/worst_class_accuracy",
+        "val/macro_f1",
+        "val/loss",
+        "train/top1",
+        "train/loss",
     ] = "val/top1"
     """Trials are compared by this metric, each at its best epoch."""
     mode: Literal["auto", "max", "min"] = "auto"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_dist.config import load_config
+from densenet_dist.config import load_run_config
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
@@ -69,7 +69,8 @@ def evaluate_model(
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
-    metrics, classes = Metrics(context.device), ClassCounts(model.architecture.num_classes, context.device)
+    num_classes = model.architecture.num_classes
+    metrics, classes = Metrics(context.device, num_classes), ClassCounts(num_classes, context.device)
     problem = ""
     try:
         for batch in batches:
@@ -134,7 +135,7 @@ def evaluate_test_set(found: Evaluation) -> TestResults:
     The results are the same on every rank, except that only rank 0 has the images of the mistakes.
     """
     context, loader = found.context, found.loader()
-    accumulator = ResultsAccumulator(found.dataset.num_classes)
+    accumulator = ResultsAccumulator()
 
     def add(logits: Tensor, batch: Batch) -> None:
         accumulator.update(logits, batch.targets, loader.batch_indices)
@@ -143,7 +144,7 @@ def evaluate_test_set(found: Evaluation) -> TestResults:
     results = accumulator.compute(metrics, found.dataset.class_names, context.device)
     if context.rank == 0:
         try:
-            results = add_images(results, found.config, found.engine)
+            results = add_images(results, found.config, found.engine, found.model)
         except Exception as error:  # missing images must not lose the results
             context.note(f"the images of the worst mistakes could not be read: {error}")
     return results
@@ -169,7 +170,8 @@ def evaluate(
         notify: called with a message if images are skipped, or differ from those of the run.
 
     Returns:
-        ``loss``, ``top1``, ``top5``, ``balanced_accuracy``, ``macro_f1`` (from 0 to 1) and ``images``.
+        ``loss``, ``top1``, ``top5`` (from 6 classes on), ``balanced_accuracy``, ``worst_class_accuracy``, ``macro_f1``
+        (from 0 to 1) and ``images``.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
@@ -222,7 +224,7 @@ def prepare_evaluation(
 ) -> Evaluation:
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
     folder = run if isinstance(run, RunFolder) else open_run(run)
-    config: Config = load_config(folder.fetch(CONFIG_FILE), *overrides)
+    config: Config = load_run_config(folder.fetch(CONFIG_FILE), *overrides)
     snapshot = load_checkpoint(folder, checkpoint, config)
     context = RunContext(folder, choose_device(device))
     dataset = load_run_data(config, folder)

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from densenet_dist.config import load_config
+from densenet_dist.config import load_run_config
 from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, StorageError
 from densenet_dist.model import DenseNet
 from densenet_dist.model.densenet import standard_name
@@ -118,7 +118,7 @@ def read_weights(location: str) -> dict[str, Tensor]:
     if suffix == ".safetensors" or suffix in _PICKLES:
         return _standard(_read_file(fetch_file(location) if is_uri(location) else Path(location)), location)
     run = open_run(location)
-    snapshot = load_checkpoint(run, "best", load_config(run.fetch(CONFIG_FILE)))
+    snapshot = load_checkpoint(run, "best", load_run_config(run.fetch(CONFIG_FILE)))
     return _standard(snapshot.average or snapshot.model, location)
 
 

@@ -40,6 +40,7 @@ def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> D
         download=data.download,
         url=data.url,
         limit=data.limit,
+        test_limit=data.test_limit,
         seed=config.seed,
         image_size=data.side,
         test_fraction=data.test_fraction,

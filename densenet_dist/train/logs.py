@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from densenet_dist.schema import Config
 from densenet_dist.trackers import Tracker, flat_settings, open_trackers
 from densenet_dist.train.checkpoint import best_record
 from densenet_dist.train.context import Event
-from densenet_dist.train.results import Mistake, TestResults
+from densenet_dist.train.results import TOP5_CLASSES, Mistake, TestResults
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +44,7 @@ _LAYOUT: Final = {
     },
     "speed": {
         "images a second": ["Multiline", ["perf/images_per_s"]],
+        "own part of a step (ms)": ["Multiline", ["perf/step_ms_.*"]],
         "goodput, and waiting for data": ["Multiline", ["goodput/ratio", "perf/data_wait"]],
         "what time was lost to": ["Multiline", ["goodput/lost_to_.*"]],
     },
@@ -68,13 +70,15 @@ class RunLog:
         self._notify: Callable[[str, bool], None] | None = None
         self._board: Board | None = None
         self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
-        self._records = self._keep_until(global_step, epochs)
+        self._lines = self._keep_until(global_step, epochs)
+        self._records = [line for line in self._lines if "epoch" in line]
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # left by a process that stopped before its first checkpoint
         self._earlier = run.names(TENSORBOARD_FOLDER)
-        # If the test was interrupted, its events have the step of the last epoch. Board hides both: log the epoch anew.
-        if self._earlier and self._records and self._records[-1]["global_step"] == global_step:
-            self._write_scalars(self._records[-1])
+        # Board hides the events of this step: the test's, if it was interrupted, but also those that are to stay.
+        for line in self._lines if self._earlier else ():
+            if line["global_step"] == global_step:
+                self._write_scalars(line)
         self.publish()  # metrics.jsonl marks the run as started
 
     def missing_epochs(self, epochs: int) -> list[int]:
@@ -98,14 +102,15 @@ class RunLog:
         Raises:
             EnvironmentProblem: the package of a service is missing.
         """
-        self._trackers, self._notify = open_trackers(config, self.run, list(self._records)), notify
+        self._trackers, self._notify = open_trackers(config, self.run, list(self._lines)), notify
 
     def record(self, values: dict[str, Any], global_step: int) -> None:
         """Append one line to metrics.jsonl, and write each number to TensorBoard under its own tag."""
         self.run.guard()
         line = {"time": round(time.time(), 3), "global_step": global_step, **values}
         self.run.append(METRICS_FILE, json.dumps(line) + "\n")
-        self._records.append(line)
+        if "epoch" in line:
+            self._records.append(line)
         self._write_scalars(line)
         for tracker in self._trackers:
             tracker.add(line)
@@ -133,7 +138,7 @@ class RunLog:
             tracker.detach() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
     def _write_scalars(self, record: dict[str, Any]) -> None:
-        best = best_scalars(self._records, self._monitor)
+        best = best_scalars(self._records, self._monitor) if "epoch" in record else {}
         self.write_board(Board.scalars, record | best, record["global_step"])
 
     def _report_messages(self) -> None:
@@ -148,8 +153,8 @@ class RunLog:
 
     def _keep_until(self, global_step: int, epochs: float) -> list[dict[str, Any]]:
         """Return the records up to a step, and drop later ones from metrics.jsonl."""
-        records = self.run.read_records()
-        done = [line for line in records if line["global_step"] <= global_step and line["epoch"] <= epochs]
+        records = self.run.read_records(steps=True)
+        done = [line for line in records if line["global_step"] <= global_step and line.get("epoch", 0) <= epochs]
         kept = [line for line in done if "test/loss" not in line]
         if (self.run.path / METRICS_FILE).exists():
             self.run.write(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
@@ -200,7 +205,7 @@ class Board:
             if "/" in tag or tag == "lr":
                 self._writer.add_scalar(tag, value, step)
 
-    def introduce(self, config: Config) -> None:
+    def introduce(self, config: Config, num_classes: int) -> None:
         """Write the settings, and which curves belong together, before the first step.
 
         `SummaryWriter.add_hparams` would start another run in TensorBoard. Stopped and lost runs are in the HPARAMS tab
@@ -214,8 +219,11 @@ class Board:
             for key, value in flat_settings(config).items()
             if key.startswith(_HYPERPARAMETERS)
         }
+        layout = copy.deepcopy(_LAYOUT)
+        if num_classes < TOP5_CLASSES:
+            del layout["training and validation"]["top-5"]
         self._writer._get_file_writer().add_summary(hparams(settings, {})[1])
-        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer.add_custom_scalars(layout)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:

@@ -23,6 +23,7 @@ from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_
 from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
 from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
+from densenet_dist.train.performance import performance
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
@@ -99,6 +100,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         ends_epoch = trainer.steps_left == 1
         with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
+        log_steps(trainer)
         status.advance(trainer.position.global_step)
         if not ends_epoch:  # `fit` saves at the end of the epoch
             save_or_stop(trainer)
@@ -110,8 +112,9 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     totals = trainer.metrics.compute()  # waits for the device: the time below includes its work
     status.enter("validate")  # the phase of all that follows, until the next epoch
     trained, waited = trainer.epoch_time()
-    record = {"epoch": epoch + 1, "lr": first_lr, **{f"train/{key}": totals[key] for key in ("loss", "top1", "top5")}}
-    return record | {"perf/images_per_s": totals["images"] / trained, "perf/data_wait": waited / trained}
+    record = {f"train/{key}": value for key, value in totals.items() if key != "images"}
+    speed = {"perf/images_per_s": totals["images"] / trained, "perf/data_wait": waited / trained}
+    return {"epoch": epoch + 1, "lr": first_lr} | record | speed
 
 
 def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -147,6 +150,15 @@ def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[Step
         with no_sync(trainer.forward) if number < parts else nullcontext():
             results.append(StepResult(*trainer.forward_backward(images, targets, scale), targets))
     return results
+
+
+def log_steps(trainer: Trainer) -> None:
+    """Record the figures of the last ``log.every_steps`` steps if that is due. Waits for the device only then."""
+    every, step = trainer.config.log.every_steps, trainer.position.global_step
+    if every is not None and step % every == 0:
+        figures = trainer.step_figures()
+        if trainer.log is not None:
+            trainer.log.record(figures, step)
 
 
 def save_or_stop(trainer: Trainer) -> None:
@@ -192,6 +204,9 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     if not norms.isfinite().all():
         raise trainer.diverged("norm of the weights", trainer.position.global_step - 1)
     if trainer.context.rank == 0:
+        if trainer.log is not None and trainer.config.log.every_steps is not None:
+            with trainer.context.status.during("save"):
+                trainer.context.run.publish(METRICS_FILE)  # a resumed run needs the lines of the steps before
         trainer.store.save(snapshot)
     trainer.saved_step = trainer.position.global_step
 
@@ -231,6 +246,7 @@ def _end_epoch(
 ) -> None:
     """Record an epoch, save if that is due, and report it."""
     config, context, position = trainer.config, trainer.context, trainer.position
+    record |= performance(trainer, record["perf/images_per_s"])
     record["perf/device_hours"] = trainer.goodput.device_hours
     if log is not None:
         with context.status.during("save"):  # slow storage is not a hang
@@ -278,6 +294,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         "train_seconds": round(trainer.train_time()[0], 3),
         "best": best,
         **metrics,
+        "test/images": round(results.images),
     }
     if log is not None:
         log.record({"epoch": best["epoch"], **metrics}, step)
@@ -294,11 +311,11 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
 
 def _start_log(trainer: Trainer, log: RunLog) -> None:
     """Record and report the configuration, and warn about problems of the log and the data."""
-    config, context, dataset = trainer.config, trainer.context, trainer.dataset
+    config, context, dataset, trainer.log = trainer.config, trainer.context, trainer.dataset, log
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
     report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
-        log.write_board(Board.introduce, config)
+        log.write_board(Board.introduce, config, dataset.num_classes)
     log.track(config, context.note)
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))

@@ -7,28 +7,37 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pydantic import Base64Bytes, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter
+from pydantic import Base64Bytes, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, model_validator
 from torch import Tensor
 
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
+from densenet_dist.model import DenseNet
+from densenet_dist.model.grad_cam import grad_cam
+from densenet_dist.pages.figures import heat_overlay
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import collective
 from densenet_dist.train.ranks import gather_objects, gather_ranks
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 BINS: Final = 15
 """Number of bins of confidence for the calibration."""
 MAX_MISTAKES: Final = 24
+TOP5_CLASSES: Final = 6
+"""With fewer classes every prediction is in the top 5."""
 _IMAGE_SIDE: Final = 128
 _LOSS, _TOP1, _TOP5, _IMAGES = range(4)
 
@@ -46,6 +55,7 @@ class Mistake:
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
         png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
+        heat: the same under a heat map of what speaks for the predicted class (`grad_cam`); None in older runs.
     """
 
     index: int
@@ -54,6 +64,7 @@ class Mistake:
     confidence: float
     label_probability: float
     png: Base64Bytes | None = None
+    heat: Base64Bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +93,8 @@ class TestResults:
 
     Attributes:
         class_names: by label.
-        loss, top1, top5: mean cross-entropy and accuracies in [0, 1] over `images` images.
-        confusion: (classes, classes) int64, images by true class (row) and predicted class (column).
+        loss, top1, top5: mean cross-entropy and accuracies in [0, 1] over `images` images; no top5 below 6 classes.
+        pairs: (n, 3) int64, each pair of a true and a predicted class that occurs, in order, and its number of images.
         calibration: in `BINS` bins.
         mistakes: the `MAX_MISTAKES` with the highest confidence, highest first.
         device: the type of device that computed them.
@@ -94,9 +105,9 @@ class TestResults:
     class_names: tuple[str, ...]
     loss: float
     top1: float
-    top5: float
+    top5: float | None
     images: float
-    confusion: Counts
+    pairs: Counts
     calibration: Calibration
     mistakes: tuple[Mistake, ...]
     device: str
@@ -104,17 +115,45 @@ class TestResults:
     @property
     def metrics(self) -> dict[str, float]:
         """Loss, accuracies and the metrics of `class_metrics`, by name."""
-        counts = np.stack([self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)])
-        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **class_metrics(counts)}
+        top5 = {} if self.top5 is None else {"top5": self.top5}
+        return {"loss": self.loss, "top1": self.top1, **top5, **class_metrics(self.class_counts)}
+
+    @property
+    def class_counts(self) -> Counts:
+        """(3, classes) int64: correct predictions, images, and predictions of each class."""
+        labels, predicted, images = self.pairs.T
+        counts = np.zeros((3, len(self.class_names)), dtype=np.int64)
+        np.add.at(counts[0], labels, images * (labels == predicted))
+        np.add.at(counts[1], labels, images)
+        np.add.at(counts[2], predicted, images)
+        return counts
+
+    @property
+    def confusion(self) -> Counts:
+        """The confusion matrix, (classes, classes) int64: images by true class (row) and predicted class (column)."""
+        matrix = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
+        matrix[self.pairs[:, 0], self.pairs[:, 1]] = self.pairs[:, 2]
+        return matrix
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert(cls, values: Any) -> Any:
+        """Convert the content of an older version's file, which has the whole confusion matrix."""
+        if not isinstance(values, dict) or "confusion" not in values:
+            return values
+        matrix = np.asarray(values["confusion"], dtype=np.int64)
+        if matrix.shape != (len(values["class_names"]),) * 2:
+            raise ValueError("the confusion matrix has another number of classes")
+        return values | {"pairs": np.column_stack([*np.nonzero(matrix), matrix[matrix != 0]])}
 
     def __post_init__(self) -> None:
-        classes, bins = len(self.class_names), self.calibration
-        shapes = [values.shape for values in (self.confusion, bins.images, bins.confidence, bins.accuracy)]
-        labels = [label for mistake in self.mistakes for label in (mistake.label, mistake.predicted)]
-        if shapes != [(classes, classes), (BINS,), (BINS,), (BINS,)] or not set(labels) <= set(range(classes)):
-            raise ValueError("the numbers of classes and bins do not agree")
-        if self.confusion.min(initial=0) < 0 or bins.images.min() < 0:
-            raise ValueError("a number of images is negative")
+        bins, labels = self.calibration, {label for each in self.mistakes for label in (each.label, each.predicted)}
+        if [values.shape for values in (bins.images, bins.confidence, bins.accuracy)] != [(BINS,)] * 3:
+            raise ValueError("the calibration has another number of bins")
+        if self.pairs.shape != (len(self.pairs), 3) or self.pairs.min(initial=0) < 0 or bins.images.min() < 0:
+            raise ValueError("a number of images is negative, or a pair of classes is not complete")
+        if not labels | set(self.pairs[:, :2].flat) <= set(range(len(self.class_names))):
+            raise ValueError("there is no class of that number")
 
 
 class Metrics:
@@ -124,8 +163,9 @@ class Metrics:
         sums: (4,) float64 on the device: summed loss, top-1 hits, top-5 hits, images.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_classes: int) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._num_classes = num_classes
 
     @torch.no_grad()
     def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,10 +189,14 @@ class Metrics:
             self.sums.copy_(gathered.sum(0))
 
     def compute(self) -> dict[str, float]:
-        """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call."""
+        """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call.
+
+        There is no ``top5`` below 6 classes.
+        """
         loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
         count = max(images, 1.0)
-        return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count, "images": images}
+        found = {"loss": loss / count, "top1": top1 / count}
+        return found | ({"top5": top5 / count} if self._num_classes >= TOP5_CLASSES else {}) | {"images": images}
 
 
 class ClassCounts:
@@ -180,16 +224,18 @@ class ClassCounts:
 def class_metrics(counts: Counts) -> dict[str, float]:
     """Return metrics in which every class counts the same, whatever its number of images, as scikit-learn defines them.
 
-    ``balanced_accuracy`` is the mean accuracy of the classes that have images, ``macro_f1`` the mean F1 score of those
-    that have images or predictions; NaN without images.
+    ``balanced_accuracy`` is the mean accuracy of the classes that have images, ``worst_class_accuracy`` the lowest;
+    ``macro_f1`` is the mean F1 score of those that have images or predictions. NaN without images.
 
     Args:
         counts: (3, classes): correct predictions, images, and predictions of each class.
     """
     correct, images, predicted = counts.astype(np.float64)
     found, seen = images > 0, images + predicted > 0
+    accuracies = correct[found] / images[found] if found.any() else np.array([math.nan])
     return {
-        "balanced_accuracy": float(np.mean(correct[found] / images[found])) if found.any() else math.nan,
+        "balanced_accuracy": float(np.mean(accuracies)),
+        "worst_class_accuracy": float(np.min(accuracies)),
         "macro_f1": float(np.mean(2 * correct[seen] / (images + predicted)[seen])) if seen.any() else math.nan,
     }
 
@@ -198,25 +244,24 @@ class ResultsAccumulator:
     """Accumulates `TestResults` over the batches of one rank, then over all ranks.
 
     Attributes:
-        confusion: (classes, classes) int64 on the CPU.
+        pairs: number of images by true and predicted class.
         calibration: (3, `BINS`) float64 on the CPU: images, summed confidence and correct predictions by confidence.
         mistakes: as in `TestResults`, without images.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    def __init__(self) -> None:
+        self.pairs: Counter[tuple[int, int]] = Counter()
         self.calibration = torch.zeros(3, BINS, dtype=torch.float64)
         self.mistakes: list[Mistake] = []
 
     def update(self, logits: Tensor, labels: Tensor, indices: Counts) -> None:
         """Add a batch: logits, (n, classes); labels, (n,) int64; the images' indices in the split, (n,) int64."""
-        classes = len(self.confusion)
-        predicted = logits.topk(min(5, classes), dim=1).indices[:, 0].cpu()  # ties as in `Metrics`
+        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0].cpu()  # ties as in `Metrics`
         probabilities, labels = logits.float().cpu().double().softmax(1).nan_to_num(), labels.cpu()
         confidence, label_probability = (
             probabilities.gather(1, chosen[:, None])[:, 0] for chosen in (predicted, labels)
         )
-        self.confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones_like(labels))
+        self.pairs.update(zip(labels.tolist(), predicted.tolist(), strict=True))
         bins = torch.bucketize(confidence, torch.arange(1, BINS, dtype=torch.float64) / BINS)
         correct = (predicted == labels).double()
         self.calibration.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, correct]))
@@ -229,19 +274,25 @@ class ResultsAccumulator:
 
         `metrics` are those of the same images.
         """
-        for counts in (self.confusion, self.calibration) if dist.is_initialized() else ():
-            on_device = counts.to(device)
+        if dist.is_initialized():
+            on_device = self.calibration.to(device)
             with collective():
                 dist.all_reduce(on_device)
-            counts.copy_(on_device)
-        gathered, self.mistakes = gather_objects(self.mistakes), []
-        self._keep_worst(mistake for mistakes in gathered for mistake in mistakes)
+            self.calibration.copy_(on_device)
+        gathered = gather_objects((self.pairs, self.mistakes))
+        self.pairs, self.mistakes = Counter(), []
+        for pairs, mistakes in gathered:
+            self.pairs.update(pairs)
+            self._keep_worst(mistakes)
         images, confidence, correct = self.calibration.numpy()
         filled = np.maximum(images, 1)
         return TestResults(
             class_names=class_names,
-            **{name: metrics[name] for name in ("loss", "top1", "top5", "images")},
-            confusion=self.confusion.numpy(),
+            loss=metrics["loss"],
+            top1=metrics["top1"],
+            top5=metrics.get("top5"),
+            images=metrics["images"],
+            pairs=np.array([(*pair, count) for pair, count in sorted(self.pairs.items())], dtype=np.int64),
             calibration=Calibration(images.astype(np.int64), confidence / filled, correct / filled),
             mistakes=tuple(self.mistakes),
             device=device.type,
@@ -252,8 +303,10 @@ class ResultsAccumulator:
         del self.mistakes[MAX_MISTAKES:]
 
 
-def add_images(results: TestResults, config: Config, engine: Engine) -> TestResults:
-    """Add the images of the mistakes, read again with the engine of the test split. Only one rank calls it.
+def add_images(results: TestResults, config: Config, engine: Engine, model: DenseNet) -> TestResults:
+    """Add the images of the mistakes, read again with the engine of the test split, and heat maps by the model.
+
+    Only one rank calls it.
 
     Raises:
         DataError: an image can no longer be read.
@@ -261,20 +314,22 @@ def add_images(results: TestResults, config: Config, engine: Engine) -> TestResu
     indices = np.array([mistake.index for mistake in results.mistakes], dtype=np.int64)
     size, geometry = config.train.eval_batch_size, config.data.augment
     loader = EvalLoader(engine, indices, batch_size=size, geometry=geometry)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (engine.mean, engine.std))
-    images: dict[int, bytes] = {}
-    for batch in loader if len(indices) else ():
-        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        pngs = [_png(image.numpy()) for image in pixels.permute(0, 2, 3, 1)]
-        images |= dict(zip(loader.batch_indices.tolist(), pngs, strict=True))
-    mistakes = tuple(replace(mistake, png=images.get(mistake.index)) for mistake in results.mistakes)
-    return replace(results, mistakes=mistakes)
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
     from PIL import Image
 
-    image = Image.fromarray(pixels)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (engine.mean, engine.std))
+    predicted = {mistake.index: mistake.predicted for mistake in results.mistakes}
+    images: dict[int, tuple[bytes, bytes]] = {}
+    for batch in loader if len(indices) else ():
+        pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        found = loader.batch_indices.tolist()
+        heat = grad_cam(model, batch.images, torch.tensor([predicted[index] for index in found])).cpu()
+        for index, image, mask in zip(found, pixels.permute(0, 2, 3, 1).numpy(), heat.numpy(), strict=True):
+            images[index] = _png(Image.fromarray(image)), _png(heat_overlay(image, mask))
+    pairs = [(mistake, *images.get(mistake.index, (None, None))) for mistake in results.mistakes]
+    return replace(results, mistakes=tuple(replace(mistake, png=png, heat=heat) for mistake, png, heat in pairs))
+
+
+def _png(image: Image.Image) -> bytes:
     image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,16 @@ from densenet_dist.train.inputs import (
 from densenet_dist.train.micro_batches import MicroBatches
 from densenet_dist.train.network import autocast, build_model, free_memory, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
+from densenet_dist.train.performance import StepTimer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
 from densenet_dist.train.results import Metrics
 from densenet_dist.train.snapshot import Position, Snapshot, identity_of, load_weights, require_same
 from densenet_dist.train.step_graph import StepGraph
 from densenet_dist.train.time_budget import TimeBudget
+
+if TYPE_CHECKING:
+    from densenet_dist.train.logs import RunLog
 
 
 class Trainer:
@@ -62,6 +66,7 @@ class Trainer:
         saved_step: the global step of the newest checkpoint, known on every rank.
         goodput: how the run spends its time; that of rank 0 is reported.
         budget: on rank 0 estimates the steps for which there is time.
+        log: metrics.jsonl and TensorBoard, on rank 0 of a run.
         step_graph: takes the steps if they are captured as a CUDA graph.
 
     Raises:
@@ -110,7 +115,10 @@ class Trainer:
 
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
-        self.metrics = Metrics(context.device)
+        self.metrics = Metrics(context.device, self.dataset.num_classes)
+        self._logged = Metrics(context.device, self.dataset.num_classes)  # `metrics` at the last `step_figures`
+        self._logged_at = 0.0  # `train_time` then
+        self.log: RunLog | None = None
         self.rank_sync = RankSync(context)
         self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
         self.budget = TimeBudget(train.max_minutes, self.goodput.seconds)
@@ -121,6 +129,8 @@ class Trainer:
         captured = train.cuda_graph and not self.micro_batches.several
         if captured and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
+        self.timer = StepTimer(self.model, context.device, captured=self.step_graph is not None)
+        self.warned_of_slow_rank = False
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.steps_per_epoch)
 
     @property
@@ -178,6 +188,7 @@ class Trainer:
 
         Both are functions of the step, so a resumed run needs no state of a scheduler or random number generator.
         """
+        self.timer.start()
         if self.context.world_size == 1:  # the step may be repeated, see `halve_micro_batch`
             for saved, current in zip(self._statistics_before, self._statistics, strict=True):
                 torch._foreach_copy_(saved, current)
@@ -236,8 +247,22 @@ class Trainer:
         trained, waited = self.train_time()
         return trained - self._epoch_start[0], waited - self._epoch_start[1]
 
+    def step_figures(self) -> dict[str, float]:
+        """Return the ``log.every_steps`` figures of the steps since the last call. A collective call."""
+        difference = self.metrics.sums - self._logged.sums
+        loss, top1, _, images = gather_ranks(difference).sum(0).tolist()  # waits for the device
+        before, self._logged_at = self._logged_at, self.train_time()[0]
+        self._logged.sums.copy_(self.metrics.sums)
+        return {
+            "step/loss": loss / images,
+            "step/top1": top1 / images,
+            "step/lr": self.lr_controller.lr(self.position.global_step - 1),
+            "step/images_per_s": images / (self._logged_at - before),
+        }
+
     def end_step(self) -> None:
         """Update the weight average and move on to the next step."""
+        self.timer.stop()
         step = self.position.global_step
         if self.average is not None:
             self.average.update(step)
@@ -247,7 +272,8 @@ class Trainer:
         """Move on to the next epoch."""
         self.lr_controller.end_epoch(val_loss)
         self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
-        self.metrics = Metrics(self.context.device)
+        self._logged.sums -= self.metrics.sums  # `metrics` starts at 0 again
+        self.metrics = Metrics(self.context.device, self.dataset.num_classes)
         self._epoch_start = self.train_time()
 
     def diverged(self, what: str, step: int) -> TrainingError:
@@ -264,19 +290,23 @@ class Trainer:
 
     def snapshot(self, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
         """Return the current state. A collective call: it contains the running metrics of every rank."""
+        sums = gather_ranks(torch.stack([self.metrics.sums, self._logged.sums], dim=0)).cpu()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "lr_controller": self.lr_controller.state_dict(),
-            "sums": gather_ranks(self.metrics.sums).cpu(),
+            "sums": sums[:, 0].contiguous(),
             "clock": {
                 "seconds": self.train_time()[0],
                 "epoch_time": self.epoch_time(),
+                "logged_at": self._logged_at,
                 "goodput": self.goodput.state_dict(),
             },
             "pictures": digest_of_files(self.dataset),
             "identity": identity_of(self.config, self.dataset),
         }
+        if self.config.log.every_steps is not None:
+            state["logged"] = sums[:, 1].contiguous()
         average = self.average.model.state_dict() if self.average else None
         return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {}, validated)
 
@@ -339,6 +369,8 @@ class Trainer:
         self.goodput.load_state_dict(state["clock"]["goodput"])
         (trained, waited), (epoch_trained, epoch_waited) = self.train_time(), state["clock"]["epoch_time"]
         self._epoch_start = trained - epoch_trained, waited - epoch_waited
+        self._logged.restore(state.get("logged", state["sums"]), self.context.rank, self.context.world_size)
+        self._logged_at = state["clock"]["logged_at"] if "logged" in state else trained
         self.saved_step = snapshot.position.global_step
 
     def _require_feasible(self) -> None:
@@ -366,10 +398,11 @@ class Trainer:
 def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) -> None:
     """Raise a ValueError if a number in a checkpoint's state is impossible. NaN fails each of the comparisons."""
     scaler, sums, clock = state["scaler"], state["sums"], state["clock"]
-    if (sums.dtype, sums.shape[1:], sums.is_contiguous()) != (torch.float64, (4,), True):
-        raise ValueError("the sums of loss, hits and images have another form")
+    for found in (sums, state.get("logged", sums)):
+        if (found.dtype, found.shape[1:], found.is_contiguous()) != (torch.float64, (4,), True):
+            raise ValueError("the sums of loss, hits and images have another form")
     counts = [controller["plateau.waited"], controller["early.waited"], scaler.get("_growth_tracker", 0)]
-    times = [clock["seconds"], *clock["epoch_time"], *clock["goodput"]["seconds"].values()]
+    times = [clock["seconds"], *clock["epoch_time"], clock.get("logged_at", 0.0), *clock["goodput"]["seconds"].values()]
     if not (
         all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
         and all(map(math.isfinite, times))

@@ -42,7 +42,7 @@ def test_worker_killed(lab: Lab) -> None:
     "resumes after the newest complete checkpoint; equal",
 )
 def test_killed_between_checkpoints(lab: Lab) -> None:
-    settings = (*LOCAL, "checkpoint.every_steps=20", "train.epochs=24", "data.limit=1280")
+    settings = (*LOCAL, "checkpoint.every_steps=20", "train.epochs=24", "data.limit=1280", "data.test_limit=1280")
     run = lab.begin(*settings)
     saved = 0
     for step in sorted(lab.random.sample(range(20, 400, 20), 12)):

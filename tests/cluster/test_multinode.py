@@ -19,8 +19,8 @@ from s3_server import bucket
 from densenet_dist.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
-QUICK = ("configs/quickstart.yaml", "cluster.workers=2", "data.limit=640", "train.epochs=2", "model.growth_rate=4",
-         "model.num_layers=[1,1]")  # fmt: skip
+QUICK = ("configs/quickstart.yaml", "cluster.workers=2", "data={limit: 640, test_limit: 640}", "train.epochs=2",
+         "model.growth_rate=4", "model.num_layers=[1,1]")  # fmt: skip
 ENDLESS = (*QUICK, "train.epochs=100000")
 MARKER = secrets.token_hex(16)
 
@@ -138,7 +138,7 @@ def test_hosts_share_an_object_store(hosts, store):
 @pytest.mark.nightly
 def test_a_sweep_on_hosts(hosts, tmp_path):
     cluster, _ = hosts
-    tiny = ("trials=2", "train.epochs=1", "data.limit=200", "scheduler={name: fifo}", "workers=2")
+    tiny = ("trials=2", "train.epochs=1", "data={limit: 200, test_limit: 200}", "scheduler={name: fifo}", "workers=2")
     sweep = ("configs/sweep_quickstart.yaml", *tiny, f"storage={tmp_path}", "name=sweep")
     assert "best trial" in finished(submit(cluster, "tune", *sweep))
     statuses = [trial["status"] for trial in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]]

@@ -47,11 +47,13 @@ class TestFolder:
         toy.write_folder(tmp_path / toy.spec.folder)
         whole, some = (load_dataset("cifar10", tmp_path, download=False, limit=limit) for limit in (None, 30))
         assert (len(some.train.labels), len(some.test.labels)) == (30, 20)
+        assert len(load_dataset("cifar10", tmp_path, download=False, test_limit=7).test.labels) == 7
         assert np.array_equal(some.train.images, whole.train.images[:30])
         assert some.mean == whole.mean
 
-        with pytest.raises(ConfigError, match="limit=0"):
-            load_dataset("cifar10", tmp_path, limit=0)
+        for key in ("limit", "test_limit"):
+            with pytest.raises(ConfigError, match=f"^{key}=0"):
+                load_dataset("cifar10", tmp_path, **{key: 0})
 
     def test_unknown_name(self, tmp_path: Path) -> None:
         for function in (load_dataset, prepare_dataset):

@@ -34,7 +34,7 @@ EPOCH = {
     **{"seconds": 36.4, "many_classes": False, "is_best": True, "global_step": 4928, "total_steps": 63360},
 }
 SUMMARY = {
-    **{"status": "finished", "epochs": 90, "global_step": 63360, "train_seconds": 3723.0},
+    **{"status": "finished", "epochs": 90, "global_step": 63360, "train_seconds": 3723.0, "test/images": 10_000},
     **{"best": {"epoch": 88, "val/top1": 0.9379}, "test/loss": 0.25, "test/top1": 0.931, "test/top5": 0.9987},
 }
 FINISHED = RunSummary("/a b/run", "/a b/run", SUMMARY, 1234.5, 0.87)
@@ -112,7 +112,7 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
     assert [re.split("   +", line.strip()) for line in lines[5:] if line.strip()] == [
         ["finished: run"],
         ["validation top-1  93.79%", "(best, epoch 88)"],
-        ["test top-1", "93.10%", "(top-5 99.87%)"],
+        ["test top-1", "93.10%", "(top-5 99.87%, loss 0.2500, 10,000 images)"],
         ["trained", "90 epochs, 63,360 steps in 1:02:03"],
         ["speed", "1,234 images/s"],
         ["goodput", "87% of the time in productive steps"],

@@ -132,7 +132,7 @@ def test_settings_in_sentences_exist(page):
 
 def smaller(*sources):
     """`load_config` of a run that takes a second."""
-    small = ["data.limit=75", "data.loader=torch", "model.num_layers=[1,1]", "train.epochs=1"]
+    small = ["data.limit=75", "data.test_limit=75", "data.loader=torch", "model.num_layers=[1,1]", "train.epochs=1"]
     return load_config(*sources, *small, "cluster.engine=local", "cluster.device=cpu")
 
 
@@ -174,7 +174,7 @@ def pattern(text: str) -> re.Pattern[str]:
 def test_messages_are_those_of_the_code():
     texts = [text for path in (ROOT / "densenet_dist").rglob("*.py") for text in texts_of(ast.parse(path.read_text()))]
     messages = re.findall(r"^#### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
-    assert len(messages) >= 25
+    assert len(messages) >= 15
     unknown = [message for message in messages if not any(map(pattern(message).search, texts))]
     fillable = [pattern(text) for text in texts if len(text.replace("…", "")) > 20]
     assert [message for message in unknown if not any(each.fullmatch(message) for each in fillable)] == []

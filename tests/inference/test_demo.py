@@ -67,8 +67,11 @@ def test_an_upload_is_classified(address, original):
     picture.save(file, "PNG")
     answer = classify(address, {"path": upload(address, "x.png", file.getvalue())} | META)
     assert answer.startswith("event: complete")
-    (found,) = json.loads(answer.partition("data: ")[2])
-    (wanted,) = load_classifier(original, device="cpu").predict(ImageOps.invert(Image.linear_gradient("L")))
+    found, heat = json.loads(answer.partition("data: ")[2])
+    classifier, image = load_classifier(original, device="cpu"), ImageOps.invert(Image.linear_gradient("L"))
+    (wanted,) = classifier.predict(image)
+    shown = Image.open(io.BytesIO(requests.get(f"{address}/file={heat['path']}", timeout=60).content))
+    assert shown.convert("RGB").tobytes() == classifier.heat_map(image, wanted.top[0].label).tobytes()
     assert [item["label"] for item in found["confidences"]] == [guess.name for guess in wanted.top]
     assert found["confidences"][0]["confidence"] == pytest.approx(wanted.top[0].probability)
 

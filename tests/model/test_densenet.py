@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densenet_dist.model import DenseNet
+from densenet_dist.model.grad_cam import grad_cam
 from densenet_dist.model.variants import densenet
 
 VARIANTS = ["notebook", "densenet_bc", "densenet121"]
@@ -221,3 +222,20 @@ def test_compiles_into_one_graph(variant: str, form: str, drop_rate: float, back
     assert len(actual[1]) == len(list(eager.parameters()))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["reference", "fused"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heat_maps_are_those_of_the_gradient_of_the_whole_network(variant, block):
+    model, labels = small(variant, block=block).eval(), torch.tensor([6, 0, 2, 9])
+    given = images(64 if variant == "densenet121" else 32)
+    found = grad_cam(model, given, labels)
+    reached: list[Tensor] = []
+    model.features.register_forward_hook(lambda _, __, made: made.retain_grad() or reached.append(made))
+    model(given).gather(1, labels[:, None]).sum().backward()
+    (maps,) = reached
+    assert maps.grad is not None
+    heat = (maps.grad.mean((2, 3), keepdim=True) * maps).sum(1).clamp_min(0)
+    assert found.shape == heat.shape
+    assert set(found.amax((1, 2)).tolist()) <= {0, 1}
+    torch.testing.assert_close(found * heat.amax((1, 2), keepdim=True), heat, rtol=1e-3, atol=1e-5)

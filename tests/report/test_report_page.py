@@ -64,6 +64,7 @@ def test_a_run_ends_with_its_page(finished, page_of):
     assert ["denseblock1", "DenseBlock", "(N, 12, 32, 32)", size] in layers
     assert page.pictures[0] == "top-1 accuracy (%) against epoch"
     assert len([picture for picture in page.pictures if "predicted" in picture]) == 24
+    assert len([picture for picture in page.pictures if picture.startswith("heat map of ")]) == 24
     summary = json.loads((finished / "summary.json").read_text())
     results = json.loads((finished / "test_results.json").read_text())
     for name in ("loss", "top1", "top5"):
@@ -74,6 +75,7 @@ def test_a_run_ends_with_its_page(finished, page_of):
     assert environment["packages"]["torch"] in page.text
     assert (environment["git"] or "unknown").partition("+")[0] in page.text
     assert "growth_rate: 4" in page.text
+    assert re.search(r"on 75 images.*images/s, [\d.e-]+ TFLOP/s.*GiB of memory per worker", page.text, re.DOTALL)
     hours = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])["perf/device_hours"]
     assert 0 < hours * 3600 < 600
     assert re.search(rf"{hours:.3g}&nbsp;(worker|GPU)-hours in total", page.text)

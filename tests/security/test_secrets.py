@@ -18,8 +18,8 @@ SECRETS = dict.fromkeys(NAMES, MARKER) | {
     "DATABASE_URL": f"postgres://u:{MARKER}@host/db",
     "MLFLOW_TRACKING_URI": f"https://u:{MARKER}@host",
 }
-QUICK = ("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1, 1]", "data.limit=128",
-         "train.epochs=1", "data.loader=torch")  # fmt: skip
+QUICK = ("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1, 1]",
+         "data={limit: 128, test_limit: 128}", "train.epochs=1", "data.loader=torch")  # fmt: skip
 
 
 def holding(folder: Path, *secrets: str) -> list[str]:

@@ -24,7 +24,7 @@ from ray_runs import CLOCK, is_ray_process, kill_tree, records, weights
 
 TINY = (
     *("model.variant=densenet_bc", "model.growth_rate=4", "model.num_layers=[1,1]", "model.drop_rate=0.1"),
-    *("data.name=shapes", "data.limit=640", "data.loader=torch", "data.prefetch=1"),
+    *("data.name=shapes", "data.limit=640", "data.test_limit=640", "data.loader=torch", "data.prefetch=1"),
     *("train.epochs=6", "train.global_batch_size=64", "train.lr=0.05", "train.ema_decay=0.9"),
     *("checkpoint.every_steps=1", "cluster.device=cpu"),
 )

@@ -20,7 +20,7 @@ import psutil
 
 TINY = """
 model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1}
-data: {name: shapes, limit: 640, loader: torch}
+data: {name: shapes, limit: 640, test_limit: 640, loader: torch}
 train: {epochs: 3, global_batch_size: 64, lr: 0.05, schedule: {name: one_cycle}}
 """
 SWEEP = """
@@ -28,14 +28,15 @@ trials: 4
 scheduler: {name: fifo}
 settings:
   model: {variant: densenet_bc, growth_rate: 4, num_layers: [1, 1], drop_rate: 0.1}
-  data: {name: shapes, limit: 75, prefetch: 1, loader: torch}
+  data: {name: shapes, limit: 75, test_limit: 75, prefetch: 1, loader: torch}
   train: {epochs: 4, global_batch_size: 16, eval_batch_size: 20, lr: 0.05}
 space:
   train.lr: {loguniform: [0.001, 0.5]}
 """
 UNDISTURBED = ("train.epochs=4", "checkpoint.every_steps=4", "data.augment=notebook", "train.ema_decay=0.9")
 """Settings of the run that others are compared with."""
-CLOCK = ("time", "seconds", "perf/", "goodput/")  # what records of two equal runs may differ in
+CLOCK = ("time", "seconds", "perf/", "goodput/", "slowest", "step/images_per_s")
+"""What records of two equal runs may differ in."""
 OF_TRIALS = ("TrialRunner", "ResourceTrainable", "RayTrainWorker", "TrainController", "Coordinator")
 RAY_NOISE = re.compile(r"raylet|\(pid=|WARNING|INFO|ray::|ray\.tune|dashboard|deprecat|Traceback", re.IGNORECASE)
 

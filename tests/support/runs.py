@@ -23,7 +23,7 @@ TINY = {
     "name": "tiny",
     "model": {"variant": "densenet_bc", "growth_rate": 4, "num_layers": [1, 1]},
     # 67 images to train on, 8 to validate with: 4 batches of 16, then one of 3.
-    "data": {"name": "shapes", "limit": 75, "prefetch": 1, "loader": "torch"},
+    "data": {"name": "shapes", "limit": 75, "test_limit": 75, "prefetch": 1, "loader": "torch"},
     "train": {"epochs": 3, "global_batch_size": 16, "eval_batch_size": 20, "lr": 0.05},
     "cluster": {"engine": "local", "device": "cpu"},
 }

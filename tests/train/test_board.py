@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import notes_of, run_of, stop_after, tiny, train, trainer_of
+from runs import notes_of, records, run_of, stop_after, tiny, train, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from densenet_dist import load_run
 from densenet_dist.train.logs import Board
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
-METRICS = ("loss", "top1", "top5", "balanced_accuracy", "macro_f1")
+METRICS = ("loss", "top1", "top5", "balanced_accuracy", "worst_class_accuracy", "macro_f1")
 TAGS = {
     *("train/loss", "train/top1", "train/top5", *(f"{split}/{name}" for split in ("val", "test") for name in METRICS)),
-    *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio"),
+    *("lr", "perf/images_per_s", "perf/data_wait", "perf/device_hours", "goodput/ratio", "perf/tflops"),
+    *("perf/memory_gib", "perf/step_ms_p50", "perf/step_ms_p95", "perf/step_ms_max"),
     *(f"goodput/lost_to_{loss}" for loss in ("start", "wait", "validate", "save", "recovery", "test")),
 }
 BEST = {f"best/{name}" for name in ("epoch", "val_loss", "val_top1", "test_loss", "test_top1")}
@@ -100,7 +102,7 @@ def test_the_settings_are_beside_the_results(done):
 def test_class_names_may_contain_anything(tmp_path):
     labels = torch.arange(300) % 12
     logits = torch.randn(300, 12, generator=torch.Generator().manual_seed(3))
-    accumulator = ResultsAccumulator(12)
+    accumulator = ResultsAccumulator()
     accumulator.update(logits[labels != 5], labels[labels != 5], np.arange(300)[labels != 5])
     names = ("a $x_1$ 猫 \n<b>" * 4, "/../é", *(f"class {label}" for label in range(10)))
     png = io.BytesIO()
@@ -141,3 +143,20 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     assert "the images of the worst mistakes could not be read: no font" in notes
     assert "TensorBoard is incomplete: OSError: no font" in notes
     assert read_test_results(run_of(config)).top1 == run_of(config).read_records()[-1]["test/top1"]
+
+
+def test_the_figures_of_every_so_many_steps_are_those_of_these_steps(tmp_path):
+    each, fourth = (tiny(tmp_path, "train.epochs=2", f"log.every_steps={n}", f"name=every-{n}") for n in (1, 4))
+    train(each), train(fourth)
+    ones, fours = ([line for line in records(config) if "epoch" not in line] for config in (each, fourth))
+    sizes, epochs = np.array([16, 16, 16, 16, 3] * 2), run_of(each).read_records()
+    assert [line["global_step"] for line in ones] == list(range(1, 11))
+    assert len(epochs) == len(load_run(run_of(each).path).history) + 1 == 3
+    for name in ("loss", "top1"):
+        values = np.array([line[f"step/{name}"] for line in ones])
+        for line, part in zip(fours, (slice(4), slice(4, 8)), strict=True):  # across the end of an epoch
+            assert line[f"step/{name}"] == pytest.approx(np.average(values[part], weights=sizes[part]))
+        for record, part in zip(epochs[:2], (slice(5), slice(5, 10)), strict=True):
+            assert record[f"train/{name}"] == pytest.approx(np.average(values[part], weights=sizes[part]))
+    assert [event.step for event in board_of(fourth).Scalars("step/loss")] == [4, 8]
+    assert ones[5]["step/lr"] == epochs[1]["lr"]  # at the start of the second epoch

@@ -22,7 +22,7 @@ from densenet_dist.train.evaluation import evaluate, load_test_results, prepare_
 from densenet_dist.train.inputs import train_and_val
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ["data.name=folder", "data.limit=null", "data.image_size=16", "train.eval_batch_size=7"]
+SETTINGS = ["data.name=folder", "data={limit: null, test_limit: null}", "data.image_size=16", "train.eval_batch_size=7"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,8 @@ def test_the_command_trains_on_a_folder(photos, tmp_path, command):
     assert "\nonly 6 validation images\nonly 7 test images\n" in out
     summary = json.loads((tmp_path / "folder" / "summary.json").read_text())
     assert summary["test/top1"] > 0.6  # of three classes: colour is easy
+    assert not any("top5" in key for key in summary)  # below six classes
+    assert "top-5" not in (tmp_path / "folder" / "report.html").read_text()
     figures = evaluate(tmp_path / "folder")
     assert figures["top1"] == pytest.approx(summary["test/top1"])
     assert figures["images"] == 7

@@ -258,8 +258,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path, 
 @pytest.mark.parametrize(
     ("split", "settings"),
     [
-        ("validation", ["data.limit=18", "train.lr=1e30"]),
-        ("test", ["data.limit=16", "train.lr=1e15", "data.val_fraction=0", "train.epochs=1"]),
+        ("validation", ["data.limit=18", "data.test_limit=18", "train.lr=1e30"]),
+        ("test", ["data.limit=16", "data.test_limit=16", "train.lr=1e15", "data.val_fraction=0", "train.epochs=1"]),
     ],
 )
 def test_a_loss_that_is_not_finite_in_an_evaluation_ends_the_run(tmp_path, split, settings):

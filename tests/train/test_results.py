@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from PIL import Image
 from runs import context_of, run_of, tiny, train
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder
@@ -53,7 +53,8 @@ def test_results_are_those_that_numpy_computes(run):
     confusion = np.zeros((10, 10), dtype=int)
     np.add.at(confusion, (labels, predicted), 1)
     np.testing.assert_array_equal(results.confusion, confusion)
-    scores = {"balanced_accuracy": balanced_accuracy_score(labels, predicted)}
+    recalls = recall_score(labels, predicted, average=None, zero_division=0)
+    scores = {"balanced_accuracy": balanced_accuracy_score(labels, predicted), "worst_class_accuracy": recalls.min()}
     scores["macro_f1"] = f1_score(labels, predicted, average="macro")
     for found_scores in (results.metrics, evaluate(run)):
         assert {name: found_scores[name] for name in scores} == pytest.approx(scores)
@@ -78,7 +79,7 @@ def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
     logits, labels = torch.randn(50, 10, generator=generator), torch.randint(10, (50,), generator=generator)
 
     def metrics_of(targets: torch.Tensor) -> dict[str, float]:
-        metrics = Metrics(torch.device("cpu"))
+        metrics = Metrics(torch.device("cpu"), 10)
         metrics.update(F.cross_entropy(logits, targets, reduction="sum"), logits, targets)
         return metrics.compute()
 
@@ -107,7 +108,12 @@ def test_what_is_stored_is_what_was_computed_and_a_damaged_file_is_named(run, tm
     np.testing.assert_array_equal(stored.confusion, results.confusion)
     np.testing.assert_array_equal(stored.calibration.confidence, results.calibration.confidence)
     text, folder = (run / "test_results.json").read_text(), RunFolder(str(tmp_path), "run")
+    assert summary["test/images"] == stored.pairs[:, 2].sum() == 75
+    older = {key: value for key, value in json.loads(text).items() if key != "pairs"}
+    folder.write("test_results.json", json.dumps(older | {"confusion": results.confusion.tolist()}))
+    np.testing.assert_array_equal(read_test_results(folder).pairs, results.pairs)
     changes = [{"confusion": [[1]]}, {"class_names": 3}, {"top1": "?"}, {"mistakes": [{"index": 0, "label": 99}]}]
+    changes += [{"pairs": [[0, 10, 1]]}, {"pairs": [[0, 1]]}, {"pairs": [[0, 1, -1]]}]
     for damaged in [text[:-9], *(json.dumps(json.loads(text) | change) for change in changes)]:
         folder.write("test_results.json", damaged)
         with pytest.raises(StorageError, match=r"test_results.json is damaged: .*\n  delete it"):

@@ -27,7 +27,7 @@ from densenet_dist.train.snapshot import Position
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [
     *("train.epochs=4", "checkpoint.every_steps=2", "model.drop_rate=0.2", "train.ema_decay=0.9"),
-    *("train.clip_grad_norm=0.5", "train.label_smoothing=0.1"),
+    *("train.clip_grad_norm=0.5", "train.label_smoothing=0.1", "log.every_steps=3"),
     *("train.schedule.name=plateau", "train.schedule.patience=1", "train.schedule.min_delta=0.05"),
     *("train.early_stopping.enabled=true", "train.early_stopping.patience=3", "train.early_stopping.min_delta=0.05"),
 ]
@@ -112,7 +112,7 @@ def test_a_run_that_dies_at_every_checkpoint_equals_one_that_does_not(tmp_path, 
     assert deaths >= 8
     assert_same_run(torn, whole)
     assert {**summary, "train_seconds": 0} == {**expected, "train_seconds": 0}
-    assert len({record["lr"] for record in records(whole)[:-1]}) > 1  # plateau was at work
+    assert len({record["lr"] for record in records(whole)[:-1] if "lr" in record}) > 1  # plateau was at work
 
 
 def _steps_saved(config: Config) -> int:
@@ -132,7 +132,7 @@ def test_a_damaged_line_of_the_record_costs_its_epoch_alone(tmp_path):
 
 
 def test_a_run_on_an_object_store_goes_on(tmp_path, s3):
-    settings = ["train.epochs=2", "checkpoint.every_steps=2"]
+    settings = ["train.epochs=2", "checkpoint.every_steps=2", "log.every_steps=3"]
     whole, torn = tiny(tmp_path, *settings), tiny(s3 % f"/{uuid.uuid4().hex}", *settings)
     train(whole)
     with pytest.raises(Died):
@@ -153,7 +153,7 @@ def fit_ranks(storage: str, settings: list[str], die_after: int) -> dict[str, An
 
 def test_two_ranks_go_on_bit_for_bit(tmp_path):
     settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.ema_decay=0.9", "train.precision=bf16"]
-    settings += ["model.drop_rate=0.2", "train.sync_bn=true", "train.grad_accum_steps=2"]
+    settings += ["log.every_steps=3", "model.drop_rate=0.2", "train.sync_bn=true", "train.grad_accum_steps=2"]
     whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
     first, second = run_ranks(fit_ranks, 2, whole.storage, settings, 0)
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
@@ -165,7 +165,7 @@ def test_two_ranks_go_on_bit_for_bit(tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
-    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.sync_bn=true"]
+    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.sync_bn=true", "log.every_steps=3"]
     whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
     train(whole)
     with pytest.raises(ProcessRaisedException, match="Died"):
@@ -180,7 +180,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_with_it(tmp_path, optimizer):
     """PyTorch's fused optimizers write beyond a momentum buffer that is smaller than its parameter."""
-    config = tiny(tmp_path, f"train.optimizer.name={optimizer}", "train.ema_decay=0.9", "train.precision=fp16")
+    settings = ("train.ema_decay=0.9", "train.precision=fp16", "log.every_steps=9")
+    config = tiny(tmp_path, f"train.optimizer.name={optimizer}", *settings)
     trainer, fresh = trainer_of(config), trainer_of(config)
     train_step(trainer, next(iter(trainer.train_loader.epoch(0))))
     sound = copy.deepcopy(trainer.snapshot())
@@ -191,6 +192,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_w
         (("state", "optimizer", "state"), {0: sound.state["optimizer"]["state"][0]}),
         (("state", "optimizer", "param_groups"), sound.state["optimizer"]["param_groups"][::-1]),
         *((("state", "sums"), value) for value in (-sound.state["sums"], sound.state["sums"][:, :3], None)),
+        (("state", "logged"), sound.state["logged"].float()),
         *((("state", "lr_controller", key), -1.0) for key in ("plateau.waited", "fit.progress", "scale")),
         *((("state", "scaler", key), -1) for key in ("scale", "_growth_tracker")),
         (("state", "clock", "seconds"), None),
