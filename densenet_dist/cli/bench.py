@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from densenet_dist.cli.options import Debug, Sources, load, local_path, require_writable, status, write_json
 from densenet_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from densenet_dist.schema import Config
 
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", help="Comma-separated numbers of images per batch.")]
 Seconds = Annotated[float, typer.Option(min=0.05, help="Duration of each measurement.")]
@@ -21,6 +24,15 @@ Out = Annotated[
 bench_app = typer.Typer(
     help="Measure the speed of a model, the data loaders, or scaling on this machine.", no_args_is_help=True
 )
+
+
+def _load(sources: list[str] | None) -> Config:
+    from densenet_dist.custom import PARTS, names_in
+
+    config = load(sources)
+    if found := next(names_in(config), None):
+        raise ConfigError(f"{PARTS[found[0]].key}: bench measures the parts of this package only, not {found[1]}")
+    return config
 
 
 @bench_app.command("data")
@@ -40,7 +52,7 @@ def bench_data(
         from densenet_dist.bench.data import bench_data as measure
         from densenet_dist.bench.data import print_data
 
-    config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
+    config, sizes = _load(sources), parse_numbers("--batch-sizes", batch_sizes)
     require_writable(out)
     with status("measuring"):
         outcome = measure(config, batch_sizes=sizes, seconds=seconds, rounds=rounds)
@@ -72,7 +84,7 @@ def bench_model(
         from densenet_dist.bench.model import print_model
         from densenet_dist.bench.training_step import VARIANTS
 
-    config, sizes = load(sources), parse_numbers("--batch-sizes", batch_sizes)
+    config, sizes = _load(sources), parse_numbers("--batch-sizes", batch_sizes)
     names = [name.strip() for name in variants.split(",")]
     for name in names:
         if name not in VARIANTS:
@@ -110,7 +122,7 @@ def bench_scaling(
         from densenet_dist.bench.scaling import MODES, print_scaling
         from densenet_dist.bench.scaling import bench_scaling as measure
 
-    config, counts = load(sources), parse_numbers("--workers", workers)
+    config, counts = _load(sources), parse_numbers("--workers", workers)
     modes = MODES if mode == "both" else (mode,)
     require_writable(out)
     with status("preparing") as shown:

@@ -24,15 +24,17 @@ _RESUME_MAY_CHANGE = (
 )
 
 
-def resume_config(run: RunFolder, overrides: list[str]) -> Config:
+def resume_config(run: RunFolder, overrides: list[str], *, trust: bool = False) -> Config:
     """Return the configuration of an existing run with changes that a resumed run may make.
+
+    With `trust`, the custom parts that the run names may be imported.
 
     Raises:
         StorageError: the configuration cannot be read.
         ConfigError: an override changes a setting that must stay the same.
     """
     path = run.fetch(CONFIG_FILE)
-    before, after = load_config(path), load_config(path, *overrides)
+    before, after = load_config(path, trust=trust), load_config(path, *overrides, trust=trust)
     # The folder may have been moved or mounted elsewhere since.
     after = replace(after, storage=run.storage, name=run.name)
     allowed, refused = _changes(before, after)
@@ -61,7 +63,7 @@ def _extends(before: Config, after: Config) -> bool:
 
 def extend_config(run: RunFolder, config: Config) -> None:
     """Write the number of epochs to the run's config.yaml if the resumed run has more than before."""
-    began = load_config(run.fetch(CONFIG_FILE))
+    began = load_config(run.fetch(CONFIG_FILE), trust=False)
     if _extends(began, config):
         run.write(CONFIG_FILE, to_yaml(replace(began, train=replace(began.train, epochs=config.train.epochs))))
 
@@ -79,7 +81,7 @@ def _changes(before: Config, after: Config) -> tuple[list[str], list[str]]:
 
 def report_changes(run: RunFolder, config: Config, listener: Callable[[Event], None]) -> None:
     """Report the settings that differ from the run's config.yaml in a note."""
-    began = load_config(run.fetch(CONFIG_FILE))
+    began = load_config(run.fetch(CONFIG_FILE), trust=False)
     allowed, refused = _changes(replace(began, storage=config.storage, name=config.name), config)
     if allowed or refused:
         text = "\n  ".join(["settings changed since the run began:", *allowed, *refused])
@@ -90,6 +92,6 @@ def is_finished(run: RunFolder, config: Config) -> bool:
     """Return whether the run finished with this configuration, except for settings that a resumed run may change."""
     if not run.exists(SUMMARY_FILE):
         return False
-    began = load_config(run.fetch(CONFIG_FILE))
+    began = load_config(run.fetch(CONFIG_FILE), trust=False)
     _refuse_early_stop(run, began, config)
     return not _changes(began, config)[1] and not _extends(began, config)
