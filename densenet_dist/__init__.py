@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from densenet_dist.cluster.result import load_run as load_run
     from densenet_dist.cluster.sweep import tune as tune
     from densenet_dist.config import load_config as load_config
+    from densenet_dist.custom import Callback as Callback
+    from densenet_dist.data.datasets import Dataset as Dataset
+    from densenet_dist.data.image_files import Split as Split
     from densenet_dist.inference.classifier import Classifier as Classifier
     from densenet_dist.inference.classifier import load_classifier as load_classifier
     from densenet_dist.inference.exporting import export as export
     from densenet_dist.model import DenseNet as DenseNet
     from densenet_dist.report.summary import summary as summary
+    from densenet_dist.schedules import ScheduleState as ScheduleState
     from densenet_dist.schema import Config as Config
     from densenet_dist.sweep.definition import load_sweep as load_sweep
     from densenet_dist.sweep.results import SweepResult as SweepResult
@@ -35,10 +39,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
+    "Callback": "custom",
     "Classifier": "inference.classifier",
     "Config": "schema",
+    "Dataset": "data.datasets",
     "DenseNet": "model",
     "Result": "cluster.result",
+    "ScheduleState": "schedules",
+    "Split": "data.image_files",
     "SweepResult": "sweep.results",
     "build_model": "train.network",
     "evaluate": "train.evaluation",

@@ -11,17 +11,19 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, make_dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from densenet_dist import yaml_settings
+from densenet_dist import custom, yaml_settings
 from densenet_dist.conflicts import conflicts
 from densenet_dist.credentials import held_credentials
 from densenet_dist.errors import ConfigError
-from densenet_dist.schema import Config
+from densenet_dist.schema import STRICT, Config, OptionsConfig
 from densenet_dist.yaml_settings import flatten, is_override, merge, nest, read_override, read_yaml
 
 T = TypeVar("T")
@@ -43,15 +45,18 @@ class Settings(Generic[T]):
     Args:
         kind: a pydantic dataclass, every field with a default.
         conflicts: yields a message for each combination of settings that cannot work together.
+        keys: nested keys of all settings, if not every field has a default.
 
     Attributes:
         adapter: pydantic's type adapter, which has the JSON schema of all settings.
     """
 
-    def __init__(self, kind: type[T], conflicts: Callable[[T], Iterable[str]]) -> None:
+    def __init__(
+        self, kind: type[T], conflicts: Callable[[T], Iterable[str]], keys: dict[str, Any] | None = None
+    ) -> None:
         self.adapter = TypeAdapter(kind)
         self._conflicts = conflicts
-        self._defaults = self.to_dict(kind())
+        self._defaults = self.to_dict(kind()) if keys is None else keys
 
     def validate(self, values: Mapping[str, Any], *, combinations: bool = True) -> T:
         """Convert nested plain values to settings, with defaults for the rest.
@@ -119,6 +124,8 @@ class Settings(Generic[T]):
         in_group = isinstance(_at(self._defaults, path[:-1]), dict)
         if in_group and kind in ("unexpected_keyword_argument", "extra_forbidden"):
             return self._unknown(path)
+        if in_group and kind == "missing":
+            return f"{_dotted(path)}: has no default; set it"
         shown = "null" if value is None else f"{value!r} ({type(value).__name__})"
         if len(shown) > 70:
             shown = f"{shown[:50]}... ({type(value).__name__})"
@@ -173,15 +180,71 @@ def _all_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 SETTINGS: Final = Settings(Config, conflicts)
-validate, to_dict = SETTINGS.validate, SETTINGS.to_dict
+to_dict = SETTINGS.to_dict
 
 
-def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
+def validate(values: Mapping[str, Any], *, combinations: bool = True) -> Config:
+    """Do what `Settings.validate` does, and check and complete the options of custom parts that may be imported."""
+    config = SETTINGS.validate(values, combinations=combinations)
+    named = list(custom.names_in(config))
+    given = dict(vars(config.options))
+    unknown = {part for part, name in named if not custom.is_allowed(name)}  # in another person's run: not imported
+    parts = {part: tuple(name for other, name in named if other == part) for part in given if part not in unknown}
+    if not named and not any(given.values()):
+        return config
+    for part, names in parts.items():
+        if given[part] and not names:
+            key = custom.PARTS[part].key
+            raise ConfigError(
+                f"options.{part}: {key}={custom.value_at(config, key) or '[]'} has no options; remove them"
+            )
+    functions = tuple((part, name, custom.load(part, name)) for part, names in parts.items() for name in names)
+    if functions:
+        for name in parts.get("callbacks", ()):
+            given["callbacks"] = {custom.short_name(name): {}, **given["callbacks"]}
+        checked = _options_of(functions).validate({"options": {part: given[part] for part, *_ in functions}})
+        given |= _options_of(functions).to_dict(checked)["options"]
+    return replace(config, options=OptionsConfig(**given))
+
+
+@lru_cache(maxsize=64)
+def _options_of(functions: tuple[tuple[str, str, custom.Function], ...]) -> Settings[Any]:
+    """Return the settings ``options`` for these functions, each with its part and its name."""
+    sections: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
+    for part, name, function in functions:
+        kind = custom.options_type(part, function)
+        known = dict.fromkeys(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+        if part == "callbacks":
+            sections.setdefault(part, {})[custom.short_name(name)] = kind
+            keys.setdefault(part, {})[custom.short_name(name)] = known
+        else:
+            sections[part], keys[part] = kind, known
+    return Settings(
+        _group({"options": _group({part: _group(found) for part, found in sections.items()})}),
+        lambda _: (),
+        {"options": keys},
+    )
+
+
+def _group(fields: Any) -> type[Any]:
+    """Make a dataclass of settings whose fields have these types; a type is returned as it is."""
+    if isinstance(fields, type):
+        return fields
+    return make_dataclass(
+        "Group", [(*each, field()) for each in fields.items()], namespace={"__pydantic_config__": STRICT}
+    )
+
+
+def load_config(*sources: str | Path | Mapping[str, Any] | Config, trust: bool = True) -> Config:
     """Merge `sources` over the defaults, left to right, and validate the result.
 
     Args:
         sources: paths of YAML files; ``dotted.key=value`` strings with YAML values; mappings, nested or with dotted
-            keys; or complete configurations. If none sets ``name``, it is the stem of the last file.
+            keys, and with functions or classes for custom parts (docs/extending.md); or complete configurations. If
+            none sets ``name``, it is the stem of the last file.
+        trust: whether custom parts that files and mappings name may be imported, which runs their code. Those of
+            complete configurations may if they could before, those of strings and functions always.
 
     Raises:
         ConfigError: listing every problem, one per line.
@@ -195,21 +258,42 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config) -> Config:
         Traceback (most recent call last):
         densenet_dist.errors.ConfigError: train.epoch: unknown key; did you mean train.epochs?
     """
-    merged: dict[str, Any] = {}
+    return validate(merged(*sources, trust=trust))
+
+
+def merged(*sources: str | Path | Mapping[str, Any] | Config, trust: bool = True) -> dict[str, Any]:
+    """Merge sources to nested values, without the defaults; arguments and errors are those of `load_config`."""
+    values: dict[str, Any] = {}
     name: dict[str, str] = {}
     for source in sources:
+        trusted = trust
         if isinstance(source, Config):
-            layer = to_dict(source)
+            layer, trusted = to_dict(source), False
         elif isinstance(source, Mapping):
             layer = nest(source)
+            custom.take_objects(layer)
         elif is_override(source):
-            layer = read_override(str(source))
+            layer, trusted = read_override(str(source)), True
         else:
             layer = read_yaml(source)
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
-        merge(merged, layer)
-    return validate(name | merged)
+        if trusted:
+            custom.allow(found for _, found in custom.names_in(layer))
+        _drop_options(values, layer)
+        merge(values, layer)
+    return name | values
+
+
+def _drop_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Drop the options of parts from `values` that `layer` replaces by others."""
+    for part, (key, _) in custom.PARTS.items():
+        old, new = custom.value_at(values, key), custom.value_at(layer, key)
+        options = custom.value_at(values, f"options.{part}")
+        if old is None or new in (None, old) or not isinstance(options, dict):
+            continue
+        kept = map(custom.short_name, new) if part == "callbacks" and isinstance(new, list) else ()
+        values["options"][part] = {each: options[each] for each in kept if each in options}
 
 
 def limits_of_test(values: Mapping[str, Any]) -> list[str]:
@@ -223,9 +307,9 @@ def limits_of_test(values: Mapping[str, Any]) -> list[str]:
     return [f"data.test_limit={json.dumps(data['limit'], default=str)}"]
 
 
-def load_run_config(path: str | Path, *overrides: str) -> Config:
-    """Load the config.yaml of a run, of any version, with changes; errors are those of `load_config`."""
-    return load_config(path, *limits_of_test(read_yaml(path)), *overrides)
+def load_run_config(path: str | Path, *overrides: str, trust: bool = False) -> Config:
+    """Load the config.yaml of a run, of any version, with changes; `trust` and errors are those of `load_config`."""
+    return load_config(path, *limits_of_test(read_yaml(path)), *overrides, trust=trust)
 
 
 def name_of_file(path: str | Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from densenet_dist.schema import PRETRAINED, Config, TrainConfig
+from densenet_dist.custom import is_custom, short_name
+from densenet_dist.schema import PRETRAINED, Config, ModelConfig, TrainConfig
 
 
 def validation_conflicts(train: TrainConfig) -> Iterator[str]:
@@ -15,14 +16,36 @@ def validation_conflicts(train: TrainConfig) -> Iterator[str]:
         yield f"data.val_fraction: there are no validation images, but {what} needs the validation loss"
 
 
+def _custom_conflicts(config: Config) -> Iterator[str]:
+    """Yield a message for each setting that a custom part does not have."""
+    train, model, builtin = config.train, config.model, ModelConfig()
+    if is_custom(model.variant):
+        for key, value in model.network.items():
+            if key != "variant" and value != getattr(builtin, key):
+                yield f"model.{key}: is a setting of DenseNets; {model.variant} has those under options.model"
+        for key in ("freeze", "head_lr"):
+            if getattr(train, key) not in ((), None):
+                yield f"train.{key}: needs a DenseNet, not model.variant={model.variant}"
+    if is_custom(train.loss) and (train.label_smoothing or train.class_weights is not None):
+        key = "label_smoothing" if train.label_smoothing else "class_weights"
+        yield f"train.{key}: is for train.loss=cross_entropy; do it in {train.loss}"
+    if train.cuda_graph and (names := [*filter(is_custom, (model.variant, train.loss, train.optimizer.name))]):
+        yield f"train.cuda_graph: {names[0]} may not work in a CUDA graph; leave it at false"
+    short = [short_name(name) for name in config.callbacks]
+    if len(set(short)) < len(short):
+        yield f"callbacks: {', '.join(short)}: each needs a function name of its own, by which it has its options"
+
+
 def conflicts(config: Config) -> Iterator[str]:
     """Yield a message for each combination of settings that cannot work together."""
     train, data, schedule = config.train, config.data, config.train.schedule
+    yield from _custom_conflicts(config)
     if config.model.pretrained and config.model.variant not in PRETRAINED:
         yield f"model.pretrained: choose model.variant={', '.join(PRETRAINED)}; {config.model.variant} has no weights"
     if config.model.pretrained and config.model.weights is not None:
         yield "model.pretrained: model.weights is given as well; remove one of them"
-    if data.image_size is not None and data.name != "folder":
+    own_images = data.name == "folder" or is_custom(data.name)
+    if data.image_size is not None and not own_images:
         yield f"data.image_size: is for data.name=folder; the images of {data.name} have 32 pixels a side"
     if data.flip == "alternating" and data.augment == "none":
         yield "data.flip: alternating changes nothing with data.augment=none; choose crop_flip, for example"
@@ -34,7 +57,7 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "train.class_weights: at least one must be above 0"
     if data.cutout > data.side:
         yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
-    if data.val_fraction == 0 and data.name != "folder":
+    if data.val_fraction == 0 and not own_images:
         yield from validation_conflicts(train)
     if schedule.name == "multistep" and list(schedule.milestones) != sorted(set(schedule.milestones)):
         yield f"train.schedule.milestones: must be strictly increasing, not {list(schedule.milestones)}"

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from densenet_dist.cluster.connection import address_of, connected
 from densenet_dist.credentials import without_credentials
+from densenet_dist.custom import is_custom
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.dali_loader import PACKAGE as DALI_PACKAGE
 from densenet_dist.data.dali_loader import dali_installed, dali_version, require_dali
@@ -157,7 +158,7 @@ def _storage(config: Config) -> Finding:
 
 def _data(config: Config) -> Finding:
     name, root = config.data.name, config.data.root
-    if name in GENERATED:
+    if name in GENERATED or is_custom(name):
         return Finding("ok", f"{name} is generated when used")
     if is_uri(root):
         return _data_on_store(config)

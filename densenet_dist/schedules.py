@@ -1,6 +1,6 @@
 """Learning-rate schedules by name: closed formulas of the step.
 
-To add one, add a function with `schedule`: its name becomes a value of ``train.schedule.name``, and its keyword
+A function with `schedule` has its name as a value of ``train.schedule.name``, and its keyword
 arguments are settings of ``train.schedule``.
 """
 

@@ -9,10 +9,11 @@ import os
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from densenet_dist import custom
 from densenet_dist.schedules import SCHEDULES
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -50,6 +51,12 @@ def _form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+CustomName: TypeAlias = Annotated[
+    str,
+    _form(custom.NAME.pattern, "package.module:function (docs/extending.md)"),
+    WithJsonSchema({"type": "string", "pattern": f"^{custom.NAME.pattern}$"}),
+]
+"""The name of a custom part."""
 PRETRAINED = ("densenet121", "densenet161", "densenet169", "densenet201")
 """Variants with weights published by torchvision."""
 EnvVariable: TypeAlias = Annotated[str, _form(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE")]
@@ -62,10 +69,12 @@ ResourceAmount: TypeAlias = Annotated[
 class ModelConfig:
     """The DenseNet. Settings that are null take the variant's values."""
 
-    variant: Literal[
-        "notebook", "densenet", "densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"
-    ] = "notebook"
-    """notebook: the Keras notebook's; densenet, densenet_bc: the paper's networks for CIFAR; others: torchvision's."""
+    variant: (
+        Literal["notebook", "densenet", "densenet_bc", "densenet121", "densenet161", "densenet169", "densenet201"]
+        | CustomName
+    ) = "notebook"
+    """notebook: the Keras notebook's; densenet, densenet_bc: the paper's networks for CIFAR; others: torchvision's; or
+    your own model (docs/extending.md), which has its settings under options.model."""
     growth_rate: Count | None = None
     """Feature maps each layer adds (k in the paper)."""
     num_layers: Count | tuple[Count, ...] | None = None
@@ -95,9 +104,9 @@ class ModelConfig:
 class DataConfig:
     """The images, their augmentation and loading."""
 
-    name: Literal["shapes", "cifar10", "cifar100", "folder"] = "shapes"
+    name: Literal["shapes", "cifar10", "cifar100", "folder"] | CustomName = "shapes"
     """shapes: generated images; cifar10, cifar100: downloaded if they are not in root; folder: your own images in root,
-    with a folder for each class, or such folders in train and test (and val)."""
+    with a folder for each class, or such folders in train and test (and val); or your own data set as a function."""
     root: PathOrUri = "data"
     """Folder of the data sets, relative to the working directory; or an object store, s3://bucket/path (credentials
     from the environment), from which each node copies the data set once to its cache ($DENSENET_DIST_CACHE, else
@@ -117,9 +126,9 @@ class DataConfig:
     sampler: Literal["uniform", "balanced"] = "uniform"
     """uniform: every training image once per epoch; balanced: as many images, the same number of every class: images of
     small classes several times, with different augmentation."""
-    augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] = "crop_flip"
+    augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] | CustomName = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
-    of random size and shape, resized, flip."""
+    of random size and shape, resized, flip; or your own function."""
     flip: Literal["random", "alternating"] = "random"
     """random: at random in each epoch; alternating: at random in the first epoch, then alternately, so that two epochs
     show each image both ways, which helps short runs."""
@@ -136,7 +145,8 @@ class DataConfig:
     """alpha likewise, for a box of one image pasted into the other (1 in the paper); with both, half of the images get
     each; 0: off."""
     image_size: Annotated[int, Field(ge=8, le=10**9)] | None = None
-    """folder: side in pixels of the square images after cropping and resizing; null: 224."""
+    """Side in pixels of the square images. folder: after cropping and resizing; null: 224. Of your own data set: as it
+    returns them; null: 32."""
     on_bad_image: Literal["error", "skip"] = "error"
     """folder: error: unreadable images end the run with a list of them; skip: they are left out. The run always ends if
     no image of a class, or none of the validation images, can be read."""
@@ -157,15 +167,15 @@ class DataConfig:
     @property
     def side(self) -> int:
         """Side of the square images in pixels."""
-        return (self.image_size or 224) if self.name == "folder" else 32
+        return self.image_size or (224 if self.name == "folder" else 32)
 
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """The optimizer."""
 
-    name: Literal["adam", "adamw", "sgd"] = "sgd"
-    """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum."""
+    name: Literal["adam", "adamw", "sgd"] | CustomName = "sgd"
+    """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum; or your own."""
     momentum: Probability = 0.9
     """SGD only."""
     nesterov: bool = True
@@ -184,8 +194,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over the run. Epochs may be fractions, except for plateau."""
 
-    name: ScheduleName = "cosine"
-    """multistep with milestones [50, 75] and gamma 0.1 is the notebook's step function."""
+    name: ScheduleName | CustomName = "cosine"
+    """multistep with milestones [50, 75] and gamma 0.1 is the notebook's step function. Or your own function."""
     warmup_epochs: NonNegative = 0.0
     """Epochs of linear warm-up from warmup_start * lr to lr, before the schedule itself (not for one_cycle)."""
     warmup_start: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -263,6 +273,8 @@ class TrainConfig:
     """Maximum L2 norm of all gradients together; null: no clipping."""
     class_weights: Literal["balanced"] | tuple[NonNegative, ...] | None = None
     """Weights of the classes in the training loss; balanced: inversely proportional to their numbers of images."""
+    loss: Literal["cross_entropy"] | CustomName = "cross_entropy"
+    """The training loss: cross_entropy, or your own function. Evaluations report the cross-entropy."""
     label_smoothing: Probability = 0.0
     """Share of the target that is distributed evenly over all classes."""
     ema_decay: Probability | None = None
@@ -407,6 +419,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class OptionsConfig:
+    """The options of custom parts: the keyword-only arguments of their functions, such as options.loss.gamma=2."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Of model.variant."""
+    dataset: dict[str, Any] = Field(default_factory=dict)
+    """Of data.name."""
+    augmentation: dict[str, Any] = Field(default_factory=dict)
+    """Of data.augment."""
+    loss: dict[str, Any] = Field(default_factory=dict)
+    """Of train.loss."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Of train.optimizer.name."""
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    """Of train.schedule.name."""
+    callbacks: dict[str, Any] = Field(default_factory=dict)
+    """Of callbacks, by the name of the function: options.callbacks.Print.every=10."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """The configuration of a run."""
 
@@ -423,3 +455,6 @@ class Config:
     cluster: ClusterConfig = ClusterConfig()
     fault: FaultConfig = FaultConfig()
     log: LogConfig = LogConfig()
+    callbacks: tuple[CustomName, ...] = ()
+    """Your own callbacks, each package.module:Class (docs/extending.md)."""
+    options: OptionsConfig = OptionsConfig()

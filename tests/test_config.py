@@ -114,7 +114,10 @@ def test_the_yaml_reads_back_to_an_equal_configuration(tmp_path, sources):
         ("data.root=no", "data.root: Input should be a valid string; got False (bool); put text in quotes"),
         ("train={optimizer.name: sgd, optimizer: {name: adam}}", "the key 'train.optimizer.name' is given twice"),
         ("train.epochs=2.0", "train.epochs: Input should be a valid integer; got 2.0 (float)"),
-        ("data.name=mnist", "data.name: Input should be 'shapes', 'cifar10', 'cifar100' or 'folder'; got 'mnist'"),
+        (
+            "data.name=mnist",
+            "data.name: Input should be 'shapes', 'cifar10', 'cifar100' or 'folder' or package.module:function",
+        ),
         ("cluster.workers=two", "cluster.workers: Input should be a valid integer or an object or 'auto'; got 'two'"),
         ("model.num_layers=[2, 0]", "model.num_layers[1]: Input should be greater than or equal to 1; got 0 (int)"),
         ("name=../up", "name: String should match pattern"),

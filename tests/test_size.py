@@ -4,9 +4,9 @@ import runpy
 from pathlib import Path
 
 LIMITS = {
-    "lines of densenet_dist": 20_700,
+    "lines of densenet_dist": 21_900,
     "lines of the training loop": 120,
-    "lines of tests": 15_700,
+    "lines of tests": 16_000,
     "words of README.md": 1_400,
     "words of docs without the log": 15_000,
 }

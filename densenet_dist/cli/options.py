@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -64,18 +64,28 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings a
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write one JSON object per line (docs/commands.md), including errors.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Import the custom parts that the folder or export names. Their code runs, so check it first."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def load(sources: list[str] | None, start_from: RunFolder | None = None) -> Config:
-    """Load the configuration from a command's arguments, for a new run from the weights of `start_from` if given."""
+def load(sources: list[str] | None, start_from: RunFolder | None = None, trust: bool = False) -> Config:
+    """Load the configuration from a command's arguments, for a new run from the weights of `start_from` if given.
+
+    With `trust`, custom parts that the configuration of `start_from` names may be imported.
+    """
     from densenet_dist.config import load_config  # takes 0.2 s, which --help and completion need not wait for
 
-    changes = {}
+    changes: dict[str, Any] = {}
+    trusted = True
     if start_from is not None:
         changes = {"model": {"weights": start_from.location, "pretrained": False}}
         if all(is_override(source) and not is_uri(source) for source in sources or ()):
-            sources = [str(start_from.fetch("config.yaml")), *(sources or ())]
+            sources, trusted = [str(start_from.fetch("config.yaml")), *(sources or ())], trust
     if not sources:
         raise ConfigError(
             "name a configuration, such as quickstart (or --resume RUN to resume a run)\n"
@@ -85,7 +95,7 @@ def load(sources: list[str] | None, start_from: RunFolder | None = None) -> Conf
     sources = [str(fetch_file(source)) if is_uri(source) else source for source in sources]
     for source in filter(is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file\n  run its trials: densenet-dist tune {source}")
-    return load_config(*sources, changes)
+    return load_config(*sources, changes, trust=trusted)
 
 
 def is_sweep(source: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, local_path, require_writable, status
+from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, Trust, local_path, require_writable, status
 from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import ConfigError, DataError
 
@@ -27,6 +27,7 @@ def evaluate(
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images to evaluate.")] = "test",
     checkpoint: Checkpoint = "best",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Evaluate a checkpoint of a run: loss, accuracies and macro F1.
@@ -40,7 +41,9 @@ def evaluate(
 
     notify = partial(typer.echo, err=True)
     with status("evaluating"):
-        found = evaluate_run(run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()), notify=notify)
+        found = evaluate_run(
+            run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()), notify=notify, trust=trust
+        )
     if as_json:
         typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **found}))
     else:
@@ -81,6 +84,7 @@ def report(
             metavar="DIR", help="The folder of data sets, if it has moved since training.", show_default=False
         ),
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Write the report of a run, or a comparison of several: one HTML file, with figures beside it.
@@ -98,8 +102,9 @@ def report(
     with status("loading PyTorch"):
         from densenet_dist.report.page import write_report
     overrides = () if root is None else (f"data.root={json.dumps(root, ensure_ascii=False)}",)
+    notify = partial(typer.echo, err=True)
     with status("writing the report"):
-        written = write_report(runs, path, evaluate=evaluate, overrides=overrides, notify=partial(typer.echo, err=True))
+        written = write_report(runs, path, evaluate=evaluate, overrides=overrides, notify=notify, trust=trust)
     typer.echo(f"report: {written}")
 
 
@@ -120,6 +125,7 @@ def predict(
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto uses a GPU if there is one.")] = "auto",
     checkpoint: Checkpoint = "best",
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Classify images of any size: JPEG, PNG, WebP, AVIF, BMP, GIF, ICO, JPEG 2000, PPM, PSD, TIFF.
@@ -134,7 +140,7 @@ def predict(
         from densenet_dist.inference.classifier import load_classifier
         from densenet_dist.inference.images import Unreadable, find
 
-    classifier = load_classifier(model, checkpoint=checkpoint, device=device)
+    classifier = load_classifier(model, checkpoint=checkpoint, device=device, trust=trust)
     started = time.perf_counter()
     good = bad = 0
     for item in classifier.stream(find(images), top=top, batch_size=batch_size, tta=tta):
@@ -192,6 +198,7 @@ def export(
     check: Annotated[
         bool, typer.Option(help="Load the file again and compare it on test images; needs the data set.")
     ] = True,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Export a trained model to one file, with class names and preprocessing, and check it.
@@ -211,6 +218,7 @@ def export(
             precision=precision,
             check=check,
             overrides=tuple(settings or ()),
+            trust=trust,
         )
     typer.echo(f"{made.path}: {made.bytes:,} bytes, {made.format}, {made.header.precision}")
     if (found := made.check) is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, complete_name, load, only_settings, status
+from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, Trust, complete_name, load, only_settings, status
 from densenet_dist.errors import ConfigError, Interrupted, TrainingError
 
 
@@ -31,6 +31,7 @@ def train(
             help="Start a new run from the best weights of this run, with its configuration if no other is given.",
         ),
     ] = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -55,9 +56,9 @@ def train(
             if resume is not None and start_from is not None:
                 raise ConfigError("--resume continues a run and --from starts a new one; give one of them")
             if resume is None:
-                config = load(sources, None if start_from is None else open_run(start_from))
+                config = load(sources, None if start_from is None else open_run(start_from), trust)
             else:
-                config = resume_config(open_run(resume), only_settings(sources))
+                config = resume_config(open_run(resume), only_settings(sources), trust=trust)
             if config.cluster.engine == "local" and os.environ.get("RANK") not in (None, "", "0"):  # torchrun
                 console.mute()
             location = join_location(config.storage, config.name)
@@ -89,6 +90,7 @@ def tune(
             help="Resume this sweep: its folder, or its name in runs/. trials=N extends it.",
         ),
     ] = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -118,7 +120,7 @@ def tune(
                 from densenet_dist.cluster.sweep import open_sweep
                 from densenet_dist.cluster.sweep import tune as run_sweep
             if resume is not None:
-                sweep = open_sweep(resume, *sources or ())
+                sweep = open_sweep(resume, *sources or (), trust=trust)
                 folder = sweep.folder
             result = run_sweep(sweep, resume=resume is not None, listener=console)
         except KeyboardInterrupt as interrupt:

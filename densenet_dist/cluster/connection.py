@@ -23,6 +23,11 @@ DRIVER_ENV = {
     "RAY_worker_niceness": "0",  # Ray: 15
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # reported as an event when the workers are restarted
 }
+EXCLUDED = (
+    *("/data/", "/runs/", ".venv/", ".git/", "__pycache__/", "*.pyc"),
+    *(".env", ".env.*", ".netrc", ".aws/", ".ssh/", "*.pem", "*.key"),  # all users of the cluster can read the files
+)
+"""What is not uploaded with a working directory, besides what .gitignore and .rayignore name."""
 _RESPONSE_TIMEOUT_S = 10.0
 # An HTTP/2 frame of type 4, which both sides send first (RFC 9113).
 _HTTP2_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -30,8 +35,10 @@ _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS
 
 
 @contextmanager
-def connected(config: ClusterConfig) -> Iterator[bool]:
+def connected(config: ClusterConfig, *, ships_code: bool = False) -> Iterator[bool]:
     """Connect to a cluster, or start a private one, until the context ends; yield whether it is private.
+
+    With `ships_code`, the working directory is uploaded to a cluster that is joined, where workers import from it.
 
     Raises:
         EnvironmentProblem: the cluster cannot be reached or started.
@@ -60,6 +67,10 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
             ray.init(
                 address=address or "local",
                 include_dashboard=False if own else None,
+                # A submitted job may have one already, which cannot be replaced.
+                runtime_env={"working_dir": ".", "excludes": list(EXCLUDED)}
+                if ships_code and not own and '"working_dir"' not in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+                else None,
                 logging_level="ERROR",
                 log_to_driver=False,
             )

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
 from densenet_dist.cluster.resuming import extend_config, is_finished, report_changes
 from densenet_dist.cluster.signals import handled_by
-from densenet_dist.config import to_yaml
+from densenet_dist.config import load_config, to_yaml
+from densenet_dist.custom import PARTS, Function, is_custom
 from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.lease import LEASE_FILE, Lease, hold
@@ -38,14 +39,33 @@ from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
-from densenet_dist.train.micro_batches import PARTS
+from densenet_dist.train.micro_batches import NUM_PARTS
 
 
-def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], None] | None = None) -> Result:
+def fit(
+    config: Config,
+    *,
+    model: Function | None = None,
+    dataset: Function | None = None,
+    augmentation: Function | None = None,
+    loss: Function | None = None,
+    optimizer: Function | None = None,
+    schedule: Function | None = None,
+    callbacks: Sequence[Function] | None = None,
+    resume: bool = False,
+    listener: Callable[[Event], None] | None = None,
+) -> Result:
     """Train a model and evaluate the best checkpoint on the test set.
 
     Args:
         config: from `densenet_dist.load_config`.
+        model: your own model, a function (docs/extending.md); ``functools.partial(function, width=64)`` sets options.
+        dataset: your own data set, likewise.
+        augmentation: your own augmentation.
+        loss: your own training loss.
+        optimizer: your own optimizer.
+        schedule: your own learning-rate schedule.
+        callbacks: classes of your own callbacks.
         resume: resume the run of that name from its last checkpoint. A finished run is left unchanged, and a new run
             starts if there is none, so that a notebook's cell can be run again. If False, the run must not exist.
         listener: called with every event; by default, events are shown on the console or in the notebook.
@@ -63,6 +83,9 @@ def fit(config: Config, *, resume: bool = False, listener: Callable[[Event], Non
         >>> config = load_config("configs/quickstart.yaml", "train.epochs=3")
         >>> result = fit(config, resume=True)  # doctest: +SKIP
     """
+    parts = (model, dataset, augmentation, loss, optimizer, schedule, callbacks)
+    given = {part.key: value for part, value in zip(PARTS.values(), parts, strict=True) if value is not None}
+    config = load_config(config, given) if given else config
     if listener is None:
         from densenet_dist.display.console import console
 
@@ -178,7 +201,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
     environment = describe_environment()
     if resume:
         before = run.read_json(ENV_FILE)
-        environment |= {key: before[key] for key in (*CHOICES, PARTS) if key in before}
+        environment |= {key: before[key] for key in (*CHOICES, NUM_PARTS) if key in before}
     run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
     run.remove(TEST_RESULTS_FILE)
     if resume:
@@ -202,6 +225,12 @@ def prepare_data(config: Config) -> None:
 
     data = config.data
     joined = config.cluster.engine == "ray" and address_of(config.cluster)[0] is not None
+    if is_custom(data.name):
+        from densenet_dist.train.inputs import load_dataset_of
+
+        if not joined:
+            load_dataset_of(config)
+        return
     if is_uri(data.root):
         publish_dataset(data.name, data.root, download=data.download, url=data.url)
         if joined:

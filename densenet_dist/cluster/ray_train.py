@@ -12,6 +12,7 @@ from uuid import uuid4
 import ray
 import torch
 
+from densenet_dist import custom
 from densenet_dist.cluster.connection import connected
 from densenet_dist.cluster.coordinator import Coordinator, EpochBarrier, forwarded_events, on_this_node
 from densenet_dist.cluster.heartbeat import heartbeats
@@ -65,7 +66,8 @@ def fit_on_ray(
         DenseNetDistError: raised by a worker.
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once the workers are stopped.
     """
-    with connected(config.cluster) as own_cluster:
+    names = [name for _, name in custom.names_in(config)]
+    with connected(config.cluster, ships_code=bool(names)) as own_cluster:
         from densenet_dist.cluster.ray_backend import InterruptibleTrainer
 
         resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
@@ -80,6 +82,7 @@ def fit_on_ray(
             _train_worker,
             {
                 "config": to_dict(config),
+                "parts": custom.shipped(names),
                 "coordinator": coordinator,
                 "threads": resources.threads,
                 "sync_each_epoch": barrier is not None,
@@ -118,6 +121,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
 
     context = ray.train.get_context()
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
+    custom.receive(payload["parts"])
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
     fence(run, payload["held"])

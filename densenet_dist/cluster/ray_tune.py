@@ -16,6 +16,7 @@ from ray import tune
 from ray.tune import schedulers
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from densenet_dist import custom
 from densenet_dist.cluster.coordinator import explain_crash, on_this_node
 from densenet_dist.cluster.resources import TrialRoom, plan_trials, shortage
 from densenet_dist.cluster.signals import handled_by
@@ -118,7 +119,8 @@ def _make_tuner(
     ended = sum(trial.status != "interrupted" for trial in recorded)
     base = nest(sweep.base)
     merge(base, nest(room.settings))
-    parameters = {"sweep": replace(sweep, base=base), "state": state, "held": lease.held}
+    parts = custom.shipped(name for _, name in sweep.custom_parts())
+    parameters = {"sweep": replace(sweep, base=base), "state": state, "held": lease.held, "parts": parts}
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialRunner, **parameters), room.per_trial),
         # The values come from the points, but Tune requires their keys here; Optuna's searcher has its own space.

@@ -132,11 +132,12 @@ class Result:
         return rows
 
 
-def load_run(run: str | Path) -> Result:
+def load_run(run: str | Path, *, trust: bool = False) -> Result:
     """Load the results of a run, finished or not.
 
     Args:
         run: path or URI of the run folder, or the run's name under ``runs/``.
+        trust: allow the custom parts that the run names to be imported later, which runs their code.
 
     Raises:
         StorageError: there is no such run, or it cannot be read.
@@ -146,6 +147,8 @@ def load_run(run: str | Path) -> Result:
         'quickstart'
     """
     folder = open_run(run)
+    if trust:
+        load_run_config(folder.fetch(CONFIG_FILE), trust=True)
     return Result(folder.location, folder.read_summary())
 
 

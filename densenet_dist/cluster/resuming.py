@@ -25,15 +25,17 @@ _RESUME_MAY_CHANGE = (
 )
 
 
-def resume_config(run: RunFolder, overrides: list[str]) -> Config:
+def resume_config(run: RunFolder, overrides: list[str], *, trust: bool = False) -> Config:
     """Return the configuration of an existing run with changes that a resumed run may make.
+
+    With `trust`, the custom parts that the run names may be imported.
 
     Raises:
         StorageError: the configuration cannot be read.
         ConfigError: an override changes a setting that must stay the same.
     """
     path = run.fetch(CONFIG_FILE)
-    before, after = load_run_config(path), load_run_config(path, *overrides)
+    before, after = load_run_config(path, trust=trust), load_run_config(path, *overrides, trust=trust)
     # The folder may have been moved or mounted elsewhere since.
     after = replace(after, storage=run.storage, name=run.name)
     allowed, refused = _changes(before, after)

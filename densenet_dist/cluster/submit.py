@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from densenet_dist.cluster.connection import EXCLUDED
 from densenet_dist.cluster.launch import require_permanent
 from densenet_dist.cluster.signals import NUMBERS
 from densenet_dist.config import load_config
@@ -22,10 +23,6 @@ from densenet_dist.train.checks import check_run
 from densenet_dist.yaml_settings import BUNDLED, find_file, read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
-EXCLUDED = (
-    *("/data/", "/runs/", ".venv/", ".git/", "__pycache__/", "*.pyc"),
-    *(".env", ".env.*", ".netrc", ".aws/", ".ssh/", "*.pem", "*.key"),  # all users of the cluster can read the job
-)
 _EXIT_CODES = (*range(1, 7), *(128 + number for number in NUMBERS))
 _START_TIMEOUT_S = 60.0
 _LOST_TIMEOUT_S = 120.0

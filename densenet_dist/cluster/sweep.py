@@ -111,7 +111,7 @@ def _with_shared_weights(sweep: Sweep, folder: RunFolder) -> Sweep:
     """Write the weights that all trials start from to the sweep's folder, so that only this process needs the file."""
     config = sweep.config("base", {})
     starts_from_weights = config.model.weights or config.model.pretrained
-    if not starts_from_weights or any(key.startswith("model.") for key in sweep.space):
+    if not starts_from_weights or any(key.startswith(("model.", "options.model.")) for key in sweep.space):
         return sweep
     if not folder.exists(WEIGHTS_FILE):
         from densenet_dist.train.initial_weights import write_initial_weights
@@ -126,7 +126,7 @@ def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:
     """Run the trials that have not ended; return which budget ended the sweep early, if any."""
     for key, value in _TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    with connected(sweep.config("base", {}).cluster) as own_cluster:
+    with connected(sweep.config("base", {}).cluster, ships_code=any(sweep.custom_parts())) as own_cluster:
         from densenet_dist.cluster.ray_tune import run_trials
 
         return run_trials(sweep, record, lease, own_cluster)
@@ -142,12 +142,13 @@ def _refuse_used_name(folder: RunFolder) -> None:
         )
 
 
-def open_sweep(folder: str | Path, *settings: str) -> Sweep:
+def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep:
     """Read the sweep of a folder.
 
     Args:
         folder: its path or URI, or its name under ``runs/``.
         settings: ``trials=N`` to extend it, ``max_hours=H`` or ``max_gpu_hours=H`` to change a budget.
+        trust: import the custom parts that the folder's files name, which runs their code.
 
     Raises:
         StorageError: there is no sweep.
@@ -162,8 +163,8 @@ def open_sweep(folder: str | Path, *settings: str) -> Sweep:
     file = found.fetch(SWEEP_FILE)
     base = read_yaml(file).get("settings")
     stored = (file, *(limits_of_test(base) if isinstance(base, dict) else ()))
-    sweep = load_sweep(*stored, *settings)
-    if settings and sweep.trials < (before := load_sweep(*stored).trials):
+    sweep = load_sweep(*stored, *settings, trust=trust)
+    if settings and sweep.trials < (before := load_sweep(*stored, trust=trust).trials):
         raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")
     return sweep.stored_at(found.storage, found.name)
 

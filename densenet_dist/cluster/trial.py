@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 import ray
 from ray import tune
 
+from densenet_dist import custom
 from densenet_dist.cluster.connection import DRIVER_ENV, WORKER_ENV
 from densenet_dist.cluster.coordinator import EpochBarrier
 from densenet_dist.cluster.launch import write_run
@@ -49,15 +50,17 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
     Results contain an epoch's figures; the last one also has `ERROR`.
     """
 
-    def setup(self, config: dict[str, Any], **parameters: Any) -> None:
+    def setup(self, config: dict[str, Any], parts: dict[str, Any], **parameters: Any) -> None:
         """Prepare a trial; training starts with the first step.
 
         Args:
             config: values of the searched keys, encoded.
+            parts: custom parts of the trials, see `custom.receive`.
             parameters: those of all trials, for `_Training`.
         """
         for key, value in (DRIVER_ENV | WORKER_ENV).items():
             os.environ.setdefault(key, value)
+        custom.receive(parts)
         self._parameters = parameters
         self._prepare(config)
 

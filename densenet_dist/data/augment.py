@@ -37,7 +37,8 @@ class Augmentation:
     """The augmentations, each independent of the others.
 
     Attributes:
-        geometry: one of `GEOMETRIES`.
+        geometry: one of `GEOMETRIES`; or a function from draws (n, 6) in [0, 1), of which the last decides on the flip
+            if that alternates, to a matrix (n, 2, 2) and an offset (n, 2), as `Parameters.affine`.
         cutout: side in pixels of the square hole (DeVries & Taylor 2017); 0 for none.
         mixup: alpha of Beta(alpha, alpha) for the share of the image itself (Zhang et al. 2018); 0 for none.
         cutmix: likewise, for the area outside of a box from another image (Yun et al. 2019). With both, each image gets
@@ -47,7 +48,7 @@ class Augmentation:
             arXiv:2404.00498, section 3.6), so that two epochs show each image both ways.
     """
 
-    geometry: str = "none"
+    geometry: str | Callable[[_Draws], Any] = "none"
     trivial_augment: bool = False
     cutout: int = 0
     mixup: float = 0.0
@@ -134,11 +135,13 @@ def draw(
             drawn[:, 5] = np.where(flipped_first == (epoch % 2 == 0), 0.0, 0.5)  # flip, else do not
         return drawn
 
-    if augmentation.geometry not in GEOMETRIES:
+    if isinstance(augmentation.geometry, str) and augmentation.geometry not in GEOMETRIES:
         raise ConfigError(f"augment={augmentation.geometry!r} must be one of {', '.join(GEOMETRIES)}")
     arrays: dict[str, Any] = {"window": None if sizes is None else central_windows(sizes)}
     warp: _Warp | None = None
-    if augmentation.geometry == "notebook":
+    if not isinstance(augmentation.geometry, str):
+        warp = _custom(augmentation.geometry, geometric())
+    elif augmentation.geometry == "notebook":
         warp = _notebook(geometric(), image_size)
     elif augmentation.geometry == "crop_flip":
         warp = _crop_flip(geometric())
@@ -233,6 +236,18 @@ def _crop_flip(draws: _Draws) -> _Warp:
     matrix[:, 1, 1] = 1.0
     corner = np.floor(draws[:, 1:3] * (2 * CROP_PADDING + 1))
     return _Warp(matrix, corner - CROP_PADDING, "zeros")
+
+
+def _custom(function: Callable[[_Draws], Any], draws: _Draws) -> _Warp:
+    """Warp by a user's function; draws and results are those of `Augmentation.geometry`."""
+    count = len(draws)
+    matrix, offset = (np.asarray(found, dtype=np.float64) for found in function(draws))
+    if (matrix.shape, offset.shape) != ((count, 2, 2), (count, 2)) or not np.isfinite(matrix.sum() + offset.sum()):
+        raise ConfigError(
+            f"data.augment: the function must return a finite matrix ({count}, 2, 2) and offset ({count}, 2) for "
+            f"{count} images, not {matrix.shape} and {offset.shape}"
+        )
+    return _Warp(matrix, offset, "border")
 
 
 def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _Warp:

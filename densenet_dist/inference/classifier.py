@@ -19,8 +19,9 @@ from densenet_dist.data.augment import EVAL_CROP
 from densenet_dist.environment import git_commit, package_version
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.inference import formats
-from densenet_dist.inference.header import Header, first_problem
+from densenet_dist.inference.header import CustomModel, Header, first_problem
 from densenet_dist.inference.images import ImageLike, Unreadable, prepare, prepared
+from densenet_dist.model import DenseNet
 from densenet_dist.model.grad_cam import grad_cam
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.pages.figures import heat_overlay
@@ -151,12 +152,15 @@ class Classifier:
                 yield found if isinstance(found, Unreadable) else Prediction(name, next(guesses))
 
     def heat_map(self, image: ImageLike, label: int) -> Image.Image | None:
-        """Show what in an image speaks for a class: Grad-CAM over the image as the model takes it; None for ONNX files.
+        """Show what in an image speaks for a class: Grad-CAM over the image as the model takes it.
+
+        Returns:
+            The picture; None for ONNX files and models other than DenseNets.
 
         Raises:
             DataError: the image cannot be used.
         """
-        if self._network is None:
+        if self._network is None or not isinstance(self._network.model, DenseNet):
             return None
         pixels = prepare(image, self.header.image_size, self.header.crop)
         images = self._network.normalize(pixels[None].to(self.device))
@@ -174,17 +178,20 @@ class Classifier:
         ]
 
 
-def load_classifier(path: str | Path, *, checkpoint: Checkpoint = "best", device: Device = "auto") -> Classifier:
+def load_classifier(
+    path: str | Path, *, checkpoint: Checkpoint = "best", device: Device = "auto", trust: bool = False
+) -> Classifier:
     """Load a trained model to classify images.
 
     Args:
         path: the folder of a run (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX),
-            which may be untrusted: nothing in it can run.
+            which may be untrusted: nothing in it can run, unless you trust its custom model.
         checkpoint: of a run: best (by ``checkpoint.monitor``) or last.
         device: auto uses a GPU if there is one; ONNX files run on the CPU.
+        trust: import the custom model that the run or file names, which runs its code.
 
     Raises:
-        ConfigError: the last checkpoint of an exported file, which holds only one.
+        ConfigError: the last checkpoint of an exported file, which holds only one; or a custom model without `trust`.
         StorageError, CheckpointError, EnvironmentProblem: as their names say.
         DataError: the run is too old to have its class names, and its data set is missing.
     """
@@ -192,9 +199,9 @@ def load_classifier(path: str | Path, *, checkpoint: Checkpoint = "best", device
     if file is not None:
         if checkpoint != "best":
             raise ConfigError(f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}")
-        return open_exported(file, device)
+        return open_exported(file, device, trust)
     chosen = choose_device(device)
-    config, header, network = open_trained(path, checkpoint=checkpoint)
+    config, header, network = open_trained(path, checkpoint=checkpoint, trust=trust)
     network.to(chosen)
 
     def run(pixels: Tensor) -> Tensor:
@@ -216,7 +223,7 @@ def _exported_file(path: str | Path) -> Path | None:
     return None
 
 
-def open_exported(file: Path, device: Device = "auto") -> Classifier:
+def open_exported(file: Path, device: Device = "auto", trust: bool = False) -> Classifier:
     """Load an exported file; arguments and errors as for `load_classifier`."""
     try:
         with file.open("rb") as opened:
@@ -229,7 +236,7 @@ def open_exported(file: Path, device: Device = "auto") -> Classifier:
             "  use the run or a safetensors export; torch.export.load reads the file, if you trust it"
         )
     if start[8:9] == b"{":
-        header, network = formats.read_safetensors(file)
+        header, network = formats.read_safetensors(file, trust=trust)
         chosen = choose_device(device)
         return Classifier(header, network.to(chosen), chosen, network)
     if file.suffix != ".onnx":
@@ -248,22 +255,27 @@ def open_trained(
     checkpoint: Checkpoint = "best",
     block: Literal["reference"] | None = None,
     overrides: tuple[str, ...] = (),
+    trust: bool = False,
 ) -> tuple[Config, Header, formats.Network]:
     """Load a run's checkpoint on the CPU; only old runs without classes.json need their data set.
 
     Args:
         block: form of the dense blocks; by default that of the run.
         overrides: changes to the run's configuration, such as ``data.root=...``.
+        trust: import the custom parts that the run names.
 
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     folder = open_run(run)
-    config = load_run_config(folder.fetch(CONFIG_FILE), *overrides)
+    config = load_run_config(folder.fetch(CONFIG_FILE), *overrides, trust=trust)
     snapshot = load_checkpoint(folder, checkpoint, config)
     classes = read_metadata(folder, config)
     settings = config.model if block is None else replace(config.model, block=block)
-    model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size)
+    options = config.options.model
+    model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size, options)
+    net = replace(model.architecture, block="reference") if isinstance(model, DenseNet) else None
+    other = None if net else CustomModel(name=settings.variant, options=options, image_size=classes.image_size)
     try:
         header = Header(
             format=1,
@@ -274,13 +286,14 @@ def open_trained(
             commit=git_commit(),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             class_names=classes.names,
-            architecture=replace(model.architecture, block="reference"),
+            architecture=net,
             mean=classes.mean,
             std=classes.std,
             # Images in memory are evaluated whole, see `augment.evaluation_parameters`.
             crop=EVAL_CROP if config.data.name == "folder" and config.data.augment == "random_resized_crop" else 1.0,
             precision="fp32",
             metrics=snapshot.metrics,
+            custom=other,
         )
     except ValidationError as error:  # the folder of a run is untrusted, too
         raise CheckpointError(f"the model of the run cannot be used: {first_problem(error)}") from None

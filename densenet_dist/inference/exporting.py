@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from densenet_dist.custom import errors
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import engine_class
 from densenet_dist.data.loader import EvalLoader
@@ -76,6 +78,7 @@ def export(
     precision: Precision = "fp32",
     check: bool = True,
     overrides: tuple[str, ...] = (),
+    trust: bool = False,
 ) -> Exported:
     """Write a trained model to one file, with everything needed to use it.
 
@@ -89,6 +92,7 @@ def export(
         precision: fp32, or bf16 for safetensors and torch-export.
         check: load the file again and compare it on test images; needs the data set.
         overrides: changes to the run's configuration, such as ``data.root=...``.
+        trust: import the custom model and data set that the run names, which runs their code.
 
     Raises:
         ConfigError: the format does not support the precision.
@@ -97,7 +101,9 @@ def export(
     """
     if precision == "bf16" and format == "onnx":
         raise ConfigError("onnxruntime has no bf16 convolutions for CPUs: use fp32 with onnx, or another format")
-    config, header, network = open_trained(run, checkpoint=checkpoint, block="reference", overrides=overrides)
+    config, header, network = open_trained(
+        run, checkpoint=checkpoint, block="reference", overrides=overrides, trust=trust
+    )
     ending = SUFFIXES[format] if precision == "fp32" else f"-{precision}{SUFFIXES[format]}"
     path = Path(os.path.expanduser(out or config.name + ending))
     _require_writable(path, format)
@@ -106,7 +112,8 @@ def export(
     temporary = path.with_name(f".{os.getpid()}-{path.name}")  # PyTorch requires the suffix
     if precision == "bf16":
         to_bfloat16(network.model)
-    contents = WRITERS[format](network, header)
+    with errors("model.variant", config.model.variant) if header.custom else nullcontext():
+        contents = WRITERS[format](network, header)
     try:
         with storage_errors(path):
             temporary.write_bytes(contents)

@@ -23,16 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from densenet_dist.custom import allow
 from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.model import DenseNet
+from densenet_dist.train.parts import custom_model
 from densenet_dist.train.snapshot import TensorSpec, require_same_tensors, tensor_specs
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 SUFFIXES: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 """The suffix of each format's files."""
 
-_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16}
+_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
 _INPUT, _OUTPUT = "pixels", "logits"
 _MAX_ONNX_BYTES: Final = (1 << 31) - 1  # of any protobuf message
 _MAX_BATCH: Final = 1 << 16
@@ -49,11 +51,11 @@ class Network(nn.Module):
         mean, std: normalisation of images in [0, 1].
     """
 
-    model: DenseNet
+    model: nn.Module
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: DenseNet, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
         # Bit for bit the normalisation of data.torch_loader.TorchEngine, including its two roundings.
@@ -72,7 +74,7 @@ class Network(nn.Module):
         return (pixels * self.scale + self.shift).to(next(self.model.parameters()).dtype)
 
 
-def to_bfloat16(model: DenseNet) -> None:
+def to_bfloat16(model: nn.Module) -> None:
     """Convert convolutions and linear layers to bfloat16 in place; batch normalisation stays float32."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -85,17 +87,19 @@ def safetensors_bytes(network: Network, header: Header) -> bytes:
     return save(weights, metadata={"format": "pt", HEADER_KEY: header.to_json()})
 
 
-def read_safetensors(path: Path) -> tuple[Header, Network]:
-    """Read an untrusted file.
+def read_safetensors(path: Path, *, trust: bool = False) -> tuple[Header, Network]:
+    """Read an untrusted file; with `trust`, its custom model may be imported.
 
     Raises:
         CheckpointError: it is damaged, or not what `safetensors_bytes` writes.
+        ConfigError: its custom model may not be imported (see `densenet_dist.custom`), or cannot be built.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = header_of((file.metadata() or {}).get(HEADER_KEY), str(path))
-            with torch.device("meta"):
-                model = DenseNet(replace(header.architecture, block="reference", init="torchvision"))
+            if trust and header.custom is not None:
+                allow([header.custom.name])
+            model = _untrained(header)
             if header.precision == "bf16":
                 to_bfloat16(model)
             problem = f"{path} does not contain the model that its metadata describes"
@@ -109,7 +113,17 @@ def read_safetensors(path: Path) -> tuple[Header, Network]:
     return header, Network(model, header.mean, header.std)
 
 
-def _weights(model: DenseNet) -> dict[str, Tensor]:
+def _untrained(header: Header) -> nn.Module:
+    """Build the model of a header, without memory if it is a DenseNet."""
+    if header.custom is not None:
+        found = header.custom
+        return custom_model(found.name, found.options, len(header.class_names), found.image_size)
+    assert header.architecture is not None
+    with torch.device("meta"):
+        return DenseNet(replace(header.architecture, block="reference", init="torchvision"))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's tensors without the counters of training steps, which no prediction needs."""
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}

@@ -5,12 +5,14 @@ Files are untrusted: types, sizes and texts have limits, and the model is built 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from densenet_dist.custom import NAME
 from densenet_dist.data.image_folder import printable
 from densenet_dist.errors import CheckpointError
 from densenet_dist.model.architecture import Architecture
@@ -31,6 +33,15 @@ Deviation = Annotated[float, Field(allow_inf_nan=False, ge=1e-6, le=1e3)]
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": True})
+class CustomModel:
+    """A custom model: its name, its options, and the side of its square images in pixels."""
+
+    name: Annotated[str, Field(max_length=1000, pattern=rf"^{NAME.pattern}$")]
+    options: dict[Text, JsonValue]
+    image_size: Annotated[int, Field(ge=1, le=_LARGEST["image_size"])]
+
+
+@dataclass(frozen=True, kw_only=True, config={"extra": "forbid", "strict": True})
 class Header:
     """The metadata of an exported model.
 
@@ -43,12 +54,14 @@ class Header:
         commit: of the exporting code; None outside of a checkout.
         created: time in ISO 8601.
         class_names: by label.
+        architecture: of a DenseNet; None for a custom model.
         mean, std: normalisation of images in [0, 1], by channel (RGB). The exported programs include it: they take
             pixel values from 0 to 255.
         crop: side of the central square to use as a share of the image's shorter side. The square is resampled to the
             model's size by a triangle filter.
         precision: of the weights.
         metrics: validation metrics of the checkpoint.
+        custom: the custom model, if it is one, which is imported only if the user trusts it.
     """
 
     format: Literal[1]
@@ -59,12 +72,13 @@ class Header:
     commit: Text | None
     created: Text
     class_names: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1 << 20)]
-    architecture: Architecture
+    architecture: Architecture | None
     mean: tuple[Finite, Finite, Finite]
     std: tuple[Deviation, Deviation, Deviation]
     crop: Annotated[float, Field(gt=0, le=1)]
     precision: Precision
     metrics: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=100)]
+    custom: CustomModel | None = None
 
     def __post_init__(self) -> None:
         if problem := next(self._problems(), None):
@@ -73,7 +87,10 @@ class Header:
     def _problems(self) -> Iterator[str]:
         """Find values that contradict each other or are too large, and characters that would affect a terminal."""
         net = self.architecture
-        if len(self.class_names) != net.num_classes:
+        if (net is None) == (self.custom is None):
+            yield "it must have an architecture or a custom model"
+            return
+        if net is not None and len(self.class_names) != net.num_classes:
             yield f"{len(self.class_names)} class names for {net.num_classes} classes"
         for text in (self.version, self.run, self.data, self.checkpoint, self.commit or "", self.created):
             if printable(text) != text:
@@ -81,6 +98,8 @@ class Header:
         for name in self.class_names:
             if printable(name) != name:
                 yield f"the class name {name!a} cannot be printed"
+        if net is None:
+            return
         for key, largest in _LARGEST.items():
             if (getattr(net, key) or 0) > largest:
                 yield f"architecture.{key}: more than {largest:,}"
@@ -95,11 +114,16 @@ class Header:
     @property
     def image_size(self) -> int:
         """Side of the model's square input images in pixels."""
-        return self.architecture.image_size
+        model = self.architecture or self.custom
+        assert model is not None  # see `_problems`
+        return model.image_size
 
     def to_json(self) -> str:
         """Serialize for `header_of`."""
-        return _ADAPTER.dump_json(self).decode()
+        values = _ADAPTER.dump_python(self, mode="json")
+        if self.custom is None:  # earlier versions know no such key
+            del values["custom"]
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 _ADAPTER: Final = TypeAdapter(Header)

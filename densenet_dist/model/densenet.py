@@ -62,6 +62,11 @@ class DenseNet(nn.Module):
         logits: Tensor = self.classifier(torch.flatten(x, 1))
         return logits
 
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return self.architecture.num_classes
+
     def freeze(self, parts: Literal["backbone"] | Sequence[str | int]) -> None:
         """Exclude parts from training: their weights stay, and their batch normalisations use running statistics.
 

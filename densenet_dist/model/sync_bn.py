@@ -7,14 +7,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce  # differentiable: gradients are summed over ranks
 
+from densenet_dist.errors import ConfigError
+
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """Make all batch norms of `model` compute statistics over all ranks, in place. The state dict does not change."""
+    """Make all batch norms of `model` compute statistics over all ranks, in place. The state dict does not change.
+
+    Raises:
+        ConfigError: a custom model on CPUs has batch norms other than 2D ones with weights and running statistics.
+    """
     if next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if type(module) is not nn.BatchNorm2d or None in (module.weight, module.running_mean, module.momentum):
+                raise ConfigError(f"train.sync_bn: {module} of a custom model cannot be synchronized on CPUs")
             module.__class__ = SyncBatchNorm
     return model
 

@@ -32,6 +32,7 @@ def write_report(
     evaluate: bool = True,
     overrides: Sequence[str] = (),
     notify: Callable[[str], None] = lambda text: None,
+    trust: bool = False,
 ) -> str:
     """Write the report of a run, or one page that compares several runs.
 
@@ -44,6 +45,7 @@ def write_report(
         evaluate: evaluate the test set of a run without stored test results; only this needs the data set.
         overrides: changes to the runs' configurations for the evaluation, such as ``data.root=...``.
         notify: called with a message before a test set is evaluated, and about duplicates.
+        trust: import the custom parts that the runs name, which runs their code.
 
     Returns:
         The path or URI of the page.
@@ -53,7 +55,7 @@ def write_report(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     found: dict[tuple[str, str], RunRecord] = {}
-    for record in map(read_run, runs):
+    for record in (read_run(run, trust=trust) for run in runs):
         # The settings contain the run's name and storage, the environment when it was started.
         found.setdefault((record.settings, json.dumps(record.environment)), record)
     records = list(found.values())
@@ -62,7 +64,7 @@ def write_report(
         notify(f"{duplicates} duplicate run{'s are' if duplicates > 1 else ' is'} ignored")
     group(records)  # raises its errors before anything is evaluated
     if evaluate:
-        records = [_evaluated(record, overrides, notify) for record in records]
+        records = [_evaluated(record, overrides, notify, trust) for record in records]
     if len(records) > 1:
         page, path = comparison_page(records), out or Path(PAGE_FILE)
     else:
@@ -78,9 +80,9 @@ def write_report(
     return str(path)
 
 
-def _evaluated(record: RunRecord, overrides: Sequence[str], notify: Callable[[str], None]) -> RunRecord:
+def _evaluated(record: RunRecord, overrides: Sequence[str], notify: Callable[[str], None], trust: bool) -> RunRecord:
     try:
-        return replace(record, results=record.results or load_test_results(record.folder, overrides, notify))
+        return replace(record, results=record.results or load_test_results(record.folder, overrides, notify, trust))
     except DataError as error:
         raise DataError(f"{error}\n  or report without evaluating the test set: --no-evaluate") from error
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from densenet_dist.config import load_run_config
+from densenet_dist.custom import is_allowed, is_custom
 from densenet_dist.errors import CheckpointError, DenseNetDistError, StorageError
 from densenet_dist.report.summary import ModelSummary, summarise
 from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, best_record
+from densenet_dist.train.inputs import read_metadata
 from densenet_dist.train.results import TestResults, read_test_results
 
 
@@ -57,11 +59,12 @@ class RunRecord:
         return revision, bool(plus)
 
 
-def read_run(run: str | Path | RunFolder) -> RunRecord:
+def read_run(run: str | Path | RunFolder, *, trust: bool = False) -> RunRecord:
     """Read a run's folder.
 
     Args:
         run: its path, URI, name under ``runs/``, or the folder itself.
+        trust: import the custom model that the run names, for the table of its layers.
 
     Raises:
         StorageError: the run does not exist, has no complete epoch, or cannot be read.
@@ -77,7 +80,7 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
             f"  wait for its first epoch, or resume it: densenet-dist train --resume {shlex.quote(folder.location)}"
         )
     path = folder.fetch(CONFIG_FILE)
-    config = load_run_config(path)
+    config = load_run_config(path, trust=trust)
     return RunRecord(
         folder=folder,
         config=config,
@@ -93,6 +96,14 @@ def read_run(run: str | Path | RunFolder) -> RunRecord:
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
     """Summarise the model for the number of classes of the best checkpoint, so that the data set is not needed."""
+    name = config.model.variant
+    if is_custom(name):
+        if not is_allowed(name):
+            return f"{name} was not imported; --trust does so"
+        try:
+            return summarise(config, len(read_metadata(folder, config).names), config.data.side)
+        except Exception as error:  # the report is needed all the same
+            return f"{type(error).__name__}: {error}"
     try:
         snapshot = CheckpointStore(folder, monitor=config.checkpoint.monitor).load_best()
     except DenseNetDistError as error:
@@ -102,4 +113,4 @@ def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
     bias = snapshot.model.get("classifier.bias")
     if bias is None or bias.ndim != 1:
         raise CheckpointError(f"the best checkpoint of {folder.uri} does not fit this model: it lacks classifier.bias")
-    return summarise(config.model, len(bias), config.data.side)
+    return summarise(config, len(bias), config.data.side)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from densenet_dist.custom import is_custom
 from densenet_dist.data.cifar import SPECS
 from densenet_dist.data.shapes import CLASS_NAMES
 from densenet_dist.errors import ConfigError
 from densenet_dist.model import ParameterCount, count_parameters
-from densenet_dist.schema import Config, ModelConfig
+from densenet_dist.schema import Config
 from densenet_dist.train.network import build_model
 
 _CLASSES: Final = {"shapes": len(CLASS_NAMES), **{name: spec.num_classes for name, spec in SPECS.items()}}
@@ -68,7 +69,7 @@ def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
 
     Args:
         config: from `densenet_dist.load_config`.
-        num_classes: needed for your own images (``data.name=folder``) only.
+        num_classes: needed for your own images only (``data.name=folder``, or a custom data set).
 
     Raises:
         ConfigError: the model cannot be built, or `num_classes` is missing.
@@ -82,38 +83,41 @@ def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
     classes = _CLASSES.get(config.data.name, num_classes) if num_classes is None else num_classes
     if classes is None:
         raise ConfigError(
-            f"num_classes: unknown for data.name={config.data.name}, because the folder is not read\n"
+            f"num_classes: unknown for data.name={config.data.name}, because its images are not read\n"
             "  set it: summary(config, num_classes=...)"
         )
-    return summarise(config.model, classes, config.data.side)
+    return summarise(config, classes, config.data.side)
 
 
-def summarise(config: ModelConfig, num_classes: int, image_size: int) -> ModelSummary:
-    """Summarise a model built on the meta device, with the reference form of its blocks.
+def summarise(config: Config, num_classes: int, image_size: int) -> ModelSummary:
+    """Summarise a model: a DenseNet on the meta device, with the reference form of its blocks, or a custom model.
 
-    The fused form has the same modules but does not call them, so hooks would not see their outputs.
+    The fused form has the same modules but does not call them, so hooks would not see their outputs. Of a custom model,
+    modules that are not called, or return something else than a tensor, have no shape.
 
     Raises:
         ConfigError: naming every setting that cannot work.
     """
-    with torch.device("meta"):
-        model = build_model(replace(config, block="reference"), num_classes, image_size).eval()
+    with torch.device("cpu" if is_custom(config.model.variant) else "meta") as device, torch.random.fork_rng([]):
+        settings = replace(config.model, block="reference")
+        model = build_model(settings, num_classes, image_size, options=config.options.model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        shapes[name] = tuple(output.shape[1:])
+    def record(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            shapes[name] = tuple(output.shape[1:])
 
     modules = {name: module for name, module in model.named_modules() if name}
     for name, module in modules.items():
         module.register_forward_hook(partial(record, name))
     with torch.no_grad():
-        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+        model(torch.empty(1, 3, image_size, image_size, device=device))
     layers = tuple(
         Layer(
             name=name,
             kind=type(module).__name__,
             depth=name.count("."),
-            shape=shapes[name],
+            shape=shapes.get(name, ()),
             parameters=count_parameters(module).total,
             is_leaf=not list(module.children()),
         )

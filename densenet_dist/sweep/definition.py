@@ -14,7 +14,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings_dataclass
 
 from densenet_dist import config as run_config
-from densenet_dist.config import Settings, join_problems, load_config, name_of_file
+from densenet_dist import custom
+from densenet_dist.config import Settings, join_problems, load_config, merged, name_of_file
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import STRICT, Config, Count, Index, PathOrUri, Positive, Workers
@@ -154,7 +155,14 @@ class Sweep:
         Raises:
             ConfigError: these values cannot work together.
         """
-        return load_config(self.base, overrides, {"name": name, "storage": self.folder}, changed)
+        return load_config(self.base, overrides, {"name": name, "storage": self.folder}, changed, trust=False)
+
+    def custom_parts(self) -> Iterator[tuple[str, str]]:
+        """Yield the part and the name of each custom part that trials may have."""
+        yield from custom.names_in(self.base)
+        for key, domain in self.space.items():
+            for end in domain.ends:
+                yield from custom.names_in(nest({key: end}))
 
     def to_yaml(self) -> str:
         """Return the whole sweep as one file for `load_sweep`."""
@@ -166,17 +174,18 @@ class Sweep:
         return replace(self, settings=replace(self.settings, storage=storage, name=name))
 
 
-def load_sweep(*sources: str | Path) -> Sweep:
+def load_sweep(*sources: str | Path, trust: bool = True) -> Sweep:
     """Read a sweep.
 
     Args:
         sources: a sweep file, then ``key=value``: of the sweep's own settings (``trials=8``), of the base configuration
             (``train.epochs=3``), or of the space (``space.train.lr={loguniform: [0.01, 1]}``). Later ones win.
+        trust: whether custom parts that they name may be imported, as for `load_config`.
 
     Raises:
         ConfigError: with all problems of settings, base and space, one per line.
     """
-    merged: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     name: dict[str, str] = {}
     domains: dict[str, Any] = {}
     for source in sources:
@@ -185,25 +194,28 @@ def load_sweep(*sources: str | Path) -> Sweep:
         if not isinstance(space_of_layer, Mapping):
             raise ConfigError(f"space: must hold a domain for each key, not {space_of_layer!r}")
         domains |= dict(_leaves(space_of_layer))  # a domain is replaced as a whole, never merged
-        merge(merged, layer)
+        merge(values, layer)
         if not is_override(source):
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
-    settings_of_base = merged.pop("settings", None) or {}
-    base_file = str(merged.get("base") or "")
+    settings_of_base = values.pop("settings", None) or {}
+    base_file = str(values.get("base") or "")
     problems: list[str] = []
     settings: SweepConfig | None = None
     base: Config | None = None
     with _collected(problems):
-        settings = SETTINGS.validate(name | merged)
+        settings = SETTINGS.validate(name | values)
     with _collected(problems):
         if not isinstance(settings_of_base, Mapping):
             raise ConfigError(f"settings: must hold settings of the base configuration, not {settings_of_base!r}")
-        base = load_config(*([base_file] if base_file else []), nest(settings_of_base))
+        base = load_config(*([base_file] if base_file else []), nest(settings_of_base), trust=trust)
     space = _read_space(domains, problems)
     if settings is not None and base is not None:
-        values = run_config.to_dict(base)
-        sweep = Sweep(settings, {key: values[key] for key in _GROUPS}, space)
+        all_values = run_config.to_dict(base)
+        sweep = Sweep(settings, {key: all_values[key] for key in _GROUPS}, space)
+        if trust:
+            custom.allow(name for _, name in sweep.custom_parts())
+        custom.require_allowed(sweep.custom_parts())
         problems += _find_problems(sweep)
         if not problems:
             return sweep
@@ -250,7 +262,7 @@ def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Do
     if not domains:
         problems.append("space: names no key to search, such as train.lr: {loguniform: [0.01, 1]}")
     for key, value in domains.items():
-        unknown = run_config.SETTINGS.unknown_key(key)
+        unknown = None if _is_option(key) else run_config.SETTINGS.unknown_key(key)
         if unknown is not None:
             problems.append(f"space.{unknown}")
         elif key in ("name", "storage") or key.startswith("cluster."):
@@ -261,6 +273,12 @@ def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Do
             with _collected(problems, f"space.{key}: "):
                 space[key] = read_domain(value)
     return space
+
+
+def _is_option(key: str) -> bool:
+    """Return whether a key is that of an option of a custom part, whose name is checked with the base configuration."""
+    group, _, rest = key.partition(".")
+    return group == "options" and rest.partition(".")[0] in custom.PARTS and "." in rest
 
 
 def _leaves(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -279,10 +297,8 @@ def _find_problems(sweep: Sweep) -> list[str]:
     problems: list[str] = []
     for key, domain in sweep.space.items():
         for end in domain.ends:
-            values = nest(sweep.base)
-            merge(values, nest({key: end}))
             with _collected(problems, "space."):
-                run_config.SETTINGS.validate(values, combinations=False)
+                run_config.validate(merged(sweep.base, {key: end}, trust=False), combinations=False)
     settings = sweep.settings
     if settings.search.name == "grid":
         for key, domain in sweep.space.items():

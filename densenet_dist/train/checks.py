@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from densenet_dist import custom
 from densenet_dist.data.datasets import train_size
 from densenet_dist.data.plan import BatchPlan
 from densenet_dist.errors import ConfigError
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
 def check_run(config: Config) -> None:
     """Check the model, and the batches if the numbers of images and workers are known from the configuration.
 
+    Custom parts are imported.
+
     Raises:
         ConfigError: settings cannot work; the message names each of them.
     """
-    blocks, frozen = len(_architecture(config).num_layers), config.train.freeze
+    for part, name in custom.names_in(config):
+        custom.load(part, name)
+    architecture, frozen = _architecture(config), config.train.freeze
+    blocks = len(architecture.num_layers) if architecture else 0
     if frozen != "backbone" and (missing := [part for part in frozen if part != "stem" and part > blocks]):
         raise ConfigError(f"train.freeze: there is no block {missing[0]}; the model has {blocks}")
     images = train_size(config.data.name, config.data.limit)
@@ -59,7 +65,8 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
 
 def least_images(config: Config, ranks: int) -> int:
     """Return the fewest images of a rank in a forward pass of training: two if BatchNorm sees one pixel of each."""
-    ends_in_one_pixel = _architecture(config).block_sides()[-1] == 1
+    architecture = _architecture(config)
+    ends_in_one_pixel = architecture is not None and architecture.block_sides()[-1] == 1
     return 2 if ends_in_one_pixel and not (config.train.sync_bn and ranks > 1) else 1
 
 
@@ -68,12 +75,15 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
 
     The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
     dense blocks or of `evaluated` images in the largest block; of one on a GPU, where batches are divided if necessary.
+    What a custom model needs is unknown.
     """
+    if custom.is_custom(config.model.variant):
+        return
     if device.type == "cuda":
         trained, evaluated = min(trained, 1), min(evaluated, 1)
     train, side = config.train, config.data.side
     net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
-    state = 2 if train.optimizer.name != "sgd" else int(train.optimizer.momentum > 0)
+    state = {"adam": 2, "adamw": 2, "sgd": int(train.optimizer.momentum > 0)}.get(train.optimizer.name, 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
     needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -91,5 +101,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
         )
 
 
-def _architecture(config: Config) -> Architecture:
+def _architecture(config: Config) -> Architecture | None:
+    if custom.is_custom(config.model.variant):
+        return None
     return variant_architecture(**config.model.network, num_classes=10, image_size=config.data.side)

@@ -15,14 +15,15 @@ from functools import partial
 from typing import Final, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from densenet_dist.custom import is_custom
 from densenet_dist.data.dali_loader import dali_installed
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import ENGINES
 from densenet_dist.data.loader import TrainLoader
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.model import DenseNet
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
@@ -137,7 +138,7 @@ def choose_block(config: Config, context: RunContext, dataset: Dataset, images: 
     training images over all epochs and ranks.
     """
     model = config.model
-    if model.block == "reference":
+    if model.block == "reference" or is_custom(model.variant):
         return model
     # On all ranks or none: the forms differ in their collective calls, and kernels may be missing on one node.
     if reason := next(filter(None, gather_objects(unavailable(context.device.type))), None):
@@ -155,7 +156,7 @@ def choose_block(config: Config, context: RunContext, dataset: Dataset, images: 
 def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, images: int) -> Choice:
     share = max(1, config.train.global_batch_size // (context.world_size * config.train.grad_accum_steps))
     rates = dict.fromkeys(FORMS, 0.0)
-    models: dict[str, DenseNet] = {}
+    models: dict[str, nn.Module] = {}
     for form in FORMS:
         model = build_model(replace(config.model, block=form), dataset.num_classes, dataset.image_size)
         models[form] = model.to(context.device).train()
@@ -185,7 +186,7 @@ def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, image
     return _choice(rates, max(FORMS, key=lambda form: rates[form]))
 
 
-def _step_seconds(model: DenseNet, count: int, side: int, precision: str, device: torch.device) -> float:
+def _step_seconds(model: nn.Module, count: int, side: int, precision: str, device: torch.device) -> float:
     """Time the forward and backward pass on `count` random images."""
     images = torch.randn(count, 3, side, side, device=device)
     synchronize(device)

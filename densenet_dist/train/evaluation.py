@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenet_dist.config import load_run_config
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
-from densenet_dist.model import DenseNet
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
@@ -49,7 +48,7 @@ from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 
 @torch.no_grad()
 def evaluate_model(
-    model: DenseNet,
+    model: nn.Module,
     batches: Iterable[Batch],
     context: RunContext,
     precision: str,
@@ -69,7 +68,7 @@ def evaluate_model(
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
-    num_classes = model.architecture.num_classes
+    num_classes = cast(int, model.num_classes)
     metrics, classes = Metrics(context.device, num_classes), ClassCounts(num_classes, context.device)
     problem = ""
     try:
@@ -90,7 +89,7 @@ def evaluate_model(
     return metrics.compute() | classes.compute()
 
 
-def _logits(model: DenseNet, images: Tensor, context: RunContext, precision: str) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, context: RunContext, precision: str) -> Tensor:
     """Return the logits of a batch, computed in as many parts as memory requires.
 
     Raises:
@@ -120,7 +119,7 @@ class Evaluation:
     config: Config
     context: RunContext
     dataset: Dataset
-    model: DenseNet
+    model: nn.Module
     engine: Engine
     indices: Indices | None = None
 
@@ -158,6 +157,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overrides: tuple[str, ...] = (),
     notify: Callable[[str], object] = warnings.warn,
+    trust: bool = False,
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on every image of a split once, without augmentation.
 
@@ -168,6 +168,7 @@ def evaluate(
         device: auto selects a GPU if there is one.
         overrides: changes to the run's configuration, such as ``data.root=...``.
         notify: called with a message if images are skipped, or differ from those of the run.
+        trust: import the custom model and data set that the run names, which runs their code.
 
     Returns:
         ``loss``, ``top1``, ``top5`` (from 6 classes on), ``balanced_accuracy``, ``worst_class_accuracy``, ``macro_f1``
@@ -176,12 +177,15 @@ def evaluate(
     Raises:
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
-    found = prepare_evaluation(run, split, checkpoint, device, overrides, notify)
+    found = prepare_evaluation(run, split, checkpoint, device, overrides, notify, trust)
     return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision)
 
 
 def load_test_results(
-    run: RunFolder, overrides: Sequence[str] = (), notify: Callable[[str], None] = lambda text: None
+    run: RunFolder,
+    overrides: Sequence[str] = (),
+    notify: Callable[[str], None] = lambda text: None,
+    trust: bool = False,
 ) -> TestResults:
     """Return the stored test results of a run. If there are none, evaluate its best checkpoint without storing them.
 
@@ -191,7 +195,7 @@ def load_test_results(
     if stored is not None:
         return stored
     notify("No stored test results; evaluating the test set once")
-    return evaluate_test_set(prepare_evaluation(run, overrides=overrides, notify=notify))
+    return evaluate_test_set(prepare_evaluation(run, overrides=overrides, notify=notify, trust=trust))
 
 
 def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:
@@ -206,10 +210,15 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 
 
 def trained_model(
-    run: RunFolder, config: ModelConfig, snapshot: Snapshot, num_classes: int, image_size: int
-) -> DenseNet:
+    run: RunFolder,
+    config: ModelConfig,
+    snapshot: Snapshot,
+    num_classes: int,
+    image_size: int,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average."""
-    model = build_model(config, num_classes, image_size)
+    model = build_model(config, num_classes, image_size, options=options)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {run.uri}")
     return model
 
@@ -221,10 +230,11 @@ def prepare_evaluation(
     device: str = "auto",
     overrides: Sequence[str] = (),
     notify: Callable[[str], object] = warnings.warn,
+    trust: bool = False,
 ) -> Evaluation:
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
     folder = run if isinstance(run, RunFolder) else open_run(run)
-    config: Config = load_run_config(folder.fetch(CONFIG_FILE), *overrides)
+    config: Config = load_run_config(folder.fetch(CONFIG_FILE), *overrides, trust=trust)
     snapshot = load_checkpoint(folder, checkpoint, config)
     context = RunContext(folder, choose_device(device))
     dataset = load_run_data(config, folder)
@@ -239,7 +249,8 @@ def prepare_evaluation(
         raise ConfigError(f"the run {folder.uri} has no images of this split (data.val_fraction=0): --split {split}")
     evaluated = min(config.train.eval_batch_size, len(indices))
     require_memory(config, dataset.num_classes, context.device, 0, evaluated)
-    model = trained_model(folder, config.model, snapshot, dataset.num_classes, dataset.image_size)
+    sizes = dataset.num_classes, dataset.image_size
+    model = trained_model(folder, config.model, snapshot, *sizes, config.options.model)
     # Measuring both loaders would take longer than it saves in a single pass.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
     return Evaluation(config, context, dataset, model.to(context.device), engine, indices)

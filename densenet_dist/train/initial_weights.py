@@ -15,11 +15,11 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenet_dist.config import load_run_config
+from densenet_dist.custom import is_custom
 from densenet_dist.errors import CheckpointError, ConfigError, EnvironmentProblem, StorageError
-from densenet_dist.model import DenseNet
 from densenet_dist.model.densenet import standard_name
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE, RunFolder, open_run
@@ -28,7 +28,7 @@ from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import load_checkpoint
 from densenet_dist.train.network import build_model
 from densenet_dist.train.ranks import sync_from_rank0
-from densenet_dist.train.snapshot import UNREADABLE, require_same_tensors, tensor_specs
+from densenet_dist.train.snapshot import UNREADABLE, TensorSpec, require_same_tensors, tensor_specs
 
 _PICKLES: Final = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _UNREADABLE: Final = (".pt2", ".onnx")
@@ -49,12 +49,11 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
     if settings.weights is None:
         origin, weights = f"torchvision's {settings.variant}", _torchvision_weights(settings.variant)
     else:
-        origin, weights = settings.weights, read_weights(settings.weights)
-    with torch.device("meta"):
-        model = build_model(settings, num_classes=1, image_size=config.data.side)
+        origin, weights = settings.weights, read_weights(settings.weights, rename=not is_custom(settings.variant))
     # The workers compare the classifier: they know the number of classes.
-    wanted = tensor_specs(_features(model.state_dict()))
-    require_same_tensors(tensor_specs(_features(weights)), wanted, f"the weights of {origin} do not fit the model")
+    wanted, classifier = _specs_of(config)
+    found = tensor_specs(_features(weights, classifier))
+    require_same_tensors(found, wanted, f"the weights of {origin} do not fit the model")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise CheckpointError(f"the weights of {origin} contain NaN or infinity")
     from safetensors.torch import save  # the training loop must work without this package
@@ -62,19 +61,30 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
     run.write(WEIGHTS_FILE, save(weights))
 
 
-def _features(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if _is_weight(name) and not _is_classifier(name)}
+def _specs_of(config: Config) -> tuple[dict[str, TensorSpec], set[str]]:
+    """Return the tensors of a model without its classifier, whose names are returned, too.
+
+    The classifier is what depends on the number of classes.
+    """
+    if is_custom(config.model.variant):  # such a model may be one that cannot be built on the meta device
+        models = [build_model(config.model, count, config.data.side, 0, config.options.model) for count in (1, 2)]
+    else:
+        with torch.device("meta"):
+            models = [build_model(config.model, count, config.data.side) for count in (1, 2)]
+    one, two = (tensor_specs({k: t for k, t in model.state_dict().items() if _is_weight(k)}) for model in models)
+    classifier = {name for name in one if one[name] != two.get(name)}
+    return {name: spec for name, spec in one.items() if name not in classifier}, classifier
+
+
+def _features(weights: Mapping[str, Tensor], classifier: set[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if _is_weight(name) and name not in classifier}
 
 
 def _is_weight(name: str) -> bool:
     return not name.endswith(".num_batches_tracked")  # which no forward pass needs, and old files lack
 
 
-def _is_classifier(name: str) -> bool:
-    return name.startswith("classifier.")
-
-
-def load_initial_weights(model: DenseNet, context: RunContext) -> None:
+def load_initial_weights(model: nn.Module, config: Config, context: RunContext) -> None:
     """Load the weights that `write_initial_weights` wrote if the run has no checkpoint yet. A collective call.
 
     Rank 0 reads them; DDP copies the parameters to the other ranks. If the classifier does not fit, it keeps its random
@@ -85,24 +95,24 @@ def load_initial_weights(model: DenseNet, context: RunContext) -> None:
         CheckpointError: the file is damaged.
     """
     if context.rank == 0 and not context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json"):
-        _load(model, context)
+        _load(model, config, context)
     sync_from_rank0(list(model.buffers()))  # frozen batch norms need the running statistics on every rank
 
 
-def _load(model: DenseNet, context: RunContext) -> None:
+def _load(model: nn.Module, config: Config, context: RunContext) -> None:
     if not context.run.exists(WEIGHTS_FILE):
         raise StorageError(f"{context.run.uri}/{WEIGHTS_FILE} is missing\n  start a new run: name=NEW")
     weights = _read_file(context.run.fetch(WEIGHTS_FILE))
-    own = model.state_dict()
-    classifiers = [tensor_specs({n: t for n, t in each.items() if _is_classifier(n)}) for each in (weights, own)]
-    if classifiers[0] != classifiers[1]:
-        weights = _features(weights)
-        context.note(f"the classifier of {model.architecture.num_classes} classes starts from random weights")
+    own, (_, classifier) = model.state_dict(), _specs_of(config)
+    there, here = (tensor_specs({name: each[name] for name in classifier if name in each}) for each in (weights, own))
+    if there != here:
+        weights = _features(weights, classifier)
+        context.note(f"the classifier of {model.num_classes} classes starts from random weights")
     model.load_state_dict({**own, **weights})
 
 
-def read_weights(location: str) -> dict[str, Tensor]:
-    """Read the weights of a run's best checkpoint or of a file, as float32 under this package's names.
+def read_weights(location: str, *, rename: bool = True) -> dict[str, Tensor]:
+    """Read the weights of a run's best checkpoint or of a file, as float32 under this package's names if `rename`.
 
     Files are safetensors, or PyTorch state dicts, which are read with ``weights_only=True`` and so cannot run code.
 
@@ -116,10 +126,10 @@ def read_weights(location: str) -> dict[str, Tensor]:
     if suffix in _UNREADABLE:
         raise ConfigError(f"model.weights: {location} is a compiled program; export the run as safetensors, or name it")
     if suffix == ".safetensors" or suffix in _PICKLES:
-        return _standard(_read_file(fetch_file(location) if is_uri(location) else Path(location)), location)
+        return _standard(_read_file(fetch_file(location) if is_uri(location) else Path(location)), location, rename)
     run = open_run(location)
     snapshot = load_checkpoint(run, "best", load_run_config(run.fetch(CONFIG_FILE)))
-    return _standard(snapshot.average or snapshot.model, location)
+    return _standard(snapshot.average or snapshot.model, location, rename)
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -143,13 +153,18 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _standard(weights: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
+def _standard(weights: Mapping[str, Any], origin: str, rename: bool = True) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{origin} contains no tensors by name")
     if all(name.startswith("model.") for name in tensors):  # Lightning's
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    return {standard_name(name): tensor.float().contiguous() for name, tensor in tensors.items() if _is_weight(name)}
+    name_of = standard_name if rename else str
+    return {
+        name_of(name): tensor.float().contiguous() if tensor.is_floating_point() else tensor.contiguous()
+        for name, tensor in tensors.items()
+        if _is_weight(name)
+    }
 
 
 def _torchvision_weights(variant: str) -> dict[str, Tensor]:

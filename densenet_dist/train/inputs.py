@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from densenet_dist.data.augment import Augmentation
+from densenet_dist.custom import errors, is_custom
+from densenet_dist.data.augment import Augmentation, draw
 from densenet_dist.data.datasets import Channels, Dataset, load_dataset
 from densenet_dist.data.engine import Engine, engine_class
 from densenet_dist.data.image_files import ImageFiles, Split
@@ -25,6 +26,7 @@ from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.parts import custom_dataset, geometry
 from densenet_dist.train.ranks import gather_objects
 
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -34,19 +36,22 @@ _MIN_IMAGES = 30  # with fewer, each image is more than 3 % of the accuracy
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
     """Load and verify the configured data set, with the configured normalisation; `split` as for `load_dataset`."""
     data = config.data
-    dataset = load_dataset(
-        data.name,
-        data.root,
-        download=data.download,
-        url=data.url,
-        limit=data.limit,
-        test_limit=data.test_limit,
-        seed=config.seed,
-        image_size=data.side,
-        test_fraction=data.test_fraction,
-        on_bad_image=data.on_bad_image,
-        split=split,
-    )
+    if is_custom(data.name):
+        dataset = custom_dataset(config)
+    else:
+        dataset = load_dataset(
+            data.name,
+            data.root,
+            download=data.download,
+            url=data.url,
+            limit=data.limit,
+            test_limit=data.test_limit,
+            seed=config.seed,
+            image_size=data.side,
+            test_fraction=data.test_fraction,
+            on_bad_image=data.on_bad_image,
+            split=split,
+        )
     if data.normalize == "unit":
         return replace(dataset, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return dataset
@@ -121,8 +126,11 @@ def train_loader(
     """Create the loader of the training images at `indices`, augmented as configured."""
     data = config.data
     augmentation = Augmentation(
-        data.augment, data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
+        geometry(config), data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
     )
+    if is_custom(data.augment):
+        with errors("data.augment", data.augment):
+            draw(augmentation, config.seed, 0, 5, dataset.image_size)
     return TrainLoader(
         engine,
         indices,

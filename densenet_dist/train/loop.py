@@ -56,6 +56,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         if context.rank == 0:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
+        trainer.notify("on_start")
         while not trainer.finished:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
@@ -69,8 +70,13 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
                 raise trainer.diverged("validation loss", trainer.position.global_step - 1)
             trainer.end_epoch(validation.get("val/loss"))
             record |= validation | trainer.goodput.figures() | {"seconds": time.perf_counter() - started}
+            with context.status.during("save"):  # a callback may take long, which is not a hang
+                trainer.notify("on_epoch", dict(record))
             _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
-        return _test(trainer, log)
+        summary = _test(trainer, log)
+        with context.status.during("save"):
+            trainer.notify("on_end", dict(summary))
+        return summary
     except BaseException as error:
         if log is not None:  # release it: this process may train another run (notebook, sweep)
             log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)

@@ -12,7 +12,7 @@ from densenet_dist.train.checks import least_images
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.ranks import broadcast
 
-PARTS: Final = "grad_accum_steps"
+NUM_PARTS: Final = "grad_accum_steps"
 """The key of env.json for the numbers of parts that memory required, by the first step of each."""
 
 
@@ -22,7 +22,7 @@ class MicroBatches:
     def __init__(self, config: Config, context: RunContext) -> None:
         self._context, self._configured = context, config.train.grad_accum_steps
         self._least_images = least_images(config, context.world_size)
-        found = context.run.read_json(ENV_FILE).get(PARTS) if context.rank == 0 else None
+        found = context.run.read_json(ENV_FILE).get(NUM_PARTS) if context.rank == 0 else None
         pairs = found.items() if isinstance(found, dict) else ()
         self._changes = broadcast({int(key): n for key, n in pairs if key.isdecimal() and isinstance(n, int)})
 
@@ -58,7 +58,7 @@ class MicroBatches:
         with context.status.during("save"):  # slow storage is not a hang
             context.run.guard()
             # Several ranks may run out of memory at a time: they write the same.
-            environment = context.run.read_json(ENV_FILE) | {PARTS: self._changes}
+            environment = context.run.read_json(ENV_FILE) | {NUM_PARTS: self._changes}
             context.run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
         text = f"{where}: from there on, each worker computes its share in {2 * parts} parts"
         if context.world_size > 1:

@@ -8,6 +8,7 @@ So the buckets follow the dense blocks.
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
@@ -16,26 +17,40 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from densenet_dist.custom import is_custom
 from densenet_dist.model import DenseNet
 from densenet_dist.model.sync_bn import synchronize_batchnorm
 from densenet_dist.model.variants import densenet
 from densenet_dist.schema import Config, ModelConfig, TrainConfig
 from densenet_dist.train.context import RunContext
+from densenet_dist.train.parts import custom_model
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_BUCKET: Final = 2**20
 """Bytes below which a block's gradients are sent with those of the next: latency dominates smaller messages. DDP's
 own first bucket has the same size (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
+DEFAULT_BUCKET: Final = 25 * 2**20
+"""DDP's default, in bytes."""
 
 
-def build_model(config: ModelConfig, num_classes: int, image_size: int = 32, seed: int | None = None) -> DenseNet:
-    """Build the configured DenseNet on the CPU, initialised from `seed` if one is given.
+def build_model(
+    config: ModelConfig,
+    num_classes: int,
+    image_size: int = 32,
+    seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build the configured model on the CPU, a `DenseNet` or a custom one, initialised from `seed` if one is given.
+
+    `options` are those of a custom model: ``config.options.model`` of the whole configuration.
 
     Raises:
         ConfigError: naming every setting that cannot work.
     """
     if seed is not None:
         torch.manual_seed(seed)
+    if is_custom(config.variant):
+        return custom_model(config.variant, options or {}, num_classes, image_size)
     return densenet(**config.network, num_classes=num_classes, image_size=image_size)
 
 
@@ -52,7 +67,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def wrap(model: DenseNet, config: Config, context: RunContext, *, in_parts: bool) -> nn.Module:
+def wrap(model: nn.Module, config: Config, context: RunContext, *, in_parts: bool) -> nn.Module:
     """Wrap `model`, on its device, for training: data-parallel for several ranks, compiled if configured.
 
     A collective call. `in_parts`: whether steps may have several forward passes.
@@ -72,7 +87,8 @@ def wrap(model: DenseNet, config: Config, context: RunContext, *, in_parts: bool
             # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed
             # blocks). It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with
             # torch.compile, which splits the graph where buckets end (#93672).
-            static_graph=not in_parts and not train.compile,
+            # Custom models may differ from step to step.
+            static_graph=not in_parts and not train.compile and isinstance(model, DenseNet),
             # In MiB, and exact, because the divisor is a power of two.
             bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
         )
@@ -82,15 +98,17 @@ def wrap(model: DenseNet, config: Config, context: RunContext, *, in_parts: bool
     return cast(nn.Module, torch.compile(forward)) if train.compile else forward
 
 
-def bucket_sizes(model: DenseNet, train: TrainConfig) -> list[int]:
+def bucket_sizes(model: nn.Module, train: TrainConfig) -> list[int]:
     """Return the sizes of DDP's gradient buckets in bytes, in the order of the backward pass; the last takes the rest.
 
     By default a bucket has the gradients of one dense block and the transition after it. The fused form produces them
     all at once, so smaller buckets would not be sent earlier, and larger ones would wait for the next block. Blocks of
-    less than `SMALLEST_BUCKET` are combined.
+    less than `SMALLEST_BUCKET` are combined. For custom models it is DDP's default.
     """
     if train.bucket_mb is not None:
         return [int(train.bucket_mb * 2**20)]
+    if not isinstance(model, DenseNet):
+        return [DEFAULT_BUCKET]
     sizes, held = [], 0
     for stage in _stages(model):
         held += stage

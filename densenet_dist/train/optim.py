@@ -10,23 +10,31 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from densenet_dist.model import DenseNet
+from densenet_dist.custom import bind, errors, is_custom
+from densenet_dist.errors import ConfigError
 from densenet_dist.schedules import OPEN_ENDED, SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
+from densenet_dist.train.parts import custom_optimizer, load_custom_state
 
 
 def build_optimizer(
-    model: DenseNet, config: OptimizerConfig, lr: float, head_lr: float | None = None
+    model: nn.Module,
+    config: OptimizerConfig,
+    lr: float,
+    head_lr: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer.
 
     With ``decay: weights``, biases and BatchNorm are in groups of their own without weight decay; with `head_lr`, the
-    parameters of the classifier are, whose learning rate is the schedule's times ``lr_scale``.
+    parameters of the classifier are, whose learning rate is the schedule's times ``lr_scale``. `options` are those of a
+    custom optimizer.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
@@ -37,12 +45,14 @@ def build_optimizer(
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
     if head_lr is not None:
-        head = {id(p) for p in model.classifier.parameters()}
+        head = {id(p) for p in model.get_submodule("classifier").parameters()}
         groups = [
             {**group, "params": [p for p in group["params"] if (id(p) in head) == in_head], "lr_scale": scale}
             for in_head, scale in ((False, 1.0), (True, head_lr / lr))
             for group in groups
         ]
+    if is_custom(config.name):
+        return custom_optimizer(config.name, options or {}, groups, lr)
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         for parameter in parameters if config.momentum > 0 else ():  # uninitialised if scaling skips the first step
@@ -52,15 +62,19 @@ def build_optimizer(
     return adam(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], *, custom: bool = False) -> None:
     """Load the state of an optimizer, but not the settings of its groups: they come from the configuration.
 
-    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds.
+    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds. What the
+    state of a custom optimizer must be is unknown; its groups may have state, too.
 
     Raises:
         ValueError: the state does not fit the optimizer's parameters.
     """
     own = optimizer.state_dict()["param_groups"]
+    if custom:
+        load_custom_state(optimizer, saved)
+        return
     keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
     parameters = enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
     wanted = {(number, key): parameter for number, parameter in parameters for key in keys}
@@ -106,7 +120,7 @@ class Patience:
 
 
 class LRController:
-    """The learning rate of each step, and the end of training.
+    """The learning rate of each step, and the end of training; `options` are those of a custom schedule.
 
     Attributes:
         scale: product of the reductions by the ``plateau`` schedule so far.
@@ -114,9 +128,13 @@ class LRController:
         end_step: number of steps for which there is time, see `fit`; infinite without a limit.
     """
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, options: Mapping[str, Any] | None = None) -> None:
         self._config, self._steps_per_epoch = config, steps_per_epoch
-        self._settings = keyword_settings(SCHEDULES[config.schedule.name], config.schedule)
+        name = config.schedule.name
+        if is_custom(name):
+            self._schedule = bind("schedule", name, options or {})
+        else:
+            self._schedule = partial(SCHEDULES[name], **keyword_settings(SCHEDULES[name], config.schedule))
         self._plateau = Patience(config.schedule.patience, config.schedule.min_delta)
         self._early = Patience(config.early_stopping.patience, config.early_stopping.min_delta)
         self.scale = 1.0
@@ -124,6 +142,8 @@ class LRController:
         self.end_step = math.inf
         self._fitted = (0, 0.0)  # step of the last `fit`, and the progress there
         self._minutes = config.max_minutes or math.inf
+        self.lr(0)  # raises an error of a custom schedule
+        self.lr(steps_per_epoch * config.epochs - 1)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of global step `step`, counted from 0."""
@@ -144,7 +164,13 @@ class LRController:
             start = schedule.warmup_start
             return lr * (start + (1 - start) * min(now + 1, math.ceil(warmup)) / math.ceil(warmup))
         state = ScheduleState(now, warmup, steps, self._steps_per_epoch, lr)
-        return SCHEDULES[schedule.name](state, **self._settings)
+        if not is_custom(schedule.name):
+            return float(self._schedule(state))
+        with errors("train.schedule.name", schedule.name):
+            rate = float(self._schedule(state))
+        if not 0 <= rate < math.inf:
+            raise ConfigError(f"train.schedule.name: {schedule.name} returned the learning rate {rate} at step {step}")
+        return rate
 
     def fit(self, step: int, end_step: int) -> None:
         """Let the schedule continue at `step` where it is, and complete it at `end_step`."""
@@ -192,7 +218,7 @@ class LRController:
 class WeightAverage:
     """Exponential moving average of parameters and BatchNorm statistics (Polyak averaging): `model`."""
 
-    def __init__(self, model: DenseNet, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
         self._averaged = [tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point()]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from densenet_dist.model import DenseNet
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.train.ranks import gather_objects
 
@@ -123,7 +124,7 @@ def performance(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
     """Return the figures of an epoch on all ranks; warn once about a slow rank. A collective call.
 
     Returns:
-        ``perf/tflops`` of all ranks together, ``perf/mfu`` (its share of their peak, where that is known),
+        Of a DenseNet ``perf/tflops`` of all ranks together and ``perf/mfu`` (its share of their peak, if known);
         ``perf/step_ms_p50``, ``_p95`` and ``_max`` (see `StepTimer`) and ``perf/memory_gib`` of the rank with the
         highest value; with several ranks ``perf/slowest_rank`` (by p50) and ``slowest_host``.
     """
@@ -137,10 +138,13 @@ def performance(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     own = np.percentile(steps, (50, 95, 100)).tolist() if steps else []
     ranks = gather_objects((own, memory, peak, os.uname().nodename))
-    tflops = images_per_s * train_flops(trainer.model.architecture, trainer.config.train.freeze) / 1e12
-    record: dict[str, Any] = {"perf/tflops": tflops, "perf/memory_gib": max(memory for _, memory, *_ in ranks)}
-    if peaks := [peak for _, _, peak, _ in ranks if peak]:
-        record |= {"perf/mfu": tflops / sum(peaks)} if len(peaks) == len(ranks) else {}
+    record: dict[str, Any] = {"perf/memory_gib": max(memory for _, memory, *_ in ranks)}
+    if isinstance(trainer.model, DenseNet):
+        flops = train_flops(trainer.model.architecture, trainer.config.train.freeze)
+        record["perf/tflops"] = tflops = images_per_s * flops / 1e12
+        peaks = [peak for _, _, peak, _ in ranks if peak]
+        if len(peaks) == len(ranks):
+            record["perf/mfu"] = tflops / sum(peaks)
     if not steps:  # the epoch was complete when the run was resumed
         return record
     for position, name in enumerate(("p50", "p95", "max")):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from pydantic import Base64Bytes, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
@@ -303,8 +303,8 @@ class ResultsAccumulator:
         del self.mistakes[MAX_MISTAKES:]
 
 
-def add_images(results: TestResults, config: Config, engine: Engine, model: DenseNet) -> TestResults:
-    """Add the images of the mistakes, read again with the engine of the test split, and heat maps by the model.
+def add_images(results: TestResults, config: Config, engine: Engine, model: nn.Module) -> TestResults:
+    """Add the images of the mistakes, read again with the engine of the test split, and heat maps by a DenseNet.
 
     Only one rank calls it.
 
@@ -318,13 +318,16 @@ def add_images(results: TestResults, config: Config, engine: Engine, model: Dens
 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (engine.mean, engine.std))
     predicted = {mistake.index: mistake.predicted for mistake in results.mistakes}
-    images: dict[int, tuple[bytes, bytes]] = {}
+    images: dict[int, tuple[bytes, bytes | None]] = {}
     for batch in loader if len(indices) else ():
         pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         found = loader.batch_indices.tolist()
-        heat = grad_cam(model, batch.images, torch.tensor([predicted[index] for index in found])).cpu()
-        for index, image, mask in zip(found, pixels.permute(0, 2, 3, 1).numpy(), heat.numpy(), strict=True):
-            images[index] = _png(Image.fromarray(image)), _png(heat_overlay(image, mask))
+        labels, heat = torch.tensor([predicted[index] for index in found]), None
+        if isinstance(model, DenseNet):
+            heat = grad_cam(model, batch.images, labels).cpu().numpy()
+        for number, (index, image) in enumerate(zip(found, pixels.permute(0, 2, 3, 1).numpy(), strict=True)):
+            overlay = None if heat is None else _png(heat_overlay(image, heat[number]))
+            images[index] = _png(Image.fromarray(image)), overlay
     pairs = [(mistake, *images.get(mistake.index, (None, None))) for mistake in results.mistakes]
     return replace(results, mistakes=tuple(replace(mistake, png=png, heat=heat) for mistake, png, heat in pairs))
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from densenet_dist.config import to_dict
+from densenet_dist.custom import is_custom
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.errors import CheckpointError, StorageError
 from densenet_dist.run_folder import sync
@@ -173,6 +174,7 @@ _CHANGEABLE: Final = ("block", "drop_rate", "weights", "pretrained")
 def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What a checkpoint must share with the run: ``always``, and ``within an epoch``, where the order matters too."""
     model = {f"model.{key}": value for key, value in to_dict(config)["model"].items() if key not in _CHANGEABLE}
+    model |= {f"options.model.{key}": value for key, value in config.options.model.items()}
     images = {"data set": dataset.name, "class names": list(dataset.class_names), "image side": dataset.image_size}
     order = {
         "seed": config.seed,
@@ -181,7 +183,12 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
         "data.val_fraction": config.data.val_fraction,
         "train.global_batch_size": config.train.global_batch_size,
     }
-    train = {"train.freeze": to_dict(config)["train"]["freeze"], "train.head_lr": config.train.head_lr is not None}
+    train: dict[str, Any] = {
+        "train.freeze": to_dict(config)["train"]["freeze"],
+        "train.head_lr": config.train.head_lr is not None,
+    }
+    name = config.train.optimizer.name
+    train["custom optimizer"] = name if is_custom(name) else None
     return {"always": model | images | train, "within an epoch": order}
 
 

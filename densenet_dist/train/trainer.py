@@ -11,10 +11,10 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from densenet_dist import custom
 from densenet_dist.conflicts import validation_conflicts
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.loader import Batch, BatchRecipe
@@ -39,6 +39,7 @@ from densenet_dist.train.inputs import (
 from densenet_dist.train.micro_batches import MicroBatches
 from densenet_dist.train.network import autocast, build_model, free_memory, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
+from densenet_dist.train.parts import callbacks_of, require_plain, training_loss
 from densenet_dist.train.performance import StepTimer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks
@@ -85,6 +86,8 @@ class Trainer:
         self._require_feasible()  # before anything is measured or built
         weights = class_weights(config, dataset, train_indices)
         self.class_weights = None if weights is None else weights.to(context.device)
+        self.loss = training_loss(config, dataset.num_classes, self.class_weights)
+        self.callbacks = callbacks_of(config)
 
         # Validation images are part of the training split, so that one engine serves both loaders.
         self.loader_name = choose_loader(config, context, dataset, train_indices)
@@ -98,20 +101,23 @@ class Trainer:
         images = train.epochs * len(train_indices)
         model = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
-        self.model = build_model(model, dataset.num_classes, dataset.image_size, config.seed).to(context.device)
+        options = config.options
+        plain = build_model(model, dataset.num_classes, dataset.image_size, config.seed, options.model)
+        self.model = plain.to(context.device)
         if config.model.weights or config.model.pretrained:
-            load_initial_weights(self.model, context)
-        self.model.freeze(train.freeze)
+            load_initial_weights(self.model, config, context)
+        if isinstance(self.model, DenseNet):
+            self.model.freeze(train.freeze)
         self.micro_batches = MicroBatches(config, context)
         self.forward = wrap(self.model, config, context, in_parts=self.micro_batches.several)
         buffers = list(self.model.buffers())  # by type, so that a copy is one operation
         self._statistics = [[b for b in buffers if b.is_floating_point() is real] for real in (True, False)]
         self._statistics_before = copy.deepcopy(self._statistics)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
-        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr)
+        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr, options.optimizer)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.lr_controller = LRController(train, self.steps_per_epoch)
+        self.lr_controller = LRController(train, self.steps_per_epoch, options.schedule)
 
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)
@@ -125,6 +131,7 @@ class Trainer:
         self.position = Position()
         self.saved_step: int | None = None
         self._epoch_start = (0.0, 0.0)  # `train_time` then
+        self._is_random = config.model.drop_rate > 0 or any(custom.names_in(config))  # custom parts may be
         self.step_graph: StepGraph | None = None
         captured = train.cuda_graph and not self.micro_batches.several
         if captured and context.device.type == "cuda" and context.world_size == 1:
@@ -134,7 +141,7 @@ class Trainer:
         self.profiler = StepProfiler(context, train.profile, train.epochs * self.steps_per_epoch)
 
     @property
-    def eval_model(self) -> DenseNet:
+    def eval_model(self) -> nn.Module:
         """The model to evaluate: the weight average if there is one."""
         return self.average.model if self.average else self.model
 
@@ -184,7 +191,7 @@ class Trainer:
         return takewhile(lambda _: self.steps_left > 0, batches)
 
     def prepare_step(self) -> None:
-        """Set the learning rate and seed dropout.
+        """Set the learning rate and seed dropout, and whatever else is random.
 
         Both are functions of the step, so a resumed run needs no state of a scheduler or random number generator.
         """
@@ -198,9 +205,12 @@ class Trainer:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-        if self.config.model.drop_rate > 0:
-            key = f"dropout/{self.config.seed}/{self.position.global_step}/{self.context.rank}"
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+        if self._is_random:
+            self._seed("dropout", self.context.rank)
+
+    def _seed(self, use: str, rank: int) -> None:
+        key = f"{use}/{self.config.seed}/{self.position.global_step}/{rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
     def halve_micro_batch(self, batch: Batch | BatchRecipe) -> None:
         """Free the memory of a step that ran out of it, and prepare to repeat it in more parts; errors as `halve`."""
@@ -219,13 +229,14 @@ class Trainer:
         """
         with autocast(self.context.device, self.config.train.precision):
             logits = self.forward(images)
-        smoothing = self.config.train.label_smoothing
-        loss = F.cross_entropy(logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=smoothing)
+        loss = self.loss(logits.float(), targets)
         self.scaler.scale(loss * scale).backward()
         return loss.detach(), logits.detach()
 
     def update_weights(self) -> None:
         """Clip the gradients if configured, and update the weights."""
+        if custom.is_custom(self.config.train.optimizer.name):
+            self._seed("optimizer", 0)  # the same random numbers on every rank
         if self.config.train.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
@@ -267,6 +278,7 @@ class Trainer:
         if self.average is not None:
             self.average.update(step)
         self.position = Position(self.position.epoch, self.position.step + 1, step + 1)
+        self.notify("on_step")
 
     def end_epoch(self, val_loss: float | None) -> None:
         """Move on to the next epoch."""
@@ -275,6 +287,12 @@ class Trainer:
         self._logged.sums -= self.metrics.sums  # `metrics` starts at 0 again
         self.metrics = Metrics(self.context.device, self.dataset.num_classes)
         self._epoch_start = self.train_time()
+
+    def notify(self, event: str, *values: Any) -> None:
+        """Call the callbacks: on_start, on_step, on_epoch or on_end. Every rank calls it."""
+        for name, callback in self.callbacks.items():
+            with custom.errors("callbacks", f"{name}.{event}", TrainingError):
+                getattr(callback, event)(self, *values)
 
     def diverged(self, what: str, step: int) -> TrainingError:
         """Return the error for a value that is not finite."""
@@ -302,11 +320,15 @@ class Trainer:
                 "logged_at": self._logged_at,
                 "goodput": self.goodput.state_dict(),
             },
+            "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
             "pictures": digest_of_files(self.dataset),
             "identity": identity_of(self.config, self.dataset),
         }
         if self.config.log.every_steps is not None:
             state["logged"] = sums[:, 1].contiguous()
+        if custom.is_custom(self.config.train.optimizer.name):
+            require_plain(state["optimizer"], self.config.train.optimizer.name)
+        require_plain(state["callbacks"], "callbacks")
         average = self.average.model.state_dict() if self.average else None
         return Snapshot(self.model.state_dict(), average, state, self.position, metrics or {}, validated)
 
@@ -359,7 +381,10 @@ class Trainer:
         load_weights(self.model, snapshot.model, origin)
         if self.average:
             load_weights(self.average.model, snapshot.average or snapshot.model, origin)
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        is_custom = custom.is_custom(self.config.train.optimizer.name)
+        load_optimizer_state(self.optimizer, state["optimizer"], custom=is_custom)
+        for name, saved in state.get("callbacks", {}).items():
+            self.callbacks[name].load_state_dict(saved)
         # Only the state is restored: settings such as the growth interval come from the configuration.
         scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
         self.scaler.load_state_dict(self.scaler.state_dict() | scale)

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pages import blocks
 from ray_nodes import OUTSIDE, Cluster, two_hosts, two_nodes
 from ray_runs import until
 from s3_server import bucket
 
 from densenet_dist.run_folder import RunFolder
+from densenet_dist.yaml_settings import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 QUICK = ("configs/quickstart.yaml", "cluster.workers=2", "data={limit: 640, test_limit: 640}", "train.epochs=2",
@@ -59,6 +61,26 @@ def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     assert re.search(r"job both-\d{8}-\d{6}-\d+ succeeded$", text.strip())
     assert status_of(RunFolder(str(tmp_path), "both")) == "finished"
     assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
+
+
+@pytest.mark.nightly
+def test_workers_import_custom_parts_from_the_working_directory(nodes, tmp_path):
+    """It is uploaded to a cluster that a run or sweep joins, and with a job."""
+    (tmp_path / "my_parts.py").write_text(blocks(REPOSITORY / "docs" / "extending.md", "python")[0].text)
+    (tmp_path / "sweep.yaml").write_text(
+        "scheduler.name: fifo\nspace: {options.loss.gamma: [0, 2], train.loss: [my_parts:focal]}\nsearch.name: grid\n"
+    )
+    parts = ("data.augment=my_parts:mirror", "train.loss=my_parts:focal", "callbacks=[my_parts:Best]")
+    small = ("data.limit=100", "train.epochs=1", f"storage={tmp_path}/runs", *parts)
+    joined = (*small, f"cluster.address={nodes.nodes[1].args[3].partition('=')[2]}")
+    finished(nodes.densenet_dist("train", "quickstart", *joined, "cluster.workers=2", "name=run", cwd=tmp_path))
+    finished(nodes.densenet_dist("tune", "sweep.yaml", *joined, "name=sweep", cwd=tmp_path))
+    job = ("submit", "--address", nodes.address, "train", "quickstart", *small, "name=job")
+    finished(nodes.densenet_dist(*job, cwd=tmp_path))
+    folders = [RunFolder(f"{tmp_path}/runs", name) for name in ("run", "job", "sweep/trial-000", "sweep/trial-001")]
+    assert list(map(status_of, folders)) == ["finished"] * 4
+    options = [read_yaml(folder.fetch("config.yaml"))["options"]["loss"]["gamma"] for folder in folders]
+    assert options == [2.0, 2.0, 0.0, 2.0]
 
 
 def test_after_an_interrupt_the_job_continues_until_it_is_stopped(nodes, tmp_path):

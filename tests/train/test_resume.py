@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from custom_parts import CUSTOM
 from distributed import run_ranks
 from runs import STEPS_PER_EPOCH, notes_of, records, run_of, tiny, train, trainer_of, weights_of
 from torch.multiprocessing import ProcessRaisedException
@@ -42,6 +43,7 @@ CASES = {
         "data.cutmix=1",
         "data.trivial_augment=true",
     ],
+    "custom parts": CUSTOM,
 }
 
 
@@ -151,9 +153,10 @@ def fit_ranks(storage: str, settings: list[str], die_after: int) -> dict[str, An
     return train(config, run=DyingFolder(config, die_after, "after") if die_after else None)
 
 
-def test_two_ranks_go_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("parts", [["model.drop_rate=0.2"], CUSTOM], ids=["built-in", "custom"])
+def test_two_ranks_go_on_bit_for_bit(tmp_path, parts):
     settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.ema_decay=0.9", "train.precision=bf16"]
-    settings += ["log.every_steps=3", "model.drop_rate=0.2", "train.sync_bn=true", "train.grad_accum_steps=2"]
+    settings += ["log.every_steps=3", "train.sync_bn=true", "train.grad_accum_steps=2", *parts]
     whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
     first, second = run_ranks(fit_ranks, 2, whole.storage, settings, 0)
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
@@ -164,8 +167,9 @@ def test_two_ranks_go_on_bit_for_bit(tmp_path):
     assert_same_run(torn, whole)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
-    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.sync_bn=true", "log.every_steps=3"]
+@pytest.mark.parametrize("parts", [[], ["train.loss=custom_parts:focal"]], ids=["built-in", "custom"])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, parts):
+    settings = ["train.epochs=2", "checkpoint.every_steps=2", "train.sync_bn=true", "log.every_steps=3", *parts]
     whole, torn = (tiny(tmp_path / name, *settings) for name in ("whole", "torn"))
     train(whole)
     with pytest.raises(ProcessRaisedException, match="Died"):

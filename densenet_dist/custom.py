@@ -1,0 +1,296 @@
+"""Custom parts: functions of the user's modules in the place of the package's model, data set, loss and so on.
+
+A configuration names them ``package.module:function``; their keyword-only arguments are settings, under ``options``.
+Importing a module runs its code, so only names that the user gave in this process are imported (`allow`): never one
+that comes only from a run folder, a checkpoint, an export or a sweep folder, which may be another person's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field, make_dataclass
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any, Final, NamedTuple, TypeAlias, cast, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from densenet_dist.errors import ConfigError, DenseNetDistError
+
+NAME: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+"""The form of a name, ``package.module:function``."""
+Function: TypeAlias = Callable[..., Any]
+
+
+class Part(NamedTuple):
+    """A part of a run that can be a custom one: the setting that names it, and the arguments that it is called with."""
+
+    key: str
+    arguments: tuple[str, ...]
+
+
+PARTS: Final = {
+    "model": Part("model.variant", ("num_classes", "image_size")),
+    "dataset": Part("data.name", ("root", "seed")),
+    "augmentation": Part("data.augment", ("draws",)),
+    "loss": Part("train.loss", ("logits", "targets")),
+    "optimizer": Part("train.optimizer.name", ("parameter_groups", "lr")),
+    "schedule": Part("train.schedule.name", ("state",)),
+    "callbacks": Part("callbacks", ()),
+}
+"""By the name of their section in ``options``, which is also that of `fit`'s argument."""
+
+_allowed: dict[str, Function | None] = {}
+"""The names that this process may use, with the function if it was given as an object."""
+
+
+class Callback:
+    """Base class of callbacks: a run calls each of them on every rank, in the order of the configuration.
+
+    `trainer` is the rank's `densenet_dist.train.trainer.Trainer`: its ``model``, ``optimizer``, ``position``
+    (``epoch``, ``step``, ``global_step``), ``config``, ``context`` (``rank``, ``world_size``, ``run``, ``note(text)``).
+    """
+
+    def on_start(self, trainer: Any) -> None:
+        """Handle the start of a process, after a checkpoint was loaded."""
+
+    def on_step(self, trainer: Any) -> None:
+        """Handle the end of a step."""
+
+    def on_epoch(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        """Handle the end of an epoch, before its checkpoint; `metrics` are those of metrics.jsonl."""
+
+    def on_end(self, trainer: Any, summary: dict[str, Any]) -> None:
+        """Handle the end of the run, after the test; `summary` is the content of summary.json."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for checkpoints: tensors and plain values. That of rank 0 is saved, for all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of a checkpoint."""
+
+
+def is_custom(name: str) -> bool:
+    """Return whether a name is that of a custom part."""
+    return ":" in name
+
+
+def names_in(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield the part and the name of each custom part in a configuration, or in nested plain settings."""
+    for part, (key, _) in PARTS.items():
+        value = value_at(settings, key)
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(name, str) and NAME.fullmatch(name):
+                yield part, name
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """Return the value of a dotted key in a configuration or in nested plain settings, or None."""
+    for step in key.split("."):
+        settings = settings.get(step) if isinstance(settings, Mapping) else getattr(settings, step, None)
+    return settings
+
+
+def allow(names: Iterable[str]) -> None:
+    """Allow names that the user gave to be imported; those of a script or notebook cannot be."""
+    for name in names:
+        if not name.startswith("__main__:"):
+            _allowed.setdefault(name, None)
+
+
+def register(function: Function) -> str:
+    """Allow a function or class that is given as an object, and return its name."""
+    module, attribute = getattr(function, "__module__", None), getattr(function, "__name__", None)
+    name = f"{module}:{attribute}"
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{function!r} cannot be a custom part; define a function or class with a name of its own")
+    importable = module != "__main__" and getattr(sys.modules.get(str(module)), str(attribute), None) is function
+    _allowed[name] = None if importable else function
+    return name
+
+
+def take_objects(settings: dict[str, Any]) -> None:
+    """Replace functions in nested plain settings by names; arguments of a ``functools.partial`` become options."""
+    for part, (key, _) in PARTS.items():
+        *groups, last = key.split(".")
+        group = value_at(settings, ".".join(groups)) if groups else settings
+        value = group.get(last) if isinstance(group, Mapping) else None
+        found = [_taken(settings, part, each) for each in (value if isinstance(value, list | tuple) else [value])]
+        if isinstance(group, dict) and last in group:
+            group[last] = found if isinstance(value, list | tuple) else found[0]
+
+
+def _taken(settings: dict[str, Any], part: str, value: Any) -> Any:
+    if not callable(value):
+        return value
+    options = {}
+    if isinstance(value, partial) and not value.args:
+        value, options = value.func, dict(value.keywords)
+    name = register(value)
+    if options:
+        section = settings.setdefault("options", {}).setdefault(part, {})
+        section |= {short_name(name): options} if part == "callbacks" else options
+    return name
+
+
+def short_name(name: str) -> str:
+    """Return the name of the function alone, which is the key of a callback's options."""
+    return name.partition(":")[2]
+
+
+def shipped(names: Iterable[str]) -> dict[str, Function | None]:
+    """Return what another process needs to use these parts, see `receive`; to be sent by cloudpickle."""
+    return {name: _allowed[name] for name in names if name in _allowed}
+
+
+def receive(parts: Mapping[str, Function | None]) -> None:
+    """Allow the parts that another process of the same run sent."""
+    _allowed.update(parts)
+
+
+def require_allowed(names: Iterable[tuple[str, str]]) -> None:
+    """Raise a ConfigError unless all names, each with its part, may be imported."""
+    for part, name in names:
+        if name not in _allowed and name.startswith("__main__:"):
+            raise ConfigError(
+                f"{PARTS[part].key}: {name} was defined in a script or notebook; give it to fit there again"
+            )
+        if name not in _allowed:
+            raise ConfigError(
+                f"{PARTS[part].key}: {name} is not imported: the name comes from the folder of a run or sweep, or from "
+                "an export, which may be another person's\n"
+                "  if you know the code, add --trust (in Python: trust=True)"
+            )
+
+
+def is_allowed(name: str) -> bool:
+    """Return whether a name may be imported."""
+    return name in _allowed
+
+
+def load(part: str, name: str) -> Function:
+    """Import a function, after checking that it may be imported.
+
+    Raises:
+        ConfigError: it may not, cannot be imported, or does not have the arguments of its part.
+    """
+    require_allowed([(part, name)])
+    function = _allowed[name] or _imported(PARTS[part].key, name)
+    options_type(part, function)
+    return function
+
+
+def _imported(key: str, name: str) -> Function:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # which the densenet-dist command lacks
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{key}: {name} cannot be imported: {_described(error)}") from error
+        raise ConfigError(
+            f"{key}: {name} cannot be imported: there is no module {error.name} on {os.uname().nodename}\n"
+            f"  start in the folder with {error.name.partition('.')[0]}, or install it (on all nodes of a cluster)"
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"{key}: {name} cannot be imported: {_described(error)}") from error
+    function: Any = getattr(found, attribute, None)
+    if not callable(function):
+        near = difflib.get_close_matches(attribute, dir(found), n=1)
+        raise ConfigError(f"{key}: {module} has no function {attribute}{f'; did you mean {near[0]}?' if near else ''}")
+    return cast(Function, function)
+
+
+def bind(part: str, name: str, options: Mapping[str, Any]) -> Function:
+    """Return the function of a part with its options filled in. Errors are those of `load`."""
+    function = load(part, name)
+    try:
+        typed: Any = TypeAdapter(options_type(part, function)).validate_json(json.dumps(options))
+    except (ValidationError, ValueError) as error:
+        raise ConfigError(f"options.{part}: {name} does not accept them: {error}") from None
+    return partial(function, **vars(typed))
+
+
+@lru_cache
+def options_type(part: str, function: Function) -> type:
+    """Return a dataclass of a function's options, with their types and defaults.
+
+    Raises:
+        ConfigError: the function does not have the arguments of its part, or an option has no usable type.
+    """
+    key, arguments = PARTS[part]
+    name = f"{function.__module__}:{function.__name__}"
+    wanted = f"({', '.join([*arguments, '*', 'option: type = default', '...'])})"
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    except (ValueError, TypeError, NameError, AttributeError) as error:
+        raise ConfigError(f"{key}: the arguments of {name} cannot be read: {error}; define it as {wanted}") from error
+    options = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    others = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    if len(others) != len(arguments) or any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in others):
+        given = ", ".join(str(one) for one in parameters)
+        raise ConfigError(f"{key}: {name}({given}) must take {wanted}")
+    if untyped := [one.name for one in options if one.name not in hints]:
+        raise ConfigError(
+            f"{key}: the option {untyped[0]} of {name} has no type; write {untyped[0]}: float, for example"
+        )
+    fields = []
+    for one in options:
+        default = field() if one.default is one.empty else field(default_factory=partial(_same, one.default))
+        fields.append((one.name, hints[one.name], default))
+    # The same rules as for all settings (`densenet_dist.schema.STRICT`), and defaults are checked, too.
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    found = make_dataclass(short_name(name), fields, kw_only=True, namespace={"__pydantic_config__": rules})
+    try:
+        TypeAdapter(found)
+    except (PydanticUserError, TypeError) as error:
+        raise ConfigError(f"{key}: an option of {name} has a type that a file cannot hold: {error}") from error
+    return found
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@contextmanager
+def errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> Iterator[None]:
+    """Turn an exception of the user's code into one of `kind` that names the code; not the package's own.
+
+    While training (a TrainingError) RuntimeErrors stay too: PyTorch raises them for lost ranks and a lack of memory.
+    """
+    try:
+        yield
+    except DenseNetDistError:
+        raise
+    except Exception as error:
+        is_torchs = isinstance(error, RuntimeError) and (
+            kind is not ConfigError or "OutOfMemory" in type(error).__name__
+        )
+        if is_torchs:
+            raise
+        raise kind(f"{key}: {name} failed: {_described(error)}") from error
+
+
+def _described(error: BaseException) -> str:
+    """Describe an error with the last line of code outside of installed packages."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _is_users(file: str) -> bool:
+    return not (
+        file.startswith((os.path.dirname(__file__), sys.prefix, sys.base_prefix, "<frozen")) or "site-packages" in file
+    )

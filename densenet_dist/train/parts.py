@@ -1,0 +1,193 @@
+"""Custom parts of a run: built, and checked before anything is trained (see `densenet_dist.custom`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from densenet_dist.custom import Callback, bind, errors, is_custom, short_name
+from densenet_dist.data.datasets import Dataset, first
+from densenet_dist.errors import ConfigError, DataError, TrainingError
+from densenet_dist.schema import Config
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits, (n, classes) float32, and targets, (n,) int64 or (n, classes) float32, to the summed loss, ()."""
+
+
+def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_size: int) -> nn.Module:
+    """Build a custom model on the CPU.
+
+    Raises:
+        ConfigError: it fails, does not return logits of this number of classes, has parameters that the logits do not
+            depend on, which DDP would wait for, or shared ones, which checkpoints cannot hold.
+    """
+    with errors("model.variant", name):
+        model = bind("model", name, options)(num_classes, image_size)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model.variant: {name} returned a {type(model).__name__}, not a torch.nn.Module")
+        model.num_classes = num_classes  # type: ignore[assignment]  # as a DenseNet has
+        trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise ConfigError(f"model.variant: {name} has no parameters to train")
+        with torch.random.fork_rng([]):
+            logits = model.eval()(torch.zeros(2, 3, image_size, image_size))
+            shape = tuple(logits.shape)
+            gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+        model.train()
+    if unused := [key for key, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+        raise ConfigError(f"model.variant: {name}: the logits do not depend on {unused[0]}; remove it or freeze it")
+    if shape != (2, num_classes):
+        raise ConfigError(
+            f"model.variant: {name} maps images (2, 3, {image_size}, {image_size}) to {shape}; it must return logits "
+            f"(2, {num_classes})"
+        )
+    owners: dict[int, str] = {}
+    for key, tensor in model.state_dict().items():
+        if tensor.numel() and (other := owners.setdefault(tensor.data_ptr(), key)) != key:
+            raise ConfigError(f"model.variant: {name}: {other} and {key} share memory, which checkpoints cannot")
+    return model
+
+
+def custom_dataset(config: Config) -> Dataset:
+    """Load a custom data set.
+
+    Raises:
+        DataError: it fails, or is not as `Dataset` describes.
+    """
+    name, limit = config.data.name, config.data.limit
+    make = bind("dataset", name, config.options.dataset)
+    with errors("data.name", name, DataError):
+        found = make(config.data.root, config.seed)
+        problem = None if isinstance(found, Dataset) else f"returned a {type(found).__name__}"
+        for split in () if problem else (found.train, found.test):
+            problem = problem or _split_problem(split.images, split.labels, found.num_classes)
+    if problem:
+        raise DataError(f"data.name: {name} {problem}, not a Dataset (docs/extending.md)")
+    if found.image_size != config.data.side or found.test.image_size != config.data.side:
+        raise ConfigError(
+            f"data.image_size: {config.data.side}, but the images of {name} have {found.image_size} pixels"
+        )
+    if found.val is not None and limit is not None:
+        raise ConfigError(f"data.limit: {name} has validation images of its own; leave the limit at null")
+    return Dataset(
+        name,
+        found.class_names,
+        first(found.train, limit),
+        first(found.test, config.data.test_limit),
+        found.mean,
+        found.std,
+        found.val,
+    )
+
+
+def _split_problem(images: Any, labels: Any, classes: int) -> str | None:
+    array = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
+    if not array or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+        return "has images other than a uint8 array (n, side, side, 3)"
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.shape != (len(images),):
+        return "has labels other than an int64 array (n,)"
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        return f"has a split without images, or labels outside 0 to {classes - 1}"
+    return None
+
+
+def geometry(config: Config) -> str | Callable[[npt.NDArray[np.float64]], Any]:
+    """Return the name of the built-in augmentation, or the custom one."""
+    name = config.data.augment
+    return bind("augmentation", name, config.options.augmentation) if is_custom(name) else name
+
+
+def training_loss(config: Config, num_classes: int, weights: Tensor | None) -> LossFunction:
+    """Return the training loss, summed over images; `weights` (classes,) are those of the classes, or None.
+
+    Raises:
+        ConfigError: a custom loss fails, or does not return one value per image.
+    """
+    name = config.train.loss
+    if not is_custom(name):
+        smoothing = config.train.label_smoothing
+        return partial(F.cross_entropy, weight=weights, reduction="sum", label_smoothing=smoothing)
+    function = bind("loss", name, config.options.loss)
+
+    def loss(logits: Tensor, targets: Tensor, kind: Any = TrainingError) -> Tensor:
+        with errors("train.loss", name, kind):
+            found = function(logits, targets)
+        if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"train.loss: {name} must return one loss per image, ({len(logits)},), not {shape}")
+        return found.sum()
+
+    labels = torch.arange(4) % num_classes
+    mixes = config.data.mixup > 0 or config.data.cutmix > 0
+    logits = torch.linspace(-1, 1, 4 * num_classes).view(4, num_classes).requires_grad_()
+    if not loss(logits, F.one_hot(labels, num_classes).float() if mixes else labels, ConfigError).requires_grad:
+        raise ConfigError(f"train.loss: the values of {name} do not depend on the logits, so nothing would be learned")
+    return loss
+
+
+def custom_optimizer(
+    name: str, options: Mapping[str, Any], groups: list[dict[str, Any]], lr: float
+) -> torch.optim.Optimizer:
+    """Build a custom optimizer.
+
+    Raises:
+        ConfigError: it fails, or does not have exactly the given parameters.
+    """
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    with errors("train.optimizer.name", name):
+        optimizer = bind("optimizer", name, options)(groups, lr)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(f"train.optimizer.name: {name} returned a {type(optimizer).__name__}, not an Optimizer")
+    if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != given:
+        raise ConfigError(f"train.optimizer.name: {name} must optimize exactly the parameters that it is given")
+    return optimizer
+
+
+def load_custom_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load the state of a custom optimizer, groups included, with the dtypes that it had: PyTorch would change them."""
+    optimizer.load_state_dict(dict(saved))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in saved["state"].items():
+        own = optimizer.state[parameters[number]]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and own[key].dtype != value.dtype:
+                own[key] = value.to(own[key].device)
+
+
+def callbacks_of(config: Config) -> dict[str, Callback]:
+    """Create the callbacks, by the names of their functions.
+
+    Raises:
+        ConfigError: one fails, or is not a `Callback`.
+    """
+    found = {}
+    for name in config.callbacks:
+        with errors("callbacks", name):
+            made = bind("callbacks", name, config.options.callbacks.get(short_name(name), {}))()
+        if not isinstance(made, Callback):
+            raise ConfigError(f"callbacks: {name} is a {type(made).__name__}, not a subclass of densenet_dist.Callback")
+        found[short_name(name)] = made
+    return found
+
+
+def require_plain(value: Any, what: str) -> None:
+    """Raise a TrainingError if a state has values that checkpoints cannot hold: they are read without unpickling."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            require_plain(key, what)
+            require_plain(each, what)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            require_plain(each, what)
+    elif type(value) not in (int, float, bool, str, bytes, type(None)) and not isinstance(value, Tensor):
+        raise TrainingError(
+            f"the state of {what} has a {type(value).__name__}, which a checkpoint cannot hold: it may have tensors, "
+            "numbers, text, lists and dictionaries"
+        )
