@@ -8,21 +8,14 @@ that comes only from a run folder, a checkpoint, an export or a sweep folder, wh
 from __future__ import annotations
 
 import difflib
-import inspect
-import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import field, make_dataclass
-from functools import lru_cache, partial
 from importlib import import_module
-from typing import Any, Final, NamedTuple, TypeAlias, cast, get_type_hints
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from densenet_dist.errors import ConfigError, DenseNetDistError
 
@@ -95,8 +88,8 @@ def names_in(settings: Any) -> Iterator[tuple[str, str]]:
 
 
 def value_at(settings: Any, key: str) -> Any:
-    """Return the value of a dotted key in a configuration or in nested plain settings, or None."""
-    for step in key.split("."):
+    """Return the value of a dotted key in a configuration or in nested plain settings, or None; of "" all of them."""
+    for step in filter(None, key.split(".")):
         settings = settings.get(step) if isinstance(settings, Mapping) else getattr(settings, step, None)
     return settings
 
@@ -116,30 +109,6 @@ def register(function: Function) -> str:
         raise ConfigError(f"{function!r} cannot be a custom part; define a function or class with a name of its own")
     importable = module != "__main__" and getattr(sys.modules.get(str(module)), str(attribute), None) is function
     _allowed[name] = None if importable else function
-    return name
-
-
-def take_objects(settings: dict[str, Any]) -> None:
-    """Replace functions in nested plain settings by names; arguments of a ``functools.partial`` become options."""
-    for part, (key, _) in PARTS.items():
-        *groups, last = key.split(".")
-        group = value_at(settings, ".".join(groups)) if groups else settings
-        value = group.get(last) if isinstance(group, Mapping) else None
-        found = [_taken(settings, part, each) for each in (value if isinstance(value, list | tuple) else [value])]
-        if isinstance(group, dict) and last in group:
-            group[last] = found if isinstance(value, list | tuple) else found[0]
-
-
-def _taken(settings: dict[str, Any], part: str, value: Any) -> Any:
-    if not callable(value):
-        return value
-    options = {}
-    if isinstance(value, partial) and not value.args:
-        value, options = value.func, dict(value.keywords)
-    name = register(value)
-    if options:
-        section = settings.setdefault("options", {}).setdefault(part, {})
-        section |= {short_name(name): options} if part == "callbacks" else options
     return name
 
 
@@ -178,90 +147,35 @@ def is_allowed(name: str) -> bool:
     return name in _allowed
 
 
-def load(part: str, name: str) -> Function:
-    """Import a function, after checking that it may be imported.
+def import_function(part: str, name: str) -> Function:
+    """Import a function.
 
     Raises:
-        ConfigError: it may not, cannot be imported, or does not have the arguments of its part.
+        ConfigError: it may not be imported, or cannot be.
     """
     require_allowed([(part, name)])
-    function = _allowed[name] or _imported(PARTS[part].key, name)
-    options_type(part, function)
-    return function
-
-
-def _imported(key: str, name: str) -> Function:
+    if (given := _allowed[name]) is not None:
+        return given
+    key = PARTS[part].key
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # which the densenet-dist command lacks
         sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{key}: {name} cannot be imported: {_described(error)}") from error
-        raise ConfigError(
-            f"{key}: {name} cannot be imported: there is no module {error.name} on {os.uname().nodename}\n"
-            f"  start in the folder with {error.name.partition('.')[0]}, or install it (on all nodes of a cluster)"
-        ) from error
     except Exception as error:
-        raise ConfigError(f"{key}: {name} cannot be imported: {_described(error)}") from error
+        problem = _described(error)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):
+            problem = (
+                f"there is no module {missing} on {os.uname().nodename}\n"
+                f"  start in the folder with {missing.partition('.')[0]}, or install it (on all nodes of a cluster)"
+            )
+        raise ConfigError(f"{key}: {name} cannot be imported: {problem}") from error
     function: Any = getattr(found, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(found), n=1)
         raise ConfigError(f"{key}: {module} has no function {attribute}{f'; did you mean {near[0]}?' if near else ''}")
     return cast(Function, function)
-
-
-def bind(part: str, name: str, options: Mapping[str, Any]) -> Function:
-    """Return the function of a part with its options filled in. Errors are those of `load`."""
-    function = load(part, name)
-    try:
-        typed: Any = TypeAdapter(options_type(part, function)).validate_json(json.dumps(options))
-    except (ValidationError, ValueError) as error:
-        raise ConfigError(f"options.{part}: {name} does not accept them: {error}") from None
-    return partial(function, **vars(typed))
-
-
-@lru_cache
-def options_type(part: str, function: Function) -> type:
-    """Return a dataclass of a function's options, with their types and defaults.
-
-    Raises:
-        ConfigError: the function does not have the arguments of its part, or an option has no usable type.
-    """
-    key, arguments = PARTS[part]
-    name = f"{function.__module__}:{function.__name__}"
-    wanted = f"({', '.join([*arguments, '*', 'option: type = default', '...'])})"
-    try:
-        parameters = inspect.signature(function).parameters.values()
-        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    except (ValueError, TypeError, NameError, AttributeError) as error:
-        raise ConfigError(f"{key}: the arguments of {name} cannot be read: {error}; define it as {wanted}") from error
-    options = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
-    others = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
-    if len(others) != len(arguments) or any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in others):
-        given = ", ".join(str(one) for one in parameters)
-        raise ConfigError(f"{key}: {name}({given}) must take {wanted}")
-    if untyped := [one.name for one in options if one.name not in hints]:
-        raise ConfigError(
-            f"{key}: the option {untyped[0]} of {name} has no type; write {untyped[0]}: float, for example"
-        )
-    fields = []
-    for one in options:
-        default = field() if one.default is one.empty else field(default_factory=partial(_same, one.default))
-        fields.append((one.name, hints[one.name], default))
-    # The same rules as for all settings (`densenet_dist.schema.STRICT`), and defaults are checked, too.
-    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-    found = make_dataclass(short_name(name), fields, kw_only=True, namespace={"__pydantic_config__": rules})
-    try:
-        TypeAdapter(found)
-    except (PydanticUserError, TypeError) as error:
-        raise ConfigError(f"{key}: an option of {name} has a type that a file cannot hold: {error}") from error
-    return found
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 @contextmanager
@@ -275,10 +189,8 @@ def errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> 
     except DenseNetDistError:
         raise
     except Exception as error:
-        is_torchs = isinstance(error, RuntimeError) and (
-            kind is not ConfigError or "OutOfMemory" in type(error).__name__
-        )
-        if is_torchs:
+        out_of_memory = "OutOfMemory" in type(error).__name__
+        if isinstance(error, RuntimeError) and (out_of_memory or kind is not ConfigError):
             raise
         raise kind(f"{key}: {name} failed: {_described(error)}") from error
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
-from densenet_dist.config import limits_of_test
+from densenet_dist.config import kept_test_limit
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, open_run
@@ -162,7 +162,7 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
     found = open_run(folder, SWEEP_FILE, "sweep")
     file = found.fetch(SWEEP_FILE)
     base = read_yaml(file).get("settings")
-    stored = (file, *(limits_of_test(base) if isinstance(base, dict) else ()))
+    stored = (file, *(kept_test_limit(base) if isinstance(base, dict) else ()))
     sweep = load_sweep(*stored, *settings, trust=trust)
     if settings and sweep.trials < (before := load_sweep(*stored, trust=trust).trials):
         raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")

@@ -27,7 +27,7 @@ from densenet_dist.custom import allow
 from densenet_dist.errors import CheckpointError, EnvironmentProblem
 from densenet_dist.inference.header import HEADER_KEY, Header, header_of
 from densenet_dist.model import DenseNet
-from densenet_dist.train.parts import custom_model
+from densenet_dist.train.custom_parts import custom_model
 from densenet_dist.train.snapshot import TensorSpec, require_same_tensors, tensor_specs
 
 Format = Literal["safetensors", "torch-export", "onnx"]

@@ -15,10 +15,11 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 from densenet_dist import config as run_config
 from densenet_dist import custom
-from densenet_dist.config import Settings, join_problems, load_config, merged, name_of_file
+from densenet_dist.config import load_config, merged, name_of_file
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
-from densenet_dist.schema import STRICT, Config, Count, Index, PathOrUri, Positive, Workers
+from densenet_dist.schema import Config, Count, Index, PathOrUri, Positive, Workers
+from densenet_dist.settings import STRICT, Settings, join_problems
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.space import KINDS, Domain, Value, read_domain
 from densenet_dist.yaml_settings import find_file, is_override, merge, nest, read_override, read_yaml, to_yaml

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from densenet_dist import custom
+from densenet_dist.custom_options import load
 from densenet_dist.data.datasets import train_size
 from densenet_dist.data.plan import BatchPlan
 from densenet_dist.errors import ConfigError
@@ -29,7 +30,7 @@ def check_run(config: Config) -> None:
         ConfigError: settings cannot work; the message names each of them.
     """
     for part, name in custom.names_in(config):
-        custom.load(part, name)
+        load(part, name)
     architecture, frozen = _architecture(config), config.train.freeze
     blocks = len(architecture.num_layers) if architecture else 0
     if frozen != "backbone" and (missing := [part for part in frozen if part != "stem" and part > blocks]):

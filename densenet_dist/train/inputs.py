@@ -26,7 +26,7 @@ from densenet_dist.errors import CheckpointError, ConfigError, DataError
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.parts import custom_dataset, geometry
+from densenet_dist.train.custom_parts import custom_dataset, geometry
 from densenet_dist.train.ranks import gather_objects
 
 Indices: TypeAlias = npt.NDArray[np.int64]

@@ -23,7 +23,7 @@ from densenet_dist.model.sync_bn import synchronize_batchnorm
 from densenet_dist.model.variants import densenet
 from densenet_dist.schema import Config, ModelConfig, TrainConfig
 from densenet_dist.train.context import RunContext
-from densenet_dist.train.parts import custom_model
+from densenet_dist.train.custom_parts import custom_model
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_BUCKET: Final = 2**20

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.custom import bind, errors, is_custom
+from densenet_dist.custom import errors, is_custom
+from densenet_dist.custom_options import bind
 from densenet_dist.errors import ConfigError
 from densenet_dist.schedules import OPEN_ENDED, SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
-from densenet_dist.train.parts import custom_optimizer, load_custom_state
+from densenet_dist.train.custom_parts import custom_optimizer, load_custom_state
 
 
 def build_optimizer(

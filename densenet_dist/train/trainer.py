@@ -25,6 +25,7 @@ from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import Goodput, RunContext
+from densenet_dist.train.custom_parts import callbacks_of, require_plain, training_loss
 from densenet_dist.train.initial_weights import load_initial_weights
 from densenet_dist.train.inputs import (
     class_weights,
@@ -39,7 +40,6 @@ from densenet_dist.train.inputs import (
 from densenet_dist.train.micro_batches import MicroBatches
 from densenet_dist.train.network import autocast, build_model, free_memory, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
-from densenet_dist.train.parts import callbacks_of, require_plain, training_loss
 from densenet_dist.train.performance import StepTimer
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.ranks import RankSync, broadcast, gather_ranks

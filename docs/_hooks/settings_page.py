@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from densenet_dist.config import SETTINGS as RUN_SETTINGS
-from densenet_dist.config import Settings
+from densenet_dist.settings import Settings
 from densenet_dist.sweep.definition import SETTINGS as SWEEP_SETTINGS
 
 _CODE = r"s3://\S+?(?=[ ).,;:]|$)|\{[^}]*\}|\$?[A-Za-z0-9]\w*_\w+|\bnull\b|\bval/\w+"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densenet_dist.custom import Callback, bind, errors, is_custom, short_name
+from densenet_dist.custom import Callback, errors, is_custom, short_name
+from densenet_dist.custom_options import bind
 from densenet_dist.data.datasets import Dataset, first
 from densenet_dist.errors import ConfigError, DataError, TrainingError
 from densenet_dist.schema import Config
