@@ -248,6 +248,10 @@ class RunFolder:
         """Read the object in a JSON file; empty if there is none. Errors are those of `read`."""
         return self.read(relative, dict[str, Any]) or {}
 
+    def update_json(self, relative: str, **values: Any) -> None:
+        """Set keys of the object in a JSON file. Errors are those of `read` and `write`."""
+        self.write(relative, json.dumps(self.read_json(relative) | values, indent=1) + "\n")
+
     def read_summary(self) -> dict[str, Any]:
         """Read summary.json; empty while the run has not finished. Errors are those of `read`."""
         found = self.read(SUMMARY_FILE, _Summary)

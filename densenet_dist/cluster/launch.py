@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shlex
 import signal
@@ -37,9 +36,7 @@ from densenet_dist.run_folder import (
 from densenet_dist.schema import Config
 from densenet_dist.trackers import require_trackers
 from densenet_dist.train.checks import check_run
-from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
-from densenet_dist.train.micro_batches import NUM_PARTS
 
 
 def fit(
@@ -198,10 +195,8 @@ def _refuse_used_name(run: RunFolder) -> None:
 
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
     """Write config.yaml and the initial weights, unless the run is resumed, and env.json; delete results, if any."""
-    environment = describe_environment()
-    if resume:
-        before = run.read_json(ENV_FILE)
-        environment |= {key: before[key] for key in (*CHOICES, NUM_PARTS) if key in before}
+    if not resume:
+        run.remove(ENV_FILE)
     run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
     run.remove(TEST_RESULTS_FILE)
     if resume:
@@ -212,7 +207,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
 
             write_initial_weights(run, config)
         run.write(CONFIG_FILE, to_yaml(config))
-    run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
+    run.update_json(ENV_FILE, **describe_environment())  # what the run has measured stays
 
 
 def prepare_data(config: Config) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import queue
 import sys
@@ -196,8 +195,7 @@ class _Training:
                 if key in environment:
                     _choices[key] = environment[key]
                 elif key in _choices:
-                    environment[key] = _choices[key]
-                    run.write(ENV_FILE, json.dumps(environment, indent=1) + "\n")
+                    run.update_json(ENV_FILE, **{key: _choices[key]})
 
     def _stop_or_handle(self, event: Event) -> None:
         if not self._on_event(event):

@@ -7,7 +7,6 @@ the last bits of their results.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -211,14 +210,13 @@ def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Ca
     """
     name = ""
     if context.rank == 0:
-        environment = context.run.read_json(ENV_FILE)
-        recorded = environment.get(key)
+        recorded = context.run.read_json(ENV_FILE).get(key)
         if isinstance(recorded, dict) and recorded.get("device") == context.device.type:
             name = str(recorded.get("name"))
         if name not in names:
             choice = measure()
             name = choice.name
             record = {"name": choice.name, "device": context.device.type, "reason": choice.reason, **choice.figures}
-            context.run.write(ENV_FILE, json.dumps(environment | {key: record}, indent=1) + "\n")
+            context.run.update_json(ENV_FILE, **{key: record})
             context.note(f"{key}: {choice.name} ({choice.reason})")
     return broadcast(name)
