@@ -72,7 +72,7 @@ def conflicts(config: Config) -> Iterator[str]:
     if train.cuda_graph and train.precision == "fp16":
         yield "train.cuda_graph: fp16 decides on the CPU whether to skip a step; use train.precision=bf16 (or fp32)"
     if train.cuda_graph and train.grad_accum_steps > 1:
-        yield "train.cuda_graph: a captured step has one part; leave train.grad_accum_steps at 1"
+        yield "train.cuda_graph: a captured step has one micro-batch; leave train.grad_accum_steps at 1"
     if train.compile and train.bucket_mb is not None and train.bucket_mb < 1:
         yield f"train.bucket_mb: must be at least 1 with train.compile=true, not {train.bucket_mb:g}"
     if train.profile is not None and not 0 < train.profile[1] - train.profile[0] <= 100:

@@ -267,7 +267,7 @@ class TrainConfig:
     """On a GPU: use only deterministic kernels, so that a resumed run equals the undisturbed one bit for bit, at some
     cost in speed. On CPUs training is always deterministic."""
     grad_accum_steps: Count = 1
-    """Number of parts of each worker's share of a step, to save memory; gradients are those of the whole."""
+    """Number of micro-batches of each worker's share of a step, to save memory; gradients are those of the whole."""
     clip_grad_norm: Positive | None = None
     """Maximum L2 norm of all gradients together; null: no clipping."""
     class_weights: Literal["balanced"] | tuple[NonNegative, ...] | None = None

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from densenet_dist import custom
+from densenet_dist.conflicts import validation_conflicts
 from densenet_dist.custom_options import load
-from densenet_dist.data.datasets import train_size
+from densenet_dist.data.datasets import Dataset, train_size
 from densenet_dist.data.plan import BatchPlan
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.architecture import Architecture
 from densenet_dist.model.variants import variant_architecture
-from densenet_dist.schema import Config
+from densenet_dist.schema import Config, WorkerRange
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,27 @@ def check_run(config: Config) -> None:
     images = train_size(config.data.name, config.data.limit)
     if images is not None and config.cluster.engine == "ray" and config.cluster.workers != "auto":
         check_batches(config, images - round(config.data.val_fraction * images), config.cluster.worker_range)
+
+
+def check_data(
+    config: Config, dataset: Dataset, num_images: tuple[int, int], world_size: int, device: torch.device
+) -> None:
+    """Check what depends on the numbers of training and validation images, before anything is built.
+
+    Raises:
+        ConfigError: there are too few of them, or `device` has not enough memory.
+    """
+    train, (num_train, num_val) = config.train, num_images
+    if not num_val and (problem := next(validation_conflicts(train), None)):
+        raise ConfigError(
+            f"{problem}\n  raise data.val_fraction or data.limit, or add a folder val beside train and test"
+        )
+    workers = config.cluster.workers  # an elastic run must not fail when it gets more of them
+    others = config.cluster.worker_range if isinstance(workers, WorkerRange) else ()
+    check_batches(config, num_train, {world_size, *others})
+    trained = max(1, min(train.global_batch_size, num_train) // world_size // train.grad_accum_steps)
+    evaluated = min(train.eval_batch_size, max(num_val, len(dataset.test.labels)) // world_size)
+    require_memory(config, dataset.num_classes, device, trained, evaluated)
 
 
 def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:

@@ -71,7 +71,7 @@ class WorkerStatus:
         progress: number of steps and evaluated batches of this process; if it stays the same for long, the rank hangs.
         longest_idle_s: longest time between two increments of `progress`; the time before the first is not counted.
         requested: the pending request.
-        eval_parts: number of parts in which evaluation batches are computed, more than one if memory ran out.
+        eval_micro_batches: number of micro-batches of an evaluation batch, more than one if memory ran out.
         known_phases: phases in which `progress` has increased. The first step of each may compile or tune kernels.
     """
 
@@ -79,7 +79,7 @@ class WorkerStatus:
         self.phase: Phase = "start"
         self.step = self.progress = self.saved = 0
         self.longest_idle_s = 0.0
-        self.eval_parts = 1
+        self.eval_micro_batches = 1
         self.requested = StopRequest.NONE
         self.known_phases: frozenset[Phase] = frozenset()
         self._entered = self._advanced = time.perf_counter()

@@ -90,20 +90,20 @@ def evaluate_model(
 
 
 def _logits(model: nn.Module, images: Tensor, context: RunContext, precision: str) -> Tensor:
-    """Return the logits of a batch, computed in as many parts as memory requires.
+    """Return the logits of a batch, computed in as many micro-batches as memory requires.
 
     Raises:
         EnvironmentProblem: not even one image fits.
     """
     status = context.status
     while True:
-        parts = min(status.eval_parts, len(images))
+        count = min(status.eval_micro_batches, len(images))
         with suppress(torch.OutOfMemoryError), autocast(context.device, precision):
-            return torch.cat([model(part) for part in images.tensor_split(parts)])
-        if parts == len(images):
+            return torch.cat([model(each) for each in images.tensor_split(count)])
+        if count == len(images):
             raise EnvironmentProblem(f"rank {context.rank} is out of memory in the evaluation of one image")
-        status.eval_parts = 2 * parts
-        context.warn(f"out of memory in an evaluation: its batches are computed in {2 * parts} parts")
+        status.eval_micro_batches = 2 * count
+        context.warn(f"out of memory in an evaluation: each batch is computed in {2 * count} micro-batches")
         free_memory()
 
 

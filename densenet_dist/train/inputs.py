@@ -94,7 +94,7 @@ def class_weights(config: Config, dataset: Dataset, indices: Indices) -> torch.T
     return torch.tensor(wanted)
 
 
-def part_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
+def split_warnings(config: Config, dataset: Dataset) -> Iterator[str]:
     """Yield warnings about a folder of images: parts without images of some classes, and parts of few images."""
     if dataset.name != "folder":
         return

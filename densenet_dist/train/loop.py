@@ -20,14 +20,16 @@ from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, Stopped, StopRequest
 from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
-from densenet_dist.train.inputs import engine_of, part_warnings, report_lines, write_metadata
+from densenet_dist.train.inputs import engine_of, report_lines, split_warnings, write_metadata
 from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
-from densenet_dist.train.performance import performance
+from densenet_dist.train.performance import epoch_figures, step_figures
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
+from densenet_dist.train.state import report_damage, resume, take_snapshot
 from densenet_dist.train.step_graph import StepResult
+from densenet_dist.train.time_budget import fit_to_time
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5
@@ -52,7 +54,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
     trainer = Trainer(config, context)
     log = None
     try:
-        trainer.resume()
+        resume(trainer)
         if context.rank == 0:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
@@ -61,7 +63,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
             request = sync_requests(trainer)
-            before = trainer.snapshot(validated=False)  # no copy: it refers to the state, which stays until `end_epoch`
+            before = take_snapshot(trainer, validated=False)  # no copy; the state stays as it is until `end_epoch`
             stop_if_requested(trainer, request, before)
             validation = _validate(trainer, before)
             request = max(request, sync_requests(trainer))
@@ -135,7 +137,7 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
         with suppress(torch.OutOfMemoryError):  # nothing refers to the memory of the step after this block
             results = _forward_backward(trainer, batch)
         if results is None:
-            trainer.halve_micro_batch(batch)
+            trainer.halve_micro_batches(batch)
     for result in results:
         trainer.update_metrics(*result)
     if trainer.step_graph is None:  # a graph includes the update of the weights
@@ -145,15 +147,15 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
 
 
 def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[StepResult]:
-    """Accumulate the gradients of this rank's share of a batch; return the results of its parts."""
+    """Accumulate the gradients of this rank's share of a batch; return the results of its micro-batches."""
     if trainer.step_graph is not None:
         return [trainer.step_graph(batch if isinstance(batch, BatchRecipe) else BatchRecipe.of(batch))]
     batch = batch.compute() if isinstance(batch, BatchRecipe) else batch
-    parts = trainer.micro_batches.count(trainer.position.global_step, batch.global_size)
+    count = trainer.micro_batches.count(trainer.position.global_step, batch.global_size)
     scale, results = trainer.context.world_size / batch.global_size, []
-    micro_batches = zip(batch.images.tensor_split(parts), batch.targets.tensor_split(parts), strict=True)
+    micro_batches = zip(batch.images.tensor_split(count), batch.targets.tensor_split(count), strict=True)
     for number, (images, targets) in enumerate(micro_batches, start=1):
-        with no_sync(trainer.forward) if number < parts else nullcontext():
+        with no_sync(trainer.forward) if number < count else nullcontext():
             results.append(StepResult(*trainer.forward_backward(images, targets, scale), targets))
     return results
 
@@ -162,7 +164,7 @@ def log_steps(trainer: Trainer) -> None:
     """Record the figures of the last ``log.every_steps`` steps if that is due. Waits for the device only then."""
     every, step = trainer.config.log.every_steps, trainer.position.global_step
     if every is not None and step % every == 0:
-        figures = trainer.step_figures()
+        figures = step_figures(trainer)
         if trainer.log is not None:
             trainer.log.record(figures, step)
 
@@ -173,8 +175,8 @@ def save_or_stop(trainer: Trainer) -> None:
     if (isinstance(every, int) and trainer.position.global_step % every == 0) or trainer.rank_sync.due():
         request = sync_requests(trainer)
         if request in (StopRequest.SAVE, StopRequest.STOP):
-            trainer.fit_to_time()
-            save(trainer, trainer.snapshot())
+            fit_to_time(trainer)
+            save(trainer, take_snapshot(trainer))
         stop_if_requested(trainer, request)
 
 
@@ -252,15 +254,15 @@ def _end_epoch(
 ) -> None:
     """Record an epoch, save if that is due, and report it."""
     config, context, position = trainer.config, trainer.context, trainer.position
-    record |= performance(trainer, record["perf/images_per_s"])
+    record |= epoch_figures(trainer, record["perf/images_per_s"])
     record["perf/device_hours"] = trainer.goodput.device_hours
     if log is not None:
         with context.status.during("save"):  # slow storage is not a hang
             log.record(record, position.global_step)
             log.publish()
     if save_now or trainer.finished or position.epoch % config.checkpoint.every_epochs == 0:
-        trainer.fit_to_time()
-        save(trainer, trainer.snapshot(validation))
+        fit_to_time(trainer)
+        save(trainer, take_snapshot(trainer, validation))
     if context.sync_each_epoch or trainer.finished:
         trainer.store.wait()
     with context.status.during("save"):  # in a sweep this waits for the scheduler, which is not a hang
@@ -277,7 +279,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         context.report({"kind": "phase", "text": "testing"})
         snapshot = trainer.store.load_best()
         assert snapshot is not None  # the last epoch always saves
-        trainer.report_damage()
+        report_damage(trainer)
         trainer.store.write_list()  # without checkpoints that `resume` found damaged, too
         load_weights(trainer.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
         best = {"epoch": snapshot.position.epoch, **snapshot.metrics}
@@ -325,7 +327,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     log.track(config, context.note)
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))
-    for text in part_warnings(config, dataset):
+    for text in split_warnings(config, dataset):
         context.warn(text)
     report_lines(context.warn, dataset.skipped)
 

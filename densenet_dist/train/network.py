@@ -8,6 +8,7 @@ So the buckets follow the dense blocks.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
@@ -54,6 +55,18 @@ def build_model(
     return densenet(**config.network, num_classes=num_classes, image_size=image_size)
 
 
+def set_determinism(config: Config, device: torch.device) -> None:
+    """Choose deterministic kernels on a GPU, or the fastest ones, as configured."""
+    if device.type != "cuda":
+        return  # CPU kernels are deterministic at a fixed number of threads
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # takes effect when cuBLAS is initialized, later
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    # Deterministic mode would also fill new memory with NaN, which is slow and makes no result more deterministic.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context for a precision; it is disabled for fp32."""
     dtype = AUTOCAST[precision]
@@ -67,10 +80,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def wrap(model: nn.Module, config: Config, context: RunContext, *, in_parts: bool) -> nn.Module:
+def wrap(model: nn.Module, config: Config, context: RunContext, *, several_passes: bool) -> nn.Module:
     """Wrap `model`, on its device, for training: data-parallel for several ranks, compiled if configured.
 
-    A collective call. `in_parts`: whether steps may have several forward passes.
+    A collective call. `several_passes`: whether steps may have several forward passes.
     """
     train, device = config.train, context.device
     forward: nn.Module = model
@@ -88,7 +101,7 @@ def wrap(model: nn.Module, config: Config, context: RunContext, *, in_parts: boo
             # blocks). It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with
             # torch.compile, which splits the graph where buckets end (#93672).
             # Custom models may differ from step to step.
-            static_graph=not in_parts and not train.compile and isinstance(model, DenseNet),
+            static_graph=not several_passes and not train.compile and isinstance(model, DenseNet),
             # In MiB, and exact, because the divisor is a power of two.
             bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
         )

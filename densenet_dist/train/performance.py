@@ -87,19 +87,20 @@ class StepTimer:
 
     def __init__(self, model: nn.Module, device: torch.device, *, captured: bool) -> None:
         self._on_gpu = device.type == "cuda"
+        self._step: list[Any] = [None, None]
         self._steps: list[list[Any]] = []
         if not captured:
             first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
             first.register_post_accumulate_grad_hook(self._on_gradient)
 
     def start(self) -> None:
-        """Begin a step."""
-        self._steps.append([self._now(), None])
+        """Begin a step, or begin it again."""
+        self._step = [self._now(), None]
 
     def stop(self) -> None:
         """End a step."""
-        if self._steps[-1][1] is None:
-            self._steps[-1][1] = self._now()
+        start, end = self._step
+        self._steps.append([start, end or self._now()])
 
     def take(self) -> list[float]:
         """Return the milliseconds of the steps since the last call. The device must have finished them."""
@@ -109,8 +110,7 @@ class StepTimer:
         return [1000 * (end - start) for start, end in steps]
 
     def _on_gradient(self, _: object) -> None:
-        if self._steps:  # in a step of `Trainer`; if it has several parts, the end of the last one stays
-            self._steps[-1][1] = self._now()
+        self._step[1] = self._now()  # of several micro-batches the end of the last one stays
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -120,7 +120,20 @@ class StepTimer:
         return event
 
 
-def performance(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
+def step_figures(trainer: Trainer) -> dict[str, float]:
+    """Return the ``log.every_steps`` figures of the steps since the last call. Waits for the device; collective."""
+    totals = trainer.metrics.compute(since=trainer.logged)
+    before, trainer.logged_at = trainer.logged_at, trainer.train_time()[0]
+    trainer.logged.sums.copy_(trainer.metrics.sums)
+    return {
+        "step/loss": totals["loss"],
+        "step/top1": totals["top1"],
+        "step/lr": trainer.lr_controller.lr(trainer.position.global_step - 1),
+        "step/images_per_s": totals["images"] / (trainer.logged_at - before),
+    }
+
+
+def epoch_figures(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
     """Return the figures of an epoch on all ranks; warn once about a slow rank. A collective call.
 
     Returns:

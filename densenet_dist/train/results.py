@@ -188,12 +188,13 @@ class Metrics:
         elif rank == 0:
             self.sums.copy_(gathered.sum(0))
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, since: Metrics | None = None) -> dict[str, float]:
         """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call.
 
-        There is no ``top5`` below 6 classes.
+        There is no ``top5`` below 6 classes. `since`: earlier sums, without which to compute them.
         """
-        loss, top1, top5, images = gather_ranks(self.sums).sum(0).tolist()
+        sums = self.sums if since is None else self.sums - since.sums
+        loss, top1, top5, images = gather_ranks(sums).sum(0).tolist()
         count = max(images, 1.0)
         found = {"loss": loss / count, "top1": top1 / count}
         return found | ({"top5": top5 / count} if self._num_classes >= TOP5_CLASSES else {}) | {"images": images}

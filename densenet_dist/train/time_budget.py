@@ -1,12 +1,16 @@
-"""How many steps a run can still take within ``train.max_minutes``."""
+"""Fit a run to ``train.max_minutes``: how many steps there is time for, and when training ends."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from densenet_dist.train.ranks import broadcast
 from densenet_dist.train.snapshot import Position
+
+if TYPE_CHECKING:
+    from densenet_dist.train.trainer import Trainer
 
 INTERVAL: Final = 0.02
 """Share of the time between two estimates."""
@@ -56,3 +60,22 @@ class TimeBudget:
     def _train_seconds(self) -> float:
         spent = self._seconds()
         return spent["train"] + spent["wait"] + spent["save"]
+
+
+def fit_to_time(trainer: Trainer) -> None:
+    """Plan anew when training ends, if ``train.max_minutes`` is set and that is due. A collective call.
+
+    To be called just before a checkpoint is saved: steps that are repeated from there on have the same rates.
+    """
+    if trainer.config.train.max_minutes is None or trainer.finished:
+        return
+    position, controller = trainer.position, trainer.lr_controller
+    steps = None  # rank 0 decides
+    if trainer.context.rank == 0 and trainer.budget.is_due(position.global_step):
+        images, val_images = trainer.num_images
+        steps = trainer.budget.steps_left(position, trainer.steps_per_epoch, val_images / images)
+    if (steps := broadcast(steps)) is not None:
+        within_epoch = position.step > 0  # its last step is known before it is taken
+        end = min(position.global_step + max(steps, int(within_epoch)), trainer.most_steps)
+        if end < trainer.total_steps or controller.end_step < math.inf:
+            controller.fit(position.global_step, end)

@@ -18,6 +18,7 @@ from densenet_dist.config import load_config
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.loop import save_or_stop, train_step
+from densenet_dist.train.state import take_snapshot
 from densenet_dist.train.trainer import Trainer
 
 WRITER = """
@@ -180,7 +181,7 @@ def test_cost(lab: Lab) -> None:
     pauses = []
     for _ in range(20):
         began = time.perf_counter()
-        trainer.store.save(trainer.snapshot())
+        trainer.store.save(take_snapshot(trainer))
         pauses.append(1000 * (time.perf_counter() - began))
         trainer.store.wait()  # as with every_steps=auto, there is time to write between two of them
     trainer.store.close()

@@ -92,7 +92,7 @@ Trainer.forward_backward = _limited
 """
 
 
-def test_workers_that_run_out_of_memory_restart_with_smaller_parts(start, tmp_path, monkeypatch):
+def test_workers_that_run_out_of_memory_restart_with_smaller_micro_batches(start, tmp_path, monkeypatch):
     shutil.copytree(Path(densenet_dist.__file__).parent, tmp_path / "changed" / "densenet_dist")
     with open(tmp_path / "changed" / "densenet_dist" / "train" / "trainer.py", "a") as file:
         file.write(LIMITED)
@@ -100,6 +100,6 @@ def test_workers_that_run_out_of_memory_restart_with_smaller_parts(start, tmp_pa
     monkeypatch.chdir(tmp_path)  # so that Python finds that package first
     run = start("train.epochs=2", "cluster.max_failures=0")
     assert run.wait() == 0, run.text()
-    assert re.search(r"rank 1 is out of memory in step 11: .* 2 parts; all workers are restarted, which", run.text())
+    assert re.search(r"rank 1 is out of memory in step 11: .* 2 micro-batches; all workers are restarted", run.text())
     assert json.loads((run.folder / "env.json").read_text())["grad_accum_steps"] == {"11": 2}
     assert json.loads((run.folder / "summary.json").read_text())["global_step"] == 18

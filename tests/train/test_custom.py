@@ -89,6 +89,14 @@ def test_wrong_functions_are_refused_before_anything_is_written(tmp_path, monkey
     assert not [*tmp_path.glob("tiny/checkpoints/step-*")]
 
 
+def test_a_model_without_buffers_trains(tmp_path):
+    def flat(num_classes, image_size):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * image_size**2, num_classes))
+
+    plain = tiny(tmp_path, "train.epochs=1", "model.growth_rate=null", "model.num_layers=null")
+    assert fit(plain, model=flat, listener=quiet).summary["status"] == "finished"
+
+
 def test_functions_given_in_python_do_the_same_as_their_names(tmp_path):
     def heavy(logits, targets, *, factor: float = 2.0):
         return factor * custom_parts.focal(logits, targets)

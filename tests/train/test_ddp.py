@@ -22,6 +22,7 @@ from densenet_dist.train.context import StopRequest
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import bucket_sizes, build_model
+from densenet_dist.train.state import restore, take_snapshot
 from densenet_dist.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -75,10 +76,10 @@ def interrupted(storage: str, settings: list[str]) -> list[bool]:
     """Steps from a checkpoint in a fresh trainer, against those that went on."""
     trainer = rank_job(storage, *settings)
     take_steps(trainer, end=2)
-    snapshot = copy.deepcopy(trainer.snapshot())
+    snapshot = copy.deepcopy(take_snapshot(trainer))
     going_on = take_steps(trainer, start=2)
     fresh = rank_job(storage, *settings)
-    fresh.restore(snapshot)
+    restore(fresh, snapshot)
     return [torch.equal(one, other) for one, other in zip(take_steps(fresh, start=2), going_on, strict=True)]
 
 

@@ -26,18 +26,21 @@ forward_backward = Trainer.forward_backward
 
 
 def limit_memory(patch: pytest.MonkeyPatch, images: int, from_step: int = 0) -> None:
-    """Let larger parts fail on the last rank, once gradients and BatchNorm's statistics have changed."""
+    """Let larger micro-batches fail on the last rank: once gradients and statistics have changed, or much larger ones
+    before that."""
 
     def limited(self: Trainer, *arguments: Any) -> Any:
-        found, last = forward_backward(self, *arguments), self.context.rank == self.context.world_size - 1
-        if last and self.position.global_step >= from_step and len(arguments[0]) > images:
+        last = self.context.rank == self.context.world_size - 1
+        size = len(arguments[0]) if last and self.position.global_step >= from_step else 0
+        found = None if size > 4 * images else forward_backward(self, *arguments)
+        if size > images:
             raise torch.OutOfMemoryError("injected")
         return found
 
     patch.setattr(Trainer, "forward_backward", limited)
 
 
-def test_a_step_that_runs_out_of_memory_is_repeated_in_parts_and_the_run_remembers_it(tmp_path, monkeypatch):
+def test_a_step_that_runs_out_of_memory_is_repeated_and_the_run_remembers_it(tmp_path, monkeypatch):
     found, expected = tiny(tmp_path / "found", *SETTINGS), tiny(tmp_path / "expected", *SETTINGS)
     stop_after(1, expected)
     train(tiny(tmp_path / "expected", *SETTINGS, "train.grad_accum_steps=4"))
@@ -57,7 +60,7 @@ def test_one_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch):
     assert [note.splitlines()[0].split()[-2] for note in notes] == ["2", "4", "8", "16"]
     assert ["BatchNorm" in note for note in notes] == [True, False, False, False]
     limit_memory(monkeypatch, 0)
-    with pytest.raises(EnvironmentProblem, match="rank 0 is out of memory in step 0, with the smallest possible part"):
+    with pytest.raises(EnvironmentProblem, match="memory in step 0, with the smallest possible micro-batch"):
         train(tiny(tmp_path / "other"))
 
 
@@ -83,7 +86,7 @@ def train_ranks(storage: str, limit: int) -> dict[str, Any]:
         return train(tiny(storage, *SETTINGS))
 
 
-def test_ranks_restart_from_their_checkpoint_with_the_same_parts(tmp_path):
+def test_ranks_restart_from_their_checkpoint_with_the_same_micro_batches(tmp_path):
     found, expected = tiny(tmp_path / "found", *SETTINGS), tiny(tmp_path / "expected", *SETTINGS)
     with pytest.raises(ProcessRaisedException, match=r"rank 1 is out of memory in step 7: (.|\n)* with --resume"):
         run_ranks(train_ranks, 2, found.storage, 4)

@@ -24,6 +24,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.snapshot import Position
+from densenet_dist.train.state import restore, take_snapshot
 
 MANIFEST = "checkpoints/manifest.json"
 EVERYTHING = [
@@ -188,8 +189,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_w
     config = tiny(tmp_path, f"train.optimizer.name={optimizer}", *settings)
     trainer, fresh = trainer_of(config), trainer_of(config)
     train_step(trainer, next(iter(trainer.train_loader.epoch(0))))
-    sound = copy.deepcopy(trainer.snapshot())
-    fresh.restore(copy.deepcopy(sound))
+    sound = copy.deepcopy(take_snapshot(trainer))
+    restore(fresh, copy.deepcopy(sound))
     damages: list[tuple[tuple[Any, ...], Any]] = [
         (("position",), Position(0, STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH + 1)),
         (("state",), {}),
@@ -219,5 +220,5 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_w
         assert path[-1] in holder
         holder[path[-1]] = value
         with pytest.raises(CheckpointError) as caught:
-            fresh.restore(damaged)
+            restore(fresh, damaged)
         assert caught.value.exit_code == 6

@@ -1,0 +1,135 @@
+"""The state of a `Trainer` in checkpoints: what is saved, what is restored, and the checks between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from densenet_dist.custom import is_custom
+from densenet_dist.errors import CheckpointError
+from densenet_dist.train.custom_parts import require_plain
+from densenet_dist.train.inputs import digest_of_files
+from densenet_dist.train.optim import load_optimizer_state
+from densenet_dist.train.ranks import broadcast, gather_ranks
+from densenet_dist.train.snapshot import Snapshot, identity_of, load_weights, require_same
+from densenet_dist.train.trainer import Trainer
+
+
+def take_snapshot(trainer: Trainer, metrics: dict[str, float] | None = None, *, validated: bool = True) -> Snapshot:
+    """Return the current state, which refers to the trainer's tensors. A collective call.
+
+    It contains the running metrics of every rank.
+    """
+    sums = gather_ranks(torch.stack([trainer.metrics.sums, trainer.logged.sums], dim=0)).cpu()
+    state = {
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "lr_controller": trainer.lr_controller.state_dict(),
+        "sums": sums[:, 0].contiguous(),
+        "clock": {
+            "seconds": trainer.train_time()[0],
+            "epoch_time": trainer.epoch_time(),
+            "logged_at": trainer.logged_at,
+            "goodput": trainer.goodput.state_dict(),
+        },
+        "callbacks": {name: callback.state_dict() for name, callback in trainer.callbacks.items()},
+        "pictures": digest_of_files(trainer.dataset),
+        "identity": identity_of(trainer.config, trainer.dataset),
+    }
+    if trainer.config.log.every_steps is not None:
+        state["logged"] = sums[:, 1].contiguous()
+    if is_custom(trainer.config.train.optimizer.name):
+        require_plain(state["optimizer"], trainer.config.train.optimizer.name)
+    require_plain(state["callbacks"], "callbacks")
+    average = trainer.average.model.state_dict() if trainer.average else None
+    return Snapshot(trainer.model.state_dict(), average, state, trainer.position, metrics or {}, validated)
+
+
+def resume(trainer: Trainer) -> None:
+    """Restore the latest intact checkpoint, if there is one.
+
+    Rank 0 reads and verifies it for all ranks, so that a restart of many workers does not load the storage.
+    """
+    snapshot = None
+    if trainer.context.rank == 0:
+        snapshot = trainer.store.load_latest()
+        if trainer.store.rebuilt:
+            trainer.context.warn(f"{trainer.store.rebuilt}; rebuilt from the folders of the checkpoints")
+        report_damage(trainer)
+    snapshot = broadcast(snapshot)
+    if snapshot is not None:
+        restore(trainer, snapshot)
+        if snapshot.state.get("pictures") != digest_of_files(trainer.dataset):
+            trainer.context.warn("the images differ from those at the start of the run, so its results will differ too")
+
+
+def report_damage(trainer: Trainer) -> None:
+    """Show which checkpoints were found damaged while loading."""
+    for problem in trainer.store.damaged:
+        trainer.context.warn(f"{problem}; it is skipped")
+
+
+def restore(trainer: Trainer, snapshot: Snapshot) -> None:
+    """Load a checkpoint.
+
+    Raises:
+        CheckpointError: it does not fit this model, or holds values that training cannot continue from.
+    """
+    origin = f"the checkpoint of step {snapshot.position.global_step}"
+    try:
+        _restore(trainer, snapshot, origin)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{origin} is damaged: {type(error).__name__}: {error}\n"
+            "  delete its folder to resume from the checkpoint before it, or restore a copy"
+        ) from error
+
+
+def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
+    state = snapshot.state
+    require_same(snapshot, identity_of(trainer.config, trainer.dataset), origin)
+    controller = state["lr_controller" if "lr_controller" in state else "course"]  # its name in older checkpoints
+    _require_valid(state, controller)
+    if snapshot.position.step > trainer.steps_per_epoch:
+        raise ValueError(f"an epoch has {trainer.steps_per_epoch} steps, not {snapshot.position.step}")
+    load_weights(trainer.model, snapshot.model, origin)
+    if trainer.average:
+        load_weights(trainer.average.model, snapshot.average or snapshot.model, origin)
+    custom = is_custom(trainer.config.train.optimizer.name)
+    load_optimizer_state(trainer.optimizer, state["optimizer"], custom=custom)
+    for name, saved in state.get("callbacks", {}).items():
+        trainer.callbacks[name].load_state_dict(saved)
+    # Only the state is restored: settings such as the growth interval come from the configuration.
+    scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | scale)
+    trainer.lr_controller.load_state_dict(controller)
+    trainer.metrics.restore(state["sums"], trainer.context.rank, trainer.context.world_size)
+    trainer.position = snapshot.position
+    trainer.goodput.load_state_dict(state["clock"]["goodput"])
+    (trained, waited), (epoch_trained, epoch_waited) = trainer.train_time(), state["clock"]["epoch_time"]
+    trainer.epoch_start = trained - epoch_trained, waited - epoch_waited
+    trainer.logged.restore(state.get("logged", state["sums"]), trainer.context.rank, trainer.context.world_size)
+    trainer.logged_at = state["clock"]["logged_at"] if "logged" in state else trained
+    trainer.saved_step = snapshot.position.global_step
+
+
+def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) -> None:
+    """Raise a ValueError if a number in a checkpoint's state is impossible. NaN fails each of the comparisons."""
+    scaler, sums, clock = state["scaler"], state["sums"], state["clock"]
+    for found in (sums, state.get("logged", sums)):
+        if (found.dtype, found.shape[1:], found.is_contiguous()) != (torch.float64, (4,), True):
+            raise ValueError("the sums of loss, hits and images have another form")
+    counts = [controller["plateau.waited"], controller["early.waited"], scaler.get("_growth_tracker", 0)]
+    times = [clock["seconds"], *clock["epoch_time"], clock.get("logged_at", 0.0), *clock["goodput"]["seconds"].values()]
+    if not (
+        all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
+        and all(map(math.isfinite, times))
+        and 0 <= controller["scale"] <= 1
+        and 0 <= controller.get("fit.progress", 0) <= 1
+        and 0 <= controller.get("fit.step", 0) <= controller.get("fit.end", math.inf)
+        and 0 < scaler.get("scale", 1) <= torch.finfo(torch.float32).max
+    ):
+        raise ValueError("it holds an impossible count, time or scale")
