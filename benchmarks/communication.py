@@ -146,7 +146,7 @@ class Step:
     Attributes:
         compute_s: seconds without communication: forward, backward, optimizer.
         buckets: in the order in which they are filled.
-        blocking: bytes of further all-reduces during which nothing is computed (synchronised batch normalisation).
+        blocking: bytes of further all-reduces during which nothing is computed (synchronized batch normalization).
     """
 
     compute_s: float

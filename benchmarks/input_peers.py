@@ -8,7 +8,7 @@ All make batches of float32 images, rotated, shifted, zoomed and flipped as in t
     keras               ImageDataGenerator.flow in the process itself, the notebook's own pipeline; NHWC in [0, 1]
     torchvision_pil     v2.RandomAffine on PIL images, a DataLoader with two persistent workers; NCHW in [0, 1]
     torchvision_tensor  the same on uint8 tensors
-    project_torch       this project's loader with torch ops; channels_last, normalised by mean and deviation
+    project_torch       this project's loader with torch ops; channels_last, normalized by mean and deviation
     project_dali        the same with DALI on the CPU
 
 torchvision's pictures are not quite the notebook's: it zooms both axes alike and fills with black what lies outside.
@@ -209,7 +209,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+def summarize(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
     """Median, least and greatest of each figure, and of the ratio to the project's best in the same round."""
     summary = {name: {key: spread([one[name][key] for one in rounds]) for key in rounds[0][name]} for name in rounds[0]}
     ours = [name for name in summary if name.startswith("project_")]
@@ -263,7 +263,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         rounds.append({name: measure_apart(name, arguments) for name in arguments.pipelines})
         print(json.dumps(rounds[-1]), flush=True)
-    summary = summarise(rounds)
+    summary = summarize(rounds)
     print_table(summary)
     if arguments.out:
         environment = describe_environment()

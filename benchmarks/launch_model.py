@@ -11,7 +11,7 @@ step is that of its convolutions, of its other passes over the maps, and of its 
 - a small kernel: 2 us, and if it is not in a CUDA graph the host's time, hidden while the GPU is busy: 10 us for an
   operator of PyTorch; for the fused form what host_time.py measured on a Zen 5 core, 79 us per launch (30.6 ms per
   step), and 22 us if a pass is recorded once and repeated (8.6 ms; not in the package);
-- custom convolutions for sm_90a: 55 % of 790 TFLOP/s, of which 35 of 40 columns are useful; they normalise what they
+- custom convolutions for sm_90a: 55 % of 790 TFLOP/s, of which 35 of 40 columns are useful; they normalize what they
   read and add up statistics themselves, so that their bytes are hidden behind the products;
 - launches per step: counted by tests/support/launches.py for eager and fused forms; estimated for the compiled one.
 """

@@ -105,7 +105,7 @@ def run_rounds(name: str, peers: Iterable[str], arguments: argparse.Namespace) -
         for worker in workers.values():
             worker.stop()
     rounds = [{peer: one[peer] for peer in workers} for one in rounds]  # none that did not hold out to the end
-    return {"rounds": rounds, "summary": summarise(rounds), "peers": ready, "left_out": left_out}
+    return {"rounds": rounds, "summary": summarize(rounds), "peers": ready, "left_out": left_out}
 
 
 def python_of(peer: str, arguments: argparse.Namespace) -> str:
@@ -121,7 +121,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+def summarize(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
     """Median, least and greatest of each figure, and of ours over each peer's in the same round."""
     ours = next((peer for peer in OURS if peer in rounds[0]), None)
     summary = {}

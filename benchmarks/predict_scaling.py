@@ -199,7 +199,7 @@ def predict_measured(outcome: dict[str, Any]) -> None:
         for row in fit["all_reduces"]:
             row["fitted_ms"] = rounded(all_reduce_s(row["bytes"], int(count), fabric) * 1e3)
     for row in outcome["rows"]:
-        predicted_ms, count = row["local_ms"], row["workers"]  # synchronised batch normalisation is in it already
+        predicted_ms, count = row["local_ms"], row["workers"]  # synchronized batch normalization is in it already
         if count > 1:
             step = step_of(outcome, count, row["images"], row["local_ms"] / 1e3)
             predicted_ms = 1e3 * predict_on(step, count, fabrics[str(count)]).step_s
@@ -248,7 +248,7 @@ def predicted_row(mode: str, gpus: int, fabric: Fabric, step: Step, gpu: GpuStep
 
 
 def sync_bn_messages(config: Config) -> tuple[float, ...]:
-    """Bytes of the all-reduces of synchronised batch normalisation, as torch sends them.
+    """Bytes of the all-reduces of synchronized batch normalization, as torch sends them.
 
     Forward mean, inverse deviation and count of each channel, backward two sums of its gradient; float32.
     """
@@ -351,9 +351,9 @@ def draw(outcomes: Sequence[dict[str, Any]], path: Path) -> None:
 def draw_predicted(efficiency: Any, speed: Any, outcome: dict[str, Any]) -> None:
     # The first is the widest, so that it shows beneath the others.
     looks = zip(FABRICS, ("tab:green", "tab:blue", "tab:orange"), (4, 2, 1.5), strict=True)
-    for (fabric, colour, width), (mode, style) in product(looks, (("weak", "-"), ("strong", ":"))):
+    for (fabric, color, width), (mode, style) in product(looks, (("weak", "-"), ("strong", ":"))):
         rows = [row for row in outcome["predictions"] if (row["fabric"], row["mode"]) == (fabric.name, mode)]
-        gpus, look = [row["gpus"] for row in rows], {"color": colour, "linestyle": style, "linewidth": width}
+        gpus, look = [row["gpus"] for row in rows], {"color": color, "linestyle": style, "linewidth": width}
         efficiency.plot(gpus, [row["efficiency"] for row in rows], **look, label=f"{fabric.name}, {mode} (predicted)")
         speed.plot(gpus, [row["images_per_s"] for row in rows], **look)
 

@@ -5,7 +5,7 @@
 
 prints of each measured row how many of this machine's FLOP/s and bytes/s it reached, on the device it was measured on.
 FLOPs are counted, of the net's definition: 2 a multiplication and addition of convolutions and matrix products. Bytes
-are *modelled*: what a step really moves only hardware counters tell. `traffic` adds up, pass by pass, the feature maps
+are *modeled*: what a step really moves only hardware counters tell. `traffic` adds up, pass by pass, the feature maps
 that a variant's kernels read and write, each once. Weights, dropout's masks and what a library does besides are left
 out, so it is a lower bound of what the variant moves, as long as maps do not stay in a cache between passes: then the
 share of the bandwidth can be above 1.
@@ -64,12 +64,12 @@ class Passes(NamedTuple):
 
 
 # Each part's kernels, with the maps they read (r) and write (w). The reference form runs PyTorch's operators: forward
-# batch normalisation rrw (its statistics first), ReLU rw, convolution r; backward input gradient w, weight gradient r,
-# ReLU rrw, batch normalisation rr rrw.
+# batch normalization rrw (its statistics first), ReLU rw, convolution r; backward input gradient w, weight gradient r,
+# ReLU rrw, batch normalization rr rrw.
 _UNIT: Final = Passes(6, 10, 1, 2)
 _REFERENCE: Final[Mapping[str, Passes]] = {
     "stem": Passes(1, 1, 1, 1),
-    "stem_pool": Passes(6, 9, 1, 1),  # of the stem for large images: batch normalisation, ReLU, max pooling
+    "stem_pool": Passes(6, 9, 1, 1),  # of the stem for large images: batch normalization, ReLU, max pooling
     "entry": Passes(0, 0, 0, 0),
     "layer": _UNIT,
     "bottleneck": _UNIT,
@@ -83,7 +83,7 @@ _REFERENCE: Final[Mapping[str, Passes]] = {
     "pool": Passes(1, 1, 1, 1),
     "head": Passes(6, 9, 0, 0),
 }
-# Inductor fuses pointwise work between convolutions: forward the statistics into the cat, normalisation and ReLU rw,
+# Inductor fuses pointwise work between convolutions: forward the statistics into the cat, normalization and ReLU rw,
 # convolution r; backward input gradient w, weight gradient r, reduction rr, the rest with the sum of gradients rrrw.
 _COMPILED: Final[Mapping[str, Passes]] = {
     **_REFERENCE,
@@ -95,8 +95,8 @@ _COMPILED: Final[Mapping[str, Passes]] = {
     "transition": Passes(3, 7, 1, 2),
     "head": Passes(1, 3, 0, 0),
 }
-# The fused block (`densenet_dist.model.fused`): forward normalisation and ReLU rw, convolution r, then the maps made
-# go into the buffer rw; backward normalisation and ReLU again rw, input gradient w, weight gradient r, and the sum of
+# The fused block (`densenet_dist.model.fused`): forward normalization and ReLU rw, convolution r, then the maps made
+# go into the buffer rw; backward normalization and ReLU again rw, input gradient w, weight gradient r, and the sum of
 # gradients r, with maps and sum rrw once for every four layers: 5.75. The gradient of what a layer made is finished
 # rrw, then read by both convolutions.
 _FUSED: Final[Mapping[str, Passes]] = {
@@ -250,15 +250,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for index, variant in enumerate(found["bandwidth_ceilings"]):
         rows = sorted((row for row in found["rows"] if row["arm"] == variant), key=lambda row: int(row["batch_size"]))
-        sizes, colour = [row["batch_size"] for row in rows], f"C{index}"
-        left.plot(sizes, [row["images_per_s"] for row in rows], marker="o", color=colour, label=variant)
+        sizes, color = [row["batch_size"] for row in rows], f"C{index}"
+        left.plot(sizes, [row["images_per_s"] for row in rows], marker="o", color=color, label=variant)
         left.fill_between(
-            sizes, *zip(*(row["images_per_s_spread"] for row in rows), strict=True), color=colour, alpha=0.2
+            sizes, *zip(*(row["images_per_s_spread"] for row in rows), strict=True), color=color, alpha=0.2
         )
-        left.axhline(found["bandwidth_ceilings"][variant], color=colour, linestyle=(5 * index, (5, 5)))
-        right.plot(sizes, [row["peak_mib"] for row in rows], marker="o", color=colour)
+        left.axhline(found["bandwidth_ceilings"][variant], color=color, linestyle=(5 * index, (5, 5)))
+        right.plot(sizes, [row["peak_mib"] for row in rows], marker="o", color=color)
     left.axhline(found["compute_ceiling"], color="black", linestyle=":", label="ceiling by arithmetic")
-    left.plot([], [], color="black", linestyle="--", label="ceiling by bandwidth, in a variant's colour")
+    left.plot([], [], color="black", linestyle="--", label="ceiling by bandwidth, in a variant's color")
     left.set(title="Speed of a training step", ylabel="images/s")
     right.set(title="Peak memory of a step", ylabel="MiB")
     for axes in (left, right):
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
             for row in found["rows"]
         ],
-        [f"ceiling by arithmetic: {number(found['compute_ceiling'])} images/s; GB/s are modelled"],
+        [f"ceiling by arithmetic: {number(found['compute_ceiling'])} images/s; GB/s are modeled"],
     )
     if args.plot:
         draw(found, args.plot)

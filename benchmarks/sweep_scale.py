@@ -42,7 +42,7 @@ def measure_page(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) -> N
     for i in range(trials):
         trial, level = Trial(f"trial-{i:03d}", sample(sweep.space, rng), "finished"), rng.random()
         for epoch in range(1, epochs + 1):
-            add_epoch(trial, record_of(epoch, level), sweep.settings.metric, sweep.settings.maximise)
+            add_epoch(trial, record_of(epoch, level), sweep.settings.metric, sweep.settings.maximize)
         records.append(trial)
     before = time.process_time()
     write_page(folder, sweep, records)

@@ -196,7 +196,7 @@ def prepare_variant(variant: Variant, config: Config, num_classes: int, device: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # as training does
-    # Without kernels the fused form falls back to the reference form, and the result would be mislabelled.
+    # Without kernels the fused form falls back to the reference form, and the result would be mislabeled.
     if variant.block == "fused" and (reason := unavailable(device.type)):
         raise EnvironmentProblem(f"the fused form has no kernels here: {reason}")
     _prepared = _with_readable_errors(TrainingStep, variant, config, num_classes, device)

@@ -30,7 +30,7 @@ from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.trackers import require_trackers, require_wandb_key
 
-_COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
+_COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 
 
 class Finding(NamedTuple):
@@ -65,7 +65,7 @@ def examine(config: Config) -> bool:
         except Exception as error:  # the other checks still run
             found = Finding("bad", f"{type(error).__name__}: {error}")
         text = found.text + (f"\n{' ' * 19}-> {found.hint}" if found.hint else "")
-        label = f"{found.state:<5} {name:<12} ", _COLOURS[found.state]
+        label = f"{found.state:<5} {name:<12} ", _COLORS[found.state]
         console.print(Text.assemble(label, without_credentials(text)), soft_wrap=True)
         if found.state == "bad":
             bad.append(name)

@@ -193,7 +193,7 @@ def make_searcher(sweep: Sweep, recorded: Sequence[Trial], concurrent: int) -> A
     searcher = OptunaSearch(
         space={key: domain.distribution() for key, domain in sweep.space.items()},
         metric=sweep.settings.metric,
-        mode="max" if sweep.settings.maximise else "min",
+        mode="max" if sweep.settings.maximize else "min",
         points_to_evaluate=points or None,
         sampler=optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed),
     )
@@ -246,7 +246,7 @@ def make_scheduler(sweep: Sweep, recorded: Sequence[Trial]) -> Any:
     wanted = settings.scheduler
     if wanted.name == "fifo":
         return schedulers.FIFOScheduler()
-    measured = {"time_attr": "epoch", "metric": settings.metric, "mode": "max" if settings.maximise else "min"}
+    measured = {"time_attr": "epoch", "metric": settings.metric, "mode": "max" if settings.maximize else "min"}
     scheduler: _WithPast
     if wanted.name == "median":
         scheduler = _Median(**measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials)

@@ -104,7 +104,7 @@ def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Eve
             if ended_by is not None:
                 record.stop_running()
     write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
-    return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximise), ended_by)
+    return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximize), ended_by)
 
 
 def _with_shared_weights(sweep: Sweep, folder: RunFolder) -> Sweep:
@@ -222,13 +222,13 @@ class SweepRecord:
             trial.cause = cause
             trial.parameters = figures.get("parameters", trial.parameters)
             if figures.get("epoch", 0) > trial.epochs:
-                add_epoch(trial, figures, settings.metric, settings.maximise)
+                add_epoch(trial, figures, settings.metric, settings.maximize)
             if state == "running":
                 trial.status = state
             elif state != "epoch":
                 trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
                 self._end(trial, state)
-        best = best_trial(self.trials, settings.maximise)
+        best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
 
     def stop_running(self) -> None:

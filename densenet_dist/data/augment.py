@@ -72,7 +72,7 @@ class Parameters:
     Attributes:
         window: (n, 4) int64: left, top, width, height of the part of an image file that is shown.
         affine: (n, 2, 3) float32 [A | b]: maps an output pixel to the position in the input that it shows, in pixels
-            (x, y) from the centre: `input = A @ output + b`.
+            (x, y) from the center: `input = A @ output + b`.
         tone: (n,) int64, a `trivial_augment.Tone`.
         strength: (n,) float32.
         hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalization.
@@ -213,7 +213,7 @@ def _notebook(draws: _Draws, image_size: int) -> _Warp:
     """Warp as Keras' `ImageDataGenerator` with the notebook's settings does, from draws (n, 6) in [0, 1).
 
     A = R(theta) diag(zx, zy) diag(+-1, 1) and b = R(theta) (tx, ty), with R = [[cos, -sin], [sin, cos]]: Keras warps
-    by rotation @ shift @ zoom about the centre (`apply_affine_transform`) and flips last.
+    by rotation @ shift @ zoom about the center (`apply_affine_transform`) and flips last.
     """
     signed = 2.0 * draws[:, :5] - 1.0
     angle = np.deg2rad(ROTATION_DEGREES * signed[:, 0])
@@ -255,8 +255,8 @@ def _enlarge(windows: npt.NDArray[np.int64], flip: _Draws, image_size: int) -> _
     matrix = np.zeros((len(flip), 2, 2))
     matrix[:, 0, 0] = windows[:, 2] / image_size * flip
     matrix[:, 1, 1] = windows[:, 3] / image_size
-    centre = windows[:, :2] + windows[:, 2:] / 2 - image_size / 2
-    return _Warp(matrix, np.broadcast_to(centre, (len(flip), 2)), "border")
+    center = windows[:, :2] + windows[:, 2:] / 2 - image_size / 2
+    return _Warp(matrix, np.broadcast_to(center, (len(flip), 2)), "border")
 
 
 def _flip_sign(draws: _Draws) -> _Draws:
@@ -282,7 +282,7 @@ def _boxes(draws: _Draws, side: npt.NDArray[Any], image_size: int) -> npt.NDArra
 def _mix(
     augmentation: Augmentation, draws: _Draws, image_size: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return `Parameters.blend`, `box` and `label_share` from draws (n, 4): choice, share, centre of the box."""
+    """Return `Parameters.blend`, `box` and `label_share` from draws (n, 4): choice, share, center of the box."""
     if augmentation.mixup > 0 and augmentation.cutmix > 0:
         cut = draws[:, 0] < 0.5
     else:

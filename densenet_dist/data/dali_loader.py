@@ -26,7 +26,7 @@ from torch import Tensor
 
 from densenet_dist.data.engine import BatchProducer, Engine, Request
 from densenet_dist.data.image_files import ImageFiles, Split
-from densenet_dist.data.torch_ops import GREY
+from densenet_dist.data.torch_ops import GRAY
 from densenet_dist.data.trivial_augment import Tone
 from densenet_dist.errors import EnvironmentProblem
 
@@ -153,7 +153,7 @@ def _build(engine: DaliEngine, request: Callable[[int], Request], start: int, la
 
 
 def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
-    """Read images (H, W, 3): uint8 from memory; float32 grey levels, not rounded, from files."""
+    """Read images (H, W, 3): uint8 from memory; float32 gray levels, not rounded, from files."""
     from nvidia.dali import fn, types
 
     gpu = engine.device.type == "cuda"
@@ -170,7 +170,7 @@ def _read(engine: DaliEngine, source: Callable[[int], Any]) -> Any:
 
 
 def _toned(images: Any, tone: Any, strength: Any, size: int, gpu: bool) -> Any:
-    """Apply each image's `Tone`; the result is float grey levels in [0, 255]."""
+    """Apply each image's `Tone`; the result is float gray levels in [0, 255]."""
     from nvidia.dali import fn, math, types
 
     levels = fn.cast(images, dtype=types.FLOAT)
@@ -179,10 +179,10 @@ def _toned(images: Any, tone: Any, strength: Any, size: int, gpu: bool) -> Any:
     if tone == Tone.BRIGHTNESS.value:
         levels = levels * strength
     elif tone == Tone.COLOR.value:
-        grey = fn.coord_transform(levels, M=list(GREY) * 3, dtype=types.FLOAT)
-        levels = grey + (levels - grey) * strength
+        gray = fn.coord_transform(levels, M=list(GRAY) * 3, dtype=types.FLOAT)
+        levels = gray + (levels - gray) * strength
     elif tone == Tone.CONTRAST.value:
-        mean = fn.reductions.mean(fn.coord_transform(levels, M=list(GREY), dtype=types.FLOAT))
+        mean = fn.reductions.mean(fn.coord_transform(levels, M=list(GRAY), dtype=types.FLOAT))
         levels = mean + (levels - mean) * strength
     elif tone == Tone.SHARPNESS.value:
         kernel, inner = np.full((3, 3), 1 / 13, np.float32), np.zeros((size, size, 1), np.float32)

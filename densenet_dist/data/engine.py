@@ -46,12 +46,12 @@ class Epoch:
     def matrix(self) -> npt.NDArray[np.float32]:
         """The warps for `nvidia.dali.fn.warp_affine`, (n, 2, 3) float32.
 
-        DALI's coordinates are in pixels from the corner, with pixel centres at +0.5:
+        DALI's coordinates are in pixels from the corner, with pixel centers at +0.5:
         M = [A | b + c - A c] with c = (W / 2, H / 2).
         """
         matrix = self.parameters.affine[:, :, :2].astype(np.float64)
-        centre = np.full(2, self._image_size / 2)
-        shift = self.parameters.affine[:, :, 2] + centre - matrix @ centre
+        center = np.full(2, self._image_size / 2)
+        shift = self.parameters.affine[:, :, 2] + center - matrix @ center
         return np.concatenate([matrix, shift[:, :, None]], axis=2).astype(np.float32)
 
     def array(self, name: str) -> npt.NDArray[Any]:

@@ -153,7 +153,7 @@ def pixels_of(image: Any) -> "Tensor":
     if image.mode.startswith("I;16") or (image.mode == "I" and is_pnm):
         return _to_8_bits(torch.from_numpy(np.asarray(image).astype(np.int32))).expand(3, -1, -1)
     if image.mode in ("I", "F"):
-        raise BadImage("grey levels of 32 bits, whose range is not known: convert it to 8 or 16 bits")
+        raise BadImage("gray levels of 32 bits, whose range is not known: convert it to 8 or 16 bits")
     if image.has_transparency_data:
         return on_white(torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -205,7 +205,7 @@ def _verified_pixels(data: npt.NDArray[np.uint8], *, any_format: bool = False) -
     kind = _check_header(data, any_format=any_format)
     with _captured_c_stderr() as lines:
         pixels = _pixels(data)
-    if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings about colour profiles; damage is an error there
+    if lines and kind in ("JPEG", "MPO"):  # libpng prints warnings about color profiles; damage is an error there
         raise BadImage(f"damaged: {lines[0]}")
     return pixels
 
@@ -267,7 +267,7 @@ def _to_8_bits(levels: "Tensor") -> "Tensor":
 def _is_transparent(data: npt.NDArray[np.uint8]) -> bool:
     """Return whether a PNG or WebP may have transparent pixels, by its header."""
     start = data[:32].tobytes()
-    if start.startswith(_PNG):  # a colour type with alpha, or transparent colours, which are listed before the pixels
+    if start.startswith(_PNG):  # a color type with alpha, or transparent colors, which are listed before the pixels
         return bool(start[25] & 4) or b"tRNS" in data.tobytes().partition(b"IDAT")[0]
     flags = {b"WEBPVP8X": 20, b"WEBPVP8L": 24}.get(start[8:16])
     return flags is not None and bool(start[flags] & 16)

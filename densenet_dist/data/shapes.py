@@ -5,7 +5,7 @@ striped and mottled background with strokes, dots and noise. The class is the sh
 reveals it, so a linear classifier on pixels learns almost nothing, while a small convolutional network learns it in
 minutes.
 
-The images are the same on every machine, except that a few pixels may be rounded to the next grey level.
+The images are the same on every machine, except that a few pixels may be rounded to the next gray level.
 
 Shapes are signed distance functions after Inigo Quilez, https://iquilezles.org/articles/distfunctions2d.
 """
@@ -78,14 +78,14 @@ class _Draws:
         return values * (high - low) + low
 
 
-def _local(centre: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
-    """Return x and y of every pixel, (n, 32, 32) each, in a shape's coordinates: from its centre, rotated, scaled.
+def _local(center: Field, angle: Field, scale: Field) -> tuple[Field, Field]:
+    """Return x and y of every pixel, (n, 32, 32) each, in a shape's coordinates: from its center, rotated, scaled.
 
-    The centre (n, 2) and the scale (n, 1) are in pixels, the angle (n, 1) is in radians.
+    The center (n, 2) and the scale (n, 1) are in pixels, the angle (n, 1) is in radians.
     """
     pixels = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-    x = ((pixels - centre[:, :1]) / scale)[:, None, :]
-    y = ((pixels - centre[:, 1:]) / scale)[:, :, None]
+    x = ((pixels - center[:, :1]) / scale)[:, None, :]
+    y = ((pixels - center[:, 1:]) / scale)[:, :, None]
     cos, sin = np.cos(angle)[:, :, None], np.sin(angle)[:, :, None]
     return cos * x + sin * y, cos * y - sin * x
 
@@ -115,9 +115,9 @@ def _background(draws: _Draws, ground: Field) -> Field:
 
 def _stroke(draws: _Draws, *, is_dot: bool) -> tuple[Field, Field]:
     """Draw the cover (n, 32, 32) and color (n, 3) of a short round-ended stroke, or of a dot."""
-    centre, angle = draws.take(2, 0.0, IMAGE_SIZE), draws.take(1, 0.0, math.pi)
+    center, angle = draws.take(2, 0.0, IMAGE_SIZE), draws.take(1, 0.0, math.pi)
     half_length, radius = draws.take(1, 2.0, 5.0)[:, :, None], draws.take(1, 0.5, 1.2)[:, :, None]
-    x, y = _local(centre, angle, np.ones_like(angle))
+    x, y = _local(center, angle, np.ones_like(angle))
     if not is_dot:
         x = np.maximum(np.abs(x) - half_length, 0.0)
     return _cover(_length(x, y) - radius), draws.take(3, 0.0, 1.0)
@@ -126,8 +126,8 @@ def _stroke(draws: _Draws, *, is_dot: bool) -> tuple[Field, Field]:
 def _shape(draws: _Draws, labels: npt.NDArray[np.int64]) -> Field:
     """Draw the cover (n, 32, 32) of the shapes of classes `labels` (n,), each entirely inside its image."""
     radius, angle = draws.take(1, 7.0, 12.0), draws.take(1, 0.0, 2.0 * math.pi)
-    centre = draws.take(2, -1.0, 1.0) * (-radius + IMAGE_SIZE / 2) + IMAGE_SIZE / 2
-    x, y = _local(centre, angle, radius)
+    center = draws.take(2, -1.0, 1.0) * (-radius + IMAGE_SIZE / 2) + IMAGE_SIZE / 2
+    x, y = _local(center, angle, radius)
     distance = np.empty_like(x)
     for label, distance_to in enumerate(_SHAPES.values()):
         chosen = labels == label

@@ -37,7 +37,7 @@ class TorchEngine(Engine):
         factors = (1.0 / levels, -255.0 * np.asarray(self.mean, dtype=np.float64) / levels)
         # Repeated for every pixel of a row: (W * 3,) float32.
         self._scale, self._shift = (upload(np.tile(each, size).astype(np.float32), self.device) for each in factors)
-        self._centres = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
+        self._centers = (2.0 * torch.arange(size, dtype=torch.float32, device=self.device) + 1.0) / size - 1.0
 
     def batches(self, request: Callable[[int], Request], largest: int) -> BatchProducer:
         """See `Engine.batches`."""
@@ -110,7 +110,7 @@ class TorchEngine(Engine):
     ) -> Tensor:
         """Warp and normalize images, and cut holes."""
         if theta is not None:
-            images = torch_ops.warp(images, theta, self._centres, padding)
+            images = torch_ops.warp(images, theta, self._centers, padding)
         images = images.contiguous(memory_format=torch.channels_last)
         # By whole rows: broadcasting three channels in the innermost dimension is 10 times slower on a CPU. Separate
         # mul_ and add_ (no fused multiply-add) give the same bits for every device, thread count and batch size.
@@ -122,6 +122,6 @@ class TorchEngine(Engine):
 
 
 def _gather(images: Tensor, indices: Tensor) -> Tensor:
-    """Copy images (n, H, W, 3) uint8 at `indices` (m,) int64 to (m, 3, H, W) float32 grey levels."""
+    """Copy images (n, H, W, 3) uint8 at `indices` (m,) int64 to (m, 3, H, W) float32 gray levels."""
     # index_select copies whole images; indexing by [indices] goes byte by byte and is 15 times slower on a CPU.
     return images.index_select(0, indices).permute(0, 3, 1, 2).float()

@@ -15,22 +15,22 @@ from torch import Tensor
 from densenet_dist.data.augment import Padding
 from densenet_dist.data.trivial_augment import Tone
 
-GREY = (0.299, 0.587, 0.114)  # luma of red, green, blue: ITU-R BT.601
+GRAY = (0.299, 0.587, 0.114)  # luma of red, green, blue: ITU-R BT.601
 
 
-def warp(images: Tensor, theta: Tensor, centres: Tensor, padding: Padding) -> Tensor:
+def warp(images: Tensor, theta: Tensor, centers: Tensor, padding: Padding) -> Tensor:
     """Warp each image (n, 3, H, W) bilinearly by its own affine map, in float32 even under autocast.
 
     The grid is that of `affine_grid(align_corners=False)`, but is the sum of two broadcast products instead of a matrix
     product: 20 times faster on a CPU, exact for whole-pixel shifts, and not affected by TF32 and autocast, which would
-    change pixels by whole grey levels.
+    change pixels by whole gray levels.
 
     Args:
         theta: (n, 2, 3) float32, `Epoch.theta`.
-        centres: (W,) float32, the pixel centres in [-1, 1]; H = W.
+        centers: (W,) float32, the pixel centers in [-1, 1]; H = W.
     """
-    across = (theta[:, :, 0:1] * centres).transpose(1, 2)[:, None, :, :]  # (n, 1, W, 2)
-    down = (theta[:, :, 1:2] * centres + theta[:, :, 2:3]).transpose(1, 2)[:, :, None, :]  # (n, H, 1, 2)
+    across = (theta[:, :, 0:1] * centers).transpose(1, 2)[:, None, :, :]  # (n, 1, W, 2)
+    down = (theta[:, :, 1:2] * centers + theta[:, :, 2:3]).transpose(1, 2)[:, :, None, :]  # (n, H, 1, 2)
     with torch.autocast(images.device.type, enabled=False):
         return F.grid_sample(images, across + down, mode="bilinear", padding_mode=padding, align_corners=False)
 
@@ -38,7 +38,7 @@ def warp(images: Tensor, theta: Tensor, centres: Tensor, padding: Padding) -> Te
 def change_tones(
     images: Tensor, tone: npt.NDArray[np.int64], strength: Tensor, upload: Callable[[npt.NDArray[np.int64]], Tensor]
 ) -> None:
-    """Apply each image's tone operation in place to (n, 3, H, W) float32 in grey levels, [0, 255].
+    """Apply each image's tone operation in place to (n, 3, H, W) float32 in gray levels, [0, 255].
 
     Args:
         tone: (n,) int64, each a `Tone`; on the host, so that the images can be grouped without waiting for the device.
@@ -115,19 +115,19 @@ def inside(box: Tensor, size: int) -> Tensor:
     return (down[:, :, None] & across[:, None, :])[:, None]
 
 
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = (images[:, channel : channel + 1] * GREY[channel] for channel in range(3))
+def _gray(images: Tensor) -> Tensor:
+    red, green, blue = (images[:, channel : channel + 1] * GRAY[channel] for channel in range(3))
     return red + green + blue
 
 
 def _color(images: Tensor, factor: Tensor) -> Tensor:
-    grey = _grey(images)
-    return grey + (images - grey) * factor
+    gray = _gray(images)
+    return gray + (images - gray) * factor
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     # In two steps: threads would split the sum over one large image, and round it differently than in a batch.
-    mean = _grey(images).mean(dim=3, keepdim=True).mean(dim=(1, 2), keepdim=True)
+    mean = _gray(images).mean(dim=3, keepdim=True).mean(dim=(1, 2), keepdim=True)
     return mean + (images - mean) * factor
 
 
@@ -170,7 +170,7 @@ def _divide_255_by(span: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Round grey levels to integers, halves up."""
+    """Round gray levels to integers, halves up."""
     return (images + 0.5).floor_()
 
 

@@ -29,12 +29,12 @@ class Tone(IntEnum):
     """The operation on an image's tones; the comments give the meaning of its strength."""
 
     NONE = 0
-    BRIGHTNESS = 1  # grey levels are multiplied by the strength
-    COLOR = 2  # from the grey version (0) through the image itself (1) to more color
-    CONTRAST = 3  # from the mean grey level of the whole image (0) through itself (1) to more contrast
+    BRIGHTNESS = 1  # gray levels are multiplied by the strength
+    COLOR = 2  # from the gray version (0) through the image itself (1) to more color
+    CONTRAST = 3  # from the mean gray level of the whole image (0) through itself (1) to more contrast
     SHARPNESS = 4  # from the smoothed version (0) through itself (1) to more sharpness; border pixels stay
-    POSTERIZE = 5  # bit mask of the grey levels as 8-bit integers
-    SOLARIZE = 6  # grey levels of at least the strength are inverted
+    POSTERIZE = 5  # bit mask of the gray levels as 8-bit integers
+    SOLARIZE = 6  # gray levels of at least the strength are inverted
     AUTOCONTRAST = 7  # each channel is stretched to [0, 255]; a constant one stays
     EQUALIZE = 8  # the histogram of each channel, of 8-bit integers, is made flat
 
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
     """One operation for each image.
 
     Attributes:
-        matrix: (n, 2, 2) float64, of the warp from output to input in pixels from the centre.
+        matrix: (n, 2, 2) float64, of the warp from output to input in pixels from the center.
         offset: (n, 2) float64.
         tone: (n,) int64, a `Tone`.
         strength: (n,) float32.

@@ -224,7 +224,7 @@ class LastingConsole(RichConsole):
 
     @property
     def animates(self) -> bool:
-        """Whether lines can be redrawn: FORCE_COLOR colours a pipe, but does not make it a terminal."""
+        """Whether lines can be redrawn: FORCE_COLOR colors a pipe, but does not make it a terminal."""
         return not self.quiet and self.is_interactive and self.file.isatty()
 
     @property

@@ -157,7 +157,7 @@ def _compare(
     test = dataset.test
     count = len(test.labels) if header.precision == "bf16" else min(len(test.labels), _COMPARED)
     indices = np.arange(count) * len(test.labels) // count
-    # Images as evaluation shows them, but not normalised: pixel values, 0 to 255.
+    # Images as evaluation shows them, but not normalized: pixel values, 0 to 255.
     engine = engine_class("torch")(test, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3, threads=torch.get_num_threads())
     loader = EvalLoader(engine, indices, batch_size=_BATCH, geometry=settings.augment)
     with torch.no_grad():

@@ -41,14 +41,14 @@ _MAX_BATCH: Final = 1 << 16
 
 
 class Network(nn.Module):
-    """Normalises and classifies images.
+    """Normalizes and classifies images.
 
     Input: (N, 3, H, W) float32 pixel values from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
-    in the dtype of its weights; with bfloat16, batch normalisation keeps float32 parameters (`to_bfloat16`).
+    in the dtype of its weights; with bfloat16, batch normalization keeps float32 parameters (`to_bfloat16`).
 
     Args:
         model: the trained model.
-        mean, std: normalisation of images in [0, 1].
+        mean, std: normalization of images in [0, 1].
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        # Bit for bit the normalisation of data.torch_loader.TorchEngine, including its two roundings.
+        # Bit for bit the normalization of data.torch_loader.TorchEngine, including its two roundings.
         levels = 255.0 * np.asarray(std, dtype=np.float64)
         for name, values in (("scale", 1.0 / levels), ("shift", -255.0 * np.asarray(mean, dtype=np.float64) / levels)):
             self.register_buffer(name, torch.from_numpy(values.astype(np.float32)).view(3, 1, 1), persistent=False)
@@ -70,12 +70,12 @@ class Network(nn.Module):
         return logits.float()
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalise pixel values, and convert them to the model's dtype."""
+        """Normalize pixel values, and convert them to the model's dtype."""
         return (pixels * self.scale + self.shift).to(next(self.model.parameters()).dtype)
 
 
 def to_bfloat16(model: nn.Module) -> None:
-    """Convert convolutions and linear layers to bfloat16 in place; batch normalisation stays float32."""
+    """Convert convolutions and linear layers to bfloat16 in place; batch normalization stays float32."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(torch.bfloat16)

@@ -55,7 +55,7 @@ class Header:
         created: time in ISO 8601.
         class_names: by label.
         architecture: of a DenseNet; None for a custom model.
-        mean, std: normalisation of images in [0, 1], by channel (RGB). The exported programs include it: they take
+        mean, std: normalization of images in [0, 1], by channel (RGB). The exported programs include it: they take
             pixel values from 0 to 255.
         crop: side of the central square to use as a share of the image's shorter side. The square is resampled to the
             model's size by a triangle filter.

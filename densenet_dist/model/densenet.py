@@ -68,11 +68,11 @@ class DenseNet(nn.Module):
         return self.architecture.num_classes
 
     def freeze(self, parts: Literal["backbone"] | Sequence[str | int]) -> None:
-        """Exclude parts from training: their weights stay, and their batch normalisations use running statistics.
+        """Exclude parts from training: their weights stay, and their batch normalizations use running statistics.
 
         Args:
             parts: ``"stem"`` and numbers of blocks, from 1, or ``"backbone"``: all of them. A block includes the
-                transition after it, the last one the last batch normalisation.
+                transition after it, the last one the last batch normalization.
         """
         part: str | int = "stem"
         for name, module in self.features.named_children():

@@ -111,7 +111,7 @@ def _is_synchronized(norm: BatchNorm) -> bool:
 
 
 def _update_running_statistics(norms: list[BatchNorm], bottleneck: bool, mean: Tensor, unbiased_var: Tensor) -> None:
-    """Move the running statistics towards those of the batch, in one multi-tensor operation.
+    """Move the running statistics toward those of the batch, in one multi-tensor operation.
 
     Args:
         norms: those in training mode are updated.

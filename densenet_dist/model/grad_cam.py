@@ -12,7 +12,7 @@ def grad_cam(model: DenseNet, images: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         model: in evaluation mode.
-        images: (N, in_channels, H, W), normalised, as for `model`.
+        images: (N, in_channels, H, W), normalized, as for `model`.
         labels: (N,) int64, the class to explain for each image.
 
     Returns:

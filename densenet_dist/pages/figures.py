@@ -1,4 +1,4 @@
-"""Figures for pages and files: SVG that takes its colours from a page's style sheet, and the confusion matrix."""
+"""Figures for pages and files: SVG that takes its colors from a page's style sheet, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHADES: Final = 7
-"""Number of colours from the worst value to the best."""
+"""Number of colors from the worst value to the best."""
 STATUSES: Final = ("finished", "stopped", "interrupted", "running", "failed")
 RUNS: Final = 8
-"""Number of colours that distinguish runs or groups of runs."""
+"""Number of colors that distinguish runs or groups of runs."""
 MAX_CLASSES: Final = 200
 """With more classes, no confusion matrix is drawn: its cells would be too small."""
 MAX_NAMES: Final = 40
@@ -38,8 +38,8 @@ _SQUARE: Final = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5), (
 _PRINTED_INKS: Final = (*("black",) * 4, *("white",) * 3)
 
 
-def colour(role: str) -> str:
-    """Return a placeholder for a colour variable of the page's style sheet; `to_svg` replaces it."""
+def color(role: str) -> str:
+    """Return a placeholder for a color variable of the page's style sheet; `to_svg` replaces it."""
     return f"#0100{_ROLES.index(role):02x}"
 
 
@@ -53,9 +53,9 @@ PAGE: Final[dict[str, Any]] = PRINTED | {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.unicode_minus": False,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), colour("ink")),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colour("muted")),
-    "grid.color": colour("grid"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), color("ink")),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), color("muted")),
+    "grid.color": color("grid"),
 }
 """The style of figures of a page."""
 
@@ -104,7 +104,7 @@ def to_svg(figure: Figure, label: str) -> str:
 
 
 def _shorten_tag(tag: re.Match[str]) -> str:
-    """Remove unused ids, round coordinates to two decimals, and insert the colours of the page."""
+    """Remove unused ids, round coordinates to two decimals, and insert the colors of the page."""
     text = re.sub(r'<g id="[^"]*"', "<g", tag[0]).replace(" xlink:href=", " href=")
     text = re.sub(r' (?:d|x|y|transform)="[^"]*"', _round_numbers, text)
     return re.sub(r"#0100([0-9a-f]{2})", lambda found: f"var(--{_ROLES[int(found[1], 16)]})", text)
@@ -146,8 +146,8 @@ def confusion_figure(
     Args:
         confusion: (classes, classes) int64, number of images by true class (row) and predicted class (column).
         names: of the classes.
-        shades: `SHADES` colours from the smallest to the largest share of a row.
-        inks: colours of the numbers on each shade.
+        shades: `SHADES` colors from the smallest to the largest share of a row.
+        inks: colors of the numbers on each shade.
         cell: side of a cell in inches, if there are few classes; texts keep their size.
     """
     from matplotlib.patches import PathPatch
@@ -187,8 +187,8 @@ def heat_overlay(pixels: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -
 
     image = Image.fromarray(pixels)
     mask = Image.fromarray((heat * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
-    colours = matplotlib.colormaps["turbo"](np.asarray(mask), bytes=True)[..., :3]
-    return Image.blend(image, Image.fromarray(np.ascontiguousarray(colours)), 0.5)
+    colors = matplotlib.colormaps["turbo"](np.asarray(mask), bytes=True)[..., :3]
+    return Image.blend(image, Image.fromarray(np.ascontiguousarray(colors)), 0.5)
 
 
 def shortened(name: str) -> str:

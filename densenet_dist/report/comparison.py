@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.pages import render
-from densenet_dist.pages.figures import PAGE, RUNS, colour, drawing, new_figure, set_epoch_axes, set_logarithmic, to_svg
+from densenet_dist.pages.figures import PAGE, RUNS, color, drawing, new_figure, set_epoch_axes, set_logarithmic, to_svg
 from densenet_dist.report.figures import line, points_of
 from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten
@@ -41,13 +41,13 @@ class Group:
     Attributes:
         label: the name of a single run, and the settings that distinguish the group from others.
         members: its runs.
-        colour: a variable of the page's style sheet.
+        color: a variable of the page's style sheet.
         settings: its values of the settings that differ between groups.
     """
 
     label: str
     members: tuple[RunRecord, ...]
-    colour: str
+    color: str
     settings: dict[str, Any]
 
     def interval(self, metric: Metric) -> Interval | None:
@@ -98,7 +98,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         curves=_curves(groups),
         repeat_after=RUNS,
         total_seconds=sum(run.summary.get("train_seconds", 0.0) for run in runs),
-        legend=[(found.colour, "●", found.label) for found in groups],
+        legend=[(found.color, "●", found.label) for found in groups],
         runs=[(found, run) for found in groups for run in found.members],
     )
 
@@ -180,11 +180,11 @@ def _curve(groups: Sequence[Group], key: str, unit: float, label: str) -> str:
     values: list[float] = []
     for found in groups:
         means = _means(found, key, unit)
-        line(axes, [(epoch, mean.mean) for epoch, mean in means], colour(found.colour))
+        line(axes, [(epoch, mean.mean) for epoch, mean in means], color(found.color))
         band = [(epoch, mean.mean - mean.half, mean.mean + mean.half) for epoch, mean in means if mean.half is not None]
         if band:
             x, low, high = zip(*band, strict=True)
-            axes.fill_between(x, low, high, color=colour(found.colour), alpha=0.18, lw=0)
+            axes.fill_between(x, low, high, color=color(found.color), alpha=0.18, lw=0)
         values += [mean.mean for _, mean in means]
     if key.endswith("loss") and values and min(values) > 0 and max(values) > 20 * min(values):
         set_logarithmic(axes.yaxis)

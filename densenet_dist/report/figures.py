@@ -13,7 +13,7 @@ from densenet_dist.pages.figures import (
     PAGE,
     PRINTED,
     SHADES,
-    colour,
+    color,
     confusion_figure,
     drawing,
     new_figure,
@@ -34,7 +34,7 @@ _RESULTS: Final = (
     ("top5", "top-5 accuracy (%)", 100.0),
 )
 """Metric, label and unit."""
-_PRINTED_COLOURS: Final = {"train": "tab:blue", "val": "tab:orange", "test": "tab:red"}
+_PRINTED_COLORS: Final = {"train": "tab:blue", "val": "tab:orange", "test": "tab:red"}
 
 Records: TypeAlias = Sequence[dict[str, Any]]
 Points: TypeAlias = list[tuple[float, float]]
@@ -42,14 +42,14 @@ Points: TypeAlias = list[tuple[float, float]]
 
 def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
     """Plot top-1, loss and top-5 of training and validation against the epoch, with the test result as a star."""
-    colours = {role: colour(role) for role in _PRINTED_COLOURS}
+    colors = {role: color(role) for role in _PRINTED_COLORS}
     figures = []
     with drawing(PAGE):
         for name, label, unit in _RESULTS:
             if not any(f"train/{name}" in record for record in epochs):
                 continue  # top-5 of few classes
             figure = new_figure(*_SIZE)
-            _plot_result(figure.add_subplot(), name, label, unit, epochs, test, colours)
+            _plot_result(figure.add_subplot(), name, label, unit, epochs, test, colors)
             figures.append(to_svg(figure, f"{label} against epoch"))
     return figures
 
@@ -58,7 +58,7 @@ def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> F
     """Plot top-1 and loss as in `result_figures`, side by side, for ``curves.png``."""
     figure = new_figure(11, 4.2)
     for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
-        _plot_result(axes, *result, epochs, test, _PRINTED_COLOURS)
+        _plot_result(axes, *result, epochs, test, _PRINTED_COLORS)
         axes.set_title(heading)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -73,17 +73,17 @@ def _plot_result(
     unit: float,
     epochs: Records,
     test: dict[str, Any] | None,
-    colours: Mapping[str, str],
+    colors: Mapping[str, str],
 ) -> None:
     values: list[float] = []
     for split, text in (("train", "training"), ("val", "validation")):
         points = points_of(epochs, f"{split}/{name}", unit)
-        line(axes, points, colours[split], label=text)
+        line(axes, points, colors[split], label=text)
         values += [y for _, y in points]
     value = math.nan if test is None else test.get(f"test/{name}", math.nan) * unit
     if test is not None and math.isfinite(value):
         text = f"test {value:.2f} %" if unit == 100.0 else f"test {value:.3f}"
-        axes.scatter(test["epoch"], value, s=110, c=colours["test"], marker="*", zorder=4, label=text)
+        axes.scatter(test["epoch"], value, s=110, c=colors["test"], marker="*", zorder=4, label=text)
         values.append(value)
     if name == "loss" and values and min(values) > 0 and max(values) > 5 * statistics.median(values):
         set_logarithmic(axes.yaxis)  # a single bad epoch must not flatten the others
@@ -104,22 +104,22 @@ def line(axes: Axes, points: Points, color: str, label: str | None = None) -> No
 
 def calibration_svg(found: Calibration) -> str:
     """Plot the reliability diagram; the area of a dot is proportional to the number of its images."""
-    centres = (np.arange(BINS) + 0.5) / BINS * 100
+    centers = (np.arange(BINS) + 0.5) / BINS * 100
     used = found.images > 0
     with drawing(PAGE):
         figure = new_figure(4.3, 3.7)
         axes = figure.add_subplot()
-        axes.bar(centres[used], found.accuracy[used] * 100, width=92 / BINS, color=colour("train"))
-        axes.plot([0, 100], [0, 100], color=colour("muted"), linewidth=1.4, linestyle="--")
+        axes.bar(centers[used], found.accuracy[used] * 100, width=92 / BINS, color=color("train"))
+        axes.plot([0, 100], [0, 100], color=color("muted"), linewidth=1.4, linestyle="--")
         areas = 8 + 120 * found.images[used] / found.images.max()
-        axes.scatter(found.confidence[used] * 100, found.accuracy[used] * 100, s=areas, c=colour("test"), zorder=4)
+        axes.scatter(found.confidence[used] * 100, found.accuracy[used] * 100, s=areas, c=color("test"), zorder=4)
         axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence (%)", ylabel="accuracy (%)")
         return to_svg(figure, "accuracy against confidence")
 
 
 def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
     """Draw the confusion matrix for the page."""
-    shades, inks = [colour(f"shade{i}") for i in range(SHADES)], [colour("ink")] * SHADES
+    shades, inks = [color(f"shade{i}") for i in range(SHADES)], [color("ink")] * SHADES
     with drawing(PAGE):
         return to_svg(confusion_figure(confusion, names, shades=shades, inks=inks), "confusion matrix")
 

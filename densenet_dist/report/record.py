@@ -10,7 +10,7 @@ from typing import Any
 from densenet_dist.config import load_run_config
 from densenet_dist.custom import is_allowed, is_custom
 from densenet_dist.errors import CheckpointError, DenseNetDistError, StorageError
-from densenet_dist.report.summary import ModelSummary, summarise
+from densenet_dist.report.summary import ModelSummary, summarize
 from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore, best_record
@@ -95,13 +95,13 @@ def read_run(run: str | Path | RunFolder, *, trust: bool = False) -> RunRecord:
 
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
-    """Summarise the model for the number of classes of the best checkpoint, so that the data set is not needed."""
+    """Summarize the model for the number of classes of the best checkpoint, so that the data set is not needed."""
     name = config.model.variant
     if is_custom(name):
         if not is_allowed(name):
             return f"{name} was not imported; --trust does so"
         try:
-            return summarise(config, len(read_metadata(folder, config).names), config.data.side)
+            return summarize(config, len(read_metadata(folder, config).names), config.data.side)
         except Exception as error:  # the report is needed all the same
             return f"{type(error).__name__}: {error}"
     try:
@@ -113,4 +113,4 @@ def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
     bias = snapshot.model.get("classifier.bias")
     if bias is None or bias.ndim != 1:
         raise CheckpointError(f"the best checkpoint of {folder.uri} does not fit this model: it lacks classifier.bias")
-    return summarise(config, len(bias), config.data.side)
+    return summarize(config, len(bias), config.data.side)

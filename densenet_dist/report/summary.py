@@ -1,4 +1,4 @@
-"""Summarise a model's layers with output shapes and parameters, like Keras' ``model.summary()``."""
+"""Summarize a model's layers with output shapes and parameters, like Keras' ``model.summary()``."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ModelSummary:
 
 
 def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
-    """Summarise the layers of the configured model without allocating it.
+    """Summarize the layers of the configured model without allocating it.
 
     The parameters of a module include those of its submodules. N is the number of images.
 
@@ -86,11 +86,11 @@ def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
             f"num_classes: unknown for data.name={config.data.name}, because its images are not read\n"
             "  set it: summary(config, num_classes=...)"
         )
-    return summarise(config, classes, config.data.side)
+    return summarize(config, classes, config.data.side)
 
 
-def summarise(config: Config, num_classes: int, image_size: int) -> ModelSummary:
-    """Summarise a model: a DenseNet on the meta device, with the reference form of its blocks, or a custom model.
+def summarize(config: Config, num_classes: int, image_size: int) -> ModelSummary:
+    """Summarize a model: a DenseNet on the meta device, with the reference form of its blocks, or a custom model.
 
     The fused form has the same modules but does not call them, so hooks would not see their outputs. Of a custom model,
     modules that are not called, or return something else than a tensor, have no shape.

@@ -105,7 +105,7 @@ class SweepConfig:
     """How the settings of trials are chosen."""
 
     @property
-    def maximise(self) -> bool:
+    def maximize(self) -> bool:
         """Whether the highest value is best."""
         return self.is_accuracy if self.mode == "auto" else self.mode == "max"
 

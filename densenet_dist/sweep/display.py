@@ -53,7 +53,7 @@ class SweepConsole:
         self._metric, self._total = settings.metric, max(sweep.trials, len(recorded))
         self._console.say(
             f"{self._total} trials, {settings.search.name} search, {settings.scheduler.name}, "
-            f"{'highest' if settings.maximise else 'lowest'} {settings.metric}; folder {folder}"
+            f"{'highest' if settings.maximize else 'lowest'} {settings.metric}; folder {folder}"
         )
         for key, domain in sweep.space.items():
             self._console.say(f"  {key}: {shown(domain.describe())}")
@@ -97,7 +97,7 @@ def _table(result: SweepResult, keys: Sequence[str], *, causes: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("trial", "status", settings.metric, "epoch", *map(short, keys), *["cause"] * causes):
         table.add_column(heading, overflow="fold")
-    for trial in ranked(result.trials, settings.maximise):
+    for trial in ranked(result.trials, settings.maximize):
         values = [shown(trial.overrides.get(key)) for key in keys]
         best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
         cause = [trial.cause or ""] * causes
@@ -128,7 +128,7 @@ class SweepJsonLines(JsonLines):
             name=settings.name,
             metric=settings.metric,
             best=None if result.best is None else _values(result.best),
-            trials=[_values(trial) for trial in ranked(result.trials, settings.maximise)],
+            trials=[_values(trial) for trial in ranked(result.trials, settings.maximize)],
             files={name.replace(" ", "_"): path for name, path in result.files().items()},
         )
 
@@ -141,7 +141,7 @@ class SweepJsonLines(JsonLines):
             trials=max(sweep.trials, len(recorded)),
             recorded=len(recorded),
             metric=settings.metric,
-            maximise=settings.maximise,
+            maximise=settings.maximize,  # the name that readers of --json know
             search=settings.search.name,
             scheduler=settings.scheduler.name,
             space={key: domain.describe() for key, domain in sweep.space.items()},

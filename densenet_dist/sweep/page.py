@@ -1,6 +1,6 @@
 """Write the page of a sweep: one HTML file that contains its pictures.
 
-The pictures are SVG that takes its colours from the page's style sheet.
+The pictures are SVG that takes its colors from the page's style sheet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from densenet_dist.pages import printable, render
 from densenet_dist.pages.figures import (
     PAGE,
     STATUSES,
-    colour,
+    color,
     drawing,
     new_figure,
     set_epoch_axes,
@@ -48,7 +48,7 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         StorageError: it cannot be written.
     """
     settings = sweep.settings
-    best = best_trial(trials, settings.maximise)
+    best = best_trial(trials, settings.maximize)
     counts: Counter[str] = Counter(trial.status for trial in trials)
     started = [trial for trial in trials if trial.history]
     compared = [trial for trial in trials if trial.metric is not None and trial.status != "failed"]
@@ -64,7 +64,7 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     page = render(
         "sweep.html",
         title=settings.name,
-        trials=ranked(trials, settings.maximise),
+        trials=ranked(trials, settings.maximize),
         planned=max(sweep.trials, len(trials)),
         counts=[f"{counts[status]} {status}" for status in STATUSES if counts[status]],
         sweep=settings,
@@ -104,11 +104,11 @@ def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, 
     thin = len(trials) > 60
     for status in STATUSES:
         lines = [curves[trial.name] for trial in trials if trial.status == status and trial is not best]
-        axes.add_collection(LineCollection(lines, colors=colour(status), linewidths=0.8 if thin else 1.4, alpha=0.5))
+        axes.add_collection(LineCollection(lines, colors=color(status), linewidths=0.8 if thin else 1.4, alpha=0.5))
         size = 18 if status == "failed" else 8 if thin else 16
         _mark(axes, [line[-1] for line in lines], status, size, "x" if status == "failed" else "o")
     if best is not None and best.name in curves:
-        axes.plot(*zip(*curves[best.name], strict=True), color=colour("best"), linewidth=2.2, zorder=3.5)
+        axes.plot(*zip(*curves[best.name], strict=True), color=color("best"), linewidth=2.2, zorder=3.5)
         _mark(axes, curves[best.name][-1:], "best", 110, "*")
     axes.set_xlim(0, 1.05 * max(line[-1][0] for line in curves.values()))
     set_epoch_axes(axes, _label(settings))
@@ -165,7 +165,7 @@ def _bars(settings: SweepConfig, shares: Mapping[str, float]) -> str:
     keys = list(shares)[::-1]
     figure = new_figure(6.2, 0.9 + 0.34 * len(keys))
     axes = figure.add_subplot()
-    bars = axes.barh(keys, [100 * shares[key] for key in keys], height=0.62, color=colour("finished"))
+    bars = axes.barh(keys, [100 * shares[key] for key in keys], height=0.62, color=color("finished"))
     axes.bar_label(bars, fmt="%.0f %%", padding=5)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -180,7 +180,7 @@ def _is_number(value: Any) -> bool:
 
 def _mark(axes: Axes, points: Iterable[tuple[float, float]], role: str, size: float, marker: str) -> None:
     x, y = zip(*points, strict=True) if (points := list(points)) else ((), ())
-    axes.scatter(x, y, s=size, c=colour(role), marker=marker, alpha=0.8, zorder=4 if role == "best" else 3)
+    axes.scatter(x, y, s=size, c=color(role), marker=marker, alpha=0.8, zorder=4 if role == "best" else 3)
 
 
 def _limit(settings: SweepConfig, curves: Sequence[Sequence[float]]) -> float | None:
@@ -225,7 +225,7 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
     distributions = {key: domain.distribution() for key, domain in sweep.space.items()}
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize" if sweep.settings.maximise else "minimize")
+    study = optuna.create_study(direction="maximize" if sweep.settings.maximize else "minimize")
     optuna.logging.set_verbosity(verbosity)
     # Optuna's default, the best tenth of all trials, is one or two of a small sweep: too few to tell keys apart.
     best = max(0.1, min(0.5, 5 / len(rows)))

@@ -151,7 +151,7 @@ class SweepResult:
         return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
 
 
-def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bool) -> None:
+def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximize: bool) -> None:
     """Add an epoch's record of metrics.jsonl to a trial."""
     trial.epochs = int(record["epoch"])
     trial.seconds += record.get("seconds", 0.0)
@@ -159,7 +159,7 @@ def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximise: bo
     if value is None or not math.isfinite(value):
         return
     trial.history[trial.epochs] = value
-    better = trial.metric is None or (value > trial.metric if maximise else value < trial.metric)
+    better = trial.metric is None or (value > trial.metric if maximize else value < trial.metric)
     if better:
         trial.metric, trial.best_epoch = value, trial.epochs
         tested = {key: value for key, value in trial.figures.items() if key.startswith("test/")}
@@ -199,7 +199,7 @@ def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
                 trial.overrides = overrides
                 for record in run.read_records():
                     if "train/loss" in record:
-                        add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximise)
+                        add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximize)
                     trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}
                 if run.read_summary():
                     trial.status = "finished"
@@ -209,9 +209,9 @@ def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
     return trials
 
 
-def ranked(trials: Sequence[Trial], maximise: bool) -> list[Trial]:
+def ranked(trials: Sequence[Trial], maximize: bool) -> list[Trial]:
     """Sort trials: best first, then those without a value of the metric, failed ones last."""
-    sign = -1.0 if maximise else 1.0
+    sign = -1.0 if maximize else 1.0
 
     def rank(trial: Trial) -> tuple[bool, float]:
         return trial.status == "failed", math.inf if trial.metric is None else sign * trial.metric
@@ -219,21 +219,21 @@ def ranked(trials: Sequence[Trial], maximise: bool) -> list[Trial]:
     return sorted(trials, key=rank)
 
 
-def best_trial(trials: Sequence[Trial], maximise: bool) -> Trial | None:
+def best_trial(trials: Sequence[Trial], maximize: bool) -> Trial | None:
     """Return the best trial that did not fail and has a value of the metric."""
     found = [(trial.metric, trial) for trial in trials if trial.metric is not None and trial.status != "failed"]
-    best = (max if maximise else min)(found, key=itemgetter(0), default=None)
+    best = (max if maximize else min)(found, key=itemgetter(0), default=None)
     return None if best is None else best[1]
 
 
 def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[str, str]:
     """Return the content of sweep.json, sweep.csv and, if some trial has a value of the metric, best.yaml."""
     settings = sweep.settings
-    best = best_trial(trials, settings.maximise)
+    best = best_trial(trials, settings.maximize)
     content = {
         "sweep": settings.name,
         "metric": settings.metric,
-        "mode": "max" if settings.maximise else "min",
+        "mode": "max" if settings.maximize else "min",
         "best": best.name if best else None,
         **asdict(usage),
     }
@@ -241,7 +241,7 @@ def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[
     lines = ",\n".join(json.dumps(finite(vars(trial))) for trial in trials)
     files = {
         RESULTS_FILE: f'{json.dumps(content)[:-1]}, "trials": [\n{lines}\n]}}\n',
-        TABLE_FILE: _csv(sweep, ranked(trials, settings.maximise)),
+        TABLE_FILE: _csv(sweep, ranked(trials, settings.maximize)),
     }
     return files if best is None else files | {BEST_FILE: best_yaml(sweep, best)}
 

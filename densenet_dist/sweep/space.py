@@ -63,7 +63,7 @@ class Range:
     Attributes:
         integer: whole numbers only.
         log: uniform in the logarithm.
-        step: distance between neighbouring values, starting at `low`; None: any value.
+        step: distance between neighboring values, starting at `low`; None: any value.
     """
 
     low: Number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,15 +78,9 @@ def custom_dataset(config: Config) -> Dataset:
         )
     if found.val is not None and limit is not None:
         raise ConfigError(f"data.limit: {name} has validation images of its own; leave the limit at null")
-    return Dataset(
-        name,
-        found.class_names,
-        first(found.train, limit),
-        first(found.test, config.data.test_limit),
-        found.mean,
-        found.std,
-        found.val,
-    )
+    train, test = first(found.train, limit), first(found.test, config.data.test_limit)
+    dataset: Dataset = replace(found, name=name, train=train, test=test)
+    return dataset
 
 
 def _split_problem(images: Any, labels: Any, classes: int) -> str | None:
@@ -152,7 +147,10 @@ def custom_optimizer(
 
 
 def load_custom_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load the state of a custom optimizer, groups included, with the dtypes that it had: PyTorch would change them."""
+    """Load the state of a custom optimizer with the dtypes that it had, which PyTorch would change.
+
+    What it must be is unknown; its groups may have state, too.
+    """
     optimizer.load_state_dict(dict(saved))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in saved["state"].items():

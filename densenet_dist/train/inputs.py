@@ -34,7 +34,7 @@ _MIN_IMAGES = 30  # with fewer, each image is more than 3 % of the accuracy
 
 
 def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> Dataset:
-    """Load and verify the configured data set, with the configured normalisation; `split` as for `load_dataset`."""
+    """Load and verify the configured data set, with the configured normalization; `split` as for `load_dataset`."""
     data = config.data
     if is_custom(data.name):
         dataset = custom_dataset(config)
@@ -74,7 +74,7 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
     )
 
 
-def class_weights(config: Config, dataset: Dataset, indices: Indices) -> torch.Tensor | None:
+def class_weights(config: Config, dataset: Dataset, indices: Indices, device: torch.device) -> torch.Tensor | None:
     """Return ``train.class_weights`` (classes,) float32 for training on the images at `indices`, or None.
 
     Raises:
@@ -85,13 +85,13 @@ def class_weights(config: Config, dataset: Dataset, indices: Indices) -> torch.T
         return None
     if wanted == "balanced":
         counts = np.bincount(dataset.train.labels[indices], minlength=dataset.num_classes)
-        return torch.from_numpy(len(indices) / (np.count_nonzero(counts) * np.maximum(counts, 1))).float()
+        return torch.from_numpy(len(indices) / (np.count_nonzero(counts) * np.maximum(counts, 1))).float().to(device)
     if len(wanted) != dataset.num_classes:
         raise ConfigError(
             f"train.class_weights: {len(wanted)} weights for {dataset.num_classes} classes; give one per class, in this"
             f" order: {few(dataset.class_names)}"
         )
-    return torch.tensor(wanted)
+    return torch.tensor(wanted, device=device)
 
 
 def split_warnings(config: Config, dataset: Dataset) -> Iterator[str]:

@@ -227,7 +227,7 @@ class Board:
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def images(self, tag: str, images: Tensor, mean: Sequence[float], std: Sequence[float], step: int) -> None:
-        """Write up to 64 normalised images, (n, 3, H, W) float, as one grid."""
+        """Write up to 64 normalized images, (n, 3, H, W) float, as one grid."""
         shown = images[:64].detach().float().cpu()
         scale, shift = (shown.new_tensor(values).view(1, 3, 1, 1) for values in (std, mean))
         self._writer.add_images(tag, (shown * scale + shift).clamp(0, 1), step)

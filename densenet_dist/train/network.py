@@ -41,7 +41,7 @@ def build_model(
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build the configured model on the CPU, a `DenseNet` or a custom one, initialised from `seed` if one is given.
+    """Build the configured model on the CPU, a `DenseNet` or a custom one, initialized from `seed` if one is given.
 
     `options` are those of a custom model: ``config.options.model`` of the whole configuration.
 
@@ -134,7 +134,7 @@ def bucket_sizes(model: nn.Module, train: TrainConfig) -> list[int]:
 def _stages(model: DenseNet) -> list[int]:
     """Return the bytes of gradients of each dense block and the layers up to the next one, the last block first.
 
-    The stem belongs to the first block, the last normalisation and the classifier to the last.
+    The stem belongs to the first block, the last normalization and the classifier to the last.
     """
     stages = [0]
     for name, module in [*model.features.named_children(), ("classifier", model.classifier)]:

@@ -21,7 +21,7 @@ from densenet_dist.custom_options import bind
 from densenet_dist.errors import ConfigError
 from densenet_dist.schedules import OPEN_ENDED, SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
-from densenet_dist.train.custom_parts import custom_optimizer, load_custom_state
+from densenet_dist.train.custom_parts import custom_optimizer
 
 
 def build_optimizer(
@@ -56,26 +56,22 @@ def build_optimizer(
         return custom_optimizer(config.name, options or {}, groups, lr)
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-        for parameter in parameters if config.momentum > 0 else ():  # uninitialised if scaling skips the first step
+        for parameter in parameters if config.momentum > 0 else ():  # uninitialized if scaling skips the first step
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return adam(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], *, custom: bool = False) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load the state of an optimizer, but not the settings of its groups: they come from the configuration.
 
-    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds. What the
-    state of a custom optimizer must be is unknown; its groups may have state, too.
+    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds.
 
     Raises:
         ValueError: the state does not fit the optimizer's parameters.
     """
     own = optimizer.state_dict()["param_groups"]
-    if custom:
-        load_custom_state(optimizer, saved)
-        return
     keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
     parameters = enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
     wanted = {(number, key): parameter for number, parameter in parameters for key in keys}

@@ -10,7 +10,7 @@ import torch
 
 from densenet_dist.custom import is_custom
 from densenet_dist.errors import CheckpointError
-from densenet_dist.train.custom_parts import require_plain
+from densenet_dist.train.custom_parts import load_custom_state, require_plain
 from densenet_dist.train.inputs import digest_of_files
 from densenet_dist.train.optim import load_optimizer_state
 from densenet_dist.train.ranks import broadcast, gather_ranks
@@ -98,8 +98,8 @@ def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
     load_weights(trainer.model, snapshot.model, origin)
     if trainer.average:
         load_weights(trainer.average.model, snapshot.average or snapshot.model, origin)
-    custom = is_custom(trainer.config.train.optimizer.name)
-    load_optimizer_state(trainer.optimizer, state["optimizer"], custom=custom)
+    load_state = load_custom_state if is_custom(trainer.config.train.optimizer.name) else load_optimizer_state
+    load_state(trainer.optimizer, state["optimizer"])
     for name, saved in state.get("callbacks", {}).items():
         trainer.callbacks[name].load_state_dict(saved)
     # Only the state is restored: settings such as the growth interval come from the configuration.

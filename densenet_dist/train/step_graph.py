@@ -88,7 +88,7 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         held = recipe._replace(inputs=tuple(tensor.clone() for tensor in recipe.inputs))
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph allocates gradients in its own memory
-        # Other threads (of loaders and DALI) may allocate memory and synchronise during the capture.
+        # Other threads (of loaders and DALI) may allocate memory and synchronize during the capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = self._whole_step(held)
         return graph, list(held.inputs), result

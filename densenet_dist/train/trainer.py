@@ -82,8 +82,7 @@ class Trainer:
         self.num_images = len(train_indices), len(val_indices)
         # Before anything is measured or built.
         check_data(config, dataset, self.num_images, context.world_size, context.device)
-        weights = class_weights(config, dataset, train_indices)
-        self.class_weights = None if weights is None else weights.to(context.device)
+        self.class_weights = class_weights(config, dataset, train_indices, context.device)
         self.loss = training_loss(config, dataset.num_classes, self.class_weights)
         self.callbacks = callbacks_of(config)
 

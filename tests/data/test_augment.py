@@ -150,7 +150,7 @@ def parameters_of(drawn: trivial_augment.Drawn) -> Parameters:
 
 
 def by_torchvision(image: npt.NDArray[np.float64], name: str, magnitude: float) -> npt.NDArray[np.float64]:
-    """What `TrivialAugmentWide` does to grey levels (H, W, 3), in floating point and bilinearly."""
+    """What `TrivialAugmentWide` does to gray levels (H, W, 3), in floating point and bilinearly."""
     scale = 1.0 if name == "posterize" else 255.0  # that one works on whole numbers
     pixels = torch.from_numpy((image / scale).astype(np.uint8 if name == "posterize" else np.float64)).permute(2, 0, 1)
     wide = TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
@@ -165,7 +165,7 @@ class TestTrivialAugment:
     @pytest.mark.parametrize(("sign", "size"), [(1, 32), (-1, 27)])
     @pytest.mark.parametrize("name", OURS[:6])
     def test_geometry_is_torchvisions(self, name: str, sign: int, size: int) -> None:
-        """The same direction, centre and black surroundings, everywhere, the rim included."""
+        """The same direction, center and black surroundings, everywhere, the rim included."""
         images = smooth(STRENGTHS, size)
         drawn, magnitudes = operation(name, sign, size)
         found = by_torch(images, parameters_of(drawn))
@@ -244,8 +244,8 @@ def keras(image: npt.NDArray[np.uint8], draw: npt.NDArray[np.float64]) -> npt.ND
     rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
     shift = np.array([[1, 0, tx], [0, 1, ty], [0, 0, 1]])
     zoom = np.diag([zx, zy, 1])
-    to_centre = np.array([[1, 0, height / 2 - 0.5], [0, 1, width / 2 - 0.5], [0, 0, 1]])
-    matrix = to_centre @ rotation @ shift @ zoom @ np.linalg.inv(to_centre)
+    to_center = np.array([[1, 0, height / 2 - 0.5], [0, 1, width / 2 - 0.5], [0, 0, 1]])
+    matrix = to_center @ rotation @ shift @ zoom @ np.linalg.inv(to_center)
     # The matrix is for (x, y), arrays are indexed by (row, column): swap both axes.
     matrix[:, [0, 1]] = matrix[:, [1, 0]]
     matrix[[0, 1]] = matrix[[1, 0]]

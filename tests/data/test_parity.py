@@ -1,4 +1,4 @@
-"""DALI shows the same pixels as torch, to a fiftieth of a grey level: on generated images, on CIFAR, on files."""
+"""DALI shows the same pixels as torch, to a fiftieth of a gray level: on generated images, on CIFAR, on files."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_loaders import GREY_LEVELS, eval_loader, picture_kinds, train_loader
+from image_loaders import GRAY_LEVELS, eval_loader, picture_kinds, train_loader
 from image_loaders import noise as noise_images
 from image_loaders import smooth as smooth_images
 from PIL import Image
@@ -20,14 +20,14 @@ from densenet_dist.data.image_files import Split
 from densenet_dist.data.image_folder import read_folder
 from densenet_dist.data.loader import Batch, TrainLoader
 
-TOLERANCE = 0.02  # grey levels of 255
+TOLERANCE = 0.02  # gray levels of 255
 SIZES = ((200, 151), (9, 7), (300, 31), (2, 3), (32, 32))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
 def loader(kind: str, split: Split, augmentation: Augmentation, **options: Any) -> TrainLoader:
-    """Makes float grey levels, [0, 255]."""
-    return train_loader(kind, split, augmentation, **{"batch": 64} | GREY_LEVELS | options)
+    """Makes float gray levels, [0, 255]."""
+    return train_loader(kind, split, augmentation, **{"batch": 64} | GRAY_LEVELS | options)
 
 
 def smooth(count: int, size: int = 32) -> Split:
@@ -48,7 +48,7 @@ def pairs(split: Split, augmentation: Augmentation, *, epoch: int = 3, **options
 
 
 def apart(one: Batch, other: Batch) -> float:
-    """The largest difference in grey levels."""
+    """The largest difference in gray levels."""
     assert one.images.shape == other.images.shape
     difference = float((one.images.cpu() - other.images.cpu()).abs().max())
     assert not math.isnan(difference)  # max() would lose it
@@ -121,7 +121,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("geometry", ["none", "random_resized_crop"])
     def test_evaluation(self, pictures: Split, geometry: str) -> None:
-        one, other = (eval_loader(kind, pictures, geometry=geometry, batch=64, **GREY_LEVELS) for kind in ENGINES)
+        one, other = (eval_loader(kind, pictures, geometry=geometry, batch=64, **GRAY_LEVELS) for kind in ENGINES)
         assert max(apart(*pair) for pair in zip(one, other, strict=True)) <= TOLERANCE
 
     def test_tones(self, pictures: Split) -> None:
@@ -144,7 +144,7 @@ class TestGpu:
         assert max(apart(*pair) for pair in zip(found, expected, strict=True)) <= TOLERANCE
 
     def test_files(self, pictures: Split) -> None:
-        """A GPU's JPEG decoder rounds otherwise than a CPU's: a picture may be a grey level or two off."""
+        """A GPU's JPEG decoder rounds otherwise than a CPU's: a picture may be a gray level or two off."""
         expected = loader("torch", pictures, NO_AUGMENTATION).epoch(0)
         found = loader("dali", pictures, NO_AUGMENTATION, device="cuda").epoch(0)
         for one, other in zip(found, expected, strict=True):

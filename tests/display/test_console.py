@@ -82,7 +82,7 @@ def shown(script: str, columns: int, **env: str) -> str:
 
 
 def plain(text: str) -> list[str]:
-    """The lines of a text, without colours."""
+    """The lines of a text, without colors."""
     return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
 
 

@@ -36,5 +36,5 @@ def exported(original, tmp_path_factory):
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """(5, 3, 32, 32) float32 grey levels."""
+    """(5, 3, 32, 32) float32 gray levels."""
     return torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()

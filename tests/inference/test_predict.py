@@ -24,7 +24,7 @@ from densenet_dist.train.evaluation import prepare_evaluation
 
 @pytest.fixture
 def photo() -> Image.Image:
-    """60 x 40 pixels of smooth colours."""
+    """60 x 40 pixels of smooth colors."""
     across, down = np.meshgrid(np.linspace(0, 255, 60), np.linspace(0, 255, 40))
     return Image.fromarray(np.stack([across, down, 255 - across], axis=2).round().astype(np.uint8))
 
@@ -109,9 +109,9 @@ def test_kinds_of_pictures(tmp_path, photo):
     for name in ("a.webp", "a.bmp", "a.tif", "a.ppm"):
         photo.save(tmp_path / name, lossless=True)
         assert torch.equal(prepare(tmp_path / name, 32, 1.0), wanted)
-    grey = np.asarray(photo.convert("L"))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    assert torch.equal(prepare(tmp_path / "16.png", 32, 1.0), prepare(grey, 32, 1.0))
+    gray = np.asarray(photo.convert("L"))
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert torch.equal(prepare(tmp_path / "16.png", 32, 1.0), prepare(gray, 32, 1.0))
 
 
 def test_pictures_that_cannot_be_used(tmp_path, photo, original):

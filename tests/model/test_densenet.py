@@ -1,4 +1,4 @@
-"""DenseNet: its definition, torchvision's weights, names, initialisation, memory format and torch.compile."""
+"""DenseNet: its definition, torchvision's weights, names, initialization, memory format and torch.compile."""
 
 import re
 from collections.abc import Callable

@@ -31,7 +31,7 @@ from densenet_dist.model.kernels.native import NativeKernels
 
 @pytest.fixture(autouse=True)
 def new_memory_is_nan() -> Iterator[None]:
-    """Deterministic mode fills new memory with NaN, which reveals reads of uninitialised memory."""
+    """Deterministic mode fills new memory with NaN, which reveals reads of uninitialized memory."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

@@ -36,10 +36,10 @@ def step(model: nn.Module, x: Tensor, weights: Tensor, factor: float = 1.0) -> d
 
 
 FORMS = {"reference": (torch.float32, 1e-3), "fused": (torch.float64, 1e-10)}
-"""Each form with the dtype in which its synchronised batch norms compute, and a tolerance."""
+"""Each form with the dtype in which its synchronized batch norms compute, and a tolerance."""
 
 
-def synchronised_steps(variant: str) -> dict[str, Any]:
+def synchronized_steps(variant: str) -> dict[str, Any]:
     found = {}
     own = SHARES[dist.get_rank()]
     for form, (dtype, _) in FORMS.items():
@@ -53,8 +53,8 @@ def synchronised_steps(variant: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", ["notebook", "densenet_bc"])
-def test_synchronised_ranks_with_unequal_shares_together_equal_one_process(variant: str) -> None:
-    synchronised = run_ranks(synchronised_steps, 2, variant)
+def test_synchronized_ranks_with_unequal_shares_together_equal_one_process(variant: str) -> None:
+    synchronized = run_ranks(synchronized_steps, 2, variant)
     for form, (dtype, atol) in FORMS.items():
         x, weights = (tensor.to(dtype) for tensor in images(mean=3.0))
         model = small_net(form, variant).to(dtype)
@@ -65,7 +65,7 @@ def test_synchronised_ranks_with_unequal_shares_together_equal_one_process(varia
         model.eval()
         with torch.no_grad():
             whole["judged"] = model(x)
-        ranks = [rank[form] for rank in synchronised]
+        ranks = [rank[form] for rank in synchronized]
         for name in ("logits", "x", "judged"):
             joined = torch.cat([rank.pop(name) for rank in ranks])
             torch.testing.assert_close(joined, whole.pop(name), rtol=0, atol=atol)

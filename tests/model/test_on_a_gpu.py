@@ -11,7 +11,7 @@ from densenet_dist.train.step_graph import StepGraph
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
+@pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize(
     ("net", "most", "wide"),
     [
@@ -20,10 +20,10 @@ pytest.importorskip("triton")
     ],
     ids=["notebook", "bc100"],
 )
-def test_launches_of_a_step(net, most, wide, synchronised, monkeypatch):
+def test_launches_of_a_step(net, most, wide, synchronized, monkeypatch):
     """A launch costs 10 to 40 us of Python. Nearly all BN-ReLU passes read 16 bytes at once."""
     model = densenet(**net, num_classes=10, block="fused")
-    if synchronised:
+    if synchronized:
         model, most = nn.SyncBatchNorm.convert_sync_batchnorm(model), 10 * most
         monkeypatch.setattr("densenet_dist.model.fused_block._is_synchronized", lambda _: True)
         monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)

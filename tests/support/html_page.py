@@ -52,14 +52,14 @@ class Page(HTMLParser):
             self.titles[-1] += data
 
     def needs_nothing_else(self) -> bool:
-        """Whether nothing is loaded from anywhere, and signs and colours that are referred to are there."""
+        """Whether nothing is loaded from anywhere, and signs and colors that are referred to are there."""
         links = [value for name, value in self._attributes if name in ("src", "href", "xlink:href", "action")]
         ids = [value for name, value in self._attributes if name == "id"]
         inside = all(link.startswith("data:image/png;base64,") or link[1:] in ids for link in links)
         signs = {url[1:] for url in re.findall(r"url\((.*?)\)", self.text)}
         outside = re.search(r"https?:|//[a-z]|@import", re.sub(r"base64,[^\"]*", "", self.text))
-        colours = set(re.findall(r"var\((--\w+)\)", self.text)) <= set(re.findall(r"(--\w+):", self.text))
-        return inside and not outside and colours and signs <= set(ids) and len(ids) == len(set(ids))
+        colors = set(re.findall(r"var\((--\w+)\)", self.text)) <= set(re.findall(r"(--\w+):", self.text))
+        return inside and not outside and colors and signs <= set(ids) and len(ids) == len(set(ids))
 
     def is_harmless(self) -> bool:
         """Whether no name on it became an element that does something."""

@@ -22,11 +22,11 @@ from densenet_dist.data.loader import Batch, EvalLoader, TrainLoader
 
 NOTEBOOK = Augmentation("notebook")
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-GREY_LEVELS: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # what makes an engine give [0, 255]
+GRAY_LEVELS: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # what makes an engine give [0, 255]
 
 
 def smooth(count: int, size: int) -> npt.NDArray[np.uint8]:
-    """Random images that look a little like photographs: coarse colours enlarged, with some noise."""
+    """Random images that look a little like photographs: coarse colors enlarged, with some noise."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 5, 5, 3), dtype=np.uint8)
     images = np.stack([Image.fromarray(of).resize((size, size), Image.Resampling.BICUBIC) for of in coarse])
@@ -34,7 +34,7 @@ def smooth(count: int, size: int) -> npt.NDArray[np.uint8]:
 
 
 def noise(count: int, size: int) -> npt.NDArray[np.uint8]:
-    """Every pixel random; the first images have one colour, one channel, and two colours alone."""
+    """Every pixel random; the first images have one color, one channel, and two colors alone."""
     images = np.random.default_rng(1).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     images[:1] = 77
     images[1:2, :, :, 1:] = 0
@@ -62,17 +62,17 @@ def picture_kinds(image: Image.Image) -> dict[str, bytes]:
         of.save(file, kind, **options)
         return file.getvalue()
 
-    grey, see_through = image.convert("L"), image.copy()
-    see_through.putalpha(grey.rotate(180))
+    gray, see_through = image.convert("L"), image.copy()
+    see_through.putalpha(gray.rotate(180))
     kinds = {
-        "grey.jpg": saved(grey, "JPEG"),
+        "gray.jpg": saved(gray, "JPEG"),
         "cmyk.jpg": saved(image.convert("CMYK"), "JPEG"),
-        "grey-16.png": saved(Image.fromarray(np.asarray(grey).astype(np.uint16) * 251 + 17), "PNG"),
+        "gray-16.png": saved(Image.fromarray(np.asarray(gray).astype(np.uint16) * 251 + 17), "PNG"),
         "rgb-16.png": _png_16(np.asarray(image).astype(np.uint16) * 251 + 17),
         "rgba-16.png": _png_16(np.asarray(see_through).astype(np.uint16) * 251 + 17),
         "palette-transparent.png": saved(image.convert("P"), "PNG", transparency=3),
         "palette-alpha.png": saved(image.convert("P"), "PNG", transparency=bytes(range(256))),
-        "key.png": saved(grey, "PNG", transparency=grey.getpixel((0, 0))),
+        "key.png": saved(gray, "PNG", transparency=gray.getpixel((0, 0))),
         "profile.png": saved(image, "PNG", icc_profile=bytes(200)),  # libpng has something to say of it
         "lossless.webp": saved(image, "WEBP", lossless=True),
         "alpha.webp": saved(see_through, "WEBP", lossless=True),
@@ -101,7 +101,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _png_16(levels: npt.NDArray[np.uint16]) -> bytes:
-    """Pillow cannot write colours of 16 bits."""
+    """Pillow cannot write colors of 16 bits."""
     height, width, channels = levels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2 if channels == 3 else 6, 0, 0, 0])
@@ -110,10 +110,10 @@ def _png_16(levels: npt.NDArray[np.uint16]) -> bytes:
 
 
 def by_torch(images: npt.NDArray[np.uint8], parameters: Parameters) -> Any:
-    """What the torch engine makes of images, (n, H, W, 3), with these parameters, in grey levels."""
+    """What the torch engine makes of images, (n, H, W, 3), with these parameters, in gray levels."""
     count, size = images.shape[:2]
     labels = np.arange(count)
-    engine = engine_class("torch")(Split(images, labels), **GREY_LEVELS, prefetch=0)
+    engine = engine_class("torch")(Split(images, labels), **GRAY_LEVELS, prefetch=0)
     epoch = Epoch(np.arange(count), labels, parameters, size)
     batches = engine.batches(lambda number: Request(epoch, (range(count),)), count)
     return next(batches(0, 1)).permute(0, 2, 3, 1).double().numpy()

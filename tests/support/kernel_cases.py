@@ -96,7 +96,7 @@ class Draw:
         return Dropout(kept.to(self.device).permute(0, 3, 1, 2), keep)
 
     def norm(self, c: int) -> Norm:
-        """A normalisation, each vector a range of a longer one."""
+        """A normalization, each vector a range of a longer one."""
         gamma, beta, mean = (self.normal(c + 3)[3:] for _ in range(3))
         return Norm(gamma, beta, mean, self.normal(c + 3)[3:].square() + 0.2, 1e-3)
 

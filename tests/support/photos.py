@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def write_photos(root: Path, classes: Iterable[str], count: int) -> None:
-    """Write so many pictures in a folder for each class, of several sizes and kinds; the classes differ in colour."""
+    """Write so many pictures in a folder for each class, of several sizes and kinds; the classes differ in color."""
     random = np.random.default_rng(0)
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)

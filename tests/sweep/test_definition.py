@@ -122,8 +122,8 @@ def test_settings_go_where_they_belong(load):
     assert replaced.space == {"train.lr": Range(0.01, 1.0, log=True)}, "a domain is replaced as a whole"
     assert load(LR, "log.mlflow.enabled=true", "fault.grace_s=9").base["log"]["mlflow"]["enabled"] is True
     assert load(LR, "name=other").settings.name == "other"
-    assert not load(LR, "metric=val/loss").settings.maximise
-    assert not load(LR, "metric=val/top1", "mode=min").settings.maximise
+    assert not load(LR, "metric=val/loss").settings.maximize
+    assert not load(LR, "metric=val/top1", "mode=min").settings.maximize
 
 
 def test_the_base_is_relative_to_the_sweep_file(load, tmp_path, monkeypatch):

@@ -30,27 +30,27 @@ def sweep_of(*settings, space=SPACE):
     return load_sweep(*(f"space.{key}={domain}" for key, domain in space.items()), "name=wide", *settings)
 
 
-def trial_of(number, overrides, history=(), status="finished", maximise=True):
+def trial_of(number, overrides, history=(), status="finished", maximize=True):
     """A trial as its record would have it, from its metric after each epoch."""
     trial = Trial(f"trial-{number:03d}", overrides, status, parameters=10_000 + number)
     trial.epochs, trial.seconds = len(history), 2.5 * len(history)
     trial.history = dict(enumerate(history, 1))
     if trial.history:
-        trial.best_epoch = (max if maximise else min)(trial.history, key=trial.history.get)
+        trial.best_epoch = (max if maximize else min)(trial.history, key=trial.history.get)
         trial.metric = trial.history[trial.best_epoch]
     return trial
 
 
 def trials_of(sweep, count, epochs=4):
     """Trials whose metric the learning rate alone decides."""
-    rng, maximise = random.Random(0), sweep.settings.maximise
+    rng, maximize = random.Random(0), sweep.settings.maximize
     found = []
     for number in range(count):
         overrides = sample(sweep.space, rng)
         distance = abs(math.log10(overrides.get("train.lr", rng.uniform(0.001, 1)) / 0.1))
         history = [0.9 - 0.2 * distance - 0.3 / epoch for epoch in range(1, epochs + 1)]
-        history = history if maximise else [2 - value for value in history]
-        found.append(trial_of(number, overrides, history, maximise=maximise))
+        history = history if maximize else [2 - value for value in history]
+        found.append(trial_of(number, overrides, history, maximize=maximize))
     return found
 
 
@@ -143,7 +143,7 @@ def test_values_that_cannot_be_drawn(write):
     trials[4].overrides = {}
     trials[5].overrides["train.lr"] = 7.0  # not of the space any more
     trials[6].overrides["model.num_layers"] = None
-    trials[7] = trial_of(7, trials[7].overrides, (3.0, 4e9, 1e30), "stopped", maximise=False)
+    trials[7] = trial_of(7, trials[7].overrides, (3.0, 4e9, 1e30), "stopped", maximize=False)
     page = write(sweep, trials)
     assert not {"nan", "inf"} & {cell.strip() for row in page.rows for cell in row}
     assert ' d="nan' not in page.text

@@ -80,7 +80,7 @@ def test_the_best_epoch_counts():
     assert found.history == {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4}
     low = Trial("trial-001", {})
     for epoch, value in enumerate((0.5, 0.2, 0.4), 1):
-        add_epoch(low, {"epoch": epoch, "val/loss": value}, "val/loss", maximise=False)
+        add_epoch(low, {"epoch": epoch, "val/loss": value}, "val/loss", maximize=False)
     assert (low.metric, low.best_epoch) == (0.2, 2)
     found = trial("000", math.nan, 0.1, math.inf)
     assert (found.metric, found.best_epoch, found.epochs, found.history) == (0.1, 2, 3, {2: 0.1})
@@ -89,10 +89,10 @@ def test_the_best_epoch_counts():
 def test_ranks():
     trials = [trial("000", 0.1), trial("001"), trial("002", 0.3), trial("003", 0.9, status="failed"), trial("004", 0.3)]
     names = ["trial-002", "trial-004", "trial-000", "trial-001", "trial-003"]
-    assert [one.name for one in ranked(trials, maximise=True)] == names
-    assert best_trial(trials, maximise=True) is trials[2]
-    assert best_trial(trials, maximise=False) is trials[0]
-    assert best_trial([trials[1], trials[3]], maximise=True) is None
+    assert [one.name for one in ranked(trials, maximize=True)] == names
+    assert best_trial(trials, maximize=True) is trials[2]
+    assert best_trial(trials, maximize=False) is trials[0]
+    assert best_trial([trials[1], trials[3]], maximize=True) is None
 
 
 def test_files(sweep, folder):

@@ -73,9 +73,9 @@ def test_a_run_shows_settings_and_ends_with_its_test_results(done):
         "test/confusion": [10],
         "test/worst_mistakes": [10],
     }
-    colours = {tuple(pixel) for pixel in np.asarray(Image.open(io.BytesIO(results.mistakes[0].png))).reshape(-1, 3)}
+    colors = {tuple(pixel) for pixel in np.asarray(Image.open(io.BytesIO(results.mistakes[0].png))).reshape(-1, 3)}
     sheet = {tuple(pixel) for pixel in picture(images["test/worst_mistakes"][0]).reshape(-1, 3)}
-    assert len(colours & sheet) > len(colours) / 2
+    assert len(colors & sheet) > len(colors) / 2
 
     sheet = picture(images["train/augmented"][0])
     assert sheet.shape == (2 * 32, 8 * 32, 3)  # 16 images in rows of 8

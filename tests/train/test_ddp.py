@@ -166,7 +166,7 @@ def fit_and_count(storage: str, settings: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_ranks_with_synchronised_batchnorm_follow_one_process(tmp_path):
+def test_ranks_with_synchronized_batchnorm_follow_one_process(tmp_path):
     settings = ["train.sync_bn=true", "train.ema_decay=0.9", "train.optimizer.weight_decay=0.001"]
     settings += ["data.mixup=0.4", "data.cutmix=1.0"]  # with partners of other ranks; targets are probabilities
     alone, together = (tiny(tmp_path / name, *settings) for name in ("alone", "together"))

@@ -58,7 +58,7 @@ def test_the_command_trains_on_a_folder(photos, tmp_path, command):
     assert "folder, 59 training and 6 validation images\n3 classes: apple, bär, cat\n" in out
     assert "\nonly 6 validation images\nonly 7 test images\n" in out
     summary = json.loads((tmp_path / "folder" / "summary.json").read_text())
-    assert summary["test/top1"] > 0.6  # of three classes: colour is easy
+    assert summary["test/top1"] > 0.6  # of three classes: color is easy
     assert not any("top5" in key for key in summary)  # below six classes
     assert "top-5" not in (tmp_path / "folder" / "report.html").read_text()
     figures = evaluate(tmp_path / "folder")

@@ -3,7 +3,7 @@
 // The convolution is computed by the products of `native_gemm.h`. Layers have few output channels (12, 35), and a
 // product per tap would pad each of them to whole vectors: 12 to 16 with AVX-512, nine times. The products here put the
 // taps side by side, so that only the last vector is padded (9 x 12 = 108 to 112). x[p] are the C input channels of
-// pixel p, y[p] its K output channels, and p + t is the neighbour of p at tap t.
+// pixel p, y[p] its K output channels, and p + t is the neighbor of p at tap t.
 //
 // 1. Forward: one product gives all taps of all pixels, and an output is a sum of nine of them.
 //
@@ -26,7 +26,7 @@
 //      dw[k][c][t] = sum over p of dy[p - t][k] x[p][c]        (3 K, pixels) x (pixels, C), three times
 //
 // For 2 and 3, dy is copied into a frame of zeros with one zero pixel after each image row. Then the K channels of
-// three neighbouring pixels, for three taps, are one contiguous piece of 3 K elements: a segment of the left factor.
+// three neighboring pixels, for three taps, are one contiguous piece of 3 K elements: a segment of the left factor.
 // For a row of 4 pixels, "0" a zero pixel:
 //
 //      0 d0 d1 d2 d3 0 ...       segment of pixel 0: 0 d0 d1, of pixel 1: d0 d1 d2, .., of pixel 3: d2 d3 0
