@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tokenize
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def sizes() -> dict[str, float]:
     lengths = [length for tree in trees.values() for length in functions(tree).values()]
     total = sum(map(lines, package))
     pages = (page for page in (ROOT / "docs").rglob("*.md") if page.name != "log.md")
+    path = re.findall(r"^\| \[(\S+\.py)\]", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
     loop = functions(trees[ROOT / "densenet_dist" / "train" / "loop.py"])
     return {
         "lines of densenet_dist": total,
@@ -44,6 +46,7 @@ def sizes() -> dict[str, float]:
         "classes": sum(isinstance(node, ast.ClassDef) for tree in trees.values() for node in ast.walk(tree)),
         "mean length of a function": round(sum(lengths) / len(lengths), 1),
         "comment lines per 100 lines": round(100 * sum(map(comments, package)) / total, 1),
+        "lines of the main path": sum(lines(ROOT / name) for name in path),
         "lines of the training loop": sum(length for name, length in loop.items() if name.partition(":")[0] in LOOP),
         "lines of tests": sum(map(lines, (ROOT / "tests").rglob("*.py"))),
         "words of README.md": words(ROOT / "README.md"),

@@ -12,16 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from densenet_dist.custom import (
-    PARTS,
-    Function,
-    import_function,
-    is_allowed,
-    names_in,
-    register,
-    short_name,
-    value_at,
-)
+from densenet_dist.custom import PARTS, Function, import_function, is_allowed, names_in, register, short_name, value_at
 from densenet_dist.errors import ConfigError
 from densenet_dist.schema import Config, OptionsConfig
 from densenet_dist.settings import STRICT, Settings

@@ -5,6 +5,7 @@ from pathlib import Path
 
 LIMITS = {
     "lines of densenet_dist": 21_900,
+    "lines of the main path": 3_000,
     "lines of the training loop": 120,
     "lines of tests": 16_000,
     "words of README.md": 1_400,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 
 from densenet_dist.custom import Callback, errors, is_custom, short_name
 from densenet_dist.custom_options import bind
+from densenet_dist.data.augment import Augmentation, draw
 from densenet_dist.data.datasets import Dataset, first
 from densenet_dist.errors import ConfigError, DataError, TrainingError
+from densenet_dist.schedules import Schedule, ScheduleState
 from densenet_dist.schema import Config
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -95,9 +98,18 @@ def _split_problem(images: Any, labels: Any, classes: int) -> str | None:
 
 
 def geometry(config: Config) -> str | Callable[[npt.NDArray[np.float64]], Any]:
-    """Return the name of the built-in augmentation, or the custom one."""
+    """Return the name of the built-in augmentation, or the custom one.
+
+    Raises:
+        ConfigError: a custom one fails, or does not return what `Augmentation` describes.
+    """
     name = config.data.augment
-    return bind("augmentation", name, config.options.augmentation) if is_custom(name) else name
+    if not is_custom(name):
+        return name
+    function = bind("augmentation", name, config.options.augmentation)
+    with errors("data.augment", name):
+        draw(Augmentation(function), config.seed, 0, 5, config.data.side)
+    return function
 
 
 def training_loss(config: Config, num_classes: int, weights: Tensor | None) -> LossFunction:
@@ -158,6 +170,20 @@ def load_custom_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
         for key, value in values.items():
             if isinstance(value, Tensor) and own[key].dtype != value.dtype:
                 own[key] = value.to(own[key].device)
+
+
+def custom_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
+    """Return a custom schedule that raises a ConfigError if it fails, or if its learning rate is impossible."""
+    function = bind("schedule", name, options)
+
+    def schedule(state: ScheduleState) -> float:
+        with errors("train.schedule.name", name):
+            rate = float(function(state))
+        if not 0 <= rate < math.inf:
+            raise ConfigError(f"train.schedule.name: {name} returned the learning rate {rate} at step {state.step}")
+        return rate
+
+    return schedule
 
 
 def callbacks_of(config: Config) -> dict[str, Callback]:

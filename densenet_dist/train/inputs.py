@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from densenet_dist.custom import errors, is_custom
-from densenet_dist.data.augment import Augmentation, draw
+from densenet_dist.custom import is_custom
+from densenet_dist.data.augment import Augmentation
 from densenet_dist.data.datasets import Channels, Dataset, load_dataset
 from densenet_dist.data.engine import Engine, engine_class
 from densenet_dist.data.image_files import ImageFiles, Split
@@ -128,9 +128,6 @@ def train_loader(
     augmentation = Augmentation(
         geometry(config), data.trivial_augment, data.cutout, data.mixup, data.cutmix, data.crop_scale, data.flip
     )
-    if is_custom(data.augment):
-        with errors("data.augment", data.augment):
-            draw(augmentation, config.seed, 0, 5, dataset.image_size)
     return TrainLoader(
         engine,
         indices,

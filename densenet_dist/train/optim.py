@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_dist.custom import errors, is_custom
-from densenet_dist.custom_options import bind
-from densenet_dist.errors import ConfigError
+from densenet_dist.custom import is_custom
 from densenet_dist.schedules import OPEN_ENDED, SCHEDULES, ScheduleState, keyword_settings
 from densenet_dist.schema import OptimizerConfig, TrainConfig
-from densenet_dist.train.custom_parts import custom_optimizer
+from densenet_dist.train.custom_parts import custom_optimizer, custom_schedule
 
 
 def build_optimizer(
@@ -129,7 +127,7 @@ class LRController:
         self._config, self._steps_per_epoch = config, steps_per_epoch
         name = config.schedule.name
         if is_custom(name):
-            self._schedule = bind("schedule", name, options or {})
+            self._schedule = custom_schedule(name, options or {})
         else:
             self._schedule = partial(SCHEDULES[name], **keyword_settings(SCHEDULES[name], config.schedule))
         self._plateau = Patience(config.schedule.patience, config.schedule.min_delta)
@@ -160,14 +158,7 @@ class LRController:
         if now < warmup:
             start = schedule.warmup_start
             return lr * (start + (1 - start) * min(now + 1, math.ceil(warmup)) / math.ceil(warmup))
-        state = ScheduleState(now, warmup, steps, self._steps_per_epoch, lr)
-        if not is_custom(schedule.name):
-            return float(self._schedule(state))
-        with errors("train.schedule.name", schedule.name):
-            rate = float(self._schedule(state))
-        if not 0 <= rate < math.inf:
-            raise ConfigError(f"train.schedule.name: {schedule.name} returned the learning rate {rate} at step {step}")
-        return rate
+        return float(self._schedule(ScheduleState(now, warmup, steps, self._steps_per_epoch, lr)))
 
     def fit(self, step: int, end_step: int) -> None:
         """Let the schedule continue at `step` where it is, and complete it at `end_step`."""
