@@ -166,7 +166,7 @@ class BatchPlan:
         """Number of images in the smallest global batch."""
         return min(stop - start for start, stop in (self.bounds(0), self.bounds(self.steps - 1)))
 
-    def smallest_part(self, world_size: int, grad_accum_steps: int) -> int:
+    def smallest_micro_batch(self, world_size: int, grad_accum_steps: int) -> int:
         """Return the smallest number of images of a rank in one forward pass of training."""
         share = self.smallest // world_size
         return share // max(1, min(grad_accum_steps, share))

@@ -271,10 +271,11 @@ def open_trained(
     config = load_run_config(folder.fetch(CONFIG_FILE), *overrides, trust=trust)
     snapshot = load_checkpoint(folder, checkpoint, config)
     classes = read_metadata(folder, config)
-    model = trained_model(folder, config, snapshot, len(classes.names), classes.image_size, block)
+    settings = config.model if block is None else replace(config.model, block=block)
+    options = config.options.model
+    model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size, options)
     net = replace(model.architecture, block="reference") if isinstance(model, DenseNet) else None
-    name, options = config.model.variant, config.options.model
-    other = None if net else CustomModel(name=name, options=options, image_size=classes.image_size)
+    other = None if net else CustomModel(name=settings.variant, options=options, image_size=classes.image_size)
     try:
         header = Header(
             format=1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -99,7 +99,8 @@ def summarize(config: Config, num_classes: int, image_size: int) -> ModelSummary
         ConfigError: naming every setting that cannot work.
     """
     with torch.device("cpu" if is_custom(config.model.variant) else "meta") as device, torch.random.fork_rng([]):
-        model = build_model(config, num_classes, image_size, block="reference").eval()
+        settings = replace(config.model, block="reference")
+        model = build_model(settings, num_classes, image_size, options=config.options.model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(name: str, _: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:

@@ -71,8 +71,8 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -
     sizes = range(size, max(size, num_images) + 1)
     for ranks in world_sizes:
         needed = least_images(config, ranks)
-        parts = (BatchPlan(num_images, each).smallest_part(ranks, train.grad_accum_steps) for each in sizes)
-        working = next((each for each, part in zip(sizes, parts, strict=True) if part >= needed), None)
+        least = (BatchPlan(num_images, each).smallest_micro_batch(ranks, train.grad_accum_steps) for each in sizes)
+        working = next((each for each, images in zip(sizes, least, strict=True) if images >= needed), None)
         if working == size:
             continue
         remedies = [f"train.global_batch_size={working}"] if working else ["more training images"]

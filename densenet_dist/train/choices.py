@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -24,7 +25,7 @@ from densenet_dist.data.loader import TrainLoader
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
-from densenet_dist.schema import Config
+from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
 from densenet_dist.train.network import autocast, build_model
@@ -127,8 +128,8 @@ def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str
     return Choice(name, f"{rates[name]:,.0f} {unit}; {other}: {rates[other]:,.0f}", figures)
 
 
-def choose_block(config: Config, context: RunContext, dataset: Dataset, images: int) -> str:
-    """Return the form of the dense block to train. A collective call.
+def choose_block(config: Config, context: RunContext, dataset: Dataset, images: int) -> ModelConfig:
+    """Return the model's settings with the form of the dense block to train. A collective call.
 
     ``auto`` becomes the form that is faster with the run's own network, batch size, precision and number of threads. It
     is ``fused`` without a measurement if the steps are compiled or captured as a CUDA graph (the eager speed says
@@ -137,17 +138,18 @@ def choose_block(config: Config, context: RunContext, dataset: Dataset, images: 
     """
     model = config.model
     if model.block == "reference" or is_custom(model.variant):
-        return model.block
+        return model
     # On all ranks or none: the forms differ in their collective calls, and kernels may be missing on one node.
     if reason := next(filter(None, gather_objects(unavailable(context.device.type))), None):
         context.note(f"block: reference ({reason})")
-        return "reference"
+        return replace(model, block="reference")
     short = images < MIN_IMAGES * context.world_size
     old = context.run.exists(f"{CHECKPOINTS_FOLDER}/manifest.json") and not context.run.read_json(ENV_FILE).get("block")
     if model.block == "fused" or config.train.compile or config.train.cuda_graph or short or old:
-        return "fused"
+        return replace(model, block="fused")
     measure_both = partial(_measure_blocks, config, context, dataset, images // context.world_size)
-    return _recorded(context, "block", FORMS, measure_both)
+    name = _recorded(context, "block", FORMS, measure_both)
+    return replace(model, block="fused" if name == "fused" else "reference")
 
 
 def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, images: int) -> Choice:
@@ -155,7 +157,7 @@ def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, image
     rates = dict.fromkeys(FORMS, 0.0)
     models: dict[str, nn.Module] = {}
     for form in FORMS:
-        model = build_model(config, dataset.num_classes, dataset.image_size, block=form)
+        model = build_model(replace(config.model, block=form), dataset.num_classes, dataset.image_size)
         models[form] = model.to(context.device).train()
     how = dataset.image_size, config.train.precision, context.device
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
-from densenet_dist.schema import Config
+from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import require_memory
 from densenet_dist.train.context import RunContext, StopRequest, choose_device
@@ -210,10 +210,15 @@ def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config:
 
 
 def trained_model(
-    run: RunFolder, config: Config, snapshot: Snapshot, num_classes: int, image_size: int, block: str | None = None
+    run: RunFolder,
+    config: ModelConfig,
+    snapshot: Snapshot,
+    num_classes: int,
+    image_size: int,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a run's model with the averaged weights of a checkpoint, or the plain ones if there is no average."""
-    model = build_model(config, num_classes, image_size, block=block)
+    model = build_model(config, num_classes, image_size, options=options)
     load_weights(model, snapshot.average or snapshot.model, f"the checkpoint of {run.uri}")
     return model
 
@@ -244,7 +249,8 @@ def prepare_evaluation(
         raise ConfigError(f"the run {folder.uri} has no images of this split (data.val_fraction=0): --split {split}")
     evaluated = min(config.train.eval_batch_size, len(indices))
     require_memory(config, dataset.num_classes, context.device, 0, evaluated)
-    model = trained_model(folder, config, snapshot, dataset.num_classes, dataset.image_size)
+    sizes = dataset.num_classes, dataset.image_size
+    model = trained_model(folder, config.model, snapshot, *sizes, config.options.model)
     # Measuring both loaders would take longer than it saves in a single pass.
     engine = engine_of(config, context.device, dataset, images, "dali" if config.data.loader == "dali" else "torch")
     return Evaluation(config, context, dataset, model.to(context.device), engine, indices)

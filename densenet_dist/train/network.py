@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
@@ -21,7 +22,7 @@ from densenet_dist.custom import is_custom
 from densenet_dist.model import DenseNet
 from densenet_dist.model.sync_bn import synchronize_batchnorm
 from densenet_dist.model.variants import densenet
-from densenet_dist.schema import Config, TrainConfig
+from densenet_dist.schema import Config, ModelConfig, TrainConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.custom_parts import custom_model
 
@@ -34,22 +35,24 @@ DEFAULT_BUCKET: Final = 25 * 2**20
 
 
 def build_model(
-    config: Config, num_classes: int, image_size: int = 32, seed: int | None = None, *, block: str | None = None
+    config: ModelConfig,
+    num_classes: int,
+    image_size: int = 32,
+    seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build the configured model on the CPU, a `DenseNet` or a custom one, initialized from `seed` if one is given.
 
-    `block` replaces the configured form of the dense blocks.
+    `options` are those of a custom model: ``config.options.model`` of the whole configuration.
 
     Raises:
         ConfigError: naming every setting that cannot work.
     """
-    model = config.model
     if seed is not None:
         torch.manual_seed(seed)
-    if is_custom(model.variant):
-        return custom_model(model.variant, config.options.model, num_classes, image_size)
-    network = model.network | {"block": block or model.block}
-    return densenet(**network, num_classes=num_classes, image_size=image_size)
+    if is_custom(config.variant):
+        return custom_model(config.variant, options or {}, num_classes, image_size)
+    return densenet(**config.network, num_classes=num_classes, image_size=image_size)
 
 
 def set_determinism(config: Config, device: torch.device) -> None:

@@ -22,10 +22,10 @@ def gather_ranks(tensor: Tensor) -> Tensor:
     """Return every rank's `tensor`, (world_size, *shape) in the order of ranks. A collective call."""
     if not dist.is_initialized():
         return tensor[None].clone()
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     with collective():
-        dist.all_gather(parts, tensor)
-    return torch.stack(parts)
+        dist.all_gather(gathered, tensor)
+    return torch.stack(gathered)
 
 
 def broadcast(value: T) -> T:

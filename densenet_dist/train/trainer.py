@@ -96,10 +96,12 @@ class Trainer:
             self.val_loader = eval_loader(config, context, self.engine, val_indices)
 
         train = config.train
-        block = choose_block(config, context, dataset, images=train.epochs * len(train_indices))
+        images = train.epochs * len(train_indices)
+        model = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
-        model = build_model(config, dataset.num_classes, dataset.image_size, config.seed, block=block)
-        self.model = model.to(context.device)
+        options = config.options
+        plain = build_model(model, dataset.num_classes, dataset.image_size, config.seed, options.model)
+        self.model = plain.to(context.device)
         if config.model.weights or config.model.pretrained:
             load_initial_weights(self.model, config, context)
         if isinstance(self.model, DenseNet):
@@ -107,10 +109,10 @@ class Trainer:
         self.micro_batches = MicroBatches(config, context, self.model)
         self.forward = wrap(self.model, config, context, several_passes=self.micro_batches.several)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
-        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr, config.options.optimizer)
+        self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr, options.optimizer)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.lr_controller = LRController(train, self.steps_per_epoch, config.options.schedule)
+        self.lr_controller = LRController(train, self.steps_per_epoch, options.schedule)
 
         keep, monitor = config.checkpoint.keep, config.checkpoint.monitor
         self.store = CheckpointStore(context.run, keep=keep, monitor=monitor, status=context.status)

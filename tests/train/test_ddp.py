@@ -32,7 +32,7 @@ MIB = 2**20
 def net(*settings: str | Path) -> DenseNet:
     """On no device: only shapes are asked for."""
     with torch.device("meta"):
-        return build_model(load_config(*settings), num_classes=10)
+        return build_model(load_config(*settings).model, num_classes=10)
 
 
 def bytes_of(model: DenseNet, *prefixes: str) -> int:

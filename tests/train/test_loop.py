@@ -64,7 +64,7 @@ def test_an_epoch_is_that_of_a_plain_loop(tmp_path, name):
     trainer = trainer_of(config)
     figures = train_epoch(trainer)
 
-    model = build_model(config, 10, 32, config.seed).to(memory_format=torch.contiguous_format)
+    model = build_model(config.model, 10, 32, config.seed).to(memory_format=torch.contiguous_format)
     assert_close(dict(model.state_dict()), state(trainer_of(config)), 0)
     optimizer, losses, hits, clipped = PLAIN[name](model.parameters()), [], [], 0
     for step, (images, labels, size) in enumerate(trainer_of(config).train_loader.epoch(0)):

@@ -24,7 +24,7 @@ def test_flops_of_training_are_those_that_pytorch_counts(variant, frozen):
     size = {} if variant == "densenet121" else {"model.num_layers": [2, 3], "model.growth_rate": 6}
     config = load_config({"model.variant": variant, "model.block": "reference"}, size)
     with torch.device("meta"):
-        model = build_model(config, 10, side := 64 if variant == "densenet121" else 32)
+        model = build_model(config.model, 10, side := 64 if variant == "densenet121" else 32)
         model.freeze(frozen)
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(2, 3, side, side)).sum().backward()
