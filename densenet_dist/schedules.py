@@ -16,7 +16,7 @@ class ScheduleState(NamedTuple):
     """The arguments of every schedule.
 
     Attributes:
-        step: global step, from 0; a fraction if the schedule is fitted to ``train.max_minutes``, as `steps`.
+        step: global step, from 0; a fraction if the schedule is fitted to ``train.max_minutes``.
         warmup: steps of warm-up, possibly fractional; the schedule is called for later steps only.
         steps: number of steps in the run.
         steps_per_epoch: number of steps in an epoch.

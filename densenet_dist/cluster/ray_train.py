@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +86,7 @@ def fit_on_ray(
                 "threads": resources.threads,
                 "sync_each_epoch": barrier is not None,
                 "held": barrier.held if barrier else lease.held if lease else None,
-                "launch": uuid4().hex,
-                "launched": time.time(),
+                "launch": barrier.held[1] if barrier else uuid4().hex,
             },
             config,
             resources,
@@ -137,7 +135,6 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
         world_size=context.get_world_size(),
         sync_each_epoch=payload["sync_each_epoch"],
         launch=payload["launch"],
-        launched=payload["launched"],
         coordinator=payload["coordinator"],
     )
     try:

@@ -185,7 +185,9 @@ class _Training:
         os.environ |= config.cluster.variables
         torch.set_num_threads(int(config.cluster.cpus_per_worker))  # never auto: see plan_trials
         device = choose_device(config.cluster.device)
-        return fit(config, RunContext(run, device, sync_each_epoch=True, listener=self._stop_or_handle))
+        # The same in another attempt of this sweep, and another when the sweep is resumed: see `Goodput`.
+        launch = self._held[1]
+        return fit(config, RunContext(run, device, sync_each_epoch=True, listener=self._stop_or_handle, launch=launch))
 
     def _share_choices(self, run: RunFolder) -> None:
         """Reuse measured choices of the process's earlier trials if they do not depend on searched settings."""

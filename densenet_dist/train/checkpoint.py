@@ -91,10 +91,13 @@ class CheckpointStore:
                 self.entries, self.best = manifest.checkpoints, manifest.best
             else:
                 self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
+        self._earlier = {entry.name for entry in self.entries}
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy a snapshot and write it in the background; `entries` and `best` include it at once."""
         self.wait()
+        if _name(snapshot) in self._earlier & {entry.name for entry in self.entries}:
+            return  # an epoch that was cut is validated again if the run is resumed but not extended
         started = time.perf_counter()
         with self._status.during("save"):
             copy = snapshot.copy()
@@ -139,12 +142,11 @@ class CheckpointStore:
 
     def _plan(self, snapshot: Snapshot) -> Entry:
         """Add a checkpoint to `entries`, and remove those that will be deleted once it is written."""
-        # Each name is used once, so that a folder in the manifest is never replaced.
-        name = f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
-        entry = Entry(name, snapshot.position, snapshot.metrics)
+        entry = Entry(_name(snapshot), snapshot.position, snapshot.metrics)
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
         self.best = self._find_best()
-        self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name == self.best]
+        kept = {self.best, self._find_best(complete=True)}
+        self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name in kept]
         return entry
 
     def _write(self, snapshot: Snapshot, entry: Entry) -> None:
@@ -225,9 +227,15 @@ class CheckpointStore:
             self.best = self._find_best()
             return None
 
-    def _find_best(self) -> str | None:
-        """Return the name of the best checkpoint in the list; of equally good ones the oldest."""
-        best = best_record([{**entry.metrics, "name": entry.name} for entry in self.entries], self.monitor)
+    def _find_best(self, *, complete: bool = False) -> str | None:
+        """Return the name of the best checkpoint in the list; of equally good ones the oldest.
+
+        That of an epoch which the time cut counts only as the newest, because an extended run completes the epoch; if
+        only `complete` epochs count, not at all.
+        """
+        newest = None if complete or not self.entries else self.entries[-1]
+        counts = [entry for entry in self.entries if entry.position.step == 0 or entry is newest]
+        best = best_record([{**entry.metrics, "name": entry.name} for entry in counts], self.monitor)
         return None if best is None else best["name"]
 
     def _delete_unlisted(self) -> None:
@@ -247,6 +255,11 @@ class CheckpointStore:
         self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
         self.best = self._find_best()
         self.rebuilt = problem if self.entries else None
+
+
+def _name(snapshot: Snapshot) -> str:
+    """Return the name of a checkpoint's folder. Each is used once: a folder in the manifest is never replaced."""
+    return f"step-{snapshot.position.global_step:08d}" + ("" if snapshot.validated else "-trained")
 
 
 def best_record(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, Any] | None:

@@ -140,15 +140,13 @@ class Goodput:
     Args:
         status: status of rank 0.
         launch: identifies one start of the command; restarts within it have the same value.
-        launched: Unix time of that start; None: now.
         workers: number of ranks, each with its own device: a GPU, or a share of a CPU.
     """
 
-    def __init__(self, status: WorkerStatus, launch: str = "", launched: float | None = None, workers: int = 1) -> None:
+    def __init__(self, status: WorkerStatus, launch: str = "", workers: int = 1) -> None:
         self._status, self._launch, self._workers = status, launch, workers
         self._device_seconds = self._counted = 0.0
-        since_launch = 0.0 if launched is None else time.time() - launched - sum(status.seconds().values())
-        self._before = {"start": max(0.0, since_launch)}
+        self._before: dict[str, float] = {}
 
     def seconds(self) -> dict[str, float]:
         """Return the time in each phase and in ``recovery`` since the run began."""
@@ -180,8 +178,6 @@ class Goodput:
         if state["launch"] == self._launch:
             before["recovery"] += max(0.0, time.time() - state["time"])
             before["start"] -= self._status.seconds().get("start", 0.0)  # part of recovery; `seconds` adds it again
-        else:
-            before["start"] += self._before.get("start", 0.0)
         self._before = before
         self._counted = sum(state["seconds"].values())
         self._device_seconds = state.get("device_seconds", self._counted * self._workers)
@@ -195,7 +191,7 @@ class RunContext:
         run: the run's folder; every rank reads it, rank 0 writes.
         listener: called with rank 0's events.
         sync_each_epoch: whether an epoch's checkpoint must be complete before its event is reported.
-        launch: identifies one start of the command; ``launched`` is its time, see `Goodput`.
+        launch: identifies one start of the command, see `Goodput`.
         status: what this rank is doing, and the pending stop request.
     """
 
@@ -206,7 +202,6 @@ class RunContext:
     listener: Callable[[Event], None] | None = None
     sync_each_epoch: bool = False
     launch: str = ""
-    launched: float | None = None
     status: WorkerStatus = field(default_factory=WorkerStatus)
 
     def report(self, event: Event) -> None:

@@ -301,7 +301,7 @@ def start_event(trainer: Trainer) -> Event:
         "device": device,
         "epoch": trainer.position.epoch,
         "global_step": trainer.position.global_step,
-        "best": None if best is None else {"epoch": best.position.epoch, **best.metrics},
+        "best": None if best is None else {"epoch": best.position.last_epoch, **best.metrics},
     }
 
 
@@ -335,5 +335,6 @@ def epoch_event(trainer: Trainer, record: dict[str, Any]) -> Event:
         "total_steps": trainer.total_steps,
         "many_classes": trainer.dataset.num_classes > 10,
         "checkpoint": latest.name if latest else None,
-        "is_best": latest is not None and trainer.store.best == latest.name and latest.position == position,
+        "is_best": latest is not None
+        and (trainer.store.best, position.global_step) == (latest.name, latest.position.global_step),
     }

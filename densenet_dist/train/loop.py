@@ -70,11 +70,14 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             stop_if_requested(trainer, request, before)  # the validation may be incomplete
             if not math.isfinite(validation.get("val/loss", 0.0)):
                 raise trainer.diverged("validation loss", trainer.position.global_step - 1)
+            cut = trainer.position.step < trainer.steps_per_epoch
+            if cut:  # for lack of time: a run that is extended completes the epoch
+                save(trainer, take_snapshot(trainer, validation))
             trainer.end_epoch(validation.get("val/loss"))
             record |= validation | trainer.goodput.figures() | {"seconds": time.perf_counter() - started}
             with context.status.during("save"):  # a callback may take long, which is not a hang
                 trainer.notify("on_epoch", dict(record))
-            _end_epoch(trainer, log, record, validation, save_now=request is StopRequest.SAVE)
+            _end_epoch(trainer, log, record, None if cut else validation, save_now=request is StopRequest.SAVE)
         summary = _test(trainer, log)
         with context.status.during("save"):
             trainer.notify("on_end", dict(summary))
@@ -98,7 +101,8 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     """
     trainer.forward.train()
     status, epoch = trainer.context.status, trainer.position.epoch
-    first_lr = trainer.lr_controller.lr(trainer.position.global_step - trainer.position.step)
+    if trainer.position.step == 0:
+        trainer.epoch_lr = trainer.lr_controller.lr(trainer.position.global_step)
     status.enter("wait")
     shown = time.perf_counter()
     for batch in trainer.batches():
@@ -122,7 +126,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     trained, waited = trainer.epoch_time()
     record = {f"train/{key}": value for key, value in totals.items() if key != "images"}
     speed = {"perf/images_per_s": totals["images"] / trained, "perf/data_wait": waited / trained}
-    return {"epoch": epoch + 1, "lr": first_lr} | record | speed
+    return {"epoch": epoch + 1, "lr": trainer.epoch_lr} | record | speed
 
 
 def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
@@ -250,9 +254,9 @@ def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
 
 
 def _end_epoch(
-    trainer: Trainer, log: RunLog | None, record: dict[str, Any], validation: dict[str, float], *, save_now: bool
+    trainer: Trainer, log: RunLog | None, record: dict[str, Any], validation: dict[str, float] | None, *, save_now: bool
 ) -> None:
-    """Record an epoch, save if that is due, and report it."""
+    """Record an epoch, save if that is due, and report it. `validation` is None if it is saved already."""
     config, context, position = trainer.config, trainer.context, trainer.position
     record |= epoch_figures(trainer, record["perf/images_per_s"])
     record["perf/device_hours"] = trainer.goodput.device_hours
@@ -260,7 +264,8 @@ def _end_epoch(
         with context.status.during("save"):  # slow storage is not a hang
             log.record(record, position.global_step)
             log.publish()
-    if save_now or trainer.finished or position.epoch % config.checkpoint.every_epochs == 0:
+    due = save_now or trainer.finished or position.epoch % config.checkpoint.every_epochs == 0
+    if due and validation is not None:
         fit_to_time(trainer)
         save(trainer, take_snapshot(trainer, validation))
     if context.sync_each_epoch or trainer.finished:
@@ -282,7 +287,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         report_damage(trainer)
         trainer.store.write_list()  # without checkpoints that `resume` found damaged, too
         load_weights(trainer.eval_model, snapshot.average or snapshot.model, "the best checkpoint")
-        best = {"epoch": snapshot.position.epoch, **snapshot.metrics}
+        best = {"epoch": snapshot.position.last_epoch, **snapshot.metrics}
     best = broadcast(best)
     sync_from_rank0(list(trainer.eval_model.parameters()))
     engine = engine_of(config, context.device, trainer.dataset, trainer.dataset.test, trainer.loader_name)
@@ -292,8 +297,9 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     if not math.isfinite(results.loss):
         raise trainer.diverged("test loss", step - 1)
     metrics = {f"test/{name}": value for name, value in results.metrics.items()}
-    status = "finished" if trainer.position.epoch >= config.train.epochs else "time budget"
-    status = "early stop" if trainer.lr_controller.stopped else status
+    status = "early stop" if trainer.lr_controller.stopped else "finished"
+    if trainer.lr_controller.end_step == step < config.train.epochs * trainer.steps_per_epoch:
+        status = "time budget"
     summary = {
         "status": status,
         "epochs": trainer.position.epoch,

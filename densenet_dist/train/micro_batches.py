@@ -56,33 +56,40 @@ class MicroBatches:
         for kept, current in zip(self._kept, self._statistics, strict=True):
             torch._foreach_copy_(kept, current)
 
-    def halve(self, step: int, global_size: int) -> None:
+    def repeated_by(self, step: int) -> bool:
+        """Return whether a step has run out of memory, up to `step`: from there on there is no CUDA graph."""
+        return any(first <= step for first in self._changes)
+
+    def halve(self, step: int, global_size: int, *, captured: bool = False) -> None:
         """Record that a step ran out of memory on this rank, and prepare to repeat it in twice as many micro-batches.
 
-        Nothing may refer to the memory of the step any more.
+        A step that was `captured` as a CUDA graph is repeated as it is, without the graph's memory. Nothing may refer
+        to the memory of the step any more.
 
         Raises:
             EnvironmentProblem: micro-batches cannot be smaller.
             OutOfMemory: there are several ranks, which restart from their last checkpoint: others may be waiting for
                 this one in a collective operation.
         """
-        context, count, first = self._context, self.count(step, global_size), not self._changes
+        context, count, first = self._context, self.count(step, global_size), not self.several
         where = f"rank {context.rank} ran out of memory at step {step}"
-        if count == self._most(global_size):
+        if not captured and count == self._most(global_size):
             raise EnvironmentProblem(
                 f"{where}, with the smallest possible micro-batch\n"
                 "  lower model.growth_rate, model.num_layers or data.image_size, or set train.precision=bf16"
             )
-        self._changes[step] = 2 * count
+        self._changes[step] = count if captured else 2 * count
         with context.status.during("save"):  # slow storage is not a hang
             context.run.guard()
             # Several ranks may run out of memory at a time: they write the same.
             context.run.update_json(ENV_FILE, **{_KEY: self._changes})
-        text = f"{where}: from there on, each worker computes its share in {2 * count} micro-batches"
+        text = f"{where}: from there on, " + (
+            "there is no CUDA graph" if captured else f"each worker computes its share in {2 * count} micro-batches"
+        )
         if context.world_size > 1:
             raise OutOfMemory(f"{text}\n  resume the run from its last checkpoint with --resume {context.run.uri}")
         note = "\n  gradients are those of the whole batch; BatchNorm uses the statistics of each micro-batch"
-        context.warn(text + note * first)
+        context.warn(text + note * (first and not captured))
         for kept, current in zip(self._kept, self._statistics, strict=True):
             torch._foreach_copy_(current, kept)
         free_memory()

@@ -125,6 +125,7 @@ class LRController:
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int, options: Mapping[str, Any] | None = None) -> None:
         self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._steps = steps_per_epoch * config.epochs
         name = config.schedule.name
         if is_custom(name):
             self._schedule = custom_schedule(name, options or {})
@@ -138,7 +139,7 @@ class LRController:
         self._fitted = (0, 0.0)  # step of the last `fit`, and the progress there
         self._minutes = config.max_minutes or math.inf
         self.lr(0)  # raises an error of a custom schedule
-        self.lr(steps_per_epoch * config.epochs - 1)
+        self.lr(self._steps - 1)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of global step `step`, counted from 0."""
@@ -148,28 +149,25 @@ class LRController:
     def _scheduled(self, step: int) -> float:
         schedule, lr = self._config.schedule, self._config.lr
         warmup: float = schedule.warmup_epochs * self._steps_per_epoch
-        steps: float = self._steps_per_epoch * self._config.epochs
+        steps = self._steps
         now: float = step
         if self.end_step < math.inf and schedule.name not in OPEN_ENDED:
-            # As a run of which every step takes as large a share as those from the last `fit` on.
-            first, done = self._fitted
-            whole = max(self.end_step - first, 1) / max(1 - done, 1e-9)
-            now, warmup, steps = self._progress(step) * whole, warmup * whole / steps, whole
+            now = self._progress(step) * steps
         if now < warmup:
             start = schedule.warmup_start
             return lr * (start + (1 - start) * min(now + 1, math.ceil(warmup)) / math.ceil(warmup))
         return float(self._schedule(ScheduleState(now, warmup, steps, self._steps_per_epoch, lr)))
 
     def fit(self, step: int, end_step: int) -> None:
-        """Let the schedule continue at `step` where it is, and complete it at `end_step`."""
+        """Let the schedule continue at `step` where it is, and reach its last step just before `end_step`."""
         self._fitted, self.end_step = (step, self._progress(step)), end_step
 
     def _progress(self, step: int) -> float:
         """Return the share of the schedule that is complete before a step."""
         if self.end_step == math.inf:
-            return step / (self._steps_per_epoch * self._config.epochs)
-        first, done = self._fitted
-        return min(1.0, max(0.0, done + (1 - done) * (step - first) / max(self.end_step - first, 1)))
+            return step / self._steps
+        (first, done), last = self._fitted, 1 - 1 / self._steps
+        return min(last, max(0.0, done + (last - done) * (step - first) / max(self.end_step - 1 - first, 1)))
 
     def end_epoch(self, val_loss: float | None) -> None:
         """Reduce the learning rate or stop, depending on an epoch's validation loss, if there is one."""
@@ -191,15 +189,18 @@ class LRController:
             "fit.progress": progress,
             "fit.end": self.end_step,
             "fit.minutes": self._minutes,
+            "fit.steps": self._steps,
         }
         return state | fitted | {"scale": self.scale, "stopped": float(self.stopped)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load a state; patience and min_delta come from the configuration, and the end if its time limit differs."""
+        """Load a state; patience and min_delta come from the configuration, and the end if what set it differs."""
         for name, counter in (("plateau", self._plateau), ("early", self._early)):
             counter.best, counter.waited = state[f"{name}.best"], int(state[f"{name}.waited"])
         self.scale, self.stopped = state["scale"], bool(state["stopped"])
-        if state.get("fit.minutes", math.inf) == self._minutes < math.inf:
+        steps = state.get("fit.steps", self._steps)
+        ends = steps == self._steps or state["fit.end"] < steps  # the end was not that of fewer epochs
+        if ends and state.get("fit.minutes", math.inf) == self._minutes < math.inf:
             self._fitted, self.end_step = (int(state["fit.step"]), state["fit.progress"]), state["fit.end"]
 
 

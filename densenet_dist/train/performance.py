@@ -27,6 +27,7 @@ _PEAK_TFLOPS: Final = {
     "H100 PCIe": 756,
     "H800 PCIe": 756,
     "H100 NVL": 835,
+    "H200 NVL": 835,
     **dict.fromkeys(("H100", "H200", "GH200", "H800"), 989),
     "H20": 148,
     **dict.fromkeys(("A100", "A800"), 312),

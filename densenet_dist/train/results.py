@@ -9,6 +9,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -293,7 +294,7 @@ class ResultsAccumulator:
             top1=metrics["top1"],
             top5=metrics.get("top5"),
             images=metrics["images"],
-            pairs=np.array([(*pair, count) for pair, count in sorted(self.pairs.items())], dtype=np.int64),
+            pairs=np.array([(*pair, count) for pair, count in sorted(self.pairs.items())], np.int64).reshape(-1, 3),
             calibration=Calibration(images.astype(np.int64), confidence / filled, correct / filled),
             mistakes=tuple(self.mistakes),
             device=device.type,
@@ -325,7 +326,8 @@ def add_images(results: TestResults, config: Config, engine: Engine, model: nn.M
         found = loader.batch_indices.tolist()
         labels, heat = torch.tensor([predicted[index] for index in found]), None
         if isinstance(model, DenseNet):
-            heat = grad_cam(model, batch.images, labels).cpu().numpy()
+            with suppress(torch.OutOfMemoryError):  # the images alone, then
+                heat = grad_cam(model, batch.images, labels).cpu().numpy()
         for number, (index, image) in enumerate(zip(found, pixels.permute(0, 2, 3, 1).numpy(), strict=True)):
             overlay = None if heat is None else _png(heat_overlay(image, heat[number]))
             images[index] = _png(Image.fromarray(image)), overlay

@@ -61,6 +61,11 @@ class Position:
     step: _Count = 0
     global_step: _Count = 0
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch of the last step, from 1."""
+        return self.epoch + (self.step > 0)
+
 
 @dataclass
 class Snapshot:

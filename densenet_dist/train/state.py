@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,9 @@ def take_snapshot(trainer: Trainer, metrics: dict[str, float] | None = None, *, 
             "logged_at": trainer.logged_at,
             "goodput": trainer.goodput.state_dict(),
         },
-        "callbacks": {name: callback.state_dict() for name, callback in trainer.callbacks.items()},
+        "epoch_lr": trainer.epoch_lr,
+        # Copied: the callbacks may change theirs while it is written.
+        "callbacks": copy.deepcopy({name: callback.state_dict() for name, callback in trainer.callbacks.items()}),
         "pictures": digest_of_files(trainer.dataset),
         "identity": identity_of(trainer.config, trainer.dataset),
     }
@@ -113,6 +116,8 @@ def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
     trainer.epoch_start = trained - epoch_trained, waited - epoch_waited
     trainer.logged.restore(state.get("logged", state["sums"]), trainer.context.rank, trainer.context.world_size)
     trainer.logged_at = state["clock"]["logged_at"] if "logged" in state else trained
+    first_step = snapshot.position.global_step - snapshot.position.step
+    trainer.epoch_lr = state.get("epoch_lr", trainer.lr_controller.lr(first_step))
     trainer.saved_step = snapshot.position.global_step
 
 
@@ -124,6 +129,7 @@ def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) ->
             raise ValueError("the sums of loss, hits and images have another form")
     counts = [controller["plateau.waited"], controller["early.waited"], scaler.get("_growth_tracker", 0)]
     times = [clock["seconds"], *clock["epoch_time"], clock.get("logged_at", 0.0), *clock["goodput"]["seconds"].values()]
+    times.append(state.get("epoch_lr", 0.0))
     if not (
         all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
         and all(map(math.isfinite, times))

@@ -89,8 +89,15 @@ class StepGraph:
         held = recipe._replace(inputs=tuple(tensor.clone() for tensor in recipe.inputs))
         self._optimizer.zero_grad(set_to_none=True)  # so that the graph allocates gradients in its own memory
         # Other threads (of loaders and DALI) may allocate memory and synchronize during the capture.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            result = self._whole_step(held)
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                result = self._whole_step(held)
+        except RuntimeError as error:  # without memory, ending the capture may fail too, before the stream is restored
+            torch.cuda.set_stream(stream)
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         return graph, list(held.inputs), result
 
     def _whole_step(self, recipe: BatchRecipe) -> StepResult:

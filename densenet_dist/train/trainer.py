@@ -61,6 +61,7 @@ class Trainer:
         micro_batches: the number of micro-batches of a step.
         saved_step: the global step of the newest checkpoint, known on every rank.
         epoch_start: `train_time` at the start of the epoch.
+        epoch_lr: the learning rate there.
         logged, logged_at: `metrics` and seconds of `train_time` at the last record of ``log.every_steps``.
         goodput: how the run spends its time, as seen by rank 0.
         budget: on rank 0, estimates how many steps fit into ``train.max_minutes``.
@@ -119,14 +120,14 @@ class Trainer:
         self.logged, self.logged_at = Metrics(context.device, self.dataset.num_classes), 0.0
         self.log: RunLog | None = None
         self.rank_sync = RankSync(context)
-        self.goodput = Goodput(context.status, context.launch, context.launched, context.world_size)
+        self.goodput = Goodput(context.status, context.launch, context.world_size)
         self.budget = TimeBudget(train.max_minutes, self.goodput.seconds)
         self.position = Position()
         self.saved_step: int | None = None
-        self.epoch_start = (0.0, 0.0)
+        self.epoch_start, self.epoch_lr = (0.0, 0.0), 0.0
         self._is_random = config.model.drop_rate > 0 or any(custom.names_in(config))  # custom parts may be
         self.step_graph: StepGraph | None = None
-        captured = train.cuda_graph and not self.micro_batches.several
+        captured = train.cuda_graph and train.grad_accum_steps == 1
         if captured and context.device.type == "cuda" and context.world_size == 1:
             self.step_graph = StepGraph(self._graph_step, self.optimizer, context.device)
         self.timer = StepTimer(self.model, context.device, captured=self.step_graph is not None)
@@ -174,6 +175,8 @@ class Trainer:
         """
         self.timer.start()
         self.micro_batches.keep_statistics()
+        if self.micro_batches.repeated_by(self.position.global_step):
+            self._drop_graph()
         lr = self.lr_controller.lr(self.position.global_step)
         if self.step_graph is not None:
             self.step_graph.set_learning_rate(lr)
@@ -188,10 +191,16 @@ class Trainer:
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
     def halve_micro_batches(self, batch: Batch | BatchRecipe) -> None:
-        """Prepare to repeat a step that ran out of memory in more micro-batches. Errors are those of `halve`."""
-        self.step_graph = None  # it takes a step as a whole
+        """Prepare to repeat a step that ran out of memory, first without its CUDA graph; errors as those of `halve`."""
+        captured = self.step_graph is not None
+        self._drop_graph()
         self.optimizer.zero_grad(set_to_none=True)
-        self.micro_batches.halve(self.position.global_step, batch.global_size)
+        self.micro_batches.halve(self.position.global_step, batch.global_size, captured=captured)
+
+    def _drop_graph(self) -> None:
+        if self.step_graph is not None:
+            self.step_graph = None
+            self.optimizer.zero_grad(set_to_none=True)  # the gradients are in its memory
 
     def forward_backward(self, images: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Run the forward and backward pass; gradients of ``scale`` times the summed loss are accumulated.
@@ -258,9 +267,8 @@ class Trainer:
         kept = "no checkpoint was saved yet"
         if self.saved_step is not None:
             kept = f"the checkpoint of step {self.saved_step} is kept"
-        epoch = step // self.steps_per_epoch + 1
         return TrainingError(
-            f"the {what} is NaN or infinite at step {step} (epoch {epoch}); {kept}\n"
+            f"the {what} is NaN or infinite at step {step} (epoch {self.position.last_epoch}); {kept}\n"
             "  try a lower train.lr, a warm-up (train.schedule.warmup_epochs), train.clip_grad_norm=1 "
             "or train.precision=fp32"
         )

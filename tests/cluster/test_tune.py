@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from ray_runs import RAY_NOISE, SWEEP, Run, assert_gone, bytes_of, epochs_of, is_ray_process, until
+from runs import run_of, tiny
 
 from densenet_dist.cluster.sweep import tune
 from densenet_dist.cluster.trial import _Training
 from densenet_dist.config import load_config
 from densenet_dist.errors import StorageError
 from densenet_dist.sweep.definition import load_sweep
+from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.evaluation import evaluate
 
 
@@ -154,9 +156,13 @@ def test_trials_that_run_out_of_memory(start_sweep, monkeypatch):
     assert "no trial of" in run.text()
 
 
-def test_a_trial_without_the_validation_images_that_its_sweep_needs_fails_at_its_start(tmp_path):
+def test_a_trial_knows_its_start_of_the_sweep_and_fails_without_the_validation_images_that_it_needs(tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     sweep = load_sweep(tmp_path / "sweep.yaml", f"storage={tmp_path}", "data.name=folder", "data.val_fraction=0")
-    training = _Training("trial-000", {}, sweep, None, ("", ""))
+    training = _Training("trial-000", {}, sweep, None, ("", "key"))
+    config = tiny(tmp_path, "train.epochs=1", "cluster.cpus_per_worker=1")
+    training._train_here(run_of(config), config)
+    state = CheckpointStore(run_of(config)).load_latest().state
+    assert state["clock"]["goodput"]["launch"] == "key"  # the pause before the sweep is resumed is no recovery
     assert not training._on_event({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
     assert "metric: val/top1 needs validation images" in str(training._output.get(timeout=0)["error"])

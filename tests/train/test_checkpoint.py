@@ -93,15 +93,24 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit_and_the_umask_gives_the_mod
     ],
 )
 def test_the_best_and_the_newest_are_kept(run, monitor, values, best):
-    saved = [snapshot(n, {} if value is None else {monitor: value}) for n, value in enumerate(values, start=1)]
+    saved = [snapshot(10 * n, {} if value is None else {monitor: value}) for n, value in enumerate(values, start=1)]
     for each in saved:
         save(CheckpointStore(run, keep=2, monitor=monitor), each)
     store = CheckpointStore(run, keep=2, monitor=monitor)
-    kept = sorted({best, 3, 4})
+    kept = sorted({10 * best, 30, 40})
     assert [entry.position.global_step for entry in store.entries] == kept
     assert names(run) == ["manifest.json", *(f"step-{step:08d}" for step in kept)]
     assert_same(store.load_best(), saved[best - 1])
     assert_same(store.load_latest(), saved[3])
+
+
+def test_an_epoch_that_was_cut_may_be_the_best_until_the_run_is_extended(run):
+    for step, value, kept, best in ((10, 0.5, [10], 10), (15, 0.9, [10, 15], 15), (20, 0.4, [10, 20], 10)):
+        store = CheckpointStore(run)
+        save(store, snapshot(step, {"val/top1": value}))
+        assert ([entry.position.global_step for entry in store.entries], store.best) == (kept, f"step-{best:08d}")
+        save(CheckpointStore(run), snapshot(step, {"val/top1": 0.7}))  # validated again: what is listed is not replaced
+        assert CheckpointStore(run).load_latest().metrics == {"val/top1": value}
 
 
 @pytest.mark.parametrize(

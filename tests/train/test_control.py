@@ -58,7 +58,7 @@ def test_shares_of_goodput_add_up_to_all_time(clock):
 
 def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery(clock):
     first = WorkerStatus()
-    goodput = Goodput(first, "launch", 1_000_000.0, workers=2)
+    goodput = Goodput(first, "launch", workers=2)
     clock.now += 5
     spend(first, clock, "train", 10)
     state = goodput.state_dict()  # at 15 s
@@ -66,7 +66,7 @@ def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery
     spend(first, clock, "train", 7)  # lost, at 22 s
     clock.now += 3
     second = WorkerStatus()  # begins at 25 s
-    again = Goodput(second, "launch", 1_000_000.0, workers=1)
+    again = Goodput(second, "launch", workers=1)
     clock.now += 4
     again.load_state_dict(state)  # at 29 s
     spend(second, clock, "train", 11)  # until 40 s
@@ -79,14 +79,14 @@ def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery
 
 def test_the_time_between_a_stop_and_a_resume_counts_for_nothing(clock):
     first = WorkerStatus()
-    goodput = Goodput(first, "one", 1_000_000.0)
+    goodput = Goodput(first, "one")
     spend(first, clock, "train", 10)
     state = goodput.state_dict()
     clock.now += 3600
     second = WorkerStatus()
-    again = Goodput(second, "two", 1_000_000.0 + clock.now - 2)
+    again = Goodput(second, "two")
     clock.now += 1
     again.load_state_dict(state)
     spend(second, clock, "train", 10)
     spent = again.seconds()
-    assert (spent["recovery"], spent["start"], spent["train"]) == (0.0, 3.0, 20.0)
+    assert (spent["recovery"], spent["start"], spent["train"]) == (0.0, 1.0, 20.0)

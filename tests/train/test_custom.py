@@ -91,7 +91,8 @@ def test_wrong_functions_are_refused_before_anything_is_written(tmp_path, monkey
 
 def test_a_model_without_buffers_trains(tmp_path):
     def flat(num_classes, image_size):
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * image_size**2, num_classes))
+        first, last = torch.nn.Conv2d(3, 8, image_size), torch.nn.Linear(8, num_classes)
+        return torch.nn.Sequential(first, torch.nn.GroupNorm(2, 8), torch.nn.Flatten(), last)
 
     plain = tiny(tmp_path, "train.epochs=1", "model.growth_rate=null", "model.num_layers=null")
     assert fit(plain, model=flat, listener=quiet).summary["status"] == "finished"

@@ -1,6 +1,7 @@
 """The limits of a run: memory that is too small for a step, and ``train.max_minutes``."""
 
 import json
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.cluster.launch import write_run
 from densenet_dist.cluster.resuming import resume_config
+from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.run_folder import ENV_FILE
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.context import WorkerStatus
+from densenet_dist.train.context import Stopped, StopRequest, WorkerStatus
 from densenet_dist.train.evaluation import evaluate_model
+from densenet_dist.train.loop import train_step
 from densenet_dist.train.optim import LRController
 from densenet_dist.train.trainer import Trainer
 
@@ -52,6 +55,32 @@ def test_a_step_that_runs_out_of_memory_is_repeated_and_the_run_remembers_it(tmp
     assert weights_of(found) == weights_of(expected)
     assert records(found) == records(expected)
     assert run_of(found).read_json(ENV_FILE)["grad_accum_steps"] == {"5": 4}
+
+
+def test_a_captured_step_is_repeated_without_its_graph_first(tmp_path):
+    class Full:
+        """A graph for which there is no memory."""
+
+        def __call__(self, recipe: Any) -> Any:
+            raise torch.OutOfMemoryError("injected")
+
+        def set_learning_rate(self, value: float) -> None:
+            pass
+
+    trainer, plain = trainer_of(tiny(tmp_path)), trainer_of(tiny(tmp_path))
+    trainer.step_graph = Full()
+    for each in (trainer, plain):
+        train_step(each, next(iter(each.train_loader.epoch(0))))
+    assert trainer.step_graph is None
+    for one, other in zip(*(each.model.state_dict().values() for each in (trainer, plain)), strict=True):
+        assert torch.equal(one, other)
+    assert run_of(trainer.config).read_json(ENV_FILE)["grad_accum_steps"] == {"0": 1}
+    again = trainer_of(trainer.config)
+    again.step_graph = Full()
+    again.prepare_step()
+    assert again.step_graph is None  # from the same step on
+    again.micro_batches.halve(0, 16)
+    assert again.micro_batches.count(0, 16) == 2
 
 
 def test_one_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch):
@@ -103,15 +132,18 @@ COMMON = ("train.epochs=50", "train.schedule.name=one_cycle", "train.ema_decay=0
 
 def set_clock(patch: pytest.MonkeyPatch, step_s: float = STEP_S) -> SimpleNamespace:
     """Replace the clocks of the phases and of the exchange between ranks by one that steps and evaluations move."""
-    clock, advance = SimpleNamespace(now=0.0, step_s=step_s), WorkerStatus.advance
+    clock, advance = SimpleNamespace(now=0.0, step_s=step_s, stop=None), WorkerStatus.advance
+    ticks = count()  # time always passes
 
     def advanced(self: WorkerStatus, step: int | None = None) -> None:
+        if step is not None and step == clock.stop:
+            self.request(StopRequest.STOP)
         clock.now += VALIDATION_S if step is None else clock.step_s
         advance(self, step)
 
     patch.setattr(WorkerStatus, "advance", advanced)
     for module in ("context", "ranks"):
-        time = SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: clock.now)
+        time = SimpleNamespace(perf_counter=lambda: clock.now + 1e-9 * next(ticks), time=lambda: clock.now)
         patch.setattr(f"densenet_dist.train.{module}.time", time)
     return clock
 
@@ -155,6 +187,39 @@ def test_a_constant_schedule_ends_too_and_can_be_extended(tmp_path, clock):
     assert (before["status"], after["status"]) == ("time budget", "time budget")
     assert before["global_step"] < 25 < 35 < after["global_step"]
     assert [record["epoch"] for record in records(config)[:-1]] == [*range(1, after["epochs"] + 1)]
+
+
+@pytest.mark.parametrize("minutes", [("0.85", "60"), ("0.7", "0.9", "60")])
+def test_an_extended_run_completes_its_last_epoch_and_equals_one_that_was_never_cut(tmp_path, clock, minutes):
+    """Four epochs take 52 s."""
+    rate = ("train.schedule.milestones=[2.5]", "data.mixup=0.2", "checkpoint.every_steps=3")
+    settings = (*COMMON, "train.epochs=4", "train.schedule.name=multistep", *rate, "log.every_steps=2")
+    whole, cut = (tiny(tmp_path / name, *settings, f"train.max_minutes={minutes[0]}") for name in ("whole", "cut"))
+    whole = load_config(whole, "train.max_minutes=null")
+    train(whole)
+    for more in minutes[1:]:
+        summary = train(cut)
+        assert (summary["status"], 15 * (more == "60") < summary["global_step"] < 20) == ("time budget", True)
+        assert summary["best"]["epoch"] <= summary["epochs"]
+        cut = resume_config(run_of(cut), [f"train.max_minutes={more}"])
+    assert train(cut)["status"] == "finished"
+    assert weights_of(cut) == weights_of(whole)
+    assert records(cut) == records(whole)
+    assert train(resume_config(run_of(cut), ["train.epochs=5"]))["global_step"] == 25
+
+
+def test_an_epoch_has_the_learning_rate_of_its_start_though_it_is_resumed(tmp_path, clock):
+    whole, torn = (tiny(tmp_path / name, *COMMON, "train.max_minutes=1.1") for name in ("whole", "torn"))
+
+    def slow_down(event: dict[str, Any]) -> None:
+        clock.step_s = 3.0 if event.get("global_step", 0) >= 10 else STEP_S
+
+    train(whole, listener=slow_down)
+    clock.stop = 13
+    with pytest.raises(Stopped):
+        train(torn, listener=slow_down)
+    train(torn)
+    assert records(torn)[2]["lr"] == records(whole)[2]["lr"]
 
 
 def fit_ranks(storage: str, *settings: str) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def test_flops_of_training_are_those_that_pytorch_counts(variant, frozen):
 
 
 def test_the_peak_is_that_of_the_whole_gpu_or_unknown():
-    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-40GB", "NVIDIA L4")
-    assert [peak_tflops(name, "bf16") for name in names] == [989, 756, 989, 312, 121]
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA L4")
+    assert [peak_tflops(name, "bf16") for name in names] == [989, 756, 989, 835, 121]
     assert peak_tflops("NVIDIA A100 80GB PCIe", "fp32") == 156  # TF32
     for name in (
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",

@@ -74,6 +74,18 @@ def test_results_are_those_that_numpy_computes(run):
         np.testing.assert_array_equal(pixels, found.dataset.test.images[index])
 
 
+def test_without_memory_for_heat_maps_there_are_images_and_without_images_there_are_no_pairs(run, monkeypatch):
+    expected = evaluated(run).mistakes
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(module, "grad_cam", full)
+    assert evaluated(run).mistakes == tuple(replace(mistake, heat=None) for mistake in expected)
+    empty = module.ResultsAccumulator().compute(dict.fromkeys(("loss", "top1", "images"), 0.0), (), torch.device("cpu"))
+    assert empty.pairs.shape == (0, 3)
+
+
 def test_a_hit_on_a_mixed_image_counts_as_much_as_its_label():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 10, generator=generator), torch.randint(10, (50,), generator=generator)
