@@ -7,6 +7,7 @@ with its full key, before any work starts.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any, Final
 
 from densenet_dist import custom, yaml_settings
 from densenet_dist.conflicts import conflicts
-from densenet_dist.custom_options import check_options, drop_options, take_objects
+from densenet_dist.custom_options import check_options, merge_layer, take_objects
+from densenet_dist.object_store import is_downloaded
 from densenet_dist.schema import Config
 from densenet_dist.settings import Settings
-from densenet_dist.yaml_settings import is_override, merge, nest, read_override, read_yaml
+from densenet_dist.yaml_settings import find_file, is_override, nest, read_override, read_yaml
 
 SETTINGS: Final = Settings(Config, conflicts)
+_STORED: Final = ("env.json", "checkpoints/manifest.json", "sweep.json")
+"""Files of which every run or sweep that has begun has one."""
 to_dict = SETTINGS.to_dict
 
 
@@ -28,15 +32,16 @@ def validate(values: Mapping[str, Any], *, combinations: bool = True) -> Config:
     return check_options(SETTINGS.validate(values, combinations=combinations))
 
 
-def load_config(*sources: str | Path | Mapping[str, Any] | Config, trust: bool = True) -> Config:
+def load_config(*sources: str | Path | Mapping[str, Any] | Config, trust: bool | None = None) -> Config:
     """Merge `sources` over the defaults, left to right, and validate the result.
 
     Args:
         sources: paths of YAML files; ``dotted.key=value`` strings with YAML values; mappings, nested or with dotted
             keys, and with functions or classes for custom parts (docs/extending.md); or complete configurations. If
             none sets ``name``, it is the stem of the last file.
-        trust: whether custom parts that files and mappings name may be imported, which runs their code. Those of
-            complete configurations may if they could before, those of strings and functions always.
+        trust: whether custom parts that files and mappings name may be imported, which runs their code; by default
+            unless a file is that of a run or sweep, see `is_stored`. Those of complete configurations may if they could
+            before, those of strings and functions always.
 
     Raises:
         ConfigError: listing every problem, one per line.
@@ -53,12 +58,12 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config, trust: bool =
     return validate(merged(*sources, trust=trust))
 
 
-def merged(*sources: str | Path | Mapping[str, Any] | Config, trust: bool = True) -> dict[str, Any]:
+def merged(*sources: str | Path | Mapping[str, Any] | Config, trust: bool | None = None) -> dict[str, Any]:
     """Merge sources to nested values, without the defaults; arguments and errors are those of `load_config`."""
     values: dict[str, Any] = {}
     name: dict[str, str] = {}
     for source in sources:
-        trusted = trust
+        trusted = trust is not False
         if isinstance(source, Config):
             layer, trusted = to_dict(source), False
         elif isinstance(source, Mapping):
@@ -67,17 +72,22 @@ def merged(*sources: str | Path | Mapping[str, Any] | Config, trust: bool = True
         elif is_override(source):
             layer, trusted = read_override(str(source)), True
         else:
-            layer = read_yaml(source)
+            layer, trusted = read_yaml(source), bool(trust or (trusted and not is_stored(source)))
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
         if trusted:
             custom.allow(found for _, found in custom.names_in(layer))
-        drop_options(values, layer)
-        merge(values, layer)
+        merge_layer(values, layer)
     return name | values
 
 
-def load_run_config(path: str | Path, *overrides: str, trust: bool = False) -> Config:
+def is_stored(path: str | Path) -> bool:
+    """Return whether a file is that of a run, of a sweep or from an object store: it may be another person's."""
+    folder = find_file(path).absolute().parent
+    return any(os.path.exists(folder / name) for name in _STORED) or is_downloaded(folder)
+
+
+def load_run_config(path: str | Path, *overrides: str | Mapping[str, Any], trust: bool = False) -> Config:
     """Load the config.yaml of a run, of any version, with changes; `trust` and errors are those of `load_config`."""
     return load_config(path, *kept_test_limit(read_yaml(path)), *overrides, trust=trust)
 

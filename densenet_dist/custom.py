@@ -13,14 +13,15 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from densenet_dist.errors import ConfigError, DenseNetDistError
+from densenet_dist.errors import ConfigError, DenseNetDistError, TrainingError
 
-NAME: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-"""The form of a name, ``package.module:function``."""
+_WORD: Final = "[A-Za-z_][A-Za-z0-9_]*"  # no \w, which is not the same in every engine of regular expressions
+NAME: Final = re.compile(rf"{_WORD}(\.{_WORD})*:{_WORD}")
+"""The form of a name, ``package.module:function``, in ASCII."""
 Function: TypeAlias = Callable[..., Any]
 
 
@@ -159,7 +160,7 @@ def import_function(part: str, name: str) -> Function:
     key = PARTS[part].key
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # which the densenet-dist command lacks
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last, so that a file of the user replaces no installed package
     try:
         found = import_module(module)
     except Exception as error:
@@ -180,19 +181,32 @@ def import_function(part: str, name: str) -> Function:
 
 @contextmanager
 def errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> Iterator[None]:
-    """Re-raise an exception of the user's code as `kind`, naming the code. The package's own exceptions pass through.
+    """Re-raise an exception of the user's code as `kind`, naming the code.
 
-    Unless `kind` is ConfigError, RuntimeErrors do too: PyTorch raises them for lost ranks and a lack of memory.
+    Those of this package stay, and PyTorch's for lost ranks, devices and a lack of memory, after which a run restarts.
     """
     try:
         yield
     except DenseNetDistError:
         raise
     except Exception as error:
-        out_of_memory = "OutOfMemory" in type(error).__name__
-        if isinstance(error, RuntimeError) and (out_of_memory or kind is not ConfigError):
+        kinds = {each.__name__ for each in type(error).__mro__}  # this module does not import PyTorch
+        of_another_rank = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if of_another_rank or kinds & {"OutOfMemoryError", "DistError", "AcceleratorError"}:
             raise
         raise kind(f"{key}: {name} failed: {_described(error)}") from error
+
+
+def step_errors(part: str, config: Any) -> AbstractContextManager[None]:
+    """Do what `errors` does for a part of a configuration while training, if it is a custom one."""
+    key = PARTS[part].key
+    name = value_at(config, key)
+    return errors(key, name, TrainingError) if is_custom(name) else nullcontext()
+
+
+def trust_option() -> str:
+    """Return the option that commands need for the runs of this process: empty if it uses no custom parts."""
+    return " --trust" if _allowed else ""
 
 
 def _described(error: BaseException) -> str:

@@ -11,11 +11,24 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+from pydantic_core import PydanticSerializationError
 
-from densenet_dist.custom import PARTS, Function, import_function, is_allowed, names_in, register, short_name, value_at
+from densenet_dist.custom import (
+    PARTS,
+    Callback,
+    Function,
+    import_function,
+    is_allowed,
+    is_custom,
+    names_in,
+    register,
+    short_name,
+    value_at,
+)
 from densenet_dist.errors import ConfigError
-from densenet_dist.schema import Config, OptionsConfig
+from densenet_dist.schema import Config, ModelConfig, OptionsConfig
 from densenet_dist.settings import STRICT, Settings
+from densenet_dist.yaml_settings import merge
 
 
 def take_objects(settings: dict[str, Any]) -> None:
@@ -31,16 +44,27 @@ def take_objects(settings: dict[str, Any]) -> None:
 
 
 def _taken(settings: dict[str, Any], part: str, value: Any) -> Any:
+    if isinstance(value, Callback):
+        raise ConfigError(
+            f"callbacks: give the class {type(value).__name__}, not an object; functools.partial sets its options"
+        )
     if not callable(value):
         return value
     options = {}
-    if isinstance(value, partial) and not value.args:
-        value, options = value.func, dict(value.keywords)
+    if isinstance(value, partial):
+        if value.args:
+            raise ConfigError(f"{PARTS[part].key}: {value!r} has arguments without keywords; give name=value")
+        value, options = value.func, {key: _plain(each) for key, each in value.keywords.items()}
     name = register(value)
     if options:
         section = settings.setdefault("options", {}).setdefault(part, {})
         section |= {short_name(name): options} if part == "callbacks" else options
     return name
+
+
+def _plain(value: Any) -> Any:
+    """Convert a number of NumPy or PyTorch to one of Python."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_options(config: Config) -> Config:
@@ -91,8 +115,11 @@ def _keys(kind: Any) -> dict[str, Any]:
     return {each.name: _keys(each.type) if is_dataclass(each.type) else None for each in fields(kind)}
 
 
-def drop_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Drop the options of parts from nested plain settings that `layer` replaces by others."""
+def merge_layer(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Merge a layer into nested plain settings, without the options of parts that it replaces by others.
+
+    Settings of DenseNets go too if it names a custom model.
+    """
     for part, (key, _) in PARTS.items():
         old, new = value_at(values, key), value_at(layer, key)
         options = value_at(values, f"options.{part}")
@@ -100,6 +127,10 @@ def drop_options(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
             continue
         kept = map(short_name, new) if part == "callbacks" and isinstance(new, list) else ()
         values["options"][part] = {each: options[each] for each in kept if each in options}
+    model, variant = values.get("model"), value_at(layer, "model.variant")
+    if isinstance(model, dict) and isinstance(variant, str) and is_custom(variant):
+        values["model"] = {key: value for key, value in model.items() if key not in ModelConfig().network}
+    merge(values, layer)
 
 
 def load(part: str, name: str) -> Function:
@@ -151,7 +182,10 @@ def options_type(part: str, function: Function) -> type:
     found = make_dataclass(short_name(name), fields, kw_only=True, namespace={"__pydantic_config__": rules})
     try:
         TypeAdapter(found)
-    except (PydanticUserError, TypeError) as error:
+        for one in options:
+            if one.default is not one.empty:
+                TypeAdapter(hints[one.name]).dump_python(one.default, mode="json", warnings=False)
+    except (PydanticUserError, PydanticSerializationError, TypeError) as error:
         raise ConfigError(f"{key}: an option of {name} has a type that a file cannot hold: {error}") from error
     return found
 

@@ -69,11 +69,12 @@ class CheckpointError(DenseNetDistError):
 
 
 class Interrupted(DenseNetDistError):
-    """The run or sweep in the folder `run` was stopped by a signal; `command` resumes it."""
+    """The run or sweep in the folder `run` was stopped by a signal; `command` resumes it, with `options`."""
 
-    def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train") -> None:
+    def __init__(self, run: str, number: int = signal.SIGINT, command: str = "train", options: str = "") -> None:
         super().__init__(
-            f"interrupted; resume from the last checkpoint: densenet-dist {command} --resume {shlex.quote(run)}"
+            f"interrupted; resume from the last checkpoint: densenet-dist {command} --resume "
+            f"{shlex.quote(run)}{options}"
         )
         self.exit_code = 128 + number
 

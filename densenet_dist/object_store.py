@@ -100,6 +100,11 @@ def temporary_folder() -> Path:
         return Path(tempfile.mkdtemp(dir=next(iter(_temporary))))
 
 
+def is_downloaded(folder: Path) -> bool:
+    """Return whether a folder is one of `temporary_folder`."""
+    return any(each in folder.parents for each in _temporary)
+
+
 def delete_temporary_folders() -> None:
     """Delete the temporary folders of this process now, for processes that will be killed without running atexit."""
     for folder in list(_temporary):

@@ -41,7 +41,7 @@ PathOrUri: TypeAlias = Annotated[str, AfterValidator(_expand_home)]
 """A path, which may start with ``~`` or ``~user``, or the URI of an object store."""
 
 
-def _form(pattern: str, form: str) -> AfterValidator:
+def _form(pattern: str | re.Pattern[str], form: str) -> AfterValidator:
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise PydanticCustomError("form", f"Input should be {form}")
@@ -52,7 +52,7 @@ def _form(pattern: str, form: str) -> AfterValidator:
 
 CustomName: TypeAlias = Annotated[
     str,
-    _form(custom.NAME.pattern, "package.module:function (docs/extending.md)"),
+    _form(custom.NAME, "package.module:function (docs/extending.md)"),
     WithJsonSchema({"type": "string", "pattern": f"^{custom.NAME.pattern}$"}),
 ]
 """The name of a custom part."""

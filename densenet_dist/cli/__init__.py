@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from densenet_dist import __version__
-from densenet_dist.cli.options import Debug, Sources, is_sweep, load, status
+from densenet_dist.cli.options import Debug, Sources, Trust, is_sweep, load, status
 from densenet_dist.cli.submitting import submit
 from densenet_dist.cli.trained import evaluate, export, predict, report
 from densenet_dist.cli.training import train, tune
@@ -93,6 +93,7 @@ def config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of configurations; with a sweep file, of sweeps.")
     ] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Check a configuration or a sweep file, and print all settings as YAML.
@@ -117,12 +118,12 @@ def config(
     if sweeps:
         from densenet_dist.sweep.definition import load_sweep
 
-        typer.echo(load_sweep(*(sources or [])).to_yaml(), nl=False)
+        typer.echo(load_sweep(*(sources or []), trust=trust or None).to_yaml(), nl=False)
         return
     from densenet_dist.config import to_yaml
     from densenet_dist.train.checks import check_run
 
-    resolved = load(sources)
+    resolved = load(sources, trust=trust)
     check_run(resolved)
     typer.echo(to_yaml(resolved), nl=False)
 

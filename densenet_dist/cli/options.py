@@ -67,7 +67,9 @@ AsJson = Annotated[
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", help="Import the custom parts that the folder or export names. Their code runs, so check it first."
+        "--trust",
+        help="Import the custom parts that the folder of a run or sweep, an export or a URI names. Their code runs, so "
+        "check it first.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -76,16 +78,16 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def load(sources: list[str] | None, start_from: RunFolder | None = None, trust: bool = False) -> Config:
     """Load the configuration from a command's arguments, for a new run from the weights of `start_from` if given.
 
-    With `trust`, custom parts that the configuration of `start_from` names may be imported.
+    With `trust`, custom parts that files of runs and sweeps name may be imported.
     """
-    from densenet_dist.config import load_config  # takes 0.2 s, which --help and completion need not wait for
+    # Takes 0.2 s, which --help and completion need not wait for.
+    from densenet_dist.config import load_config, load_run_config
 
     changes: dict[str, Any] = {}
-    trusted = True
     if start_from is not None:
         changes = {"model": {"weights": start_from.location, "pretrained": False}}
         if all(is_override(source) and not is_uri(source) for source in sources or ()):
-            sources, trusted = [str(start_from.fetch("config.yaml")), *(sources or ())], trust
+            return load_run_config(start_from.fetch("config.yaml"), *(sources or ()), changes, trust=trust)
     if not sources:
         raise ConfigError(
             "name a configuration, such as quickstart (or --resume RUN to resume a run)\n"
@@ -95,7 +97,7 @@ def load(sources: list[str] | None, start_from: RunFolder | None = None, trust: 
     sources = [str(fetch_file(source)) if is_uri(source) else source for source in sources]
     for source in filter(is_sweep, sources):
         raise ConfigError(f"{source} is a sweep file\n  run its trials: densenet-dist tune {source}")
-    return load_config(*sources, changes, trust=trusted)
+    return load_config(*sources, changes, trust=trust or None)
 
 
 def is_sweep(source: str) -> bool:

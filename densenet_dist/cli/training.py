@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from densenet_dist.cli.options import AsJson, Debug, Quiet, Sources, Trust, complete_name, load, only_settings, status
+from densenet_dist.custom import trust_option
 from densenet_dist.errors import ConfigError, Interrupted, TrainingError
 
 
@@ -114,7 +115,7 @@ def tune(
                     raise ConfigError("name a sweep file, such as sweep_quickstart (or --resume SWEEP)")
                 from densenet_dist.sweep.definition import load_sweep
 
-                sweep = load_sweep(*sources)
+                sweep = load_sweep(*sources, trust=trust or None)
                 folder = sweep.folder
             with status("loading PyTorch"):
                 from densenet_dist.cluster.sweep import open_sweep
@@ -142,4 +143,4 @@ def raise_interrupt(number: int, frame: Any) -> NoReturn:
 def ended_by(interrupt: KeyboardInterrupt, folder: str | None, command: str) -> Interrupted | SystemExit:
     """Return what ends the process with the code of the signal; typer would end it with 130."""
     number = interrupt.args[0] if interrupt.args else signal.SIGINT
-    return SystemExit(128 + number) if folder is None else Interrupted(folder, number, command)
+    return SystemExit(128 + number) if folder is None else Interrupted(folder, number, command, trust_option())

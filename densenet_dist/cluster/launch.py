@@ -18,7 +18,7 @@ from densenet_dist.cluster.result import Result
 from densenet_dist.cluster.resuming import extend_config, is_finished, report_changes
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config, to_yaml
-from densenet_dist.custom import PARTS, Function, is_custom
+from densenet_dist.custom import PARTS, Function, is_custom, trust_option
 from densenet_dist.environment import describe_environment
 from densenet_dist.errors import ConfigError, DataError, StorageError, TrainingError
 from densenet_dist.lease import LEASE_FILE, Lease, hold
@@ -185,7 +185,7 @@ def is_writer(config: Config) -> bool:
 def _refuse_used_name(run: RunFolder) -> None:
     # A run that failed before its first step (no data, no GPU) has written nothing worth keeping.
     if run.exists(TENSORBOARD_FOLDER) or run.exists(CHECKPOINTS_FOLDER):
-        again = f"densenet-dist train --resume {shlex.quote(run.location)}"
+        again = f"densenet-dist train --resume {shlex.quote(run.location)}{trust_option()}"
         raise StorageError(
             f"the run {run.uri} exists already\n"
             f"  resume it: {again}   (in Python: fit(config, resume=True))\n"

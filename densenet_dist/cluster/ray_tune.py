@@ -66,7 +66,8 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise EnvironmentProblem(
                 f"the cluster failed during the sweep: {explain_crash(error, 'the sweep')}\n"
-                f"  resume it when the cluster is back: densenet-dist tune --resume {shlex.quote(sweep.folder)}"
+                "  resume it when the cluster is back: densenet-dist tune --resume "
+                f"{shlex.quote(sweep.folder)}{custom.trust_option()}"
             ) from error
         finally:
             lease.when_lost(lambda: None)  # a call to the actor after the end would start a new cluster

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from densenet_dist.config import load_run_config, to_dict, to_yaml
+from densenet_dist.custom import trust_option
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, RunFolder
 from densenet_dist.schedules import OPEN_ENDED
@@ -55,7 +56,8 @@ def _refuse_early_stop(run: RunFolder, before: Config, after: Config) -> None:
 
 
 def _from_weights(run: RunFolder) -> str:
-    return f"start a new run from the weights: densenet-dist train --from {shlex.quote(run.location)} name=NEW"
+    command = f"densenet-dist train --from {shlex.quote(run.location)} name=NEW{trust_option()}"
+    return f"start a new run from the weights: {command}"
 
 
 def _extends(before: Config, after: Config) -> bool:

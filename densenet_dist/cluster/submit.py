@@ -150,10 +150,11 @@ def _checked_command(arguments: list[str], folder: Path) -> tuple[list[str], str
     sources = [str(folder / source) if _is_file(source) else source for source in rest if not source.startswith("-")]
     if not sources:
         raise ConfigError(f"{command} needs a configuration, such as configs/quickstart.yaml")
+    trust = "--trust" in rest or None
     if command == "train":
-        config = load_config(*sources)
+        config = load_config(*sources, trust=trust)
     else:
-        sweep = load_sweep(*sources)
+        sweep = load_sweep(*sources, trust=trust)
         for source in filter(_is_file, sources):
             base = find_base(Path(source), str(read_yaml(Path(source)).get("base", "")))
             if base.is_file() and not base.is_relative_to(BUNDLED):

@@ -16,6 +16,7 @@ from typing import Any, Final
 from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
 from densenet_dist.config import kept_test_limit
+from densenet_dist.custom import trust_option
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, open_run
@@ -137,7 +138,7 @@ def _refuse_used_name(folder: RunFolder) -> None:
     if folder.exists() or any(name.startswith(TRIAL_PREFIX) for name in folder.names("")):
         raise StorageError(
             f"the sweep {folder.uri} exists already\n"
-            f"  resume it: densenet-dist tune --resume {shlex.quote(folder.location)}\n"
+            f"  resume it: densenet-dist tune --resume {shlex.quote(folder.location)}{trust_option()}\n"
             "  or choose another name: name=NEW"
         )
 

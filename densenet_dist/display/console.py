@@ -22,6 +22,7 @@ from rich.console import Console as RichConsole
 from rich.style import Style
 from rich.text import Text
 
+from densenet_dist.custom import trust_option
 from densenet_dist.display.json_lines import redirect_to_null
 from densenet_dist.display.progress import RunProgress, clock_time, counted, test_details, trained_epochs, wrapped
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
@@ -128,8 +129,8 @@ class Console:
         if run.goodput is not None:
             figures["goodput"] = f"{run.goodput:.0%} of the time in productive steps"
         commands = {
-            "evaluate": f"{_program('densenet-dist')} evaluate {location}",
-            "rebuild report": f"{_program('densenet-dist')} report {location}",
+            "evaluate": f"{_program('densenet-dist')} evaluate {location}{trust_option()}",
+            "rebuild report": f"{_program('densenet-dist')} report {location}{trust_option()}",
             "TensorBoard": f"{_program('tensorboard')} --logdir {shlex.quote(run.run.rpartition('/')[0])}",
         }
         files = dict(zip(("run folder", "report", "curves"), run.files().values(), strict=True))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from densenet_dist.config import load_run_config
+from densenet_dist.custom import is_custom
 from densenet_dist.data.augment import EVAL_CROP
 from densenet_dist.environment import git_commit, package_version
 from densenet_dist.errors import CheckpointError, ConfigError, DataError
@@ -160,7 +161,7 @@ class Classifier:
         Raises:
             DataError: the image cannot be used.
         """
-        if self._network is None or not isinstance(self._network.model, DenseNet):
+        if self._network is None or type(self._network.model) is not DenseNet:
             return None
         pixels = prepare(image, self.header.image_size, self.header.crop)
         images = self._network.normalize(pixels[None].to(self.device))
@@ -272,10 +273,12 @@ def open_trained(
     snapshot = load_checkpoint(folder, checkpoint, config)
     classes = read_metadata(folder, config)
     settings = config.model if block is None else replace(config.model, block=block)
-    options = config.options.model
+    name, options = settings.variant, config.options.model
     model = trained_model(folder, settings, snapshot, len(classes.names), classes.image_size, options)
-    net = replace(model.architecture, block="reference") if isinstance(model, DenseNet) else None
-    other = None if net else CustomModel(name=settings.variant, options=options, image_size=classes.image_size)
+    net = None
+    if isinstance(model, DenseNet) and not is_custom(name):
+        net = replace(model.architecture, block="reference")
+    other = None if net else CustomModel(name=name, options=options, image_size=classes.image_size)
     try:
         header = Header(
             format=1,

@@ -113,6 +113,8 @@ def export(
     if precision == "bf16":
         to_bfloat16(network.model)
     with errors("model.variant", config.model.variant) if header.custom else nullcontext():
+        if header.custom:  # which may not work in bf16, for example
+            network(torch.zeros(2, 3, header.image_size, header.image_size))
         contents = WRITERS[format](network, header)
     try:
         with storage_errors(path):

@@ -34,7 +34,12 @@ Format = Literal["safetensors", "torch-export", "onnx"]
 SUFFIXES: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 """The suffix of each format's files."""
 
-_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
+_DTYPES: Final = {
+    **{"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool},
+    # Of custom models:
+    **{"F64": torch.float64, "F16": torch.float16, "I32": torch.int32, "I16": torch.int16},
+    **{"I8": torch.int8, "U8": torch.uint8},
+}
 _INPUT, _OUTPUT = "pixels", "logits"
 _MAX_ONNX_BYTES: Final = (1 << 31) - 1  # of any protobuf message
 _MAX_BATCH: Final = 1 << 16
@@ -44,7 +49,7 @@ class Network(nn.Module):
     """Normalizes and classifies images.
 
     Input: (N, 3, H, W) float32 pixel values from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
-    in the dtype of its weights; with bfloat16, batch normalization keeps float32 parameters (`to_bfloat16`).
+    in bfloat16 if it has any such weights; batch normalization keeps float32 parameters (`to_bfloat16`).
 
     Args:
         model: the trained model.
@@ -71,7 +76,8 @@ class Network(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize pixel values, and convert them to the model's dtype."""
-        return (pixels * self.scale + self.shift).to(next(self.model.parameters()).dtype)
+        half = any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
+        return (pixels * self.scale + self.shift).to(torch.bfloat16 if half else torch.float32)
 
 
 def to_bfloat16(model: nn.Module) -> None:

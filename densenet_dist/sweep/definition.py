@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 from densenet_dist import config as run_config
 from densenet_dist import custom
-from densenet_dist.config import load_config, merged, name_of_file
+from densenet_dist.config import is_stored, load_config, merged, name_of_file
+from densenet_dist.custom_options import merge_layer
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
 from densenet_dist.schema import Config, Count, Index, PathOrUri, Positive, Workers
@@ -161,6 +162,10 @@ class Sweep:
     def custom_parts(self) -> Iterator[tuple[str, str]]:
         """Yield the part and the name of each custom part that trials may have."""
         yield from custom.names_in(self.base)
+        yield from self.searched_parts()
+
+    def searched_parts(self) -> Iterator[tuple[str, str]]:
+        """Yield those of the space alone."""
         for key, domain in self.space.items():
             for end in domain.ends:
                 yield from custom.names_in(nest({key: end}))
@@ -175,7 +180,7 @@ class Sweep:
         return replace(self, settings=replace(self.settings, storage=storage, name=name))
 
 
-def load_sweep(*sources: str | Path, trust: bool = True) -> Sweep:
+def load_sweep(*sources: str | Path, trust: bool | None = None) -> Sweep:
     """Read a sweep.
 
     Args:
@@ -189,8 +194,15 @@ def load_sweep(*sources: str | Path, trust: bool = True) -> Sweep:
     values: dict[str, Any] = {}
     name: dict[str, str] = {}
     domains: dict[str, Any] = {}
+    settings_of_base: dict[str, Any] = {}
+    if trust is None and any(is_stored(source) for source in sources if not is_override(source)):
+        trust = False
     for source in sources:
         layer = _read(source)
+        settings_of_layer = layer.pop("settings", None) or {}
+        if not isinstance(settings_of_layer, Mapping):
+            raise ConfigError(f"settings: must hold settings of the base configuration, not {settings_of_layer!r}")
+        merge_layer(settings_of_base, nest(settings_of_layer))
         space_of_layer = layer.pop("space", None) or {}
         if not isinstance(space_of_layer, Mapping):
             raise ConfigError(f"space: must hold a domain for each key, not {space_of_layer!r}")
@@ -199,7 +211,6 @@ def load_sweep(*sources: str | Path, trust: bool = True) -> Sweep:
         if not is_override(source):
             stem = name_of_file(source)
             name = {"name": stem} if stem else name
-    settings_of_base = values.pop("settings", None) or {}
     base_file = str(values.get("base") or "")
     problems: list[str] = []
     settings: SweepConfig | None = None
@@ -207,15 +218,13 @@ def load_sweep(*sources: str | Path, trust: bool = True) -> Sweep:
     with _collected(problems):
         settings = SETTINGS.validate(name | values)
     with _collected(problems):
-        if not isinstance(settings_of_base, Mapping):
-            raise ConfigError(f"settings: must hold settings of the base configuration, not {settings_of_base!r}")
-        base = load_config(*([base_file] if base_file else []), nest(settings_of_base), trust=trust)
+        base = load_config(*([base_file] if base_file else []), settings_of_base, trust=trust)
     space = _read_space(domains, problems)
     if settings is not None and base is not None:
         all_values = run_config.to_dict(base)
         sweep = Sweep(settings, {key: all_values[key] for key in _GROUPS}, space)
-        if trust:
-            custom.allow(name for _, name in sweep.custom_parts())
+        if trust is not False:
+            custom.allow(name for _, name in sweep.searched_parts())
         custom.require_allowed(sweep.custom_parts())
         problems += _find_problems(sweep)
         if not problems:
@@ -311,7 +320,11 @@ def _find_problems(sweep: Sweep) -> list[str]:
         elif count is not None and settings.trials not in (None, count):
             problems.append(f"trials: the grid has {count} combinations; leave trials out")
     data = sweep.base["data"]
-    if settings.metric.startswith("val/") and data["val_fraction"] == 0 and data["name"] != "folder":
+    if (
+        settings.metric.startswith("val/")
+        and data["val_fraction"] == 0
+        and not (data["name"] == "folder" or custom.is_custom(data["name"]))
+    ):
         problems.append(f"metric: {settings.metric} needs validation images, but data.val_fraction is 0")
     return problems or _check_combinations(sweep)
 

@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, Final, Literal, TypeAlias
 
 from densenet_dist.config import to_yaml
+from densenet_dist.custom import trust_option
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import ConfigError, DamagedRecord
 from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
@@ -128,7 +129,8 @@ class SweepResult:
 
     def commands(self) -> dict[str, str]:
         """The commands that the console suggests at the end."""
-        train = {} if self.best is None else {"train it again": f"densenet-dist train {shlex.quote(self._best_file)}"}
+        again = f"densenet-dist train {shlex.quote(self._best_file)}{trust_option()}"
+        train = {} if self.best is None else {"train it again": again}
         return train | {"TensorBoard": f"tensorboard --logdir {shlex.quote(self.folder)}"}
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from densenet_dist.custom import Callback, errors, is_custom, short_name
 from densenet_dist.custom_options import bind
 from densenet_dist.data.augment import Augmentation, draw
-from densenet_dist.data.datasets import Dataset, first
+from densenet_dist.data.datasets import Channels, Dataset, first
 from densenet_dist.errors import ConfigError, DataError, TrainingError
 from densenet_dist.schedules import Schedule, ScheduleState
 from densenet_dist.schema import Config
@@ -33,18 +35,27 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
         ConfigError: it fails, does not return logits of this number of classes, has parameters that the logits do not
             depend on, which DDP would wait for, or shared ones, which checkpoints cannot hold.
     """
-    with errors("model.variant", name):
+    # The caller may be in a context without gradients.
+    with errors("model.variant", name), torch.inference_mode(False), torch.enable_grad():
         model = bind("model", name, options)(num_classes, image_size)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model.variant: {name} returned a {type(model).__name__}, not a torch.nn.Module")
-        model.num_classes = num_classes  # type: ignore[assignment]  # as a DenseNet has
-        trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+        if getattr(model, "num_classes", None) != num_classes:
+            model.num_classes = num_classes  # type: ignore[assignment]  # as a DenseNet has
+        probe = copy.deepcopy(model)  # a model may keep what it computed
+        trained = {key: parameter for key, parameter in probe.named_parameters() if parameter.requires_grad}
         if not trained:
             raise ConfigError(f"model.variant: {name} has no parameters to train")
         with torch.random.fork_rng([]):
-            logits = model.eval()(torch.zeros(2, 3, image_size, image_size))
+            images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
+            logits = probe.eval()(images)
             shape = tuple(logits.shape)
             gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+            probe = copy.deepcopy(model).train()
+            try:
+                probe(images[:1])
+            except Exception as error:  # of any other kind it may be due to the single image, too
+                model.needs_two_images = "more than 1 value per channel" in str(error)  # type: ignore[assignment]
         model.train()
     if unused := [key for key, gradient in zip(trained, gradients, strict=True) if gradient is None]:
         raise ConfigError(f"model.variant: {name}: the logits do not depend on {unused[0]}; remove it or freeze it")
@@ -55,6 +66,9 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
         )
     owners: dict[int, str] = {}
     for key, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise ConfigError(f"model.variant: {name}: {key} is a {kind}, not a tensor, which checkpoints cannot hold")
         if tensor.numel() and (other := owners.setdefault(tensor.data_ptr(), key)) != key:
             raise ConfigError(f"model.variant: {name}: {other} and {key} share memory, which checkpoints cannot store")
     return model
@@ -71,6 +85,8 @@ def custom_dataset(config: Config) -> Dataset:
     with errors("data.name", name, DataError):
         found = make(config.data.root, config.seed)
         problem = None if isinstance(found, Dataset) else f"returned a {type(found).__name__}"
+        if not problem:
+            found, problem = _standard(found)
         for split in () if problem else (found.train, found.test):
             problem = problem or _split_problem(split.images, split.labels, found.num_classes)
     if problem:
@@ -84,6 +100,24 @@ def custom_dataset(config: Config) -> Dataset:
     train, test = first(found.train, limit), first(found.test, config.data.test_limit)
     dataset: Dataset = replace(found, name=name, train=train, test=test)
     return dataset
+
+
+def _standard(found: Dataset) -> tuple[Dataset, str | None]:
+    """Return a data set with the types that `Dataset` describes, and what is wrong with its classes, figures or val."""
+    names = tuple(map(str, found.class_names))
+    mean, std = (cast(Channels, tuple(map(float, values))) for values in (found.mean, found.std))
+    val, problem = found.val, None
+    if len(set(names)) < len(names):
+        problem = "has a class name twice"
+    if not (len(mean) == len(std) == 3 and np.isfinite([*mean, *std]).all() and min(std) > 0):
+        problem = "has a mean or std other than three numbers, those of std above 0"
+    if val is not None:
+        given = np.asarray(val)
+        val = given.astype(np.int64)
+        inside = ((val >= 0) & (val < len(found.train.labels))).all()
+        if given.ndim != 1 or given.dtype.kind not in "iu" or not inside or len(np.unique(val)) < len(val):
+            problem = "has a val other than different indices of its training images, (m,) integers"
+    return replace(found, class_names=names, mean=mean, std=std, val=val), problem
 
 
 def _split_problem(images: Any, labels: Any, classes: int) -> str | None:
@@ -163,7 +197,8 @@ def load_custom_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 
     What it must be is unknown; its groups may have state, too.
     """
-    optimizer.load_state_dict(dict(saved))
+    with errors("train.optimizer.name", f"{type(optimizer).__name__}.load_state_dict", TrainingError):
+        optimizer.load_state_dict(dict(saved))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in saved["state"].items():
         own = optimizer.state[parameters[number]]
@@ -203,16 +238,20 @@ def callbacks_of(config: Config) -> dict[str, Callback]:
 
 
 def require_plain(value: Any, what: str) -> None:
-    """Raise a TrainingError if a state has values that checkpoints cannot hold: they are read without unpickling."""
-    if isinstance(value, Mapping):
+    """Raise a TrainingError if a state has values that checkpoints cannot hold: they are read without unpickling.
+
+    So no subclasses are allowed.
+    """
+    kind = type(value)
+    if kind in (dict, OrderedDict):
         for key, each in value.items():
             require_plain(key, what)
             require_plain(each, what)
-    elif isinstance(value, list | tuple):
+    elif kind in (list, tuple, torch.Size):
         for each in value:
             require_plain(each, what)
-    elif type(value) not in (int, float, bool, str, bytes, type(None)) and not isinstance(value, Tensor):
+    elif kind not in (int, float, bool, str, bytes, type(None), Tensor, nn.Parameter):
         raise TrainingError(
-            f"the state of {what} has a {type(value).__name__}, which a checkpoint cannot hold: it may have tensors, "
+            f"the state of {what} has a {kind.__name__}, which a checkpoint cannot hold: it may have tensors, "
             "numbers, text, lists and dictionaries"
         )

@@ -11,6 +11,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path, PurePath
 from typing import Any, Final
 
@@ -46,12 +47,13 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
         EnvironmentProblem: torchvision's weights cannot be downloaded.
     """
     settings = config.model
+    wanted, classifier = _specs_of(config)
     if settings.weights is None:
         origin, weights = f"torchvision's {settings.variant}", _torchvision_weights(settings.variant)
     else:
-        origin, weights = settings.weights, read_weights(settings.weights, rename=not is_custom(settings.variant))
+        origin = settings.weights
+        weights = read_weights(origin, rename=not is_custom(settings.variant), names={*wanted, *classifier})
     # The workers compare the classifier: they know the number of classes.
-    wanted, classifier = _specs_of(config)
     found = tensor_specs(_features(weights, classifier))
     require_same_tensors(found, wanted, f"the weights of {origin} do not fit the model")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
@@ -111,8 +113,10 @@ def _load(model: nn.Module, config: Config, context: RunContext) -> None:
     model.load_state_dict({**own, **weights})
 
 
-def read_weights(location: str, *, rename: bool = True) -> dict[str, Tensor]:
+def read_weights(location: str, *, rename: bool = True, names: AbstractSet[str] = frozenset()) -> dict[str, Tensor]:
     """Read the weights of a run's best checkpoint or of a file, as float32 under this package's names if `rename`.
+
+    The prefix ``model.`` of all names, which Lightning adds, is removed unless `names` of the model have it.
 
     Files are safetensors, or PyTorch state dicts, which are read with ``weights_only=True`` and so cannot run code.
 
@@ -126,10 +130,12 @@ def read_weights(location: str, *, rename: bool = True) -> dict[str, Tensor]:
     if suffix in _UNREADABLE:
         raise ConfigError(f"model.weights: {location} is a compiled program; export the run as safetensors, or name it")
     if suffix == ".safetensors" or suffix in _PICKLES:
-        return _standard(_read_file(fetch_file(location) if is_uri(location) else Path(location)), location, rename)
+        return _standard(
+            _read_file(fetch_file(location) if is_uri(location) else Path(location)), location, rename, names
+        )
     run = open_run(location)
     snapshot = load_checkpoint(run, "best", load_run_config(run.fetch(CONFIG_FILE)))
-    return _standard(snapshot.average or snapshot.model, location, rename)
+    return _standard(snapshot.average or snapshot.model, location, rename, names)
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -153,11 +159,13 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _standard(weights: Mapping[str, Any], origin: str, rename: bool = True) -> dict[str, Tensor]:
+def _standard(
+    weights: Mapping[str, Any], origin: str, rename: bool = True, names: AbstractSet[str] = frozenset()
+) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{origin} contains no tensors by name")
-    if all(name.startswith("model.") for name in tensors):  # Lightning's
+    if all(name.startswith("model.") for name in tensors) and not names & tensors.keys():  # Lightning's
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     name_of = standard_name if rename else str
     return {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.errors import DataError, storage_errors
+from densenet_dist.errors import DataError, TrainingError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, Stopped, StopRequest
@@ -27,7 +27,7 @@ from densenet_dist.train.performance import epoch_figures, step_figures
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
-from densenet_dist.train.state import report_damage, resume, take_snapshot
+from densenet_dist.train.state import custom_states, report_damage, resume, take_snapshot
 from densenet_dist.train.step_graph import StepResult
 from densenet_dist.train.time_budget import fit_to_time
 from densenet_dist.train.trainer import Trainer
@@ -59,6 +59,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
         trainer.notify("on_start")
+        custom_states(trainer)  # what cannot be saved is an error now
         while not trainer.finished:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
@@ -80,7 +81,10 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             _end_epoch(trainer, log, record, None if cut else validation, save_now=request is StopRequest.SAVE)
         summary = _test(trainer, log)
         with context.status.during("save"):
-            trainer.notify("on_end", dict(summary))
+            try:
+                trainer.notify("on_end", dict(summary))
+            except TrainingError as error:  # everything is written
+                context.warn(str(error))
         return summary
     except BaseException as error:
         if log is not None:  # release it: this process may train another run (notebook, sweep)

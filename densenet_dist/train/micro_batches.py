@@ -28,7 +28,7 @@ class MicroBatches:
 
     def __init__(self, config: Config, context: RunContext, model: nn.Module) -> None:
         self._context, self._configured = context, config.train.grad_accum_steps
-        self._least_images = least_images(config, context.world_size)
+        self._least_images = least_images(config, context.world_size, model)
         found = context.run.read_json(ENV_FILE).get(_KEY) if context.rank == 0 else None
         pairs = found.items() if isinstance(found, dict) else ()
         self._changes = broadcast({int(key): n for key, n in pairs if key.isdecimal() and isinstance(n, int)})

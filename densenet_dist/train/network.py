@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_dist.custom import is_custom
+from densenet_dist.custom import is_custom, step_errors
 from densenet_dist.model import DenseNet
 from densenet_dist.model.sync_bn import synchronize_batchnorm
 from densenet_dist.model.variants import densenet
@@ -87,6 +88,7 @@ def wrap(model: nn.Module, config: Config, context: RunContext, *, several_passe
     """
     train, device = config.train, context.device
     forward: nn.Module = model
+    custom = is_custom(config.model.variant)
     if context.world_size > 1:
         limits = bucket_sizes(model, train)
         if train.compile:  # it requires a limit of at least DDP's first bucket; the last bucket takes the rest
@@ -100,8 +102,9 @@ def wrap(model: nn.Module, config: Config, context: RunContext, *, several_passe
             # Every step uses every parameter once. A static graph allows reentrant backward passes (checkpointed
             # blocks). It cannot be used with no_sync, where torch loses count (pytorch/pytorch#187732), or with
             # torch.compile, which splits the graph where buckets end (#93672).
-            # Custom models may differ from step to step.
-            static_graph=not several_passes and not train.compile and isinstance(model, DenseNet),
+            # Custom models may differ from step to step, and leave parameters out.
+            static_graph=not several_passes and not train.compile and not custom,
+            find_unused_parameters=custom,
             # In MiB, and exact, because the divisor is a power of two.
             bucket_cap_mb_list=cast(Any, [limit / 2**20 for limit in limits]),
         )
@@ -120,7 +123,7 @@ def bucket_sizes(model: nn.Module, train: TrainConfig) -> list[int]:
     """
     if train.bucket_mb is not None:
         return [int(train.bucket_mb * 2**20)]
-    if not isinstance(model, DenseNet):
+    if type(model) is not DenseNet:
         return [DEFAULT_BUCKET]
     sizes, held = [], 0
     for stage in _stages(model):
@@ -153,7 +156,9 @@ def _settle_buckets(parallel: DistributedDataParallel, config: Config, device: t
     """
     kept = [buffer.clone() for buffer in parallel.module.buffers()]
     images = torch.zeros(2, 3, config.data.side, config.data.side, device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # PyTorch warns if a model leaves no parameter out.
+    ignored = warnings.catch_warnings(action="ignore")
+    with ignored, step_errors("model", config), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for _ in range(2):
             with autocast(device, config.train.precision):
                 logits = parallel(images)

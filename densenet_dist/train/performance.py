@@ -153,7 +153,7 @@ def epoch_figures(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
     own = np.percentile(steps, (50, 95, 100)).tolist() if steps else []
     ranks = gather_objects((own, memory, peak, os.uname().nodename))
     record: dict[str, Any] = {"perf/memory_gib": max(memory for _, memory, *_ in ranks)}
-    if isinstance(trainer.model, DenseNet):
+    if type(trainer.model) is DenseNet:
         flops = train_flops(trainer.model.architecture, trainer.config.train.freeze)
         record["perf/tflops"] = tflops = images_per_s * flops / 1e12
         peaks = [peak for _, _, peak, _ in ranks if peak]

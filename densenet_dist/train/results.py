@@ -325,7 +325,7 @@ def add_images(results: TestResults, config: Config, engine: Engine, model: nn.M
         pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         found = loader.batch_indices.tolist()
         labels, heat = torch.tensor([predicted[index] for index in found]), None
-        if isinstance(model, DenseNet):
+        if type(model) is DenseNet:  # not a subclass, whose heat maps may be wrong
             with suppress(torch.OutOfMemoryError):  # the images alone, then
                 heat = grad_cam(model, batch.images, labels).cpu().numpy()
         for number, (index, image) in enumerate(zip(found, pixels.permute(0, 2, 3, 1).numpy(), strict=True)):

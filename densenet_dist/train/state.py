@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from densenet_dist.custom import is_custom
-from densenet_dist.errors import CheckpointError
+from densenet_dist.custom import errors, is_custom
+from densenet_dist.errors import CheckpointError, TrainingError
 from densenet_dist.train.custom_parts import load_custom_state, require_plain
 from densenet_dist.train.inputs import digest_of_files
 from densenet_dist.train.optim import load_optimizer_state
@@ -26,7 +26,7 @@ def take_snapshot(trainer: Trainer, metrics: dict[str, float] | None = None, *, 
     """
     sums = gather_ranks(torch.stack([trainer.metrics.sums, trainer.logged.sums], dim=0)).cpu()
     state = {
-        "optimizer": trainer.optimizer.state_dict(),
+        **custom_states(trainer),
         "scaler": trainer.scaler.state_dict(),
         "lr_controller": trainer.lr_controller.state_dict(),
         "sums": sums[:, 0].contiguous(),
@@ -37,18 +37,30 @@ def take_snapshot(trainer: Trainer, metrics: dict[str, float] | None = None, *, 
             "goodput": trainer.goodput.state_dict(),
         },
         "epoch_lr": trainer.epoch_lr,
-        # Copied: the callbacks may change theirs while it is written.
-        "callbacks": copy.deepcopy({name: callback.state_dict() for name, callback in trainer.callbacks.items()}),
         "pictures": digest_of_files(trainer.dataset),
         "identity": identity_of(trainer.config, trainer.dataset),
     }
     if trainer.config.log.every_steps is not None:
         state["logged"] = sums[:, 1].contiguous()
-    if is_custom(trainer.config.train.optimizer.name):
-        require_plain(state["optimizer"], trainer.config.train.optimizer.name)
-    require_plain(state["callbacks"], "callbacks")
     average = trainer.average.model.state_dict() if trainer.average else None
     return Snapshot(trainer.model.state_dict(), average, state, trainer.position, metrics or {}, validated)
+
+
+def custom_states(trainer: Trainer) -> dict[str, Any]:
+    """Return the states of the optimizer and the callbacks, which can be custom ones.
+
+    Raises:
+        TrainingError: one fails, or returns what `require_plain` refuses.
+    """
+    optimizer = trainer.optimizer.state_dict()
+    if is_custom(name := trainer.config.train.optimizer.name):
+        require_plain(optimizer, name)
+    callbacks = {}
+    for name, callback in trainer.callbacks.items():
+        with errors("callbacks", f"{name}.state_dict", TrainingError):
+            callbacks[name] = copy.deepcopy(callback.state_dict())  # it may change while it is written
+        require_plain(callbacks[name], name)
+    return {"optimizer": optimizer, "callbacks": callbacks}
 
 
 def resume(trainer: Trainer) -> None:
@@ -104,7 +116,9 @@ def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
     load_state = load_custom_state if is_custom(trainer.config.train.optimizer.name) else load_optimizer_state
     load_state(trainer.optimizer, state["optimizer"])
     for name, saved in state.get("callbacks", {}).items():
-        trainer.callbacks[name].load_state_dict(saved)
+        callback = trainer.callbacks[name]
+        with errors("callbacks", f"{name}.load_state_dict", TrainingError):
+            callback.load_state_dict(saved)
     # Only the state is restored: settings such as the growth interval come from the configuration.
     scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | scale)

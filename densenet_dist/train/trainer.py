@@ -18,7 +18,7 @@ from densenet_dist.errors import TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_data
+from densenet_dist.train.checks import check_batches, check_data
 from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import Goodput, RunContext
 from densenet_dist.train.custom_parts import callbacks_of, training_loss
@@ -102,9 +102,10 @@ class Trainer:
         options = config.options
         plain = build_model(model, dataset.num_classes, dataset.image_size, config.seed, options.model)
         self.model = plain.to(context.device)
+        check_batches(config, len(train_indices), [context.world_size], plain)  # again: it may be a custom one
         if config.model.weights or config.model.pretrained:
             load_initial_weights(self.model, config, context)
-        if isinstance(self.model, DenseNet):
+        if isinstance(self.model, DenseNet) and train.freeze:
             self.model.freeze(train.freeze)
         self.micro_batches = MicroBatches(config, context, self.model)
         self.forward = wrap(self.model, config, context, several_passes=self.micro_batches.several)
@@ -208,7 +209,7 @@ class Trainer:
         Returns:
             The summed loss, (), and the logits, (n, classes).
         """
-        with autocast(self.context.device, self.config.train.precision):
+        with autocast(self.context.device, self.config.train.precision), custom.step_errors("model", self.config):
             logits = self.forward(images)
         loss = self.loss(logits.float(), targets)
         self.scaler.scale(loss * scale).backward()
@@ -221,7 +222,8 @@ class Trainer:
         if self.config.train.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+        with custom.step_errors("optimizer", self.config):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def update_metrics(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:

@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 
 import custom_parts
+import numpy as np
 import pytest
 import torch
 from custom_parts import CUSTOM, MODEL
 from runs import run_of, tiny, train, trainer_of, weights_of
 from safetensors.torch import load_file
 
-from densenet_dist import custom, fit, load_classifier, load_config, load_run, load_sweep
+from densenet_dist import Callback, custom, export, fit, load_classifier, load_config, load_run, load_sweep
 from densenet_dist.cluster.launch import write_run
 from densenet_dist.cluster.sweep import open_sweep
-from densenet_dist.config import to_yaml
+from densenet_dist.config import is_stored, to_yaml
 from densenet_dist.errors import ConfigError, DataError, TrainingError
+from densenet_dist.object_store import fetch_file
 
 FOCAL = "train.loss=custom_parts:focal"
 
@@ -32,8 +34,12 @@ def test_options_are_settings_of_their_part(tmp_path):
     (tmp_path / "mine.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "mine.yaml") == config
     assert load_config(config, "train.loss=cross_entropy", "callbacks=[]") == load_config()
-    given = {"train.loss": partial(custom_parts.focal, gamma=1.0), "callbacks": [custom_parts.Best]}
+    given = {"train.loss": partial(custom_parts.focal, gamma=np.float64(1)), "callbacks": [custom_parts.Best]}
     assert load_config(given) == config
+    with pytest.raises(ConfigError, match="callbacks: give the class Best, not an object"):
+        load_config({"callbacks": [custom_parts.Best()]})
+    with pytest.raises(ConfigError, match="arguments without keywords; give name=value"):
+        load_config({"train.loss": partial(custom_parts.focal, 1)})
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,7 @@ def test_options_are_settings_of_their_part(tmp_path):
         ("train.loss=os:system", "must take (logits, targets, *, option: type = default, ...)"),
         ("train.loss=focal", "Input should be 'cross_entropy' or package.module:function"),
         (f"{FOCAL} train.label_smoothing=0.1", "train.label_smoothing: is for train.loss=cross_entropy"),
+        ("train.loss=custom_parts:größe", "Input should be 'cross_entropy' or package.module:function"),
         (f"{MODEL[0]} model.depth=40", "model.depth: is a setting of DenseNets"),
         (f"{MODEL[0]} train.head_lr=1", "train.head_lr: needs a DenseNet"),
         (f"{FOCAL} train.cuda_graph=true", "train.cuda_graph: custom_parts:focal may not work in a CUDA graph"),
@@ -62,19 +69,34 @@ def test_wrong_options_and_names_are_refused(settings, problem):
 
 LINEAR = "import torch\ndef f(num_classes, image_size):\n net = torch.nn.Linear(3 * 32 * 32, num_classes"
 FLAT = " return torch.nn.Sequential(torch.nn.Flatten(), net)"
+NET = "import torch\nclass N(torch.nn.Linear):\n def forward(s, x): return super().forward({})\n {}\n"
+NET += "def f(num_classes, image_size): return torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), N(3072, num_classes))"
+STRIPES = "import custom_parts as c, dataclasses as d\ndef f(root, seed): return d.replace(c.stripes(root, seed), {})"
+LBFGS = "import torch\ndef f(g, lr): return torch.optim.LBFGS"
+CALLBACK = "import collections, densenet_dist\nclass f(densenet_dist.Callback):\n "
 WRONG = [
     ("train.loss", "def f(logits, targets, *, power: int): pass", "options.loss.power: has no default; set it"),
     ("train.loss", "def f(logits, targets, *, power=2): pass", r"the option power of wrong\d+:f has no type"),
+    ("train.loss", "def f(logits, targets, *, kind: type = int): pass", "a type that a file cannot hold"),
     ("train.loss", "def f(logits, targets): return logits.mean()", r"one loss per image, \(4,\), not \(\)"),
     ("model.variant", "def f(num_classes, image_size): raise KeyError(1)", r"KeyError: 1 \(wrong\d+.py, line 1\)"),
     ("model.variant", f"{LINEAR} + 1)\n{FLAT}", r"logits \(2, 10\)"),
     ("model.variant", f"{LINEAR})\n net.spare = torch.nn.Parameter(torch.ones(1))\n{FLAT}", "not depend on 1.spare"),
+    ("model.variant", NET.format("x.view(len(x), -1)", ""), r"Use \.reshape"),
+    ("model.variant", NET.format("s.nothing if s.training else x.flatten(1)", ""), "f failed: AttributeError"),
+    ("model.variant", NET.format("x.flatten(1)", "get_extra_state = lambda s: {}"), "1._extra_state is a dict, not"),
+    ("data.name", "def f(root, seed): raise RuntimeError(1)", r"RuntimeError: 1 \(wrong\d+.py, line 1\)"),
+    ("data.name", STRIPES.format("val=[5, 5]"), "has a val other than different indices"),
+    ("data.name", STRIPES.format("std=[0, 1, 1]"), "has a mean or std other than three numbers"),
     ("data.name", "def f(root, seed): return 1", "returned a int, not a Dataset"),
     ("data.augment", "def f(draws): return draws, draws", r"a finite matrix \(5, 2, 2\) and offset \(5, 2\)"),
     ("train.optimizer.name", "import torch\ndef f(g, lr): return torch.optim.SGD(g[:1], lr)", "exactly the parameters"),
+    ("train.optimizer.name", f"{LBFGS}(g[0]['params'] + g[1]['params'])", "f failed: TypeError: LBFGS.step"),
     ("train.schedule.name", "def f(state): return -1", "learning rate -1.0 at step 0"),
     ("callbacks", "class f: pass", "not a subclass of densenet_dist.Callback"),
-    ("callbacks", "import densenet_dist as d\nclass f(d.Callback):\n state_dict = lambda s: {0: {1}}", "has a set"),
+    ("callbacks", CALLBACK + "state_dict = lambda s: {0: {1}}", "has a set"),
+    ("callbacks", CALLBACK + "state_dict = lambda s: collections.defaultdict(int)", "has a defaultdict"),
+    ("callbacks", CALLBACK + "def on_step(s, t): raise RuntimeError(1)", "f.on_step failed: RuntimeError: 1"),
 ]
 
 
@@ -83,9 +105,8 @@ def test_wrong_functions_are_refused_before_anything_is_written(tmp_path, monkey
     name = f"wrong{WRONG.index((key, code, problem))}"
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    reset = MODEL[1:3] if key == "model.variant" else []
     with pytest.raises((ConfigError, DataError, TrainingError), match=problem):
-        train(tiny(tmp_path, *reset, f"{key}=[{name}:f]" if key == "callbacks" else f"{key}={name}:f"))
+        train(tiny(tmp_path, f"{key}=[{name}:f]" if key == "callbacks" else f"{key}={name}:f"))
     assert not [*tmp_path.glob("tiny/checkpoints/step-*")]
 
 
@@ -94,8 +115,46 @@ def test_a_model_without_buffers_trains(tmp_path):
         first, last = torch.nn.Conv2d(3, 8, image_size), torch.nn.Linear(8, num_classes)
         return torch.nn.Sequential(first, torch.nn.GroupNorm(2, 8), torch.nn.Flatten(), last)
 
-    plain = tiny(tmp_path, "train.epochs=1", "model.growth_rate=null", "model.num_layers=null")
+    plain = tiny(tmp_path, "train.epochs=1")
     assert fit(plain, model=flat, listener=quiet).summary["status"] == "finished"
+
+
+class Wrapped(torch.nn.Module):
+    """Keeps what it computed, has tensors of other types, begins with a BatchNorm, and ends with one of one pixel."""
+
+    def __init__(self, num_classes, image_size):
+        super().__init__()
+        layers = torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 2, 8, 8), torch.nn.Flatten(), torch.nn.BatchNorm1d(32)
+        self.model = torch.nn.Sequential(*layers, torch.nn.Linear(32, num_classes))
+        self.model.register_buffer("offsets", torch.arange(-1, 2, dtype=torch.int32))
+
+    def forward(self, images):
+        self.kept = self.model(images)
+        return self.kept
+
+
+class Failing(Callback):
+    def on_end(self, trainer, summary):
+        raise RuntimeError("too late")
+
+    def load_state_dict(self, state):
+        raise KeyError("not mine")
+
+
+def test_a_model_with_all_that_is_unusual(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain, notes = tiny(tmp_path, "train.epochs=1", "train.ema_decay=0.9"), []
+    run = fit(plain, model=Wrapped, callbacks=[Failing], listener=lambda event: notes.append(event.get("text"))).run
+    assert "callbacks: Failing.on_end failed: RuntimeError: too late (test_custom.py" in "".join(filter(None, notes))
+    with torch.inference_mode():
+        assert len(load_classifier(run, trust=True).predict(np.zeros((32, 32, 3), np.uint8), top=1)) == 1
+    assert export(run, precision="bf16", trust=True).check.agreeing > 0.9
+    fit(load_config(plain, "name=next", {"model.weights": run}), model=Wrapped, listener=quiet)
+    (Path(run) / "summary.json").unlink()
+    with pytest.raises(TrainingError, match=r"Failing\.load_state_dict failed: KeyError"):
+        fit(plain, model=Wrapped, callbacks=[Failing], resume=True, listener=quiet)
+    with pytest.raises(ConfigError, match="BatchNorm needs 2 images"):
+        fit(load_config(plain, "name=single", "train.global_batch_size=1"), model=Wrapped, listener=quiet)
 
 
 def test_functions_given_in_python_do_the_same_as_their_names(tmp_path):
@@ -104,10 +163,9 @@ def test_functions_given_in_python_do_the_same_as_their_names(tmp_path):
 
     named, given = (tiny(tmp_path / name, "train.epochs=1") for name in ("named", "given"))
     parts = {"model": custom_parts.small_net, "schedule": custom_parts.linear, "callbacks": [custom_parts.Best]}
-    plain = load_config(given, "model.growth_rate=null", "model.num_layers=null")
-    result = fit(plain, loss=partial(heavy, factor=1.0), **parts, listener=quiet)
+    result = fit(given, loss=partial(heavy, factor=1.0), **parts, listener=quiet)
     assert result.config.train.loss.endswith("test_custom:heavy")
-    assert fit(plain, loss=partial(heavy, factor=1.0), **parts, resume=True, listener=quiet) == result
+    assert fit(given, loss=partial(heavy, factor=1.0), **parts, resume=True, listener=quiet) == result
     settings = [*MODEL, FOCAL, "train.schedule.name=custom_parts:linear", "callbacks=[custom_parts:Best]"]
     train(load_config(named, *settings))
     assert weights_of(named) == weights_of(given)
@@ -129,8 +187,11 @@ def test_names_from_a_folder_are_imported_only_if_they_are_trusted(finished, tmp
     sweep.write_text(SWEEP)
     for file in (theirs / "config.yaml", exported, sweep):
         file.write_bytes(file.read_bytes().replace(b"custom_parts:", b"strange_code:"))
+    assert is_stored(fetch_file(f"file://{sweep}"))
     monkeypatch.setattr(custom, "_allowed", {})
+    (tmp_path / "sweep.json").touch()
     commands = ["evaluate theirs", "predict theirs x.png", "export theirs", "predict theirs.safetensors x.png"]
+    commands += ["train runs/theirs/config.yaml", "config runs/theirs/config.yaml", "tune sweep.yaml"]
     for line in (*commands, "train --resume theirs", "train --from theirs name=next", f"tune --resume {tmp_path}"):
         code, _, said = command(*line.split())
         assert (code, "strange_code:" in said, "add --trust" in said) == (2, True, True), said
@@ -170,6 +231,9 @@ def test_a_sweep_over_options_and_names(tmp_path):
     sweep = load_sweep(tmp_path / "sweep.yaml")
     trial = sweep.config("trial", {"options.loss.gamma": 1.5, "train.schedule.name": "custom_parts:linear"})
     assert (trial.options.loss, trial.options.schedule) == ({"gamma": 1.5}, {"final_lr": 0.0})
+    old = "train.schedule.name=custom_parts:linear", "options.schedule.final_lr=0.1", "data.val_fraction=0"
+    changed = load_sweep(tmp_path / "sweep.yaml", *old, "train.schedule.name=cosine", "data.name=custom_parts:stripes")
+    assert changed.base["options"]["schedule"] == {}
     for change, problem in (
         ("space.options.loss.gamma={uniform: [-1, 3]}", r"space.options.loss.gamma: Input should be greater"),
         ("space.options.loss.gama=[1, 2]", r"space.options.loss.gama: unknown key; did you mean options.loss.gamma\?"),
