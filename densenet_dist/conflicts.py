@@ -22,18 +22,18 @@ def _custom_conflicts(config: Config) -> Iterator[str]:
     if is_custom(model.variant):
         for key, value in model.network.items():
             if key != "variant" and value != getattr(builtin, key):
-                yield f"model.{key}: is a setting of DenseNets; {model.variant} has those under options.model"
+                yield f"model.{key}: is a setting of DenseNets; the options of {model.variant} are under options.model"
         for key in ("freeze", "head_lr"):
             if getattr(train, key) not in ((), None):
                 yield f"train.{key}: needs a DenseNet, not model.variant={model.variant}"
     if is_custom(train.loss) and (train.label_smoothing or train.class_weights is not None):
         key = "label_smoothing" if train.label_smoothing else "class_weights"
-        yield f"train.{key}: is for train.loss=cross_entropy; do it in {train.loss}"
+        yield f"train.{key}: needs train.loss=cross_entropy; implement it in {train.loss}"
     if train.cuda_graph and (names := [*filter(is_custom, (model.variant, train.loss, train.optimizer.name))]):
         yield f"train.cuda_graph: {names[0]} may not work in a CUDA graph; leave it at false"
     short = [short_name(name) for name in config.callbacks]
     if len(set(short)) < len(short):
-        yield f"callbacks: {', '.join(short)}: each needs a function name of its own, by which it has its options"
+        yield f"callbacks: {', '.join(short)}: two have the same name, which options.callbacks needs"
 
 
 def conflicts(config: Config) -> Iterator[str]:

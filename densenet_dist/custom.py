@@ -132,7 +132,7 @@ def require_allowed(names: Iterable[tuple[str, str]]) -> None:
     for part, name in names:
         if name not in _allowed and name.startswith("__main__:"):
             raise ConfigError(
-                f"{PARTS[part].key}: {name} was defined in a script or notebook; give it to fit there again"
+                f"{PARTS[part].key}: {name} was defined in a script or notebook; pass it to fit() there again"
             )
         if name not in _allowed:
             raise ConfigError(
@@ -180,9 +180,9 @@ def import_function(part: str, name: str) -> Function:
 
 @contextmanager
 def errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> Iterator[None]:
-    """Turn an exception of the user's code into one of `kind` that names the code; not the package's own.
+    """Re-raise an exception of the user's code as `kind`, naming the code. The package's own exceptions pass through.
 
-    While training (a TrainingError) RuntimeErrors stay too: PyTorch raises them for lost ranks and a lack of memory.
+    Unless `kind` is ConfigError, RuntimeErrors do too: PyTorch raises them for lost ranks and a lack of memory.
     """
     try:
         yield

@@ -117,20 +117,20 @@ class DataConfig:
     limit: Count | None = None
     """Train and validate with the first N training images only (folder: N spread evenly over the classes)."""
     test_limit: Count | None = None
-    """Test on the first N test images only, likewise; null: on all of them."""
+    """Test on the first N test images only (folder: spread likewise); null: on all of them."""
     val_fraction: Probability = 0.1
     """Share of the training images held out for validation."""
     stratified: bool | None = None
-    """Whether to hold out the same share of every class; null: of folders."""
+    """Whether to hold out the same share of every class; null: only for data.name=folder."""
     sampler: Literal["uniform", "balanced"] = "uniform"
-    """uniform: every training image once per epoch; balanced: as many images, the same number of every class: images of
-    small classes several times, with different augmentation."""
+    """uniform: every training image once per epoch; balanced: as many images, but equally many of every class;
+    images of small classes repeat, with different augmentation."""
     augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] | CustomName = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
     of random size and shape, resized, flip; or your own function."""
     flip: Literal["random", "alternating"] = "random"
-    """random: at random in each epoch; alternating: at random in the first epoch, then alternately, so that two epochs
-    show each image both ways, which helps short runs."""
+    """random: drawn in each epoch; alternating: drawn in the first epoch, then inverted in every epoch, so that two
+    successive epochs show each image both ways, which helps short runs."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """random_resized_crop: the smallest share of the area that a crop covers."""
     trivial_augment: bool = False
@@ -144,8 +144,8 @@ class DataConfig:
     """alpha likewise, for a box of one image pasted into the other (1 in the paper); with both, half of the images get
     each; 0: off."""
     image_size: Annotated[int, Field(ge=8, le=10**9)] | None = None
-    """Side in pixels of the square images. folder: after cropping and resizing; null: 224. Of your own data set: as it
-    returns them; null: 32."""
+    """Side in pixels of the square images. folder: after cropping and resizing; null: 224. Your own data set: the size
+    of its images; null: 32."""
     on_bad_image: Literal["error", "skip"] = "error"
     """folder: error: unreadable images end the run with a list of them; skip: they are left out. The run always ends if
     no image of a class, or none of the validation images, can be read."""
@@ -240,10 +240,10 @@ class TrainConfig:
     """Training of the model."""
 
     epochs: Count = 30
-    """Passes over the training images; with max_minutes at most so many."""
+    """Passes over the training images; with max_minutes, the maximum."""
     max_minutes: Annotated[float, Field(gt=0, le=10**7)] | None = None
-    """Time from the start of the workers to the end of the last validation, with restarts, without pauses before
-    --resume: cosine and one_cycle schedules are fitted to it, with others training just ends. null: no limit."""
+    """Limit from the start of the workers to the end of the last validation, restarts included, pauses before --resume
+    not. Cosine, one_cycle and custom schedules shrink to fit; others are cut off. null: no limit."""
     global_batch_size: Count = 64
     """Images per step, over all workers."""
     eval_batch_size: Count = 500
@@ -254,7 +254,7 @@ class TrainConfig:
     """The peak learning rate of the classifier, which follows the same schedule; null: lr."""
     freeze: Literal["backbone"] | tuple[Literal["stem"] | Count, ...] = ()
     """Parts that are not trained: [stem, 1, 2] is the stem and the first two blocks, backbone all but the classifier.
-    Their batch norms use the running statistics."""
+    Their BatchNorm layers use the running statistics."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16, fp16: automatic mixed precision with fp32 weights; fp16 scales the loss. In fp32, convolutions on a GPU use
     TF32 (10 bits of mantissa), PyTorch's default; results differ from those on a CPU by about 1e-3."""
@@ -277,7 +277,7 @@ class TrainConfig:
     label_smoothing: Probability = 0.0
     """Share of the target that is distributed evenly over all classes."""
     ema_decay: Probability | None = None
-    """Decay per step of an exponential moving average of the weights, which is evaluated instead; null: none."""
+    """Decay per step of an exponential moving average of the weights, which evaluations use; null: none."""
     sync_bn: bool = False
     """Whether BatchNorm uses the statistics of the global batch."""
     gradient_compression: Literal["none", "bf16"] = "none"
@@ -412,7 +412,7 @@ class LogConfig:
     """What is recorded, and services to which it is also sent; training continues if they do not respond."""
 
     every_steps: Count | None = None
-    """Also record the training loss, top-1, learning rate and images/s of every N steps; null: only those of epochs."""
+    """Also record the training loss, top-1, learning rate and images/s every N steps; null: only every epoch."""
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
 

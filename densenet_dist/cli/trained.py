@@ -74,7 +74,6 @@ def report(
         bool,
         typer.Option(
             "--evaluate/--no-evaluate",
-            "--judge/--no-judge",
             help="Evaluate the test set of runs without stored test results; needs the data set.",
         ),
     ] = True,

@@ -216,7 +216,7 @@ def _program(name: str) -> str:
 
 
 class LastingConsole(RichConsole):
-    """A console that goes quiet when writing fails: a closed pipe (``| head``) or a full disk must not fail the run."""
+    """A console that stops printing if a write fails: a closed pipe (``| head``) or full disk must not fail the run."""
 
     def __init__(self, **options: Any) -> None:
         # Neither numbers nor :names: of emoji in paths are styled.

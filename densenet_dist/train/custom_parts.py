@@ -56,7 +56,7 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
     owners: dict[int, str] = {}
     for key, tensor in model.state_dict().items():
         if tensor.numel() and (other := owners.setdefault(tensor.data_ptr(), key)) != key:
-            raise ConfigError(f"model.variant: {name}: {other} and {key} share memory, which checkpoints cannot")
+            raise ConfigError(f"model.variant: {name}: {other} and {key} share memory, which checkpoints cannot store")
     return model
 
 
@@ -74,7 +74,7 @@ def custom_dataset(config: Config) -> Dataset:
         for split in () if problem else (found.train, found.test):
             problem = problem or _split_problem(split.images, split.labels, found.num_classes)
     if problem:
-        raise DataError(f"data.name: {name} {problem}, not a Dataset (docs/extending.md)")
+        raise DataError(f"data.name: {name} {problem}; it must return a Dataset (docs/extending.md)")
     if found.image_size != config.data.side or found.test.image_size != config.data.side:
         raise ConfigError(
             f"data.image_size: {config.data.side}, but the images of {name} have {found.image_size} pixels"
@@ -89,11 +89,11 @@ def custom_dataset(config: Config) -> Dataset:
 def _split_problem(images: Any, labels: Any, classes: int) -> str | None:
     array = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
     if not array or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        return "has images other than a uint8 array (n, side, side, 3)"
+        return "returned images that are not a uint8 array (n, side, side, 3)"
     if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.shape != (len(images),):
-        return "has labels other than an int64 array (n,)"
+        return "returned labels that are not an int64 array (n,)"
     if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        return f"has a split without images, or labels outside 0 to {classes - 1}"
+        return f"returned a split without images, or labels outside 0 to {classes - 1}"
     return None
 
 

@@ -72,7 +72,7 @@ class MicroBatches:
                 this one in a collective operation.
         """
         context, count, first = self._context, self.count(step, global_size), not self.several
-        where = f"rank {context.rank} is out of memory in step {step}"
+        where = f"rank {context.rank} ran out of memory at step {step}"
         if not captured and count == self._most(global_size):
             raise EnvironmentProblem(
                 f"{where}, with the smallest possible micro-batch\n"

@@ -171,8 +171,8 @@ def epoch_figures(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
         if medians[slowest] > _SLOW * usual and len(steps) >= _MIN_STEPS and not trainer.warned_of_slow_rank:
             trainer.warned_of_slow_rank = True
             context.warn(
-                f"rank {slowest} on {ranks[slowest][-1]} is slow, and the others wait for it: its own part of a step "
-                f"takes {medians[slowest]:.0f} ms, that of the median rank {usual:.0f} ms\n"
+                f"rank {slowest} on {ranks[slowest][-1]} is slow, and the others wait for it: its forward and backward "
+                f"pass takes {medians[slowest]:.0f} ms, that of the median rank {usual:.0f} ms\n"
                 "  look for other processes there, a throttled GPU (nvidia-smi -q -d PERFORMANCE) or fewer CPU cores"
             )
     return record

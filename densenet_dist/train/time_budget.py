@@ -34,7 +34,7 @@ class TimeBudget:
         self._step_s: float | None = None
 
     def is_due(self, global_step: int) -> bool:
-        """Return whether to estimate now. The first call starts the measurement: call it after a step that warms up."""
+        """Return whether an estimate is due. The first call starts the clock, so make it after a warm-up step."""
         trained = self._train_seconds()
         if self._estimated is None:
             self._estimated = trained, global_step

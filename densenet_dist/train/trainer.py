@@ -63,8 +63,8 @@ class Trainer:
         epoch_start: `train_time` at the start of the epoch.
         epoch_lr: the learning rate there.
         logged, logged_at: `metrics` and seconds of `train_time` at the last record of ``log.every_steps``.
-        goodput: how the run spends its time; that of rank 0 is reported.
-        budget: on rank 0 estimates the steps for which there is time.
+        goodput: how the run spends its time, as seen by rank 0.
+        budget: on rank 0, estimates how many steps fit into ``train.max_minutes``.
         log: metrics.jsonl and TensorBoard, on rank 0 of a run.
         step_graph: takes the steps if they are captured as a CUDA graph.
 
