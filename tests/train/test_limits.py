@@ -89,7 +89,7 @@ def test_one_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch):
     assert [note.splitlines()[0].split()[-2] for note in notes] == ["2", "4", "8", "16"]
     assert ["BatchNorm" in note for note in notes] == [True, False, False, False]
     limit_memory(monkeypatch, 0)
-    with pytest.raises(EnvironmentProblem, match="memory in step 0, with the smallest possible micro-batch"):
+    with pytest.raises(EnvironmentProblem, match="memory at step 0, with the smallest possible micro-batch"):
         train(tiny(tmp_path / "other"))
 
 
@@ -117,7 +117,7 @@ def train_ranks(storage: str, limit: int) -> dict[str, Any]:
 
 def test_ranks_restart_from_their_checkpoint_with_the_same_micro_batches(tmp_path):
     found, expected = tiny(tmp_path / "found", *SETTINGS), tiny(tmp_path / "expected", *SETTINGS)
-    with pytest.raises(ProcessRaisedException, match=r"rank 1 is out of memory in step 7: (.|\n)* with --resume"):
+    with pytest.raises(ProcessRaisedException, match=r"rank 1 ran out of memory at step 7: (.|\n)* with --resume"):
         run_ranks(train_ranks, 2, found.storage, 4)
     run_ranks(train_ranks, 2, found.storage, 4)
     run_of(expected).write(ENV_FILE, json.dumps({"grad_accum_steps": {"7": 2}}))
