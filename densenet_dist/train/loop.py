@@ -29,7 +29,7 @@ from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
 from densenet_dist.train.state import custom_states, report_damage, resume, take_snapshot
 from densenet_dist.train.step_graph import StepResult
-from densenet_dist.train.time_budget import fit_to_time
+from densenet_dist.train.time_limit import fit_to_time
 from densenet_dist.train.trainer import Trainer
 
 PROGRESS_EVERY_S = 0.5
@@ -199,7 +199,7 @@ def sync_requests(trainer: Trainer) -> StopRequest:
         save_is_due = trainer.context.rank == 0 and trainer.store.save_is_due()
     else:
         save_is_due = every is not None and trainer.position.global_step % every == 0
-    if trainer.context.rank == 0 and trainer.budget.is_due(trainer.position.global_step):
+    if trainer.context.rank == 0 and trainer.time_limit.is_due(trainer.position.global_step):
         save_is_due = True  # `fit_to_time` comes with a checkpoint
     not_finite, request = trainer.rank_sync.exchange(StopRequest.SAVE if save_is_due else StopRequest.NONE)
     if not_finite is not None:
@@ -303,7 +303,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     metrics = {f"test/{name}": value for name, value in results.metrics.items()}
     status = "early stop" if trainer.lr_controller.stopped else "finished"
     if trainer.lr_controller.end_step == step < config.train.epochs * trainer.steps_per_epoch:
-        status = "time budget"
+        status = "time limit"
     summary = {
         "status": status,
         "epochs": trainer.position.epoch,

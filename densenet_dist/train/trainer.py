@@ -41,7 +41,7 @@ from densenet_dist.train.ranks import RankSync
 from densenet_dist.train.results import Metrics
 from densenet_dist.train.snapshot import Position
 from densenet_dist.train.step_graph import StepGraph
-from densenet_dist.train.time_budget import TimeBudget
+from densenet_dist.train.time_limit import TimeLimit
 
 if TYPE_CHECKING:
     from densenet_dist.train.logs import RunLog
@@ -64,7 +64,7 @@ class Trainer:
         epoch_lr: the learning rate there.
         logged, logged_at: `metrics` and seconds of `train_time` at the last record of ``log.every_steps``.
         goodput: how the run spends its time, as seen by rank 0.
-        budget: on rank 0, estimates how many steps fit into ``train.max_minutes``.
+        time_limit: on rank 0, estimates how many steps fit into ``train.max_minutes``.
         log: metrics.jsonl and TensorBoard, on rank 0 of a run.
         step_graph: takes the steps if they are captured as a CUDA graph.
 
@@ -122,7 +122,7 @@ class Trainer:
         self.log: RunLog | None = None
         self.rank_sync = RankSync(context)
         self.goodput = Goodput(context.status, context.launch, context.world_size)
-        self.budget = TimeBudget(train.max_minutes, self.goodput.seconds)
+        self.time_limit = TimeLimit(train.max_minutes, self.goodput.seconds)
         self.position = Position()
         self.saved_step: int | None = None
         self.epoch_start, self.epoch_lr = (0.0, 0.0), 0.0

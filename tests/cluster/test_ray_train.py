@@ -100,6 +100,6 @@ def test_workers_that_run_out_of_memory_restart_with_smaller_micro_batches(start
     monkeypatch.chdir(tmp_path)  # so that Python finds that package first
     run = start("train.epochs=2", "cluster.max_failures=0")
     assert run.wait() == 0, run.text()
-    assert re.search(r"rank 1 is out of memory in step 11: .* 2 micro-batches; all workers are restarted", run.text())
+    assert re.search(r"rank 1 ran out of memory at step 11: .* 2 micro-batches; all workers are restarted", run.text())
     assert json.loads((run.folder / "env.json").read_text())["grad_accum_steps"] == {"11": 2}
     assert json.loads((run.folder / "summary.json").read_text())["global_step"] == 18

@@ -89,7 +89,7 @@ def test_one_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch):
     assert [note.splitlines()[0].split()[-2] for note in notes] == ["2", "4", "8", "16"]
     assert ["BatchNorm" in note for note in notes] == [True, False, False, False]
     limit_memory(monkeypatch, 0)
-    with pytest.raises(EnvironmentProblem, match="memory in step 0, with the smallest possible micro-batch"):
+    with pytest.raises(EnvironmentProblem, match="memory at step 0, with the smallest possible micro-batch"):
         train(tiny(tmp_path / "other"))
 
 
@@ -117,7 +117,7 @@ def train_ranks(storage: str, limit: int) -> dict[str, Any]:
 
 def test_ranks_restart_from_their_checkpoint_with_the_same_micro_batches(tmp_path):
     found, expected = tiny(tmp_path / "found", *SETTINGS), tiny(tmp_path / "expected", *SETTINGS)
-    with pytest.raises(ProcessRaisedException, match=r"rank 1 is out of memory in step 7: (.|\n)* with --resume"):
+    with pytest.raises(ProcessRaisedException, match=r"rank 1 ran out of memory at step 7: (.|\n)* with --resume"):
         run_ranks(train_ranks, 2, found.storage, 4)
     run_ranks(train_ranks, 2, found.storage, 4)
     run_of(expected).write(ENV_FILE, json.dumps({"grad_accum_steps": {"7": 2}}))
@@ -156,7 +156,7 @@ def test_training_ends_in_time_and_within_an_epoch(tmp_path, clock):
     config = tiny(tmp_path, *COMMON, "train.max_minutes=2.12")  # nine epochs, then 7.2 s suffice for three steps
     summary = train(config, listener=events.append)
     found = (summary["status"], summary["epochs"], summary["global_step"], summary["trained_epochs"])
-    assert found == ("time budget", 10, 48, 9.6)
+    assert found == ("time limit", 10, 48, 9.6)
     assert [event["total_steps"] for event in events if event["kind"] == "epoch"][1:] == [48] * 9
     assert train(config)["global_step"] == 48  # nothing is left to do but the test
 
@@ -184,7 +184,7 @@ def test_a_constant_schedule_ends_too_and_can_be_extended(tmp_path, clock):
     with pytest.raises(ConfigError, match=r"max_minutes: 1.0 -> 0.5\n.* none shortened"):
         resume_config(run_of(config), ["train.max_minutes=0.5"])
     after = train(resume_config(run_of(config), ["train.max_minutes=2"]))
-    assert (before["status"], after["status"]) == ("time budget", "time budget")
+    assert (before["status"], after["status"]) == ("time limit", "time limit")
     assert before["global_step"] < 25 < 35 < after["global_step"]
     assert [record["epoch"] for record in records(config)[:-1]] == [*range(1, after["epochs"] + 1)]
 
@@ -199,7 +199,7 @@ def test_an_extended_run_completes_its_last_epoch_and_equals_one_that_was_never_
     train(whole)
     for more in minutes[1:]:
         summary = train(cut)
-        assert (summary["status"], 15 * (more == "60") < summary["global_step"] < 20) == ("time budget", True)
+        assert (summary["status"], 15 * (more == "60") < summary["global_step"] < 20) == ("time limit", True)
         assert summary["best"]["epoch"] <= summary["epochs"]
         cut = resume_config(run_of(cut), [f"train.max_minutes={more}"])
     assert train(cut)["status"] == "finished"

@@ -20,7 +20,7 @@ _FORWARD: Final = 0.5
 """Time of an image in the validation, relative to training, until a validation has been measured."""
 
 
-class TimeBudget:
+class TimeLimit:
     """Estimates on rank 0 how many steps there is time for.
 
     Args:
@@ -71,9 +71,9 @@ def fit_to_time(trainer: Trainer) -> None:
         return
     position, controller = trainer.position, trainer.lr_controller
     steps = None  # rank 0 decides
-    if trainer.context.rank == 0 and trainer.budget.is_due(position.global_step):
+    if trainer.context.rank == 0 and trainer.time_limit.is_due(position.global_step):
         images, val_images = trainer.num_images
-        steps = trainer.budget.steps_left(position, trainer.steps_per_epoch, val_images / images)
+        steps = trainer.time_limit.steps_left(position, trainer.steps_per_epoch, val_images / images)
     if (steps := broadcast(steps)) is not None:
         within_epoch = position.step > 0  # its last step is known before it is taken
         end = min(position.global_step + max(steps, int(within_epoch)), trainer.most_steps)
