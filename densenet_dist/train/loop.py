@@ -76,16 +76,9 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
                 save(trainer, take_snapshot(trainer, validation))
             trainer.end_epoch(validation.get("val/loss"))
             record |= validation | trainer.goodput.figures() | {"seconds": time.perf_counter() - started}
-            with context.status.during("save"):  # a callback may take long, which is not a hang
-                trainer.notify("on_epoch", dict(record))
+            trainer.notify("on_epoch", dict(record))
             _end_epoch(trainer, log, record, None if cut else validation, save_now=request is StopRequest.SAVE)
-        summary = _test(trainer, log)
-        with context.status.during("save"):
-            try:
-                trainer.notify("on_end", dict(summary))
-            except TrainingError as error:  # everything is written
-                context.warn(str(error))
-        return summary
+        return _test(trainer, log)
     except BaseException as error:
         if log is not None:  # release it: this process may train another run (notebook, sweep)
             log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
@@ -324,6 +317,10 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         context.run.remove(WEIGHTS_FILE)  # there are checkpoints now
         log.end_tracking(summary)
         context.report({"kind": "end", **summary})
+    try:
+        trainer.notify("on_end", dict(summary))
+    except TrainingError as error:  # everything is written
+        context.warn(str(error))
     return summary
 
 

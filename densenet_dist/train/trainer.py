@@ -20,7 +20,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.checks import check_batches, check_data
 from densenet_dist.train.choices import choose_block, choose_loader
-from densenet_dist.train.context import Goodput, RunContext
+from densenet_dist.train.context import Goodput, Phase, RunContext
 from densenet_dist.train.custom_parts import callbacks_of, training_loss
 from densenet_dist.train.initial_weights import load_initial_weights
 from densenet_dist.train.inputs import (
@@ -260,8 +260,9 @@ class Trainer:
 
     def notify(self, event: str, *values: Any) -> None:
         """Call the callbacks: on_start, on_step, on_epoch or on_end. Every rank calls it."""
+        phase: Phase = "train" if event == "on_step" else "save"  # in which slowness is not a hang
         for name, callback in self.callbacks.items():
-            with custom.errors("callbacks", f"{name}.{event}", TrainingError):
+            with self.context.status.during(phase), custom.errors("callbacks", f"{name}.{event}", TrainingError):
                 getattr(callback, event)(self, *values)
 
     def diverged(self, what: str, step: int) -> TrainingError:
