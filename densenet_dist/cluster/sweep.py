@@ -227,9 +227,7 @@ class SweepRecord:
             if state == "running":
                 trial.status = state
             elif state != "epoch":
-                tested = {key: value for key, value in figures.items() if key.startswith("test/")}
-                tested.pop("test/images", None)  # not in metrics.jsonl, from which a resumed sweep reads them
-                trial.figures |= tested
+                trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
                 self._end(trial, state)
         best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})

@@ -147,7 +147,8 @@ class _Training:
         try:
             self._next.acquire()
             summary = self._train(RunFolder(self._sweep.folder, self._name))
-            test = {key: value for key, value in summary.items() if key.startswith("test/")}
+            # The figures that metrics.jsonl has, too, from which a resumed sweep reads them.
+            test = {key: value for key, value in summary.items() if key.startswith("test/") and key != "test/images"}
             self._output.put({"done": True, ERROR: None, **self._last_epoch, **test})
         except Stopped:
             pass

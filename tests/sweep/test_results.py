@@ -12,6 +12,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
+from densenet_dist import custom
 from densenet_dist.cluster.ray_tune import _PastTrial, make_scheduler, make_searcher, points_to_try
 from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
 from densenet_dist.config import load_config
@@ -210,7 +211,8 @@ def test_resuming_and_extending_a_sweep(sweep, folder, monkeypatch):
     assert open_sweep(folder.location).trials == 3
 
 
-def test_what_the_console_says(sweep, capsys):
+def test_what_the_console_says(sweep, capsys, monkeypatch):
+    monkeypatch.setattr(custom, "_allowed", {})  # by other tests of this process
     first, failed = trial("000", 0.25, 0.5, status="stopped"), trial("001", status="failed", lr=0.7)
     failed.cause = "loss [is] NaN"
     last = trial("002", 0.75, lr=0.0123456, layers=2)
