@@ -23,7 +23,7 @@ from densenet_dist.inference import formats
 from densenet_dist.inference.header import CustomModel, Header, first_problem
 from densenet_dist.inference.images import ImageLike, Unreadable, prepare, prepared
 from densenet_dist.model import DenseNet
-from densenet_dist.model.grad_cam import grad_cam
+from densenet_dist.model.grad_cam import grad_cam, has_heat_maps
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.pages.figures import heat_overlay
 from densenet_dist.run_folder import CONFIG_FILE, open_run
@@ -156,12 +156,12 @@ class Classifier:
         """Show what in an image speaks for a class: Grad-CAM over the image as the model takes it.
 
         Returns:
-            The picture; None for ONNX files and models other than DenseNets.
+            The picture; None for ONNX files, models other than DenseNets, and last feature maps of one pixel.
 
         Raises:
             DataError: the image cannot be used.
         """
-        if self._network is None or type(self._network.model) is not DenseNet:
+        if self._network is None or not has_heat_maps(self._network.model):
             return None
         pixels = prepare(image, self.header.image_size, self.header.crop)
         images = self._network.normalize(pixels[None].to(self.device))

@@ -1,10 +1,17 @@
 """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): which parts of an image a network's decision depends on."""
 
+from typing import TypeGuard
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densenet_dist.model.densenet import DenseNet
+
+
+def has_heat_maps(model: nn.Module) -> TypeGuard[DenseNet]:
+    """Return whether heat maps say something: the last maps of a DenseNet, not of a subclass, exceed one pixel."""
+    return type(model) is DenseNet and model.architecture.block_sides()[-1] > 1
 
 
 def grad_cam(model: DenseNet, images: Tensor, labels: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import EvalLoader
-from densenet_dist.model import DenseNet
-from densenet_dist.model.grad_cam import grad_cam
+from densenet_dist.model.grad_cam import grad_cam, has_heat_maps
 from densenet_dist.pages.figures import heat_overlay
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
@@ -325,7 +324,7 @@ def add_images(results: TestResults, config: Config, engine: Engine, model: nn.M
         pixels = ((batch.images.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         found = loader.batch_indices.tolist()
         labels, heat = torch.tensor([predicted[index] for index in found]), None
-        if type(model) is DenseNet:  # not a subclass, whose heat maps may be wrong
+        if has_heat_maps(model):
             with suppress(torch.OutOfMemoryError):  # the images alone, then
                 heat = grad_cam(model, batch.images, labels).cpu().numpy()
         for number, (index, image) in enumerate(zip(found, pixels.permute(0, 2, 3, 1).numpy(), strict=True)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densenet_dist.model import DenseNet
-from densenet_dist.model.grad_cam import grad_cam
+from densenet_dist.model.grad_cam import grad_cam, has_heat_maps
 from densenet_dist.model.variants import densenet
 
 VARIANTS = ["notebook", "densenet_bc", "densenet121"]
@@ -239,3 +239,7 @@ def test_heat_maps_are_those_of_the_gradient_of_the_whole_network(variant, block
     assert found.shape == heat.shape
     assert set(found.amax((1, 2)).tolist()) <= {0, 1}
     torch.testing.assert_close(found * heat.amax((1, 2), keepdim=True), heat, rtol=1e-3, atol=1e-5)
+
+
+def test_maps_of_one_pixel_are_no_heat_maps():
+    assert [has_heat_maps(small("densenet121", image_size=side)) for side in (32, 64)] == [False, True]
