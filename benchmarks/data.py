@@ -31,7 +31,7 @@ from densenet_dist.data.datasets import Dataset
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config
-from densenet_dist.train.choices import Speed, measure_loader
+from densenet_dist.train.autotune import Speed, measure_loader
 from densenet_dist.train.context import RunContext, choose_device
 from densenet_dist.train.inputs import engine_of, load_dataset_of, train_and_val, train_loader
 

@@ -43,8 +43,8 @@ from densenet_dist.config import load_config, to_dict
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, OutOfMemory
 from densenet_dist.schema import Config
-from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import choose_device
+from densenet_dist.train.preflight import check_run
 
 FIGURES: Final = (
     *("images_per_s", "images_per_s_spread", "step_ms", "step_ms_spread", "peak_mib", "loss"),

@@ -36,7 +36,7 @@ from scaling import MODES, barrier, longest, measure, print_rows
 from densenet_dist.config import load_config
 from densenet_dist.data.loader import Batch
 from densenet_dist.schema import Config
-from densenet_dist.train.choices import synchronize
+from densenet_dist.train.autotune import synchronize
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import AUTOCAST, bucket_sizes, no_sync
 from densenet_dist.train.trainer import Trainer

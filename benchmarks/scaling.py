@@ -45,11 +45,11 @@ from densenet_dist.data.loader import Batch
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.schema import Config, ScheduleConfig
-from densenet_dist.train.checks import check_run
-from densenet_dist.train.choices import synchronize
+from densenet_dist.train.autotune import synchronize
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.loop import train_step
 from densenet_dist.train.network import no_sync
+from densenet_dist.train.preflight import check_run
 from densenet_dist.train.trainer import Trainer
 
 MODES: Final = ("weak", "strong")

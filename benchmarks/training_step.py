@@ -25,7 +25,7 @@ from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, OutOfMem
 from densenet_dist.model.kernels import unavailable
 from densenet_dist.model.variants import densenet, variant_architecture
 from densenet_dist.schema import Config
-from densenet_dist.train.choices import synchronize
+from densenet_dist.train.autotune import synchronize
 from densenet_dist.train.network import autocast
 from densenet_dist.train.optim import build_optimizer
 from densenet_dist.train.step_graph import WARM_UP_STEPS, StepGraph

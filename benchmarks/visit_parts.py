@@ -77,7 +77,7 @@ def ceilings(small: bool, out: Path, seconds: float) -> None:
 
 def seconds_of(work: Callable[[], object], device: Any) -> float:
     """The shortest of five calls."""
-    from densenet_dist.train.choices import synchronize
+    from densenet_dist.train.autotune import synchronize
 
     taken = []
     for _ in range(6):

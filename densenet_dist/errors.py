@@ -43,7 +43,11 @@ class EnvironmentProblem(DenseNetDistError):
 
 
 class OutOfMemory(EnvironmentProblem):
-    """A batch is too large for the memory of a device."""
+    """A batch is too large for the memory of a device. In a sweep it ends only its own trial."""
+
+
+class SmallerMicroBatches(OutOfMemory):
+    """A step ran out of memory; workers that restart compute it in smaller micro-batches."""
 
 
 class DataError(DenseNetDistError):

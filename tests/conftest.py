@@ -32,7 +32,7 @@ SLOW = (
     *(*STARTS_RAY, "tests/benchmarks/", "tests/chaos/", "tests/docs/test_extending.py", "tests/docs/test_site.py"),
     *("tests/fuzz/test_checkpoint_fuzz.py", "tests/inference/test_demo.py"),
     *("tests/test_notebook.py", "tests/test_packaging.py", "tests/train/test_board.py"),
-    *("tests/train/test_folder.py", "tests/train/test_choices.py", "tests/train/test_profiling.py"),
+    *("tests/train/test_folder.py", "tests/train/test_autotune.py", "tests/train/test_profiling.py"),
     *("tests/train/test_resume.py", "tests/train/test_stopping.py", "tests/trackers/"),
 )
 """Left out by `make check`, with what is marked slow."""

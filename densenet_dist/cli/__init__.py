@@ -121,7 +121,7 @@ def config(
         typer.echo(load_sweep(*(sources or []), trust=trust or None).to_yaml(), nl=False)
         return
     from densenet_dist.config import to_yaml
-    from densenet_dist.train.checks import check_run
+    from densenet_dist.train.preflight import check_run
 
     resolved = load(sources, trust=trust)
     check_run(resolved)

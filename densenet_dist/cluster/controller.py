@@ -20,7 +20,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from densenet_dist.cluster.coordinator import explain_crash
 from densenet_dist.cluster.resources import count_fitting, shortage
-from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, OutOfMemory
+from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, SmallerMicroBatches
 
 _SAVE_TIMEOUT_S = 30.0
 _RETRY_S = 0.5
@@ -48,7 +48,9 @@ def _note(coordinator: Any, text: str, *, warning: bool = False) -> None:
 
 
 class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classes are untyped
-    """Restarts lost workers and reports it; an error that this package raises ends the run at once, except OutOfMemory.
+    """Restarts lost workers and reports it.
+
+    An error that this package raises ends the run at once, except `SmallerMicroBatches`.
 
     Workers that are lost while they start are restarted twice. Waiting for resources is repeated without limit: the
     scaling policy ends a wait that takes too long.
@@ -61,7 +63,7 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classe
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         """Decide after a failure."""
         if (error := raised_error(training_failed_error)) is not None:
-            if not isinstance(error, OutOfMemory) or self._coordinator is None:
+            if not isinstance(error, SmallerMicroBatches) or self._coordinator is None:
                 return FailureDecision.RAISE
             text = f"{str(error).splitlines()[0]}; all workers are restarted, which does not count as a failure"
             _note(self._coordinator, text, warning=True)

@@ -35,8 +35,8 @@ from densenet_dist.run_folder import (
 )
 from densenet_dist.schema import Config
 from densenet_dist.trackers import require_trackers
-from densenet_dist.train.checks import check_run
 from densenet_dist.train.context import Event, Stopped, StopRequest, WorkerStatus, torchrun_context, torchrun_rank
+from densenet_dist.train.preflight import check_run
 
 
 def fit(

@@ -19,7 +19,7 @@ from densenet_dist.config import load_config
 from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
 from densenet_dist.sweep.definition import find_base, load_sweep
-from densenet_dist.train.checks import check_run
+from densenet_dist.train.preflight import check_run
 from densenet_dist.yaml_settings import BUNDLED, find_file, read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")

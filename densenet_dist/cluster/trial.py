@@ -32,7 +32,7 @@ from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import ERROR, Note
 from densenet_dist.sweep.space import decode
-from densenet_dist.train.choices import CHOICES
+from densenet_dist.train.autotune import CHOICES
 from densenet_dist.train.context import Event, RunContext, Stopped, choose_device
 
 _STOP_S: Final = 5.0

@@ -12,7 +12,14 @@ import ray
 from ray import tune
 
 from densenet_dist.cluster.coordinator import explain_crash
-from densenet_dist.errors import DamagedRecord, DataError, DenseNetDistError, EnvironmentProblem, StorageError
+from densenet_dist.errors import (
+    DamagedRecord,
+    DataError,
+    DenseNetDistError,
+    EnvironmentProblem,
+    OutOfMemory,
+    StorageError,
+)
 from densenet_dist.sweep.definition import SweepConfig
 from densenet_dist.sweep.results import ERROR, State
 from densenet_dist.sweep.space import decode
@@ -21,6 +28,7 @@ if TYPE_CHECKING:  # the process of `SweepState` needs no more than this module
     from densenet_dist.cluster.sweep import SweepRecord
 
 _FATAL: Final = (StorageError, DataError, EnvironmentProblem)
+_OF_ONE_TRIAL: Final = (DamagedRecord, OutOfMemory)
 
 
 class SweepState:
@@ -94,7 +102,7 @@ class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's cla
             self._update(trial, "finished" if ERROR in result else "stopped", result)
             return
         self._remove_placement_groups(trial)  # Ray Train's controller may have been lost
-        if isinstance(error, _FATAL) and not isinstance(error, DamagedRecord):
+        if isinstance(error, _FATAL) and not isinstance(error, _OF_ONE_TRIAL):
             # Once its cause, such as a full disk, is removed, the trial can be resumed.
             self._update(trial, "interrupted", result, str(error))
             self.fatal = self.fatal or error

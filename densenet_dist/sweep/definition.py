@@ -330,7 +330,7 @@ def _find_problems(sweep: Sweep) -> list[str]:
 
 
 def _check_combinations(sweep: Sweep) -> list[str]:
-    from densenet_dist.train.checks import check_run
+    from densenet_dist.train.preflight import check_run
 
     cluster = {"cluster.workers": sweep.settings.workers, "cluster.engine": "ray"}
     rng = random.Random(0)

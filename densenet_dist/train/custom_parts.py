@@ -32,8 +32,8 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
     """Build a custom model on the CPU.
 
     Raises:
-        ConfigError: it fails, does not return logits of this number of classes, has parameters that the logits do not
-            depend on, which DDP would wait for, or shared ones, which checkpoints cannot hold.
+        ConfigError: it fails, does not return logits of this number of classes, has no parameters to train, or shared
+            ones, which checkpoints cannot hold.
     """
     # The caller may be in a context without gradients.
     with errors("model.variant", name), torch.inference_mode(False), torch.enable_grad():
@@ -42,23 +42,12 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
             raise ConfigError(f"model.variant: {name} returned a {type(model).__name__}, not a torch.nn.Module")
         if getattr(model, "num_classes", None) != num_classes:
             model.num_classes = num_classes  # type: ignore[assignment]  # as a DenseNet has
-        probe = copy.deepcopy(model)  # a model may keep what it computed
-        trained = {key: parameter for key, parameter in probe.named_parameters() if parameter.requires_grad}
-        if not trained:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model.variant: {name} has no parameters to train")
         with torch.random.fork_rng([]):
             images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
-            logits = probe.eval()(images)
-            shape = tuple(logits.shape)
-            gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
-            probe = copy.deepcopy(model).train()
-            try:
-                probe(images[:1])
-            except Exception as error:  # of any other kind it may be due to the single image, too
-                model.needs_two_images = "more than 1 value per channel" in str(error)  # type: ignore[assignment]
+            shape = tuple(copy.deepcopy(model).eval()(images).shape)  # a model may keep what it computed
         model.train()
-    if unused := [key for key, gradient in zip(trained, gradients, strict=True) if gradient is None]:
-        raise ConfigError(f"model.variant: {name}: the logits do not depend on {unused[0]}; remove it or freeze it")
     if shape != (2, num_classes):
         raise ConfigError(
             f"model.variant: {name} maps images (2, 3, {image_size}, {image_size}) to {shape}; it must return logits "
@@ -84,13 +73,9 @@ def custom_dataset(config: Config) -> Dataset:
     make = bind("dataset", name, config.options.dataset)
     with errors("data.name", name, DataError):
         found = make(config.data.root, config.seed)
-        problem = None if isinstance(found, Dataset) else f"returned a {type(found).__name__}"
-        if not problem:
-            found, problem = _standard(found)
-        for split in () if problem else (found.train, found.test):
-            problem = problem or _split_problem(split.images, split.labels, found.num_classes)
-    if problem:
-        raise DataError(f"data.name: {name} {problem}; it must return a Dataset (docs/extending.md)")
+        if problem := _dataset_problem(found):
+            raise DataError(f"data.name: {name} {problem}; it must return a Dataset (docs/extending.md)")
+        mean, std = (cast(Channels, tuple(map(float, values))) for values in (found.mean, found.std))
     if found.image_size != config.data.side or found.test.image_size != config.data.side:
         raise ConfigError(
             f"data.image_size: {config.data.side}, but the images of {name} have {found.image_size} pixels"
@@ -98,37 +83,31 @@ def custom_dataset(config: Config) -> Dataset:
     if found.val is not None and limit is not None:
         raise ConfigError(f"data.limit: {name} has validation images of its own; leave the limit at null")
     train, test = first(found.train, limit), first(found.test, config.data.test_limit)
-    dataset: Dataset = replace(found, name=name, train=train, test=test)
+    names = tuple(map(str, found.class_names))
+    dataset: Dataset = replace(found, name=name, class_names=names, train=train, test=test, mean=mean, std=std)
     return dataset
 
 
-def _standard(found: Dataset) -> tuple[Dataset, str | None]:
-    """Return a data set with the types that `Dataset` describes, and what is wrong with its classes, figures or val."""
-    names = tuple(map(str, found.class_names))
-    mean, std = (cast(Channels, tuple(map(float, values))) for values in (found.mean, found.std))
-    val, problem = found.val, None
-    if len(set(names)) < len(names):
-        problem = "has a class name twice"
-    if not (len(mean) == len(std) == 3 and np.isfinite([*mean, *std]).all() and min(std) > 0):
-        problem = "has a mean or std other than three numbers, those of std above 0"
-    if val is not None:
-        given = np.asarray(val)
-        val = given.astype(np.int64)
-        inside = ((val >= 0) & (val < len(found.train.labels))).all()
-        if given.ndim != 1 or given.dtype.kind not in "iu" or not inside or len(np.unique(val)) < len(val):
-            problem = "has a val other than different indices of its training images, (m,) integers"
-    return replace(found, class_names=names, mean=mean, std=std, val=val), problem
-
-
-def _split_problem(images: Any, labels: Any, classes: int) -> str | None:
-    array = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
-    if not array or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        return "returned images that are not a uint8 array (n, side, side, 3)"
-    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.shape != (len(images),):
-        return "returned labels that are not an int64 array (n,)"
-    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        return f"returned a split without images, or labels outside 0 to {classes - 1}"
+def _dataset_problem(found: Any) -> str | None:
+    """Return what is wrong with the type, or with an array's dtype, shape or range."""
+    if not isinstance(found, Dataset):
+        return f"returned a {type(found).__name__}"
+    for split in (found.train, found.test):
+        images, labels = split.images, split.labels
+        if not _is_array(images, np.uint8, 4) or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+            return "returned images that are not a uint8 array (n, side, side, 3)"
+        if not _is_array(labels, np.int64, 1) or len(labels) != len(images):
+            return "returned labels that are not an int64 array (n,)"
+        if not len(labels) or labels.min() < 0 or labels.max() >= found.num_classes:
+            return f"returned a split without images, or labels outside 0 to {found.num_classes - 1}"
+    val, count = found.val, len(found.train.labels)
+    if val is not None and not (_is_array(val, np.int64, 1) and ((val >= 0) & (val < count)).all()):
+        return "has a val other than indices of its training images, an int64 array (m,)"
     return None
+
+
+def _is_array(value: Any, dtype: Any, ndim: int) -> bool:
+    return isinstance(value, np.ndarray) and (value.dtype, value.ndim) == (dtype, ndim)
 
 
 def geometry(config: Config) -> str | Callable[[npt.NDArray[np.float64]], Any]:

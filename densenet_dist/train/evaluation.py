@@ -18,11 +18,10 @@ from densenet_dist.config import load_run_config
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
-from densenet_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
+from densenet_dist.errors import CheckpointError, ConfigError, DenseNetDistError, OutOfMemory
 from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import require_memory
 from densenet_dist.train.context import RunContext, StopRequest, choose_device
 from densenet_dist.train.inputs import (
     Indices,
@@ -34,6 +33,7 @@ from densenet_dist.train.inputs import (
     train_and_val,
 )
 from densenet_dist.train.network import autocast, build_model, free_memory
+from densenet_dist.train.preflight import require_memory
 from densenet_dist.train.ranks import gather_objects, sync_from_rank0
 from densenet_dist.train.results import (
     ClassCounts,
@@ -64,13 +64,14 @@ def evaluate_model(
     them. In a run, `sync_requests` must follow, and tells whether the evaluation is complete.
 
     Raises:
-        DataError: an image file cannot be read. Every rank raises it.
+        DataError: an image file cannot be read. Every rank raises an error of this package that one of them has.
+        OutOfMemory: not even one image fits into memory.
     """
     model.eval()
     sync_from_rank0(list(model.buffers()))
     num_classes = cast(int, model.num_classes)
     metrics, classes = Metrics(context.device, num_classes), ClassCounts(num_classes, context.device)
-    problem = ""
+    problem: DenseNetDistError | None = None
     try:
         for batch in batches:
             logits = _logits(model, batch.images, context, precision)
@@ -82,10 +83,10 @@ def evaluate_model(
             if context.status.requested >= StopRequest.STOP:
                 on_stop()
                 break
-    except DataError as error:  # the others would wait for this rank
-        problem = str(error)
-    if problem := next(filter(None, gather_objects(problem)), ""):
-        raise DataError(problem)
+    except DenseNetDistError as error:  # the others would wait for this rank
+        problem = error
+    if problem := next(filter(None, gather_objects(problem)), None):
+        raise problem
     return metrics.compute() | classes.compute()
 
 
@@ -93,7 +94,7 @@ def _logits(model: nn.Module, images: Tensor, context: RunContext, precision: st
     """Return the logits of a batch, computed in as many micro-batches as memory requires.
 
     Raises:
-        EnvironmentProblem: not even one image fits.
+        OutOfMemory: not even one image fits.
     """
     status = context.status
     while True:
@@ -101,7 +102,7 @@ def _logits(model: nn.Module, images: Tensor, context: RunContext, precision: st
         with suppress(torch.OutOfMemoryError), autocast(context.device, precision):
             return torch.cat([model(each) for each in images.tensor_split(count)])
         if count == len(images):
-            raise EnvironmentProblem(f"rank {context.rank} is out of memory in the evaluation of one image")
+            raise OutOfMemory(f"rank {context.rank} is out of memory in the evaluation of one image")
         status.eval_micro_batches = 2 * count
         context.warn(f"out of memory in an evaluation: each batch is computed in {2 * count} micro-batches")
         free_memory()

@@ -8,12 +8,12 @@ from typing import Final
 import torch
 from torch import nn
 
-from densenet_dist.errors import EnvironmentProblem, OutOfMemory
+from densenet_dist.errors import OutOfMemory, SmallerMicroBatches
 from densenet_dist.run_folder import ENV_FILE
 from densenet_dist.schema import Config
-from densenet_dist.train.checks import least_images
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.network import free_memory
+from densenet_dist.train.preflight import least_images
 from densenet_dist.train.ranks import broadcast
 
 _KEY: Final = "grad_accum_steps"
@@ -28,7 +28,7 @@ class MicroBatches:
 
     def __init__(self, config: Config, context: RunContext, model: nn.Module) -> None:
         self._context, self._configured = context, config.train.grad_accum_steps
-        self._least_images = least_images(config, context.world_size, model)
+        self._least_images = least_images(config, context.world_size)
         found = context.run.read_json(ENV_FILE).get(_KEY) if context.rank == 0 else None
         pairs = found.items() if isinstance(found, dict) else ()
         self._changes = broadcast({int(key): n for key, n in pairs if key.isdecimal() and isinstance(n, int)})
@@ -67,14 +67,14 @@ class MicroBatches:
         to the memory of the step any more.
 
         Raises:
-            EnvironmentProblem: micro-batches cannot be smaller.
-            OutOfMemory: there are several ranks, which restart from their last checkpoint: others may be waiting for
-                this one in a collective operation.
+            OutOfMemory: micro-batches cannot be smaller.
+            SmallerMicroBatches: there are several ranks, which restart from their last checkpoint: others may be
+                waiting for this one in a collective operation.
         """
         context, count, first = self._context, self.count(step, global_size), not self.several
         where = f"rank {context.rank} ran out of memory at step {step}"
         if not captured and count == self._most(global_size):
-            raise EnvironmentProblem(
+            raise OutOfMemory(
                 f"{where}, with the smallest possible micro-batch\n"
                 "  lower model.growth_rate, model.num_layers or data.image_size, or set train.precision=bf16"
             )
@@ -87,7 +87,8 @@ class MicroBatches:
             "there is no CUDA graph" if captured else f"each worker computes its share in {2 * count} micro-batches"
         )
         if context.world_size > 1:
-            raise OutOfMemory(f"{text}\n  resume the run from its last checkpoint with --resume {context.run.uri}")
+            remedy = f"resume the run from its last checkpoint with --resume {context.run.uri}"
+            raise SmallerMicroBatches(f"{text}\n  {remedy}")
         note = "\n  gradients are those of the whole batch; BatchNorm uses the statistics of each micro-batch"
         context.warn(text + note * (first and not captured))
         for kept, current in zip(self._kept, self._statistics, strict=True):

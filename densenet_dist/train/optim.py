@@ -64,24 +64,23 @@ def build_optimizer(
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load the state of an optimizer, but not the settings of its groups: they come from the configuration.
 
-    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds.
+    PyTorch's fused kernels do not check these tensors: with another shape or layout they write out of bounds. Adam has
+    no state of parameters that have had no gradient yet, as with stochastic depth.
 
     Raises:
         ValueError: the state does not fit the optimizer's parameters.
     """
-    own = optimizer.state_dict()["param_groups"]
-    keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
-    parameters = enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
-    wanted = {(number, key): parameter for number, parameter in parameters for key in keys}
-    found = {(number, key): value for number, values in saved["state"].items() for key, value in values.items()}
-    same_groups = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in own]
-    if not same_groups or (found and found.keys() != wanted.keys()):
+    own = optimizer.state_dict()
+    keys = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups, own_groups = ([group["params"] for group in each["param_groups"]] for each in (saved, own))
+    if groups != own_groups or any(values.keys() != keys for values in saved["state"].values()):
         raise ValueError("the state is that of another optimizer, or not complete")
-    for (number, key), value in found.items():
-        is_step = key == "step"
-        if not _fits(value, torch.zeros(()) if is_step else wanted[number, key]) or (is_step and not value >= 0):
-            raise ValueError(f"the optimizer's {key} of parameter {number} does not fit")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    for number, values in saved["state"].items():
+        for key, value in values.items():
+            if not _fits(value, torch.zeros(()) if key == "step" else parameters[number]):
+                raise ValueError(f"the optimizer's {key} of parameter {number} does not fit")
+    optimizer.load_state_dict({"state": own["state"] | saved["state"], "param_groups": own["param_groups"]})
 
 
 def _fits(value: Any, like: Tensor) -> bool:

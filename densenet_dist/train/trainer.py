@@ -17,9 +17,8 @@ from densenet_dist.data.loader import Batch, BatchRecipe
 from densenet_dist.errors import TrainingError
 from densenet_dist.model import DenseNet
 from densenet_dist.schema import Config
+from densenet_dist.train.autotune import choose_block, choose_loader
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches, check_data
-from densenet_dist.train.choices import choose_block, choose_loader
 from densenet_dist.train.context import Goodput, Phase, RunContext
 from densenet_dist.train.custom_parts import callbacks_of, training_loss
 from densenet_dist.train.initial_weights import load_initial_weights
@@ -36,6 +35,7 @@ from densenet_dist.train.micro_batches import MicroBatches
 from densenet_dist.train.network import autocast, build_model, set_determinism, wrap
 from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer
 from densenet_dist.train.performance import StepTimer
+from densenet_dist.train.preflight import check_data
 from densenet_dist.train.profiling import StepProfiler
 from densenet_dist.train.ranks import RankSync
 from densenet_dist.train.results import Metrics
@@ -100,9 +100,8 @@ class Trainer:
         model = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         options = config.options
-        plain = build_model(model, dataset.num_classes, dataset.image_size, config.seed, options.model)
-        self.model = plain.to(context.device)
-        check_batches(config, len(train_indices), [context.world_size], plain)  # again: it may be a custom one
+        sizes = dataset.num_classes, dataset.image_size
+        self.model = build_model(model, *sizes, config.seed, options.model).to(context.device)
         if config.model.weights or config.model.pretrained:
             load_initial_weights(self.model, config, context)
         if isinstance(self.model, DenseNet) and train.freeze:
@@ -212,7 +211,9 @@ class Trainer:
         with autocast(self.context.device, self.config.train.precision), custom.step_errors("model", self.config):
             logits = self.forward(images)
         loss = self.loss(logits.float(), targets)
-        self.scaler.scale(loss * scale).backward()
+        part = "model" if custom.is_custom(self.config.model.variant) else "loss"  # an error may come from either
+        with custom.step_errors(part, self.config):
+            self.scaler.scale(loss * scale).backward()
         return loss.detach(), logits.detach()
 
     def update_weights(self) -> None:

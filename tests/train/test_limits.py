@@ -15,8 +15,9 @@ from torch.multiprocessing import ProcessRaisedException
 from densenet_dist.cluster.launch import write_run
 from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.config import load_config
-from densenet_dist.errors import ConfigError, EnvironmentProblem
+from densenet_dist.errors import ConfigError, OutOfMemory
 from densenet_dist.run_folder import ENV_FILE
+from densenet_dist.train import evaluation
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import Stopped, StopRequest, WorkerStatus
 from densenet_dist.train.evaluation import evaluate_model
@@ -89,11 +90,11 @@ def test_one_image_that_does_not_fit_ends_the_run(tmp_path, monkeypatch):
     assert [note.splitlines()[0].split()[-2] for note in notes] == ["2", "4", "8", "16"]
     assert ["BatchNorm" in note for note in notes] == [True, False, False, False]
     limit_memory(monkeypatch, 0)
-    with pytest.raises(EnvironmentProblem, match="memory at step 0, with the smallest possible micro-batch"):
+    with pytest.raises(OutOfMemory, match="memory at step 0, with the smallest possible micro-batch"):
         train(tiny(tmp_path / "other"))
 
 
-def test_evaluation_batches_are_divided(tmp_path):
+def test_evaluation_batches_are_divided(tmp_path, monkeypatch):
     trainer, most = trainer_of(tiny(tmp_path)), 3
     arguments = (trainer.model, trainer.val_loader, trainer.context, "fp32")
     expected = evaluate_model(*arguments)  # of eight images
@@ -105,7 +106,11 @@ def test_evaluation_batches_are_divided(tmp_path):
     trainer.model.register_forward_pre_hook(limited)
     assert evaluate_model(*arguments) == pytest.approx(expected)
     most = 0
-    with pytest.raises(EnvironmentProblem, match="out of memory in the evaluation of one image"):
+    with pytest.raises(OutOfMemory, match="out of memory in the evaluation of one image"):
+        evaluate_model(*arguments)
+    # The other ranks do not wait for this one, and all raise the same error.
+    monkeypatch.setattr(evaluation, "gather_objects", lambda own: [None, type(own)("of rank 1"), own])
+    with pytest.raises(OutOfMemory, match="of rank 1"):
         evaluate_model(*arguments)
 
 

@@ -16,12 +16,12 @@ from torch import nn
 from densenet_dist.errors import ConfigError, TrainingError
 from densenet_dist.schema import Config
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.checks import check_batches, require_memory
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.inputs import train_and_val
 from densenet_dist.train.loop import train_epoch, train_step
 from densenet_dist.train.network import build_model
+from densenet_dist.train.preflight import check_batches, require_memory
 from densenet_dist.train.snapshot import Position
 from densenet_dist.train.trainer import Trainer
 
@@ -109,6 +109,8 @@ def test_batches_that_are_too_small_are_refused_with_values_that_work(tmp_path, 
     assert [setting.removeprefix("train.").removeprefix("global_") for setting in offered] == remedies
     for setting in offered:
         check_batches(tiny(tmp_path, *settings, setting), images, [ranks])
+    if settings is ONE_PIXEL:
+        check_batches(tiny(tmp_path, *settings, "train.freeze=[6]"), images, [ranks])  # no BatchNorm of one pixel
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank(tmp_path):
@@ -344,6 +346,6 @@ def test_a_step_on_a_recipe_is_a_step_on_its_batch(tmp_path):
 def test_without_a_compiler_the_reference_form_trains_and_the_run_says_so(tmp_path, monkeypatch):
     for block, form in (("auto", "FusedDenseBlock"), ("reference", "DenseBlock")):
         assert type(trainer_of(tiny(tmp_path, f"model.block={block}")).model.features.denseblock1).__name__ == form
-    monkeypatch.setattr("densenet_dist.train.choices.unavailable", lambda _: "no C++ compiler is found (c++)")
+    monkeypatch.setattr("densenet_dist.train.autotune.unavailable", lambda _: "no C++ compiler is found (c++)")
     notes = notes_of(tiny(tmp_path, "model.block=auto", "train.epochs=1"))
     assert "block: reference (no C++ compiler is found (c++))" in notes

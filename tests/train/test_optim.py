@@ -14,7 +14,7 @@ from densenet_dist.model import DenseNet
 from densenet_dist.model.variants import densenet
 from densenet_dist.schedules import SCHEDULES
 from densenet_dist.schema import OptimizerConfig, ScheduleConfig, TrainConfig
-from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer
+from densenet_dist.train.optim import LRController, WeightAverage, build_optimizer, load_optimizer_state
 
 STEPS_PER_EPOCH = 7
 
@@ -172,6 +172,22 @@ def test_batchnorm_and_biases_are_spared_the_decay_and_frozen_parameters_left_ou
     spared = {key for key in names.values() if "norm" in key or key.endswith("bias")}
     assert by_decay == {0.01: set(names.values()) - spared, 0.0: spared}
     assert "classifier.weight" in by_decay[0.01]
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_state_may_lack_parameters_without_a_gradient_so_far(name):
+    def optimizer() -> torch.optim.Optimizer:
+        return build_optimizer(nn.Linear(2, 2), OptimizerConfig(name=name, decay="all"), 0.1)
+
+    first, second = optimizer(), optimizer()
+    first.param_groups[0]["params"][0].grad = torch.ones(2, 2)  # the bias has none
+    first.step()
+    saved = first.state_dict()
+    load_optimizer_state(second, saved)
+    assert saved["state"].keys() == second.state_dict()["state"].keys()
+    del saved["state"][0]["exp_avg" if name == "adam" else "momentum_buffer"]
+    with pytest.raises(ValueError, match="not complete"):
+        load_optimizer_state(second, saved)
 
 
 def test_the_average_of_the_weights_follows_its_formula_statistics_too():

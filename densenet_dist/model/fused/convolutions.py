@@ -260,30 +260,30 @@ def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
     """Return the kernel sizes of the convolutions that `kernels` compute faster than oneDNN with this many threads.
 
     They are measured in float32 (about 0.1 s) and kept in `cache_folder`: the two differ by rounding, and runs on one
-    machine must be reproducible bit for bit.
+    machine must be reproducible bit for bit. If that cannot be written, all sizes are returned.
     """
     parts = [kernels.name, torch.__version__, str(threads), *(os.environ.get(name, "") for name in _ONEDNN_VARIABLES)]
     key = hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
-    file: Path | None = None
-    with suppress(Exception):  # no cache folder, or a damaged file: measure
-        file = cache_folder() / f"convolutions-{key}.json"
+    file = cache_folder() / f"convolutions-{key}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not measured yet, or a damaged file
         return _recorded(file)
     times = {size: _time_layer(kernels, size) for size in KERNEL_SIZES}
     faster = frozenset(size for size, (native, onednn) in times.items() if native <= onednn)
     record = {str(size): "own" if size in faster else "onednn" for size in KERNEL_SIZES}
     figures = {f"{size}_ms": [round(1e3 * seconds, 3) for seconds in pair] for size, pair in times.items()}
-    with suppress(OSError):
-        if file is not None:
-            temporary = file.with_name(f"{file.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(record | figures) + "\n")
-            try:
-                os.link(temporary, file)
-            except FileExistsError:  # another rank was first: all must use the same
-                with suppress(ValueError, KeyError, TypeError):
-                    return _recorded(file)
-                temporary.replace(file)  # it was damaged
-            finally:
-                temporary.unlink(missing_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(record | figures) + "\n")
+        try:
+            os.link(temporary, file)
+        except FileExistsError:  # another rank was first: all must use the same
+            with suppress(ValueError, KeyError, TypeError):
+                return _recorded(file)
+            temporary.replace(file)  # it was damaged
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError:  # ranks, and this run when it is resumed, could measure something else
+        return frozenset(KERNEL_SIZES)
     return faster
 
 

@@ -20,7 +20,6 @@ from densenet_dist.schema import Config, WorkerRange
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 def check_run(config: Config) -> None:
@@ -63,16 +62,15 @@ def check_data(
     require_memory(config, dataset.num_classes, device, trained, evaluated)
 
 
-def check_batches(config: Config, num_images: int, world_sizes: Iterable[int], model: nn.Module | None = None) -> None:
+def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:
     """Raise a ConfigError unless every rank has an image in each forward pass of training, or two for BatchNorm.
 
-    The message suggests settings that work. `world_sizes` are the possible numbers of ranks; `model` is that of
-    `least_images`.
+    The message suggests settings that work. `world_sizes` are the possible numbers of ranks.
     """
     train, size = config.train, config.train.global_batch_size
     sizes = range(size, max(size, num_images) + 1)
     for ranks in world_sizes:
-        needed = least_images(config, ranks, model)
+        needed = least_images(config, ranks)
         least = (BatchPlan(num_images, each).smallest_micro_batch(ranks, train.grad_accum_steps) for each in sizes)
         working = next((each for each, images in zip(sizes, least, strict=True) if images >= needed), None)
         if working == size:
@@ -88,15 +86,16 @@ def check_batches(config: Config, num_images: int, world_sizes: Iterable[int], m
         )
 
 
-def least_images(config: Config, ranks: int, model: nn.Module | None = None) -> int:
+def least_images(config: Config, ranks: int) -> int:
     """Return the fewest images of a rank in a forward pass of training: two if BatchNorm sees one pixel of each.
 
-    Whether it does in a custom model is only known of a `model` that is built.
+    Only the maps of the last block can be that small. Of a custom model it is unknown.
     """
-    architecture = _architecture(config)
-    of_custom = getattr(model, "needs_two_images", False)
-    ends_in_one_pixel = architecture.block_sides()[-1] == 1 if architecture else of_custom
-    return 2 if ends_in_one_pixel and not (config.train.sync_bn and ranks > 1) else 1
+    architecture, frozen = _architecture(config), config.train.freeze
+    if architecture is None or (config.train.sync_bn and ranks > 1):
+        return 1
+    trains_last_block = frozen != "backbone" and len(architecture.num_layers) not in frozen
+    return 2 if trains_last_block and architecture.block_sides()[-1] == 1 else 1
 
 
 def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:

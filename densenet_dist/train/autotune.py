@@ -216,6 +216,8 @@ def _recorded(context: RunContext, key: str, names: tuple[str, ...], measure: Ca
         if name not in names:
             choice = measure()
             name = choice.name
+            if context.device.type == "cuda":  # the run's own peak does not include the variants it does not use
+                torch.cuda.reset_peak_memory_stats(context.device)
             record = {"name": choice.name, "device": context.device.type, "reason": choice.reason, **choice.figures}
             context.run.update_json(ENV_FILE, **{key: record})
             context.note(f"{key}: {choice.name} ({choice.reason})")

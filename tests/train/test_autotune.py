@@ -12,8 +12,8 @@ from densenet_dist.cluster.launch import fit
 from densenet_dist.cluster.resuming import resume_config
 from densenet_dist.model.fused_block import FusedDenseBlock
 from densenet_dist.run_folder import ENV_FILE, SUMMARY_FILE
-from densenet_dist.train import choices
-from densenet_dist.train.choices import Speed, compare_loaders
+from densenet_dist.train import autotune
+from densenet_dist.train.autotune import Speed, compare_loaders
 
 
 def environment(config: Any) -> dict[str, Any]:
@@ -79,23 +79,23 @@ def test_the_faster_dense_block_is_chosen_once_and_a_resumed_run_keeps_it(tmp_pa
     config = tiny(tmp_path, "data.loader=torch", "model.block=auto")
     assert fused(trainer_of(config))
     assert "block" not in environment(config)  # the run is too short to measure
-    monkeypatch.setattr(choices, "MIN_IMAGES", 1)
-    monkeypatch.setattr(choices, "MAX_SECONDS", 0.1)
-    measured, seconds = choices._step_seconds, []
+    monkeypatch.setattr(autotune, "MIN_IMAGES", 1)
+    monkeypatch.setattr(autotune, "MAX_SECONDS", 0.1)
+    measured, seconds = autotune._step_seconds, []
 
     def slow_down(model, count, *how):
         seconds.append(measured(model, count, *how))
         return 1.0 if isinstance(model.features[1], FusedDenseBlock) == (faster == "fused") else 2.0
 
-    monkeypatch.setattr(choices, "_step_seconds", slow_down)
+    monkeypatch.setattr(autotune, "_step_seconds", slow_down)
     assert fused(trainer_of(config)) == (faster == "fused")
     choice = environment(config)["block"]
     assert choice["name"] == faster
-    rates = sorted((choice[f"{form}_images_per_s"], form) for form in choices.FORMS)
+    rates = sorted((choice[f"{form}_images_per_s"], form) for form in autotune.FORMS)
     assert rates[1] == (2 * rates[0][0], faster)
     assert min(seconds) > 0
 
-    monkeypatch.setattr(choices, "_measure_blocks", pytest.fail)  # it is not called again
+    monkeypatch.setattr(autotune, "_measure_blocks", pytest.fail)  # it is not called again
     assert fused(trainer_of(config)) == (faster == "fused")
     # A run that began before the choice was measured keeps the form it had.
     train(tiny(tmp_path / "old", "data.loader=torch", "model.block=fused", "train.epochs=1"))
