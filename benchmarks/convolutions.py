@@ -143,8 +143,8 @@ def layer(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[st
     """The layer on a block's buffers."""
     device, dtype = like["device"], like["dtype"]
     width = max(455 if case.read % 8 else 520, -(-(case.read + case.made) // 8) * 8)
-    buffer, carry, out = (channels_last(width, case, like) for _ in range(3))
-    maps, carry, out = (tensor[:, : case.read] for tensor in (buffer, carry, out))
+    buffer, accumulator, out = (channels_last(width, case, like) for _ in range(3))
+    maps, accumulator, out = (tensor[:, : case.read] for tensor in (buffer, accumulator, out))
     slot = buffer[:, case.read : case.read + case.made]
     norm = random_norm(case.read, device)
     into, (sums, share) = torch.zeros(2, case.made, device=device), torch.zeros(2, 2, case.read, device=device)
@@ -154,7 +154,7 @@ def layer(case: Case, like: dict[str, Any], weight: Tensor) -> Iterator[tuple[st
     d_made[:, case.made :] = 0
     yield "layer forward", partial(way.forward, unit, maps, norm, None, slot, Statistics(*into))
     norm_grad, d_output = NormGrad(norm, sums, share), OutputGradient(d_made, d_made)
-    yield "layer backward", partial(way.backward_accumulate, unit, maps, norm_grad, d_output, True, carry, out)
+    yield "layer backward", partial(way.backward_accumulate, unit, maps, norm_grad, d_output, True, accumulator, out)
 
 
 def measure(case: Case, like: dict[str, Any], timer: Timer) -> dict[str, Any]:

@@ -155,5 +155,5 @@ def test_a_job_that_slept_until_another_took_over_leaves_and_lists_or_records_no
             with pytest.raises(StorageError, match=TAKEN_OVER):
                 write()
         assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
-        log.abandon()
+        log.close_after_error()
     assert json.loads((folder.path / LEASE_FILE).read_text())["key"] == "other"  # not ours to remove

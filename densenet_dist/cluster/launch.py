@@ -247,7 +247,7 @@ def _fit_here(config: Config, run: RunFolder, listener: Callable[[Event], None],
     torch.set_num_threads(local_threads(config.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     context = torchrun_context(run, config.cluster.device, listener, config.cluster.timeout_s)
     if lease is not None:
-        lease.when_lost(lambda: context.status.request(StopRequest.LEAVE))
+        lease.when_lost(lambda: context.status.request(StopRequest.ABANDON))
     try:
         if context.world_size > 1:
             dist.barrier()  # wait until rank 0 has prepared folder and data

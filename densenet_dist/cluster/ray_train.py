@@ -74,7 +74,7 @@ def fit_on_ray(
             listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for resources: {problem}"})
         coordinator = on_this_node(Coordinator).remote(config.fault.hang_timeout_s)
         if lease is not None:
-            lease.when_lost(lambda: coordinator.request.remote(StopRequest.LEAVE))
+            lease.when_lost(lambda: coordinator.request.remote(StopRequest.ABANDON))
         show_in_dashboard()
         barrier = listener if isinstance(listener, EpochBarrier) else None
         trainer = InterruptibleTrainer(

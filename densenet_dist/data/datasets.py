@@ -106,7 +106,7 @@ def load_dataset(
         return _folder_dataset(folder, path.absolute(), limits, test_fraction, keeps_classes)
     spec = cifar.SPECS[name]
     _, (class_names, train, test) = cifar_source.load(spec, root, download=download, url=url)
-    return Dataset(name, class_names, first(train, limit), first(test, test_limit), spec.mean, spec.std)
+    return Dataset(name, class_names, take_first(train, limit), take_first(test, test_limit), spec.mean, spec.std)
 
 
 def train_size(name: str, limit: int | None) -> int | None:
@@ -222,7 +222,7 @@ def _evenly(count: int, limit: int | None) -> npt.NDArray[np.int64]:
     return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
 
 
-def first(split: Split, limit: int | None) -> Split:
+def take_first(split: Split, limit: int | None) -> Split:
     """Return the first images of a split, at most `limit`."""
     # The rows are copied: a view would keep the whole set in memory.
     return split if limit is None or limit >= len(split.labels) else split[np.arange(limit)]

@@ -170,7 +170,7 @@ def has_image_suffix(name: str) -> bool:
     return name.lower().endswith((*IMAGE_SUFFIXES, *_REFUSED_SUFFIXES))
 
 
-def examine(path: Path) -> Verdict:
+def verify_image(path: Path) -> Verdict:
     """Verify that a file is an image that can be used, by decoding it."""
     suffix = path.suffix.lower()
     if suffix in _REFUSED_SUFFIXES:

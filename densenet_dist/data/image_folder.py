@@ -29,8 +29,8 @@ from densenet_dist.data.image_files import (
     ImageFiles,
     Split,
     Verdict,
-    examine,
     has_image_suffix,
+    verify_image,
 )
 from densenet_dist.environment import cache_folder
 from densenet_dist.errors import DataError, StorageError
@@ -173,14 +173,14 @@ def _verify(root: Path, names: list[str]) -> dict[str, Verdict]:
     cache = RunFolder(str(cache_folder()), "folders")
     cache_file = f"{hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()}.json"
     cached: dict[str, Any] = {}  # [size, mtime_ns, [width, height, CRC-32]] or [size, mtime_ns, reason]
-    with suppress(OSError, StorageError):  # without a cache, or with a damaged one, all files are examined
+    with suppress(OSError, StorageError):  # without a cache, or with a damaged one, all files are verified
         match cache.read_json(cache_file):
             case {"version": version, "files": dict(files)} if version == _CACHE_VERSION:
                 cached = files
     verdicts: dict[str, Verdict] = {}
     stamps: dict[str, list[int]] = {}
     for name in names:
-        with suppress(OSError):  # `examine` reports it
+        with suppress(OSError):  # `verify_image` reports it
             status = os.stat(root / name)
             stamps[name] = [status.st_size, status.st_mtime_ns]
         match cached.get(name):
@@ -188,7 +188,7 @@ def _verify(root: Path, names: list[str]) -> dict[str, Verdict]:
                 verdicts[name] = verdict if isinstance(verdict, str) else tuple(verdict)
     unknown = [name for name in names if name not in verdicts]
     try:
-        _examine_all(root, unknown, verdicts)
+        _verify_all(root, unknown, verdicts)
     finally:  # keep what was found before an interrupt
         entries = {
             name: [*stamps[name], verdict]
@@ -201,12 +201,12 @@ def _verify(root: Path, names: list[str]) -> dict[str, Verdict]:
     return {name: verdicts[name] for name in names}
 
 
-def _examine_all(root: Path, names: list[str], verdicts: dict[str, Verdict]) -> None:
-    """Examine files with as many threads as this process has CPUs, and add the results to `verdicts`."""
+def _verify_all(root: Path, names: list[str], verdicts: dict[str, Verdict]) -> None:
+    """Verify files with as many threads as this process has CPUs, and add the results to `verdicts`."""
     bar = progress_bar("checking images", "files") if len(names) >= _MIN_FILES_FOR_BAR else nullcontext(lambda *_: None)
     # Pillow's warnings are ignored here, because the filters apply to all threads.
     with warnings.catch_warnings(action="ignore"), bar as advance:
-        found = map_ahead(examine, (root / name for name in names), _QUEUED, len(os.sched_getaffinity(0)))
+        found = map_ahead(verify_image, (root / name for name in names), _QUEUED, len(os.sched_getaffinity(0)))
         for name, verdict in zip(names, found, strict=True):
             verdicts[name] = verdict
             advance(1, len(names))

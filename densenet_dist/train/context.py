@@ -53,12 +53,12 @@ class StopRequest(IntEnum):
     """Save a checkpoint as soon as possible: this machine may be lost soon."""
     STOP = 2
     """Save a checkpoint, then stop."""
-    LEAVE = 3
+    ABANDON = 3
     """Stop at once and write nothing: the run's folder belongs to another job."""
 
 
 class Stopped(BaseException):
-    """Raised when a run stops on request; everything is saved, except after `StopRequest.LEAVE`."""
+    """Raised when a run stops on request; everything is saved, except after `StopRequest.ABANDON`."""
 
 
 class WorkerStatus:

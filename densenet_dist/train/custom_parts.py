@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from densenet_dist.custom import Callback, errors, is_custom, short_name
 from densenet_dist.custom_options import bind
 from densenet_dist.data.augment import Augmentation, draw
-from densenet_dist.data.datasets import Channels, Dataset, first
+from densenet_dist.data.datasets import Channels, Dataset, take_first
 from densenet_dist.errors import ConfigError, DataError, TrainingError
 from densenet_dist.schedules import Schedule, ScheduleState
 from densenet_dist.schema import Config
@@ -82,7 +82,7 @@ def custom_dataset(config: Config) -> Dataset:
         )
     if found.val is not None and limit is not None:
         raise ConfigError(f"data.limit: {name} has validation images of its own; leave the limit at null")
-    train, test = first(found.train, limit), first(found.test, config.data.test_limit)
+    train, test = take_first(found.train, limit), take_first(found.test, config.data.test_limit)
     names = tuple(map(str, found.class_names))
     dataset: Dataset = replace(found, name=name, class_names=names, train=train, test=test, mean=mean, std=std)
     return dataset

@@ -68,14 +68,14 @@ class RunLog:
         self.run, self._first_step, self._monitor = run, global_step, monitor
         self._trackers: list[Tracker] = []
         self._notify: Callable[[str, bool], None] | None = None
-        self._board: Board | None = None
+        self._board: TensorBoardWriter | None = None
         self._problems: dict[str, bool] = {}  # of TensorBoard, and whether they were shown
         self._lines = self._keep_until(global_step, epochs)
         self._records = [line for line in self._lines if "epoch" in line]
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # left by a process that stopped before its first checkpoint
         self._earlier = run.names(TENSORBOARD_FOLDER)
-        # Board hides the events of this step: the test's, if it was interrupted, but also those that are to stay.
+        # Earlier events of this step are hidden: the test's, if it was interrupted, but also those that are to stay.
         for line in self._lines if self._earlier else ():
             if line["global_step"] == global_step:
                 self._write_scalars(line)
@@ -85,11 +85,11 @@ class RunLog:
         """Return which of the first `epochs` epochs have no record because their lines were lost or damaged."""
         return sorted(set(range(1, epochs + 1)) - {record["epoch"] for record in self._records})
 
-    def write_board(self, method: Callable[..., None], *arguments: Any) -> None:
-        """Call a method of `Board`. An error does not end the run: it becomes a warning, shown once."""
+    def write_tensorboard(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Call a method of `TensorBoardWriter`. An error does not end the run: it becomes a warning, shown once."""
         try:
             if self._board is None:
-                self._board = Board(self.run.path / TENSORBOARD_FOLDER, self._first_step, self._earlier)
+                self._board = TensorBoardWriter(self.run.path / TENSORBOARD_FOLDER, self._first_step, self._earlier)
             method(self._board, *arguments)
         except Exception as error:
             self._problems.setdefault(f"TensorBoard is incomplete: {type(error).__name__}: {error}", False)
@@ -117,8 +117,8 @@ class RunLog:
 
     def publish(self, *, last: bool = False) -> None:
         """Flush the files (or close them, if it is the `last` time), and upload them to an object store."""
-        self.write_board(Board.close if last else Board.flush)
-        self.write_board(lambda board: self.run.publish(TENSORBOARD_FOLDER))
+        self.write_tensorboard(TensorBoardWriter.close if last else TensorBoardWriter.flush)
+        self.write_tensorboard(lambda board: self.run.publish(TENSORBOARD_FOLDER))
         self.run.publish(METRICS_FILE)
         self._report_messages()
 
@@ -128,18 +128,18 @@ class RunLog:
             tracker.finish("finished", summary)
         self._report_messages()
 
-    def abandon(self, *, failed: bool = True, leaves: bool = False) -> None:
+    def close_after_error(self, *, failed: bool = True, leaves: bool = False) -> None:
         """Close the files after an error or a stop.
 
         With `leaves` the run continues in another process, so it is not marked as ended at the services.
         """
-        self.write_board(Board.close)
+        self.write_tensorboard(TensorBoardWriter.close)
         for tracker in self._trackers:
             tracker.detach() if leaves else tracker.finish("failed" if failed else "stopped", {})
 
     def _write_scalars(self, record: dict[str, Any]) -> None:
         best = best_scalars(self._records, self._monitor) if "epoch" in record else {}
-        self.write_board(Board.scalars, record | best, record["global_step"])
+        self.write_tensorboard(TensorBoardWriter.scalars, record | best, record["global_step"])
 
     def _report_messages(self) -> None:
         if self._notify is None:
@@ -171,7 +171,7 @@ def best_scalars(records: Sequence[dict[str, Any]], monitor: str) -> dict[str, f
     return {"best/epoch": best["epoch"], **{f"best/val_{name}": best[f"val/{name}"] for name in ("loss", "top1")}}
 
 
-class Board:
+class TensorBoardWriter:
     """The TensorBoard events of one run: curves, images, hyperparameters and test results, in one folder.
 
     Args:
@@ -205,7 +205,7 @@ class Board:
             if "/" in tag or tag == "lr":
                 self._writer.add_scalar(tag, value, step)
 
-    def introduce(self, config: Config, num_classes: int) -> None:
+    def write_hparams(self, config: Config, num_classes: int) -> None:
         """Write the settings, and which curves belong together, before the first step.
 
         `SummaryWriter.add_hparams` would start another run in TensorBoard. Stopped and lost runs are in the HPARAMS tab

@@ -21,7 +21,7 @@ from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, Stopped, StopRequest
 from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, report_lines, split_warnings, write_metadata
-from densenet_dist.train.logs import Board, RunLog, epoch_event, progress_event, start_event
+from densenet_dist.train.logs import RunLog, TensorBoardWriter, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
 from densenet_dist.train.performance import epoch_figures, step_figures
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
@@ -81,10 +81,12 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
         return _test(trainer, log)
     except BaseException as error:
         if log is not None:  # release it: this process may train another run (notebook, sweep)
-            log.abandon(failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.LEAVE)
+            log.close_after_error(
+                failed=isinstance(error, Exception), leaves=context.status.requested is StopRequest.ABANDON
+            )
         raise
     finally:
-        if context.status.requested is not StopRequest.LEAVE:
+        if context.status.requested is not StopRequest.ABANDON:
             trainer.profiler.finish()
         trainer.store.close()
 
@@ -105,7 +107,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
     for batch in trainer.batches():
         status.enter("train")
         if log is not None and trainer.position.global_step == 0:
-            log.write_board(_show_images, trainer, batch)
+            log.write_tensorboard(_show_images, trainer, batch)
         ends_epoch = trainer.steps_left == 1
         with trainer.profiler.step(trainer.position.global_step, ends_epoch=ends_epoch):
             train_step(trainer, batch)
@@ -227,7 +229,7 @@ def stop_if_requested(trainer: Trainer, request: StopRequest, snapshot: Snapshot
             save(trainer, snapshot)
         trainer.store.wait()
         trainer.context.note(f"stopped; the checkpoint of step {trainer.saved_step} is saved")
-    if request in (StopRequest.STOP, StopRequest.LEAVE):
+    if request in (StopRequest.STOP, StopRequest.ABANDON):
         raise Stopped
 
 
@@ -309,8 +311,8 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     }
     if log is not None:
         log.record({"epoch": best["epoch"], **metrics}, step)
-        log.write_board(Board.test_results, results, step)
-        log.write_board(Board.finished, step)
+        log.write_tensorboard(TensorBoardWriter.test_results, results, step)
+        log.write_tensorboard(TensorBoardWriter.finished, step)
         log.publish(last=True)
         write_test_results(context.run, results)
         context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
@@ -330,7 +332,7 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
     report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
-        log.write_board(Board.introduce, config, dataset.num_classes)
+        log.write_tensorboard(TensorBoardWriter.write_hparams, config, dataset.num_classes)
     log.track(config, context.note)
     write_metadata(context.run, config, dataset)
     context.report(start_event(trainer))
@@ -339,6 +341,6 @@ def _start_log(trainer: Trainer, log: RunLog) -> None:
     report_lines(context.warn, dataset.skipped)
 
 
-def _show_images(board: Board, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
+def _show_images(board: TensorBoardWriter, trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     first = batch.compute() if isinstance(batch, BatchRecipe) else batch
     board.images("train/augmented", first.images, trainer.engine.mean, trainer.engine.std, 0)

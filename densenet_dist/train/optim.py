@@ -119,7 +119,7 @@ class LRController:
     Attributes:
         scale: product of the reductions by the ``plateau`` schedule so far.
         stopped: whether early stopping has ended the run.
-        end_step: number of steps for which there is time, see `fit`; infinite without a limit.
+        end_step: number of steps for which there is time, see `rescale_to`; infinite without a limit.
     """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int, options: Mapping[str, Any] | None = None) -> None:
@@ -135,7 +135,7 @@ class LRController:
         self.scale = 1.0
         self.stopped = False
         self.end_step = math.inf
-        self._fitted = (0, 0.0)  # step of the last `fit`, and the progress there
+        self._fitted = (0, 0.0)  # step of the last `rescale_to`, and the progress there
         self._minutes = config.max_minutes or math.inf
         self.lr(0)  # raises an error of a custom schedule
         self.lr(self._steps - 1)
@@ -157,7 +157,7 @@ class LRController:
             return lr * (start + (1 - start) * min(now + 1, math.ceil(warmup)) / math.ceil(warmup))
         return float(self._schedule(ScheduleState(now, warmup, steps, self._steps_per_epoch, lr)))
 
-    def fit(self, step: int, end_step: int) -> None:
+    def rescale_to(self, step: int, end_step: int) -> None:
         """Let the schedule continue at `step` where it is, and reach its last step just before `end_step`."""
         self._fitted, self.end_step = (step, self._progress(step)), end_step
 

@@ -78,4 +78,4 @@ def fit_to_time(trainer: Trainer) -> None:
         within_epoch = position.step > 0  # its last step is known before it is taken
         end = min(position.global_step + max(steps, int(within_epoch)), trainer.most_steps)
         if end < trainer.total_steps or controller.end_step < math.inf:
-            controller.fit(position.global_step, end)
+            controller.rescale_to(position.global_step, end)

@@ -25,13 +25,13 @@ WIDTH, HEIGHT = 24, 16
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that have been opened to verify them."""
     names: list[str] = []
-    check = image_folder.examine
+    check = image_folder.verify_image
 
     def count(path: Path) -> Verdict:
         names.append(path.name)
         return check(path)
 
-    monkeypatch.setattr(image_folder, "examine", count)
+    monkeypatch.setattr(image_folder, "verify_image", count)
     return names
 
 

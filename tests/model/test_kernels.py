@@ -122,7 +122,7 @@ def test_sum_gradients(name: str, carried: str) -> None:
         x = draw.maps(*shape, before=before, after=after)
         keep_away_from_zero(x, norms)
         out = draw.maps(*shape, before=before, after=after, dtype=draw.wide if carried in ("nothing", "wide") else None)
-        carry = out if carried == "in place" else None if carried == "nothing" else draw.maps(*shape)
+        accumulator = out if carried == "in place" else None if carried == "nothing" else draw.maps(*shape)
         sums, shared = [draw.normal(2, c + 3)[:, :c] for _ in range(count)], draw.normal(2, c)
         corrected = [None if i == 2 else shared for i in range(count)]  # the third has constant statistics
         rest, expected = Untouched(out), torch.empty(shape, device=x.device, dtype=torch.float64)
@@ -132,9 +132,9 @@ def test_sum_gradients(name: str, carried: str) -> None:
             Consumer(g.double(), NormGrad(double(norm), s, None if share is None else right))
             for g, norm, s, share in zip(gradients, norms, wanted, corrected, strict=True)
         ]
-        EXACT.sum_gradients(x.double(), exact, None if carry is None else carry.double(), expected)
+        EXACT.sum_gradients(x.double(), exact, None if accumulator is None else accumulator.double(), expected)
         consumers = [Consumer(g, NormGrad(*parts)) for g, *parts in zip(gradients, norms, sums, corrected, strict=True)]
-        make_kernels(name).sum_gradients(x, consumers, carry, out)
+        make_kernels(name).sum_gradients(x, consumers, accumulator, out)
         close(out, expected, label=(case, dtype))
         for found, exactly in zip([*sums, shared], [*wanted, right], strict=True):
             close(found, exactly, 1e-13 if draw.wide == torch.float64 else 5e-6, label=(case, dtype))

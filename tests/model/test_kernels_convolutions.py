@@ -60,7 +60,7 @@ class Layer(NamedTuple):
     weight: Tensor
     dropout: Dropout
     d_made: Tensor
-    carry: Tensor
+    accumulator: Tensor
 
     @classmethod
     def draw(cls, shape: tuple[int, int, int, int], makes: int, side: int, dtype: torch.dtype) -> "Layer":
@@ -68,8 +68,8 @@ class Layer(NamedTuple):
         n, c, h, w = shape
         norm, maps = draw.norm(c), draw.maps(*shape, before=3, after=4)
         keep_away_from_zero(maps, [norm])
-        d_made, carry = draw.maps(n, makes, h, w, before=1), draw.maps(*shape, after=5)
-        return cls(maps, norm, draw.normal(makes, c, side, side), draw.dropout(n, makes, h, w), d_made, carry)
+        d_made, accumulator = draw.maps(n, makes, h, w, before=1), draw.maps(*shape, after=5)
+        return cls(maps, norm, draw.normal(makes, c, side, side), draw.dropout(n, makes, h, w), d_made, accumulator)
 
 
 def rectify_exactly(maps: Tensor, norm: Norm) -> Tensor:
@@ -100,12 +100,14 @@ def test_forward_equals_float64(native: NativeKernels, dtype: torch.dtype, maske
 
 
 @each_dtype
-@pytest.mark.parametrize("carried", ["nothing", "carry", "carry into itself"])
+@pytest.mark.parametrize("carried", ["nothing", "accumulator", "accumulator into itself"])
 def test_backward_equals_float64(native: NativeKernels, dtype: torch.dtype, carried: str) -> None:
     for shape, makes, side in CASES:
-        maps, norm, weight, _, d_made, carry = Layer.draw(shape, makes, side, dtype)
-        out = carry if carried == "carry into itself" else Draw("cpu", dtype).maps(*shape, before=2, after=3)
-        before = None if carried == "nothing" else carry
+        maps, norm, weight, _, d_made, accumulator = Layer.draw(shape, makes, side, dtype)
+        out = (
+            accumulator if carried == "accumulator into itself" else Draw("cpu", dtype).maps(*shape, before=2, after=3)
+        )
+        before = None if carried == "nothing" else accumulator
         rest, sums = Untouched(out), torch.full((2, shape[1]), math.nan, dtype=dtype)
         d_weight = torch.full(weight.shape, math.nan, dtype=dtype)
         expected, expected_sums = torch.empty(shape, dtype=torch.float64), torch.empty(2, shape[1], dtype=torch.float64)
@@ -151,7 +153,7 @@ def test_relu_signs_equal_those_of_bn_relu(native: NativeKernels, dtype: torch.d
 
 
 @each_side
-@pytest.mark.parametrize("where", ["maps", "weight", "d_made", "carry"])
+@pytest.mark.parametrize("where", ["maps", "weight", "d_made", "accumulator"])
 def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: str, side: int) -> None:
     for row in (0, 1080, 1124):  # of 1125; the last chunk reuses memory
         layer = Layer.draw((5, 17, 15, 15), 9, side, torch.float32)
@@ -161,17 +163,17 @@ def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: s
             layer.weight[4, 5] = math.nan
         else:
             getattr(layer, where)[image, 4 if where == "d_made" else 5, pixel // 15, pixel % 15] = math.nan
-        maps, norm, weight, dropout, d_made, carry = layer
+        maps, norm, weight, dropout, d_made, accumulator = layer
         slot, out, d_weight = torch.empty_like(d_made), torch.empty_like(maps), torch.empty_like(weight)
         (mean, var), sums = weight.new_empty(2, len(weight)), weight.new_empty(2, maps.shape[1])
         native.convolve(maps, norm, weight, dropout, slot, Statistics(mean, var))
-        native.convolve_backward(maps, NormGrad(norm, sums, None), weight, d_made, carry, out, d_weight)
+        native.convolve_backward(maps, NormGrad(norm, sums, None), weight, d_made, accumulator, out, d_weight)
         # As in PyTorch, the gradient passes where y is NaN.
         assert [int(tensor.isnan().any()) for tensor in (slot, mean, var, out, sums, d_weight)] == {
             "maps": [1, 1, 1, 0, 1, 1],
             "weight": [1, 1, 1, 1, 1, 0],
             "d_made": [0, 0, 0, 1, 1, 1],
-            "carry": [0, 0, 0, 1, 0, 0],
+            "accumulator": [0, 0, 0, 1, 0, 0],
         }[where]
 
 

@@ -83,13 +83,13 @@ def test_milestones_and_warmup_may_end_within_an_epoch_and_do_not_move_each_othe
 def test_a_schedule_fitted_to_the_time_is_that_of_a_run_with_as_many_steps(options):
     name, *warmup = options.split(",")
     long = controller(f"schedule.name={name}", "max_minutes=1", *warmup)  # of 20 epochs
-    long.fit(0, 10 * STEPS_PER_EPOCH)
+    long.rescale_to(0, 10 * STEPS_PER_EPOCH)
     short = rates(10, lr=0.1, name=name, warmup_epochs=3.0 if warmup else 0.0)
     assert [long.lr(step) for step in range(70)] == pytest.approx(short, abs=0.003)
     # Estimates that change: the rate continues where it is, and completes its course where the last one says.
     for step, end in ((5, 8), (6, 80), (30, 50), (45, 95)):
         before = long.lr(step)
-        long.fit(step, end)
+        long.rescale_to(step, end)
         assert long.lr(step) == pytest.approx(before, rel=1e-9)
     found = [long.lr(step) for step in range(45, 95)]
     assert found == sorted(found, reverse=True)
@@ -102,7 +102,7 @@ def test_a_schedule_fitted_to_the_time_is_that_of_a_run_with_as_many_steps(optio
 @pytest.mark.parametrize(("end", "resumed"), [(20 * STEPS_PER_EPOCH, math.inf), (100, 100)])
 def test_more_epochs_lift_the_end_unless_the_time_set_it(end, resumed):
     before, after = controller("max_minutes=1"), controller("max_minutes=1", "epochs=30")
-    before.fit(10, end)
+    before.rescale_to(10, end)
     after.load_state_dict(before.state_dict())
     assert after.end_step == resumed
 

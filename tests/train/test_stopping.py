@@ -76,7 +76,7 @@ def test_asked_to_save_it_saves_once_and_goes_on_and_without_its_folder_it_write
     assert asked(config, 2, StopRequest.SAVE)[-1]["kind"] == "end"
     assert set(weights_of(config)) == {"step-00000002", "step-00000015"}
     config = tiny(tmp_path / "leaves", "train.epochs=1")
-    assert asked(config, 2, StopRequest.LEAVE)[-1]["kind"] == "stopped"
+    assert asked(config, 2, StopRequest.ABANDON)[-1]["kind"] == "stopped"
     assert not weights_of(config)
 
 

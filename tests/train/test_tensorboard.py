@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from densenet_dist import load_run
-from densenet_dist.train.logs import Board
+from densenet_dist.train.logs import TensorBoardWriter
 from densenet_dist.train.results import Mistake, ResultsAccumulator, read_test_results
 
 METRICS = ("loss", "top1", "top5", "balanced_accuracy", "worst_class_accuracy", "macro_f1")
@@ -109,7 +109,7 @@ def test_class_names_may_contain_anything(tmp_path):
     Image.new("RGB", (40, 40)).save(png, "PNG")
     metrics = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "images": 300.0}
     results = accumulator.compute(metrics, names, torch.device("cpu"))
-    board = Board(tmp_path / "tiny" / "tb")
+    board = TensorBoardWriter(tmp_path / "tiny" / "tb")
     board.test_results(replace(results, mistakes=(Mistake(3, 0, 1, 0.9, 0.1, png.getvalue()),)), 7)
     board.close()
     shown = board_of(tiny(tmp_path))

@@ -90,7 +90,7 @@ class BackwardPass:
         self._bottlenecks, self._dropouts = list(bottlenecks), list(dropouts)
         self._d_weights: list[Tensor | None] = []  # of all units, the last one's first
         self._waiting: list[Consumer] = []
-        self._carry: Tensor | None = None  # G without the waiting gradients; without a tail, first the maps' gradient
+        self._accumulator: Tensor | None = None  # G without `_waiting`; without a tail, first the maps' gradient
         self._buffer: Tensor | None = None  # the memory of G
         self._d_bottleneck: Tensor | None = None  # the memory of a bottleneck's gradient, of one layer at a time
 
@@ -99,7 +99,7 @@ class BackwardPass:
         block = self._block
         weights = [unit.weight for unit, _, need_weight in self._left if need_weight and unit.weight is not None]
         if block.tail is None:
-            self._carry = gradient
+            self._accumulator = gradient
         else:
             self._backward_buffer_unit(OutputGradient(gradient, gradient))
         for start, stop in reversed(list(pairwise(block.widths))):
@@ -126,9 +126,11 @@ class BackwardPass:
         if self._convolutions.accumulates(unit):
             if self._waiting:
                 self._flush(unit.in_channels)
-            carry, out = self._carry_slice(0, unit.in_channels), self._buffer_slice(unit.in_channels)
-            d_weight = self._convolutions.backward_accumulate(unit, maps, norm_grad, d_output, need_weight, carry, out)
-            self._carry = out
+            accumulator, out = self._accumulator_slice(0, unit.in_channels), self._buffer_slice(unit.in_channels)
+            d_weight = self._convolutions.backward_accumulate(
+                unit, maps, norm_grad, d_output, need_weight, accumulator, out
+            )
+            self._accumulator = out
         else:
             gradient, d_weight = self._convolutions.backward(unit, maps, norm_grad.norm, d_output, need_weight)
             self._waiting.insert(0, Consumer(gradient, norm_grad))
@@ -140,7 +142,7 @@ class BackwardPass:
         """Add all that waits to G of the first channels."""
         out = self._buffer_slice(channels)
         self._sum_waiting(0, channels, out)
-        self._carry = out
+        self._accumulator = out
         self._waiting.clear()
 
     def _backward_second_unit(self, d_output: OutputGradient) -> OutputGradient:
@@ -163,8 +165,8 @@ class BackwardPass:
             self._buffer = empty_buffer(self._maps, channels)
         return self._buffer[:, :channels]
 
-    def _carry_slice(self, start: int, stop: int) -> Tensor | None:
-        return None if self._carry is None else self._carry[:, start:stop]
+    def _accumulator_slice(self, start: int, stop: int) -> Tensor | None:
+        return None if self._accumulator is None else self._accumulator[:, start:stop]
 
     def _slot_gradient(self, start: int, stop: int, dropout: Dropout | None) -> OutputGradient:
         """Return the gradient of channels ``start:stop`` of the buffer, which no further unit reads."""
@@ -173,8 +175,8 @@ class BackwardPass:
             total = empty_maps(maps, stop - start, self._wide)
             self._sum_waiting(start, stop, total)
         else:
-            assert self._carry is not None
-            total = self._carry[:, start:stop]
+            assert self._accumulator is not None
+            total = self._accumulator[:, start:stop]
         correction = None
         if any(unit.frozen is None for unit in self._block.buffer_units):
             first, last = self._block.buffer_start + start, self._block.buffer_start + stop
@@ -186,7 +188,7 @@ class BackwardPass:
         consumers = [
             Consumer(gradient[:, start:stop], norm_grad.narrow(start, stop)) for gradient, norm_grad in self._waiting
         ]
-        self._kernels.sum_gradients(self._maps[:, start:stop], consumers, self._carry_slice(start, stop), out)
+        self._kernels.sum_gradients(self._maps[:, start:stop], consumers, self._accumulator_slice(start, stop), out)
 
     def _correction(self, mean: Tensor, sums: Tensor) -> Correction:
         """Return the correction of channels given A and B (2, C) of this rank."""

@@ -113,11 +113,11 @@ class Convolutions:
 
     def backward_accumulate(
         self, unit: Unit, maps: Tensor, norm_grad: NormGrad, d_output: OutputGradient, need_weight: bool,
-        carry: Tensor | None, out: Tensor,
+        accumulator: Tensor | None, out: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """Compute `backward`, then `Kernels.sum_gradients` of its result; return the weight's gradient."""
         d_rectified, d_weight = self.backward(unit, maps, norm_grad.norm, d_output, need_weight)
-        self._kernels.sum_gradients(maps, [Consumer(d_rectified[:, : unit.in_channels], norm_grad)], carry, out)
+        self._kernels.sum_gradients(maps, [Consumer(d_rectified[:, : unit.in_channels], norm_grad)], accumulator, out)
         return d_weight
 
     def like_weights(self, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -206,28 +206,28 @@ class CpuConvolutions(Convolutions):
 
     def backward_accumulate(
         self, unit: Unit, maps: Tensor, norm_grad: NormGrad, d_output: OutputGradient, need_weight: bool,
-        carry: Tensor | None, out: Tensor,
+        accumulator: Tensor | None, out: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """See `Convolutions.backward_accumulate`."""
         native = self._native_for(unit)
         if unit.weight is None or (native is None and len(maps) <= self._images):
-            return super().backward_accumulate(unit, maps, norm_grad, d_output, need_weight, carry, out)
+            return super().backward_accumulate(unit, maps, norm_grad, d_output, need_weight, accumulator, out)
         gradient = self._corrected(d_output, unit.out_channels)
         if native is not None:
             weight = unit.weight.to(maps.dtype).contiguous()
             d_weight = torch.empty_like(weight) if need_weight else None
-            native.convolve_backward(maps, norm_grad, weight, gradient, carry, out, d_weight)
+            native.convolve_backward(maps, norm_grad, weight, gradient, accumulator, out, d_weight)
             return d_weight
         pieces = self._split(maps)
-        carries = [None] * len(pieces) if carry is None else self._split(carry)
+        accumulators = [None] * len(pieces) if accumulator is None else self._split(accumulator)
         parts = norm_grad.gradients.new_empty(len(pieces), *norm_grad.gradients.shape)
         d_weight = torch.zeros_like(unit.weight, dtype=parts.dtype) if need_weight else None
-        for piece, part, d_piece, carry_piece, out_piece in zip(
-            pieces, parts, self._split(gradient), carries, self._split(out), strict=True
+        for piece, part, d_piece, accumulator_piece, out_piece in zip(
+            pieces, parts, self._split(gradient), accumulators, self._split(out), strict=True
         ):
             d_weight_piece = super().backward_accumulate(
                 unit, piece, norm_grad._replace(gradients=part), OutputGradient(d_piece, d_piece), need_weight,
-                carry_piece, out_piece,
+                accumulator_piece, out_piece,
             )  # fmt: skip
             if d_weight is not None and d_weight_piece is not None:
                 d_weight += d_weight_piece

@@ -179,19 +179,21 @@ class Kernels:
         torch.mean(stored, (0, 2, 3), out=mean)
         torch.mean((stored - _per_channel(mean)).square(), (0, 2, 3), out=var)
 
-    def sum_gradients(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
-        """Compute ``out = carry + sum over consumers of s g``, and each consumer's `NormGrad`.
+    def sum_gradients(
+        self, maps: Tensor, consumers: Sequence[Consumer], accumulator: Tensor | None, out: Tensor
+    ) -> None:
+        """Compute ``out = accumulator + sum over consumers of s g``, and each consumer's `NormGrad`.
 
         g is defined there; s is `Norm.scale`.
 
         Args:
             maps: x, (N, C, H, W).
             consumers: one to `MAX_CONSUMERS`.
-            carry: sum over consumers of earlier calls, (N, C, H, W), of the maps' dtype; may be `out`. None: zero.
+            accumulator: sum over consumers of earlier calls, (N, C, H, W), of the maps' dtype, or None; may be `out`.
             out: (N, C, H, W), of the maps' or the accumulation dtype.
         """
         x = maps.to(accumulation_type(maps.dtype))
-        total = torch.zeros_like(x) if carry is None else carry.to(x.dtype)
+        total = torch.zeros_like(x) if accumulator is None else accumulator.to(x.dtype)
         for gradient, norm_grad in consumers:
             norm = norm_grad.norm
             g = torch.where(_normalize(maps, norm) <= 0, 0, gradient.to(x.dtype))

@@ -83,7 +83,7 @@ struct Consumer {
 
 template <typename T, typename O>
 void sum_gradients(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count, const Consumer<T> *consumers,
-                   const T *carry, int64_t ldc, O *out, int64_t ldo, int threads) {
+                   const T *accumulator, int64_t ldc, O *out, int64_t ldo, int threads) {
   using A = typename Wide<T>::type;
   std::vector<Affine<A>> norms;
   for (int64_t i = 0; i < count; ++i)
@@ -110,18 +110,18 @@ void sum_gradients(int64_t rows, int64_t channels, const T *x, int64_t ldx, int6
         if constexpr (sizeof(O) < sizeof(A)) {
           // Sum in the accumulation type and round once, instead of after every consumer.
           A *chunk = kept.data() - first * channels;
-          if (i == 0 && carry == nullptr) std::fill(kept.begin(), kept.end(), A(0));
-          if (i == 0 && carry != nullptr)
+          if (i == 0 && accumulator == nullptr) std::fill(kept.begin(), kept.end(), A(0));
+          if (i == 0 && accumulator != nullptr)
             for (int64_t row = first; row < last; ++row)
-              for (int64_t c = 0; c < channels; ++c) chunk[row * channels + c] = load(carry + row * ldc + c);
+              for (int64_t c = 0; c < channels; ++c) chunk[row * channels + c] = load(accumulator + row * ldc + c);
           add(chunk, channels, chunk, channels);
           if (i == count - 1)
             for (int64_t row = first; row < last; ++row)
               for (int64_t c = 0; c < channels; ++c) store(out + row * ldo + c, chunk[row * channels + c]);
         } else if (i > 0) {
           add(out, ldo, out, ldo);
-        } else if (carry != nullptr) {
-          add(carry, ldc, out, ldo);
+        } else if (accumulator != nullptr) {
+          add(accumulator, ldc, out, ldo);
         } else {
           add(zeros.data(), 0, out, ldo);
         }
@@ -186,13 +186,13 @@ void correct_gradient(int64_t rows, int64_t channels, int64_t padded, const G *g
     store_output(rows, channels, output, ldp, mask, keep, slot, lds, mean, var, threads);                              \
   }                                                                                                                    \
   extern "C" void sum_gradients_##NAME(int64_t rows, int64_t channels, const T *x, int64_t ldx, int64_t count,         \
-                                       const void *consumers, const T *carry, int64_t ldc, void *out, int64_t ldo,     \
+                                       const void *consumers, const T *accumulator, int64_t ldc, void *out, int64_t ldo, \
                                        int wide, int threads) {                                                        \
     const auto *all = static_cast<const Consumer<T> *>(consumers);                                                     \
     if (wide)                                                                                                          \
-      sum_gradients<T, WIDE>(rows, channels, x, ldx, count, all, carry, ldc, static_cast<WIDE *>(out), ldo, threads);  \
+      sum_gradients<T, WIDE>(rows, channels, x, ldx, count, all, accumulator, ldc, static_cast<WIDE *>(out), ldo, threads); \
     else                                                                                                               \
-      sum_gradients<T, T>(rows, channels, x, ldx, count, all, carry, ldc, static_cast<T *>(out), ldo, threads);        \
+      sum_gradients<T, T>(rows, channels, x, ldx, count, all, accumulator, ldc, static_cast<T *>(out), ldo, threads);  \
   }                                                                                                                    \
   extern "C" void correct_gradient_##NAME(int64_t rows, int64_t channels, int64_t padded, const void *gradient,        \
                                           int64_t ldg, const T *x, int64_t ldx, const void *mean, const void *offset,  \

@@ -56,7 +56,7 @@ class _ConvolutionForward(_Convolution):
 
 class _ConvolutionBackward(_Convolution):
     _fields_ = (
-        ("d_output", _P), ("ldd", _I), ("carry", _P), ("ldc", _I), ("out", _P), ("ldo", _I), ("sums", _P),
+        ("d_output", _P), ("ldd", _I), ("accumulator", _P), ("ldc", _I), ("out", _P), ("ldo", _I), ("sums", _P),
         ("d_weight", _P),
     )  # fmt: skip
 
@@ -116,13 +116,15 @@ class NativeKernels(Kernels):
             *_vectors(into or (None, None), slot), torch.get_num_threads(),
         )  # fmt: skip
 
-    def sum_gradients(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
+    def sum_gradients(
+        self, maps: Tensor, consumers: Sequence[Consumer], accumulator: Tensor | None, out: Tensor
+    ) -> None:
         """See `Kernels.sum_gradients`."""
         pixels, channels, ld = _pixels(maps)
         _, _, ldo = _pixels(out)
-        assert carry is None or carry.dtype == maps.dtype
+        assert accumulator is None or accumulator.dtype == maps.dtype
         assert out.shape == maps.shape
-        ldc = ldo if carry is None else _pixels(carry)[2]
+        ldc = ldo if accumulator is None else _pixels(accumulator)[2]
         structures = (_Consumer * len(consumers))()
         sums = maps.new_empty((len(consumers), 2, channels), dtype=accumulation_type(maps.dtype))
         for structure, (gradient, (norm, *_)), own_sums in zip(structures, consumers, sums, strict=True):
@@ -133,7 +135,7 @@ class NativeKernels(Kernels):
             structure.eps, structure.sums = norm.eps, own_sums.data_ptr()
         self._functions["sum_gradients", maps.dtype](
             pixels, channels, maps.data_ptr(), ld, len(consumers), ctypes.addressof(structures),
-            None if carry is None else carry.data_ptr(), ldc, out.data_ptr(), ldo, _is_wide(out, maps),
+            None if accumulator is None else accumulator.data_ptr(), ldc, out.data_ptr(), ldo, _is_wide(out, maps),
             torch.get_num_threads(),
         )  # fmt: skip
         for consumer, own_sums in zip(consumers, sums, strict=True):
@@ -174,8 +176,8 @@ class NativeKernels(Kernels):
         self._functions[_name(weight), maps.dtype](ctypes.addressof(call))
 
     def convolve_backward(
-        self, maps: Tensor, norm_grad: NormGrad, weight: Tensor, d_output: Tensor, carry: Tensor | None, out: Tensor,
-        d_weight: Tensor | None,
+        self, maps: Tensor, norm_grad: NormGrad, weight: Tensor, d_output: Tensor, accumulator: Tensor | None,
+        out: Tensor, d_weight: Tensor | None,
     ) -> None:  # fmt: skip
         """Compute the backward pass of `convolve`, then `sum_gradients` with the result as its only consumer.
 
@@ -184,7 +186,7 @@ class NativeKernels(Kernels):
             norm_grad: as for `sum_gradients`.
             weight: as for `convolve`.
             d_output: (N, K, H, W), the gradient with respect to the convolution's output.
-            carry: as for `sum_gradients`.
+            accumulator: as for `sum_gradients`.
             out: as for `sum_gradients`, of the maps' dtype.
             d_weight: of the weight's shape, contiguous, overwritten with its gradient; None: not needed.
         """
@@ -194,12 +196,12 @@ class NativeKernels(Kernels):
         assert output_pixels == pixels
         assert out.shape == maps.shape
         assert d_output.dtype == out.dtype == maps.dtype
-        assert carry is None or (carry.dtype == maps.dtype and carry.shape == maps.shape)
+        assert accumulator is None or (accumulator.dtype == maps.dtype and accumulator.shape == maps.shape)
         sums = maps.new_empty((2, channels), dtype=accumulation_type(maps.dtype))
         call = _ConvolutionBackward(*_convolution(maps, norm_grad.norm, weight, out_channels))
         call.d_output, call.ldd = d_output.data_ptr(), ldd
-        if carry is not None:
-            call.carry, call.ldc = carry.data_ptr(), _pixels(carry)[2]
+        if accumulator is not None:
+            call.accumulator, call.ldc = accumulator.data_ptr(), _pixels(accumulator)[2]
         call.out, call.ldo = out.data_ptr(), ldo
         call.sums, call.d_weight = sums.data_ptr(), _pointer(d_weight, weight.shape, maps.dtype)
         self._functions[f"{_name(weight)}_backward", maps.dtype](ctypes.addressof(call))

@@ -42,12 +42,12 @@ struct ConvolutionForward : Convolution<A> {
 };
 
 // The backward pass, given d_output, the gradient of the convolution's output. With g the gradient of norm(x), it
-// computes out = carry + scale g, the sums of g and of g (x - mean), (2, channels), and d_weight unless it is null.
+// computes out = accumulator + scale g, the sums of g and of g (x - mean), (2, channels), and d_weight if not null.
 template <typename A>
 struct ConvolutionBackward : Convolution<A> {
   const A *d_output;
   int64_t ldd;
-  const A *carry;
+  const A *accumulator;
   int64_t ldc;
   A *out;
   int64_t ldo;
@@ -56,10 +56,10 @@ struct ConvolutionBackward : Convolution<A> {
   // Compute one row of `out` from the rectified row and its gradient, and add to the row's sums.
   void add_row(int64_t row, const A *rectified, const A *d_rectified, const A *scale, A *sum) const {
     const A *values = this->x + row * this->ldx;
-    if (carry == nullptr)
+    if (accumulator == nullptr)
       add_row<false>(values, rectified, d_rectified, scale, nullptr, out + row * ldo, sum);
     else
-      add_row<true>(values, rectified, d_rectified, scale, carry + row * ldc, out + row * ldo, sum);
+      add_row<true>(values, rectified, d_rectified, scale, accumulator + row * ldc, out + row * ldo, sum);
   }
 
   // Add up the sums of all groups, (groups, 2, channels), in order.

@@ -107,7 +107,7 @@ def sum_gradients(
     gradient1, ld1, gamma1, beta1, mean1, var1, eps1: tl.float64, gradients1, gradients_ld1, corr1, corr_ld1,
     gradient2, ld2, gamma2, beta2, mean2, var2, eps2: tl.float64, gradients2, gradients_ld2, corr2, corr_ld2,
     gradient3, ld3, gamma3, beta3, mean3, var3, eps3: tl.float64, gradients3, gradients_ld3, corr3, corr_ld3,
-    carry, carry_ld, out, out_ld, sums, tickets, rows, channels, tiles, groups, COUNT: tl.constexpr,
+    accumulator, accumulator_ld, out, out_ld, sums, tickets, rows, channels, tiles, groups, COUNT: tl.constexpr,
     READ: tl.constexpr, WRITE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +121,8 @@ def sum_gradients(
         row = (group * tiles + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         valid = _tile_mask(row, rows, channel, channels, READ)
         x = _wide(tl.load(_pointers(maps, maps_ld, row, channel, READ), mask=valid, other=0))
-        if carry is not None:
-            total = _wide(tl.load(_pointers(carry, carry_ld, row, channel, READ), mask=valid, other=0))
+        if accumulator is not None:
+            total = _wide(tl.load(_pointers(accumulator, accumulator_ld, row, channel, READ), mask=valid, other=0))
         else:
             total = tl.zeros([BLOCK_R, BLOCK_C], x.dtype)
         total, a0, b0 = _consume(

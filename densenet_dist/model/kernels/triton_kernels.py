@@ -81,10 +81,12 @@ class TritonKernels(Kernels):
             BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
 
-    def sum_gradients(self, maps: Tensor, consumers: Sequence[Consumer], carry: Tensor | None, out: Tensor) -> None:
+    def sum_gradients(
+        self, maps: Tensor, consumers: Sequence[Consumer], accumulator: Tensor | None, out: Tensor
+    ) -> None:
         """See `Kernels.sum_gradients`."""
         read, written = _layout_of(maps), _layout_like(out, maps)
-        carry_layout = None if carry is None else _layout_like(carry, maps)
+        accumulator_layout = None if accumulator is None else _layout_like(accumulator, maps)
         layouts = [_layout_like(gradient, maps) for gradient, _ in consumers]
         count, groups = len(consumers), _groups_for(read)
         if not 1 <= count <= MAX_CONSUMERS:
@@ -97,9 +99,10 @@ class TritonKernels(Kernels):
         sums = torch.empty(shape, dtype=accumulation_type(maps.dtype), device=maps.device)
         triton_jit.sum_gradients[groups.grid](
             maps, read.ld, *flat, *_NO_CONSUMER * (MAX_CONSUMERS - count),
-            carry, 0 if carry_layout is None else carry_layout.ld, out, written.ld, sums, self._tickets_for(maps),
-            read.rows, read.channels, groups.tiles, groups.number, COUNT=count,
-            READ=_read_width(read.channels, read, carry_layout, *layouts), WRITE=_write_width(read.channels, written),
+            accumulator, 0 if accumulator_layout is None else accumulator_layout.ld, out, written.ld, sums,
+            self._tickets_for(maps), read.rows, read.channels, groups.tiles, groups.number, COUNT=count,
+            READ=_read_width(read.channels, read, accumulator_layout, *layouts),
+            WRITE=_write_width(read.channels, written),
             NORM=_vector_width(maps, *(vector for consumer in consumers for vector in consumer.norm_grad.norm[:4])),
             BLOCK_R=groups.rows, BLOCK_C=groups.channels, BLOCK_T=_PARTIALS, num_warps=8,
         )  # fmt: skip
