@@ -8,7 +8,6 @@ import os
 import random
 import shlex
 import shutil
-import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -16,14 +15,13 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from densenet_dist.data import cifar
 from densenet_dist.data.background import Advance, progress_bar
 from densenet_dist.data.cifar import CifarSpec, Contents
 from densenet_dist.data.store import DataStore, cache_of, locked_cache, locked_folder
-from densenet_dist.errors import ConfigError, DataError
+from densenet_dist.errors import DataError
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import sync
 
@@ -32,13 +30,8 @@ _TIMEOUT_S = 30.0  # without any data, not for the whole transfer
 _CHUNK = 1 << 18
 _ATTEMPTS = 6
 _FIRST_WAIT_S = 1.0  # doubled after each attempt
-_LOCALHOST = ("localhost", "127.0.0.1", "::1")
-_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_RETRIED_4XX = (408, 425, 429)
 _FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
-_PERMANENT = (
-    *(ssl.SSLCertVerificationError, FileNotFoundError, PermissionError, IsADirectoryError, InvalidURL, ValueError),
-    str,  # the reason of an URLError may be a text
-)
 
 
 def load(spec: CifarSpec, root: str | Path, *, download: bool, url: str | None) -> tuple[Path, Contents]:
@@ -175,7 +168,9 @@ def _not_on_store(spec: CifarSpec, store: DataStore) -> str:
 
 
 def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> None:
-    """Download `url` to the file `target`, with a progress bar; retry temporary failures after growing random waits.
+    """Download `url` to the file `target`, with a progress bar; retry after growing random waits.
+
+    A refusal (status 4xx) is final, and so are failures of other addresses than http:// and https://.
 
     Args:
         title: what is downloaded, for messages and the progress bar.
@@ -183,31 +178,31 @@ def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> Non
         remedy: what else the user can do, for messages.
 
     Raises:
-        ConfigError: the address has no supported scheme or contains credentials.
         DataError: the download failed, or the file is larger than `limit`.
         OSError: `target` cannot be written.
     """
-    _require_safe(url)
     # The query may contain a signature, which must not appear in logs.
     failed = f"cannot download {title} from {url.partition('?')[0]}"
-    for attempt in range(_ATTEMPTS):
+    attempts = _ATTEMPTS if url.lower().startswith("http") else 1
+    for attempt in range(1, attempts + 1):
         try:
             with progress_bar(f"downloading {title}") as advance:
                 _transfer(url, target, limit, advance)
             return
         except _FAILURES as error:
+            final = isinstance(error, ValueError | InvalidURL)  # too large, or no address
             if isinstance(error, HTTPError):
                 error.close()  # it holds the connection
-            if not _is_temporary(error):
-                raise DataError(f"{failed}: {error}; {remedy}") from error
-            if attempt == _ATTEMPTS - 1:
-                raise DataError(f"{failed}: {error}; tried {_ATTEMPTS} times; {remedy}") from error
+                final = 400 <= error.code < 500 and error.code not in _RETRIED_4XX
+            if final or attempt == attempts:
+                raise DataError(f"{failed} (attempt {attempt} of {attempts}): {error}; {remedy}") from error
         # Not the seeded generator of the training: all nodes would retry at the same moment.
-        time.sleep(random.SystemRandom().uniform(0.5, 1) * _FIRST_WAIT_S * 2**attempt)
+        time.sleep(random.SystemRandom().uniform(0.5, 1) * _FIRST_WAIT_S * 2 ** (attempt - 1))
 
 
 def _transfer(url: str, target: Path, limit: int, advance: Advance) -> None:
-    request = Request(url, headers={"User-Agent": "densenet-dist"})  # noqa: S310  # see `_require_safe`
+    # Of any scheme: the files must have the official SHA-256.
+    request = Request(url, headers={"User-Agent": "densenet-dist"})  # noqa: S310
     with urlopen(request, timeout=_TIMEOUT_S) as response, open(target, "wb") as file:  # noqa: S310
         length = response.headers["Content-Length"]
         total = int(length) if length else None
@@ -220,29 +215,3 @@ def _transfer(url: str, target: Path, limit: int, advance: Advance) -> None:
             advance(len(chunk), total)
         if total is not None and received != total:
             raise ConnectionError(f"the transfer broke off after {received} of {total} bytes")
-
-
-def _is_temporary(error: Exception) -> bool:
-    if isinstance(error, HTTPError):
-        return error.code in _RETRIED_STATUS
-    reason = error.reason if isinstance(error, URLError) else error
-    if isinstance(reason, socket.gaierror):
-        return reason.errno == socket.EAI_AGAIN  # else there is no such host
-    return not isinstance(reason, _PERMANENT)
-
-
-def _require_safe(url: str) -> None:
-    """Refuse addresses with credentials, and those that are neither encrypted nor on this machine."""
-    try:
-        parts = urlsplit(url)
-        host, user = parts.hostname, parts.username
-    except ValueError as error:
-        raise ConfigError(f"data.url is not a valid address: {error}") from None
-    shown = url.rpartition("@")[2].partition("?")[0]
-    if user is not None:
-        raise ConfigError(f"data.url holds credentials for {shown}, which logs would show: remove them")
-    if parts.scheme not in ("https", "file") and not (parts.scheme == "http" and host in _LOCALHOST):
-        raise ConfigError(
-            f"cannot download from {shown!r}: data.url must begin with https:// or file://; "
-            "http:// is allowed for this machine only"
-        )

@@ -31,7 +31,6 @@ class Dataset:
             seed; ImageNet's for image files.
         val: (m,) int64, indices into `train` that the data set itself holds out for validation, or None.
         skipped: image files that were left out, one line each, with the reason.
-        keeps_classes: see `plan.split_indices`.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Dataset:
     std: Channels
     val: npt.NDArray[np.int64] | None = None
     skipped: tuple[str, ...] = ()
-    keeps_classes: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -77,14 +75,14 @@ def load_dataset(
             download goes there. Or the URI of an object store, from which it is copied to this node's cache once;
             `publish_dataset` puts it there.
         download: whether to download what is missing; never if `root` is a URI, so that nodes do not all download it.
-        url: of the archive, instead of the official address: https:// or file://; http:// from this machine only.
+        url: of the archive, instead of the official address: https://, http:// or file://.
         limit, test_limit: use at most this many images of the training split, and of the test split.
         seed: of a generated data set.
         image_size: side of the square images made from image files.
         test_fraction: share of the images that become the test split, for a folder without one.
         on_bad_image: whether image files that cannot be read are an error, or are left out.
         split: for a folder, the part (train, val or test) that the run uses each file for, by name; other files are
-            left out. If it names none of the files, the parts are drawn anew; if it is empty, as older versions did.
+            left out. If it names none of the files, the parts are drawn anew.
 
     Raises:
         ConfigError: the name, `limit`, `test_limit` or `url` is invalid.
@@ -102,8 +100,7 @@ def load_dataset(
         path = _image_folder(root)
         folder = image_folder.read_folder(path, image_size=image_size, on_bad_image=on_bad_image)
         folder = _keep_split(folder, split or {}, limits)
-        keeps_classes = split != {}  # older versions could leave a class without a training image
-        return _folder_dataset(folder, path.absolute(), limits, test_fraction, keeps_classes)
+        return _folder_dataset(folder, path.absolute(), limits, test_fraction)
     spec = cifar.SPECS[name]
     _, (class_names, train, test) = cifar_source.load(spec, root, download=download, url=url)
     return Dataset(name, class_names, take_first(train, limit), take_first(test, test_limit), spec.mean, spec.std)
@@ -191,17 +188,13 @@ def _keep_split(folder: image_folder.Folder, split: Mapping[str, str], limits: L
     return replace(folder, train=folder.train[used], val=val, test=test_split, skipped=skipped)
 
 
-def _folder_dataset(
-    folder: image_folder.Folder, root: Path, limits: Limits, test_fraction: float, keeps_classes: bool
-) -> Dataset:
+def _folder_dataset(folder: image_folder.Folder, root: Path, limits: Limits, test_fraction: float) -> Dataset:
     train, test, val = folder.train, folder.test, folder.val
     if test is None:
         if test_fraction == 0.0:
             raise ConfigError(f"{root} has no folder test, and test_fraction=0 leaves nothing to test on")
         # One test split for all seeds: what is tested on must not depend on how a run was started.
-        rest, held_out = split_indices(
-            train.labels, test_fraction, 0, stratified=True, keeps_classes=keeps_classes, stream=Stream.TEST_SPLIT
-        )
+        rest, held_out = split_indices(train.labels, test_fraction, 0, stratified=True, stream=Stream.TEST_SPLIT)
         train, test = train[rest], train[held_out]  # a validation folder would be the test split
     kept, kept_test = _evenly(len(train.labels), limits[0]), _evenly(len(test.labels), limits[1])
     return Dataset(
@@ -213,7 +206,6 @@ def _folder_dataset(
         IMAGENET_STD,
         None if val is None else np.flatnonzero(np.isin(kept, val)).astype(np.int64),
         folder.skipped,
-        keeps_classes,
     )
 
 

@@ -81,18 +81,16 @@ def split_indices(
     seed: int,
     *,
     stratified: bool = False,
-    keeps_classes: bool = False,
     stream: Stream = Stream.SPLIT,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the dataset indices of the training and the validation part, each sorted, int64.
 
-    The validation part has `round(val_fraction * n)` images. If stratified, they are distributed over the classes in
-    proportion to their sizes (largest remainders first).
+    The validation part has `round(val_fraction * n)` images, or fewer, so that at least one of every class is left to
+    train on. If stratified, they are distributed over the classes in proportion to their sizes (largest remainders
+    first).
 
     Args:
         labels: (n,) integer class labels.
-        keeps_classes: leave at least one image of every class in the training part; the validation part may become
-            smaller. If no class would be lost, nothing changes.
         stream: `TEST_SPLIT` holds out a test part instead.
 
     Raises:
@@ -107,9 +105,9 @@ def split_indices(
         raise ConfigError(f"{name}={val_fraction} of {count} images leaves no training image")
     # The images with the smallest keys are the validation part: of all images, or of each class.
     order = np.argsort(random_words(count, seed=seed, stream=stream), kind="stable")
-    if keeps_classes:  # the image with the largest key of each class stays in the training part
-        _, last = np.unique(labels[order][::-1], return_index=True)
-        order = np.delete(order, count - 1 - last)
+    # The image with the largest key of each class stays in the training part.
+    _, last = np.unique(labels[order][::-1], return_index=True)
+    order = np.delete(order, count - 1 - last)
     in_val = np.zeros(count, dtype=np.bool_)
     if stratified:
         classes, sizes = np.unique(labels, return_counts=True)

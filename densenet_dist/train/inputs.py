@@ -69,9 +69,7 @@ def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:
     if dataset.val is not None:  # a folder with its own validation images
         return np.setdiff1d(np.arange(len(dataset.train.labels)), dataset.val), dataset.val
     data, labels = config.data, dataset.train.labels
-    return split_indices(
-        labels, data.val_fraction, config.seed, stratified=data.is_stratified, keeps_classes=dataset.keeps_classes
-    )
+    return split_indices(labels, data.val_fraction, config.seed, stratified=data.is_stratified)
 
 
 def class_weights(config: Config, dataset: Dataset, indices: Indices, device: torch.device) -> torch.Tensor | None:
@@ -191,11 +189,10 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
     """
     parts = run.read_json(SPLIT_FILE).items()
     split = {str(name): part for part, names in parts if isinstance(names, list) for name in names}
-    has_begun = run.exists(CLASSES_FILE)
-    dataset = load_dataset_of(config, split if split or has_begun else None)
-    before = read_metadata(run, config).names if has_begun else dataset.class_names
-    if before != dataset.class_names:
-        pairs = list(zip_longest(before, dataset.class_names, fillvalue="-"))
+    dataset = load_dataset_of(config, split)
+    before = _read_classes(run)
+    if before is not None and before.names != dataset.class_names:
+        pairs = list(zip_longest(before.names, dataset.class_names, fillvalue="-"))
         shown = pairs if len(pairs) <= 20 else [pair for pair in pairs if pair[0] != pair[1]][:20]
         theirs, ours = map(list, zip(*shown, strict=True))
         raise CheckpointError(
@@ -207,9 +204,12 @@ def load_run_data(config: Config, run: RunFolder) -> Dataset:
 
 
 def read_metadata(run: RunFolder, config: Config) -> ModelMetadata:
-    """Read classes.json of a run. Runs of versions that wrote none take its content from the data set."""
-    found = run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
-    return found or ModelMetadata.of(load_dataset_of(config))
+    """Read classes.json of a run; take its content from the data set if it was deleted."""
+    return _read_classes(run) or ModelMetadata.of(load_dataset_of(config))
+
+
+def _read_classes(run: RunFolder) -> ModelMetadata | None:
+    return run.read(CLASSES_FILE, ModelMetadata, remedy="delete it: the data set has the classes too")
 
 
 def digest_of_files(dataset: Dataset) -> str | None:

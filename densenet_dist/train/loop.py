@@ -329,8 +329,6 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
 def _start_log(trainer: Trainer, log: RunLog) -> None:
     """Record and report the configuration, and warn about problems of the log and the data."""
     config, context, dataset, trainer.log = trainer.config, trainer.context, trainer.dataset, log
-    missing = [f"epoch {epoch}" for epoch in log.missing_epochs(trainer.position.epoch)]
-    report_lines(context.warn, missing, f"{context.run.uri}/{METRICS_FILE}: lines that are missing or damaged")
     if trainer.position.global_step == 0:
         log.write_tensorboard(TensorBoardWriter.write_hparams, config, dataset.num_classes)
     log.track(config, context.note)

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pydantic import Base64Bytes, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, model_validator
+from pydantic import Base64Bytes, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter
 from torch import Tensor, nn
 
 from densenet_dist.data.engine import Engine
@@ -134,17 +134,6 @@ class TestResults:
         matrix = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
         matrix[self.pairs[:, 0], self.pairs[:, 1]] = self.pairs[:, 2]
         return matrix
-
-    @model_validator(mode="before")
-    @classmethod
-    def _convert(cls, values: Any) -> Any:
-        """Convert the content of an older version's file, which has the whole confusion matrix."""
-        if not isinstance(values, dict) or "confusion" not in values:
-            return values
-        matrix = np.asarray(values["confusion"], dtype=np.int64)
-        if matrix.shape != (len(values["class_names"]),) * 2:
-            raise ValueError("the confusion matrix has another number of classes")
-        return values | {"pairs": np.column_stack([*np.nonzero(matrix), matrix[matrix != 0]])}
 
     def __post_init__(self) -> None:
         bins, labels = self.calibration, {label for each in self.mistakes for label in (each.label, each.predicted)}

@@ -199,9 +199,7 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 def require_same(snapshot: Snapshot, here: dict[str, dict[str, Any]], origin: str) -> None:
     """Raise a CheckpointError with every difference, unless a checkpoint fits this run, whose identity is `here`."""
-    there = snapshot.state.get("identity")
-    if there is None:
-        return  # a checkpoint of an older version
+    there = snapshot.state["identity"]
     kinds = ("always", "within an epoch") if snapshot.position.step else ("always",)
     # Keys that an older version did not write are not compared.
     pairs = [(key, there[kind].get(key, value), value) for kind in kinds for key, value in here.get(kind, {}).items()]
@@ -221,13 +219,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
     """Load a state dict.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, of another shape or dtype, or counts are negative.
+        CheckpointError: tensors are missing, unexpected, or of another shape or dtype.
     """
     own = model.state_dict()
     require_same_tensors(tensor_specs(weights), tensor_specs(own), f"{origin} does not fit this model")
-    for name, tensor in weights.items():
-        if name.endswith("num_batches_tracked") and (tensor < 0).any():
-            raise CheckpointError(f"{origin} is damaged: {name} is negative")
     model.load_state_dict(dict(weights))
 
 

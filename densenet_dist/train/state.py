@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,12 +89,12 @@ def restore(trainer: Trainer, snapshot: Snapshot) -> None:
     """Load a checkpoint.
 
     Raises:
-        CheckpointError: it does not fit this model, or holds values that training cannot continue from.
+        CheckpointError: it does not fit this model, or its content is not that of a checkpoint.
     """
     origin = f"the checkpoint of step {snapshot.position.global_step}"
     try:
         _restore(trainer, snapshot, origin)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{origin} is damaged: {type(error).__name__}: {error}\n"
             "  delete its folder to resume from the checkpoint before it, or restore a copy"
@@ -107,7 +105,6 @@ def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
     state = snapshot.state
     require_same(snapshot, identity_of(trainer.config, trainer.dataset), origin)
     controller = state["lr_controller" if "lr_controller" in state else "course"]  # its name in older checkpoints
-    _require_valid(state, controller)
     if snapshot.position.step > trainer.steps_per_epoch:
         raise ValueError(f"an epoch has {trainer.steps_per_epoch} steps, not {snapshot.position.step}")
     load_weights(trainer.model, snapshot.model, origin)
@@ -133,23 +130,3 @@ def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
     first_step = snapshot.position.global_step - snapshot.position.step
     trainer.epoch_lr = state.get("epoch_lr", trainer.lr_controller.lr(first_step))
     trainer.saved_step = snapshot.position.global_step
-
-
-def _require_valid(state: Mapping[str, Any], controller: Mapping[str, float]) -> None:
-    """Raise a ValueError if a number in a checkpoint's state is impossible. NaN fails each of the comparisons."""
-    scaler, sums, clock = state["scaler"], state["sums"], state["clock"]
-    for found in (sums, state.get("logged", sums)):
-        if (found.dtype, found.shape[1:], found.is_contiguous()) != (torch.float64, (4,), True):
-            raise ValueError("the sums of loss, hits and images have another form")
-    counts = [controller["plateau.waited"], controller["early.waited"], scaler.get("_growth_tracker", 0)]
-    times = [clock["seconds"], *clock["epoch_time"], clock.get("logged_at", 0.0), *clock["goodput"]["seconds"].values()]
-    times.append(state.get("epoch_lr", 0.0))
-    if not (
-        all(0 <= count < math.inf for count in (*counts, *sums[:, 1:].flatten()))
-        and all(map(math.isfinite, times))
-        and 0 <= controller["scale"] <= 1
-        and 0 <= controller.get("fit.progress", 0) <= 1
-        and 0 <= controller.get("fit.step", 0) <= controller.get("fit.end", math.inf)
-        and 0 < scaler.get("scale", 1) <= torch.finfo(torch.float32).max
-    ):
-        raise ValueError("it holds an impossible count, time or scale")
