@@ -7,7 +7,7 @@ traceback too.
 import errno
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from densenet_dist.credentials import without_credentials
@@ -81,6 +81,11 @@ class Interrupted(DenseNetDistError):
             f"{shlex.quote(run)}{options}"
         )
         self.exit_code = 128 + number
+
+
+def first_lines(lines: Sequence[str], most: int) -> list[str]:
+    """Return the first lines, at most `most`, then how many more there are."""
+    return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from densenet_dist.data.image_files import (
     verify_image,
 )
 from densenet_dist.environment import cache_folder
-from densenet_dist.errors import DataError, StorageError
+from densenet_dist.errors import DataError, StorageError, first_lines
 from densenet_dist.run_folder import RunFolder
 
 _PARTS = {
@@ -84,10 +84,9 @@ def read_folder(root: Path, *, image_size: int, on_bad_image: Literal["error", "
     verdicts = _verify(root, [name for part in parts.values() for name in part])
     bad = tuple(f"{printable(name)}: {verdict}" for name, verdict in verdicts.items() if isinstance(verdict, str))
     if bad and on_bad_image == "error":
-        more = (f"... and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()
         remedy = "delete or convert them, or leave them out: data.on_bad_image=skip"
         first = f"{len(bad)} of {len(verdicts)} images in {root} cannot be used:"
-        raise DataError("\n  ".join((first, *bad[:_SHOWN], *more, remedy)))
+        raise DataError("\n  ".join((first, *first_lines(bad, _SHOWN), remedy)))
     for part, labels in parts.items():
         parts[part] = {name: label for name, label in labels.items() if not isinstance(verdicts[name], str)}
         present = set(parts[part].values())

@@ -1,10 +1,12 @@
 """The architecture of a DenseNet as plain numbers, and checks of their consistency. Does not use PyTorch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Final, Literal, get_args
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 _MAX_PARAMETERS: Final = 10**10
 """With gradients and momentum they take 112 GiB."""
@@ -14,6 +16,7 @@ CompressionOf = Literal["channels", "growth_rate"]
 Head = Literal["global", "pool2"]
 Init = Literal["glorot", "he", "torchvision"]
 BlockForm = Literal["reference", "fused", "auto"]
+_Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +44,21 @@ class Architecture:
             the fused one, which falls back to the reference on devices without kernels.
     """
 
-    growth_rate: int
-    num_layers: tuple[int, ...]
-    num_classes: int
-    stem_channels: int
+    growth_rate: _Count
+    num_layers: Annotated[tuple[_Count, ...], Field(min_length=1)]
+    num_classes: _Count
+    stem_channels: _Count
     stem: Stem = "cifar"
-    bn_size: int | None = None
-    compression: float = 1.0
+    bn_size: _Count | None = None
+    compression: Annotated[float, Field(gt=0, le=1)] = 1.0
     compression_of: CompressionOf = "channels"
-    drop_rate: float = 0.0
-    norm_momentum: float = 0.1
-    norm_eps: float = 1e-5
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    norm_momentum: Annotated[float, Field(ge=0, le=1)] = 0.1
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     head: Head = "global"
     init: Init = "he"
-    image_size: int = 32
-    in_channels: int = 3
+    image_size: _Count = 32
+    in_channels: _Count = 3
     block: BlockForm = "reference"
 
     def block_widths(self) -> list[tuple[int, int]]:
@@ -115,36 +118,14 @@ class Architecture:
 
     def problems(self) -> list[str]:
         """Return all reasons why the network cannot be built, one line each: ``model.<key>: problem; remedy``."""
-        found = [*self._value_problems(), *self._choice_problems()]
-        # Widths and sides can only be checked if the values that they are computed from are valid.
-        return found or [*self._width_problems(), *self._side_problems(), *self._size_problems()]
-
-    def _value_problems(self) -> Iterator[str]:
-        for key in ("growth_rate", "num_classes", "stem_channels", "image_size", "in_channels"):
-            if getattr(self, key) < 1:
-                yield f"model.{key}: {getattr(self, key)} is too small; it must be at least 1"
-        if not self.num_layers or min(self.num_layers) < 1:
-            yield (
-                f"model.num_layers: {list(self.num_layers)} has a block without layers; "
-                "give one integer of at least 1 per block"
-            )
-        if self.bn_size is not None and self.bn_size < 1:
-            yield f"model.bn_size: {self.bn_size} is too small; it must be at least 1 (4 in the paper) or null"
-        for key, fits, wanted in (
-            ("compression", 0 < self.compression <= 1, "more than 0 and at most 1 (0.5 in DenseNet-BC)"),
-            ("drop_rate", 0 <= self.drop_rate < 1, "at least 0 and less than 1"),
-            ("norm_momentum", 0 <= self.norm_momentum <= 1, "from 0 to 1"),
-            ("norm_eps", self.norm_eps > 0, "more than 0"),
-        ):
-            if not fits:
-                yield f"model.{key}: {getattr(self, key)} is out of range; it must be {wanted}"
-
-    def _choice_problems(self) -> Iterator[str]:
-        kinds = {"stem": Stem, "compression_of": CompressionOf, "head": Head, "init": Init, "block": BlockForm}
-        for key, literal in kinds.items():
-            value, choices = getattr(self, key), get_args(literal)
-            if value not in choices:
-                yield f"model.{key}: there is no {value!r}; choose from {', '.join(choices)}"
+        try:
+            _ADAPTER.validate_python(asdict(self))
+        except ValidationError as error:  # widths and sides are computed from these values
+            return [
+                f"model.{'.'.join(map(str, found['loc']))}: {found['msg']}; got {found['input']!r}"
+                for found in error.errors()
+            ]
+        return [*self._width_problems(), *self._side_problems(), *self._size_problems()]
 
     def _width_problems(self) -> Iterator[str]:
         for i, ((_, leaving), (entering, _)) in enumerate(pairwise(self.block_widths()), start=1):
@@ -179,6 +160,9 @@ class Architecture:
                 f"model.num_layers, model.growth_rate: {parameters:,} parameters ({parameters // 2**28:,} GiB) are too "
                 f"many; lower them to {_MAX_PARAMETERS:,} parameters or fewer"
             )
+
+
+_ADAPTER: Final = TypeAdapter(Architecture)
 
 
 def _blocks(count: int) -> str:

@@ -22,7 +22,7 @@ from densenet_dist.data.image_files import ImageFiles, Split
 from densenet_dist.data.image_folder import few
 from densenet_dist.data.loader import EvalLoader, TrainLoader
 from densenet_dist.data.plan import split_indices
-from densenet_dist.errors import CheckpointError, ConfigError, DataError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, first_lines
 from densenet_dist.run_folder import CLASSES_FILE, SPLIT_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext
@@ -60,8 +60,7 @@ def load_dataset_of(config: Config, split: Mapping[str, str] | None = None) -> D
 def report_lines(report: Callable[[str], object], lines: Sequence[str], what: str = "left out of data.root") -> None:
     """Call `report` with the number of lines and the first five; not if there are none."""
     if lines:
-        more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
-        report("\n  ".join([f"{what}: {len(lines):,}", *lines[:5], *more]))
+        report("\n  ".join([f"{what}: {len(lines):,}", *first_lines(lines, 5)]))
 
 
 def train_and_val(config: Config, dataset: Dataset) -> tuple[Indices, Indices]:

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 from densenet_dist.config import to_dict
 from densenet_dist.custom import is_custom
 from densenet_dist.data.datasets import Dataset
-from densenet_dist.errors import CheckpointError, StorageError
+from densenet_dist.errors import CheckpointError, StorageError, first_lines
 from densenet_dist.run_folder import sync
 from densenet_dist.schema import Config
 
@@ -241,8 +241,7 @@ def require_same_tensors(found: Mapping[str, TensorSpec], wanted: Mapping[str, T
         if name in found and found[name] != kind
     ]
     if lines:
-        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
-        raise CheckpointError(f"{problem}:\n  " + "\n  ".join(shown))
+        raise CheckpointError("\n  ".join([f"{problem}:", *first_lines(lines, 8)]))
 
 
 def _describe(kind: TensorSpec) -> str:
