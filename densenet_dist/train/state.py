@@ -95,6 +95,8 @@ def restore(trainer: Trainer, snapshot: Snapshot) -> None:
     try:
         _restore(trainer, snapshot, origin)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # of the device, such as a lack of memory
         raise CheckpointError(
             f"{origin} is damaged: {type(error).__name__}: {error}\n"
             "  delete its folder to resume from the checkpoint before it, or restore a copy"
