@@ -93,7 +93,8 @@ def _dataset_problem(found: Any) -> str | None:
     if not isinstance(found, Dataset):
         return f"returned a {type(found).__name__}"
     for split in (found.train, found.test):
-        images, labels = split.images, split.labels
+        images: Any = split.images
+        labels = split.labels
         if not _is_array(images, np.uint8, 4) or images.shape[1] != images.shape[2] or images.shape[3] != 3:
             return "returned images that are not a uint8 array (n, side, side, 3)"
         if not _is_array(labels, np.int64, 1) or len(labels) != len(images):
