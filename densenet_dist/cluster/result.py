@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from densenet_dist.config import load_run_config
-from densenet_dist.display.progress import counted, test_details, trained_epochs
+from densenet_dist.display.progress import pluralize, test_details, trained_epochs
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, open_run
 from densenet_dist.schema import Config
@@ -125,7 +125,7 @@ class Result:
         rows["test"] = f"top-1 {self.summary['test/top1']:.2%}, {test_details(self.summary)}"
         if "val/top1" in best:
             rows["validation"] = f"top-1 {best['val/top1']:.2%} (best, epoch {best['epoch']})"
-        epochs, steps = trained_epochs(self.summary), counted(self.summary["global_step"], "step")
+        epochs, steps = trained_epochs(self.summary), pluralize(self.summary["global_step"], "step")
         rows["trained"] = f"{epochs}, {steps} in {seconds:,.0f} s"
         rows["status"] = str(self.summary["status"])
         rows["page"] = _relative_path(self.page)

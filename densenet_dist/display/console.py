@@ -24,7 +24,14 @@ from rich.text import Text
 
 from densenet_dist.custom import trust_option
 from densenet_dist.display.json_lines import redirect_to_null
-from densenet_dist.display.progress import RunProgress, clock_time, counted, test_details, trained_epochs, wrapped
+from densenet_dist.display.progress import (
+    RunProgress,
+    format_duration,
+    pluralize,
+    test_details,
+    trained_epochs,
+    wrapped,
+)
 from densenet_dist.run_folder import PAGE_FILE, RunFolder
 from densenet_dist.trackers import links
 
@@ -122,8 +129,8 @@ class Console:
         if "val/top1" in best:
             figures["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
         figures["test top-1"] = f"{summary['test/top1']:.2%}   ({test_details(summary)})"
-        steps = counted(summary["global_step"], "step")
-        figures["trained"] = f"{trained_epochs(summary)}, {steps} in {clock_time(summary['train_seconds'])}"
+        steps = pluralize(summary["global_step"], "step")
+        figures["trained"] = f"{trained_epochs(summary)}, {steps} in {format_duration(summary['train_seconds'])}"
         if run.images_per_s is not None:
             figures["speed"] = f"{run.images_per_s:,.0f} images/s"
         if run.goodput is not None:
@@ -292,9 +299,9 @@ def start_lines(event: Event) -> list[str]:
         f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
         f"{event['train_images']:,} training and {event['val_images']:,} validation images",
         *([f"{event['classes']:,} classes: {event['class_names']}"] if event["data"] == "folder" else []),
-        f"{limit}{counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}, global batch size "
-        f"{event['global_batch_size']}; {event['world_size']} x {event['device']}, {event['precision']}, "
-        f"loader {event['loader']}",
+        f"{limit}{pluralize(event['epochs'], 'epoch')} of {pluralize(event['steps_per_epoch'], 'step')}, "
+        f"global batch size {event['global_batch_size']}; {event['world_size']} x {event['device']}, "
+        f"{event['precision']}, loader {event['loader']}",
     ]
 
 
@@ -307,7 +314,7 @@ def epoch_parts(event: Event, left_s: float | None = None) -> list[str]:
             parts.append(f"{shown} top-5 {event[f'{name}/top5']:6.2%}" if event["many_classes"] else shown)
     parts += [f"lr {event['lr']:.2e}", f"{event['perf/images_per_s']:,.0f} images/s", f"{event['seconds']:.1f} s"]
     if left_s:
-        parts.append(f"{clock_time(left_s)} left")
+        parts.append(f"{format_duration(left_s)} left")
     if event["is_best"]:
         parts[-1] += "  *"
     return parts

@@ -111,7 +111,7 @@ def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
     return lines
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """Format a number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
@@ -119,17 +119,17 @@ def counted(count: int, noun: str) -> str:
 def trained_epochs(summary: Mapping[str, Any]) -> str:
     """Return the passes over the data of a finished run, such as "7.4 epochs" if its time was over within one."""
     epochs = summary.get("trained_epochs") or summary["epochs"]
-    return f"{epochs:.1f} epochs" if epochs % 1 else counted(int(epochs), "epoch")
+    return f"{epochs:.1f} epochs" if epochs % 1 else pluralize(int(epochs), "epoch")
 
 
 def test_details(summary: Mapping[str, Any]) -> str:
     """Return the top-5 accuracy, loss and number of images of a test, as far as summary.json has them."""
     found = [f"top-5 {summary['test/top5']:.2%}"] if "test/top5" in summary else []
     found.append(f"loss {summary['test/loss']:.4f}")
-    return ", ".join([*found, counted(summary["test/images"], "image")] if "test/images" in summary else found)
+    return ", ".join([*found, pluralize(summary["test/images"], "image")] if "test/images" in summary else found)
 
 
-def clock_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration as 0:07, 12:34, 1:02:03 or 2 d 3:04:05."""
     days, rest = divmod(round(seconds), 86400)
     hours, rest = divmod(rest, 3600)
@@ -139,4 +139,4 @@ def clock_time(seconds: float) -> str:
 
 
 def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f"{clock_time(seconds)} left"
+    return "" if seconds is None else f"{format_duration(seconds)} left"

@@ -42,7 +42,7 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
-class Guess:
+class ClassProbability:
     """A class, its label, and its probability in [0, 1]."""
 
     name: str
@@ -60,7 +60,7 @@ class Prediction:
     """
 
     source: str
-    top: tuple[Guess, ...]
+    top: tuple[ClassProbability, ...]
 
 
 class Classifier:
@@ -168,13 +168,13 @@ class Classifier:
         (heat,) = grad_cam(self._network.model, images, torch.tensor([label])).cpu().numpy()
         return heat_overlay(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy(), heat)
 
-    def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[Guess, ...]]:
+    def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[ClassProbability, ...]]:
         logits = self.logits(pixels, tta=tta)
         if not logits.isfinite().all():
             raise CheckpointError("the model returns NaN or infinite logits: its weights are damaged")
         probabilities, labels = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
         return [
-            tuple(Guess(self.class_names[label], label, value) for value, label in zip(*row, strict=True))
+            tuple(ClassProbability(self.class_names[label], label, value) for value, label in zip(*row, strict=True))
             for row in zip(probabilities.tolist(), labels.tolist(), strict=True)
         ]
 

@@ -77,7 +77,7 @@ def _plot_result(
 ) -> None:
     values: list[float] = []
     for split, text in (("train", "training"), ("val", "validation")):
-        points = points_of(epochs, f"{split}/{name}", unit)
+        points = metric_points(epochs, f"{split}/{name}", unit)
         line(axes, points, colors[split], label=text)
         values += [y for _, y in points]
     value = math.nan if test is None else test.get(f"test/{name}", math.nan) * unit
@@ -90,7 +90,7 @@ def _plot_result(
     set_epoch_axes(axes, label)
 
 
-def points_of(epochs: Records, key: str, unit: float) -> Points:
+def metric_points(epochs: Records, key: str, unit: float) -> Points:
     """Return the finite values of a metric, by epoch."""
     return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
 

@@ -101,7 +101,7 @@ def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
         if not is_allowed(name):
             return f"{name} was not imported; --trust does so"
         try:
-            return summarize(config, len(read_metadata(folder, config).names), config.data.side)
+            return summarize(config, len(read_metadata(folder, config).names), config.data.resolved_image_size)
         except Exception as error:  # the report is needed all the same
             return f"{type(error).__name__}: {error}"
     try:
@@ -113,4 +113,4 @@ def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
     bias = snapshot.model.get("classifier.bias")
     if bias is None or bias.ndim != 1:
         raise CheckpointError(f"the best checkpoint of {folder.uri} does not fit this model: it lacks classifier.bias")
-    return summarize(config, len(bias), config.data.side)
+    return summarize(config, len(bias), config.data.resolved_image_size)

@@ -320,7 +320,7 @@ def progress_event(trainer: Trainer) -> Event:
         "loss": loss / max(images, 1.0),
         "top1": top1 / max(images, 1.0),
         "rate": trainer.position.step * trainer.config.train.global_batch_size / trained,
-        "goodput": trainer.goodput.figures()["goodput/ratio"],
+        "goodput": trainer.goodput.metrics()["goodput/ratio"],
     }
 
 

@@ -121,7 +121,7 @@ class StepTimer:
         return event
 
 
-def step_figures(trainer: Trainer) -> dict[str, float]:
+def step_metrics(trainer: Trainer) -> dict[str, float]:
     """Return the ``log.every_steps`` figures of the steps since the last call. Waits for the device; collective."""
     totals = trainer.metrics.compute(since=trainer.logged)
     before, trainer.logged_at = trainer.logged_at, trainer.train_time()[0]
@@ -134,7 +134,7 @@ def step_figures(trainer: Trainer) -> dict[str, float]:
     }
 
 
-def epoch_figures(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
+def epoch_metrics(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
     """Return the figures of an epoch on all ranks; warn once about a slow rank. A collective call.
 
     Returns:
