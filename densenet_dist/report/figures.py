@@ -1,4 +1,4 @@
-"""The figures of a run's report, as SVG for its page or for files."""
+"""The figures of a run, as SVG for its report and as matplotlib figures for `Result`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
 
 
 def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Figure:
-    """Plot top-1 and loss as in `result_figures`, side by side, for ``curves.png``."""
+    """Plot top-1 and loss as in `result_figures`, side by side, for `Result.plot`."""
     figure = new_figure(11, 4.2)
     for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
         _plot_result(axes, *result, epochs, test, _PRINTED_COLORS)
@@ -125,7 +125,7 @@ def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
 
 
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Figure:
-    """Draw the confusion matrix for ``confusion.png``."""
+    """Draw the confusion matrix for `Result.plot_confusion`."""
     with drawing(PRINTED):
         figure = confusion_figure(confusion, names)
         figure.suptitle(title)

@@ -42,7 +42,8 @@ _PEAK_TFLOPS: Final = {
     "RTX 3090": 71,
 }
 """Peak dense throughput in bf16 and fp16 with fp32 sums, from NVIDIA's data sheets, which double it for sparsity."""
-_PARTIAL: Final = re.compile(r"\bMIG\b|\b(Laptop|D|Ti)\b")
+_OTHER: Final = re.compile(r"\b(MIG|Laptop|D|Ti)\b|-\d+[ABCQ]\b")
+"""Parts of a GPU (MIG, or a vGPU such as A100-10C), and other GPUs of a similar name."""
 _MIN_STEPS: Final = 20
 _SLOW: Final = 1.3
 """A rank that takes this many times as long as the median rank for its own part of a step is reported."""
@@ -50,7 +51,7 @@ _SLOW: Final = 1.3
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
     """Return the peak dense throughput of a GPU in TFLOP/s, for fp32 that of TF32; None if it is unknown."""
-    if _PARTIAL.search(device_name):
+    if _OTHER.search(device_name):
         return None
     peak = next((peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
     return peak / 2 if peak and precision == "fp32" else peak  # TF32 has half the rate on all of them
