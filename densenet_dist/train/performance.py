@@ -1,4 +1,4 @@
-"""How well a run uses its devices: FLOPs, memory, and how long each rank's own part of a step takes."""
+"""How well a run uses its devices: FLOPs, memory, and how long each rank's forward and backward pass takes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _OTHER: Final = re.compile(r"\b(MIG|Laptop|D|Ti)\b|-\d+[ABCQ]\b")
 """Parts of a GPU (MIG, or a vGPU such as A100-10C), and other GPUs of a similar name."""
 _MIN_STEPS: Final = 20
 _SLOW: Final = 1.3
-"""A rank that takes this many times as long as the median rank for its own part of a step is reported."""
+"""A rank that takes this many times as long as the median rank for its forward and backward pass is reported."""
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
@@ -123,7 +123,7 @@ class StepTimer:
 
 
 def step_metrics(trainer: Trainer) -> dict[str, float]:
-    """Return the ``log.every_steps`` figures of the steps since the last call. Waits for the device; collective."""
+    """Return the ``log.every_steps`` metrics of the steps since the last call. Waits for the device; collective."""
     totals = trainer.metrics.compute(since=trainer.logged)
     before, trainer.logged_at = trainer.logged_at, trainer.train_time()[0]
     trainer.logged.sums.copy_(trainer.metrics.sums)
@@ -136,7 +136,7 @@ def step_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def epoch_metrics(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
-    """Return the figures of an epoch on all ranks; warn once about a slow rank. A collective call.
+    """Return the metrics of an epoch on all ranks; warn once about a slow rank. A collective call.
 
     Returns:
         Of a DenseNet ``perf/tflops`` of all ranks together and ``perf/mfu`` (its share of their peak, if known);

@@ -105,7 +105,7 @@ def test_the_page_of_a_finished_run_needs_no_data_and_no_evaluation(run, command
     assert command("report", "tiny") == (0, f"report: {run / 'report.html'}\n", "")
     page = page_of(run / "report.html")
     assert page.titles == [*RECORDS, *TESTED, *SETUP]
-    assert ["denseblock1", "DenseBlock"] in [row[:2] for row in lines(page, "layer")]
+    assert ["\xa0\xa0denseblock1", "DenseBlock"] in [row[:2] for row in lines(page, "layer")]
     assert [(run / name).read_text() for name in ("curves.png", "confusion.png")] == ["the user's own"] * 2
     assert (run / "report.html").read_bytes() != before
     monkeypatch.setenv("HOME", str(run.parent.parent))
