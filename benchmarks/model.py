@@ -92,7 +92,7 @@ def measure(
             "model": config.model.network,
             "precision": config.train.precision,
             "optimizer": settings["train"]["optimizer"],
-            "image_size": config.data.side,
+            "image_size": config.data.resolved_image_size,
             "classes": num_classes(config),
             "notes": notes,
             **conditions(device_name(device), local_threads(config.cluster), seconds, rounds),

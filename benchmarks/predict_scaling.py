@@ -277,7 +277,9 @@ def gpu_step_of(outcome: dict[str, Any], config: Config, images: int | None, ste
 
 
 def net_of(config: Config) -> Any:
-    return net_on_meta({"model": config.model.network, "classes": num_classes(config), "image_size": config.data.side})
+    return net_on_meta(
+        {"model": config.model.network, "classes": num_classes(config), "image_size": config.data.resolved_image_size}
+    )
 
 
 # Showing

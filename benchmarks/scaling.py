@@ -270,7 +270,7 @@ def random_trainer(config: Config, device: torch.device, num_classes: int, image
     data = replace(config.data, loader="torch", val_fraction=0.0, prefetch=1, sampler="uniform")
     model = replace(config.model, weights=None, pretrained=False)
     config = replace(config, model=model, train=train, data=data, cluster=replace(config.cluster, workers="auto"))
-    side, random = config.data.side, np.random.default_rng(config.seed)
+    side, random = config.data.resolved_image_size, np.random.default_rng(config.seed)
     pixels = random.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     split = Split(pixels, random.integers(0, num_classes, images))
     names = tuple(map(str, range(num_classes)))

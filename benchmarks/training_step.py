@@ -83,7 +83,7 @@ class TrainingStep:
     def __init__(self, variant: Variant, config: Config, num_classes: int, device: torch.device) -> None:
         self._variant, self._config, self._num_classes, self._device = variant, config, num_classes, device
         torch.manual_seed(config.seed)
-        settings = {**config.model.network, "num_classes": num_classes, "image_size": config.data.side}
+        settings = {**config.model.network, "num_classes": num_classes, "image_size": config.data.resolved_image_size}
         architecture = variant_architecture(**settings)
         if variant.padded:
             settings["growth_rate"] = -(-architecture.growth_rate // 8) * 8
@@ -133,7 +133,7 @@ class TrainingStep:
 
     def _batch(self, size: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self._device).manual_seed(self._config.seed)
-        side = self._config.data.side
+        side = self._config.data.resolved_image_size
         images = torch.randn(size, 3, side, side, generator=generator, device=self._device)
         labels = torch.randint(self._num_classes, (size,), generator=generator, device=self._device)
         return images.contiguous(memory_format=torch.channels_last), labels

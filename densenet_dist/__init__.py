@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from densenet_dist.train.network import build_model as build_model
 
 __version__ = "0.1.0"
-_HOMES = {
+_LAZY_IMPORTS = {
     "Callback": "custom",
     "Classifier": "inference.classifier",
     "Config": "schema",
@@ -60,12 +60,12 @@ _HOMES = {
     "tune": "cluster.sweep",
 }
 """The module of each public name."""
-__all__ = list(_HOMES)
+__all__ = list(_LAZY_IMPORTS)
 
 provide_user()  # here, since it must come before PyTorch and Ray ask, in Ray's workers too
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"densenet_dist.{_HOMES[name]}"), name)
+    if name in _LAZY_IMPORTS:
+        return getattr(import_module(f"densenet_dist.{_LAZY_IMPORTS[name]}"), name)
     raise AttributeError(f"module 'densenet_dist' has no attribute {name!r}")

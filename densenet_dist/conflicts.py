@@ -55,8 +55,8 @@ def conflicts(config: Config) -> Iterator[str]:
         yield "train.class_weights: balanced, as data.sampler is already: use one of them"
     if isinstance(train.class_weights, tuple) and not any(train.class_weights):
         yield "train.class_weights: at least one must be above 0"
-    if data.cutout > data.side:
-        yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.side}"
+    if data.cutout > data.resolved_image_size:
+        yield f"data.cutout: a hole of {data.cutout} pixels is larger than the images of {data.resolved_image_size}"
     if data.val_fraction == 0 and not own_images:
         yield from validation_conflicts(train)
     if schedule.name == "multistep" and list(schedule.milestones) != sorted(set(schedule.milestones)):

@@ -164,7 +164,7 @@ class DataConfig:
         return self.name == "folder" if self.stratified is None else self.stratified
 
     @property
-    def side(self) -> int:
+    def resolved_image_size(self) -> int:
         """Side of the square images in pixels."""
         return self.image_size or (224 if self.name == "folder" else 32)
 

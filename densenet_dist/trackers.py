@@ -120,9 +120,7 @@ class Tracker(ABC):
         self._wake.set()
         self._thread.join(_FINISH_TIMEOUT_S if status == "finished" else _ABORT_TIMEOUT_S)
         if self._thread.is_alive():
-            self._messages.put(
-                f"{self.name} is too slow: the run ended before all records were sent; metrics.jsonl has them"
-            )
+            self._messages.put(f"{self.name} did not accept all records before the timeout; metrics.jsonl has them")
 
     def detach(self) -> None:
         """Stop sending, but leave the service's run open: the run continues in another process."""

@@ -1,12 +1,12 @@
-"""Serve a page on which pictures can be tried: drop one, see its most probable classes and what speaks for the first.
+"""Serve a page that classifies images, and shows which regions support the most probable class.
 
     pip install 'densenet-dist[demo]'
     python examples/demo.py runs/k24                    # then open http://127.0.0.1:7860
     python examples/demo.py k24.safetensors --port 8000
 
 The page is for the users of this machine: it listens on 127.0.0.1 and asks for no password. It loads nothing from
-elsewhere. Uploads are deleted after ten minutes, the oldest earlier once all together exceed 200 MB, and all of them
-when it ends (Ctrl-C).
+other servers. Uploads are deleted after ten minutes, the oldest ones earlier if they exceed 200 MB together, and all of
+them when the program ends (Ctrl-C).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from densenet_dist.inference.images import Unreadable
 LARGEST_UPLOAD = 20 << 20
 LARGEST_TOTAL = 200 << 20
 SMALLEST_COUNTED = 64 << 10  # many small files fill a disk too
-DELETE_CACHE = (60, 600)  # every minute, what is older than ten
+DELETE_CACHE = (60, 600)  # every minute, files older than ten minutes
 
 
 class BoundedUploads:
@@ -65,14 +65,14 @@ class BoundedUploads:
 
 
 def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
-    """Serve the page; it reads and serves nothing but what was uploaded to it."""
-    import gradio  # it makes its folders when it is imported
+    """Serve the page; it reads and serves only uploaded files."""
+    import gradio  # creates its folders when it is imported
     from starlette.middleware import Middleware
 
     async def uploaded(path: str) -> str:
-        """What a request calls `path`, after Gradio has checked that it was uploaded; it would also download."""
+        """Return a request's `path`, which Gradio has checked to be an upload; Gradio would also download addresses."""
         if not os.path.isfile(path):
-            raise gradio.Error("This picture is not there any more: upload it again")
+            raise gradio.Error("This image is no longer available: upload it again")
         return path
 
     def classify(path: str | None) -> tuple[dict[str, float] | None, Any]:
@@ -80,10 +80,10 @@ def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
             return None, None
         (found,) = classifier.stream([path])
         if isinstance(found, Unreadable):
-            raise gradio.Error(f"This picture cannot be used: {found.reason}")
-        return {guess.name: guess.probability for guess in found.top}, classifier.heat_map(path, found.top[0].label)
+            raise gradio.Error(f"This image cannot be used: {found.reason}")
+        return {each.name: each.probability for each in found.top}, classifier.heat_map(path, found.top[0].label)
 
-    picture = gradio.Image(sources=["upload", "clipboard"], label="Picture")
+    picture = gradio.Image(sources=["upload", "clipboard"], label="Image")
     # Gradio's own code for images lets a request without `meta` name any file, and opens every format that Pillow
     # knows, some of them with Ghostscript. For `FileData` it insists on an upload, and the path is all that is needed.
     picture.data_model = gradio.FileData
@@ -95,7 +95,7 @@ def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
         picture,
         [
             gradio.Label(num_top_classes=5, label="Most probable classes"),
-            gradio.Image(label="What speaks for the first one (Grad-CAM)", format="png", interactive=False),
+            gradio.Image(label="Regions that support the first class (Grad-CAM)", format="png", interactive=False),
         ],
         title=f"{header.run}: {len(header.class_names)} classes of {header.data}",
         api_name="predict",
@@ -115,10 +115,10 @@ def serve(classifier: Classifier, port: int | None, uploads: Path) -> None:
 
 
 def main() -> None:
-    """Serve the run or exported file that the command line names."""
+    """Serve the run or export that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, or an exported file")
-    parser.add_argument("--port", type=int, help="by default 7860, or the next that is free")
+    parser.add_argument("run", help="the folder of a run, or a safetensors export")
+    parser.add_argument("--port", type=int, help="default: 7860, or the next free port")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="densenet_dist-demo-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}

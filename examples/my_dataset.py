@@ -1,9 +1,9 @@
-"""Trains on pictures of your own, in a folder for each class, and draws what the net takes them for.
+"""Train on your own images, in one folder per class, and plot the confusion matrix.
 
     python examples/my_dataset.py my_photos              # my_photos/cat/1.jpg, my_photos/dog/2.png, ...
     python examples/my_dataset.py my_photos name=large data.image_size=128 model.variant=densenet121
 
-Stopped and started again, it goes on where it was.
+The same command resumes a run that was stopped.
 """
 
 import sys
@@ -12,7 +12,12 @@ from densenet_dist import evaluate, fit, load_config
 
 RECIPE = {
     "name": "my-dataset",
-    "model": {"variant": "densenet", "growth_rate": 16, "num_layers": [2, 4, 6], "compression": 0.5},  # fit for a CPU
+    "model": {
+        "variant": "densenet",
+        "growth_rate": 16,
+        "num_layers": [2, 4, 6],
+        "compression": 0.5,
+    },  # small enough for a CPU
     "data": {"name": "folder", "image_size": 64, "augment": "random_resized_crop", "crop_scale": 0.25},
     "train": {
         "epochs": 30,
@@ -27,7 +32,7 @@ RECIPE = {
 
 
 def main(root: str, *settings: str) -> None:
-    """Train on the pictures in `root`, with changes to the recipe."""
+    """Train on the images in `root`, with changes to the recipe."""
     config = load_config(RECIPE, {"data.root": root}, *settings)
     result = fit(config, resume=True)
     print(result)

@@ -35,9 +35,7 @@ def test_help_of_every_command(command):
 
 
 def test_version(command):
-    code, out, _ = command("--version")
-    assert (code, out.splitlines()[0]) == (0, f"densenet-dist {densenet_dist.__version__}")
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["python", "torch", "ray", "dali"]
+    assert command("--version") == (0, f"densenet-dist {densenet_dist.__version__}\n", "")
 
 
 def test_configurations_that_come_along(command, tmp_path):
@@ -70,7 +68,6 @@ def test_every_config_resolves_and_opens_with_its_command(command):
         (2, "train"),
         (2, "evaluate quickstart more.yaml", "more.yaml: the run has its own config.yaml; only key=value settings"),
         (2, "predict k24.onnx photo.jpg --checkpoint last", "an exported file with one checkpoint"),
-        (2, "bench model", "moved to benchmarks/ in the repository: python benchmarks/model.py"),
         (2, "train quickstart --epochs 3", "Settings are given without dashes: train.epochs=3"),
         (2, "train cifar10_notebok", "error: there is no config file cifar10_notebok; did you mean cifar10_notebook?"),
         (2, "train nonsense", "densenet-dist config --list"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import sys
 import textwrap
 import traceback
@@ -20,7 +19,6 @@ from densenet_dist.cli.submitting import submit
 from densenet_dist.cli.trained import evaluate, export, predict, report
 from densenet_dist.cli.training import train, tune
 from densenet_dist.credentials import without_credentials
-from densenet_dist.environment import package_version
 from densenet_dist.errors import DenseNetDistError, storage_errors
 from densenet_dist.yaml_settings import BUNDLED, bundled_names, flatten
 
@@ -41,20 +39,17 @@ data_app = typer.Typer(help="Download, unpack and verify data sets.", no_args_is
 app.add_typer(data_app, name="data")
 
 
-def show_versions(requested: bool) -> None:
-    """Print the versions of this package and its main dependencies without importing them, and exit."""
-    if not requested:
-        return
-    typer.echo(f"densenet-dist {__version__}\n  python {platform.python_version()}")
-    for name, package in (("torch", "torch"), ("ray", "ray"), ("dali", "nvidia-dali-cuda130")):
-        typer.echo(f"  {name} {package_version(package) or 'not installed'}")
-    raise typer.Exit
+def show_version(requested: bool) -> None:
+    """Print the version and exit."""
+    if requested:
+        typer.echo(f"densenet-dist {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def program(
     show: Annotated[
-        bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Show versions and exit.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Handle the options of the program itself; its help text is that of `app`."""
@@ -180,8 +175,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _hint(error: Any, arguments: list[str]) -> str:
     """Return what to type instead, if it is known: for ``--epochs 3`` it is ``train.epochs=3``."""
-    if arguments[:1] == ["bench"]:
-        return "\nIt has moved to benchmarks/ in the repository: python benchmarks/model.py, data.py, scaling.py"
     from densenet_dist.config import load_config, to_dict
 
     option = str(getattr(error, "option_name", ""))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from densenet_dist.errors import ConfigError, storage_errors
+from densenet_dist.errors import ConfigError
 from densenet_dist.object_store import fetch_file, is_uri
 from densenet_dist.yaml_settings import bundled_names, find_file, is_override, read_yaml
 
@@ -111,13 +111,3 @@ def status(text: str) -> Status:
     from rich.console import Console
 
     return Console(stderr=True).status(text, spinner="line")
-
-
-def require_writable(path: Path | None) -> None:
-    """Raise before the work, not after it, if a result could not be written."""
-    if path is not None:
-        with storage_errors(path):
-            new = not path.exists()
-            path.open("a").close()
-            if new:
-                path.unlink()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, Trust, local_path, require_writable, status
+from densenet_dist.cli.options import Checkpoint, Debug, Run, Settings, Trust, local_path, status
 from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import ConfigError, DataError
 
@@ -31,6 +32,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Evaluate a checkpoint of a run: loss, accuracies and macro F1.
+
+    If the run has no test results yet, those of its best checkpoint are stored for its report.
 
     densenet-dist evaluate runs/k24
     densenet-dist evaluate k24 --split val --checkpoint last --json
@@ -70,23 +73,12 @@ def report(
             show_default=False,
         ),
     ] = None,
-    evaluate: Annotated[
-        bool,
-        typer.Option(
-            "--evaluate/--no-evaluate",
-            help="Evaluate the test set of runs without stored test results; needs the data set.",
-        ),
-    ] = True,
-    root: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="The folder of data sets, if it has moved since training.", show_default=False
-        ),
-    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Write the report of a run, or a comparison of several: one HTML file, with figures beside it.
+    """Write the report of a run, or a comparison of several, as one HTML file.
+
+    It shows test results if the run has finished, or after densenet-dist evaluate.
 
     densenet-dist report runs/k24
     densenet-dist report s3://bucket/runs/k24    (the report is written there)
@@ -97,13 +89,10 @@ def report(
     if out is not None and "://" in out:
         raise ConfigError(f"--out {out}: must be a local file\n  without --out the report of a run is in its folder")
     path = local_path(out) if out is not None else Path(PAGE_FILE) if len(runs) > 1 else None
-    require_writable(path)
     with status("loading PyTorch"):
         from densenet_dist.report.page import write_report
-    overrides = () if root is None else (f"data.root={json.dumps(root, ensure_ascii=False)}",)
-    notify = partial(typer.echo, err=True)
     with status("writing the report"):
-        written = write_report(runs, path, evaluate=evaluate, overrides=overrides, notify=notify, trust=trust)
+        written = write_report(runs, path, trust=trust)
     typer.echo(f"report: {written}")
 
 
@@ -112,10 +101,10 @@ def predict(
         str,
         typer.Argument(
             metavar="RUN|EXPORT",
-            help="The folder of a run (path or s3:// URI), its name in runs/, or an exported file.",
+            help="The folder of a run (path or s3:// URI), its name in runs/, or an exported .safetensors file.",
         ),
     ],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or patterns.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="Number of classes to show for each image.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image and line.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, max=10_000, help="Images per batch.")] = 64,
@@ -132,13 +121,14 @@ def predict(
     Unusable images are listed on standard error, the others are classified, and the exit code is 4.
 
     densenet-dist predict runs/k24 photo.jpg
-    densenet-dist predict k24.safetensors photos '*.png' --json > predictions.jsonl
+    densenet-dist predict k24.safetensors photos --json > predictions.jsonl
     """
     with status("loading PyTorch"):
         from densenet_dist.data.image_folder import printable
         from densenet_dist.inference.classifier import load_classifier
         from densenet_dist.inference.images import Unreadable, find
 
+    warnings.filterwarnings("ignore", module="PIL")  # about unusual files, which are readable or listed
     classifier = load_classifier(model, checkpoint=checkpoint, device=device, trust=trust)
     started = time.perf_counter()
     good = bad = 0
@@ -151,8 +141,10 @@ def predict(
         if not as_json:
             _show(item)
         else:
-            guesses = [{"class": each.name, "label": each.label, "probability": each.probability} for each in item.top]
-            typer.echo(json.dumps({"image": item.source, "top": guesses}))
+            top_classes = [
+                {"class": each.name, "label": each.label, "probability": each.probability} for each in item.top
+            ]
+            typer.echo(json.dumps({"image": item.source, "top": top_classes}))
     seconds = time.perf_counter() - started
     if good:
         count = "1 image" if good == 1 else f"{good:,} images"
@@ -170,11 +162,11 @@ def _show(item: Prediction) -> None:
 
     console = Console(highlight=False, soft_wrap=True)  # unlike typer.echo it keeps the encoding of standard output
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    width = max(len(guess.name) for guess in item.top)
+    width = max(len(found.name) for found in item.top)
     console.print(Text(printable(item.source), style="bold"))
-    for guess in item.top:
-        bar = block * round(guess.probability * _BAR_LENGTH)
-        console.print(Text(f"  {guess.name:<{width}}  {guess.probability:7.2%}  {bar}".rstrip()))
+    for found in item.top:
+        bar = block * round(found.probability * _BAR_LENGTH)
+        console.print(Text(f"  {found.name:<{width}}  {found.probability:7.2%}  {bar}".rstrip()))
 
 
 def export(
@@ -191,11 +183,8 @@ def export(
         ),
     ] = None,
     checkpoint: Checkpoint = "best",
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="bf16: safetensors and torch-export only.")
-    ] = "fp32",
     check: Annotated[
-        bool, typer.Option(help="Load the file again and compare it on test images; needs the data set.")
+        bool, typer.Option(help="Compare the file with the run on test images; needs the data set.")
     ] = True,
     trust: Trust = False,
     debug: Debug = False,
@@ -214,12 +203,11 @@ def export(
             format=format,
             out=out,
             checkpoint=checkpoint,
-            precision=precision,
             check=check,
             overrides=tuple(settings or ()),
             trust=trust,
         )
-    typer.echo(f"{made.path}: {made.bytes:,} bytes, {made.format}, {made.header.precision}")
+    typer.echo(f"{made.path}: {made.bytes:,} bytes, {made.format}")
     if (found := made.check) is None:
         typer.echo("not checked")
         return
@@ -228,5 +216,3 @@ def export(
         f"checked on {found.images:,} test images: largest difference of a logit {found.largest:.2g}, "
         f"top-1 agrees on {same}"
     )
-    if made.header.precision != "fp32":
-        typer.echo(f"test top-1: {found.top1:.2%} in fp32, {found.exported_top1:.2%} in {made.header.precision}")

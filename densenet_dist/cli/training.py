@@ -46,7 +46,7 @@ def train(
     """
     from densenet_dist.cluster.resuming import resume_config
     from densenet_dist.cluster.signals import handle
-    from densenet_dist.display.console import Console, RunSummary
+    from densenet_dist.display.console import Console
     from densenet_dist.display.json_lines import RunJsonLines
     from densenet_dist.run_folder import RunFolder, join_location, open_run
 
@@ -69,7 +69,7 @@ def train(
             result = fit(config, resume=resume is not None, listener=console)
         except KeyboardInterrupt as interrupt:
             raise ended_by(interrupt, location, "train") from None
-        console.finish(RunSummary.read(RunFolder(config.storage, config.name), result.summary))
+        console.finish(RunFolder(config.storage, config.name), result.summary)
 
 
 def tune(

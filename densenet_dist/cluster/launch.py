@@ -110,7 +110,7 @@ def _write_page(run: RunFolder, listener: Callable[[Event], None]) -> None:
     from densenet_dist.report.page import write_report
 
     try:
-        write_report([run], evaluate=False)
+        write_report([run])
     except Exception as error:
         text = f"the run is complete, but its report could not be written: {error}"
         listener({"kind": "note", "text": text, "warning": True})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from densenet_dist.config import load_run_config
-from densenet_dist.display.progress import counted, test_details, trained_epochs
+from densenet_dist.display.progress import pluralize, test_details, trained_epochs
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import CONFIG_FILE, PAGE_FILE, open_run
 from densenet_dist.schema import Config
@@ -85,22 +85,23 @@ class Result:
         test = next((record for record in reversed(records) if "test/loss" in record), None)
         return curves_figure(epochs, test, folder.name)
 
-    def plot_confusion(self, *overrides: str) -> Figure:
+    def plot_confusion(self) -> Figure:
         """Plot the confusion matrix of the best checkpoint on the test set.
 
-        If the run has no stored test results (it is not finished, or from an older version), it is evaluated.
-
-        Args:
-            overrides: changes to the run's configuration for the evaluation, such as ``data.root=...``.
-
         Raises:
-            StorageError, CheckpointError, DataError, EnvironmentProblem: the run cannot be read or evaluated.
+            StorageError: the run has no stored test results, or cannot be read.
         """
         from densenet_dist.report.figures import titled_confusion
-        from densenet_dist.train.evaluation import load_test_results
+        from densenet_dist.train.results import read_test_results
 
-        results = load_test_results(open_run(self.run), overrides)
-        return titled_confusion(results.confusion, results.class_names, open_run(self.run).name)
+        folder = open_run(self.run)
+        results = read_test_results(folder)
+        if results is None:
+            raise StorageError(
+                f"the run {folder.uri} has no test results yet\n"
+                f"  evaluate it first: densenet_dist.evaluate({self.run!r})"
+            )
+        return titled_confusion(results.confusion, results.class_names, folder.name)
 
     def __repr__(self) -> str:
         rows = self._rows()
@@ -125,7 +126,7 @@ class Result:
         rows["test"] = f"top-1 {self.summary['test/top1']:.2%}, {test_details(self.summary)}"
         if "val/top1" in best:
             rows["validation"] = f"top-1 {best['val/top1']:.2%} (best, epoch {best['epoch']})"
-        epochs, steps = trained_epochs(self.summary), counted(self.summary["global_step"], "step")
+        epochs, steps = trained_epochs(self.summary), pluralize(self.summary["global_step"], "step")
         rows["trained"] = f"{epochs}, {steps} in {seconds:,.0f} s"
         rows["status"] = str(self.summary["status"])
         rows["page"] = _relative_path(self.page)

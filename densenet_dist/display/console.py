@@ -12,63 +12,29 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
-from rich.style import Style
 from rich.text import Text
 
 from densenet_dist.custom import trust_option
 from densenet_dist.display.json_lines import redirect_to_null
-from densenet_dist.display.progress import RunProgress, clock_time, counted, test_details, trained_epochs, wrapped
-from densenet_dist.run_folder import PAGE_FILE, RunFolder
+from densenet_dist.display.progress import (
+    RunProgress,
+    format_duration,
+    pluralize,
+    test_details,
+    trained_epochs,
+    wrapped,
+)
+from densenet_dist.run_folder import PAGE_FILE
 from densenet_dist.trackers import links
 
 if TYPE_CHECKING:
+    from densenet_dist.run_folder import RunFolder
     from densenet_dist.train.context import Event
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A finished run.
-
-    Attributes:
-        run: its folder, a path or a URI without a query.
-        location: its folder as commands take it.
-        summary: the contents of summary.json.
-        images_per_s: training throughput, the median over epochs; None if not recorded.
-        goodput: the share of its time in productive steps, in [0, 1]; None if not recorded.
-        links: its addresses at W&B and MLflow, by service.
-    """
-
-    run: str
-    location: str
-    summary: Mapping[str, Any]
-    images_per_s: float | None
-    goodput: float | None
-    links: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: RunFolder, summary: Mapping[str, Any]) -> RunSummary:
-        """Read the summary of the run in a folder."""
-        records = folder.read_records()
-        rates = [record["perf/images_per_s"] for record in records if "perf/images_per_s" in record]
-        shares = [record["goodput/ratio"] for record in records if "goodput/ratio" in record]
-        speed, goodput = median(rates) if rates else None, shares[-1] if shares else None
-        return cls(folder.uri, folder.location, summary, speed, goodput, links(folder))
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.run.rpartition("/")[2]
-
-    def files(self) -> dict[str, str]:
-        """Return the folder, the report and the curves."""
-        return {"run_folder": self.run, "page": f"{self.run}/{PAGE_FILE}", "curves": f"{self.run}/curves.png"}
 
 
 class Console:
@@ -114,28 +80,24 @@ class Console:
         """Show nothing from now on: rank 0 shows the run."""
         self._muted = self._console.quiet = True
 
-    def finish(self, run: RunSummary) -> None:
-        """Show the results, the files and commands for the next steps."""
+    def finish(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """Show the results of summary.json, the files and commands for the next steps."""
         self._progress.live.stop()
-        summary, best, location = run.summary, run.summary["best"], shlex.quote(run.location)
+        best, location = summary["best"], shlex.quote(run.location)
         figures = {}
         if "val/top1" in best:
             figures["validation top-1"] = f"{best['val/top1']:.2%}   (best, epoch {best['epoch']})"
         figures["test top-1"] = f"{summary['test/top1']:.2%}   ({test_details(summary)})"
-        steps = counted(summary["global_step"], "step")
-        figures["trained"] = f"{trained_epochs(summary)}, {steps} in {clock_time(summary['train_seconds'])}"
-        if run.images_per_s is not None:
-            figures["speed"] = f"{run.images_per_s:,.0f} images/s"
-        if run.goodput is not None:
-            figures["goodput"] = f"{run.goodput:.0%} of the time in productive steps"
+        steps = pluralize(summary["global_step"], "step")
+        figures["trained"] = f"{trained_epochs(summary)}, {steps} in {format_duration(summary['train_seconds'])}"
         commands = {
             "evaluate": f"{_program('densenet-dist')} evaluate {location}{trust_option()}",
             "rebuild report": f"{_program('densenet-dist')} report {location}{trust_option()}",
-            "TensorBoard": f"{_program('tensorboard')} --logdir {shlex.quote(run.run.rpartition('/')[0])}",
+            "TensorBoard": f"{_program('tensorboard')} --logdir {shlex.quote(run.uri.rpartition('/')[0])}",
         }
-        files = dict(zip(("run folder", "report", "curves"), run.files().values(), strict=True))
+        files = {"run folder": run.uri} | ({"report": f"{run.uri}/{PAGE_FILE}"} if run.exists(PAGE_FILE) else {})
         title = f"{summary['status']}: {run.name}"
-        print_closing(self._console, title, figures, files | dict(run.links), commands)
+        print_closing(self._console, title, figures, files | links(run), commands)
 
     def _start(self, event: Event) -> None:
         self._progress.live.stop()
@@ -273,16 +235,7 @@ def print_closing(
     for group in (figures, files, commands):
         console.print()
         for name, value in group.items():
-            style = _link(value) if group is files else Style()
-            console.print(Text.assemble("  ", (f"{name:<{width}}", "dim"), "  ", (value, style)))
-
-
-def _link(text: str) -> Style:
-    """Style a local path or a web address as a hyperlink (OSC 8); browsers cannot open object stores."""
-    if text.startswith(("http://", "https://")):
-        return Style(link=text)
-    path = Path(text)
-    return Style(link=path.as_uri()) if path.is_absolute() else Style()
+            console.print(Text.assemble("  ", (f"{name:<{width}}", "dim"), "  ", value))
 
 
 def start_lines(event: Event) -> list[str]:
@@ -292,9 +245,9 @@ def start_lines(event: Event) -> list[str]:
         f"{event['model']}, {event['parameters']:,} parameters; {event['data']}, "
         f"{event['train_images']:,} training and {event['val_images']:,} validation images",
         *([f"{event['classes']:,} classes: {event['class_names']}"] if event["data"] == "folder" else []),
-        f"{limit}{counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}, global batch size "
-        f"{event['global_batch_size']}; {event['world_size']} x {event['device']}, {event['precision']}, "
-        f"loader {event['loader']}",
+        f"{limit}{pluralize(event['epochs'], 'epoch')} of {pluralize(event['steps_per_epoch'], 'step')}, "
+        f"global batch size {event['global_batch_size']}; {event['world_size']} x {event['device']}, "
+        f"{event['precision']}, loader {event['loader']}",
     ]
 
 
@@ -307,7 +260,7 @@ def epoch_parts(event: Event, left_s: float | None = None) -> list[str]:
             parts.append(f"{shown} top-5 {event[f'{name}/top5']:6.2%}" if event["many_classes"] else shown)
     parts += [f"lr {event['lr']:.2e}", f"{event['perf/images_per_s']:,.0f} images/s", f"{event['seconds']:.1f} s"]
     if left_s:
-        parts.append(f"{clock_time(left_s)} left")
+        parts.append(f"{format_duration(left_s)} left")
     if event["is_best"]:
         parts[-1] += "  *"
     return parts

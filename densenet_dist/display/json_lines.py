@@ -8,14 +8,18 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from densenet_dist.credentials import without_credentials
 from densenet_dist.errors import DenseNetDistError
+from densenet_dist.run_folder import PAGE_FILE
+from densenet_dist.trackers import links
 
 if TYPE_CHECKING:
-    from densenet_dist.display.console import RunSummary
+    from densenet_dist.run_folder import RunFolder
     from densenet_dist.train.context import Event
 
 _PROGRESS_EVERY_S: Final = 5.0
@@ -95,16 +99,19 @@ class RunJsonLines(JsonLines):
         elif kind in ("run", "start", "progress", "epoch"):
             self.emit(kind, **{key: value for key, value in event.items() if key not in ("kind", "many_classes")})
 
-    def finish(self, run: RunSummary) -> None:
-        """Write the last line of a finished run."""
+    def finish(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """Write the last line of a finished run: summary.json, with speed and goodput from the run's records."""
+        records = run.read_records()
+        rates = [record["perf/images_per_s"] for record in records if "perf/images_per_s" in record]
+        shares = [record["goodput/ratio"] for record in records if "goodput/ratio" in record]
         self.emit(
             "end",
             name=run.name,
-            **run.summary,
-            images_per_s=run.images_per_s,
-            goodput=run.goodput,
-            files=run.files(),
-            links=dict(run.links),
+            **summary,
+            images_per_s=median(rates) if rates else None,
+            goodput=shares[-1] if shares else None,
+            files={"run_folder": run.uri, "page": f"{run.uri}/{PAGE_FILE}" if run.exists(PAGE_FILE) else None},
+            links=links(run),
         )
 
 

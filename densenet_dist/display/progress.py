@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.spinner import Spinner
 from rich.text import Text
 
 if TYPE_CHECKING:
     from densenet_dist.train.context import Event
-
-_MIN_WIDTH_FOR_BARS: Final = 60
 
 
 class RunProgress(Progress):
@@ -25,23 +23,21 @@ class RunProgress(Progress):
     """
 
     def __init__(self, console: Console) -> None:
-        self._batch_size = 0
         self._phase: Spinner | None = None
-        self._metrics: list[str] = []
-        self._best: list[str] = []
-        bar = [BarColumn()] if console.width >= _MIN_WIDTH_FOR_BARS else []
-        texts = [TextColumn("{task.fields[amount]}", justify="right"), TextColumn("{task.fields[left]}", style="cyan")]
+        self._metrics = ""
         super().__init__(
             TextColumn("{task.description}"),
-            *(*bar, *texts),
+            BarColumn(bar_width=None),  # as wide as the terminal allows
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
             console=console,
             transient=True,
             refresh_per_second=4,
             # Use all updates that rich keeps (1,000), so that the speed includes validation and checkpoints.
             speed_estimate_period=math.inf,
         )
-        self._epoch = self.add_task("", amount="", left="")
-        self._run = self.add_task("run", amount="", left="", visible=False)
+        self._epoch = self.add_task("", total=None)
+        self._run = self.add_task("run", visible=False)
 
     def on_phase(self, text: str) -> None:
         """Show what the run is doing in place of the bars, until the next progress."""
@@ -49,41 +45,30 @@ class RunProgress(Progress):
 
     def on_start(self, event: Event) -> None:
         """Handle a ``start`` event: workers start or restart, so the previous speed no longer applies."""
-        self._batch_size = event["global_batch_size"]
-        total, done = event["total_steps"], event["global_step"]
-        self.reset(self._run, total=total, completed=done, visible=False, amount="", left="")
-        self._best = _best(event["best"] or {})
+        self.reset(self._epoch)
+        self.reset(self._run, total=event["total_steps"], completed=event["global_step"], visible=False)
 
     def on_progress(self, event: Event) -> None:
         """Handle a ``progress`` event."""
-        step, steps, rate = event["step"], event["steps"], event["rate"]
-        self.update(
-            self._epoch,
-            description=f"epoch {event['epoch']}/{event['epochs']}",
-            total=steps,
-            completed=step,
-            amount=f"{step}/{steps}",
-            left=_left((steps - step) * self._batch_size / rate if rate else None),
-        )
         self._phase = None
-        self._metrics = [f"{rate:,.0f} images/s", f"loss {event['loss']:.3f}", f"top-1 {event['top1']:.2%}"]
-        self._advance(event)
+        self._metrics = f"{event['rate']:,.0f} images/s  loss {event['loss']:.3f}  top-1 {event['top1']:.2%}"
+        self.tasks[self._epoch].total = event["steps"]
+        self.update(self._epoch, description=f"epoch {event['epoch']}/{event['epochs']}", completed=event["step"])
+        self._advance_run(event)
 
     def on_epoch(self, event: Event) -> None:
         """Handle an ``epoch`` event."""
-        if event["is_best"]:
-            self._best = _best(event)
-        self._advance(event)
+        self.reset(self._epoch)
+        self._advance_run(event)
+
+    def _advance_run(self, event: Event) -> None:
+        # Both totals change with a time limit. `update` would forget the speed; task ids count from 0.
+        self.tasks[self._run].total = event["total_steps"]
+        self.update(self._run, completed=event["global_step"], visible=True)
 
     def remaining_s(self) -> float | None:
         """Return the estimated seconds until the end of the last epoch; None if unknown."""
         return self.tasks[self._run].time_remaining
-
-    def _advance(self, event: Event) -> None:
-        run = self.tasks[self._run]  # task ids count from 0
-        run.total = event["total_steps"]  # changes with a time limit; `update` would forget the speed
-        self.update(self._run, completed=event["global_step"], visible=True)
-        self.update(self._run, amount=f"{int(run.percentage)} %", left=_left(run.time_remaining))
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the phase, or the bars and the metrics."""
@@ -92,12 +77,7 @@ class RunProgress(Progress):
             return
         yield self.make_tasks_table(self.tasks)
         if self._metrics:
-            for line in wrapped([*self._metrics, *self._best], self.console.width):
-                yield Text(line, no_wrap=True, overflow="crop")
-
-
-def _best(record: Event) -> list[str]:
-    return [f"best {record['val/top1']:.2%} (epoch {record['epoch']})"] if "val/top1" in record else []
+            yield Text(self._metrics, no_wrap=True, overflow="crop")
 
 
 def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
@@ -111,7 +91,7 @@ def wrapped(parts: Sequence[str], width: int, indent: str = "") -> list[str]:
     return lines
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """Format a number with a regular noun in singular or plural: 1 epoch, 2 epochs."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
@@ -119,24 +99,20 @@ def counted(count: int, noun: str) -> str:
 def trained_epochs(summary: Mapping[str, Any]) -> str:
     """Return the passes over the data of a finished run, such as "7.4 epochs" if its time was over within one."""
     epochs = summary.get("trained_epochs") or summary["epochs"]
-    return f"{epochs:.1f} epochs" if epochs % 1 else counted(int(epochs), "epoch")
+    return f"{epochs:.1f} epochs" if epochs % 1 else pluralize(int(epochs), "epoch")
 
 
 def test_details(summary: Mapping[str, Any]) -> str:
     """Return the top-5 accuracy, loss and number of images of a test, as far as summary.json has them."""
     found = [f"top-5 {summary['test/top5']:.2%}"] if "test/top5" in summary else []
     found.append(f"loss {summary['test/loss']:.4f}")
-    return ", ".join([*found, counted(summary["test/images"], "image")] if "test/images" in summary else found)
+    return ", ".join([*found, pluralize(summary["test/images"], "image")] if "test/images" in summary else found)
 
 
-def clock_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration as 0:07, 12:34, 1:02:03 or 2 d 3:04:05."""
     days, rest = divmod(round(seconds), 86400)
     hours, rest = divmod(rest, 3600)
     minutes, rest = divmod(rest, 60)
     shown = f"{hours}:{minutes:02}:{rest:02}" if hours or days else f"{minutes}:{rest:02}"
     return f"{days} d {shown}" if days else shown
-
-
-def _left(seconds: float | None) -> str:
-    return "" if seconds is None else f"{clock_time(seconds)} left"

@@ -1,10 +1,10 @@
-"""Classify images with a trained model from a run, a safetensors file or an ONNX file."""
+"""Classify images with a trained model from a run or a safetensors file."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,7 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
-class Guess:
+class ClassProbability:
     """A class, its label, and its probability in [0, 1]."""
 
     name: str
@@ -60,7 +60,7 @@ class Prediction:
     """
 
     source: str
-    top: tuple[Guess, ...]
+    top: tuple[ClassProbability, ...]
 
 
 class Classifier:
@@ -68,19 +68,14 @@ class Classifier:
 
     Args:
         header: the model's metadata.
-        run: maps (n, 3, size, size) float32 pixel values on `device` to (n, classes) logits.
-        device: where it runs.
-        network: on `device`, for heat maps; None if the layers cannot be reached.
+        network: the model.
+        device: where it runs; `network` is moved there.
+        precision: of the computation: fp32, or bf16 or fp16 for automatic mixed precision.
     """
 
-    def __init__(
-        self,
-        header: Header,
-        run: Callable[[Tensor], Tensor],
-        device: torch.device,
-        network: formats.Network | None = None,
-    ) -> None:
-        self.header, self.device, self._run, self._network = header, device, run, network
+    def __init__(self, header: Header, network: formats.Network, device: torch.device, precision: str = "fp32") -> None:
+        self.header, self.device, self._precision = header, device, precision
+        self._network = network.to(device)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -99,9 +94,10 @@ class Classifier:
             (n, classes) float32 on the CPU.
         """
         pixels = pixels.to(self.device)
-        logits = self._run(pixels).float()
-        if tta:
-            logits = (logits + self._run(pixels.flip(3)).float()) / 2
+        with autocast(self.device, self._precision):
+            logits: Tensor = self._network(pixels)
+            if tta:
+                logits = (logits + self._network(pixels.flip(3))) / 2
         return logits.cpu()
 
     def predict(
@@ -115,8 +111,8 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: one or several: paths, uint8 arrays (H, W, 3) or PIL images. Only files are checked for all damage:
-                Pillow decodes some damaged JPEG files without an error.
+            images: one or several: paths, uint8 arrays (H, W, 3) or PIL images. Prefer paths: Pillow opens some damaged
+                JPEG files without an error.
             top: number of classes per image.
             batch_size: images per batch.
             tta: average with the mirrored image.
@@ -148,33 +144,33 @@ class Classifier:
         items = prepared(images, self.header.image_size, self.header.crop, ahead=2 * batch_size)
         while batch := list(islice(items, batch_size)):
             pixels = [found for _, found in batch if isinstance(found, Tensor)]
-            guesses = iter(self._guesses(torch.stack(pixels), top, tta) if pixels else ())
+            tops = iter(self._classify(torch.stack(pixels), top, tta) if pixels else ())
             for name, found in batch:
-                yield found if isinstance(found, Unreadable) else Prediction(name, next(guesses))
+                yield found if isinstance(found, Unreadable) else Prediction(name, next(tops))
 
     def heat_map(self, image: ImageLike, label: int) -> Image.Image | None:
-        """Show what in an image speaks for a class: Grad-CAM over the image as the model takes it.
+        """Show which regions of an image support a class: Grad-CAM over the image as the model takes it.
 
         Returns:
-            The picture; None for ONNX files, models other than DenseNets, and last feature maps of one pixel.
+            The picture; None for models other than DenseNets, and last feature maps of one pixel.
 
         Raises:
             DataError: the image cannot be used.
         """
-        if self._network is None or not has_heat_maps(self._network.model):
+        if not has_heat_maps(self._network.model):
             return None
         pixels = prepare(image, self.header.image_size, self.header.crop)
         images = self._network.normalize(pixels[None].to(self.device))
         (heat,) = grad_cam(self._network.model, images, torch.tensor([label])).cpu().numpy()
         return heat_overlay(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy(), heat)
 
-    def _guesses(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[Guess, ...]]:
+    def _classify(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[ClassProbability, ...]]:
         logits = self.logits(pixels, tta=tta)
         if not logits.isfinite().all():
             raise CheckpointError("the model returns NaN or infinite logits: its weights are damaged")
         probabilities, labels = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
         return [
-            tuple(Guess(self.class_names[label], label, value) for value, label in zip(*row, strict=True))
+            tuple(ClassProbability(self.class_names[label], label, value) for value, label in zip(*row, strict=True))
             for row in zip(probabilities.tolist(), labels.tolist(), strict=True)
         ]
 
@@ -185,10 +181,10 @@ def load_classifier(
     """Load a trained model to classify images.
 
     Args:
-        path: the folder of a run (path or URI), its name under ``runs/``, or an exported file (safetensors or ONNX),
-            which may be untrusted: nothing in it can run, unless you trust its custom model.
+        path: the folder of a run (path or URI), its name under ``runs/``, or an exported safetensors file, which may
+            be untrusted: nothing in it can run, unless you trust its custom model.
         checkpoint: of a run: best (by ``checkpoint.monitor``) or last.
-        device: auto uses a GPU if there is one; ONNX files run on the CPU.
+        device: auto uses a GPU if there is one.
         trust: import the custom model that the run or file names, which runs its code.
 
     Raises:
@@ -200,17 +196,14 @@ def load_classifier(
     if file is not None:
         if checkpoint != "best":
             raise ConfigError(f"{path} is an exported file with one checkpoint; leave out --checkpoint {checkpoint}")
-        return open_exported(file, device, trust)
-    chosen = choose_device(device)
+        if file.suffix != formats.SUFFIXES["safetensors"]:
+            raise CheckpointError(
+                f"{file} is neither a run nor a safetensors export\n"
+                "  onnxruntime runs .onnx files, torch.export.load reads .pt2 files that you trust (docs/predict.md)"
+            )
+        return Classifier(*formats.read_safetensors(file, trust=trust), choose_device(device))
     config, header, network = open_trained(path, checkpoint=checkpoint, trust=trust)
-    network.to(chosen)
-
-    def run(pixels: Tensor) -> Tensor:
-        with autocast(chosen, config.train.precision):
-            logits: Tensor = network(pixels)
-        return logits
-
-    return Classifier(header, run, chosen, network)
+    return Classifier(header, network, choose_device(device), config.train.precision)
 
 
 def _exported_file(path: str | Path) -> Path | None:
@@ -222,32 +215,6 @@ def _exported_file(path: str | Path) -> Path | None:
     if os.path.isfile(local) or (local.suffix in suffixes and not os.path.isdir(local)):
         return local
     return None
-
-
-def open_exported(file: Path, device: Device = "auto", trust: bool = False) -> Classifier:
-    """Load an exported file; arguments and errors as for `load_classifier`."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(16)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK") or file.suffix == ".pt2":
-        raise CheckpointError(
-            f"{file} is a torch-export file, which this package does not read\n"
-            "  use the run or a safetensors export; torch.export.load reads the file, if you trust it"
-        )
-    if start[8:9] == b"{":
-        header, network = formats.read_safetensors(file, trust=trust)
-        chosen = choose_device(device)
-        return Classifier(header, network.to(chosen), chosen, network)
-    if file.suffix != ".onnx":
-        raise CheckpointError(
-            f"{file} is not an exported model: give a run, or a .safetensors or .onnx file from densenet-dist export"
-        )
-    if device == "cuda":
-        raise ConfigError(f"{file}: ONNX files run on the CPU; use --device cpu, or another format")
-    header, run = formats.read_onnx(file)
-    return Classifier(header, run, torch.device("cpu"))
 
 
 def open_trained(

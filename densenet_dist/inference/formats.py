@@ -1,8 +1,8 @@
 """The formats of exported files: safetensors for this package, torch-export for PyTorch alone, ONNX for other engines.
 
-Every format holds a `Network` and its `Header`. Nothing in a safetensors or ONNX file can run. A torch-export file is
-not read back: `torch.export.load` unpickles what an archive declares as a pickle and evaluates its size expressions as
-Python, so it is not safe for untrusted files.
+Every format holds a `Network` and its `Header`. Only safetensors files are read back; nothing in them can run.
+`torch.export.load` is not safe for untrusted files: it unpickles what an archive declares as a pickle and evaluates its
+size expressions as Python.
 """
 
 from __future__ import annotations
@@ -35,21 +35,20 @@ SUFFIXES: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx"
 """The suffix of each format's files."""
 
 _DTYPES: Final = {
-    **{"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool},
+    "F32": torch.float32,
     # Of custom models:
-    **{"F64": torch.float64, "F16": torch.float16, "I32": torch.int32, "I16": torch.int16},
-    **{"I8": torch.int8, "U8": torch.uint8},
+    **{"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
 }
-_INPUT, _OUTPUT = "pixels", "logits"
-_MAX_ONNX_BYTES: Final = (1 << 31) - 1  # of any protobuf message
+INPUT, OUTPUT = "pixels", "logits"
+"""Names in ONNX graphs."""
 _MAX_BATCH: Final = 1 << 16
 
 
 class Network(nn.Module):
     """Normalizes and classifies images.
 
-    Input: (N, 3, H, W) float32 pixel values from 0 to 255, RGB. Output: (N, classes) float32 logits. The model computes
-    in bfloat16 if it has any such weights; batch normalization keeps float32 parameters (`to_bfloat16`).
+    Input: (N, 3, H, W) float32 pixel values from 0 to 255, RGB. Output: (N, classes) float32 logits.
 
     Args:
         model: the trained model.
@@ -75,16 +74,8 @@ class Network(nn.Module):
         return logits.float()
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalize pixel values, and convert them to the model's dtype."""
-        half = any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters())
-        return (pixels * self.scale + self.shift).to(torch.bfloat16 if half else torch.float32)
-
-
-def to_bfloat16(model: nn.Module) -> None:
-    """Convert convolutions and linear layers to bfloat16 in place; batch normalization stays float32."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.to(torch.bfloat16)
+        """Normalize pixel values."""
+        return pixels * self.scale + self.shift
 
 
 def safetensors_bytes(network: Network, header: Header) -> bytes:
@@ -106,12 +97,12 @@ def read_safetensors(path: Path, *, trust: bool = False) -> tuple[Header, Networ
             if trust and header.custom is not None:
                 allow([header.custom.name])
             model = _untrained(header)
-            if header.precision == "bf16":
-                to_bfloat16(model)
             problem = f"{path} does not contain the model that its metadata describes"
             require_same_tensors(_specs_in(file), tensor_specs(_weights(model)), problem)  # before any is read
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
-    except (OSError, SafetensorError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     counters = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if name not in weights}
     model.load_state_dict(weights | counters, assign=True)
@@ -166,7 +157,7 @@ def onnx_bytes(network: Network, header: Header) -> bytes:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
-            _traced(network, header), (), dynamo=True, opset_version=20, input_names=[_INPUT], output_names=[_OUTPUT],
+            _traced(network, header), (), dynamo=True, opset_version=20, input_names=[INPUT], output_names=[OUTPUT],
             external_data=False, verbose=False, dynamic_shapes=({0: "batch"},),
         )  # fmt: skip
     assert program is not None
@@ -190,45 +181,6 @@ def _traced(network: Network, header: Header) -> torch.export.ExportedProgram:
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
 
 
-def read_onnx(path: Path) -> tuple[Header, Callable[[Tensor], Tensor]]:
-    """Read an untrusted file.
-
-    Returns:
-        Its header, and its program, run on the CPU: (n, 3, H, W) float32 pixel values to (n, classes) float32.
-
-    Raises:
-        CheckpointError: it is damaged, or not what `onnx_bytes` writes; the program raises it, too.
-        EnvironmentProblem: onnxruntime is missing.
-    """
-    runtime = _imported("onnxruntime")
-    if path.stat().st_size > _MAX_ONNX_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than an ONNX file can have")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        # From memory, so that it cannot name other files of this machine as its weights.
-        session = runtime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged, or no ONNX file: {_first_line(error)}") from error
-    header = header_of(session.get_modelmeta().custom_metadata_map.get(HEADER_KEY), str(path))
-    inputs = [(each.name, each.type, each.shape[1:]) for each in session.get_inputs()]
-    size = header.image_size
-    if inputs != [(_INPUT, "tensor(float)", [3, size, size])] or _OUTPUT not in {o.name for o in session.get_outputs()}:
-        raise CheckpointError(f"{path} expects other images than its metadata describes")
-
-    def run(pixels: Tensor) -> Tensor:
-        try:
-            (logits,) = session.run([_OUTPUT], {_INPUT: pixels.numpy()})
-        except Exception as error:  # onnxruntime raises a dozen types, RuntimeErrors and its own
-            raise CheckpointError(f"the exported program fails: {_first_line(error)}") from error
-        if not isinstance(logits, np.ndarray) or logits.shape != (len(pixels), len(header.class_names)):
-            raise CheckpointError("the exported program does not return one logit per class of its metadata")
-        return torch.from_numpy(logits.astype(np.float32, copy=False))
-
-    return header, run
-
-
 def _imported(name: str) -> ModuleType:
     try:
         return import_module(name)
@@ -237,10 +189,6 @@ def _imported(name: str) -> ModuleType:
             f"ONNX files need the package {name}, which is not installed ({error})\n"
             "  install it: pip install 'densenet-dist[onnx]'"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
 
 
 WRITERS: Final[dict[Format, Callable[[Network, Header], bytes]]] = {

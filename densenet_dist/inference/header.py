@@ -5,7 +5,6 @@ Files are untrusted: types, sizes and texts have limits, and the model is built 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 
@@ -19,8 +18,6 @@ from densenet_dist.model.architecture import Architecture
 
 HEADER_KEY: Final = "densenet_dist"
 """The key of the header in the metadata of every format."""
-
-Precision = Literal["fp32", "bf16"]
 
 _MAX_BYTES: Final = 8 << 20  # the 21,841 classes of ImageNet-21k take less than 2 MiB
 _MAX_BLOCKS: Final = 16
@@ -76,7 +73,7 @@ class Header:
     mean: tuple[Finite, Finite, Finite]
     std: tuple[Deviation, Deviation, Deviation]
     crop: Annotated[float, Field(gt=0, le=1)]
-    precision: Precision
+    precision: Literal["fp32"]
     metrics: Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=100)]
     custom: CustomModel | None = None
 
@@ -120,10 +117,7 @@ class Header:
 
     def to_json(self) -> str:
         """Serialize for `header_of`."""
-        values = _ADAPTER.dump_python(self, mode="json")
-        if self.custom is None:  # earlier versions know no such key
-            del values["custom"]
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+        return _ADAPTER.dump_json(self).decode()
 
 
 _ADAPTER: Final = TypeAdapter(Header)

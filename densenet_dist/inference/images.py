@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +20,7 @@ from densenet_dist.data.image_folder import walk
 from densenet_dist.errors import DataError
 
 ImageLike: TypeAlias = Any
-"""A path; (H, W, 3), (H, W, 4) or (H, W) uint8 as an array; (3 or 4, H, W) uint8 as a tensor; or a PIL image."""
+"""A path, an array (H, W, 3) uint8, or a PIL image."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,12 @@ class Unreadable:
 
 
 def find(arguments: Iterable[str]) -> Iterator[Path | Unreadable]:
-    """Yield the files of a command line's arguments: files, image files below folders, and matches of patterns."""
+    """Yield the files of a command line's arguments: files, and image files below folders."""
     for argument in map(os.path.expanduser, arguments):
         if os.path.isdir(argument):
             yield from _below(argument)
-        elif os.path.exists(argument) or not glob.has_magic(argument):
-            yield Path(argument)
-        elif matches := sorted(filter(os.path.isfile, glob.glob(argument, recursive=True))):
-            yield from map(Path, matches)
         else:
-            yield Unreadable(argument, "no file matches")
+            yield Path(argument)
 
 
 def _below(folder: str) -> Iterator[Path | Unreadable]:
@@ -99,27 +92,17 @@ def prepared(
         except BadImage as error:
             return name, Unreadable(name, str(error))
 
-    with warnings.catch_warnings(action="ignore"):  # of Pillow
-        yield from map_ahead(make, enumerate(images), ahead, threads=len(os.sched_getaffinity(0)))
+    yield from map_ahead(make, enumerate(images), ahead, threads=len(os.sched_getaffinity(0)))
 
 
 def _decode(image: ImageLike) -> Tensor:
     """Decode an image to (3, H, W) uint8, RGB, upright."""
     if isinstance(image, str | os.PathLike):
         return decode_any(Path(image))
-    if isinstance(image, Tensor | np.ndarray):
-        array: Any = image
-        if isinstance(image, Tensor) and image.ndim == 3 and image.dtype == torch.uint8:
-            array = image.permute(1, 2, 0).cpu().numpy()
-        elif image.shape[2:] == (1,):
-            array = image[:, :, 0]
-        # Other tensors keep a dtype that is not NumPy's.
-        if array.dtype != np.uint8 or 0 in array.shape or not (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
-            raise DataError(
-                f"an image of shape {tuple(image.shape)} and dtype {image.dtype}: arrays must be uint8 and (H, W, 3), "
-                "(H, W, 4) or (H, W), tensors uint8 and (3, H, W) or (4, H, W)"
-            )
-        image = Image.fromarray(array)
-    if not hasattr(image, "convert"):
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+            raise DataError(f"an array of shape {image.shape} and dtype {image.dtype}: images must be uint8 (H, W, 3)")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
         raise DataError(f"a {type(image).__name__} is not an image: give paths, uint8 arrays (H, W, 3) or PIL images")
     return pixels_of(image)

@@ -23,7 +23,7 @@ def grad_cam(model: DenseNet, images: Tensor, labels: Tensor) -> Tensor:
         labels: (N,) int64, the class to explain for each image.
 
     Returns:
-        (N, h, w) float32 from 0 to 1, of the size of the feature maps; all 0 where nothing speaks for the class.
+        (N, h, w) float32 from 0 to 1, of the size of the feature maps; all 0 where nothing supports the class.
     """
     with torch.no_grad():
         maps = model.features(images.contiguous(memory_format=torch.channels_last))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Required, TypedDict, Unpack
 
 from densenet_dist.errors import ConfigError
 from densenet_dist.model.architecture import Architecture, BlockForm
@@ -48,7 +48,20 @@ VARIANTS: Final = tuple(_VARIANTS)
 """Names of the variants."""
 
 
-def densenet(variant: str, **settings: Any) -> DenseNet:
+class DenseNetSettings(TypedDict, total=False):
+    """The keyword arguments of `variant_architecture`, which editors complete for `densenet` too."""
+
+    num_classes: Required[int]
+    image_size: int
+    growth_rate: int | None
+    num_layers: int | Sequence[int] | None
+    depth: int | None
+    compression: float | None
+    drop_rate: float | None
+    block: BlockForm
+
+
+def densenet(variant: str, **settings: Unpack[DenseNetSettings]) -> DenseNet:
     """Build a DenseNet by name, such as ``densenet("densenet121", num_classes=5, image_size=224)``.
 
     ===================  =====================================================  ===========================

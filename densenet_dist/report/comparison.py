@@ -12,14 +12,15 @@ from densenet_dist.config import to_dict
 from densenet_dist.errors import ConfigError
 from densenet_dist.pages import render
 from densenet_dist.pages.figures import PAGE, RUNS, color, drawing, new_figure, set_epoch_axes, set_logarithmic, to_svg
-from densenet_dist.report.figures import line, points_of
+from densenet_dist.report.figures import line, metric_points
 from densenet_dist.report.record import RunRecord
 from densenet_dist.yaml_settings import flatten
 
 _IRRELEVANT: Final = (
-    *("name", "storage", "seed", "fault.", "log.", "checkpoint.every_steps", "checkpoint.keep"),
+    *("name", "storage", "seed", "fault.", "log.", "train.profile"),
+    *("checkpoint.every_steps", "checkpoint.keep"),
     *("data.root", "data.url", "data.download", "data.prefetch"),
-    *("cluster.address", "cluster.max_failures", "cluster.timeout_s"),
+    *("cluster.address", "cluster.max_failures", "cluster.timeout_s", "cluster.elastic_interval_s"),
 )
 """Prefixes of the settings that do not affect the results of a run."""
 _MAX_LABEL: Final = 80
@@ -195,6 +196,6 @@ def _curve(groups: Sequence[Group], key: str, unit: float, label: str) -> str:
 def _means(found: Group, key: str, unit: float) -> list[tuple[float, Interval]]:
     by_epoch: dict[float, list[float]] = {}
     for run in found.members:
-        for epoch, value in points_of(run.epochs, key, unit):
+        for epoch, value in metric_points(run.epochs, key, unit):
             by_epoch.setdefault(epoch, []).append(value)
     return [(epoch, interval(values)) for epoch, values in sorted(by_epoch.items())]

@@ -1,4 +1,4 @@
-"""The figures of a run's report, as SVG for its page or for files."""
+"""The figures of a run, as SVG for its report and as matplotlib figures for `Result`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def result_figures(epochs: Records, test: dict[str, Any] | None) -> list[str]:
 
 
 def curves_figure(epochs: Records, test: dict[str, Any] | None, title: str) -> Figure:
-    """Plot top-1 and loss as in `result_figures`, side by side, for ``curves.png``."""
+    """Plot top-1 and loss as in `result_figures`, side by side, for `Result.plot`."""
     figure = new_figure(11, 4.2)
     for axes, heading, result in zip(figure.subplots(1, 2), ("Accuracy", "Loss"), _RESULTS, strict=False):
         _plot_result(axes, *result, epochs, test, _PRINTED_COLORS)
@@ -77,7 +77,7 @@ def _plot_result(
 ) -> None:
     values: list[float] = []
     for split, text in (("train", "training"), ("val", "validation")):
-        points = points_of(epochs, f"{split}/{name}", unit)
+        points = metric_points(epochs, f"{split}/{name}", unit)
         line(axes, points, colors[split], label=text)
         values += [y for _, y in points]
     value = math.nan if test is None else test.get(f"test/{name}", math.nan) * unit
@@ -90,7 +90,7 @@ def _plot_result(
     set_epoch_axes(axes, label)
 
 
-def points_of(epochs: Records, key: str, unit: float) -> Points:
+def metric_points(epochs: Records, key: str, unit: float) -> Points:
     """Return the finite values of a metric, by epoch."""
     return [(float(r["epoch"]), r[key] * unit) for r in epochs if key in r and math.isfinite(r[key])]
 
@@ -125,7 +125,7 @@ def confusion_svg(confusion: Counts, names: Sequence[str]) -> str:
 
 
 def titled_confusion(confusion: Counts, names: Sequence[str], title: str) -> Figure:
-    """Draw the confusion matrix for ``confusion.png``."""
+    """Draw the confusion matrix for `Result.plot_confusion`."""
     with drawing(PRINTED):
         figure = confusion_figure(confusion, names)
         figure.suptitle(title)

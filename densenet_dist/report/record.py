@@ -9,11 +9,11 @@ from typing import Any
 
 from densenet_dist.config import load_run_config
 from densenet_dist.custom import is_allowed, is_custom
-from densenet_dist.errors import CheckpointError, DenseNetDistError, StorageError
+from densenet_dist.errors import StorageError
 from densenet_dist.report.summary import ModelSummary, summarize
 from densenet_dist.run_folder import CONFIG_FILE, ENV_FILE, RunFolder, open_run
 from densenet_dist.schema import Config
-from densenet_dist.train.checkpoint import CheckpointStore, best_record
+from densenet_dist.train.checkpoint import best_record
 from densenet_dist.train.inputs import read_metadata
 from densenet_dist.train.results import TestResults, read_test_results
 
@@ -28,7 +28,7 @@ class RunRecord:
         epochs: the records of complete epochs in order, at least one.
         test: the record of the test result; None before the test.
         summary: summary.json; empty until the run has finished.
-        results: test_results.json; None until the run has finished, or if an older version wrote the run.
+        results: test_results.json; None until the run has finished or was evaluated.
         model: its layers, or as text why they are unknown.
     """
 
@@ -69,7 +69,6 @@ def read_run(run: str | Path | RunFolder, *, trust: bool = False) -> RunRecord:
     Raises:
         StorageError: the run does not exist, has no complete epoch, or cannot be read.
         ConfigError: its config.yaml is wrong.
-        CheckpointError: its best checkpoint is not one of this package's models.
     """
     folder = run if isinstance(run, RunFolder) else open_run(run)
     records = folder.read_records()
@@ -95,22 +94,10 @@ def read_run(run: str | Path | RunFolder, *, trust: bool = False) -> RunRecord:
 
 
 def _model(folder: RunFolder, config: Config) -> ModelSummary | str:
-    """Summarize the model for the number of classes of the best checkpoint, so that the data set is not needed."""
     name = config.model.variant
-    if is_custom(name):
-        if not is_allowed(name):
-            return f"{name} was not imported; --trust does so"
-        try:
-            return summarize(config, len(read_metadata(folder, config).names), config.data.side)
-        except Exception as error:  # the report is needed all the same
-            return f"{type(error).__name__}: {error}"
+    if is_custom(name) and not is_allowed(name):
+        return f"{name} was not imported; --trust does so"
     try:
-        snapshot = CheckpointStore(folder, monitor=config.checkpoint.monitor).load_best()
-    except DenseNetDistError as error:
-        return str(error)
-    if snapshot is None:
-        return "the run has no checkpoint yet, so the number of classes is unknown"
-    bias = snapshot.model.get("classifier.bias")
-    if bias is None or bias.ndim != 1:
-        raise CheckpointError(f"the best checkpoint of {folder.uri} does not fit this model: it lacks classifier.bias")
-    return summarize(config, len(bias), config.data.side)
+        return summarize(config, len(read_metadata(folder, config).names), config.data.resolved_image_size)
+    except Exception as error:  # the rest of the report is needed all the same
+        return f"{type(error).__name__}: {error}"

@@ -86,7 +86,7 @@ def summary(config: Config, num_classes: int | None = None) -> ModelSummary:
             f"num_classes: unknown for data.name={config.data.name}, because its images are not read\n"
             "  set it: summary(config, num_classes=...)"
         )
-    return summarize(config, classes, config.data.side)
+    return summarize(config, classes, config.data.resolved_image_size)
 
 
 def summarize(config: Config, num_classes: int, image_size: int) -> ModelSummary:

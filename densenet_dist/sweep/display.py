@@ -11,7 +11,7 @@ from rich.table import Table
 
 from densenet_dist.display.console import LastingConsole, print_closing
 from densenet_dist.display.json_lines import JsonLines
-from densenet_dist.display.progress import counted, wrapped
+from densenet_dist.display.progress import pluralize, wrapped
 from densenet_dist.sweep.definition import Sweep
 from densenet_dist.sweep.results import SweepResult, Trial, ranked
 
@@ -59,12 +59,15 @@ class SweepConsole:
             self._console.say(f"  {key}: {shown(domain.describe())}")
         if recorded:
             known = ended(recorded)
-            self._console.say(f"resumed: {counted(known, 'trial')} ended, {len(recorded) - known} to be continued")
+            self._console.say(f"resumed: {pluralize(known, 'trial')} ended, {len(recorded) - known} to be continued")
 
     def _line(self, trial: Trial, best: Trial | None) -> str:
-        epochs = counted(trial.epochs, "epoch")
+        epochs = pluralize(trial.epochs, "epoch")
         what = {"stopped": f"stopped after {epochs}", "finished": f"finished {epochs}"}
-        parts = [f"{trial.name}  {what.get(trial.status, trial.status):<24}", f"{self._metric} {figure(trial.metric)}"]
+        parts = [
+            f"{trial.name}  {what.get(trial.status, trial.status):<24}",
+            f"{self._metric} {format_metric(trial.metric)}",
+        ]
         parts += [f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()]
         lines = wrapped([*parts, "*"] if best is trial else parts, self._console.line_width, indent="  ")
         return "\n".join(lines if trial.cause is None else [*lines, f"  {trial.cause}"])
@@ -73,7 +76,7 @@ class SweepConsole:
         running = [trial for trial in trials if trial.status == "running"]
         now = ", ".join(f"{trial.name} epoch {trial.epochs}" for trial in running[:4])
         text = f"{ended(trials)} of {self._total} trials ended; running: {now or 'none'}"
-        return text if best is None else f"{text}; best {self._metric} {figure(best.metric)} ({best.name})"
+        return text if best is None else f"{text}; best {self._metric} {format_metric(best.metric)} ({best.name})"
 
     def finish(self, result: SweepResult) -> None:
         """Print all trials, the best one, the files written and the commands to continue with.
@@ -101,7 +104,7 @@ def _table(result: SweepResult, keys: Sequence[str], *, causes: bool) -> Table:
         values = [shown(trial.overrides.get(key)) for key in keys]
         best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
         cause = [trial.cause or ""] * causes
-        table.add_row(trial.name, trial.status, figure(trial.metric), best, *values, *cause)
+        table.add_row(trial.name, trial.status, format_metric(trial.metric), best, *values, *cause)
     return table
 
 
@@ -165,7 +168,7 @@ def ended(trials: Sequence[Trial]) -> int:
     return sum(trial.status not in ("running", "interrupted") for trial in trials)
 
 
-def figure(value: float | None) -> str:
+def format_metric(value: float | None) -> str:
     """Format a value of the metric, or a dash if there is none."""
     return "-" if value is None else f"{value:.4f}"
 

@@ -141,13 +141,13 @@ class SweepResult:
     def _repr_html_(self) -> str:
         """Return a table of the trials, the best one in bold, for IPython."""
         from densenet_dist.pages import escape
-        from densenet_dist.sweep.display import figure, shown
+        from densenet_dist.sweep.display import format_metric, shown
 
         heads = "".join(f"<th>{head}</th>" for head in ("trial", "status", "metric", "epochs", "settings"))
         rows = []
         for trial in self.trials:
             settings = ", ".join(f"{key}={shown(value)}" for key, value in trial.overrides.items())
-            cells = [trial.name, trial.status, figure(trial.metric), str(trial.epochs), trial.cause or settings]
+            cells = [trial.name, trial.status, format_metric(trial.metric), str(trial.epochs), trial.cause or settings]
             style = ' style="font-weight:bold"' if trial is self.best else ""
             rows.append(f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
         return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"

@@ -153,7 +153,7 @@ class Goodput:
         now = self._status.seconds()
         return {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in ("train", *_LOST_TO)}
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return ``goodput/ratio``, and other uses as shares of the time: ``goodput/lost_to_start`` and so on."""
         spent = self.seconds()
         total = max(sum(spent.values()), 1e-9)

@@ -76,10 +76,9 @@ def custom_dataset(config: Config) -> Dataset:
         if problem := _dataset_problem(found):
             raise DataError(f"data.name: {name} {problem}; it must return a Dataset (docs/extending.md)")
         mean, std = (cast(Channels, tuple(map(float, values))) for values in (found.mean, found.std))
-    if found.image_size != config.data.side or found.test.image_size != config.data.side:
-        raise ConfigError(
-            f"data.image_size: {config.data.side}, but the images of {name} have {found.image_size} pixels"
-        )
+    size = config.data.resolved_image_size
+    if found.image_size != size or found.test.image_size != size:
+        raise ConfigError(f"data.image_size: {size}, but the images of {name} have {found.image_size} pixels")
     if found.val is not None and limit is not None:
         raise ConfigError(f"data.limit: {name} has validation images of its own; leave the limit at null")
     train, test = take_first(found.train, limit), take_first(found.test, config.data.test_limit)
@@ -122,7 +121,7 @@ def geometry(config: Config) -> str | Callable[[npt.NDArray[np.float64]], Any]:
         return name
     function = bind("augmentation", name, config.options.augmentation)
     with errors("data.augment", name):
-        draw(Augmentation(function), config.seed, 0, 5, config.data.side)
+        draw(Augmentation(function), config.seed, 0, 5, config.data.resolved_image_size)
     return function
 
 

@@ -18,8 +18,14 @@ from densenet_dist.config import load_run_config
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import Engine
 from densenet_dist.data.loader import Batch, EvalLoader
-from densenet_dist.errors import CheckpointError, ConfigError, DenseNetDistError, OutOfMemory
-from densenet_dist.run_folder import CONFIG_FILE, RunFolder, open_run
+from densenet_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DenseNetDistError,
+    OutOfMemory,
+    StorageError,
+)
+from densenet_dist.run_folder import CONFIG_FILE, TEST_RESULTS_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext, StopRequest, choose_device
@@ -41,7 +47,7 @@ from densenet_dist.train.results import (
     ResultsAccumulator,
     TestResults,
     add_images,
-    read_test_results,
+    write_test_results,
 )
 from densenet_dist.train.snapshot import Snapshot, load_weights, require_same
 
@@ -162,13 +168,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on every image of a split once, without augmentation.
 
+    Results of the best checkpoint on the test set are stored in the run's folder for its report, if there are none yet
+    and no setting but data.root is changed.
+
     Args:
         run: its folder (path or URI), or its name under ``runs/``.
         split: which images; val and train are the ones that the run used.
         checkpoint: best (by ``checkpoint.monitor``) or last.
         device: auto selects a GPU if there is one.
         overrides: changes to the run's configuration, such as ``data.root=...``.
-        notify: called with a message if images are skipped, or differ from those of the run.
+        notify: called with a message if images are skipped or differ from those of the run, or if results cannot be
+            stored.
         trust: import the custom model and data set that the run names, which runs their code.
 
     Returns:
@@ -179,24 +189,16 @@ def evaluate(
         StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
     """
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify, trust)
-    return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision)
-
-
-def load_test_results(
-    run: RunFolder,
-    overrides: Sequence[str] = (),
-    notify: Callable[[str], None] = lambda text: None,
-    trust: bool = False,
-) -> TestResults:
-    """Return the stored test results of a run. If there are none, evaluate its best checkpoint without storing them.
-
-    `notify` is called before that with a message; otherwise as `evaluate`.
-    """
-    stored = read_test_results(run)
-    if stored is not None:
-        return stored
-    notify("No stored test results; evaluating the test set once")
-    return evaluate_test_set(prepare_evaluation(run, overrides=overrides, notify=notify, trust=trust))
+    folder = found.context.run
+    changed = [change for change in overrides if not change.startswith("data.root=")]
+    if (split, checkpoint) != ("test", "best") or changed or folder.exists(TEST_RESULTS_FILE):
+        return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision)
+    results = evaluate_test_set(found)
+    try:
+        write_test_results(folder, results)
+    except StorageError as error:
+        notify(f"the results are not stored: {error}")
+    return results.metrics | {"images": results.images}
 
 
 def load_checkpoint(run: RunFolder, checkpoint: Literal["best", "last"], config: Config) -> Snapshot:

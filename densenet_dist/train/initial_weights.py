@@ -69,10 +69,11 @@ def _specs_of(config: Config) -> tuple[dict[str, TensorSpec], set[str]]:
     The classifier is what depends on the number of classes.
     """
     if is_custom(config.model.variant):  # such a model may be one that cannot be built on the meta device
-        models = [build_model(config.model, count, config.data.side, 0, config.options.model) for count in (1, 2)]
+        size = config.data.resolved_image_size
+        models = [build_model(config.model, count, size, 0, config.options.model) for count in (1, 2)]
     else:
         with torch.device("meta"):
-            models = [build_model(config.model, count, config.data.side) for count in (1, 2)]
+            models = [build_model(config.model, count, config.data.resolved_image_size) for count in (1, 2)]
     one, two = (tensor_specs({k: t for k, t in model.state_dict().items() if _is_weight(k)}) for model in models)
     classifier = {name for name in one if one[name] != two.get(name)}
     return {name: spec for name, spec in one.items() if name not in classifier}, classifier

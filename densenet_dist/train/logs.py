@@ -41,10 +41,10 @@ _LAYOUT: Final = {
         "learning rate": ["Multiline", ["^lr$"]],
     },
     "speed": {
-        "images a second": ["Multiline", ["perf/images_per_s"]],
-        "own part of a step (ms)": ["Multiline", ["perf/step_ms_.*"]],
+        "images per second": ["Multiline", ["perf/images_per_s"]],
+        "forward/backward time per step (ms)": ["Multiline", ["perf/step_ms_.*"]],
         "goodput, and waiting for data": ["Multiline", ["goodput/ratio", "perf/data_wait"]],
-        "what time was lost to": ["Multiline", ["goodput/lost_to_.*"]],
+        "lost time by cause": ["Multiline", ["goodput/lost_to_.*"]],
     },
 }
 """Layout of the Custom Scalars tab, the only one where a chart can have several tags."""
@@ -304,7 +304,7 @@ def progress_event(trainer: Trainer) -> Event:
         "loss": loss / max(images, 1.0),
         "top1": top1 / max(images, 1.0),
         "rate": trainer.position.step * trainer.config.train.global_batch_size / trained,
-        "goodput": trainer.goodput.figures()["goodput/ratio"],
+        "goodput": trainer.goodput.metrics()["goodput/ratio"],
     }
 
 

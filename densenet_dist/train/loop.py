@@ -23,7 +23,7 @@ from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_
 from densenet_dist.train.inputs import engine_of, report_lines, split_warnings, write_metadata
 from densenet_dist.train.logs import RunLog, TensorBoardWriter, epoch_event, progress_event, start_event
 from densenet_dist.train.network import no_sync
-from densenet_dist.train.performance import epoch_figures, step_figures
+from densenet_dist.train.performance import epoch_metrics, step_metrics
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
 from densenet_dist.train.snapshot import Snapshot, load_weights
@@ -75,7 +75,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             if cut:  # for lack of time: a run that is extended completes the epoch
                 save(trainer, take_snapshot(trainer, validation))
             trainer.end_epoch(validation.get("val/loss"))
-            record |= validation | trainer.goodput.figures() | {"seconds": time.perf_counter() - started}
+            record |= validation | trainer.goodput.metrics() | {"seconds": time.perf_counter() - started}
             trainer.notify("on_epoch", dict(record))
             _end_epoch(trainer, log, record, None if cut else validation, save_now=request is StopRequest.SAVE)
         return _test(trainer, log)
@@ -167,7 +167,7 @@ def log_steps(trainer: Trainer) -> None:
     """Record the figures of the last ``log.every_steps`` steps if that is due. Waits for the device only then."""
     every, step = trainer.config.log.every_steps, trainer.position.global_step
     if every is not None and step % every == 0:
-        figures = step_figures(trainer)
+        figures = step_metrics(trainer)
         if trainer.log is not None:
             trainer.log.record(figures, step)
 
@@ -257,7 +257,7 @@ def _end_epoch(
 ) -> None:
     """Record an epoch, save if that is due, and report it. `validation` is None if it is saved already."""
     config, context, position = trainer.config, trainer.context, trainer.position
-    record |= epoch_figures(trainer, record["perf/images_per_s"])
+    record |= epoch_metrics(trainer, record["perf/images_per_s"])
     record["perf/device_hours"] = trainer.goodput.device_hours
     if log is not None:
         with context.status.during("save"):  # slow storage is not a hang

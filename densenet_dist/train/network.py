@@ -155,7 +155,8 @@ def _settle_buckets(parallel: DistributedDataParallel, config: Config, device: t
     on the position in the bucket: without this, the first steps after a restart would differ from the original ones.
     """
     kept = [buffer.clone() for buffer in parallel.module.buffers()]
-    images = torch.zeros(2, 3, config.data.side, config.data.side, device=device)
+    size = config.data.resolved_image_size
+    images = torch.zeros(2, 3, size, size, device=device)
     # PyTorch warns if a model leaves no parameter out.
     ignored = warnings.catch_warnings(action="ignore")
     with ignored, step_errors("model", config), torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""How well a run uses its devices: FLOPs, memory, and how long each rank's own part of a step takes."""
+"""How well a run uses its devices: FLOPs, memory, and how long each rank's forward and backward pass takes."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ _PEAK_TFLOPS: Final = {
     "RTX 3090": 71,
 }
 """Peak dense throughput in bf16 and fp16 with fp32 sums, from NVIDIA's data sheets, which double it for sparsity."""
-_PARTIAL: Final = re.compile(r"\bMIG\b|\b(Laptop|D|Ti)\b")
+_OTHER: Final = re.compile(r"\b(MIG|Laptop|D|Ti)\b|-\d+[ABCQ]\b")
+"""Parts of a GPU (MIG, or a vGPU such as A100-10C), and other GPUs of a similar name."""
 _MIN_STEPS: Final = 20
 _SLOW: Final = 1.3
-"""A rank that takes this many times as long as the median rank for its own part of a step is reported."""
+"""A rank that takes this many times as long as the median rank for its forward and backward pass is reported."""
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
     """Return the peak dense throughput of a GPU in TFLOP/s, for fp32 that of TF32; None if it is unknown."""
-    if _PARTIAL.search(device_name):
+    if _OTHER.search(device_name):
         return None
     peak = next((peak for name, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
     return peak / 2 if peak and precision == "fp32" else peak  # TF32 has half the rate on all of them
@@ -121,8 +122,8 @@ class StepTimer:
         return event
 
 
-def step_figures(trainer: Trainer) -> dict[str, float]:
-    """Return the ``log.every_steps`` figures of the steps since the last call. Waits for the device; collective."""
+def step_metrics(trainer: Trainer) -> dict[str, float]:
+    """Return the ``log.every_steps`` metrics of the steps since the last call. Waits for the device; collective."""
     totals = trainer.metrics.compute(since=trainer.logged)
     before, trainer.logged_at = trainer.logged_at, trainer.train_time()[0]
     trainer.logged.sums.copy_(trainer.metrics.sums)
@@ -134,8 +135,8 @@ def step_figures(trainer: Trainer) -> dict[str, float]:
     }
 
 
-def epoch_figures(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
-    """Return the figures of an epoch on all ranks; warn once about a slow rank. A collective call.
+def epoch_metrics(trainer: Trainer, images_per_s: float) -> dict[str, Any]:
+    """Return the metrics of an epoch on all ranks; warn once about a slow rank. A collective call.
 
     Returns:
         Of a DenseNet ``perf/tflops`` of all ranks together and ``perf/mfu`` (its share of their peak, if known);

@@ -109,7 +109,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
         return
     if device.type == "cuda":
         trained, evaluated = min(trained, 1), min(evaluated, 1)
-    train, side = config.train, config.data.side
+    train, side = config.train, config.data.resolved_image_size
     net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
     state = {"adam": 2, "adamw": 2, "sgd": int(train.optimizer.momentum > 0)}.get(train.optimizer.name, 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
@@ -132,4 +132,4 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
 def _architecture(config: Config) -> Architecture | None:
     if custom.is_custom(config.model.variant):
         return None
-    return variant_architecture(**config.model.network, num_classes=10, image_size=config.data.side)
+    return variant_architecture(**config.model.network, num_classes=10, image_size=config.data.resolved_image_size)

@@ -81,7 +81,7 @@ class StepProfiler:
             table = recorded.key_averages().table(
                 sort_by=f"self_{device.type}_time_total", row_limit=_TOP, max_name_column_width=60
             )
-            head = f"{count} steps on {device.type}, the {_TOP} operations with the longest time of their own\n"
+            head = f"{count} steps on {device.type}, the {_TOP} operations with the longest self time\n"
             (folder / f"{name}.txt").write_text(head + table + "\n", encoding="utf-8")
             run.publish(PROFILE_FOLDER)
             path = f"{run.uri}/{PROFILE_FOLDER}/{name}"

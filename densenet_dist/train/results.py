@@ -55,7 +55,7 @@ class Mistake:
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
         png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
-        heat: the same under a heat map of what speaks for the predicted class (`grad_cam`); None in older runs.
+        heat: the same under a heat map of the regions that support the predicted class (`grad_cam`), or None.
     """
 
     index: int
@@ -336,5 +336,5 @@ def write_test_results(run: RunFolder, results: TestResults) -> None:
 
 
 def read_test_results(run: RunFolder) -> TestResults | None:
-    """Read test_results.json; None if the run is not finished, or was made by an older version."""
-    return run.read(TEST_RESULTS_FILE, TestResults, remedy="delete it: the test set is then evaluated again")
+    """Read test_results.json; None if the run is not finished and was not evaluated."""
+    return run.read(TEST_RESULTS_FILE, TestResults, remedy="delete it; densenet-dist evaluate writes it again")

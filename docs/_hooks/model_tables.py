@@ -38,7 +38,7 @@ def configurations() -> str:
             continue
         config = load_config(path)
         classes = SPECS[config.data.name].num_classes if config.data.name in SPECS else 10
-        model = _built(config.model, classes, config.data.side)
+        model = _built(config.model, classes, config.data.resolved_image_size)
         rows.append(f"| `configs/{path.name}` | `{config.model.variant}` | {config.data.name} | {_cost(model)} |")
     head = "| configuration | variant | data | parameters | multiply-adds |"
     return "\n".join([head, "| --- | --- | --- | ---: | ---: |", *rows])

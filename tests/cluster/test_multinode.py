@@ -60,7 +60,7 @@ def test_a_job_trains_on_both_nodes(nodes, tmp_path):
     assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")][-1] == "2/2"
     assert re.search(r"job both-\d{8}-\d{6}-\d+ succeeded$", text.strip())
     assert status_of(RunFolder(str(tmp_path), "both")) == "finished"
-    assert (tmp_path / "both" / "curves.png").exists(), "a job's files do not lie in its working directory"
+    assert (tmp_path / "both" / "report.html").exists(), "a job's files do not lie in its working directory"
 
 
 @pytest.mark.nightly
@@ -152,7 +152,7 @@ def test_hosts_share_an_object_store(hosts, store):
     text = finished(submit(cluster, "train", *QUICK, f"storage={store % '/runs'}", "name=objects"))
     folder = RunFolder(store % "/runs", "objects")
     assert status_of(folder) == "finished"
-    assert folder.names("") >= {"config.yaml", "metrics.jsonl", "checkpoints", "tb", "curves.png"}
+    assert folder.names("") >= {"config.yaml", "metrics.jsonl", "checkpoints", "tb", "report.html"}
     judged = cluster.densenet_dist("evaluate", store % "/runs/objects", "--json", cwd=REPOSITORY)
     assert f"{json.loads(finished(judged))['top1']:.2%}" in text
 

@@ -25,7 +25,7 @@ def test_a_run_explains_itself(undisturbed, capsys):
     assert not RAY_NOISE.search(text), text
     assert "2 x CPU" in text
     assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch")] == ["1/4", "2/4", "3/4", "4/4"]
-    expected = {"config.yaml", "env.json", "metrics.jsonl", "summary.json", "checkpoints", "tb", "curves.png"}
+    expected = {"config.yaml", "env.json", "metrics.jsonl", "summary.json", "checkpoints", "tb", "report.html"}
     assert expected <= {path.name for path in run.folder.iterdir()}
     assert [line["epoch"] for line in records(run.folder) if "train/loss" in line] == [1, 2, 3, 4]
     summary = json.loads((run.folder / "summary.json").read_text())

@@ -31,7 +31,7 @@ def test_failing_requests_cost_retries_not_runs(start, s3, faulty_s3, faults, un
     assert not run.folder.exists(), "nothing of it lies on the disk"
     assert list((tmp_path / "temporary").glob("densenet_dist-*")) == []
     folder = RunFolder(s3 % "/flaky", "run")
-    assert folder.names("") >= {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "tb", "checkpoints"}
+    assert folder.names("") >= {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "tb", "checkpoints"}
     for file in ("metrics.jsonl", "checkpoints/manifest.json"):
         folder.fetch(file)
     assert records(folder.path) == records(undisturbed.folder)

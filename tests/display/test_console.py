@@ -14,9 +14,10 @@ import termios
 
 import pytest
 
-from densenet_dist.display.console import Console, RunSummary, epoch_parts
+from densenet_dist.display.console import Console, epoch_parts
 from densenet_dist.display.json_lines import RunJsonLines
 from densenet_dist.errors import Interrupted
+from densenet_dist.run_folder import RunFolder
 
 START = {
     **{"kind": "start", "model": "notebook", "parameters": 3532210, "data": "cifar10", "train_images": 45000},
@@ -37,7 +38,6 @@ SUMMARY = {
     **{"status": "finished", "epochs": 90, "global_step": 63360, "train_seconds": 3723.0, "test/images": 10_000},
     **{"best": {"epoch": 88, "val/top1": 0.9379}, "test/loss": 0.25, "test/top1": 0.931, "test/top5": 0.9987},
 }
-FINISHED = RunSummary("/a b/run", "/a b/run", SUMMARY, 1234.5, 0.87)
 EVENTS = f"""
 import os
 from densenet_dist.display.console import Console
@@ -50,7 +50,7 @@ ENV = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR"
 ENV |= {"TERM": "xterm-256color"}
 HIDE_CURSOR, SHOW_CURSOR, ERASE, ERASE_ABOVE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K", "\x1b[1A\x1b[2K"
 WATCHED = """
-console({**progress, 'global_step': 5000})
+console({**progress, 'step': 72, 'global_step': 5000})
 console(progress)
 if console._progress.live.is_started: console._progress.refresh()  # as it does four times a second
 os._exit(0)
@@ -86,7 +86,18 @@ def plain(text: str) -> list[str]:
     return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
 
 
-def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    """Of a finished run, without a report."""
+    run = RunFolder(str(tmp_path / "a b"), "run")
+    run.create()
+    speed = {"perf/images_per_s": 1234.5, "goodput/ratio": 0.87}
+    run.write("metrics.jsonl", json.dumps({"epoch": 1, "global_step": 9, **speed}) + "\n")
+    return run
+
+
+def test_a_file_gets_start_epochs_notes_and_the_ending(capsys, folder):
+    folder.write("report.html", "")
     with Console() as console:
         console({"kind": "run", "name": "run", "run": "runs/run", "resumed": False})
         console({**START, "epoch": 6, "global_step": 4224})
@@ -94,7 +105,7 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
         console(EPOCH)
         console({"kind": "note", "text": "something [odd] happened", "warning": True})
         console({"kind": "end", **SUMMARY})
-        console.finish(FINISHED)
+        console.finish(folder, SUMMARY)
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "loss 1.5" not in out  # no live line where nobody looks
@@ -114,24 +125,21 @@ def test_a_file_gets_start_epochs_notes_and_the_ending(capsys):
         ["validation top-1  93.79%", "(best, epoch 88)"],
         ["test top-1", "93.10%", "(top-5 99.87%, loss 0.2500, 10,000 images)"],
         ["trained", "90 epochs, 63,360 steps in 1:02:03"],
-        ["speed", "1,234 images/s"],
-        ["goodput", "87% of the time in productive steps"],
-        ["run folder", "/a b/run"],
-        ["report", "/a b/run/report.html"],
-        ["curves", "/a b/run/curves.png"],
-        ["evaluate", "densenet-dist evaluate '/a b/run'"],
-        ["rebuild report", "densenet-dist report '/a b/run'"],
-        ["TensorBoard", "tensorboard --logdir '/a b'"],
+        ["run folder", folder.uri],
+        ["report", f"{folder.uri}/report.html"],
+        ["evaluate", f"densenet-dist evaluate '{folder.uri}'"],
+        ["rebuild report", f"densenet-dist report '{folder.uri}'"],
+        ["TensorBoard", f"tensorboard --logdir '{folder.storage}'"],
     ]
 
 
-def test_a_quiet_console_shows_warnings_only(capsys):
+def test_a_quiet_console_shows_warnings_only(capsys, folder):
     with Console(quiet=True) as console:
         console(START)
         console(EPOCH)
         console({"kind": "note", "text": "loader: torch"})
         console({"kind": "note", "text": "a worker was lost", "warning": True})
-        console.finish(FINISHED)
+        console.finish(folder, SUMMARY)
     assert capsys.readouterr() == ("", "warning: a worker was lost\n")
     with Console() as console:
         console.mute()  # another rank
@@ -158,33 +166,28 @@ def test_a_line_is_sent_at_once_and_a_run_outlives_its_reader(script):
 
 
 @pytest.mark.parametrize("columns", [100, 40])
-def test_a_terminal_shows_bars_or_if_narrow_numbers_and_the_best(columns):
-    wide = columns == 100
-    text, frame = shown("console(epoch)\n" + WATCHED, columns).split("\r" + ERASE + ERASE_ABOVE * (2 if wide else 3))
-    epoch, run, *figures = plain(frame)
+def test_a_terminal_shows_bars_and_the_time_left(columns):
+    text, frame = shown("console(epoch)\n" + WATCHED, columns).split("\r" + ERASE + ERASE_ABOVE * 2)
+    epoch, run, metrics = plain(frame)
     assert HIDE_CURSOR in text
     assert max(len(epoch), len(run)) <= columns
-    bar = r"[━╸╺ ]{40} +" if wide else ""
-    assert re.fullmatch(rf"epoch 8/90 {bar}200/704 4:12 left\s*", epoch)
-    assert re.fullmatch(rf"run +{bar}8 % [\d:]+ left\s*", run)
-    assert re.split("  best ", "  ".join(figures)) == ["128 images/s  loss 1.500  top-1 62.50%", "43.21% (epoch 7)"]
-    if not wide:
+    assert re.fullmatch(r"epoch 8/90 [━╸╺ ]+ 200/704 +0:00:0\d\s*", epoch)
+    assert re.fullmatch(r"run +[━╸╺ ]+ 5128/633\S+ \d+:\d\d:\d\d\s*", run)
+    assert metrics == "128 images/s  loss 1.500  top-1 62.50%"
+    if columns == 40:
         lines = plain(text)
         first = next(number for number, line in enumerate(lines) if line.startswith("epoch   7/90"))
         assert lines[first + 1 : first + 3] == ["  train loss 1.2346 top-1 50.00%", "  val loss 2.0000 top-1 43.21%"]
 
 
-def test_at_the_end_the_live_lines_are_gone_and_paths_are_links():
-    web = "http://mlflow:5000/#/experiments/1/runs/2"
-    script = "from densenet_dist.display.console import RunSummary\nconsole(progress)\nconsole(epoch)\n"
-    script += f"console.finish(RunSummary('/a b/run', '/a b/run', {SUMMARY!r}, None, None, {{'MLflow': '{web}'}}))\n"
+def test_at_the_end_the_live_lines_are_gone(folder):
+    script = "from densenet_dist.run_folder import RunFolder\nconsole(progress)\nconsole(epoch)\n"
+    script += f"console.finish(RunFolder({folder.storage!r}, 'run'), {SUMMARY!r})\n"
     live, ending = shown(script, 80).split(SHOW_CURSOR)
     assert "200/704" in live
     assert ending.startswith("\r" + ERASE_ABOVE * 3)
     assert "200/704" not in ending
-    assert re.search(r"\x1b\]8;[^;]*;file:///a%20b/run/report\.html\x1b", ending)
-    stored = shown(script.replace("/a b/run", "s3://bucket/runs/k"), 80)
-    assert re.findall(r"\x1b\]8;[^;]*;(.+?)\x1b", stored) == [web]
+    assert "report.html" not in ending  # it could not be written
 
 
 def test_a_dumb_terminal_gets_no_sequences():
@@ -193,7 +196,7 @@ def test_a_dumb_terminal_gets_no_sequences():
     assert "1,234 images/s" in text
 
 
-def test_events_for_a_program(capsys):
+def test_events_for_a_program(capsys, folder):
     with pytest.raises(Interrupted), RunJsonLines() as lines:  # noqa: PT012
         print("what a library says")
         lines({"kind": "run", "name": "run", "run": "runs/run", "resumed": False})
@@ -203,7 +206,7 @@ def test_events_for_a_program(capsys):
         lines({**EPOCH, "val/loss": float("nan")})
         lines({"kind": "note", "text": "\udcff is no letter", "warning": True})
         lines({"kind": "end", **SUMMARY})  # the last line comes later, when all is written
-        lines.finish(FINISHED)
+        lines.finish(folder, SUMMARY)
         raise Interrupted("runs/run")
     out, err = capsys.readouterr()
     assert err == "what a library says\n"
@@ -215,6 +218,7 @@ def test_events_for_a_program(capsys):
     assert (progress["step"], progress["top1"], progress["rate"]) == (200, 0.625, 128)
     assert (epoch["val/loss"], epoch["val/top1"], epoch["is_best"]) == (None, 0.4321, True)
     assert (note["level"], note["text"]) == ("warning", "\udcff is no letter")
-    assert (end["test/top1"], end["best"]["epoch"], end["files"]["page"]) == (0.931, 88, "/a b/run/report.html")
+    assert (end["test/top1"], end["best"]["epoch"], end["images_per_s"], end["goodput"]) == (0.931, 88, 1234.5, 0.87)
+    assert end["files"] == {"run_folder": folder.uri, "page": None}
     assert (error["type"], error["exit_code"]) == ("Interrupted", 130)
     assert "train --resume runs/run" in error["message"]

@@ -19,17 +19,15 @@ from densenet_dist.inference import formats
 from densenet_dist.inference.classifier import load_classifier, open_trained
 from densenet_dist.inference.exporting import LARGEST_DIFFERENCE, export
 from densenet_dist.inference.header import header_of
-from densenet_dist.train.evaluation import evaluate, prepare_evaluation
+from densenet_dist.train.evaluation import prepare_evaluation
 
 
-@pytest.mark.parametrize("format", ["safetensors", "onnx"])
-def test_a_file_classifies_as_the_run_does(original, exported, images, format):
-    classifier = load_classifier(exported(format))
+def test_a_file_classifies_as_the_run_does(original, exported, images):
+    classifier = load_classifier(exported("safetensors"))
     _, _, network = open_trained(original)
     for count in (1, 5):
         expected = network(images[:count])
         torch.testing.assert_close(classifier.logits(images[:count]), expected, rtol=0, atol=LARGEST_DIFFERENCE)
-    assert b"/" + b"densenet_dist/" not in exported(format).read_bytes()  # no paths of this machine
     assert classifier.class_names == shapes.CLASS_NAMES
     assert classifier.header.metrics.keys() >= {"val/top1"}
 
@@ -44,33 +42,29 @@ def test_a_file_has_the_mode_of_other_files_and_no_folder_that_cannot_take_it(or
     os.mkfifo(tmp_path / f"pipe{file.suffix}")
     with pytest.raises(StorageError, match="not a regular file"):
         export(original, format=format, out=tmp_path / f"pipe{file.suffix}", check=False)
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_other_libraries_run_a_file_and_predict_names_them(original, exported, images, command, format):
+    file = exported(format)
     if format == "onnx":
+        assert b"/" + b"densenet_dist/" not in file.read_bytes()  # no paths of this machine
         session = pytest.importorskip("onnxruntime").InferenceSession(file)
         assert [each.shape[0] for each in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
+        assert json.loads(session.get_modelmeta().custom_metadata_map["densenet_dist"])["run"] == "tiny"
 
-
-def test_pytorch_alone_runs_a_program_and_predict_refuses_it(original, exported, images, command):
-    with warnings.catch_warnings(action="ignore"):
-        program = torch.export.load(exported("torch-export")).module()
+        def program(pixels):
+            return torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
+    else:
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.export.load(file).module()
     _, _, network = open_trained(original)
     for count in (1, 5):
-        torch.testing.assert_close(program(images[:count]), network(images[:count]), rtol=0, atol=1e-5)
-    code, _, err = command("predict", exported("torch-export"), "x.png")
+        expected = network(images[:count])
+        torch.testing.assert_close(program(images[:count]), expected, rtol=0, atol=LARGEST_DIFFERENCE)
+    code, _, err = command("predict", file, "x.png")
     assert code == 6
-    assert "is a torch-export file" in err
-
-
-@pytest.mark.parametrize("format", ["safetensors", pytest.param("torch-export", marks=pytest.mark.nightly)])
-def test_bf16_halves_the_file_and_says_what_it_loses(original, exported, command, format, tmp_path):
-    code, out, _ = command("export", original, "--out", exported(format).name, "--precision", "bf16",
-                           "--format", format)  # fmt: skip
-    assert code == 0
-    assert "checked on 75 test images: largest difference of a logit" in out
-    assert f"test top-1: {evaluate(original)['top1']:.2%} in fp32" in out
-    small = tmp_path / exported(format).name
-    assert small.stat().st_size < exported(format).stat().st_size
-    if format == "safetensors":
-        assert load_classifier(small).header.precision == "bf16"
+    assert "onnxruntime runs .onnx files, torch.export.load reads .pt2 files" in err
 
 
 def test_export_checks_and_names_the_file(original, command, tmp_path):
@@ -104,21 +98,17 @@ def test_a_file_that_differs_is_not_kept(original, monkeypatch, tmp_path, change
 
 
 def test_what_export_refuses(original, tmp_path):
-    with pytest.raises(ConfigError, match="no bf16 convolutions"):
-        export(original, format="onnx", precision="bf16")
     with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
         export(original, out=tmp_path / "x.onnx")
-    with pytest.raises(StorageError, match="no such folder"):
-        export(original, out=tmp_path / "none" / "x.safetensors")
+    with pytest.raises(StorageError, match="cannot be written: No such file"):
+        export(original, out=tmp_path / "none" / "x.safetensors", check=False)
 
 
-def test_onnx_without_its_packages_names_the_extra(original, monkeypatch, command, tmp_path):
-    (tmp_path / "x.onnx").write_bytes(b"\x08\x08")
+def test_onnx_without_its_packages_names_the_extra(original, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    for arguments in (("export", original, "--format", "onnx"), ("predict", "x.onnx", "x.png")):
-        code, _, err = command(*arguments)
-        assert code == EnvironmentProblem.exit_code
-        assert "pip install 'densenet-dist[onnx]'" in err
+    code, _, err = command("export", original, "--format", "onnx")
+    assert code == EnvironmentProblem.exit_code
+    assert "pip install 'densenet-dist[onnx]'" in err
 
 
 @pytest.fixture
@@ -164,29 +154,10 @@ def test_files_of_others_are_refused(exported, header, tmp_path, command):
     save_file(weights | {"more": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"densenet_dist": header})
     for name, said in (
         ("plain.safetensors", "was not written by densenet-dist export"),
-        ("int8.safetensors", "precision: Input should be 'fp32' or 'bf16'"),
+        ("int8.safetensors", "precision: Input should be 'fp32'"),
         ("other.safetensors", "not in this model: more"),
-        ("missing.onnx", "cannot be read: No such file"),
+        ("missing.safetensors", "cannot be read: No such file"),
     ):
         code, out, err = command("predict", name, "x.png")
         assert (code, out) == (6, "")
         assert said in err
-
-
-def test_an_onnx_file_cannot_read_others(tmp_path, monkeypatch):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "secret.bin").write_bytes(bytes(16))
-    for place in ("secret.bin", f"../{tmp_path.name}/secret.bin", str(tmp_path / "secret.bin")):
-        weight = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
-        for key, value in (("location", place), ("offset", "0"), ("length", "16")):
-            entry = weight.external_data.add()
-            entry.key, entry.value = key, value
-        shown = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in ("pixels", "logits")]
-        node = onnx.helper.make_node("Add", ["pixels", "w"], ["logits"])
-        graph = onnx.helper.make_graph([node], "g", shown[:1], shown[1:], [weight])
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
-        (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
-        with pytest.raises(CheckpointError, match=r"x\.onnx is damaged, or no ONNX file: .*(xternal data|model_path)"):
-            load_classifier("x.onnx")

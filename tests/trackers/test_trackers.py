@@ -12,9 +12,8 @@ from runs import notes_of, run_of, stop_after, tiny
 from wandb_files import wandb_run
 
 from densenet_dist.cluster.launch import fit as launch
-from densenet_dist.display.console import RunSummary
 from densenet_dist.errors import EnvironmentProblem
-from densenet_dist.trackers import _WANDB_SETTINGS, without_secrets
+from densenet_dist.trackers import _WANDB_SETTINGS, links, without_secrets
 
 MARKER = "MARKER-d41d8cd98f00b204e980"  # stands for a key
 
@@ -63,7 +62,7 @@ def test_a_resumed_run_goes_on_at_the_server(mlflow_server, tmp_path, monkeypatc
     assert run.data.metrics["test/loss"] == lines[-1]["test/loss"]
     url = f"{mlflow_server}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     assert f"MLflow: {url}" in notes
-    assert RunSummary.read(run_of(config), {}).links == {"MLflow": url}
+    assert links(run_of(config)) == {"MLflow": url}
     assert not any(MARKER.encode() in content for content in bytes_of(run_of(config).path).values())
 
 
@@ -117,7 +116,7 @@ def test_offline_files_hold_the_run_and_no_key(tmp_path, monkeypatch):
     assert rows[-1]["test/top1"] == lines[-1]["test/top1"]
     state = json.loads((run_of(config).path / "trackers" / "wb.json").read_text())
     assert state == {"id": first.run_id, "url": None, "sent": 3}
-    assert RunSummary.read(run_of(config), {}).links == {}
+    assert links(run_of(config)) == {}
     found = b"".join(bytes_of(run_of(config).path).values())
     assert MARKER.encode() not in found
     assert key.encode() not in found

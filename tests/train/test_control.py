@@ -50,10 +50,10 @@ def test_shares_of_goodput_add_up_to_all_time(clock):
     with status.during("save"):
         clock.now += 2
     assert status.phase == "validate"
-    figures = goodput.figures()
-    assert figures["goodput/ratio"] == 0.5
-    assert (figures["goodput/lost_to_start"], figures["goodput/lost_to_save"]) == (0.2, 0.1)
-    assert sum(figures.values()) == pytest.approx(1.0)
+    metrics = goodput.metrics()
+    assert metrics["goodput/ratio"] == 0.5
+    assert (metrics["goodput/lost_to_start"], metrics["goodput/lost_to_save"]) == (0.2, 0.1)
+    assert sum(metrics.values()) == pytest.approx(1.0)
 
 
 def test_work_lost_with_a_process_and_the_time_until_it_is_replaced_are_recovery(clock):

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessRaisedException
 from densenet_dist.errors import CheckpointError, ConfigError, DataError, StorageError
 from densenet_dist.inference.exporting import export
 from densenet_dist.train.checkpoint import CheckpointStore
-from densenet_dist.train.evaluation import evaluate, load_test_results, prepare_evaluation
+from densenet_dist.train.evaluation import evaluate, prepare_evaluation
 from densenet_dist.train.inputs import train_and_val
 
 ROOT = Path(__file__).parents[2]
@@ -185,11 +185,10 @@ def test_weights_meet_only_the_classes_they_were_trained_on(photos, tmp_path, co
     (photos / "cat").rename(photos / "Cat")  # comes before apple now
     both = r"(?s)\['apple', 'bär', 'cat'\].*\['Cat', 'apple', 'bär'\]"
     go_on = tiny(tmp_path / "runs", *settings(photos, "train.epochs=2"))
-    for meet in (evaluate, export, lambda run: train(go_on), lambda run: load_test_results(run_of(config))):
+    for meet in (evaluate, export, lambda run: train(go_on)):
         with pytest.raises(CheckpointError, match=both):
             meet(run)
-    code, _, err = command("report", run)
-    assert (code, "'Cat', 'apple'" in err) == (6, True)
+    assert command("report", run)[0] == 0
     assert (run / "classes.json").read_text() == classes
     # Handed over to another run, which knows the new names.
     other = replace(go_on, name="other")

@@ -35,8 +35,11 @@ def test_the_peak_is_that_of_the_whole_gpu_or_unknown():
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA L4")
     assert [peak_tflops(name, "bf16") for name in names] == [989, 756, 989, 835, 121]
     assert peak_tflops("NVIDIA A100 80GB PCIe", "fp32") == 156  # TF32
+    assert peak_tflops("NVIDIA A100-SXM4-40GB", "bf16") == 312
     for name in (
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA A100-10C",
+        "GRID A100D-20C",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "Tesla V100-SXM2-16GB",
         "L400",
