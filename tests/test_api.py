@@ -17,7 +17,7 @@ import pytest
 from runs import records, run_of, tiny, weights_of
 
 from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
-from densenet_dist.cluster.resuming import resume_config
+from densenet_dist.cluster.resuming import check_changes, resume_config
 from densenet_dist.environment import cache_folder, provide_user
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import open_run
@@ -98,15 +98,21 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path):
         assert extended.summary["epochs"] == extended.config.train.epochs == 4
     assert weights_of(short) == weights_of(whole)
     assert records(short) == records(whole)
-    with pytest.raises(ConfigError, match=r"train.epochs: 4 -> 3\n.*name=NEW"):
-        resume_config(run_of(short), ["train.epochs=3"])
+    for setting, message in (("train.epochs=3", r"train.epochs: 4 -> 3\n.*name=NEW"), ("train.lr=9.0", "-> 9.0\n")):
+        with pytest.raises(ConfigError, match=message):
+            fit(load_config(longer, setting), resume=True, listener=list)
+    assert fit(longer, resume=True, listener=list) == extended, "its results are still there"
     for setting, message in (
         ("train.schedule.name=cosine", "only constant, multistep, plateau schedules"),
         ("train.early_stopping={enabled: true, patience: 1, min_delta: 9.0}", "stopped early"),
     ):
         run = fit(tiny(tmp_path, f"name=run-{len(message)}", *settings, setting), listener=lambda event: None).run
         with pytest.raises(ConfigError, match=message):
-            resume_config(open_run(run), ["train.epochs=9"])
+            check_changes(open_run(run), resume_config(open_run(run), ["train.epochs=9"]))
+    for settings in (["name=other"], [f"storage={tmp_path}/other"]):
+        with pytest.raises(ConfigError, match="a resumed run stays in its folder"):
+            resume_config(run_of(short), settings)
+    assert resume_config(run_of(short), [f"storage={tmp_path}/", "name=short"]) == extended.config
 
 
 def test_a_run_is_loaded_again_finished_or_not(tmp_path, result):
