@@ -45,7 +45,7 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
         own_cluster: whether the connected cluster is private, and so cannot grow.
 
     Returns:
-        Which budget ended the sweep; None if all trials ended.
+        Which limit ended the sweep; None if all trials ended.
 
     Raises:
         EnvironmentProblem: the cluster lacks the resources of a trial, or failed.
@@ -55,7 +55,7 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
     """
     room = _find_room(sweep, own_cluster, record.listener)
     state = on_this_node(SweepState).remote()
-    hooks = TuneHooks(sweep.settings, record, room.gpus_per_trial, state)
+    hooks = TuneHooks(sweep.settings.max_hours, record, state)
     tuner = _make_tuner(sweep, record.trials, room, lease, hooks, state)
     for name in ("ray.tune", "ray.train", "ray._private"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is in the events
@@ -75,9 +75,9 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
     lease.check()
     if hooks.fatal is not None:
         raise hooks.fatal
-    if hooks.spent is None and (hooks.signals or hooks.running):
+    if hooks.ended_by is None and (hooks.signals or hooks.running):
         raise KeyboardInterrupt(*hooks.signals[:1])
-    return hooks.spent
+    return hooks.ended_by
 
 
 def _find_room(sweep: Sweep, own_cluster: bool, listener: Callable[[Event], None]) -> TrialRoom:

@@ -104,7 +104,6 @@ class TrialRoom:
         per_trial: resources that Tune requests for a trial; with several workers almost none, since Ray Train requests
             those of the workers.
         concurrent: number of trials that run at the same time.
-        gpus_per_trial: for the budget; on a cluster without GPUs, the number of workers.
         settings: of every trial's configuration, by dotted key.
         missing: description of resources that the cluster lacks at present.
     """
@@ -112,7 +111,6 @@ class TrialRoom:
     per_worker: dict[str, float]
     per_trial: dict[str, float]
     concurrent: int
-    gpus_per_trial: float
     settings: dict[str, Any]
     missing: str = ""
 
@@ -147,7 +145,6 @@ def plan_trials(
         per_worker=per_worker,
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
         concurrent=max(1, min(wanted, room, trials)),
-        gpus_per_trial=(gpus or 1.0) * sweep.workers,
         settings={
             "cluster.workers": sweep.workers,
             "cluster.cpus_per_worker": cpus,

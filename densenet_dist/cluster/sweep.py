@@ -23,7 +23,6 @@ from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, ope
 from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
-    RESULTS_FILE,
     SWEEP_FILE,
     TRIAL_PREFIX,
     Note,
@@ -31,7 +30,6 @@ from densenet_dist.sweep.results import (
     Status,
     SweepResult,
     Trial,
-    Usage,
     add_epoch,
     best_trial,
     format_results,
@@ -89,21 +87,18 @@ def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Eve
     record = SweepRecord(folder, sweep, listener)
     recorded = len(record.trials)
     remaining = recorded < sweep.trials or any(trial.status == "interrupted" for trial in record.trials)
-    ended_by = record.usage.spent(sweep.settings) if remaining else None
-    runs_trials = remaining and ended_by is None
-    if runs_trials:
+    ended_by = None
+    if remaining:
         prepare_data(sweep.config("data", {}))
     folder.write(SWEEP_FILE, sweep.to_yaml())
     listener({"kind": "sweep", "sweep": sweep, "trials": list(record.trials), "folder": folder.uri})
     with record:
-        if runs_trials:
+        if remaining:
             try:
                 ended_by = _run_trials(_with_shared_weights(sweep, folder), record, lease)
             finally:
                 if lease.lost is None:
                     folder.remove("ray")
-            if ended_by is not None:
-                record.stop_running()
     write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
     return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximize), ended_by)
 
@@ -124,7 +119,7 @@ def _with_shared_weights(sweep: Sweep, folder: RunFolder) -> Sweep:
 
 
 def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:
-    """Run the trials that have not ended; return which budget ended the sweep early, if any."""
+    """Run the trials that have not ended; return which limit ended the sweep early, if any."""
     for key, value in _TUNE_ENV.items():
         os.environ.setdefault(key, value)
     with connected(sweep.config("base", {}).cluster, ships_code=any(sweep.custom_parts())) as own_cluster:
@@ -148,7 +143,7 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
 
     Args:
         folder: its path or URI, or its name under ``runs/``.
-        settings: ``trials=N`` to extend it, ``max_hours=H`` or ``max_gpu_hours=H`` to change a budget.
+        settings: ``trials=N`` to extend it, ``max_hours=H`` to change its limit.
         trust: import the custom parts that the folder's files name, which runs their code.
 
     Raises:
@@ -156,10 +151,8 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
         ConfigError: a setting is wrong, or cannot be changed.
     """
     for text in settings:
-        if text.partition("=")[0] not in ("trials", "max_hours", "max_gpu_hours"):
-            raise ConfigError(
-                f"{text}: a resumed sweep has its own sweep.yaml; only trials, max_hours and max_gpu_hours can change"
-            )
+        if text.partition("=")[0] not in ("trials", "max_hours"):
+            raise ConfigError(f"{text}: a resumed sweep has its own sweep.yaml; only trials and max_hours can change")
     found = open_run(folder, SWEEP_FILE, "sweep")
     file = found.fetch(SWEEP_FILE)
     base = read_yaml(file).get("settings")
@@ -171,7 +164,7 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
 
 
 class SweepRecord:
-    """The trials of a sweep and the time that it has used, updated while it runs and written every few seconds.
+    """The trials of a sweep, updated while it runs and written every few seconds.
 
     Writing happens in a thread, so that Tune's loop does not wait for storage. On exit, trials that are still running
     become interrupted and everything is written.
@@ -184,13 +177,11 @@ class SweepRecord:
 
     Attributes:
         trials: all trials, in order of their names.
-        usage: the time used; to be updated in place.
     """
 
     def __init__(self, folder: RunFolder, sweep: Sweep, listener: Callable[[Event], None]) -> None:
         self.listener = listener
         self.trials = trials_on_record(folder, sweep)
-        self.usage = (folder.read(RESULTS_FILE, Usage, strict=False) if self.trials else None) or Usage()
         self._folder, self._sweep = folder, sweep
         self._unwritten: dict[str, Note] = {}
         self._lock = threading.Lock()
@@ -232,13 +223,6 @@ class SweepRecord:
         best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
 
-    def stop_running(self) -> None:
-        """Record that the trials that are still running were stopped by a budget."""
-        with self._lock:
-            for trial in self.trials:
-                if trial.status == "running":
-                    self._end(trial, "stopped")
-
     def _end(self, trial: Trial, status: Status) -> None:
         trial.status = status
         note = Note(trial.overrides, parameters=trial.parameters)
@@ -268,7 +252,7 @@ class SweepRecord:
 
     def _write(self) -> None:
         with self._lock:
-            files = format_results(self._sweep, self.trials, self.usage)
+            files = format_results(self._sweep, self.trials)
         self._folder.guard()
         for name, text in files.items():
             self._folder.write(name, text)

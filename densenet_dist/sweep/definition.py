@@ -87,9 +87,7 @@ class SweepConfig:
     trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Number of trials; null: 16, or all combinations of a grid."""
     max_hours: Positive | None = None
-    """The sweep and its running trials are stopped after this time, resumes included; null: no limit."""
-    max_gpu_hours: Positive | None = None
-    """The same for GPU hours of all trials together (hours of CPU workers on a cluster without GPUs)."""
+    """Limit of each start of the sweep; --resume continues the trials that it interrupts; null: no limit."""
     concurrent: Count | Literal["auto"] = "auto"
     """Maximum number of trials at a time; auto: as many as the cluster has room for."""
     workers: Workers = 1
@@ -253,6 +251,8 @@ def _read(source: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
             layer["base"] = str(find_base(Path(source), str(layer["base"])))
+        if layer.get("max_gpu_hours", 0) is None:  # a limit that earlier versions had and wrote
+            del layer["max_gpu_hours"]
         if isinstance(scheduler := layer.get("scheduler"), dict):
             layer["scheduler"] = {key: value for key, value in scheduler.items() if key not in _REMOVED}
         return layer

@@ -18,7 +18,7 @@ from densenet_dist.custom import trust_option
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import ConfigError, DamagedRecord
 from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
-from densenet_dist.sweep.definition import Sweep, SweepConfig
+from densenet_dist.sweep.definition import Sweep
 from densenet_dist.yaml_settings import flatten, read_yaml
 from densenet_dist.yaml_settings import to_yaml as dump_yaml
 
@@ -32,7 +32,7 @@ ERROR: Final = "error"
 """Key of the result of a trial that ended by itself: its `DenseNetDistError`, or None if it finished."""
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
-"""stopped: by the scheduler or a budget; interrupted: neither, it can be resumed."""
+"""stopped: by the scheduler; interrupted: by anything else, it can be resumed."""
 State: TypeAlias = Status | Literal["epoch"]
 """What an event reports of a trial: its new status, or the end of an epoch."""
 
@@ -68,27 +68,6 @@ class Trial:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class Usage:
-    """Time used by a sweep, over all resumes; recorded in sweep.json.
-
-    Attributes:
-        hours: by the clock, while the sweep ran.
-        gpu_hours: GPU hours of all trials together, or CPU worker hours on a cluster without GPUs.
-    """
-
-    hours: float = 0.0
-    gpu_hours: float = 0.0
-
-    def spent(self, settings: SweepConfig) -> str | None:
-        """Return a message about the budget that is spent; None while there is some left."""
-        if settings.max_hours is not None and self.hours > settings.max_hours:
-            return f"max_hours: {settings.max_hours:g} hours are over"
-        if settings.max_gpu_hours is not None and self.gpu_hours > settings.max_gpu_hours:
-            return f"max_gpu_hours: {settings.max_gpu_hours:g} GPU hours are used"
-        return None
-
-
 @dataclass(frozen=True)
 class SweepResult:
     """The result of a sweep; a notebook shows its trials as a table.
@@ -98,7 +77,7 @@ class SweepResult:
         folder: the sweep's folder, a path or URI without a query.
         trials: all trials.
         best: the best trial; None if no trial has a value of the metric.
-        ended_by: the budget that ended it early; None otherwise.
+        ended_by: the limit that ended it early; None otherwise.
     """
 
     sweep: Sweep
@@ -114,7 +93,8 @@ class SweepResult:
 
     def figures(self) -> dict[str, str]:
         """The results that the console shows at the end."""
-        count = {status: sum(trial.status == status for trial in self.trials) for status in ("stopped", "failed")}
+        statuses = ("stopped", "failed", "interrupted")
+        count = {status: sum(trial.status == status for trial in self.trials) for status in statuses}
         also = "".join(f", {number} {status}" for status, number in count.items() if number)
         found = {"trials": f"{len(self.trials)}{also}"}
         if self.best is not None:
@@ -131,6 +111,8 @@ class SweepResult:
         """The commands that the console suggests at the end."""
         again = f"densenet-dist train {shlex.quote(self._best_file)}{trust_option()}"
         train = {} if self.best is None else {"train it again": again}
+        if self.ended_by is not None:
+            train["resume"] = f"densenet-dist tune --resume {shlex.quote(self.sweep.folder)}{trust_option()}"
         return train | {"TensorBoard": f"tensorboard --logdir {shlex.quote(self.folder)}"}
 
     @property
@@ -228,7 +210,7 @@ def best_trial(trials: Sequence[Trial], maximize: bool) -> Trial | None:
     return None if best is None else best[1]
 
 
-def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[str, str]:
+def format_results(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, str]:
     """Return the content of sweep.json, sweep.csv and, if some trial has a value of the metric, best.yaml."""
     settings = sweep.settings
     best = best_trial(trials, settings.maximize)
@@ -237,7 +219,6 @@ def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[
         "metric": settings.metric,
         "mode": "max" if settings.maximize else "min",
         "best": best.name if best else None,
-        **asdict(usage),
     }
     # A trial per line: with an indent, json.dumps is slow pure Python. asdict would copy each value.
     lines = ",\n".join(json.dumps(finite(vars(trial))) for trial in trials)

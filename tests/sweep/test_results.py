@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from densenet_dist import custom
 from densenet_dist.cluster.ray_tune import _PastTrial, make_scheduler, make_searcher, points_to_try
 from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
+from densenet_dist.cluster.tune_hooks import TuneHooks
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import RunFolder
@@ -27,7 +28,6 @@ from densenet_dist.sweep.results import (
     Note,
     SweepResult,
     Trial,
-    Usage,
     add_epoch,
     best_trial,
     format_results,
@@ -59,7 +59,7 @@ def trial(name: str, *values: float, status: str = "finished", lr: float = 0.1, 
 
 
 def write_results(folder: RunFolder, sweep: Sweep, trials: list[Trial]) -> None:
-    for name, text in format_results(sweep, trials, Usage(hours=1.5)).items():
+    for name, text in format_results(sweep, trials).items():
         folder.write(name, text)
 
 
@@ -105,7 +105,7 @@ def test_files(sweep, folder):
     write_results(folder, sweep, [trial("000", -0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)])
     content = json.loads((folder.path / RESULTS_FILE).read_text())
     trials = content.pop("trials")
-    assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"} | vars(Usage(1.5))
+    assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"}
     assert [entry["name"] for entry in trials] == ["trial-000", "trial-001", "trial-002"]
     assert (trials[1]["cause"], trials[2]["history"]) == (failed.cause, {"1": 0.2, "2": 0.4})
     with open(folder.path / TABLE_FILE, newline="") as file:
@@ -194,21 +194,34 @@ def test_resuming_and_extending_a_sweep(sweep, folder, monkeypatch):
     assert not ray.is_initialized(), "all trials have ended: no cluster is needed"
     assert (folder.path / "sweep.html").exists()
 
-    for setting, problem in (("trials=1", "can only be extended"), ("train.epochs=5", "only trials, max_hours and")):
+    for setting, problem in (("trials=1", "can only be extended"), ("train.epochs=5", "only trials and max_hours can")):
         with pytest.raises(ConfigError, match=problem):
             open_sweep(folder.location, setting)
     extended = open_sweep(folder.location, "trials=3", "max_hours=1")
     [point] = points_to_try(extended, result.trials)
     assert point not in [one.overrides for one in ended]
-    folder.write(RESULTS_FILE, json.dumps({"hours": 1.5, "gpu_hours": 0.5}))
-    result = tune(extended, resume=True, listener=list)
-    assert (result.ended_by, len(result.trials)) == ("max_hours: 1 hours are over", 2)
+    folder.write("sweep.yaml", extended.to_yaml())
     with SweepRecord(folder, extended, list) as record, monkeypatch.context() as full:
-        assert record.usage == Usage(1.5, 0.5)
         full.setattr(Note, "write", Mock(side_effect=StorageError("the disk is full")))
         record.update("trial-000", {}, "failed", {}, "NaN")
     assert [one.status for one in trials_on_record(folder, extended)] == ["failed", "stopped"], "it is written later"
     assert open_sweep(folder.location).trials == 3
+
+
+def test_a_time_limit_interrupts_what_runs(sweep, folder):
+    state = Mock()
+    with SweepRecord(folder, sweep, list) as record:
+        record.update("trial-000", {}, "running", {})
+        hooks = TuneHooks(1.0, record, state)
+        assert not hooks.stop_all()
+        hooks._started -= 3601
+        assert hooks.stop_all()
+    assert hooks.ended_by == "limit of 1 hour reached"
+    assert [one.status for one in record.trials] == ["interrupted"], "--resume continues it"
+    state.stop.remote.assert_called_once_with()
+    result = SweepResult(sweep, folder.uri, record.trials, None, hooks.ended_by)
+    assert result.figures()["trials"] == "1, 1 interrupted"
+    assert result.commands()["resume"].startswith("densenet-dist tune --resume ")
 
 
 def test_what_the_console_says(sweep, capsys, monkeypatch):
