@@ -199,7 +199,7 @@ def make_searcher(sweep: Sweep, recorded: Sequence[Trial], concurrent: int) -> A
         sampler=optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed),
     )
     for trial in recorded:
-        if trial.status != "interrupted" and trial.history and spaces.contains(sweep.space, trial.overrides):
+        if trial.status != "interrupted" and trial.history:
             searcher.add_evaluated_point(spaces.encode(trial.overrides), trial.history[max(trial.history)])
     return searcher
 

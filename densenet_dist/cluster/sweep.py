@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import math
 import os
 import shlex
-import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -25,11 +26,11 @@ from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
     SWEEP_FILE,
     TRIAL_PREFIX,
-    Note,
     State,
     Status,
     SweepResult,
     Trial,
+    TrialFile,
     add_epoch,
     best_trial,
     format_results,
@@ -60,7 +61,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         listener: called with every event; by default they are shown on the console.
 
     Returns:
-        The trials and the best of them. The sweep's folder then has sweep.json, sweep.csv, sweep.html and best.yaml.
+        The trials and the best of them. The sweep's folder then has sweep.json, sweep.html and best.yaml.
 
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError: before any work is lost.
@@ -164,10 +165,9 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
 
 
 class SweepRecord:
-    """The trials of a sweep, updated while it runs and written every few seconds.
+    """The trials of a sweep, updated while it runs, and written at most every few seconds.
 
-    Writing happens in a thread, so that Tune's loop does not wait for storage. On exit, trials that are still running
-    become interrupted and everything is written.
+    On exit, trials that are still running become interrupted and everything is written.
 
     Args:
         folder: the sweep's folder, with what is recorded so far.
@@ -183,56 +183,53 @@ class SweepRecord:
         self.listener = listener
         self.trials = trials_on_record(folder, sweep)
         self._folder, self._sweep = folder, sweep
-        self._unwritten: dict[str, Note] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._write_regularly, name="sweep record", daemon=True)
+        self._unwritten: dict[str, TrialFile] = {}
+        self._written = -math.inf
 
     def __enter__(self) -> SweepRecord:
         self._write()
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._closed.set()
-        self._thread.join()
         for trial in self.trials:
             if trial.status == "running":
                 trial.status = "interrupted"
         self._write()
 
     def update(
-        self, name: str, overrides: dict[str, Any], state: State, figures: Mapping[str, Any], cause: str | None = None
+        self, name: str, overrides: dict[str, Any], state: State, figures: Mapping[str, Any], error: str | None = None
     ) -> None:
         """Record what happened to a trial: it ended an epoch, or reached the status `state`."""
         settings = self._sweep.settings
-        with self._lock:
-            trial = next((trial for trial in self.trials if trial.name == name), None)
-            if trial is None:
-                trial = Trial(name, overrides)
-                bisect.insort(self.trials, trial, key=attrgetter("name"))
-            trial.cause = cause
-            trial.parameters = figures.get("parameters", trial.parameters)
-            if figures.get("epoch", 0) > trial.epochs:
-                add_epoch(trial, figures, settings.metric, settings.maximize)
-            if state == "running":
-                trial.status = state
-            elif state != "epoch":
-                trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
-                self._end(trial, state)
+        trial = next((trial for trial in self.trials if trial.name == name), None)
+        if trial is None:
+            trial = Trial(name, overrides)
+            bisect.insort(self.trials, trial, key=attrgetter("name"))
+        trial.error = error
+        trial.parameters = figures.get("parameters", trial.parameters)
+        if figures.get("epoch", 0) > trial.epochs:
+            add_epoch(trial, figures, settings.metric, settings.maximize)
+        if state == "running":
+            trial.status = state
+        elif state != "epoch":
+            trial.metrics |= {key: value for key, value in figures.items() if key.startswith("test/")}
+            self._end(trial, state)
         best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
+        if time.monotonic() - self._written > _WRITE_EVERY_S:
+            with suppress(StorageError):  # a passing fault, or writing at the end will report it
+                self._write()
 
     def _end(self, trial: Trial, status: Status) -> None:
         trial.status = status
-        note = Note(trial.overrides, parameters=trial.parameters)
+        file = TrialFile(trial.overrides, parameters=trial.parameters)
         if status in ("stopped", "failed"):  # whether it finished is in its summary, an interrupted one may be resumed
-            note = replace(note, status=status, cause=trial.cause)
-        self._unwritten[trial.name] = note
+            file = replace(file, status=status, error=trial.error)
+        self._unwritten[trial.name] = file
         with suppress(StorageError):  # in a callback, Tune would start the trial again; the next write tries it again
-            self._write_notes()
+            self._write_trial_files()
 
-    def _write_notes(self) -> None:
+    def _write_trial_files(self) -> None:
         problem: StorageError | None = None
         for name in list(self._unwritten):
             try:
@@ -245,19 +242,12 @@ class SweepRecord:
         if problem is not None:
             raise problem
 
-    def _write_regularly(self) -> None:
-        while not self._closed.wait(_WRITE_EVERY_S):
-            with suppress(StorageError):  # a passing fault, or writing at the end will report it
-                self._write()
-
     def _write(self) -> None:
-        with self._lock:
-            files = format_results(self._sweep, self.trials)
+        self._written = time.monotonic()
         self._folder.guard()
-        for name, text in files.items():
+        for name, text in format_results(self._sweep, self.trials).items():
             self._folder.write(name, text)
-        with self._lock:
-            self._write_notes()
+        self._write_trial_files()
 
 
 def _absolute(sweep: Sweep) -> Sweep:

@@ -30,7 +30,7 @@ from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import ENV_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import ERROR, Note
+from densenet_dist.sweep.results import ERROR, TrialFile
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.choices import CHOICES
 from densenet_dist.train.context import Event, RunContext, Stopped, choose_device
@@ -166,7 +166,7 @@ class _Training:
         config = self._sweep.config(run.name, self._overrides)
         run.create()
         fence(run, self._held)
-        Note(self._overrides).write(run)
+        TrialFile(self._overrides).write(run)
         write_run(run, config, resume=run.exists())
         self._share_choices(run)
         if self._stopping.is_set():

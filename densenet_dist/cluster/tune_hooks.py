@@ -106,13 +106,13 @@ class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's cla
         self._update(trial, "failed", trial.last_result or {}, explain_crash(_last_failure(trial), "the trial"))
 
     def on_trial_recover(self, *, trial: Any, **info: Any) -> None:
-        """Handle a trial that crashed and is started again."""
+        """Handle a trial that crashed and is restarted."""
         self._remove_placement_groups(trial)
-        text = f"{trial} crashed and is started again: {explain_crash(_last_failure(trial), 'the trial')}"
+        text = f"{trial} crashed; restarting: {explain_crash(_last_failure(trial), 'the trial')}"
         self._record.listener({"kind": "note", "text": text, "warning": True})
 
-    def _update(self, trial: Any, state: State, figures: dict[str, Any], cause: str | None = None) -> None:
-        self._record.update(str(trial), decode(trial.config), state, figures, cause)
+    def _update(self, trial: Any, state: State, figures: dict[str, Any], error: str | None = None) -> None:
+        self._record.update(str(trial), decode(trial.config), state, figures, error)
 
     def _remove_placement_groups(self, trial: Any) -> None:
         with suppress(ray.exceptions.RayError):  # if the cluster is lost, they are too
