@@ -81,7 +81,8 @@ class SweepConfig:
         "train/top1",
         "train/loss",
     ] = "val/top1"
-    """Trials are compared by this metric, each at its best epoch."""
+    """Trials are compared by this metric, each at its best epoch; it is also their checkpoint.monitor, unless that
+    is set or does not know it."""
     mode: Literal["auto", "max", "min"] = "auto"
     """Whether the highest or the lowest value is best; auto: min for a loss, max for an accuracy."""
     trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -215,8 +216,11 @@ def load_sweep(*sources: str | Path, trust: bool | None = None) -> Sweep:
     base: Config | None = None
     with _collected(problems):
         settings = SETTINGS.validate(name | values)
+    # The test of a trial is that of the best epoch which the sweep shows, unless a source sets another metric.
+    metric = "" if settings is None else settings.metric
+    monitor = {"checkpoint.monitor": metric} if metric.startswith("val/") and metric != "val/top5" else {}
     with _collected(problems):
-        base = load_config(*([base_file] if base_file else []), settings_of_base, trust=trust)
+        base = load_config(monitor, *([base_file] if base_file else []), settings_of_base, trust=trust)
     space = _read_space(domains, problems)
     if settings is not None and base is not None:
         all_values = run_config.to_dict(base)

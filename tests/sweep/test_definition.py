@@ -123,6 +123,12 @@ def test_settings_go_where_they_belong(load):
     assert load(LR, "log.mlflow.enabled=true", "fault.grace_s=9").base["log"]["mlflow"]["enabled"] is True
     assert load(LR, "name=other").settings.name == "other"
     assert not load(LR, "metric=val/loss").settings.maximize
+    for given, monitor in (
+        (("metric=val/macro_f1",), "val/macro_f1"),
+        (("metric=train/loss",), "val/top1"),
+        (("metric=val/loss", "checkpoint.monitor=val/top1"), "val/top1"),
+    ):
+        assert load(LR, *given).config("trial-000", {}).checkpoint.monitor == monitor
     assert not load(LR, "metric=val/top1", "mode=min").settings.maximize
 
 
