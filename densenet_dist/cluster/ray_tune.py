@@ -120,7 +120,7 @@ def _make_tuner(
     ended = sum(trial.status != "interrupted" for trial in recorded)
     base = nest(sweep.base)
     merge(base, nest(capacity.settings))
-    parts = custom.shipped(name for _, name in sweep.custom_parts())
+    parts = custom.export_parts(name for _, name in sweep.custom_parts())
     parameters = {"sweep": replace(sweep, base=base), "state": state, "held": lease.held, "parts": parts}
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(TrialRunner, **parameters), capacity.per_trial),

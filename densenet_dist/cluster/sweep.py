@@ -123,10 +123,10 @@ def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:
     """Run the trials that have not ended; return which limit ended the sweep early, if any."""
     for key, value in _TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    with connected(sweep.config("base", {}).cluster, ships_code=any(sweep.custom_parts())) as own_cluster:
+    with connected(sweep.config("base", {}).cluster, ships_code=any(sweep.custom_parts())) as is_private:
         from densenet_dist.cluster.ray_tune import run_trials
 
-        return run_trials(sweep, record, lease, own_cluster)
+        return run_trials(sweep, record, lease, is_private)
 
 
 def _refuse_used_name(folder: RunFolder) -> None:

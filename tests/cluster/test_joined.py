@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -291,7 +291,7 @@ def test_a_time_limit_interrupts_trials(cluster, sweep):
 def test_a_sweep_whose_folder_is_taken_over_stops(cluster, sweep):
     asked = sweep("train.epochs=500", "trials=2", name="lost")
     folder = RunFolder(asked.settings.storage, "lost")
-    other = json.dumps(asdict(replace(Holder.here(), key="other")))
+    other = replace(Holder.here(), key="other").to_json()
 
     def take_over(event: Event) -> None:
         if event["kind"] == "trial" and event["state"] == "epoch":
