@@ -52,14 +52,17 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     && apt-get update \
     && apt-get install --yes --no-install-recommends g++ openssh-client rsync tini \
     && useradd --create-home --uid 1000 --user-group --shell /bin/bash ray \
+    && chgrp 0 /home/ray && chmod g=u /home/ray \
     && pip uninstall --yes --root-user-action=ignore setuptools wheel
 # Not a virtual environment: login shells, which `ray up` uses, find /usr/local/bin.
 COPY --from=build /install /usr/local
 WORKDIR /app
 COPY configs configs
 COPY launch/start.py launch/start.py
-# compute and utility: CUDA and nvidia-smi, and no more of the driver. HOME: `ray up` looks it up here.
+# compute and utility: CUDA and nvidia-smi, and no more of the driver. HOME: `ray up` looks it up here. USER: PyTorch needs a
+# name if another user id is set, as on OpenShift, where it is of group 0.
 ENV HOME=/home/ray \
+    USER=ray \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
 # As a number, so that Kubernetes can tell that it is not root.

@@ -95,14 +95,14 @@ def measure(
     check_run(config)
     timings: dict[int, list[Timings]] = {}
     about: dict[int, dict[str, Any]] = {}
-    with connected(config.cluster) as own_cluster:
+    with connected(config.cluster) as is_private:
         import ray
 
         for count in counts:
             print(f"{count} of {', '.join(map(str, counts))} workers", file=sys.stderr, flush=True)
             sizes = list(dict.fromkeys(images_of(config, mode, count) for mode in modes))
             arguments = (config, num_classes(config), sizes, seconds, rounds, probe)
-            ranks = run_on_workers(count, arguments, config, own_cluster)
+            ranks = run_on_workers(count, arguments, config, is_private)
             timings[count], about[count] = [of_rank for of_rank, _ in ranks], ranks[0][1]
         available = ray.cluster_resources()
     single, threads = replace(config.cluster, workers=1), config.cluster.cpus_per_worker
@@ -123,7 +123,7 @@ def measure(
     }
 
 
-def run_on_workers(workers: int, arguments: tuple[Any, ...], config: Config, own_cluster: bool) -> list[Any]:
+def run_on_workers(workers: int, arguments: tuple[Any, ...], config: Config, is_private: bool) -> list[Any]:
     """Call `measure_rank` on every rank of a process group, and return the results by rank.
 
     Workers may share CPU cores, and are not restarted.
@@ -151,7 +151,7 @@ def run_on_workers(workers: int, arguments: tuple[Any, ...], config: Config, own
             run_config=RunConfig(
                 name="scaling",
                 storage_path=folder,  # nothing is saved
-                worker_runtime_env=None if own_cluster else {"env_vars": WORKER_ENV},
+                worker_runtime_env=None if is_private else {"env_vars": WORKER_ENV},
             ),
         )
         return list(trainer.fit().return_value)

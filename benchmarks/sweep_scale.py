@@ -15,7 +15,7 @@ import time
 
 from densenet_dist.run_folder import RunFolder
 from densenet_dist.sweep.definition import Sweep, load_sweep
-from densenet_dist.sweep.results import Note, State, Trial, Usage, add_epoch, format_results
+from densenet_dist.sweep.results import State, Trial, TrialFile, add_epoch, format_results
 from densenet_dist.sweep.space import sample
 
 SPACE = (
@@ -65,8 +65,8 @@ def measure_events(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) ->
     seconds = time.process_time() - started
     print(f"events: {seconds:.1f} CPU-s for {trials * epochs}; the longest took {1000 * slowest:.1f} ms")
     before = time.process_time()
-    format_results(sweep, record.trials, Usage())
-    print(f"sweep.json, sweep.csv and best.yaml: {time.process_time() - before:.2f} CPU-s")
+    format_results(sweep, record.trials)
+    print(f"sweep.json and best.yaml: {time.process_time() - before:.2f} CPU-s")
 
 
 def measure_resume(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) -> None:
@@ -76,7 +76,7 @@ def measure_resume(sweep: Sweep, folder: RunFolder, trials: int, epochs: int) ->
     folder.write("sweep.yaml", sweep.to_yaml())
     for i in range(trials):
         run, level = RunFolder(sweep.folder, f"trial-{i:03d}"), rng.random()
-        Note(sample(sweep.space, rng), "stopped").write(run)
+        TrialFile(sample(sweep.space, rng), "stopped").write(run)
         run.write("config.yaml", "")
         run.write(
             "metrics.jsonl", "".join(json.dumps(record_of(epoch, level)) + "\n" for epoch in range(1, epochs + 1))

@@ -14,8 +14,6 @@ Names are imported when first used, so that ``import densenet_dist`` costs nothi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from densenet_dist.environment import provide_user
-
 if TYPE_CHECKING:
     from densenet_dist.cluster.launch import fit as fit
     from densenet_dist.cluster.result import Result as Result
@@ -61,8 +59,6 @@ _LAZY_IMPORTS = {
 }
 """The module of each public name."""
 __all__ = list(_LAZY_IMPORTS)
-
-provide_user()  # here, since it must come before PyTorch and Ray ask, in Ray's workers too
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from densenet_dist import custom, yaml_settings
 from densenet_dist.conflicts import conflicts
-from densenet_dist.custom_options import check_options, merge_layer, take_objects
+from densenet_dist.custom_options import check_options, merge_layer, register_functions
 from densenet_dist.object_store import is_downloaded
 from densenet_dist.schema import Config
 from densenet_dist.settings import Settings
@@ -68,7 +68,7 @@ def merged(*sources: str | Path | Mapping[str, Any] | Config, trust: bool | None
             layer, trusted = to_dict(source), False
         elif isinstance(source, Mapping):
             layer = nest(source)
-            take_objects(layer)
+            register_functions(layer)
         elif is_override(source):
             layer, trusted = read_override(str(source)), True
         else:

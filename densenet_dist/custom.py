@@ -118,12 +118,12 @@ def short_name(name: str) -> str:
     return name.partition(":")[2]
 
 
-def shipped(names: Iterable[str]) -> dict[str, Function | None]:
-    """Return what another process needs to use these parts, see `receive`; to be sent by cloudpickle."""
+def export_parts(names: Iterable[str]) -> dict[str, Function | None]:
+    """Return what another process needs to use these parts, see `import_parts`; to be sent by cloudpickle."""
     return {name: _allowed[name] for name in names if name in _allowed}
 
 
-def receive(parts: Mapping[str, Function | None]) -> None:
+def import_parts(parts: Mapping[str, Function | None]) -> None:
     """Allow the parts that another process of the same run sent."""
     _allowed.update(parts)
 

@@ -31,7 +31,7 @@ from densenet_dist.settings import STRICT, Settings
 from densenet_dist.yaml_settings import merge
 
 
-def take_objects(settings: dict[str, Any]) -> None:
+def register_functions(settings: dict[str, Any]) -> None:
     """Replace functions in nested plain settings by names; arguments of a ``functools.partial`` become options."""
     for part, (key, _) in PARTS.items():
         group_key, _, last = key.rpartition(".")

@@ -1,15 +1,13 @@
 """What a process runs in: cache and home folder, versions, machine and code.
 
-Every process imports this module first, so that slow imports are in functions.
+Commands that must start fast import this module, so that slow imports are in functions.
 """
 
 from __future__ import annotations
 
-import getpass
 import os
 import platform
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,26 +27,6 @@ def cache_folder() -> Path:
     with suppress(OSError):  # a later write reports the error
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder.absolute()
-
-
-def provide_user() -> None:
-    """Give this process and its children a user name and a home folder if the system has none.
-
-    Containers may run under an unknown user id (OpenShift), without a home folder or with ``/``, where PyTorch, Triton
-    and Ray fail.
-    """
-    user_id = os.getuid()
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # OSError from Python 3.13 on
-        os.environ["USER"] = f"uid-{user_id}"
-    home = os.path.expanduser("~")
-    if (home == "/" or not os.path.isdir(home)) and not os.access(home, os.W_OK):
-        made = Path(tempfile.gettempdir(), f"densenet_dist-home-{user_id}")
-        with suppress(FileExistsError):
-            made.mkdir(mode=0o700)
-        # A folder of another user must not be trusted.
-        os.environ["HOME"] = str(made) if made.lstat().st_uid == user_id else tempfile.mkdtemp(prefix=made.name)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -84,12 +62,12 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def git_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """Return the commit of the checkout that contains `folder`, with ``+dirty`` if files differ from it; else None."""
+def git_commit() -> str | None:
+    """Return the commit of the checkout of this package, with ``+dirty`` if files differ from it, or None."""
     import subprocess
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):

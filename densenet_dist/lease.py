@@ -6,16 +6,17 @@ by its own clock, or finds on the same machine that the holder has ended.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from uuid import uuid4
+
+from pydantic import Field, TypeAdapter
 
 from densenet_dist.errors import StorageError
 from densenet_dist.run_folder import RunFolder, split_location
@@ -34,16 +35,16 @@ class Holder:
     Attributes:
         key: identifies this lease.
         machine: identifies the machine, its boot and the container.
-        born: start time of the process, in ticks since boot, because process ids are reused.
-        beat: number of renewals.
+        start_time: of the process, in ticks since boot, because process ids are reused.
+        renewals: their number.
     """
 
     key: str
     host: str
     machine: str
     pid: int
-    born: str
-    beat: int = 0
+    start_time: Annotated[str, Field(alias="born")]
+    renewals: Annotated[int, Field(alias="beat")] = 0
 
     @classmethod
     def here(cls) -> Holder:
@@ -55,8 +56,12 @@ class Holder:
         """Whether the process is running; None if it is on another machine or this cannot be determined."""
         if self.machine != _machine_id():
             return None
-        born = _start_time(self.pid)
-        return (born != "" or None) if born == self.born else False
+        start_time = _start_time(self.pid)
+        return (start_time != "" or None) if start_time == self.start_time else False
+
+    def to_json(self) -> str:
+        """Return the content of lease.json."""
+        return TypeAdapter(Holder).dump_json(self, by_alias=True).decode()
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -128,7 +133,7 @@ def hold(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> Itera
     """
     _wait_until_free(folder, listener)
     holder = Holder.here()
-    _write(folder, holder)
+    folder.write(LEASE_FILE, holder.to_json())
     time.sleep(_SETTLE_S)
     found = _read(folder)
     if found is None or found.key != holder.key:
@@ -138,15 +143,15 @@ def hold(folder: RunFolder, listener: Callable[[dict[str, Any]], None]) -> Itera
     end = threading.Event()
 
     def renew() -> None:
-        beat = 0
+        renewals = 0
         while not end.wait(RENEW_S):
             with suppress(StorageError):  # if it is not temporary, writing a checkpoint will report it
                 lost = _loss(folder, holder.key)
                 if lost is not None:
                     lease.lose(lost)
                     return
-                beat += 1
-                _write(folder, replace(holder, beat=beat))
+                renewals += 1
+                folder.write(LEASE_FILE, replace(holder, renewals=renewals).to_json())
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
@@ -204,10 +209,6 @@ def _in_use(folder: RunFolder, holder: Holder | None) -> StorageError:
 def _read(folder: RunFolder) -> Holder | None:
     """Return the holder; None if there is none or the file is damaged."""
     return folder.read(LEASE_FILE, Holder, strict=False)
-
-
-def _write(folder: RunFolder, holder: Holder) -> None:
-    folder.write(LEASE_FILE, json.dumps(asdict(holder)) + "\n")
 
 
 def _machine_id() -> str:

@@ -346,8 +346,6 @@ class ClusterConfig:
     """How many times a run is restarted from its last checkpoint after losing a worker or node."""
     timeout_s: Seconds = 600.0
     """How long to wait for resources, and for a collective operation, before giving up."""
-    elastic_interval_s: Seconds = 20.0
-    """How often a run with a range of workers checks whether it can use more; using them costs a restart."""
 
     @property
     def variables(self) -> dict[str, str]:

@@ -20,7 +20,6 @@ STRICT: Final = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings
 T = TypeVar("T")
 _Path: TypeAlias = tuple[str | int, ...]
 _MAX_SHOWN: Final = 30
-_MAX_LENGTH: Final = 200
 _HINTS: Final = {
     "batch_size": "use train.global_batch_size, the number of images per step over all workers",
     "gradient_accumulation": "use train.grad_accum_steps",
@@ -159,8 +158,7 @@ def _at(values: Any, path: Sequence[str | int]) -> Any:
 
 def _dotted(path: _Path) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: _MAX_LENGTH + 1])
-    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _all_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:

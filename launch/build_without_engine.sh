@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image where no container engine runs, and tries it: for CI machines and for whoever doubts.
+# Builds the image on a machine without a container engine, such as a CI machine, and tests it.
 #
 #   bash launch/build_without_engine.sh FOLDER [option of `buildah build`]...
 #
@@ -7,8 +7,8 @@
 # in reach. Everything goes to FOLDER, about 30 GB; delete it afterwards. Where pip needs a configuration of its own:
 #   --volume /etc/pip.conf:/etc/pip.conf:ro
 #
-# What it proves: the Dockerfile's steps run in their order, and what they make works, launch/try_image.sh says how far.
-# What it does not: the base image is not the pinned one, which only a registry has, but Debian 12 with the Python 3.11
+# It tests that the steps of the Dockerfile run, and the image with launch/try_image.sh.
+# It does not test the pinned base image, which only a registry has, but Debian 12 with the Python 3.11
 # of this machine (PYTHON names another) in /usr/local; and RUN is a chroot, so nothing isolates but PID and network
 # namespaces around the trial, and no GPU is there.
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import doctest
-import getpass
-import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from runs import records, run_of, tiny, weights_of
 
 from densenet_dist import Result, evaluate, fit, load_config, load_run, summary
-from densenet_dist.cluster.resuming import resume_config
-from densenet_dist.environment import cache_folder, provide_user
+from densenet_dist.cluster.resuming import check_changes, resume_config
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import open_run
 
@@ -31,25 +26,6 @@ def test_importing_it_costs_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("\n")
     assert done.stdout.endswith("\n\n")
-
-
-@pytest.mark.parametrize("taken", [False, True])
-def test_a_user_without_a_name_and_a_home_folder_gets_both(tmp_path, monkeypatch, taken):
-    nobody = 2**31 - 7  # as OpenShift numbers users
-    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME", "DENSENET_DIST_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: nobody)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    made = tmp_path / f"densenet_dist-home-{nobody}"
-    if taken:
-        made.mkdir()  # by somebody else
-    else:
-        monkeypatch.setattr(Path, "lstat", lambda path: SimpleNamespace(st_uid=nobody))
-    provide_user()
-    assert (Path.home() == made) is not taken
-    assert (Path.home().parent, Path.home().stat().st_mode & 0o777) == (tmp_path, 0o700)
-    assert cache_folder() == Path.home() / ".cache" / "densenet_dist"
-    assert getpass.getuser() == f"uid-{nobody}"
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +74,21 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path):
         assert extended.summary["epochs"] == extended.config.train.epochs == 4
     assert weights_of(short) == weights_of(whole)
     assert records(short) == records(whole)
-    with pytest.raises(ConfigError, match=r"train.epochs: 4 -> 3\n.*name=NEW"):
-        resume_config(run_of(short), ["train.epochs=3"])
+    for setting, message in (("train.epochs=3", r"train.epochs: 4 -> 3\n.*name=NEW"), ("train.lr=9.0", "-> 9.0\n")):
+        with pytest.raises(ConfigError, match=message):
+            fit(load_config(longer, setting), resume=True, listener=list)
+    assert fit(longer, resume=True, listener=list) == extended, "its results are still there"
     for setting, message in (
         ("train.schedule.name=cosine", "only constant, multistep, plateau schedules"),
         ("train.early_stopping={enabled: true, patience: 1, min_delta: 9.0}", "stopped early"),
     ):
         run = fit(tiny(tmp_path, f"name=run-{len(message)}", *settings, setting), listener=lambda event: None).run
         with pytest.raises(ConfigError, match=message):
-            resume_config(open_run(run), ["train.epochs=9"])
+            check_changes(open_run(run), resume_config(open_run(run), ["train.epochs=9"]))
+    for settings in (["name=other"], [f"storage={tmp_path}/other"]):
+        with pytest.raises(ConfigError, match="a resumed run stays in its folder"):
+            resume_config(run_of(short), settings)
+    assert resume_config(run_of(short), [f"storage={tmp_path}/", "name=short"]) == extended.config
 
 
 def test_a_run_is_loaded_again_finished_or_not(tmp_path, result):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STALE_S", 0.8)
 
 
-def give_to_another_machine(folder: RunFolder, beat: int = 0) -> None:
-    holder = replace(Holder.here(), key="other", host="far", machine="another", beat=beat)
-    folder.write(LEASE_FILE, json.dumps(asdict(holder)))
+def give_to_another_machine(folder: RunFolder, renewals: int = 0) -> None:
+    holder = replace(Holder.here(), key="other", host="far", machine="another", renewals=renewals)
+    folder.write(LEASE_FILE, holder.to_json())
 
 
 def no_wait(event: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_once_it_is
     assert not folder.exists(LEASE_FILE)
     holder = Holder.here()
     assert holder.alive
-    assert replace(holder, born="1").alive is False  # a process number that was used again is another process
+    assert replace(holder, start_time="1").alive is False  # a process number that was used again is another process
 
 
 def test_a_trial_may_write_only_while_its_sweep_has_the_lease(folder):
@@ -109,7 +109,7 @@ def test_one_that_renews_it_is_alive_whatever_its_clock_says(folder):
     give_to_another_machine(folder)
 
     def renew() -> None:
-        give_to_another_machine(folder, beat=1)
+        give_to_another_machine(folder, renewals=1)
         os.utime(folder.path / LEASE_FILE, times=(time.time() + 3600,) * 2)
 
     def tell(event: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def tune(
             raise ended_by(interrupt, folder, "tune") from None
         console.finish(result)
         if result.best is None and result.ended_by is None:
-            raise TrainingError(f"no trial of {result.folder} has a value of the metric; see the causes above")
+            raise TrainingError(f"no trial of {result.folder} has a value of the metric; see the errors above")
 
 
 class SignalInterrupt(KeyboardInterrupt):

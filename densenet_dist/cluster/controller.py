@@ -63,7 +63,7 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classe
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         """Decide after a failure."""
         if (error := raised_error(training_failed_error)) is not None:
-            if not isinstance(error, SmallerMicroBatches) or self._coordinator is None:
+            if not isinstance(error, SmallerMicroBatches):
                 return FailureDecision.RAISE
             text = f"{str(error).splitlines()[0]}; all workers are restarted, which does not count as a failure"
             _note(self._coordinator, text, warning=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import address_of, require_cluster
 from densenet_dist.cluster.result import Result
-from densenet_dist.cluster.resuming import extend_config, is_finished, report_changes
+from densenet_dist.cluster.resuming import check_changes, extend_config, is_finished
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.config import load_config, to_yaml
 from densenet_dist.custom import PARTS, Function, is_custom, trust_option
@@ -65,6 +65,7 @@ def fit(
         callbacks: classes of your own callbacks.
         resume: resume the run of that name from its last checkpoint. A finished run is left unchanged, and a new run
             starts if there is none, so that a notebook's cell can be run again. If False, the run must not exist.
+            Settings that determine the result cannot change (docs/restarts.md).
         listener: called with every event; by default, events are shown on the console or in the notebook.
 
     Returns:
@@ -90,7 +91,8 @@ def fit(
             return fit(config, resume=resume, listener=shown)
     config = absolute(config)
     run = RunFolder(config.storage, config.name)
-    resume = resume and run.exists()
+    resume = resume and run.exists() and _has_begun(run)
+    changes = check_changes(run, config) if resume else []
     if resume and is_finished(run, config):
         listener({"kind": "note", "text": f"the run {config.name} is finished already"})
         # The process may have been killed after training, before the report was complete.
@@ -98,6 +100,8 @@ def fit(
             with hold(run, listener):
                 _write_page(run, listener)
         return Result(run.location, run.read_summary())
+    if changes and is_writer(config):
+        listener({"kind": "note", "text": "\n  ".join(["settings changed since the run began:", *changes])})
     check_run(config)
     require_trackers(config)
     if config.cluster.engine == "ray":
@@ -124,8 +128,6 @@ def _train(config: Config, run: RunFolder, resume: bool, listener: Callable[[Eve
     run.create()
     with hold(run, listener) as lease:
         prepare_data(config)
-        if resume:
-            report_changes(run, config, listener)
         write_run(run, config, resume)
         try:
             if config.cluster.engine == "ray":
@@ -182,9 +184,13 @@ def is_writer(config: Config) -> bool:
     return config.cluster.engine == "ray" or torchrun_rank()[0] == 0
 
 
-def _refuse_used_name(run: RunFolder) -> None:
+def _has_begun(run: RunFolder) -> bool:
     # A run that failed before its first step (no data, no GPU) has written nothing worth keeping.
-    if run.exists(TENSORBOARD_FOLDER) or run.exists(CHECKPOINTS_FOLDER):
+    return any(map(run.exists, (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, SUMMARY_FILE)))
+
+
+def _refuse_used_name(run: RunFolder) -> None:
+    if _has_begun(run):
         again = f"densenet-dist train --resume {shlex.quote(run.location)}{trust_option()}"
         raise StorageError(
             f"the run {run.uri} exists already\n"

@@ -43,6 +43,8 @@ from densenet_dist.schema import Config
 
 _START_ATTEMPT_S = 60.0
 """Longest wait for the resources of a worker group before Ray tries again."""
+_ELASTIC_INTERVAL_S = 20.0
+"""How often a run with a range of workers checks whether it can use more; using them costs a restart."""
 
 
 def poll_interval(workers: int) -> float:
@@ -62,7 +64,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         function: called on each worker with the payload, which is pickled.
         config: ``cluster`` and ``fault`` are used.
         storage: where Ray keeps its own files, in a folder that starts with the given name.
-        own_cluster: whether the cluster is a private one, whose processes have inherited this one's environment.
+        is_private: whether the cluster is a private one, whose processes have inherited this one's environment.
         coordinator: of the run.
         barrier: of a trial, which waits for its turn: the sweep has checked that the cluster is large enough.
     """
@@ -76,7 +78,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         *,
         name: str,
         storage: str,
-        own_cluster: bool,
+        is_private: bool,
         coordinator: Any,
         barrier: EpochBarrier | None = None,
     ) -> None:
@@ -89,7 +91,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 use_gpu=resources.use_gpu,
                 resources_per_worker=resources.per_worker,
                 placement_strategy=config.cluster.placement.upper(),
-                elastic_resize_monitor_interval_s=config.cluster.elastic_interval_s,
+                elastic_resize_monitor_interval_s=_ELASTIC_INTERVAL_S,
             ),
             torch_config=NodeAddressTorchConfig(timeout_s=int(config.cluster.timeout_s)),
             run_config=RunConfig(
@@ -99,13 +101,13 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=-1),
                 callbacks=[RegisterWithSweep(coordinator, barrier.placements, barrier.owner)] if barrier else [],
                 # A private cluster has inherited WORKER_ENV, and starts faster without a runtime environment.
-                worker_runtime_env={"env_vars": WORKER_ENV | variables} if variables or not own_cluster else None,
+                worker_runtime_env={"env_vars": WORKER_ENV | variables} if variables or not is_private else None,
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
         # A private cluster of fixed size has no autoscaler and loses no nodes. Ray's actors for these are not started:
         # each is another process to start before the first step.
-        self._static_cluster = own_cluster and not elastic
+        self._static_cluster = is_private and not elastic
         self._coordinator, self._fault = coordinator, config.fault
         self._wait_s = math.inf if barrier is not None else config.cluster.timeout_s
         self._stopped_by: int | None = None

@@ -66,11 +66,11 @@ def fit_on_ray(
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once the workers are stopped.
     """
     names = [name for _, name in custom.names_in(config)]
-    with connected(config.cluster, ships_code=bool(names)) as own_cluster:
+    with connected(config.cluster, ships_code=bool(names)) as is_private:
         from densenet_dist.cluster.ray_backend import InterruptibleTrainer
 
-        resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=own_cluster)
-        if not own_cluster and (problem := shortage(resources.fewest, resources.per_worker)):
+        resources = plan_resources(config.cluster, ray.cluster_resources(), fixed=is_private)
+        if not is_private and (problem := shortage(resources.fewest, resources.per_worker)):
             listener({"kind": "note", "text": f"waiting up to {config.cluster.timeout_s:g} s for resources: {problem}"})
         coordinator = on_this_node(Coordinator).remote(config.fault.hang_timeout_s)
         if lease is not None:
@@ -81,18 +81,18 @@ def fit_on_ray(
             _train_worker,
             {
                 "config": to_dict(config),
-                "parts": custom.shipped(names),
+                "parts": custom.export_parts(names),
                 "coordinator": coordinator,
                 "threads": resources.threads,
                 "sync_each_epoch": barrier is not None,
                 "held": barrier.held if barrier else lease.held if lease else None,
-                "launch": barrier.held[1] if barrier else uuid4().hex,
+                "launch_id": barrier.held[1] if barrier else uuid4().hex,
             },
             config,
             resources,
             name=config.name,
             storage=join_location(run.location, "ray"),
-            own_cluster=own_cluster,
+            is_private=is_private,
             coordinator=coordinator,
             barrier=barrier,
         )
@@ -119,7 +119,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
 
     context = ray.train.get_context()
     torch.set_num_threads(payload["threads"] or share_of_cores(context.get_local_world_size()))
-    custom.receive(payload["parts"])
+    custom.import_parts(payload["parts"])
     config = validate(payload["config"])
     run = RunFolder(config.storage, config.name)
     fence(run, payload["held"])
@@ -134,7 +134,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any] | None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         sync_each_epoch=payload["sync_each_epoch"],
-        launch=payload["launch"],
+        launch_id=payload["launch_id"],
         coordinator=payload["coordinator"],
     )
     try:

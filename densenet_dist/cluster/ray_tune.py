@@ -18,7 +18,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from densenet_dist import custom
 from densenet_dist.cluster.coordinator import explain_crash, on_this_node
-from densenet_dist.cluster.resources import TrialRoom, plan_trials, shortage
+from densenet_dist.cluster.resources import TrialCapacity, plan_trials, shortage
 from densenet_dist.cluster.signals import handled_by
 from densenet_dist.cluster.sweep import SweepRecord
 from densenet_dist.cluster.trial import TrialRunner
@@ -33,7 +33,7 @@ from densenet_dist.train.context import Event
 from densenet_dist.yaml_settings import merge, nest
 
 
-def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: bool) -> str | None:
+def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, is_private: bool) -> str | None:
     """Run the trials of a sweep that have not ended, and update its record; stop if the lease is lost.
 
     Interrupted trials are resumed; the scheduler and the searcher are told what was achieved before.
@@ -42,10 +42,10 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
         sweep: what is searched, its paths absolute.
         record: its record.
         lease: of its folder.
-        own_cluster: whether the connected cluster is private, and so cannot grow.
+        is_private: whether the connected cluster is private, and so cannot grow.
 
     Returns:
-        Which budget ended the sweep; None if all trials ended.
+        Which limit ended the sweep; None if all trials ended.
 
     Raises:
         EnvironmentProblem: the cluster lacks the resources of a trial, or failed.
@@ -53,10 +53,10 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
         DenseNetDistError: a trial's error that all others would run into as well.
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, once all resources are released.
     """
-    room = _find_room(sweep, own_cluster, record.listener)
+    capacity = _plan_capacity(sweep, is_private, record.listener)
     state = on_this_node(SweepState).remote()
-    hooks = TuneHooks(sweep.settings, record, room.gpus_per_trial, state)
-    tuner = _make_tuner(sweep, record.trials, room, lease, hooks, state)
+    hooks = TuneHooks(sweep.settings.max_hours, record, state)
+    tuner = _make_tuner(sweep, record.trials, capacity, lease, hooks, state)
     for name in ("ray.tune", "ray.train", "ray._private"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is in the events
     lease.when_lost(hooks.stop)
@@ -75,38 +75,38 @@ def run_trials(sweep: Sweep, record: SweepRecord, lease: Lease, own_cluster: boo
     lease.check()
     if hooks.fatal is not None:
         raise hooks.fatal
-    if hooks.spent is None and (hooks.signals or hooks.running):
+    if hooks.ended_by is None and (hooks.signals or hooks.running):
         raise KeyboardInterrupt(*hooks.signals[:1])
-    return hooks.spent
+    return hooks.ended_by
 
 
-def _find_room(sweep: Sweep, own_cluster: bool, listener: Callable[[Event], None]) -> TrialRoom:
+def _plan_capacity(sweep: Sweep, is_private: bool, listener: Callable[[Event], None]) -> TrialCapacity:
     """Choose the resources of trials, once the cluster has room for one; report what they wait for."""
     settings, cluster = sweep.settings, sweep.config("base", {}).cluster
-    room = plan_trials(settings, cluster, sweep.trials, _nodes(), fixed=own_cluster)
-    if room.missing:
-        listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {room.missing}"})
-        _wait_for_room(room, settings.workers, cluster.timeout_s)
-        room = plan_trials(settings, cluster, sweep.trials, _nodes(), fixed=False)
-    if not own_cluster and (problem := shortage(settings.workers, room.per_worker)):
+    capacity = plan_trials(settings, cluster, sweep.trials, _nodes(), fixed=is_private)
+    if capacity.missing:
+        listener({"kind": "note", "text": f"waiting up to {cluster.timeout_s:g} s for the cluster: {capacity.missing}"})
+        _wait_for_room(capacity, settings.workers, cluster.timeout_s)
+        capacity = plan_trials(settings, cluster, sweep.trials, _nodes(), fixed=False)
+    if not is_private and (problem := shortage(settings.workers, capacity.per_worker)):
         listener({"kind": "note", "text": f"trials wait until there is room: {problem}"})
-    elif isinstance(settings.concurrent, int) and room.concurrent < min(settings.concurrent, sweep.trials):
-        text = f"{room.concurrent} trials run at a time, not {settings.concurrent}: the cluster has room for no more"
+    elif isinstance(settings.concurrent, int) and capacity.concurrent < min(settings.concurrent, sweep.trials):
+        text = f"at most {capacity.concurrent} trials run at a time: the cluster has room for no more"
         listener({"kind": "note", "text": text})
-    return room
+    return capacity
 
 
 def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _wait_for_room(room: TrialRoom, workers: int, timeout_s: float) -> None:
+def _wait_for_room(capacity: TrialCapacity, workers: int, timeout_s: float) -> None:
     """Request the resources of one trial, so that an autoscaler adds nodes, and wait for them."""
-    wanted = ray.util.placement_group([dict(room.per_worker)] * workers, strategy="PACK")
+    wanted = ray.util.placement_group([dict(capacity.per_worker)] * workers, strategy="PACK")
     try:
         if not wanted.wait(timeout_s):
             raise EnvironmentProblem(
-                f"no room for a trial after {timeout_s:g} s: {room.missing}\n"
+                f"no room for a trial after {timeout_s:g} s: {capacity.missing}\n"
                 "  ask for less with workers, gpus_per_worker or cpus_per_worker, or wait longer with cluster.timeout_s"
             )
     finally:
@@ -114,23 +114,23 @@ def _wait_for_room(room: TrialRoom, workers: int, timeout_s: float) -> None:
 
 
 def _make_tuner(
-    sweep: Sweep, recorded: Sequence[Trial], room: TrialRoom, lease: Lease, hooks: TuneHooks, state: Any
+    sweep: Sweep, recorded: Sequence[Trial], capacity: TrialCapacity, lease: Lease, hooks: TuneHooks, state: Any
 ) -> tune.Tuner:
     settings = sweep.settings
     ended = sum(trial.status != "interrupted" for trial in recorded)
     base = nest(sweep.base)
-    merge(base, nest(room.settings))
-    parts = custom.shipped(name for _, name in sweep.custom_parts())
+    merge(base, nest(capacity.settings))
+    parts = custom.export_parts(name for _, name in sweep.custom_parts())
     parameters = {"sweep": replace(sweep, base=base), "state": state, "held": lease.held, "parts": parts}
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(TrialRunner, **parameters), room.per_trial),
+        tune.with_resources(tune.with_parameters(TrialRunner, **parameters), capacity.per_trial),
         # The values come from the points, but Tune requires their keys here; Optuna's searcher has its own space.
         param_space=dict.fromkeys(sweep.space) if settings.search.name != "optuna" else {},
         tune_config=tune.TuneConfig(
             scheduler=make_scheduler(sweep, recorded),
-            search_alg=make_searcher(sweep, recorded, room.concurrent),
+            search_alg=make_searcher(sweep, recorded, capacity.concurrent),
             num_samples=max(sweep.trials, len(recorded)) - ended,
-            max_concurrent_trials=room.concurrent if settings.search.name == "optuna" else None,
+            max_concurrent_trials=capacity.concurrent if settings.search.name == "optuna" else None,
             reuse_actors=True,
             trial_name_creator=_name_trials(recorded),
             trial_dirname_creator=str,
@@ -199,7 +199,7 @@ def make_searcher(sweep: Sweep, recorded: Sequence[Trial], concurrent: int) -> A
         sampler=optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed),
     )
     for trial in recorded:
-        if trial.status != "interrupted" and trial.history and spaces.contains(sweep.space, trial.overrides):
+        if trial.status != "interrupted" and trial.history:
             searcher.add_evaluated_point(spaces.encode(trial.overrides), trial.history[max(trial.history)])
     return searcher
 

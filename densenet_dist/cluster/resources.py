@@ -96,15 +96,14 @@ def count_fitting(resources: Mapping[str, float], per_worker: Mapping[str, float
 
 
 @dataclass(frozen=True)
-class TrialRoom:
+class TrialCapacity:
     """The resources of a sweep's trials.
 
     Attributes:
         per_worker: Ray resources of one worker.
         per_trial: resources that Tune requests for a trial; with several workers almost none, since Ray Train requests
             those of the workers.
-        concurrent: number of trials that run at the same time.
-        gpus_per_trial: for the budget; on a cluster without GPUs, the number of workers.
+        concurrent: most trials at the same time.
         settings: of every trial's configuration, by dotted key.
         missing: description of resources that the cluster lacks at present.
     """
@@ -112,18 +111,17 @@ class TrialRoom:
     per_worker: dict[str, float]
     per_trial: dict[str, float]
     concurrent: int
-    gpus_per_trial: float
     settings: dict[str, Any]
     missing: str = ""
 
 
 def plan_trials(
     sweep: SweepConfig, cluster: ClusterConfig, trials: int, nodes: Sequence[Mapping[str, float]], *, fixed: bool
-) -> TrialRoom:
+) -> TrialCapacity:
     """Choose how many of a sweep's trials run at the same time on a cluster with these nodes.
 
-    The workers of a trial are placed all or none, and no more trials are started than fit at the same time, so that
-    none waits for resources that another one holds.
+    A cluster that can grow is asked for all trials of one worker at once. No more trials of several workers are started
+    than fit at present, so that none waits for resources that another one holds.
 
     Raises:
         EnvironmentProblem: one trial does not fit on a fixed cluster.
@@ -142,12 +140,12 @@ def plan_trials(
             f"{missing}\n  request less with workers, gpus_per_worker or cpus_per_worker, "
             "or join a larger cluster with cluster.address"
         )
-    wanted = trials if sweep.concurrent == "auto" else sweep.concurrent
-    return TrialRoom(
+    wanted = trials if sweep.concurrent == "auto" else min(sweep.concurrent, trials)
+    grows = sweep.workers == 1 and not fixed
+    return TrialCapacity(
         per_worker=per_worker,
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
-        concurrent=max(1, min(wanted, room, trials)),
-        gpus_per_trial=(gpus or 1.0) * sweep.workers,
+        concurrent=wanted if grows else max(1, min(wanted, room)),
         settings={
             "cluster.workers": sweep.workers,
             "cluster.cpus_per_worker": cpus,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import math
 import os
 import shlex
-import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -23,15 +24,13 @@ from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, ope
 from densenet_dist.sweep.definition import Sweep, load_sweep
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
-    RESULTS_FILE,
     SWEEP_FILE,
     TRIAL_PREFIX,
-    Note,
     State,
     Status,
     SweepResult,
     Trial,
-    Usage,
+    TrialFile,
     add_epoch,
     best_trial,
     format_results,
@@ -62,7 +61,7 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
         listener: called with every event; by default they are shown on the console.
 
     Returns:
-        The trials and the best of them. The sweep's folder then has sweep.json, sweep.csv, sweep.html and best.yaml.
+        The trials and the best of them. The sweep's folder then has sweep.json, sweep.html and best.yaml.
 
     Raises:
         ConfigError, EnvironmentProblem, DataError, StorageError: before any work is lost.
@@ -89,21 +88,18 @@ def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Eve
     record = SweepRecord(folder, sweep, listener)
     recorded = len(record.trials)
     remaining = recorded < sweep.trials or any(trial.status == "interrupted" for trial in record.trials)
-    ended_by = record.usage.spent(sweep.settings) if remaining else None
-    runs_trials = remaining and ended_by is None
-    if runs_trials:
+    ended_by = None
+    if remaining:
         prepare_data(sweep.config("data", {}))
     folder.write(SWEEP_FILE, sweep.to_yaml())
     listener({"kind": "sweep", "sweep": sweep, "trials": list(record.trials), "folder": folder.uri})
     with record:
-        if runs_trials:
+        if remaining:
             try:
                 ended_by = _run_trials(_with_shared_weights(sweep, folder), record, lease)
             finally:
                 if lease.lost is None:
                     folder.remove("ray")
-            if ended_by is not None:
-                record.stop_running()
     write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
     return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximize), ended_by)
 
@@ -124,13 +120,13 @@ def _with_shared_weights(sweep: Sweep, folder: RunFolder) -> Sweep:
 
 
 def _run_trials(sweep: Sweep, record: SweepRecord, lease: Lease) -> str | None:
-    """Run the trials that have not ended; return which budget ended the sweep early, if any."""
+    """Run the trials that have not ended; return which limit ended the sweep early, if any."""
     for key, value in _TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    with connected(sweep.config("base", {}).cluster, ships_code=any(sweep.custom_parts())) as own_cluster:
+    with connected(sweep.config("base", {}).cluster, ships_code=any(sweep.custom_parts())) as is_private:
         from densenet_dist.cluster.ray_tune import run_trials
 
-        return run_trials(sweep, record, lease, own_cluster)
+        return run_trials(sweep, record, lease, is_private)
 
 
 def _refuse_used_name(folder: RunFolder) -> None:
@@ -148,7 +144,7 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
 
     Args:
         folder: its path or URI, or its name under ``runs/``.
-        settings: ``trials=N`` to extend it, ``max_hours=H`` or ``max_gpu_hours=H`` to change a budget.
+        settings: ``trials=N`` to extend it, ``max_hours=H`` to change its limit.
         trust: import the custom parts that the folder's files name, which runs their code.
 
     Raises:
@@ -156,10 +152,8 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
         ConfigError: a setting is wrong, or cannot be changed.
     """
     for text in settings:
-        if text.partition("=")[0] not in ("trials", "max_hours", "max_gpu_hours"):
-            raise ConfigError(
-                f"{text}: a resumed sweep has its own sweep.yaml; only trials, max_hours and max_gpu_hours can change"
-            )
+        if text.partition("=")[0] not in ("trials", "max_hours"):
+            raise ConfigError(f"{text}: a resumed sweep has its own sweep.yaml; only trials and max_hours can change")
     found = open_run(folder, SWEEP_FILE, "sweep")
     file = found.fetch(SWEEP_FILE)
     base = read_yaml(file).get("settings")
@@ -171,10 +165,9 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
 
 
 class SweepRecord:
-    """The trials of a sweep and the time that it has used, updated while it runs and written every few seconds.
+    """The trials of a sweep, updated while it runs, and written at most every few seconds.
 
-    Writing happens in a thread, so that Tune's loop does not wait for storage. On exit, trials that are still running
-    become interrupted and everything is written.
+    On exit, trials that are still running become interrupted and everything is written.
 
     Args:
         folder: the sweep's folder, with what is recorded so far.
@@ -184,71 +177,59 @@ class SweepRecord:
 
     Attributes:
         trials: all trials, in order of their names.
-        usage: the time used; to be updated in place.
     """
 
     def __init__(self, folder: RunFolder, sweep: Sweep, listener: Callable[[Event], None]) -> None:
         self.listener = listener
         self.trials = trials_on_record(folder, sweep)
-        self.usage = (folder.read(RESULTS_FILE, Usage, strict=False) if self.trials else None) or Usage()
         self._folder, self._sweep = folder, sweep
-        self._unwritten: dict[str, Note] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._write_regularly, name="sweep record", daemon=True)
+        self._unwritten: dict[str, TrialFile] = {}
+        self._written = -math.inf
 
     def __enter__(self) -> SweepRecord:
         self._write()
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._closed.set()
-        self._thread.join()
         for trial in self.trials:
             if trial.status == "running":
                 trial.status = "interrupted"
         self._write()
 
     def update(
-        self, name: str, overrides: dict[str, Any], state: State, figures: Mapping[str, Any], cause: str | None = None
+        self, name: str, overrides: dict[str, Any], state: State, figures: Mapping[str, Any], error: str | None = None
     ) -> None:
         """Record what happened to a trial: it ended an epoch, or reached the status `state`."""
         settings = self._sweep.settings
-        with self._lock:
-            trial = next((trial for trial in self.trials if trial.name == name), None)
-            if trial is None:
-                trial = Trial(name, overrides)
-                bisect.insort(self.trials, trial, key=attrgetter("name"))
-            trial.cause = cause
-            trial.parameters = figures.get("parameters", trial.parameters)
-            if figures.get("epoch", 0) > trial.epochs:
-                add_epoch(trial, figures, settings.metric, settings.maximize)
-            if state == "running":
-                trial.status = state
-            elif state != "epoch":
-                trial.figures |= {key: value for key, value in figures.items() if key.startswith("test/")}
-                self._end(trial, state)
+        trial = next((trial for trial in self.trials if trial.name == name), None)
+        if trial is None:
+            trial = Trial(name, overrides)
+            bisect.insort(self.trials, trial, key=attrgetter("name"))
+        trial.error = error
+        trial.parameters = figures.get("parameters", trial.parameters)
+        if figures.get("epoch", 0) > trial.epochs:
+            add_epoch(trial, figures, settings.metric, settings.maximize)
+        if state == "running":
+            trial.status = state
+        elif state != "epoch":
+            trial.metrics |= {key: value for key, value in figures.items() if key.startswith("test/")}
+            self._end(trial, state)
         best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
-
-    def stop_running(self) -> None:
-        """Record that the trials that are still running were stopped by a budget."""
-        with self._lock:
-            for trial in self.trials:
-                if trial.status == "running":
-                    self._end(trial, "stopped")
+        if time.monotonic() - self._written > _WRITE_EVERY_S:
+            with suppress(StorageError):  # a passing fault, or writing at the end will report it
+                self._write()
 
     def _end(self, trial: Trial, status: Status) -> None:
         trial.status = status
-        note = Note(trial.overrides, parameters=trial.parameters)
+        file = TrialFile(trial.overrides, parameters=trial.parameters)
         if status in ("stopped", "failed"):  # whether it finished is in its summary, an interrupted one may be resumed
-            note = replace(note, status=status, cause=trial.cause)
-        self._unwritten[trial.name] = note
+            file = replace(file, status=status, error=trial.error)
+        self._unwritten[trial.name] = file
         with suppress(StorageError):  # in a callback, Tune would start the trial again; the next write tries it again
-            self._write_notes()
+            self._write_trial_files()
 
-    def _write_notes(self) -> None:
+    def _write_trial_files(self) -> None:
         problem: StorageError | None = None
         for name in list(self._unwritten):
             try:
@@ -261,19 +242,12 @@ class SweepRecord:
         if problem is not None:
             raise problem
 
-    def _write_regularly(self) -> None:
-        while not self._closed.wait(_WRITE_EVERY_S):
-            with suppress(StorageError):  # a passing fault, or writing at the end will report it
-                self._write()
-
     def _write(self) -> None:
-        with self._lock:
-            files = format_results(self._sweep, self.trials, self.usage)
+        self._written = time.monotonic()
         self._folder.guard()
-        for name, text in files.items():
+        for name, text in format_results(self._sweep, self.trials).items():
             self._folder.write(name, text)
-        with self._lock:
-            self._write_notes()
+        self._write_trial_files()
 
 
 def _absolute(sweep: Sweep) -> Sweep:

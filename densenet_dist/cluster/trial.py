@@ -30,7 +30,7 @@ from densenet_dist.object_store import delete_temporary_folders
 from densenet_dist.run_folder import ENV_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import ERROR, Note
+from densenet_dist.sweep.results import ERROR, TrialFile
 from densenet_dist.sweep.space import decode
 from densenet_dist.train.autotune import CHOICES
 from densenet_dist.train.context import Event, RunContext, Stopped, choose_device
@@ -54,12 +54,12 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]  # Ray's classes are un
 
         Args:
             config: values of the searched keys, encoded.
-            parts: custom parts of the trials, see `custom.receive`.
+            parts: custom parts of the trials, see `custom.import_parts`.
             parameters: those of all trials, for `_Training`.
         """
         for key, value in (DRIVER_ENV | WORKER_ENV).items():
             os.environ.setdefault(key, value)
-        custom.receive(parts)
+        custom.import_parts(parts)
         self._parameters = parameters
         self._prepare(config)
 
@@ -166,7 +166,7 @@ class _Training:
         config = self._sweep.config(run.name, self._overrides)
         run.create()
         fence(run, self._held)
-        Note(self._overrides).write(run)
+        TrialFile(self._overrides).write(run)
         write_run(run, config, resume=run.exists())
         self._share_choices(run)
         if self._stopping.is_set():
@@ -187,8 +187,9 @@ class _Training:
         torch.set_num_threads(int(config.cluster.cpus_per_worker))  # never auto: see plan_trials
         device = choose_device(config.cluster.device)
         # The same in another attempt of this sweep, and another when the sweep is resumed: see `Goodput`.
-        launch = self._held[1]
-        return fit(config, RunContext(run, device, sync_each_epoch=True, listener=self._stop_or_handle, launch=launch))
+        launch_id = self._held[1]
+        listener = self._stop_or_handle
+        return fit(config, RunContext(run, device, sync_each_epoch=True, listener=listener, launch_id=launch_id))
 
     def _share_choices(self, run: RunFolder) -> None:
         """Reuse measured choices of the process's earlier trials if they do not depend on searched settings."""
@@ -211,15 +212,11 @@ class _Training:
         self._telemetry(event)
         if event["kind"] == "start":
             self._parameters = event["parameters"]
-            metric = self._sweep.settings.metric
-            if metric == "val/top5" and event["classes"] < 6:
-                self._fail(ConfigError(f"metric: val/top5 needs 6 classes or more, not {event['classes']}"))
-                return False
-            if metric.startswith("val/") and not event["val_images"]:
-                problem = f"metric: {metric} needs validation images: set data.val_fraction, or add a folder val"
-                self._fail(ConfigError(problem))
-                return False
         if event["kind"] == "epoch":
+            if (metric := self._sweep.settings.metric) not in event:
+                needed = "; top5 needs six classes, val/ validation images (data.val_fraction, or a folder val)"
+                self._fail(ConfigError(f"metric: the trial does not measure {metric}{needed}"))
+                return False
             figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
             figures["parameters"] = self._parameters
             if event["global_step"] >= event["total_steps"]:  # the last one: stopping here would only skip the test

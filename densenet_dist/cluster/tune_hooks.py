@@ -20,7 +20,6 @@ from densenet_dist.errors import (
     OutOfMemory,
     StorageError,
 )
-from densenet_dist.sweep.definition import SweepConfig
 from densenet_dist.sweep.results import ERROR, State
 from densenet_dist.sweep.space import decode
 
@@ -56,29 +55,28 @@ class SweepState:
 
 
 class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's classes are untyped
-    """Record what happens to trials; stop a sweep early on a spent budget, a signal, a fatal error or a lost lease.
+    """Record what happens to trials; stop a sweep early on its time limit, a signal, a fatal error or a lost lease.
 
     Args:
-        settings: the sweep's, with its budgets.
-        record: the record to update, with the time that the sweep has used.
-        gpus_per_trial: for the budget of GPU hours.
+        max_hours: the time limit, from now on; None if there is none.
+        record: the record to update.
         state: the `SweepState`, through which trials learn during an epoch that the sweep stops.
 
     Attributes:
         fatal: the error of a trial that all other trials would run into as well.
         running: names of the trials that have started and not ended.
         signals: numbers of the signals received.
-        spent: a message about the budget that is spent; None while there is some left.
+        ended_by: a message about the time limit once it was reached.
     """
 
-    def __init__(self, settings: SweepConfig, record: SweepRecord, gpus_per_trial: float, state: Any) -> None:
-        self._settings, self._record, self._gpus, self._state = settings, record, gpus_per_trial, state
-        self._counted_until = time.monotonic()
+    def __init__(self, max_hours: float | None, record: SweepRecord, state: Any) -> None:
+        self._max_hours, self._record, self._state = max_hours, record, state
+        self._started = time.monotonic()
         self._stopping = False
         self.fatal: DenseNetDistError | None = None
         self.running: set[str] = set()
         self.signals: list[int] = []
-        self.spent: str | None = None
+        self.ended_by: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.stopper.NoopStopper, ()  # Tune pickles it for restoring an experiment, which is never done
@@ -116,13 +114,13 @@ class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's cla
         self._update(trial, "failed", trial.last_result or {}, explain_crash(_last_failure(trial), "the trial"))
 
     def on_trial_recover(self, *, trial: Any, **info: Any) -> None:
-        """Handle a trial that crashed and is started again."""
+        """Handle a trial that crashed and is restarted."""
         self._remove_placement_groups(trial)
-        text = f"{trial} crashed and is started again: {explain_crash(_last_failure(trial), 'the trial')}"
+        text = f"{trial} crashed; restarting: {explain_crash(_last_failure(trial), 'the trial')}"
         self._record.listener({"kind": "note", "text": text, "warning": True})
 
-    def _update(self, trial: Any, state: State, figures: dict[str, Any], cause: str | None = None) -> None:
-        self._record.update(str(trial), decode(trial.config), state, figures, cause)
+    def _update(self, trial: Any, state: State, figures: dict[str, Any], error: str | None = None) -> None:
+        self._record.update(str(trial), decode(trial.config), state, figures, error)
 
     def _remove_placement_groups(self, trial: Any) -> None:
         with suppress(ray.exceptions.RayError):  # if the cluster is lost, they are too
@@ -140,16 +138,12 @@ class TuneHooks(tune.Callback, tune.Stopper):  # type: ignore[misc]  # Ray's cla
         return False
 
     def stop_all(self) -> bool:
-        """Count the time since the last call; return whether the sweep stops now."""
-        usage, now = self._record.usage, time.monotonic()
-        hours = (now - self._counted_until) / 3600
-        self._counted_until = now
-        usage.hours += hours
-        usage.gpu_hours += hours * self._gpus * len(self.running)
+        """Return whether the sweep stops now."""
         if not self._stopping:
-            if not (self.signals or self.fatal):
-                self.spent = usage.spent(self._settings)
-            if self.signals or self.fatal or self.spent:
+            if self.signals or self.fatal:
+                self.stop()
+            elif self._max_hours is not None and time.monotonic() - self._started > 3600 * self._max_hours:
+                self.ended_by = f"limit of {self._max_hours:g} hour{'s' * (self._max_hours != 1)} reached"
                 self.stop()
         return self._stopping
 

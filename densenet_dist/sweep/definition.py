@@ -81,15 +81,14 @@ class SweepConfig:
         "train/top1",
         "train/loss",
     ] = "val/top1"
-    """Trials are compared by this metric, each at its best epoch."""
+    """Trials are compared by this metric, each at its best epoch; it is also their checkpoint.monitor, unless that
+    is set or does not know it."""
     mode: Literal["auto", "max", "min"] = "auto"
     """Whether the highest or the lowest value is best; auto: min for a loss, max for an accuracy."""
     trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Number of trials; null: 16, or all combinations of a grid."""
     max_hours: Positive | None = None
-    """The sweep and its running trials are stopped after this time, resumes included; null: no limit."""
-    max_gpu_hours: Positive | None = None
-    """The same for GPU hours of all trials together (hours of CPU workers on a cluster without GPUs)."""
+    """Limit of each start of the sweep; --resume continues the trials that it interrupts; null: no limit."""
     concurrent: Count | Literal["auto"] = "auto"
     """Maximum number of trials at a time; auto: as many as the cluster has room for."""
     workers: Workers = 1
@@ -217,8 +216,11 @@ def load_sweep(*sources: str | Path, trust: bool | None = None) -> Sweep:
     base: Config | None = None
     with _collected(problems):
         settings = SETTINGS.validate(name | values)
+    # The test of a trial is that of the best epoch which the sweep shows, unless a source sets another metric.
+    metric = "" if settings is None else settings.metric
+    monitor = {"checkpoint.monitor": metric} if metric.startswith("val/") and metric != "val/top5" else {}
     with _collected(problems):
-        base = load_config(*([base_file] if base_file else []), settings_of_base, trust=trust)
+        base = load_config(monitor, *([base_file] if base_file else []), settings_of_base, trust=trust)
     space = _read_space(domains, problems)
     if settings is not None and base is not None:
         all_values = run_config.to_dict(base)
@@ -253,6 +255,8 @@ def _read(source: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
             layer["base"] = str(find_base(Path(source), str(layer["base"])))
+        if layer.get("max_gpu_hours", 0) is None:  # a limit that earlier versions had and wrote
+            del layer["max_gpu_hours"]
         if isinstance(scheduler := layer.get("scheduler"), dict):
             layer["scheduler"] = {key: value for key, value in scheduler.items() if key not in _REMOVED}
         return layer

@@ -1,4 +1,4 @@
-"""Output of a sweep: a line per trial, a status line on terminals and a table at the end; or JSON lines."""
+"""Output of a sweep: a line per trial, a status line on terminals and a table at the end; or JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from densenet_dist.display.console import LastingConsole, print_closing
 from densenet_dist.display.json_lines import JsonLines
 from densenet_dist.display.progress import pluralize, wrapped
 from densenet_dist.sweep.definition import Sweep
-from densenet_dist.sweep.results import SweepResult, Trial, ranked
+from densenet_dist.sweep.results import SweepResult, Trial, ranked, results
 
 if TYPE_CHECKING:  # it imports torch
     from densenet_dist.train.context import Event
@@ -59,7 +59,7 @@ class SweepConsole:
             self._console.say(f"  {key}: {shown(domain.describe())}")
         if recorded:
             known = ended(recorded)
-            self._console.say(f"resumed: {pluralize(known, 'trial')} ended, {len(recorded) - known} to be continued")
+            self._console.say(f"resumed: {pluralize(known, 'trial')} ended, {len(recorded) - known} to resume")
 
     def _line(self, trial: Trial, best: Trial | None) -> str:
         epochs = pluralize(trial.epochs, "epoch")
@@ -70,7 +70,7 @@ class SweepConsole:
         ]
         parts += [f"{short(key)}={shown(value)}" for key, value in trial.overrides.items()]
         lines = wrapped([*parts, "*"] if best is trial else parts, self._console.line_width, indent="  ")
-        return "\n".join(lines if trial.cause is None else [*lines, f"  {trial.cause}"])
+        return "\n".join(lines if trial.error is None else [*lines, f"  {trial.error}"])
 
     def _summary(self, trials: Sequence[Trial], best: Trial | None) -> str:
         running = [trial for trial in trials if trial.status == "running"]
@@ -86,81 +86,39 @@ class SweepConsole:
         self._status.stop()
         keys = list(result.sweep.space)
         unbounded = self._console.options.update(max_width=10_000)
-        wanted = self._console.measure(_table(result, keys, causes=False), options=unbounded).maximum
+        wanted = self._console.measure(_table(result, keys, errors=False), options=unbounded).maximum
         if wanted > self._console.line_width:
             keys = []
         self._console.print()
-        self._console.print(_table(result, keys, causes=any(trial.cause for trial in result.trials)))
+        self._console.print(_table(result, keys, errors=any(trial.error for trial in result.trials)))
         title = f"{result.status}: {result.sweep.settings.name}"
         print_closing(self._console, title, result.figures(), result.files(), result.commands())
 
 
-def _table(result: SweepResult, keys: Sequence[str], *, causes: bool) -> Table:
+def _table(result: SweepResult, keys: Sequence[str], *, errors: bool) -> Table:
     settings = result.sweep.settings
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("trial", "status", settings.metric, "epoch", *map(short, keys), *["cause"] * causes):
+    for heading in ("trial", "status", settings.metric, "epoch", *map(short, keys), *["error"] * errors):
         table.add_column(heading, overflow="fold")
     for trial in ranked(result.trials, settings.maximize):
         values = [shown(trial.overrides.get(key)) for key in keys]
         best = "" if trial.best_epoch is None else f"{trial.best_epoch} of {trial.epochs}"
-        cause = [trial.cause or ""] * causes
-        table.add_row(trial.name, trial.status, format_metric(trial.metric), best, *values, *cause)
+        error = [trial.error or ""] * errors
+        table.add_row(trial.name, trial.status, format_metric(trial.metric), best, *values, *error)
     return table
 
 
 class SweepJsonLines(JsonLines):
-    """Write the events of a sweep as JSON lines; see `densenet_dist.cluster.sweep` and docs/commands.md."""
+    """Write the notes of a sweep, and at its end its results, as JSON lines; see docs/commands.md."""
 
     def __call__(self, event: Event) -> None:
-        """Write one event."""
-        if event["kind"] == "sweep":
-            self._begin(event["sweep"], event["trials"], event["folder"])
-        elif event["kind"] == "trial":
-            trial: Trial = event["trial"]
-            best = event["best"] is trial
-            self.emit("trial", **_values(trial), state=event["state"], is_best=best, ended=ended(event["all"]))
-        elif event["kind"] == "note":
+        """Write a note; ignore other events."""
+        if event["kind"] == "note":
             self.note(event)
 
     def finish(self, result: SweepResult) -> None:
-        """Write the last line of a sweep that ended."""
-        settings = result.sweep.settings
-        self.emit(
-            "end",
-            status=result.status,
-            name=settings.name,
-            metric=settings.metric,
-            best=None if result.best is None else _values(result.best),
-            trials=[_values(trial) for trial in ranked(result.trials, settings.maximize)],
-            files={name.replace(" ", "_"): path for name, path in result.files().items()},
-        )
-
-    def _begin(self, sweep: Sweep, recorded: Sequence[Trial], folder: str) -> None:
-        settings = sweep.settings
-        self.emit(
-            "sweep",
-            name=settings.name,
-            folder=folder,
-            trials=max(sweep.trials, len(recorded)),
-            recorded=len(recorded),
-            metric=settings.metric,
-            maximise=settings.maximize,  # the name that readers of --json know
-            search=settings.search.name,
-            scheduler=settings.scheduler.name,
-            space={key: domain.describe() for key, domain in sweep.space.items()},
-        )
-
-
-def _values(trial: Trial) -> dict[str, Any]:
-    return {
-        "name": trial.name,
-        "status": trial.status,
-        "settings": trial.overrides,
-        "epochs": trial.epochs,
-        "value": trial.metric,
-        "best_epoch": trial.best_epoch,
-        "cause": trial.cause,
-    }
+        """Write how the sweep ended, its folder and the content of sweep.json."""
+        self.emit("end", status=result.status, folder=result.folder, **results(result.sweep, result.trials))
 
 
 def ended(trials: Sequence[Trial]) -> int:

@@ -28,15 +28,13 @@ from densenet_dist.run_folder import RunFolder, join_location
 from densenet_dist.sweep.definition import Sweep, SweepConfig
 from densenet_dist.sweep.display import short, shown
 from densenet_dist.sweep.results import BEST_FILE, PAGE_FILE, Trial, best_trial, ranked
-from densenet_dist.sweep.space import Choice, Domain, contains, encode
+from densenet_dist.sweep.space import Choice, Domain, encode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MIN_TRIALS: Final = 4
 """For the importance of keys."""
-_MAX_POINTS: Final = 6_000
-"""Points of all curves together: each takes about 12 bytes of the page."""
 _MAX_KEYS: Final = 12
 _MAX_TICKS: Final = 8
 
@@ -55,10 +53,9 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     shares = importance(sweep, compared)
     curves_limit = _limit(settings, [list(trial.history.values()) for trial in started])
     dots_limit = _limit(settings, [[trial.metric] for trial in compared if trial.metric is not None])
-    every = math.ceil(sum(len(trial.history) for trial in started) / _MAX_POINTS)
     drawn = list(shares or sweep.space)[:_MAX_KEYS]
     with drawing(PAGE):
-        curves = _curves(settings, started, best, every, curves_limit) if started else None
+        curves = _curves(settings, started, best, curves_limit) if started else None
         dots = _dots(sweep, drawn, compared, best, dots_limit) if compared else None
         bars = _bars(settings, shares) if shares else None
     page = render(
@@ -76,12 +73,11 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
         location=folder.location,
         best_file=join_location(folder.location, BEST_FILE),
         can_resume=bool(counts["interrupted"] or counts["running"] or len(trials) < sweep.trials),
-        has_tests=any("test/top1" in trial.figures for trial in trials),
-        has_causes=any(trial.cause for trial in trials),
+        has_tests=any("test/top1" in trial.metrics for trial in trials),
+        has_errors=any(trial.error for trial in trials),
         legend=_legend,
         curves=curves,
         started=started,
-        every=every,
         curves_limit=curves_limit,
         dots=dots,
         compared=compared,
@@ -94,11 +90,14 @@ def write_page(folder: RunFolder, sweep: Sweep, trials: Sequence[Trial]) -> None
     folder.write(PAGE_FILE, page)
 
 
-def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, every: int, limit: float | None) -> str:
+def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, limit: float | None) -> str:
     """Draw the metric against the epoch, a line per trial."""
     from matplotlib.collections import LineCollection
 
-    curves = {trial.name: _points(settings, trial, every) for trial in trials}
+    curves = {
+        trial.name: [(epoch, value * settings.unit) for epoch, value in sorted(trial.history.items())]
+        for trial in trials
+    }
     figure = new_figure(7.5, 4)
     axes = figure.add_subplot()
     thin = len(trials) > 60
@@ -117,13 +116,6 @@ def _curves(settings: SweepConfig, trials: Sequence[Trial], best: Trial | None, 
     return to_svg(figure, f"{settings.metric} against epoch")
 
 
-def _points(settings: SweepConfig, trial: Trial, every: int) -> list[tuple[int, float]]:
-    """Return the metric after each ``every``-th epoch and the last one, as points of a curve."""
-    epochs = sorted(trial.history)
-    kept = [*epochs[:-1:every], epochs[-1]]
-    return [(epoch, trial.history[epoch] * settings.unit) for epoch in kept]
-
-
 def _dots(sweep: Sweep, keys: Sequence[str], trials: Sequence[Trial], best: Trial | None, limit: float | None) -> str:
     """Draw the metric against each key, a dot per trial."""
     columns = min(3, len(keys))
@@ -132,11 +124,11 @@ def _dots(sweep: Sweep, keys: Sequence[str], trials: Sequence[Trial], best: Tria
     scores = {trial.name: (trial.metric or 0.0) * sweep.settings.unit for trial in trials}
     for i, key in enumerate(keys):
         axes = figure.add_subplot(rows, columns, i + 1)
-        points = _values(axes, sweep.space[key], {trial.name: trial.overrides.get(key) for trial in trials})
+        points = _values(axes, sweep.space[key], {trial.name: trial.overrides[key] for trial in trials})
         for status in STATUSES:
             names = [trial.name for trial in trials if trial.status == status and trial is not best]
-            _mark(axes, [(points[name], scores[name]) for name in names if name in points], status, 16, "o")
-        if best is not None and best.name in points:
+            _mark(axes, [(points[name], scores[name]) for name in names], status, 16, "o")
+        if best is not None:
             _mark(axes, [(points[best.name], scores[best.name])], "best", 90, "*")
         axes.set(xlabel=key, ylabel=_label(sweep.settings) if i % columns == 0 else "")
         if limit is not None:
@@ -145,7 +137,7 @@ def _dots(sweep: Sweep, keys: Sequence[str], trials: Sequence[Trial], best: Tria
 
 
 def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, float]:
-    """Set up the horizontal axis of a key; return the position of each value, without values that have none."""
+    """Set up the horizontal axis of a key; return the position of each value."""
     if isinstance(domain, Choice):
         choices = list(domain.values)
         ticks = range(0, len(choices), math.ceil(len(choices) / _MAX_TICKS))
@@ -153,11 +145,10 @@ def _values(axes: Axes, domain: Domain, values: Mapping[str, Any]) -> dict[str, 
         axes.set_xticks(ticks, labels)
         axes.tick_params(axis="x", rotation=30 if sum(map(len, labels)) > 30 else 0)
         axes.set_xlim(-0.5, len(choices) - 0.5)
-        return {name: choices.index(value) for name, value in values.items() if value in choices}
-    points = {name: float(value) for name, value in values.items() if _is_number(value)}
-    if domain.log and all(value > 0 for value in points.values()):
+        return {name: choices.index(value) for name, value in values.items()}
+    if domain.log:
         set_logarithmic(axes.xaxis, (1, 2, 5) if domain.high < 100 * domain.low else (1,))
-    return points
+    return {name: float(value) for name, value in values.items()}
 
 
 def _bars(settings: SweepConfig, shares: Mapping[str, float]) -> str:
@@ -212,11 +203,7 @@ def importance(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, float]:
         The share of each key, the largest first; their sum is 1. Empty if there are too few trials, or if they do not
         differ in their settings or in their metric.
     """
-    rows = [
-        (encode({key: trial.overrides[key] for key in sweep.space}), trial.metric)
-        for trial in trials
-        if contains(sweep.space, trial.overrides) and trial.metric is not None
-    ]
+    rows = [(encode(trial.overrides), trial.metric) for trial in trials if trial.metric is not None]
     is_constant = all(row == rows[0][0] for row, _ in rows) or all(metric == rows[0][1] for _, metric in rows)
     if len(rows) < _MIN_TRIALS or is_constant:
         return {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -17,14 +15,12 @@ from densenet_dist.config import to_yaml
 from densenet_dist.custom import trust_option
 from densenet_dist.display.json_lines import finite
 from densenet_dist.errors import ConfigError, DamagedRecord
-from densenet_dist.run_folder import CONFIG_FILE, TRIAL_FILE, RunFolder
-from densenet_dist.sweep.definition import Sweep, SweepConfig
-from densenet_dist.yaml_settings import flatten, read_yaml
+from densenet_dist.run_folder import TRIAL_FILE, RunFolder
+from densenet_dist.sweep.definition import Sweep
 from densenet_dist.yaml_settings import to_yaml as dump_yaml
 
 SWEEP_FILE: Final = "sweep.yaml"
 RESULTS_FILE: Final = "sweep.json"
-TABLE_FILE: Final = "sweep.csv"
 BEST_FILE: Final = "best.yaml"
 PAGE_FILE: Final = "sweep.html"
 TRIAL_PREFIX: Final = "trial-"
@@ -32,7 +28,7 @@ ERROR: Final = "error"
 """Key of the result of a trial that ended by itself: its `DenseNetDistError`, or None if it finished."""
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "failed", "interrupted"]
-"""stopped: by the scheduler or a budget; interrupted: neither, it can be resumed."""
+"""stopped: by the scheduler; interrupted: by anything else, it can be resumed."""
 State: TypeAlias = Status | Literal["epoch"]
 """What an event reports of a trial: its new status, or the end of an epoch."""
 
@@ -45,48 +41,27 @@ class Trial:
         name: of its run folder, which is in the sweep's folder.
         overrides: its values of the searched keys, by dotted key.
         status: its status.
-        cause: why it failed.
+        error: why it failed.
         parameters: number of trainable parameters of its model; None if it never started.
         epochs: number of epochs trained.
         seconds: of training, without evaluation.
         metric: the sweep's metric at the best epoch; None before the first epoch.
         best_epoch: that epoch.
         history: the metric after each epoch, by epoch.
-        figures: of the best epoch and, once tested, ``test/...``.
+        metrics: of the best epoch and, once tested, ``test/...``.
     """
 
     name: str
     overrides: dict[str, Any]
     status: Status = "running"
-    cause: str | None = None
+    error: str | None = None
     parameters: int | None = None
     epochs: int = 0
     seconds: float = 0.0
     metric: float | None = None
     best_epoch: int | None = None
     history: dict[int, float] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Usage:
-    """Time used by a sweep, over all resumes; recorded in sweep.json.
-
-    Attributes:
-        hours: by the clock, while the sweep ran.
-        gpu_hours: GPU hours of all trials together, or CPU worker hours on a cluster without GPUs.
-    """
-
-    hours: float = 0.0
-    gpu_hours: float = 0.0
-
-    def spent(self, settings: SweepConfig) -> str | None:
-        """Return a message about the budget that is spent; None while there is some left."""
-        if settings.max_hours is not None and self.hours > settings.max_hours:
-            return f"max_hours: {settings.max_hours:g} hours are over"
-        if settings.max_gpu_hours is not None and self.gpu_hours > settings.max_gpu_hours:
-            return f"max_gpu_hours: {settings.max_gpu_hours:g} GPU hours are used"
-        return None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,7 @@ class SweepResult:
         folder: the sweep's folder, a path or URI without a query.
         trials: all trials.
         best: the best trial; None if no trial has a value of the metric.
-        ended_by: the budget that ended it early; None otherwise.
+        ended_by: the limit that ended it early; None otherwise.
     """
 
     sweep: Sweep
@@ -114,7 +89,8 @@ class SweepResult:
 
     def figures(self) -> dict[str, str]:
         """The results that the console shows at the end."""
-        count = {status: sum(trial.status == status for trial in self.trials) for status in ("stopped", "failed")}
+        statuses = ("stopped", "failed", "interrupted")
+        count = {status: sum(trial.status == status for trial in self.trials) for status in statuses}
         also = "".join(f", {number} {status}" for status, number in count.items() if number)
         found = {"trials": f"{len(self.trials)}{also}"}
         if self.best is not None:
@@ -124,13 +100,15 @@ class SweepResult:
     def files(self) -> dict[str, str]:
         """The files and folders that the console shows at the end."""
         found = {"sweep folder": self.folder, "page": f"{self.folder}/{PAGE_FILE}"}
-        found |= {"results": f"{self.folder}/{RESULTS_FILE}", "table": f"{self.folder}/{TABLE_FILE}"}
+        found["results"] = f"{self.folder}/{RESULTS_FILE}"
         return found if self.best is None else found | {"best": self._best_file}
 
     def commands(self) -> dict[str, str]:
         """The commands that the console suggests at the end."""
         again = f"densenet-dist train {shlex.quote(self._best_file)}{trust_option()}"
         train = {} if self.best is None else {"train it again": again}
+        if self.ended_by is not None:
+            train["resume"] = f"densenet-dist tune --resume {shlex.quote(self.sweep.folder)}{trust_option()}"
         return train | {"TensorBoard": f"tensorboard --logdir {shlex.quote(self.folder)}"}
 
     @property
@@ -147,7 +125,7 @@ class SweepResult:
         rows = []
         for trial in self.trials:
             settings = ", ".join(f"{key}={shown(value)}" for key, value in trial.overrides.items())
-            cells = [trial.name, trial.status, format_metric(trial.metric), str(trial.epochs), trial.cause or settings]
+            cells = [trial.name, trial.status, format_metric(trial.metric), str(trial.epochs), trial.error or settings]
             style = ' style="font-weight:bold"' if trial is self.best else ""
             rows.append(f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
         return f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
@@ -164,17 +142,17 @@ def add_epoch(trial: Trial, record: Mapping[str, Any], metric: str, maximize: bo
     better = trial.metric is None or (value > trial.metric if maximize else value < trial.metric)
     if better:
         trial.metric, trial.best_epoch = value, trial.epochs
-        tested = {key: value for key, value in trial.figures.items() if key.startswith("test/")}
-        trial.figures = {key: value for key, value in record.items() if "/" in key} | tested
+        tested = {key: value for key, value in trial.metrics.items() if key.startswith("test/")}
+        trial.metrics = {key: value for key, value in record.items() if "/" in key} | tested
 
 
 @dataclass(frozen=True)
-class Note:
+class TrialFile:
     """The content of trial.json, which the sweep keeps in the run folder; see `Trial` for the fields."""
 
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any]
     status: Status | None = None
-    cause: str | None = None
+    error: str | None = None
     parameters: int | None = None
 
     def write(self, run: RunFolder) -> None:
@@ -185,28 +163,27 @@ class Note:
 def trials_on_record(folder: RunFolder, sweep: Sweep) -> list[Trial]:
     """Read all trials of a sweep's folder, in order of their names.
 
-    Trials that did not end are interrupted. A trial with damaged files has failed; it may lack overrides. A damaged
-    trial.json counts as empty.
+    Trials that did not end are interrupted. A trial with damaged files has failed; it may lack overrides.
     """
     trials = []
     for name in sorted(name for name in folder.names("") if re.fullmatch(rf"{TRIAL_PREFIX}\d+", name)):
         run = RunFolder(sweep.folder, name)
         if run.exists():
-            note = run.read(TRIAL_FILE, Note, strict=False) or Note()
-            trial = Trial(name, {}, note.status or "interrupted", note.cause, note.parameters)
+            trial = Trial(name, {})
             try:
-                values = {} if note.overrides else flatten(read_yaml(run.fetch(CONFIG_FILE)))
-                overrides = note.overrides or {key: values.get(key) for key in sweep.space}
-                sweep.config(name, overrides)
-                trial.overrides = overrides
+                file = run.read(TRIAL_FILE, TrialFile)
+                if file is None:
+                    raise DamagedRecord(f"{run.uri}/{TRIAL_FILE} is missing")
+                trial = Trial(name, file.overrides, file.status or "interrupted", file.error, file.parameters)
+                sweep.config(name, file.overrides)
                 for record in run.read_records():
                     if "train/loss" in record:
                         add_epoch(trial, record, sweep.settings.metric, sweep.settings.maximize)
-                    trial.figures |= {key: value for key, value in record.items() if key.startswith("test/")}
+                    trial.metrics |= {key: value for key, value in record.items() if key.startswith("test/")}
                 if run.read_summary():
                     trial.status = "finished"
             except (DamagedRecord, ConfigError) as error:
-                trial.status, trial.cause = "failed", str(error)
+                trial.status, trial.error = "failed", str(error)
             trials.append(trial)
     return trials
 
@@ -228,23 +205,25 @@ def best_trial(trials: Sequence[Trial], maximize: bool) -> Trial | None:
     return None if best is None else best[1]
 
 
-def format_results(sweep: Sweep, trials: Sequence[Trial], usage: Usage) -> dict[str, str]:
-    """Return the content of sweep.json, sweep.csv and, if some trial has a value of the metric, best.yaml."""
+def results(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Return the content of sweep.json."""
     settings = sweep.settings
     best = best_trial(trials, settings.maximize)
-    content = {
+    return {
         "sweep": settings.name,
         "metric": settings.metric,
         "mode": "max" if settings.maximize else "min",
         "best": best.name if best else None,
-        **asdict(usage),
+        "trials": [finite(vars(trial)) for trial in trials],  # asdict would copy each value
     }
-    # A trial per line: with an indent, json.dumps is slow pure Python. asdict would copy each value.
-    lines = ",\n".join(json.dumps(finite(vars(trial))) for trial in trials)
-    files = {
-        RESULTS_FILE: f'{json.dumps(content)[:-1]}, "trials": [\n{lines}\n]}}\n',
-        TABLE_FILE: _csv(sweep, ranked(trials, settings.maximize)),
-    }
+
+
+def format_results(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, str]:
+    """Return the text of sweep.json and, if some trial has a value of the metric, of best.yaml."""
+    content = results(sweep, trials)
+    lines = ",\n".join(map(json.dumps, content.pop("trials")))  # one per trial: json.dumps is slow with an indent
+    files = {RESULTS_FILE: f'{json.dumps(content)[:-1]}, "trials": [\n{lines}\n]}}\n'}
+    best = best_trial(trials, sweep.settings.maximize)
     return files if best is None else files | {BEST_FILE: best_yaml(sweep, best)}
 
 
@@ -257,22 +236,3 @@ def best_yaml(sweep: Sweep, trial: Trial) -> str:
         *(f"  {line}" for line in dump_yaml(trial.overrides).splitlines()),
     ]
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config)
-
-
-def _csv(sweep: Sweep, trials: Sequence[Trial]) -> str:
-    figures = sorted({key for trial in trials for key in trial.figures})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = ["trial", "status", *sweep.space, "parameters", "epochs", "seconds", "best_epoch", *figures, "cause"]
-    writer.writerow(map(_as_text, columns))
-    for trial in trials:
-        values = [trial.overrides.get(key) for key in sweep.space]
-        measured = [trial.figures.get(key) for key in figures]
-        row = [trial.name, trial.status, *values, trial.parameters, trial.epochs, round(trial.seconds, 3)]
-        writer.writerow(map(_as_text, [*row, trial.best_epoch, *measured, trial.cause]))
-    return text.getvalue().encode(errors="replace").decode()  # a cause may name a file whose name is no UTF-8
-
-
-def _as_text(value: Any) -> Any:
-    """Return the value of a cell; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value

@@ -41,10 +41,6 @@ class Choice:
         """Return the i-th value of a grid."""
         return self.values[i]
 
-    def has(self, value: Value) -> bool:
-        """Return whether the domain contains a value."""
-        return value in self.values
-
     def distribution(self) -> Any:
         """Return the distribution for Optuna."""
         from optuna.distributions import CategoricalDistribution
@@ -79,15 +75,6 @@ class Range:
             drawn = min(max(drawn, self.low), self.high)
             return int(drawn) if self.integer else drawn
         return rng.uniform(self.low, self.high) if self.count is None else self.at(rng.randrange(self.count))
-
-    def has(self, value: Value) -> bool:
-        """Return whether the domain contains a value."""
-        if type(value) not in (int, float):
-            return False
-        nearest = min(max(value, self.low), self.high)
-        if self.count is not None:
-            nearest = self.at(min(round((nearest - self.low) / (self.step or 1)), self.count - 1))
-        return math.isclose(nearest, value)
 
     def distribution(self) -> Any:
         """Return the distribution for Optuna."""
@@ -201,11 +188,6 @@ def samples(space: Space, rng: random.Random, count: int) -> list[dict[str, Valu
         if len(seen) > len(found) or len(seen) == combinations:
             found.append(point)
     return found
-
-
-def contains(space: Space, overrides: Mapping[str, Value]) -> bool:
-    """Return whether the overrides have a value of its domain for every key."""
-    return all(domain.has(overrides.get(key)) for key, domain in space.items())
 
 
 def encode_value(value: Value) -> Value:

@@ -139,12 +139,12 @@ class Goodput:
 
     Args:
         status: status of rank 0.
-        launch: identifies one start of the command; restarts within it have the same value.
+        launch_id: identifies one start of the command; restarts within it have the same value.
         workers: number of ranks, each with its own device: a GPU, or a share of a CPU.
     """
 
-    def __init__(self, status: WorkerStatus, launch: str = "", workers: int = 1) -> None:
-        self._status, self._launch, self._workers = status, launch, workers
+    def __init__(self, status: WorkerStatus, launch_id: str = "", workers: int = 1) -> None:
+        self._status, self._launch_id, self._workers = status, launch_id, workers
         self._device_seconds = self._counted = 0.0
         self._before: dict[str, float] = {}
 
@@ -170,12 +170,12 @@ class Goodput:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
         seconds, devices = self.seconds(), self.device_hours * 3600
-        return {"seconds": seconds, "device_seconds": devices, "launch": self._launch, "time": time.time()}
+        return {"seconds": seconds, "device_seconds": devices, "launch": self._launch_id, "time": time.time()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state of a checkpoint; after a restart by the same command, the time since then is recovery."""
         before = dict(state["seconds"])
-        if state["launch"] == self._launch:
+        if state["launch"] == self._launch_id:
             before["recovery"] += max(0.0, time.time() - state["time"])
             before["start"] -= self._status.seconds().get("start", 0.0)  # part of recovery; `seconds` adds it again
         self._before = before
@@ -191,7 +191,7 @@ class RunContext:
         run: the run's folder; every rank reads it, rank 0 writes.
         listener: called with rank 0's events.
         sync_each_epoch: whether an epoch's checkpoint must be complete before its event is reported.
-        launch: identifies one start of the command, see `Goodput`.
+        launch_id: identifies one start of the command, see `Goodput`.
         status: what this rank is doing, and the pending stop request.
     """
 
@@ -201,7 +201,7 @@ class RunContext:
     world_size: int = 1
     listener: Callable[[Event], None] | None = None
     sync_each_epoch: bool = False
-    launch: str = ""
+    launch_id: str = ""
     status: WorkerStatus = field(default_factory=WorkerStatus)
 
     def report(self, event: Event) -> None:
@@ -232,7 +232,7 @@ def torchrun_context(
             dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
         else:
             dist.init_process_group("gloo", timeout=timeout)  # takes no device_id
-    return RunContext(run, chosen, rank, world_size, listener, launch=uuid4().hex)
+    return RunContext(run, chosen, rank, world_size, listener, launch_id=uuid4().hex)
 
 
 def torchrun_rank() -> tuple[int, int]:

@@ -120,7 +120,7 @@ class Trainer:
         self.logged, self.logged_at = Metrics(context.device, self.dataset.num_classes), 0.0
         self.log: RunLog | None = None
         self.rank_sync = RankSync(context)
-        self.goodput = Goodput(context.status, context.launch, context.world_size)
+        self.goodput = Goodput(context.status, context.launch_id, context.world_size)
         self.time_limit = TimeLimit(train.max_minutes, self.goodput.seconds)
         self.position = Position()
         self.saved_step: int | None = None

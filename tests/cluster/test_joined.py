@@ -3,7 +3,6 @@ given back, what survives a lost process, what Prometheus, Grafana and Ray's das
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,14 +256,11 @@ def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
     result = tune(hurt, listener=kill)
     first, second, third = result.trials
     assert [trial.status for trial in result.trials] == ["finished", "failed", "failed"]
-    assert [sum(note.startswith(f"{trial.name} crashed and is started again") for note in notes)
+    assert [sum(note.startswith(f"{trial.name} crashed; restarting") for note in notes)
             for trial in result.trials] == [1, 1, 0], "another attempt of the third would end the same"  # fmt: skip
-    assert "process was lost" in second.cause
-    assert "is NaN or infinite at step" in third.cause
+    assert "process was lost" in second.error
+    assert "is NaN or infinite at step" in third.error
     assert len(list((Path(result.folder) / third.name / "tb").iterdir())) == 1
-    with open(Path(result.folder) / "sweep.csv", newline="") as file:
-        causes = {row["trial"]: row["cause"] or None for row in csv.DictReader(file)}
-    assert causes == {trial.name: trial.cause for trial in result.trials}
     assert set(seen) == {"trial-000", "trial-001"}, "Prometheus tells trials apart"
     for name, figures in seen.items():
         record = json.loads((Path(result.folder) / name / "metrics.jsonl").read_text().splitlines()[0])
@@ -285,18 +281,17 @@ def test_trials_that_fail_and_trials_that_are_killed(cluster, sweep, tmp_path):
     assert weights(folder) == weights(undisturbed)
 
 
-def test_a_budget(cluster, sweep):
-    # Hours of workers: on a loaded machine a trial needs many seconds to start, and those of the clock would be over.
-    result = tune(sweep("train.epochs=500", "max_gpu_hours=0.0005"), listener=list)
-    assert result.ended_by == "max_gpu_hours: 0.0005 GPU hours are used"
-    assert {trial.status for trial in result.trials} == {"stopped"}
-    assert json.loads((Path(result.folder) / "sweep.json").read_text())["gpu_hours"] > 0.0005
+def test_a_time_limit_interrupts_trials(cluster, sweep):
+    result = tune(sweep("train.epochs=500", "max_hours=0.003"), listener=list)
+    assert result.ended_by == "limit of 0.003 hours reached"
+    assert {trial.status for trial in result.trials} <= {"interrupted"}  # on a loaded machine none may have started
+    cluster.assert_all_given_back()
 
 
 def test_a_sweep_whose_folder_is_taken_over_stops(cluster, sweep):
     asked = sweep("train.epochs=500", "trials=2", name="lost")
     folder = RunFolder(asked.settings.storage, "lost")
-    other = json.dumps(asdict(replace(Holder.here(), key="other")))
+    other = replace(Holder.here(), key="other").to_json()
 
     def take_over(event: Event) -> None:
         if event["kind"] == "trial" and event["state"] == "epoch":
@@ -367,7 +362,7 @@ def test_a_sweep_on_an_object_store(cluster, sweep, s3):
     result = tune(sweep(f"storage={place}", "trials=2", "train.epochs=2"), listener=list)
     assert result.folder == "s3://bucket/sweeps/sweep"
     folder = RunFolder(place, "sweep")
-    assert folder.names("") >= {"sweep.yaml", "sweep.json", "sweep.csv", "best.yaml", "trial-000", "trial-001"}
+    assert folder.names("") >= {"sweep.yaml", "sweep.json", "best.yaml", "trial-000", "trial-001"}
     assert "ray" not in folder.names("")
     assert load_config(folder.fetch("best.yaml")).name == "sweep-best"
     assert [trial.status for trial in result.trials] == ["finished", "finished"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from densenet_dist.cluster.resources import TrialRoom, local_threads, plan_resources, plan_trials
+from densenet_dist.cluster.resources import TrialCapacity, local_threads, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
 from densenet_dist.sweep.definition import SweepConfig
@@ -53,7 +53,7 @@ def plan(cpus: float, gpus: float = 0, *, nodes: int = 1, trials: int = 16, devi
 
 
 @pytest.mark.parametrize(
-    ("room", "concurrent", "per_worker"),
+    ("capacity", "concurrent", "per_worker"),
     [
         (plan(2), 2, {"CPU": 1}),
         (plan(8, cpus_per_worker=3), 2, {"CPU": 3}),
@@ -63,11 +63,14 @@ def plan(cpus: float, gpus: float = 0, *, nodes: int = 1, trials: int = 16, devi
         (plan(64, 8, concurrent=3), 3, {"CPU": 1, "GPU": 1}),
         (plan(64, 4, concurrent=5), 4, {"CPU": 1, "GPU": 1}),
         (plan(3, nodes=3, cpus_per_worker=2, workers=2), 1, {"CPU": 2}),  # a third of each node is of no use
+        (plan(8, 1, fixed=False), 16, {"CPU": 1, "GPU": 1}),  # the cluster grows
+        (plan(8, 1, fixed=False, concurrent=8), 8, {"CPU": 1, "GPU": 1}),
+        (plan(8, 4, fixed=False, workers=2), 2, {"CPU": 1, "GPU": 1}),
     ],
 )
-def test_room(room: TrialRoom, concurrent: int, per_worker: dict[str, float]):
-    assert (room.concurrent, room.per_worker, room.missing) == (concurrent, per_worker, "")
-    assert room.settings["cluster.device"] == ("cuda" if "GPU" in per_worker else "cpu")
+def test_capacity(capacity: TrialCapacity, concurrent: int, per_worker: dict[str, float]):
+    assert (capacity.concurrent, capacity.per_worker, capacity.missing) == (concurrent, per_worker, "")
+    assert capacity.settings["cluster.device"] == ("cuda" if "GPU" in per_worker else "cpu")
 
 
 def test_no_room_for_one_trial():

@@ -92,7 +92,7 @@ def test_a_sweep_whose_store_is_gone_can_go_on_later(start_sweep, s3, faulty_s3,
     until(lambda: trial.exists("checkpoints/manifest.json"))
     faults.down = True
     assert_says_that_it_is_gone(run, "s3://bucket/sweeps/gone")
-    causes = re.findall(r"trial-\d+ crashed and is started again: (.*)", run.text())
+    causes = re.findall(r"trial-\d+ crashed; restarting: (.*)", run.text())
     assert all("cannot be" in cause or "lost" in cause for cause in causes), causes  # the error, not the hint below it
     line = [sys.executable, "-m", "densenet_dist", "tune", "--resume", s3 % "/sweeps/gone"]
     done = subprocess.run(line, capture_output=True, text=True)

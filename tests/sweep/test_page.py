@@ -71,8 +71,8 @@ def test_shows_the_best_trial_and_all_others(write, tmp_path):
     trials = trials_of(sweep, 6)
     trials[1].status = "stopped"
     trials[2].metric, trials[2].best_epoch, trials[2].history = None, None, {}
-    trials[3].status, trials[3].cause, trials[3].metric = "failed", "out of memory", 0.999  # before it failed
-    trials[0].figures = {"test/top1": 0.765}
+    trials[3].status, trials[3].error, trials[3].metric = "failed", "out of memory", 0.999  # before it failed
+    trials[0].metrics = {"test/top1": 0.765}
     page = write(sweep, trials)
     ranked = sorted((trials[i] for i in (0, 1, 4, 5)), key=lambda trial: -trial.metric)
     best = ranked[0]
@@ -105,18 +105,18 @@ def test_text_is_escaped(write):
     nasty = '</td><script>alert("x")</script> & \x00\x1b[31m \udc80 $\\frac$ ' + "long " * 2000
     sweep = sweep_of(space={"train.lr": SPACE["train.lr"], "data.root": r'["$x^{$ <b>", "a\tb", "漢字"]'})
     trials = trials_of(sweep, 5)
-    for trial, cause in zip(trials[:4], (nasty, f"first line\n{nasty}", "", "<b>"), strict=True):
-        trial.status, trial.cause = "failed", cause
-    trials[1].overrides["data.root"] = "<i>$x^{$</i>\n"
+    for trial, error in zip(trials[:4], (nasty, f"first line\n{nasty}", "", "<b>"), strict=True):
+        trial.status, trial.error = "failed", error
+    trials[1].overrides["data.root"] = "<i>$x^{$</i>\n"  # a failed trial, whose values are not drawn
     page = write(sweep, trials)
     assert page.is_harmless()
     assert not {"b", "i"} & set(page.tags)
     assert not {"\x00", "\x1b"} & set(page.text)
     assert "<i>$x^{$</i>" in {cell.strip() for row in page.rows for cell in row}
     assert "漢字" in page.shown
-    causes = [row[-1] for row in page.rows[1:]]
-    assert sum('<script>alert("x")' in cause for cause in causes) == 2
-    assert max(map(len, causes)) < 2500
+    errors = [row[-1] for row in page.rows[1:]]
+    assert sum('<script>alert("x")' in error for error in errors) == 2
+    assert max(map(len, errors)) < 2500
 
 
 def test_few_trials_or_none(write):
@@ -140,9 +140,7 @@ def test_values_that_cannot_be_drawn(write):
     trials = trials_of(sweep, 10)
     trials[2].parameters, trials[2].seconds = None, 0.0
     trials[3].history = {}
-    trials[4].overrides = {}
-    trials[5].overrides["train.lr"] = 7.0  # not of the space any more
-    trials[6].overrides["model.num_layers"] = None
+    trials[4].overrides, trials[4].status = {}, "failed"  # its trial.json is damaged
     trials[7] = trial_of(7, trials[7].overrides, (3.0, 4e9, 1e30), "stopped", maximize=False)
     page = write(sweep, trials)
     assert not {"nan", "inf"} & {cell.strip() for row in page.rows for cell in row}

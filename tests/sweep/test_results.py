@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ from optuna.trial import TrialState
 from densenet_dist import custom
 from densenet_dist.cluster.ray_tune import _PastTrial, make_scheduler, make_searcher, points_to_try
 from densenet_dist.cluster.sweep import SweepRecord, open_sweep, tune
+from densenet_dist.cluster.tune_hooks import TuneHooks
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.run_folder import RunFolder
@@ -23,11 +23,9 @@ from densenet_dist.sweep.display import SweepConsole, SweepJsonLines
 from densenet_dist.sweep.results import (
     BEST_FILE,
     RESULTS_FILE,
-    TABLE_FILE,
-    Note,
     SweepResult,
     Trial,
-    Usage,
+    TrialFile,
     add_epoch,
     best_trial,
     format_results,
@@ -59,7 +57,7 @@ def trial(name: str, *values: float, status: str = "finished", lr: float = 0.1, 
 
 
 def write_results(folder: RunFolder, sweep: Sweep, trials: list[Trial]) -> None:
-    for name, text in format_results(sweep, trials, Usage(hours=1.5)).items():
+    for name, text in format_results(sweep, trials).items():
         folder.write(name, text)
 
 
@@ -77,7 +75,7 @@ def leave(sweep: Sweep, name: str, *values: float, **note: object) -> Path:
 def test_the_best_epoch_counts():
     found = trial("000", 0.2, 0.5, 0.5, 0.4)
     assert (found.metric, found.best_epoch, found.epochs, found.seconds) == (0.5, 2, 4, 6.0)
-    assert found.figures == {"val/top1": 0.5, "val/loss": 0.5}
+    assert found.metrics == {"val/top1": 0.5, "val/loss": 0.5}
     assert found.history == {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4}
     low = Trial("trial-001", {})
     for epoch, value in enumerate((0.5, 0.2, 0.4), 1):
@@ -101,19 +99,13 @@ def test_files(sweep, folder):
     assert json.loads((folder.path / RESULTS_FILE).read_text())["best"] is None
     assert not (folder.path / BEST_FILE).exists()
     failed = trial("001", status="failed", lr=0.7)
-    failed.cause = '=HYPERLINK("http://x", "the loss is NaN")'
+    failed.error = "the loss is NaN"
     write_results(folder, sweep, [trial("000", -0.1), failed, trial("002", 0.2, 0.4, lr=0.3, layers=2)])
     content = json.loads((folder.path / RESULTS_FILE).read_text())
     trials = content.pop("trials")
-    assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"} | vars(Usage(1.5))
+    assert content == {"sweep": "mine", "metric": "val/top1", "mode": "max", "best": "trial-002"}
     assert [entry["name"] for entry in trials] == ["trial-000", "trial-001", "trial-002"]
-    assert (trials[1]["cause"], trials[2]["history"]) == (failed.cause, {"1": 0.2, "2": 0.4})
-    with open(folder.path / TABLE_FILE, newline="") as file:
-        best, other, last = csv.DictReader(file)
-    columns = ("trial", "train.lr", "model.num_layers", "val/top1", "cause")
-    assert [best[key] for key in columns] == ["trial-002", "0.3", "[2, 2]", "0.4", ""]
-    assert [last[key] for key in columns] == ["trial-001", "0.7", "[1, 1]", "", f"'{failed.cause}"]  # no formula
-    assert other["val/top1"] == "-0.1"
+    assert (trials[1]["error"], trials[2]["history"]) == (failed.error, {"1": 0.2, "2": 0.4})
 
 
 def test_best_yaml_is_a_configuration(sweep, folder):
@@ -135,28 +127,27 @@ def test_trials_on_record(sweep, folder):
     with open(finished / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"epoch": 2, "global_step": 2, **test}) + "\n")
     leave(sweep, "trial-000", 0.2, status="stopped")
-    leave(sweep, "trial-001", status="failed", cause="NaN")
+    leave(sweep, "trial-001", status="failed", error="NaN")
     broken = leave(sweep, "trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])  # of an earlier version
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "tra')
     (leave(sweep, "trial-004", 0.1) / "trial.json").write_text('{"overri')
     (leave(sweep, "trial-006", 0.1) / "metrics.jsonl").write_text("[1]\n[2]\n")
     (leave(sweep, "trial-007", 0.1) / "summary.json").write_text("[]")
-    (leave(sweep, "trial-008", 0.1, parameters="many") / "config.yaml").write_bytes(b"\xff")
+    (leave(sweep, "trial-008", 0.1) / "trial.json").unlink()
     (folder.path / "ray").mkdir()
     leave(sweep, "other", 0.9)
     (folder.path / "trial-005").mkdir()  # killed before its first line
 
     found = {one.name: one for one in trials_on_record(folder, sweep)}
     assert list(found) == [f"trial-00{number}" for number in (0, 1, 2, 3, 4, 6, 7, 8)]
-    status = ["stopped", "failed", "finished", "interrupted", "interrupted", "failed", "failed", "failed"]
+    status = ["stopped", "failed", "finished", "interrupted", "failed", "failed", "failed", "failed"]
     assert [one.status for one in found.values()] == status
-    for number, file in ((6, "metrics.jsonl"), (7, "summary.json"), (8, "config.yaml")):
-        assert f"trial-00{number}/{file}" in found[f"trial-00{number}"].cause
-    assert (found["trial-000"].overrides, found["trial-001"].cause) == ({"train.lr": 0.1}, "NaN")
-    assert found["trial-004"].overrides["train.lr"] == 0.2  # its note is damaged: as its configuration says
+    for number, file in ((4, "trial.json"), (6, "metrics.jsonl"), (7, "summary.json"), (8, "trial.json")):
+        assert f"trial-00{number}/{file}" in found[f"trial-00{number}"].error
+    assert (found["trial-000"].overrides, found["trial-001"].error) == ({"train.lr": 0.1}, "NaN")
     assert (found["trial-002"].metric, found["trial-002"].parameters) == (0.3, 77)
-    assert found["trial-002"].figures.items() >= {"train/loss": 0.3, "val/top1": 0.3, "test/top1": 0.25}.items()
+    assert found["trial-002"].metrics.items() >= {"train/loss": 0.3, "val/top1": 0.3, "test/top1": 0.25}.items()
     assert (found["trial-003"].history, found["trial-003"].overrides) == ({1: 0.1, 2: 0.2}, {"train.lr": 0.1})
 
 
@@ -178,7 +169,7 @@ def test_schedulers_compare_with_earlier_trials(sweep, name):
 
 def test_optuna_learns_the_last_values_of_trials_that_ended_before(sweep):
     asked = load_sweep(Path(sweep.settings.storage).parent / "mine.yaml", "search.name=optuna")
-    ended = [trial("000", 0.6, 0.5), trial("001", 0.2, status="failed"), trial("002"), trial("003", 0.4, lr=7.0)]
+    ended = [trial("000", 0.6, 0.5), trial("001", 0.2, status="failed"), trial("002")]
     searcher = make_searcher(asked, [*ended, trial("004", 0.3, status="interrupted", lr=0.07)], 2)
     assert [one.value for one in searcher._ot_study.get_trials(states=(TrialState.COMPLETE,))] == [0.5, 0.2]
     assert searcher.suggest("resumed")["train.lr"] == 0.07
@@ -194,27 +185,40 @@ def test_resuming_and_extending_a_sweep(sweep, folder, monkeypatch):
     assert not ray.is_initialized(), "all trials have ended: no cluster is needed"
     assert (folder.path / "sweep.html").exists()
 
-    for setting, problem in (("trials=1", "can only be extended"), ("train.epochs=5", "only trials, max_hours and")):
+    for setting, problem in (("trials=1", "can only be extended"), ("train.epochs=5", "only trials and max_hours can")):
         with pytest.raises(ConfigError, match=problem):
             open_sweep(folder.location, setting)
     extended = open_sweep(folder.location, "trials=3", "max_hours=1")
     [point] = points_to_try(extended, result.trials)
     assert point not in [one.overrides for one in ended]
-    folder.write(RESULTS_FILE, json.dumps({"hours": 1.5, "gpu_hours": 0.5}))
-    result = tune(extended, resume=True, listener=list)
-    assert (result.ended_by, len(result.trials)) == ("max_hours: 1 hours are over", 2)
+    folder.write("sweep.yaml", extended.to_yaml())
     with SweepRecord(folder, extended, list) as record, monkeypatch.context() as full:
-        assert record.usage == Usage(1.5, 0.5)
-        full.setattr(Note, "write", Mock(side_effect=StorageError("the disk is full")))
+        full.setattr(TrialFile, "write", Mock(side_effect=StorageError("the disk is full")))
         record.update("trial-000", {}, "failed", {}, "NaN")
     assert [one.status for one in trials_on_record(folder, extended)] == ["failed", "stopped"], "it is written later"
     assert open_sweep(folder.location).trials == 3
 
 
+def test_a_time_limit_interrupts_what_runs(sweep, folder):
+    state = Mock()
+    with SweepRecord(folder, sweep, list) as record:
+        record.update("trial-000", {}, "running", {})
+        hooks = TuneHooks(1.0, record, state)
+        assert not hooks.stop_all()
+        hooks._started -= 3601
+        assert hooks.stop_all()
+    assert hooks.ended_by == "limit of 1 hour reached"
+    assert [one.status for one in record.trials] == ["interrupted"], "--resume continues it"
+    state.stop.remote.assert_called_once_with()
+    result = SweepResult(sweep, folder.uri, record.trials, None, hooks.ended_by)
+    assert result.figures()["trials"] == "1, 1 interrupted"
+    assert result.commands()["resume"].startswith("densenet-dist tune --resume ")
+
+
 def test_what_the_console_says(sweep, capsys, monkeypatch):
     monkeypatch.setattr(custom, "_allowed", {})  # by other tests of this process
     first, failed = trial("000", 0.25, 0.5, status="stopped"), trial("001", status="failed", lr=0.7)
-    failed.cause = "loss [is] NaN"
+    failed.error = "loss [is] NaN"
     last = trial("002", 0.75, lr=0.0123456, layers=2)
     everyone = [first, failed, last]
     with SweepConsole() as console:
@@ -229,7 +233,7 @@ def test_what_the_console_says(sweep, capsys, monkeypatch):
         "16 trials, random search, asha, highest val/top1; folder F",
         "  train.lr: loguniform [0.01, 1]",
         "  model.num_layers: choice [[1, 1], [2, 2]]",
-        "resumed: 1 trial ended, 1 to be continued",
+        "resumed: 1 trial ended, 1 to resume",
         "trial-000  stopped after 2 epochs    val/top1 0.5000  lr=0.1  num_layers=[1, 1]  *",
         "trial-001  failed                    val/top1 -  lr=0.7  num_layers=[1, 1]",
         "  loss [is] NaN",
@@ -240,27 +244,22 @@ def test_what_the_console_says(sweep, capsys, monkeypatch):
     assert lines[-2].split() == ["train", "it", "again", "densenet-dist", "train", f"{'F' * 200}/best.yaml"]
 
 
-def test_events_for_a_program(sweep, capsys):
+def test_json_for_a_program(sweep, capsys):
     first, failed = trial("000", 0.25, 0.5, status="stopped"), trial("001", status="failed", lr=math.inf)
-    failed.cause = "loss is NaN"
+    failed.error = "loss is NaN"
     with pytest.raises(ConfigError), SweepJsonLines() as lines:  # noqa: PT012
         print("what a library says")
-        lines({"kind": "sweep", "sweep": sweep, "trials": [], "folder": "F"})
         lines({"kind": "trial", "state": "epoch", "trial": first, "best": first, "all": [first]})
-        lines({"kind": "trial", "state": "failed", "trial": failed, "best": first, "all": [first, failed]})
         lines({"kind": "note", "text": "a note"})
         lines.finish(SweepResult(sweep, "F", [first, failed], first, None))
         raise ConfigError("wrong")
     out, err = capsys.readouterr()
     assert err == "what a library says\n"
-    begin, one, two, note, end, error = map(json.loads, out.splitlines())
-    assert (begin["event"], begin["name"], begin["trials"], begin["maximise"]) == ("sweep", "mine", 16, True)
-    assert begin["space"]["train.lr"] == {"loguniform": [0.01, 1]}
-    assert (one["name"], one["state"], one["value"], one["is_best"]) == ("trial-000", "epoch", 0.5, True)
-    assert (two["settings"]["train.lr"], two["cause"], two["is_best"], two["ended"]) == (None, "loss is NaN", False, 2)
+    note, end, error = map(json.loads, out.splitlines())
     assert (note["event"], note["level"], note["text"]) == ("note", "info", "a note")
-    assert (end["status"], end["best"]["name"], end["files"]["sweep_folder"]) == ("finished", "trial-000", "F")
-    assert [one["name"] for one in end["trials"]] == ["trial-000", "trial-001"]
+    assert (end["event"], end["status"], end["folder"], end["best"]) == ("end", "finished", "F", "trial-000")
+    assert end["trials"][0]["history"] == {"1": 0.25, "2": 0.5}
+    assert (end["trials"][1]["overrides"]["train.lr"], end["trials"][1]["error"]) == (None, "loss is NaN")
     assert (error["event"], error["type"], error["exit_code"]) == ("error", "ConfigError", 2)
     known = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
-    assert all(f"`{key}`" in known for line in (begin, one, note, end, error) for key in line)
+    assert all(f"`{key}`" in known for line in (note, end, error, end["trials"][0]) for key in line)

@@ -13,7 +13,7 @@ from runs import notes_of, records, run_of, stop_after, tiny, train, trainer_of,
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.cluster.launch import write_run
-from densenet_dist.cluster.resuming import resume_config
+from densenet_dist.cluster.resuming import check_changes, resume_config
 from densenet_dist.config import load_config
 from densenet_dist.errors import ConfigError, OutOfMemory
 from densenet_dist.run_folder import ENV_FILE
@@ -187,7 +187,7 @@ def test_a_constant_schedule_ends_too_and_can_be_extended(tmp_path, clock):
     config = tiny(tmp_path, *COMMON, "train.schedule.name=constant", "train.max_minutes=1")
     before = train(config)
     with pytest.raises(ConfigError, match=r"max_minutes: 1.0 -> 0.5\n.* none shortened"):
-        resume_config(run_of(config), ["train.max_minutes=0.5"])
+        check_changes(run_of(config), resume_config(run_of(config), ["train.max_minutes=0.5"]))
     after = train(resume_config(run_of(config), ["train.max_minutes=2"]))
     assert (before["status"], after["status"]) == ("time limit", "time limit")
     assert before["global_step"] < 25 < 35 < after["global_step"]
