@@ -20,7 +20,7 @@ _IRRELEVANT: Final = (
     *("name", "storage", "seed", "fault.", "log.", "train.profile"),
     *("checkpoint.every_steps", "checkpoint.keep"),
     *("data.root", "data.url", "data.download", "data.prefetch"),
-    *("cluster.address", "cluster.max_failures", "cluster.timeout_s", "cluster.elastic_interval_s"),
+    *("cluster.address", "cluster.max_failures", "cluster.timeout_s"),
 )
 """Prefixes of the settings that do not affect the results of a run."""
 _MAX_LABEL: Final = 80
