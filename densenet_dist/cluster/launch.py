@@ -205,6 +205,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
         run.remove(ENV_FILE)
     run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
     run.remove(TEST_RESULTS_FILE)
+    run.remove(PAGE_FILE)
     if resume:
         extend_config(run, config)
     else:

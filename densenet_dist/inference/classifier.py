@@ -152,7 +152,7 @@ class Classifier:
         """Show which regions of an image support a class: Grad-CAM over the image as the model takes it.
 
         Returns:
-            The picture; None for models other than DenseNets, and last feature maps of one pixel.
+            The image; None for models other than DenseNets, and last feature maps of one pixel.
 
         Raises:
             DataError: the image cannot be used.

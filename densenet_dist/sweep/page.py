@@ -1,6 +1,6 @@
-"""Write the page of a sweep: one HTML file that contains its pictures.
+"""Write the page of a sweep: one HTML file that contains its figures.
 
-The pictures are SVG that takes its colors from the page's style sheet.
+The figures are SVG that takes its colors from the page's style sheet.
 """
 
 from __future__ import annotations

@@ -164,12 +164,12 @@ def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[Step
 
 
 def log_steps(trainer: Trainer) -> None:
-    """Record the figures of the last ``log.every_steps`` steps if that is due. Waits for the device only then."""
+    """Record the metrics of the last ``log.every_steps`` steps if that is due. Waits for the device only then."""
     every, step = trainer.config.log.every_steps, trainer.position.global_step
     if every is not None and step % every == 0:
-        figures = step_metrics(trainer)
+        metrics = step_metrics(trainer)
         if trainer.log is not None:
-            trainer.log.record(figures, step)
+            trainer.log.record(metrics, step)
 
 
 def save_or_stop(trainer: Trainer) -> None:
