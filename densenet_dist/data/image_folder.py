@@ -12,6 +12,7 @@ import json
 import os
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         raise DataError(f"{root} {what}; {_NAME_ANOTHER}")
     parts: dict[str, Path] = {}
     unused = []
-    for name in _subfolders(root):
+    names = _subfolders(root)
+    for name in names:
         part = _PARTS.get(name.lower())
         if not part or not _subfolders(root / name):
             unused.append(name)
@@ -133,16 +135,27 @@ def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         if "test" not in parts and "val" in parts:
             parts["test"] = parts.pop("val")
         return parts, [name for name in unused if _has_images(root, root / name)]
+    if any("train" in name.lower() for name in names) and any("test" in name.lower() for name in names):
+        raise DataError(f"{root} has {few(names)}, which are no classes and no parts: {_EXPECTED}")
     return {"train": root}, []
 
 
 def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[str, dict[str, int]]]:
     """Return the class names; and for each part the labels of its image files, by name, in byte order."""
     train = folders["train"]
-    classes = _subfolders(train)
-    if len(classes) < 2:
-        raise DataError(f"{train} has {len(classes)} class folders, but at least 2 are needed: {_EXPECTED}")
-    label_of = {name: label for label, name in enumerate(classes)}
+    subfolders = {name: _subfolders(train / name) for name in _subfolders(train)}
+    if len(subfolders) < 2:
+        raise DataError(f"{train} has {len(subfolders)} class folders, but at least 2 are needed: {_EXPECTED}")
+    copies = [name for name, names in subfolders.items() if len(names) > 1]
+    counts = Counter([*subfolders, *(name for copy in copies for name in subfolders[copy])])
+    if len(repeated := [name for name, count in counts.items() if count > 1]) > 1:
+        copies = [name for name in copies if set(subfolders[name]) & set(repeated)]
+        raise DataError(
+            f"{train} has more than one folder of each of these names: {few(repeated)}; look into {few(copies)}\n"
+            f"  {_NAME_ANOTHER}\n  or name the two parts of one data set train and test\n"
+            f"  or, if {few(copies)} are classes, move their images up into them"
+        )
+    label_of = {name: label for label, name in enumerate(subfolders)}
     parts = {}
     for part, folder in folders.items():
         names = _subfolders(folder)
@@ -151,7 +164,7 @@ def _list_parts(root: Path, folders: dict[str, Path]) -> tuple[list[str], dict[s
             raise DataError(f"{problem}; rename or remove these folders")
         labels = {image: label_of[name] for name in names if name in label_of for image in _walk(root, folder / name)}
         parts[part] = dict(sorted(labels.items(), key=lambda item: os.fsencode(item[0])))
-    return classes, parts
+    return list(subfolders), parts
 
 
 def _verify(root: Path, names: list[str]) -> dict[str, Verdict]:

@@ -70,6 +70,11 @@ PUBLIC = (  # layouts of archives: * is a class, part= what the part is found to
     "train=train/* test=valid/* left=test",  # Flowers 102
     "flat=*/images",
 )
+COPIES = {  # where all classes are found more than once
+    "color/* grayscale/*": "color, grayscale",  # PlantVillage
+    "* cell_images/*": "cell_images",  # malaria
+    "*/images */masks": "glioma, meningioma, notumor, pituitary",  # COVID radiography
+}
 
 
 def files_of(pattern: str) -> list[str]:
@@ -148,6 +153,8 @@ class TestWrongFolders:
             ("1.png 2.png", r"has 0 class folders, but at least 2 are needed: .*<class>"),
             ("train/a/1.png test/a/1.png", r"has 1 class folders, but at least 2 are needed: .*<class>"),
             ("train/a/1.png train/b/1.png val/a/1.png valid/a/1.png", "more than one val folder: remove valid"),
+            ("train/cat.1.png test1/1.png", "has test1, train, which are no classes and no parts: images are looked"),
+            ("seg_train/a/1.png seg_train/b/1.png seg_test/a/1.png", "has seg_test, seg_train, which are no classes"),
             ("set/a/1.png set/b/1.png", r"has 1 class folders.*name the folder that holds your class folders"),
             ("train/a/1.png train/b/1.png val/z/1.png", r"/val has classes that .*/train lacks: z; rename"),
             ("a/1.png b/1.png c/x.txt d/e/x.txt", r"no image that can be used in c, d: add some \(\.jpg"),
@@ -155,6 +162,13 @@ class TestWrongFolders:
     )
     def test_no_such_layout(self, tmp_path: Path, names: str, said: str) -> None:
         put(tmp_path, *names.split())
+        with pytest.raises(DataError, match=said):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("layout", COPIES)
+    def test_copies_of_the_classes_are_not_classes(self, tmp_path: Path, layout: str) -> None:
+        put(tmp_path, *(name for pattern in layout.split() for name in files_of(pattern)))
+        said = rf"more than one folder of each of these names: .*; look into {COPIES[layout]}\n"
         with pytest.raises(DataError, match=said):
             read(tmp_path)
 
