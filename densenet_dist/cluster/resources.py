@@ -120,8 +120,9 @@ def plan_trials(
 ) -> TrialCapacity:
     """Choose how many of a sweep's trials run at the same time on a cluster with these nodes.
 
-    A cluster that can grow is asked for all trials of one worker at once. No more trials of several workers are started
-    than fit at present, so that none waits for resources that another one holds.
+    A cluster that can grow is asked for all trials of one worker at once, except with Optuna, which suggests each trial
+    from the results of earlier ones. No more trials of several workers are started than fit at present, so that none
+    waits for resources that another one holds.
 
     Raises:
         EnvironmentProblem: one trial does not fit on a fixed cluster.
@@ -141,7 +142,7 @@ def plan_trials(
             "or join a larger cluster with cluster.address"
         )
     wanted = trials if sweep.concurrent == "auto" else min(sweep.concurrent, trials)
-    grows = sweep.workers == 1 and not fixed
+    grows = sweep.workers == 1 and not fixed and sweep.search.name != "optuna"
     return TrialCapacity(
         per_worker=per_worker,
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},

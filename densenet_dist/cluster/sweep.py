@@ -21,7 +21,7 @@ from densenet_dist.custom import trust_option
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
 from densenet_dist.run_folder import WEIGHTS_FILE, RunFolder, join_location, open_run
-from densenet_dist.sweep.definition import Sweep, load_sweep
+from densenet_dist.sweep.definition import Sweep, load_sweep, stored_space
 from densenet_dist.sweep.page import write_page
 from densenet_dist.sweep.results import (
     SWEEP_FILE,
@@ -87,6 +87,11 @@ def tune(sweep: Sweep, *, resume: bool = False, listener: Callable[[Event], None
 def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Event], None]) -> SweepResult:
     record = SweepRecord(folder, sweep, listener)
     recorded = len(record.trials)
+    if recorded and stored_space(folder.fetch(SWEEP_FILE)) != sweep.space:
+        raise ConfigError(
+            f"space: {folder.uri} searches other keys or values, which a resumed sweep cannot change\n"
+            "  restore the space of its sweep.yaml, or start another sweep with name=NEW"
+        )
     remaining = recorded < sweep.trials or any(trial.status == "interrupted" for trial in record.trials)
     ended_by = None
     if remaining:
@@ -216,7 +221,7 @@ class SweepRecord:
             self._end(trial, state)
         best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
-        if time.monotonic() - self._written > _WRITE_EVERY_S:
+        if state != "epoch" or time.monotonic() - self._written > _WRITE_EVERY_S:
             with suppress(StorageError):  # a passing fault, or writing at the end will report it
                 self._write()
 
@@ -243,11 +248,11 @@ class SweepRecord:
             raise problem
 
     def _write(self) -> None:
-        self._written = time.monotonic()
         self._folder.guard()
         for name, text in format_results(self._sweep, self.trials).items():
             self._folder.write(name, text)
         self._write_trial_files()
+        self._written = time.monotonic()
 
 
 def _absolute(sweep: Sweep) -> Sweep:

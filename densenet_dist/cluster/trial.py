@@ -212,11 +212,15 @@ class _Training:
         self._telemetry(event)
         if event["kind"] == "start":
             self._parameters = event["parameters"]
-        if event["kind"] == "epoch":
-            if (metric := self._sweep.settings.metric) not in event:
-                needed = "; top5 needs six classes, val/ validation images (data.val_fraction, or a folder val)"
-                self._fail(ConfigError(f"metric: the trial does not measure {metric}{needed}"))
+            metric = self._sweep.settings.metric
+            if metric == "val/top5" and event["classes"] < 6:
+                self._fail(ConfigError(f"metric: val/top5 needs 6 classes or more, not {event['classes']}"))
                 return False
+            if metric.startswith("val/") and not event["val_images"]:
+                problem = f"metric: {metric} needs validation images: set data.val_fraction, or add a folder val"
+                self._fail(ConfigError(problem))
+                return False
+        if event["kind"] == "epoch":
             figures = {key: value for key, value in event.items() if key not in ("kind", "checkpoint", "is_best")}
             figures["parameters"] = self._parameters
             if event["global_step"] >= event["total_steps"]:  # the last one: stopping here would only skip the test

@@ -8,6 +8,7 @@ import os
 import random
 import shlex
 import shutil
+import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from densenet_dist.credentials import without_credentials
 from densenet_dist.data import cifar
 from densenet_dist.data.background import Advance, progress_bar
 from densenet_dist.data.cifar import CifarSpec, Contents
 from densenet_dist.data.store import DataStore, cache_of, locked_cache, locked_folder
-from densenet_dist.errors import DataError
+from densenet_dist.errors import ConfigError, DataError
 from densenet_dist.object_store import is_uri
 from densenet_dist.run_folder import sync
 
@@ -31,6 +33,8 @@ _CHUNK = 1 << 18
 _ATTEMPTS = 6
 _FIRST_WAIT_S = 1.0  # doubled after each attempt
 _RETRIED_4XX = (408, 425, 429)
+_FINAL = (ValueError, InvalidURL, socket.gaierror, ssl.SSLCertVerificationError)
+"""Too large, no address, no such host (unless errno says that the name server is busy), not the host."""
 _FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
 
 
@@ -178,11 +182,14 @@ def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> Non
         remedy: what else the user can do, for messages.
 
     Raises:
+        ConfigError: the address contains credentials, which logs would show.
         DataError: the download failed, or the file is larger than `limit`.
         OSError: `target` cannot be written.
     """
-    # The query may contain a signature, which must not appear in logs.
-    failed = f"cannot download {title} from {url.partition('?')[0]}"
+    address = url.partition("?")[0]  # the query may contain a signature, which must not appear in logs
+    if without_credentials(address) != address:
+        raise ConfigError("data.url: holds credentials, which logs would show; remove them")
+    failed = f"cannot download {title} from {address}"
     attempts = _ATTEMPTS if url.lower().startswith("http") else 1
     for attempt in range(1, attempts + 1):
         try:
@@ -190,7 +197,8 @@ def fetch(url: str, target: Path, *, title: str, limit: int, remedy: str) -> Non
                 _transfer(url, target, limit, advance)
             return
         except _FAILURES as error:
-            final = isinstance(error, ValueError | InvalidURL)  # too large, or no address
+            reason = error.reason if isinstance(error, URLError) else error
+            final = isinstance(reason, _FINAL) and getattr(reason, "errno", None) != socket.EAI_AGAIN
             if isinstance(error, HTTPError):
                 error.close()  # it holds the connection
                 final = 400 <= error.code < 500 and error.code not in _RETRIED_4XX

@@ -255,8 +255,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{source}: {', '.join(misplaced)} of the base configuration belong under settings")
         if layer.get("base"):
             layer["base"] = str(find_base(Path(source), str(layer["base"])))
-        if layer.get("max_gpu_hours", 0) is None:  # a limit that earlier versions had and wrote
-            del layer["max_gpu_hours"]
+        layer.pop("max_gpu_hours", None)  # a limit that earlier versions had and wrote
         if isinstance(scheduler := layer.get("scheduler"), dict):
             layer["scheduler"] = {key: value for key, value in scheduler.items() if key not in _REMOVED}
         return layer
@@ -269,6 +268,11 @@ def find_base(file: Path, base: str) -> Path:
     """Find the base configuration of a sweep file: in the same folder, or one that comes with the package."""
     path = find_file(file).parent / os.path.expanduser(base)
     return path if path.is_file() or not find_file(base).is_file() else find_file(base)
+
+
+def stored_space(file: Path) -> dict[str, Domain]:
+    """Read what a sweep file searches."""
+    return _read_space(dict(_leaves(read_yaml(file)["space"])), [])
 
 
 def _read_space(domains: Mapping[str, Any], problems: list[str]) -> dict[str, Domain]:

@@ -9,7 +9,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
-from typing import Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+from pydantic import AliasChoices, Field
 
 from densenet_dist.config import to_yaml
 from densenet_dist.custom import trust_option
@@ -152,7 +154,7 @@ class TrialFile:
 
     overrides: dict[str, Any]
     status: Status | None = None
-    error: str | None = None
+    error: Annotated[str | None, Field(validation_alias=AliasChoices("error", "cause"))] = None  # cause: older sweeps
     parameters: int | None = None
 
     def write(self, run: RunFolder) -> None:

@@ -100,6 +100,10 @@ def _dataset_problem(found: Any) -> str | None:
             return "returned labels that are not an int64 array (n,)"
         if not len(labels) or labels.min() < 0 or labels.max() >= found.num_classes:
             return f"returned a split without images, or labels outside 0 to {found.num_classes - 1}"
+    if not (
+        len(found.mean) == len(found.std) == 3 and np.isfinite([*found.mean, *found.std]).all() and min(found.std) > 0
+    ):
+        return "has a mean or std other than three numbers, those of std above 0"
     val, count = found.val, len(found.train.labels)
     if val is not None and not (_is_array(val, np.int64, 1) and ((val >= 0) & (val < count)).all()):
         return "has a val other than indices of its training images, an int64 array (m,)"

@@ -25,7 +25,7 @@ from densenet_dist.errors import (
     OutOfMemory,
     StorageError,
 )
-from densenet_dist.run_folder import CONFIG_FILE, TEST_RESULTS_FILE, RunFolder, open_run
+from densenet_dist.run_folder import CONFIG_FILE, SUMMARY_FILE, TEST_RESULTS_FILE, RunFolder, open_run
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.checkpoint import CheckpointStore
 from densenet_dist.train.context import RunContext, StopRequest, choose_device
@@ -168,8 +168,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on every image of a split once, without augmentation.
 
-    Results of the best checkpoint on the test set are stored in the run's folder for its report, if there are none yet
-    and no setting but data.root is changed.
+    Results of the best checkpoint on the test set are stored in the run's folder for its report, unless a setting other
+    than data.root is changed, or the run is finished and has results.
 
     Args:
         run: its folder (path or URI), or its name under ``runs/``.
@@ -191,11 +191,14 @@ def evaluate(
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify, trust)
     folder = found.context.run
     changed = [change for change in overrides if not change.startswith("data.root=")]
-    if (split, checkpoint) != ("test", "best") or changed or folder.exists(TEST_RESULTS_FILE):
+    finished = folder.exists(SUMMARY_FILE)
+    stored = finished and folder.exists(TEST_RESULTS_FILE)
+    if (split, checkpoint) != ("test", "best") or changed or stored:
         return evaluate_model(found.model, found.loader(), found.context, found.config.train.precision)
     results = evaluate_test_set(found)
     try:
-        write_test_results(folder, results)
+        if folder.exists(SUMMARY_FILE) == finished:  # else the run has ended meanwhile, and has later results
+            write_test_results(folder, results)
     except StorageError as error:
         notify(f"the results are not stored: {error}")
     return results.metrics | {"images": results.images}

@@ -7,11 +7,11 @@ before its first checkpoint does not depend on it.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import struct
-import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import redirect_stdout
 from pathlib import Path, PurePath
 from typing import Any, Final
 
@@ -177,18 +177,22 @@ def _standard(
 
 
 def _torchvision_weights(variant: str) -> dict[str, Tensor]:
-    """Load torchvision's weights of ImageNet-1k, downloaded once to torch's hub folder and compared with their hash."""
+    """Load torchvision's weights of ImageNet-1k, downloaded once to torch's hub folder, and compare their checksum."""
     from torchvision.models import get_model_weights
 
-    published = get_model_weights(variant)["IMAGENET1K_V1"]
-    try:
-        with redirect_stdout(sys.stderr):  # torch prints that it downloads; the standard output may be JSON
-            weights = published.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
-        folder = Path(torch.hub.get_dir(), "checkpoints")
-        raise EnvironmentProblem(
-            f"model.pretrained: {published.url} cannot be downloaded or read: {reason}\n"
-            f"  download it elsewhere and put it into {folder} (or $TORCH_HOME/hub/checkpoints)"
-        ) from error
-    return _standard(weights, published.url)
+    url = next(iter(get_model_weights(variant))).url
+    path = Path(torch.hub.get_dir(), "checkpoints", PurePath(url).name)
+    digest = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    assert digest is not None
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest[1])
+        except (OSError, RuntimeError) as error:  # RuntimeError: another checksum, as of a transfer that broke off
+            raise EnvironmentProblem(
+                f"model.pretrained: {url} cannot be downloaded: {error}\n"
+                f"  download it elsewhere and put it into {path.parent} (or $TORCH_HOME/hub/checkpoints)"
+            ) from error
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest[1]):
+        raise CheckpointError(f"{path} is damaged: its checksum differs from that in its name; delete it")
+    return _standard(_read_file(path), str(path))

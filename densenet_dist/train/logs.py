@@ -6,9 +6,11 @@ import copy
 import io
 import json
 import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -72,8 +74,9 @@ class RunLog:
         self._records = [line for line in self._lines if "epoch" in line]
         if global_step == 0:
             run.remove(TENSORBOARD_FOLDER)  # left by a process that stopped before its first checkpoint
+        self._earlier = run.names(TENSORBOARD_FOLDER)
         # Earlier events of this step are hidden: the test's, if it was interrupted, but also those that are to stay.
-        for line in self._lines if run.names(TENSORBOARD_FOLDER) else ():
+        for line in self._lines if self._earlier else ():
             if line["global_step"] == global_step:
                 self._write_scalars(line)
         self.publish()  # metrics.jsonl marks the run as started
@@ -82,7 +85,7 @@ class RunLog:
         """Call a method of `TensorBoardWriter`. An error does not end the run: it becomes a warning, shown once."""
         try:
             if self._board is None:
-                self._board = TensorBoardWriter(self.run.path / TENSORBOARD_FOLDER, self._first_step)
+                self._board = TensorBoardWriter(self.run.path / TENSORBOARD_FOLDER, self._first_step, self._earlier)
             method(self._board, *arguments)
         except Exception as error:
             self._problems.setdefault(f"TensorBoard is incomplete: {type(error).__name__}: {error}", False)
@@ -171,13 +174,22 @@ class TensorBoardWriter:
         folder: folder of the event files.
         hides_from: events of earlier processes from this step on are hidden. Every process must set it: without its
             data server, TensorBoard ignores it in the first file that it reads.
+        earlier: names of the event files of earlier processes.
     """
 
-    def __init__(self, folder: Path, hides_from: int = 0) -> None:
+    def __init__(self, folder: Path, hides_from: int = 0, earlier: Iterable[str] = ()) -> None:
+        from tensorboard.summary.writer import event_file_writer
         from torch.utils.tensorboard import SummaryWriter  # a second to import: only rank 0 pays it
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(folder), purge_step=hides_from, flush_secs=10)
+        # TensorBoard reads files in the order of the times in their names, but clocks of machines differ.
+        times = [int(found[1]) + 1 for name in earlier if (found := re.match(r"events\.out\.tfevents\.(\d+)\.", name))]
+        named = max([int(time.time()), *times])
+        event_file_writer.time = SimpleNamespace(time=lambda: named)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=hides_from, flush_secs=10)
+        finally:
+            event_file_writer.time = time
         # Write in this thread, where errors can be handled; in TensorBoard's own thread they print a traceback.
         events = self._writer._get_file_writer().event_writer
         events._async_writer._worker.stop()

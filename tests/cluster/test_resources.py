@@ -14,7 +14,7 @@ import pytest
 from densenet_dist.cluster.resources import TrialCapacity, local_threads, plan_resources, plan_trials
 from densenet_dist.errors import EnvironmentProblem
 from densenet_dist.schema import ClusterConfig, WorkerRange
-from densenet_dist.sweep.definition import SweepConfig
+from densenet_dist.sweep.definition import SearchConfig, SweepConfig
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,11 @@ def plan(cpus: float, gpus: float = 0, *, nodes: int = 1, trials: int = 16, devi
         (plan(3, nodes=3, cpus_per_worker=2, workers=2), 1, {"CPU": 2}),  # a third of each node is of no use
         (plan(8, 1, fixed=False), 16, {"CPU": 1, "GPU": 1}),  # the cluster grows
         (plan(8, 1, fixed=False, concurrent=8), 8, {"CPU": 1, "GPU": 1}),
+        (
+            plan(8, 1, fixed=False, search=SearchConfig(name="optuna")),
+            1,
+            {"CPU": 1, "GPU": 1},
+        ),  # it learns
         (plan(8, 4, fixed=False, workers=2), 2, {"CPU": 1, "GPU": 1}),
     ],
 )

@@ -161,5 +161,5 @@ def test_a_trial_knows_its_start_of_the_sweep_and_fails_without_the_validation_i
     training._train_here(run_of(config), config)
     state = CheckpointStore(run_of(config)).load_latest().state
     assert state["clock"]["goodput"]["launch"] == "key"  # the pause before the sweep is resumed is no recovery
-    assert not training._on_event({"kind": "epoch", "epoch": 1, "global_step": 2, "total_steps": 4, "train/top1": 0.5})
-    assert "metric: the trial does not measure val/top1" in str(training._output.get(timeout=0)["error"])
+    assert not training._on_event({"kind": "start", "parameters": 1, "global_step": 0, "val_images": 0})
+    assert "metric: val/top1 needs validation images" in str(training._output.get(timeout=0)["error"])

@@ -72,6 +72,7 @@ def test_what_doctor_finds_is_shown_as_text(command):
         ("log.mlflow.tracking_uri", f"http://me:{MARKER}@host"),
         ("cluster.address", f"ray://me:{MARKER}@host:10001"),
         ("data.url", f"https://{MARKER}@mirror.example/cifar.tar.gz"),
+        ("data.url", f"https://me:{MARKER}@mirror.example/cifar.tar.gz"),
         ("data.url", f"https://mirror.example/c.tar.gz?X-Amz-Signature={MARKER}&X-Amz-Expires=60"),
     ],
 )

@@ -127,8 +127,8 @@ def test_trials_on_record(sweep, folder):
     with open(finished / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"epoch": 2, "global_step": 2, **test}) + "\n")
     leave(sweep, "trial-000", 0.2, status="stopped")
-    leave(sweep, "trial-001", status="failed", error="NaN")
-    broken = leave(sweep, "trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])  # of an earlier version
+    leave(sweep, "trial-001", status="failed", cause="NaN")  # of an older version, as in trial-003
+    broken = leave(sweep, "trial-003", 0.1, 0.2, taken=["trial-002", "step-00000005", {}])
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "tra')
     (leave(sweep, "trial-004", 0.1) / "trial.json").write_text('{"overri')
@@ -185,6 +185,9 @@ def test_resuming_and_extending_a_sweep(sweep, folder, monkeypatch):
     assert not ray.is_initialized(), "all trials have ended: no cluster is needed"
     assert (folder.path / "sweep.html").exists()
 
+    other = load_sweep(folder.path / "sweep.yaml", "space.train.lr=[0.5, 0.7]")
+    with pytest.raises(ConfigError, match=r"space: .* which a resumed sweep cannot change"):
+        tune(other, resume=True, listener=list)
     for setting, problem in (("trials=1", "can only be extended"), ("train.epochs=5", "only trials and max_hours can")):
         with pytest.raises(ConfigError, match=problem):
             open_sweep(folder.location, setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from dataclasses import replace
 from unittest.mock import Mock
@@ -120,7 +121,9 @@ def test_a_run_that_starts_again_shows_everything_once(tmp_path):
     stop_after(1, config)
     shutil.rmtree(run_of(config).path / "checkpoints")  # lost with the machine: it starts from nothing
     stop_after(1, config)
-    train(config)
+    (events,) = (run_of(config).path / "tb").iterdir()
+    events.rename(events.with_name(re.sub(r"\d+", lambda time: str(int(time[0]) + 3600), events.name, count=1)))
+    train(config)  # with a clock that is an hour behind
     (run_of(config).path / "summary.json").unlink()  # lost too, when all else was written: it is tested again
     train(config)
     board = board_of(config)
