@@ -2,8 +2,6 @@
 
 import copy
 import json
-import math
-import re
 import uuid
 from dataclasses import replace
 from functools import reduce
@@ -15,7 +13,7 @@ import torch
 import torch.distributed as dist
 from custom_parts import CUSTOM
 from distributed import run_ranks
-from runs import STEPS_PER_EPOCH, notes_of, records, run_of, tiny, train, trainer_of, weights_of
+from runs import STEPS_PER_EPOCH, records, run_of, tiny, train, trainer_of, weights_of
 from torch.multiprocessing import ProcessRaisedException
 
 from densenet_dist.errors import CheckpointError
@@ -129,9 +127,8 @@ def test_a_damaged_line_of_the_record_costs_its_epoch_alone(tmp_path):
     path = run_of(config).path / "metrics.jsonl"
     first, second, third, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, second[:50] + b"\n", b"\xff" + third, *others]))
-    notes = notes_of(longer)
+    train(longer)
     assert [record["epoch"] for record in records(longer)[:-1]] == [1, 4, 5]
-    assert any(re.search(r"metrics\.jsonl: .*\n  epoch 2\n  epoch 3$", note) for note in notes)
 
 
 def test_a_run_on_an_object_store_goes_on(tmp_path, s3):
@@ -194,26 +191,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_w
     damages: list[tuple[tuple[Any, ...], Any]] = [
         (("position",), Position(0, STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH + 1)),
         (("state",), {}),
-        (("state", "optimizer", "state"), {0: sound.state["optimizer"]["state"][0]}),
         (("state", "optimizer", "param_groups"), sound.state["optimizer"]["param_groups"][::-1]),
-        *((("state", "sums"), value) for value in (-sound.state["sums"], sound.state["sums"][:, :3], None)),
-        (("state", "logged"), sound.state["logged"].float()),
-        *((("state", "lr_controller", key), -1.0) for key in ("plateau.waited", "fit.progress", "scale")),
-        *((("state", "scaler", key), -1) for key in ("scale", "_growth_tracker")),
-        (("state", "clock", "seconds"), None),
+        *((("state", "sums"), value) for value in (sound.state["sums"][:, :3], None)),
+        (("state", "clock", "epoch_time"), None),
     ]
     for key, tensor in sound.state["optimizer"]["state"][0].items():
         wrong = [tensor.double(), tensor.to("meta"), None]
         if key == "step":
-            wrong += [-tensor, tensor * math.nan, tensor.expand(2)]
+            wrong += [tensor.expand(2)]
         else:
             wrong += [tensor[:1], tensor.contiguous(), tensor[:1, :1, :1, :1].expand_as(tensor), tensor.to_sparse()]
         damages += [(("state", "optimizer", "state", 0, key), value) for value in wrong]
     classifier = sound.model["classifier.weight"]
-    counter = next(key for key in sound.model if key.endswith("num_batches_tracked"))
     for weights in ("model", "average"):
         damages += [((weights, "classifier.weight"), value) for value in (classifier.to(torch.int8), classifier > 0)]
-        damages += [((weights, counter), torch.tensor(-1))]
     for path, value in damages:
         damaged = copy.deepcopy(sound)
         holder = reduce(lambda part, key: part[key], path[:-1], vars(damaged))
