@@ -31,7 +31,7 @@ STARTS_RAY = ("tests/cluster/", "tests/launch/test_start.py")
 SLOW = (
     *(*STARTS_RAY, "tests/benchmarks/", "tests/chaos/", "tests/docs/test_extending.py", "tests/docs/test_site.py"),
     *("tests/fuzz/test_checkpoint_fuzz.py", "tests/inference/test_demo.py"),
-    *("tests/test_notebook.py", "tests/test_packaging.py", "tests/train/test_board.py"),
+    *("tests/test_notebook.py", "tests/test_packaging.py", "tests/train/test_tensorboard.py"),
     *("tests/train/test_folder.py", "tests/train/test_autotune.py", "tests/train/test_profiling.py"),
     *("tests/train/test_resume.py", "tests/train/test_stopping.py", "tests/trackers/"),
 )
