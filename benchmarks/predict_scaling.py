@@ -86,7 +86,7 @@ def filled_buckets(trainer: Trainer, batch: Batch) -> list[tuple[int, float]]:
         for parameter in trained
     ]
     try:
-        with no_sync(trainer.forward):
+        with no_sync(trainer.train_model):
             barrier(device)
             started = now(device)
             train_step(trainer, batch)

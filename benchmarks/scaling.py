@@ -278,7 +278,7 @@ def random_trainer(config: Config, device: torch.device, num_classes: int, image
     with tempfile.TemporaryDirectory() as folder:
         context = RunContext(RunFolder(folder, "run"), device, dist.get_rank(), dist.get_world_size())
         trainer = Trainer(config, context, dataset)
-        trainer.forward.train()
+        trainer.train_model.train()
         try:
             yield trainer
         finally:
@@ -301,7 +301,7 @@ def time_rounds(trainer: Trainer, batches: dict[int, Batch], seconds: float, rou
 
 def time_steps(trainer: Trainer, batch: Batch, count: int, exchange: bool) -> float:
     """Run `count` steps, with or without the all-reduce; return the seconds per step."""
-    with nullcontext() if exchange else no_sync(trainer.forward):
+    with nullcontext() if exchange else no_sync(trainer.train_model):
         barrier(trainer.context.device)
         started = perf_counter()
         for _ in range(count):

@@ -23,7 +23,7 @@ from densenet_dist.yaml_settings import find_file, is_override, nest, read_overr
 
 SETTINGS: Final = Settings(Config, conflicts)
 _STORED: Final = ("env.json", "checkpoints/manifest.json", "sweep.json")
-"""Files of which every run or sweep that has begun has one."""
+"""The folder of a run or sweep that has begun has at least one of these files."""
 to_dict = SETTINGS.to_dict
 
 
@@ -39,9 +39,9 @@ def load_config(*sources: str | Path | Mapping[str, Any] | Config, trust: bool |
         sources: paths of YAML files; ``dotted.key=value`` strings with YAML values; mappings, nested or with dotted
             keys, and with functions or classes for custom parts (docs/extending.md); or complete configurations. If
             none sets ``name``, it is the stem of the last file.
-        trust: whether custom parts that files and mappings name may be imported, which runs their code; by default
-            unless a file is that of a run or sweep, see `is_stored`. Those of complete configurations may if they could
-            before, those of strings and functions always.
+        trust: whether custom parts named in files and mappings may be imported, which runs their code. None: yes,
+            unless a file belongs to a run or sweep or comes from an object store, see `is_stored`. Those named in
+            ``key=value`` strings or passed as functions may always be; a `Config` adds none.
 
     Raises:
         ConfigError: listing every problem, one per line.
@@ -82,17 +82,17 @@ def merged(*sources: str | Path | Mapping[str, Any] | Config, trust: bool | None
 
 
 def is_stored(path: str | Path) -> bool:
-    """Return whether a file is that of a run, of a sweep or from an object store: it may be another person's."""
+    """Return whether a file belongs to a run or sweep or comes from an object store, so may be another person's."""
     folder = find_file(path).absolute().parent
     return any(os.path.exists(folder / name) for name in _STORED) or is_downloaded(folder)
 
 
 def load_run_config(path: str | Path, *overrides: str | Mapping[str, Any], trust: bool = False) -> Config:
     """Load the config.yaml of a run, of any version, with changes; `trust` and errors are those of `load_config`."""
-    return load_config(path, *kept_test_limit(read_yaml(path)), *overrides, trust=trust)
+    return load_config(path, *migrate_test_limit(read_yaml(path)), *overrides, trust=trust)
 
 
-def kept_test_limit(values: Mapping[str, Any]) -> list[str]:
+def migrate_test_limit(values: Mapping[str, Any]) -> list[str]:
     """Return the override that makes a stored configuration limit the test images as it did when it was written.
 
     Versions without ``data.test_limit`` limited them by ``data.limit``. Stored configurations have every setting.

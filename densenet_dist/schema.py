@@ -17,11 +17,11 @@ from densenet_dist import custom
 from densenet_dist.schedules import SCHEDULES
 from densenet_dist.settings import STRICT
 
-Probability: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
-NonNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
-Index: TypeAlias = Annotated[int, Field(ge=0, le=10**9)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0, le=10**9)]
 Workers: TypeAlias = Annotated[int, Field(ge=1, le=100_000)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=1e9)]
 if TYPE_CHECKING:
@@ -74,16 +74,16 @@ class ModelConfig:
     ) = "notebook"
     """notebook: the Keras notebook's; densenet, densenet_bc: the paper's networks for CIFAR; others: torchvision's; or
     your own model (docs/extending.md), which has its settings under options.model."""
-    growth_rate: Count | None = None
+    growth_rate: PositiveInt | None = None
     """Feature maps each layer adds (k in the paper)."""
-    num_layers: Count | tuple[Count, ...] | None = None
+    num_layers: PositiveInt | tuple[PositiveInt, ...] | None = None
     """Layers in each dense block: one number for all, or a list with one number per block."""
-    depth: Count | None = None
+    depth: PositiveInt | None = None
     """Total depth of the paper's networks (L in the paper), instead of num_layers."""
     compression: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of feature maps a transition keeps (theta in the paper)."""
-    drop_rate: Probability = 0.0
-    """Probability that dropout zeroes a value."""
+    drop_rate: Fraction = 0.0
+    """Fraction that dropout zeroes a value."""
     block: Literal["auto", "fused", "reference"] = "auto"
     """Implementation of dense blocks. All compute the same function: reference is the plain definition; fused needs
     memory linear in depth and is usually faster; auto: the faster one, measured at the start (short runs: fused)."""
@@ -114,16 +114,16 @@ class DataConfig:
     """Whether to download a missing data set; with an object store, the process that starts a run uploads it there."""
     url: str | None = None
     """A mirror to download from instead of the official address; checksums are verified all the same."""
-    limit: Count | None = None
+    limit: PositiveInt | None = None
     """Train and validate with the first N training images only (folder: N spread evenly over the classes)."""
-    test_limit: Count | None = None
+    test_limit: PositiveInt | None = None
     """Test on the first N test images only (folder: spread likewise); null: on all of them."""
-    val_fraction: Probability = 0.1
+    val_fraction: Fraction = 0.1
     """Share of the training images held out for validation."""
     stratified: bool | None = None
     """Whether to hold out the same share of every class; null: only for data.name=folder."""
     sampler: Literal["uniform", "balanced"] = "uniform"
-    """uniform: every training image once per epoch; balanced: as many images, but equally many of every class;
+    """uniform: every training image once per epoch; balanced: as many images, equally many of each class;
     images of small classes repeat, with different augmentation."""
     augment: Literal["none", "notebook", "crop_flip", "random_resized_crop"] | CustomName = "crop_flip"
     """notebook: rotation, shift, zoom, flip as Keras does; crop_flip: pad 4, crop, flip; random_resized_crop: a part
@@ -135,12 +135,12 @@ class DataConfig:
     """random_resized_crop: the smallest share of the area that a crop covers."""
     trivial_augment: bool = False
     """Whether to apply one of TrivialAugment's fourteen operations at a random strength to each image."""
-    cutout: Index = 0
+    cutout: NonNegativeInt = 0
     """Side in pixels of a square hole in each training image (16 in the paper for CIFAR-10); 0: none."""
-    mixup: NonNegative = 0.0
+    mixup: NonNegativeFloat = 0.0
     """alpha of the Beta distribution by which two images and their labels are mixed (1 for CIFAR, 0.2 for ImageNet in
     the paper); 0: off."""
-    cutmix: NonNegative = 0.0
+    cutmix: NonNegativeFloat = 0.0
     """alpha likewise, for a box of one image pasted into the other (1 in the paper); with both, half of the images get
     each; 0: off."""
     image_size: Annotated[int, Field(ge=8, le=10**9)] | None = None
@@ -149,7 +149,7 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     """folder: error: unreadable images end the run with a list of them; skip: they are left out. The run always ends if
     no image of a class, or none of the validation images, can be read."""
-    test_fraction: Probability = 0.1
+    test_fraction: Fraction = 0.1
     """folder: share of the images held out for the test if there is no folder test."""
     normalize: Literal["standard", "unit"] = "standard"
     """standard: by the mean and standard deviation of the data set (folder: ImageNet's); unit: only pixel / 255."""
@@ -175,18 +175,18 @@ class OptimizerConfig:
 
     name: Literal["adam", "adamw", "sgd"] | CustomName = "sgd"
     """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum; or your own."""
-    momentum: Probability = 0.9
+    momentum: Fraction = 0.9
     """SGD only."""
     nesterov: bool = True
     """SGD only."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Adam and AdamW only."""
-    eps: Positive = 1e-8
+    eps: PositiveFloat = 1e-8
     """Adam and AdamW only. (Keras' default is 1e-7.)"""
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
     decay: Literal["all", "weights"] = "weights"
-    """weights: no decay of biases and BatchNorm's gamma and beta; all: decay of all parameters, as in the paper."""
+    """What weight_decay applies to: weights (not biases or BatchNorm's gamma and beta), or all, as in the paper."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -195,15 +195,15 @@ class ScheduleConfig:
 
     name: ScheduleName | CustomName = "cosine"
     """multistep with milestones [50, 75] and gamma 0.1 is the notebook's step function. Or your own function."""
-    warmup_epochs: NonNegative = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
     """Epochs of linear warm-up from warmup_start * lr to lr, before the schedule itself (not for one_cycle)."""
     warmup_start: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of lr at which the warm-up starts."""
-    milestones: tuple[Positive, ...] = (50.0, 75.0)
+    milestones: tuple[PositiveFloat, ...] = (50.0, 75.0)
     """multistep: epochs at which the rate is multiplied by gamma."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """multistep: the factor at each milestone."""
-    final_lr: NonNegative = 0.0
+    final_lr: NonNegativeFloat = 0.0
     """cosine: the rate at the end."""
     pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """one_cycle: share of the run during which the rate rises."""
@@ -215,11 +215,11 @@ class ScheduleConfig:
     """one_cycle: the shape of both slopes."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """plateau: the factor for the rate when the validation loss stops improving."""
-    patience: Count = 5
+    patience: PositiveInt = 5
     """plateau: epochs without improvement before the rate is reduced."""
-    min_delta: NonNegative = 0.01
+    min_delta: NonNegativeFloat = 0.01
     """plateau: the least decrease of the loss that counts as improvement."""
-    min_lr: NonNegative = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """plateau: lower limit of the rate."""
 
 
@@ -229,9 +229,9 @@ class EarlyStoppingConfig:
 
     enabled: bool = False
     """Whether training may stop before its last epoch."""
-    patience: Count = 10
+    patience: PositiveInt = 10
     """Epochs without improvement before training stops."""
-    min_delta: NonNegative = 0.0
+    min_delta: NonNegativeFloat = 0.0
     """The least decrease of the loss that counts as improvement."""
 
 
@@ -239,20 +239,20 @@ class EarlyStoppingConfig:
 class TrainConfig:
     """Training of the model."""
 
-    epochs: Count = 30
+    epochs: PositiveInt = 30
     """Passes over the training images; with max_minutes, the maximum."""
     max_minutes: Annotated[float, Field(gt=0, le=10**7)] | None = None
-    """Limit from the start of the workers to the end of the last validation, restarts included, pauses before --resume
-    not. Cosine, one_cycle and custom schedules shrink to fit; others are cut off. null: no limit."""
-    global_batch_size: Count = 64
-    """Images per step, over all workers."""
-    eval_batch_size: Count = 500
+    """Limit from the start of the workers to the end of the last validation, including restarts but not pauses before
+    --resume. Cosine, one_cycle and custom schedules shrink to fit; others are cut off. null: no limit."""
+    global_batch_size: PositiveInt = 64
+    """Images per step, over all workers; the last step of an epoch may have fewer, or up to 1/8 more."""
+    eval_batch_size: PositiveInt = 500
     """Images per evaluation step and worker."""
-    lr: Positive = 0.1
+    lr: PositiveFloat = 0.1
     """The peak learning rate; it is not scaled with the batch size."""
-    head_lr: Positive | None = None
+    head_lr: PositiveFloat | None = None
     """The peak learning rate of the classifier, which follows the same schedule; null: lr."""
-    freeze: Literal["backbone"] | tuple[Literal["stem"] | Count, ...] = ()
+    freeze: Literal["backbone"] | tuple[Literal["stem"] | PositiveInt, ...] = ()
     """Parts that are not trained: [stem, 1, 2] is the stem and the first two blocks, backbone all but the classifier.
     Their BatchNorm layers use the running statistics."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -261,30 +261,31 @@ class TrainConfig:
     compile: bool = False
     """Whether to use torch.compile."""
     cuda_graph: bool = False
-    """Whether to launch a step as one CUDA graph, which helps small batches; ignored unless there is a single GPU. The
-    graph includes the augmentation if the torch loader does it on the GPU, except for trivial_augment."""
+    """Whether to launch a step as one CUDA graph, which helps small batches; ignored unless there is a single GPU and
+    grad_accum_steps is 1. The graph includes the augmentation of images that the torch loader keeps on the GPU (not
+    folder), except for trivial_augment."""
     deterministic: bool = False
-    """On a GPU: use only deterministic kernels, so that a resumed run equals the undisturbed one bit for bit, at some
+    """On a GPU: use only deterministic kernels, so that a resumed run equals the uninterrupted one bit for bit, at some
     cost in speed. On CPUs training is always deterministic."""
-    grad_accum_steps: Count = 1
+    grad_accum_steps: PositiveInt = 1
     """Number of micro-batches of each worker's share of a step, to save memory; gradients are those of the whole."""
-    clip_grad_norm: Positive | None = None
+    clip_grad_norm: PositiveFloat | None = None
     """Maximum L2 norm of all gradients together; null: no clipping."""
-    class_weights: Literal["balanced"] | tuple[NonNegative, ...] | None = None
+    class_weights: Literal["balanced"] | tuple[NonNegativeFloat, ...] | None = None
     """Weights of the classes in the training loss; balanced: inversely proportional to their numbers of images."""
     loss: Literal["cross_entropy"] | CustomName = "cross_entropy"
     """The training loss: cross_entropy, or your own function. Evaluations report the cross-entropy."""
-    label_smoothing: Probability = 0.0
+    label_smoothing: Fraction = 0.0
     """Share of the target that is distributed evenly over all classes."""
-    ema_decay: Probability | None = None
+    ema_decay: Fraction | None = None
     """Decay per step of an exponential moving average of the weights, which evaluations use; null: none."""
     sync_bn: bool = False
     """Whether BatchNorm uses the statistics of the global batch."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: workers exchange gradients in half the bytes, with 8 bits of mantissa; weights and optimizer stay fp32."""
-    bucket_mb: Positive | None = None
-    """MiB of gradients that workers exchange at a time; null: those of a dense block (docs/scaling.md)."""
-    profile: tuple[Index, Index] | None = None
+    bucket_mb: PositiveFloat | None = None
+    """DDP's bucket size in MiB of gradients; null: the gradients of a dense block (docs/scaling.md)."""
+    profile: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """Range of steps to profile: [100, 105] profiles the five steps after step 100. A trace and a table are written to
     the run's folder, under profile/; null: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -296,12 +297,12 @@ class TrainConfig:
 class CheckpointConfig:
     """Checkpoints. The newest and the best are always kept."""
 
-    every_epochs: Count = 1
+    every_epochs: PositiveInt = 1
     """Save every N epochs, and at the end of training."""
-    every_steps: Count | Literal["auto"] | None = "auto"
+    every_steps: PositiveInt | Literal["auto"] | None = "auto"
     """Also save every N steps within epochs; auto: as often as possible at a cost below 1 % of the time, at most twice
     per minute; null: never. Files are written while training continues."""
-    keep: Count = 1
+    keep: PositiveInt = 1
     """Number of newest checkpoints to keep besides the best."""
     monitor: Literal["val/top1", "val/balanced_accuracy", "val/worst_class_accuracy", "val/macro_f1", "val/loss"] = (
         "val/top1"
@@ -330,7 +331,7 @@ class ClusterConfig:
     resources for, changing as nodes are lost or added, with the same images in every step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if the cluster has any."""
-    cpus_per_worker: Count | Literal["auto"] = "auto"
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
     """CPU cores and torch threads per worker; auto: its share of the machine, less one for Ray."""
     accelerator_type: str | None = None
     """Use only nodes with this accelerator, by Ray's name, such as H100; null: any node."""
@@ -342,7 +343,7 @@ class ClusterConfig:
     """Environment variables of Ray's workers, such as ["NCCL_SOCKET_IFNAME=eth1"]; credentials are refused."""
     address: str | None = None
     """Address of a running Ray cluster, as for ray.init; null: RAY_ADDRESS, else a cluster started by this process."""
-    max_failures: Index = 3
+    max_failures: NonNegativeInt = 3
     """How many times a run is restarted from its last checkpoint after losing a worker or node."""
     timeout_s: Seconds = 600.0
     """How long to wait for resources, and for a collective operation, before giving up."""
@@ -409,7 +410,7 @@ class MlflowConfig:
 class LogConfig:
     """What is recorded, and services to which it is also sent; training continues if they do not respond."""
 
-    every_steps: Count | None = None
+    every_steps: PositiveInt | None = None
     """Also record the training loss, top-1, learning rate and images/s every N steps; null: only every epoch."""
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()

@@ -1,6 +1,6 @@
 """Serve a page that classifies images, and shows which regions support the most probable class.
 
-    pip install 'densenet-dist[demo]'
+    pip install '.[demo]'
     python examples/demo.py runs/k24                    # then open http://127.0.0.1:7860
     python examples/demo.py k24.safetensors --port 8000
 

@@ -30,7 +30,7 @@ app = typer.Typer(
     Check this machine: densenet-dist doctor
     """,
     epilog="Exit codes: 0 success, 1 training failed, 2 usage or configuration, 3 environment, 4 data, 5 storage, "
-    "6 checkpoint does not fit, 129, 130 or 143 interrupted.",
+    "6 checkpoint damaged or of another model, 129, 130 or 143 interrupted.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from densenet_dist.cluster.connection import connected, require_cluster
 from densenet_dist.cluster.launch import absolute, prepare_data
-from densenet_dist.config import kept_test_limit
+from densenet_dist.config import migrate_test_limit
 from densenet_dist.custom import trust_option
 from densenet_dist.errors import ConfigError, StorageError
 from densenet_dist.lease import Lease, hold
@@ -162,7 +162,7 @@ def open_sweep(folder: str | Path, *settings: str, trust: bool = False) -> Sweep
     found = open_run(folder, SWEEP_FILE, "sweep")
     file = found.fetch(SWEEP_FILE)
     base = read_yaml(file).get("settings")
-    stored = (file, *(kept_test_limit(base) if isinstance(base, dict) else ()))
+    stored = (file, *(migrate_test_limit(base) if isinstance(base, dict) else ()))
     sweep = load_sweep(*stored, *settings, trust=trust)
     if settings and sweep.trials < (before := load_sweep(*stored, trust=trust).trials):
         raise ConfigError(f"trials: {sweep.trials}; the sweep has {before} trials and can only be extended")

@@ -34,11 +34,12 @@ EVAL_CROP = 0.875  # of the shorter side, with random_resized_crop: 224 of 256, 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The augmentations, each independent of the others.
+    """The augmentations, in any combination; `flip` and `crop_scale` apply to the geometries that use them.
 
     Attributes:
-        geometry: one of `GEOMETRIES`; or a function from draws (n, 6) in [0, 1), of which the last decides on the flip
-            if that alternates, to a matrix (n, 2, 2) and an offset (n, 2), as `Parameters.affine`.
+        geometry: one of `GEOMETRIES`; or a function that maps draws (n, 6) in [0, 1) to a matrix (n, 2, 2) and an
+            offset (n, 2), see `Parameters.affine`. With an alternating flip, flip where the last draw is below 0.5.
+        trivial_augment: whether to apply one of TrivialAugment's operations to each image.
         cutout: side in pixels of the square hole (DeVries & Taylor 2017); 0 for none.
         mixup: alpha of Beta(alpha, alpha) for the share of the image itself (Zhang et al. 2018); 0 for none.
         cutmix: likewise, for the area outside of a box from another image (Yun et al. 2019). With both, each image gets
@@ -74,7 +75,7 @@ class Parameters:
         affine: (n, 2, 3) float32 [A | b]: maps an output pixel to the position in the input that it shows, in pixels
             (x, y) from the center: `input = A @ output + b`.
         tone: (n,) int64, a `trivial_augment.Tone`.
-        strength: (n,) float32.
+        strength: (n,) float32: factor, bit mask or threshold of the tone operation.
         hole: (n, 4) int64: left, top, right, bottom of the part that becomes zero after normalization.
         blend: (n,) float32: share of the image itself in each pixel; the rest is its partner's.
         box: (n, 4) int64: left, top, right, bottom of the part that is entirely the partner's.
@@ -114,7 +115,7 @@ def draw(
     image_size: int,
     sizes: npt.NDArray[np.int64] | None = None,
 ) -> Parameters:
-    """Draw the parameters of images 0 .. num_images - 1 of the data set in `epoch`.
+    """Draw the parameters of images 0 .. num_images - 1 in `epoch`: dataset indices, or positions if balanced.
 
     Image i has its own draws in each stream, so its parameters depend on (seed, epoch, i) alone: not on the number of
     images, and not on the order or batch in which it is seen.
@@ -136,7 +137,7 @@ def draw(
         return drawn
 
     if isinstance(augmentation.geometry, str) and augmentation.geometry not in GEOMETRIES:
-        raise ConfigError(f"augment={augmentation.geometry!r} must be one of {', '.join(GEOMETRIES)}")
+        raise ConfigError(f"data.augment={augmentation.geometry!r} must be one of {', '.join(GEOMETRIES)}")
     arrays: dict[str, Any] = {"window": None if sizes is None else central_windows(sizes)}
     warp: _Warp | None = None
     if not isinstance(augmentation.geometry, str):

@@ -23,7 +23,7 @@ class Epoch:
     Attributes:
         indices: (n,) int64, indices into the split.
         labels: (n,) int64.
-        parameters: of the augmentation, in the same order.
+        parameters: augmentation parameters, in the same order.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Epoch:
     def theta(self) -> npt.NDArray[np.float32]:
         """The warps for `torch.nn.functional.affine_grid(align_corners=False)`, (n, 2, 3) float32.
 
-        torch's coordinates are in [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H), W = H.
+        torch's coordinates are in [-1, 1]: theta = [S A S^-1 | S b] with S = diag(2 / W, 2 / H); S A S^-1 = A as W = H.
         """
         affine = self.parameters.affine
         return np.concatenate([affine[:, :, :2], affine[:, :, 2:] * np.float32(2 / self._image_size)], axis=2)
@@ -67,7 +67,7 @@ class Epoch:
 
 
 class Request(NamedTuple):
-    """Some images of an epoch: ranges of positions in it, one after the other; a single one costs no copy."""
+    """Some images of an epoch, as concatenated ranges of positions. A single range is read without a copy."""
 
     epoch: Epoch
     parts: tuple[range, ...]

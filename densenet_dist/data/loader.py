@@ -89,7 +89,7 @@ class TrainLoader:
         self._seed, self._num_classes = seed, num_classes
         self._rank, self._world_size = rank, world_size
         self._epochs = lru_cache(maxsize=2)(self._make_epoch)  # an engine may work ahead into the next epoch
-        largest = global_batch_size + math.ceil(global_batch_size / 8)  # of the largest global batch, see `BatchPlan`
+        largest = global_batch_size + math.ceil(global_batch_size / 8)  # no global batch is larger, see `BatchPlan`
         share = math.ceil(largest / world_size)
         self._produce = engine.batches(self._request, share * (2 if augmentation.mixes else 1))
 
@@ -242,7 +242,7 @@ class EvalLoader:
         return -(-(len(self._indices) - self._rank) // self._stride)
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self._passes * len(self)
+        first = self._passes * len(self)  # numbers continue across passes, as across epochs
         self._passes += 1
         numbers = range(first, first + len(self))
         for number, images in zip(numbers, self._produce(numbers.start, numbers.stop), strict=True):

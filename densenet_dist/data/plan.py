@@ -58,11 +58,11 @@ def epoch_order(indices: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.ND
 def balanced_order(
     indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], seed: int, epoch: int
 ) -> npt.NDArray[np.int64]:
-    """Return as many images as `indices` (n,), the same number of each class, in random order: (n,) int64.
+    """Draw n of the `indices` (n,), equally many of each class, in random order: (n,) int64.
 
-    `labels` (n,) are theirs. Images of small classes are repeated, each equally often up to one; of large classes a
-    random part is chosen in each epoch. If n is no multiple of the number of classes, some have one image more; which
-    ones changes from epoch to epoch.
+    `labels` (n,) are the classes of `indices`. In each epoch, small classes repeat their images (counts differ by at
+    most one) and large classes take a random part. If n is not a multiple of the number of classes, some classes have
+    one image more; which ones changes from epoch to epoch.
     """
     shuffled = np.argsort(random_words(len(indices), seed=seed, stream=Stream.ORDER, epoch=epoch), kind="stable")
     classes, counts = np.unique(labels, return_counts=True)

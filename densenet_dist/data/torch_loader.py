@@ -48,7 +48,7 @@ class TorchEngine(Engine):
         return lambda first, last: map_ahead(make, range(first, last), self.prefetch)
 
     def recipe(self, request: Request) -> Recipe | None:
-        """See `Engine.recipe`. None if tones are changed: the host groups the images by operation."""
+        """See `Engine.recipe`. None for image files and for tones, which need the host."""
         resident, parameters = self.resident, request.epoch.parameters
         if resident is None or parameters.tone is not None:
             return None
@@ -117,11 +117,11 @@ class TorchEngine(Engine):
         rows_of_channels = images.permute(0, 2, 3, 1).view(-1, self.image_size, 3 * self.image_size)
         rows_of_channels.mul_(self._scale).add_(self._shift)
         if hole is not None:
-            images.masked_fill_(torch_ops.inside(hole, self.image_size), 0.0)
+            images.masked_fill_(torch_ops.box_mask(hole, self.image_size), 0.0)
         return images
 
 
 def _gather(images: Tensor, indices: Tensor) -> Tensor:
-    """Copy images (n, H, W, 3) uint8 at `indices` (m,) int64 to (m, 3, H, W) float32 gray levels."""
+    """Copy images (n, H, W, 3) uint8 at `indices` (m,) int64 to (m, 3, H, W) float32 pixel values in [0, 255]."""
     # index_select copies whole images; indexing by [indices] goes byte by byte and is 15 times slower on a CPU.
     return images.index_select(0, indices).permute(0, 3, 1, 2).float()

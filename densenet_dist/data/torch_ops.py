@@ -1,4 +1,4 @@
-"""The image operations of the torch engine, for a CPU and a GPU; none of them waits for the GPU."""
+"""The image operations of the torch engine, on a CPU or a GPU (`resize`: CPU only), without host synchronization."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def warp(images: Tensor, theta: Tensor, centers: Tensor, padding: Padding) -> Te
 
     The grid is that of `affine_grid(align_corners=False)`, but is the sum of two broadcast products instead of a matrix
     product: 20 times faster on a CPU, exact for whole-pixel shifts, and not affected by TF32 and autocast, which would
-    change pixels by whole gray levels.
+    change pixels by whole levels.
 
     Args:
         theta: (n, 2, 3) float32, `Epoch.theta`.
@@ -38,7 +38,7 @@ def warp(images: Tensor, theta: Tensor, centers: Tensor, padding: Padding) -> Te
 def change_tones(
     images: Tensor, tone: npt.NDArray[np.int64], strength: Tensor, upload: Callable[[npt.NDArray[np.int64]], Tensor]
 ) -> None:
-    """Apply each image's tone operation in place to (n, 3, H, W) float32 in gray levels, [0, 255].
+    """Apply each image's tone operation in place to (n, 3, H, W) float32 pixel values in [0, 255].
 
     Args:
         tone: (n,) int64, each a `Tone`; on the host, so that the images can be grouped without waiting for the device.
@@ -56,9 +56,9 @@ def change_tones(
 def mix(images: Tensor, partners: Tensor, blend: Tensor, box: Tensor) -> Tensor:
     """Mix each image with its partner: `box` is the partner's, elsewhere `blend` is the image's share.
 
-    The result is in channels_last memory. `blend` is (n,) float32; for `box` see `inside`.
+    The result is in channels_last memory. `blend` is (n,) float32; for `box` see `box_mask`.
     """
-    share = blend.view(-1, 1, 1, 1) * ~inside(box, images.shape[-1])
+    share = blend.view(-1, 1, 1, 1) * ~box_mask(box, images.shape[-1])
     return torch.lerp(partners, images, share).contiguous(memory_format=torch.channels_last)
 
 
@@ -79,7 +79,7 @@ def resize(image: Tensor, size: int) -> Tensor:
     if (height, width) == (size, size):
         return pixels[0]
     rows = F.interpolate(pixels, size=(height, size), mode="bilinear", antialias=True)
-    if width > size:  # give the filter's share outside the image to the border pixels, which torch left out
+    if width > size:  # torch drops the filter's share outside the image: give it to the border
         inside, before, beyond = _filter_mass(width, size)
         rows = rows * inside + pixels[..., :1] * before + pixels[..., -1:] * beyond
     square = F.interpolate(rows, size=(size, size), mode="bilinear", antialias=True)
@@ -107,7 +107,7 @@ def _filter_mass(length: int, size: int) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(mass.astype(np.float32)) for mass in (inside, before, beyond))
 
 
-def inside(box: Tensor, size: int) -> Tensor:
+def box_mask(box: Tensor, size: int) -> Tensor:
     """Return which pixels lie in `box` (n, 4) left, top, right, bottom: (n, 1, H, W) bool."""
     pixels = torch.arange(size, device=box.device)
     across = (pixels >= box[:, 0:1]) & (pixels < box[:, 2:3])
@@ -170,7 +170,7 @@ def _divide_255_by(span: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Round gray levels to integers, halves up."""
+    """Round pixel values to integers, halves up."""
     return (images + 0.5).floor_()
 
 

@@ -40,8 +40,8 @@ class Architecture:
         init: initialization of the weights, see :func:`densenet_dist.model.densenet.initialize`.
         image_size: side of the square images in pixels. With ``global``, larger images work too.
         in_channels: channels of the images.
-        block: implementation of the dense blocks; all compute the same function from the same weights. ``auto`` builds
-            the fused one, which falls back to the reference on devices without kernels.
+        block: implementation of the dense blocks; all compute the same function from the same weights. ``fused`` and
+            ``auto`` fall back to the reference on devices without kernels; training resolves ``auto`` by measuring.
     """
 
     growth_rate: _Count
@@ -83,7 +83,7 @@ class Architecture:
         positions = (self.block_sides()[-1] // 2) ** 2 if self.head == "pool2" else 1
         return self.block_widths()[-1][1] * positions
 
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Return the number of trainable parameters."""
         widths, k = self.block_widths(), self.growth_rate
         area, norm = (7 * 7, 2) if self.stem == "imagenet" else (3 * 3, 0)
@@ -107,7 +107,7 @@ class Architecture:
         following = [entering for entering, _ in widths[1:]] + [0]
         for i, layers in enumerate(self.num_layers):
             entering, leaving = widths[i]
-            inputs = layers * entering + k * layers * (layers - 1) // 2  # as in `parameters`
+            inputs = layers * entering + k * layers * (layers - 1) // 2  # as in `num_parameters`
             weights = inputs * (narrow or 9 * k) + layers * narrow * 9 * k + leaving * following[i]
             found.append(weights * sides[i] ** 2)
         return [*found, self.head_features() * self.num_classes]
@@ -155,7 +155,7 @@ class Architecture:
         )
 
     def _size_problems(self) -> Iterator[str]:
-        if (parameters := self.parameters()) > _MAX_PARAMETERS:
+        if (parameters := self.num_parameters()) > _MAX_PARAMETERS:
             yield (
                 f"model.num_layers, model.growth_rate: {parameters:,} parameters ({parameters // 2**28:,} GiB) are too "
                 f"many; lower them to {_MAX_PARAMETERS:,} parameters or fewer"

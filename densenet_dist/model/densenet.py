@@ -25,7 +25,7 @@ class DenseNet(nn.Module):
     number of blocks. Weights and feature maps are in ``channels_last`` memory.
 
     Args:
-        architecture: of the network.
+        architecture: the network to build.
 
     Raises:
         ConfigError: the network cannot be built; one line per reason.
@@ -72,7 +72,7 @@ class DenseNet(nn.Module):
 
         Args:
             parts: ``"stem"`` and numbers of blocks, from 1, or ``"backbone"``: all of them. A block includes the
-                transition after it, the last one the last batch normalization.
+                transition after it; the last block includes the last batch normalization.
         """
         part: str | int = "stem"
         for name, module in self.features.named_children():
@@ -91,7 +91,7 @@ class DenseNet(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # `load_state_dict` passes a copy.
+        # `load_state_dict` passes a copy, so the caller's dict keeps its names.
         for name in [name for name in state_dict if name.startswith(prefix)]:
             renamed = prefix + standard_name(name.removeprefix(prefix))
             if renamed not in state_dict:
@@ -100,7 +100,7 @@ class DenseNet(nn.Module):
 
 
 def standard_name(name: str) -> str:
-    """Remove the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile); convert torchvision's ``norm.1``."""
+    """Remove the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile); rename old ``norm.1``."""
     return _OLD_NAMES.sub(r"\1\2", _WRAPPERS.sub("", name))
 
 
@@ -229,7 +229,7 @@ class ParameterCount(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Return the sum of both: the total in Keras' ``model.summary()``."""
+        """Return the sum of both: without frozen parameters, the total in Keras' ``model.summary()``."""
         return self.trainable + self.statistics
 
 

@@ -19,7 +19,7 @@ from densenet_dist.config import is_stored, load_config, merged, name_of_file
 from densenet_dist.custom_options import merge_layer
 from densenet_dist.errors import ConfigError
 from densenet_dist.run_folder import join_location
-from densenet_dist.schema import Config, Count, Index, PathOrUri, Positive, Workers
+from densenet_dist.schema import Config, NonNegativeInt, PathOrUri, PositiveFloat, PositiveInt, Workers
 from densenet_dist.settings import STRICT, Settings, join_problems
 from densenet_dist.sweep import space as spaces
 from densenet_dist.sweep.space import KINDS, Domain, Value, read_domain
@@ -41,11 +41,11 @@ class SchedulerConfig:
     name: Literal["fifo", "asha", "median"] = "asha"
     """fifo: none; asha: successive halving (Li et al. 2018, arXiv:1810.05934); median: trials below the median of the
     others."""
-    grace_epochs: Count = 1
+    grace_epochs: PositiveInt = 1
     """asha, median: epochs that every trial trains."""
     reduction_factor: Annotated[int, Field(ge=2, le=10**9)] = 3
     """asha: one trial in this many continues after each rung; rungs are this factor apart in epochs."""
-    min_trials: Count = 3
+    min_trials: PositiveInt = 3
     """median: number of trials that must have reached an epoch before any is stopped there."""
 
 
@@ -57,7 +57,7 @@ class SearchConfig:
     """random; grid: every combination of a space of choices and steps; optuna: its tree-structured Parzen estimator."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of random and optuna; optuna also depends on the order in which trials end."""
-    startup_trials: Count = 10
+    startup_trials: PositiveInt = 10
     """optuna: number of random trials before the estimator is used."""
 
 
@@ -87,17 +87,17 @@ class SweepConfig:
     """Whether the highest or the lowest value is best; auto: min for a loss, max for an accuracy."""
     trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Number of trials; null: 16, or all combinations of a grid."""
-    max_hours: Positive | None = None
+    max_hours: PositiveFloat | None = None
     """Limit of each start of the sweep; --resume continues the trials that it interrupts; null: no limit."""
-    concurrent: Count | Literal["auto"] = "auto"
+    concurrent: PositiveInt | Literal["auto"] = "auto"
     """Maximum number of trials at a time; auto: as many as the cluster has room for."""
     workers: Workers = 1
     """DDP workers per trial; one trains in the trial's own process, several are started by Ray Train."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """auto: 1 if the cluster has GPUs; a fraction lets trials of one worker share a GPU; 0: train on CPUs."""
-    cpus_per_worker: Count | Literal["auto"] = "auto"
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
     """CPU cores and torch threads per worker; auto: one."""
-    max_failures: Index = 1
+    max_failures: NonNegativeInt = 1
     """How often a crashed trial is restarted from its last checkpoint; NaN and wrong settings are not retried."""
     scheduler: SchedulerConfig = SchedulerConfig()
     """Which trials are stopped early."""

@@ -125,7 +125,8 @@ def compare_loaders(speeds: dict[str, Speed], device: str) -> Choice:
 def _choice(rates: dict[str, float], name: str, unit: str = "images/s", key: str = "images_per_s") -> Choice:
     (other,) = rates.keys() - {name}
     figures = {f"{each}_{key}": round(rate, 1) for each, rate in rates.items()}
-    return Choice(name, f"{rates[name]:,.0f} {unit}; {other}: {rates[other]:,.0f}", figures)
+    chosen, rejected = (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in (rates[name], rates[other]))
+    return Choice(name, f"{chosen} {unit}; {other}: {rejected}", figures)
 
 
 def choose_block(config: Config, context: RunContext, dataset: Dataset, images: int) -> ModelConfig:

@@ -1,7 +1,7 @@
 """The training loop: plain PyTorch, the same for one process, torchrun and Ray.
 
 `fit` trains epoch by epoch (`train_epoch`) and step by step (`train_step`), then tests the best model. The functions
-below them handle checkpoints, stop requests, validation and logging, in the order in which they are called.
+below them handle checkpoints, stop requests, validation and logging.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             log = RunLog(context.run, trainer.position.global_step, config.checkpoint.monitor, trainer.position.epoch)
             _start_log(trainer, log)
         trainer.notify("on_start")
-        custom_states(trainer)  # what cannot be saved is an error now
+        custom_states(trainer)  # fails now, not at the first checkpoint, if a custom state cannot be saved
         while not trainer.finished:
             started = time.perf_counter()
             record = train_epoch(trainer, log)
@@ -70,7 +70,7 @@ def fit(config: Config, context: RunContext) -> dict[str, Any]:
             request = max(request, sync_requests(trainer))
             stop_if_requested(trainer, request, before)  # the validation may be incomplete
             if not math.isfinite(validation.get("val/loss", 0.0)):
-                raise trainer.diverged("validation loss", trainer.position.global_step - 1)
+                raise trainer.divergence_error("validation loss", trainer.position.global_step - 1)
             cut = trainer.position.step < trainer.steps_per_epoch
             if cut:  # for lack of time: a run that is extended completes the epoch
                 save(trainer, take_snapshot(trainer, validation))
@@ -98,7 +98,7 @@ def train_epoch(trainer: Trainer, log: RunLog | None = None) -> dict[str, Any]:
         ``epoch`` (from 1), ``lr`` (at its start); ``train/loss``, ``train/top1``, ``train/top5`` over the whole epoch
         and all ranks; ``perf/images_per_s`` of all ranks; ``perf/data_wait``, this rank's share of time spent waiting.
     """
-    trainer.forward.train()
+    trainer.train_model.train()
     status, epoch = trainer.context.status, trainer.position.epoch
     if trainer.position.step == 0:
         trainer.epoch_lr = trainer.lr_controller.lr(trainer.position.global_step)
@@ -137,7 +137,7 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     results: list[StepResult] | None = None
     while results is None:
         trainer.prepare_step()
-        with suppress(torch.OutOfMemoryError):  # nothing refers to the memory of the step after this block
+        with suppress(torch.OutOfMemoryError):  # releases the traceback, which holds the step's tensors
             results = _forward_backward(trainer, batch)
         if results is None:
             trainer.halve_micro_batches(batch)
@@ -158,7 +158,7 @@ def _forward_backward(trainer: Trainer, batch: Batch | BatchRecipe) -> list[Step
     scale, results = trainer.context.world_size / batch.global_size, []
     micro_batches = zip(batch.images.tensor_split(count), batch.targets.tensor_split(count), strict=True)
     for number, (images, targets) in enumerate(micro_batches, start=1):
-        with no_sync(trainer.forward) if number < count else nullcontext():
+        with no_sync(trainer.train_model) if number < count else nullcontext():
             results.append(StepResult(*trainer.forward_backward(images, targets, scale), targets))
     return results
 
@@ -198,7 +198,7 @@ def sync_requests(trainer: Trainer) -> StopRequest:
         save_is_due = True  # `fit_to_time` comes with a checkpoint
     not_finite, request = trainer.rank_sync.exchange(StopRequest.SAVE if save_is_due else StopRequest.NONE)
     if not_finite is not None:
-        raise trainer.diverged("loss", not_finite)
+        raise trainer.divergence_error("loss", not_finite)
     return request
 
 
@@ -213,7 +213,7 @@ def save(trainer: Trainer, snapshot: Snapshot) -> None:
     # replace a good checkpoint.
     norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in trainer.model.parameters()]))
     if not norms.isfinite().all():
-        raise trainer.diverged("norm of the weights", trainer.position.global_step - 1)
+        raise trainer.divergence_error("norm of the weights", trainer.position.global_step - 1)
     if trainer.context.rank == 0:
         if trainer.log is not None and trainer.config.log.every_steps is not None:
             with trainer.context.status.during("save"):
@@ -294,7 +294,7 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
     results = evaluate_test_set(test)
     stop_if_requested(trainer, sync_requests(trainer))
     if not math.isfinite(results.loss):
-        raise trainer.diverged("test loss", step - 1)
+        raise trainer.divergence_error("test loss", step - 1)
     metrics = {f"test/{name}": value for name, value in results.metrics.items()}
     status = "early stop" if trainer.lr_controller.stopped else "finished"
     if trainer.lr_controller.end_step == step < config.train.epochs * trainer.steps_per_epoch:
@@ -328,7 +328,8 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
 
 def _start_log(trainer: Trainer, log: RunLog) -> None:
     """Record and report the configuration, and warn about problems of the log and the data."""
-    config, context, dataset, trainer.log = trainer.config, trainer.context, trainer.dataset, log
+    config, context, dataset = trainer.config, trainer.context, trainer.dataset
+    trainer.log = log
     if trainer.position.global_step == 0:
         log.write_tensorboard(TensorBoardWriter.write_hparams, config, dataset.num_classes)
     log.track(config, context.note)

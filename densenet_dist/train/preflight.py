@@ -113,7 +113,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
     net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
     state = {"adam": 2, "adamw": 2, "sgd": int(train.optimizer.momentum > 0)}.get(train.optimizer.name, 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
-    needed = net.parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
+    needed = net.num_parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no cgroup, or no limit ("max")
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -123,8 +123,8 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
         memory = int(torch.cuda.get_device_properties(device).total_memory)
     if needed > memory:
         raise ConfigError(
-            f"{net.parameters():,} parameters and {max(trained, evaluated):,} images of {side}x{side} at a time need "
-            f"{needed / 2**30:,.1f} GiB of memory or more, {device} has {memory / 2**30:,.1f} GiB\n"
+            f"{net.num_parameters():,} parameters and {max(trained, evaluated):,} images of {side}x{side} at a time "
+            f"need {needed / 2**30:,.1f} GiB of memory or more, {device} has {memory / 2**30:,.1f} GiB\n"
             "  lower model.num_layers or growth_rate, data.image_size, train.global_batch_size or eval_batch_size"
         )
 

@@ -76,6 +76,6 @@ def fit_to_time(trainer: Trainer) -> None:
         steps = trainer.time_limit.steps_left(position, trainer.steps_per_epoch, val_images / images)
     if (steps := broadcast(steps)) is not None:
         within_epoch = position.step > 0  # its last step is known before it is taken
-        end = min(position.global_step + max(steps, int(within_epoch)), trainer.most_steps)
+        end = min(position.global_step + max(steps, int(within_epoch)), trainer.max_steps)
         if end < trainer.total_steps or controller.end_step < math.inf:
             controller.rescale_to(position.global_step, end)

@@ -52,16 +52,16 @@ class Trainer:
 
     Attributes:
         model: the plain model, whose state dict is in checkpoints.
-        forward: `model`, compiled and wrapped for DDP as configured; a training step calls it.
+        train_model: `model`, compiled and wrapped for DDP as configured; a training step calls it.
         average: the moving average of the weights, if configured.
         loader_name: torch or dali.
         engine: produces the pixels of the training split.
-        num_images: training and validation images.
+        num_images: (training images, validation images).
         position: steps and epochs completed.
         micro_batches: the number of micro-batches of a step.
         saved_step: the global step of the newest checkpoint, known on every rank.
         epoch_start: `train_time` at the start of the epoch.
-        epoch_lr: the learning rate there.
+        epoch_lr: the learning rate at the start of the epoch.
         logged, logged_at: `metrics` and seconds of `train_time` at the last record of ``log.every_steps``.
         goodput: how the run spends its time, as seen by rank 0.
         time_limit: on rank 0, estimates how many steps fit into ``train.max_minutes``.
@@ -97,17 +97,17 @@ class Trainer:
 
         train = config.train
         images = train.epochs * len(train_indices)
-        model = choose_block(config, context, dataset, images)
+        model_config = choose_block(config, context, dataset, images)
         # Weights are drawn on the CPU from the seed, so that they do not depend on the device.
         options = config.options
         sizes = dataset.num_classes, dataset.image_size
-        self.model = build_model(model, *sizes, config.seed, options.model).to(context.device)
+        self.model = build_model(model_config, *sizes, config.seed, options.model).to(context.device)
         if config.model.weights or config.model.pretrained:
             load_initial_weights(self.model, config, context)
         if isinstance(self.model, DenseNet) and train.freeze:
             self.model.freeze(train.freeze)
         self.micro_batches = MicroBatches(config, context, self.model)
-        self.forward = wrap(self.model, config, context, several_passes=self.micro_batches.several)
+        self.train_model = wrap(self.model, config, context, several_passes=self.micro_batches.several)
         self.average = None if train.ema_decay is None else WeightAverage(self.model, train.ema_decay)
         self.optimizer = build_optimizer(self.model, train.optimizer, train.lr, train.head_lr, options.optimizer)
         self.scaler = GradScaler(context.device.type, enabled=train.precision == "fp16")
@@ -147,11 +147,11 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """The number of steps after which training ends, unless it stops early."""
-        return int(min(self.most_steps, self.lr_controller.end_step))
+        return int(min(self.max_steps, self.lr_controller.end_step))
 
     @property
-    def most_steps(self) -> int:
-        """The number of steps after the last epoch, if there is time for it."""
+    def max_steps(self) -> int:
+        """The global step at which the last epoch ends, if there is time for it."""
         position, epochs = self.position, self.config.train.epochs
         return position.global_step + (epochs - position.epoch) * self.steps_per_epoch - position.step
 
@@ -171,7 +171,7 @@ class Trainer:
     def prepare_step(self) -> None:
         """Set the learning rate and seed dropout, and whatever else is random.
 
-        Both are functions of the step, so a resumed run needs no state of a scheduler or random number generator.
+        The seed is a function of the step and the rank, so a resumed run needs no random number generator state.
         """
         self.timer.start()
         self.micro_batches.keep_statistics()
@@ -191,7 +191,7 @@ class Trainer:
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
 
     def halve_micro_batches(self, batch: Batch | BatchRecipe) -> None:
-        """Prepare to repeat a step that ran out of memory, first without its CUDA graph; errors as those of `halve`."""
+        """Prepare to repeat a step that ran out of memory: drop its CUDA graph, or else use smaller micro-batches."""
         captured = self.step_graph is not None
         self._drop_graph()
         self.optimizer.zero_grad(set_to_none=True)
@@ -209,7 +209,7 @@ class Trainer:
             The summed loss, (), and the logits, (n, classes).
         """
         with autocast(self.context.device, self.config.train.precision), custom.step_errors("model", self.config):
-            logits = self.forward(images)
+            logits = self.train_model(images)
         loss = self.loss(logits.float(), targets)
         part = "model" if custom.is_custom(self.config.model.variant) else "loss"  # an error may come from either
         with custom.step_errors(part, self.config):
@@ -255,18 +255,18 @@ class Trainer:
         """Move on to the next epoch."""
         self.lr_controller.end_epoch(val_loss)
         self.position = Position(self.position.epoch + 1, 0, self.position.global_step)
-        self.logged.sums -= self.metrics.sums  # `metrics` starts at 0 again
+        self.logged.sums -= self.metrics.sums  # keeps `metrics - logged` as `metrics` restarts at 0
         self.metrics = Metrics(self.context.device, self.dataset.num_classes)
         self.epoch_start = self.train_time()
 
     def notify(self, event: str, *values: Any) -> None:
         """Call the callbacks: on_start, on_step, on_epoch or on_end. Every rank calls it."""
-        phase: Phase = "train" if event == "on_step" else "save"  # in which slowness is not a hang
+        phase: Phase = "train" if event == "on_step" else "save"  # in "save", slowness is not a hang
         for name, callback in self.callbacks.items():
             with self.context.status.during(phase), custom.errors("callbacks", f"{name}.{event}", TrainingError):
                 getattr(callback, event)(self, *values)
 
-    def diverged(self, what: str, step: int) -> TrainingError:
+    def divergence_error(self, what: str, step: int) -> TrainingError:
         """Return the error for a value that is not finite."""
         kept = "no checkpoint was saved yet"
         if self.saved_step is not None:

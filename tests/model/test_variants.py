@@ -38,7 +38,7 @@ def test_exact_size(variant: str, options: dict[str, Any], trainable: int, stati
     net = on_meta(variant, **{"num_classes": 10, **options})
     count = count_parameters(net)
     assert count == ParameterCount(trainable, statistics)
-    assert net.architecture.parameters() == trainable
+    assert net.architecture.num_parameters() == trainable
     assert count.total == trainable + statistics
     assert f"{count.trainable / 1e6:.1f}M" == published
 

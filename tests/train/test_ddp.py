@@ -57,7 +57,7 @@ def test_a_bucket_is_a_block_with_the_transition_after_it_and_small_blocks_go_to
 
 def rank_job(storage: str, *settings: str) -> Trainer:
     trainer = trainer_of(tiny(storage, "train.schedule.name=constant", *settings))
-    trainer.forward.train()
+    trainer.train_model.train()
     return trainer
 
 
@@ -133,7 +133,7 @@ SHARES = ["train.global_batch_size=11", "train.clip_grad_norm=0.5", "train.label
 def step_by_step(storage: str, parts: int) -> dict[str, Any]:
     """Take an epoch's steps with BatchNorm in eval mode."""
     trainer = trainer_of(tiny(storage, *SHARES, f"train.grad_accum_steps={parts}"))
-    trainer.forward.eval()
+    trainer.train_model.eval()
     for batch in trainer.train_loader.epoch(0):
         train_step(trainer, batch)
     return {"weights": trainer.model.state_dict(), "metrics": trainer.metrics.compute(), "step": trainer.position}

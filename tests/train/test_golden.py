@@ -34,7 +34,7 @@ def losses(storage: str) -> list[float]:
     """The mean loss of each step."""
     config = load_config(SETTINGS, {"storage": storage})
     trainer = Trainer(config, RunContext(RunFolder(storage, config.name), torch.device("cpu")))
-    trainer.forward.train()
+    trainer.train_model.train()
     found, before = [], 0.0
     for batch in trainer.train_loader.epoch(0):
         train_step(trainer, batch)

@@ -147,7 +147,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(
     batch = next(iter(trainer.train_loader.epoch(0)))
     before, scale = state(trainer), trainer.scaler.get_scale()
     trainer.scaler._init_scale = 2.0**120  # far beyond what fp16 holds
-    trainer.forward.eval()  # BatchNorm's statistics stay
+    trainer.train_model.eval()  # BatchNorm's statistics stay
     train_step(trainer, batch)
     assert_close(state(trainer), before, 0)
     assert not any(kept["momentum_buffer"].any() for kept in trainer.optimizer.state.values())  # also at the first step
