@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -89,7 +90,7 @@ def names_in(settings: Any) -> Iterator[tuple[str, str]]:
 
 
 def value_at(settings: Any, key: str) -> Any:
-    """Return the value of a dotted key in a configuration or in nested plain settings, or None; of "" all of them."""
+    """Return the value of a dotted key in a configuration or nested plain settings, or None; for "", all settings."""
     for step in filter(None, key.split(".")):
         settings = settings.get(step) if isinstance(settings, Mapping) else getattr(settings, step, None)
     return settings
@@ -159,7 +160,7 @@ def import_function(part: str, name: str) -> Function:
         return given
     key = PARTS[part].key
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # which the densenet-dist command lacks
+    if os.getcwd() not in sys.path:  # the densenet-dist command, unlike python -m, does not add it
         sys.path.append(os.getcwd())  # last, so that a file of the user replaces no installed package
     try:
         found = import_module(module)
@@ -180,10 +181,11 @@ def import_function(part: str, name: str) -> Function:
 
 
 @contextmanager
-def errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> Iterator[None]:
+def user_code_errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> Iterator[None]:
     """Re-raise an exception of the user's code as `kind`, naming the code.
 
-    Those of this package stay, and PyTorch's for lost ranks, devices and a lack of memory, after which a run restarts.
+    Not converted are errors of this package, and PyTorch's errors for lost ranks, failing devices and lack of memory,
+    after which a run is restarted.
     """
     try:
         yield
@@ -198,10 +200,10 @@ def errors(key: str, name: str, kind: type[DenseNetDistError] = ConfigError) -> 
 
 
 def step_errors(part: str, config: Any) -> AbstractContextManager[None]:
-    """Do what `errors` does for a part of a configuration while training, if it is a custom one."""
+    """Do what `user_code_errors` does for a part of a configuration while training, if it is a custom one."""
     key = PARTS[part].key
     name = value_at(config, key)
-    return errors(key, name, TrainingError) if is_custom(name) else nullcontext()
+    return user_code_errors(key, name, TrainingError) if is_custom(name) else nullcontext()
 
 
 def trust_option() -> str:
@@ -217,6 +219,5 @@ def _described(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    return not (
-        file.startswith((os.path.dirname(__file__), sys.prefix, sys.base_prefix, "<frozen")) or "site-packages" in file
-    )
+    package, library = os.path.dirname(__file__), sysconfig.get_path("stdlib")
+    return not (file.startswith((f"{package}/", f"{library}/", "<frozen")) or "-packages/" in file)

@@ -38,12 +38,12 @@ def register_functions(settings: dict[str, Any]) -> None:
         group = value_at(settings, group_key)
         value = group.get(last) if isinstance(group, dict) else None
         if isinstance(value, list | tuple):
-            group[last] = [_taken(settings, part, each) for each in value]
+            group[last] = [_name_of(settings, part, each) for each in value]
         elif callable(value):
-            group[last] = _taken(settings, part, value)
+            group[last] = _name_of(settings, part, value)
 
 
-def _taken(settings: dict[str, Any], part: str, value: Any) -> Any:
+def _name_of(settings: dict[str, Any], part: str, value: Any) -> Any:
     if isinstance(value, Callback):
         raise ConfigError(
             f"callbacks: give the class {type(value).__name__}, not an object; functools.partial sets its options"
@@ -70,7 +70,7 @@ def _plain(value: Any) -> Any:
 def check_options(config: Config) -> Config:
     """Return a configuration with checked options of its custom parts, complete with their defaults.
 
-    Those of parts that may not be imported, of another person's run, stay as they are.
+    Options of parts that may not be imported, such as those of another person's run, are not checked.
 
     Raises:
         ConfigError: an option or a function is wrong.
@@ -116,9 +116,10 @@ def _keys(kind: Any) -> dict[str, Any]:
 
 
 def merge_layer(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Merge a layer into nested plain settings, without the options of parts that it replaces by others.
+    """Merge a layer into nested plain settings.
 
-    Settings of DenseNets go too if it names a custom model.
+    Options of custom parts that the layer replaces by others are dropped; so are the settings of DenseNets if the layer
+    names a custom model.
     """
     for part, (key, _) in PARTS.items():
         old, new = value_at(values, key), value_at(layer, key)

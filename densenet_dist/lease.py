@@ -71,7 +71,8 @@ class Lease:
     """A lease of a folder, see `hold`.
 
     Attributes:
-        held: for other processes of the job that write to the folder or below it, see `fence`.
+        held: location of the folder and key of the lease, for other processes of the job that write to the folder or
+            below it, see `fence`.
         lost: why the lease was lost; None while it is held.
     """
 

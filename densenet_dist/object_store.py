@@ -78,7 +78,7 @@ def fetch_file(uri: str) -> Path:
 
 _temporary: Final[dict[Path, int]] = {}
 """The folder of this process, if there is one, with the descriptor of its lock."""
-_making: Final = threading.Lock()
+_creation_lock: Final = threading.Lock()
 _LOCK: Final = ".lock"
 _PREFIX: Final = "densenet_dist-files-"
 
@@ -89,7 +89,7 @@ def temporary_folder() -> Path:
     If the process is killed, the next process on this machine that makes such a folder deletes it, since nobody holds
     its lock.
     """
-    with _making:
+    with _creation_lock:
         if not _temporary:
             _delete_left_behind()
             atexit.register(delete_temporary_folders)

@@ -38,7 +38,7 @@ TEST_RESULTS_FILE = "test_results.json"
 TRIAL_FILE = "trial.json"
 TENSORBOARD_FOLDER = "tb"
 CHECKPOINTS_FOLDER = "checkpoints"
-_LARGEST = 1 << 30  # bytes
+_MAX_UNPACKED = 1 << 30  # bytes: a small .gz file can unpack to any size
 _OTHER_STORAGE = "choose another place with storage=PATH_OR_URI"
 _RESUME_LATER = "everything saved so far is intact: fix the problem, then resume with --resume"
 _RESTORE_COPY = "delete it, or restore a copy"
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 _Count: TypeAlias = Annotated[int, Field(ge=0, le=10**12)]
 _Number: TypeAlias = Annotated[float, AfterValidator(lambda value: value if abs(value) < 1e15 else math.nan)]
-"""Larger numbers cannot be results of a run, and cannot be plotted."""
+"""Larger numbers become NaN: they cannot be results of a run, and cannot be plotted."""
 
 
 class _Summary(BaseModel, extra="allow"):
@@ -203,7 +203,7 @@ class RunFolder:
         with self._errors("cannot be written", relative):
             target = self.path / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{target.name}.{os.getpid()}")
+            beside = target.with_name(f".{target.name}.{os.uname().nodename}.{os.getpid()}")
             with open(beside, "wb") as file:
                 file.write(gzip.compress(content, mtime=0) if relative.endswith(".gz") else content)
                 file.flush()
@@ -284,7 +284,7 @@ class RunFolder:
             return content
         try:
             with gzip.open(BytesIO(content)) as file:
-                return file.read(_LARGEST)
+                return file.read(_MAX_UNPACKED)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(error) from error
 

@@ -1,4 +1,4 @@
-"""Nested plain values as frozen dataclasses of settings, and what is wrong with them in words."""
+"""Convert nested plain values to frozen dataclasses of settings and back, and describe invalid values in messages."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class Tracker(ABC):
             except Exception as error:  # a service must not fail the run
                 if not self._warned:
                     text = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])
-                    problem = f"{self.name} cannot be reached; training continues and it will be retried: {text}"
+                    problem = f"{self.name} accepts no records; training continues, and they are sent later: {text}"
                     self._messages.put(problem)
                 self._warned = True
             if last is not None:

@@ -207,7 +207,10 @@ def nest(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], layer: Mapping[str, Any], *, once: str | None = None) -> None:
-    """Merge nested values into others in place. `once`, the prefix of the keys for errors, refuses to replace any."""
+    """Merge nested values into others in place.
+
+    If `once` is given, replacing a value is an error; `once` is then the prefix of the key in the message.
+    """
     for key, value in layer.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             merge(into[key], value, once=None if once is None else f"{once}{key}.")

@@ -46,6 +46,8 @@ def test_result(result):
     assert [record["epoch"] for record in result.history] == [1, 2]
     assert {"train/loss", "val/top1", "lr", "seconds"} <= set(result.history[0])
     assert evaluate(result.run)["top1"] == result.summary["test/top1"]
+    with pytest.raises(ConfigError, match="choose test, val or train"):
+        evaluate(result.run, split="valid")
     assert Path(result.page).exists()
     assert result.config.train.epochs == 2
     assert f"top-1 {result.summary['test/top1']:.2%}" in repr(result)
@@ -79,7 +81,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path):
             fit(load_config(longer, setting), resume=True, listener=list)
     assert fit(longer, resume=True, listener=list) == extended, "its results are still there"
     for setting, message in (
-        ("train.schedule.name=cosine", "only constant, multistep, plateau schedules"),
+        ("train.schedule.name=cosine", "only runs with schedule constant, multistep, plateau"),
         ("train.early_stopping={enabled: true, patience: 1, min_delta: 9.0}", "stopped early"),
     ):
         run = fit(tiny(tmp_path, f"name=run-{len(message)}", *settings, setting), listener=lambda event: None).run

@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path):
 def test_a_full_disk_leaves_the_old_text(tmp_path):
     run = RunFolder(str(tmp_path), "run")
     run.write("config.yaml", "old")
-    (tmp_path / "run" / f".config.yaml.{os.getpid()}").symlink_to("/dev/full")
+    (tmp_path / "run" / f".config.yaml.{os.uname().nodename}.{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(StorageError, match="No space left on device"):
         run.write("config.yaml", "new")
     assert run.fetch("config.yaml").read_text() == "old"

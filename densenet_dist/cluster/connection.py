@@ -20,7 +20,7 @@ from densenet_dist.schema import ClusterConfig
 # Spinning OpenMP threads of workers that share cores made training 30 times slower.
 WORKER_ENV = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 DRIVER_ENV = {
-    "RAY_worker_niceness": "0",  # Ray: 15
+    "RAY_worker_niceness": "0",  # Ray's default is 15: other processes would come first
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # reported as an event when the workers are restarted
 }
 EXCLUDED = (

@@ -1,4 +1,4 @@
-"""What runs in Ray Train's controller: decisions about restarts and the number of workers, and their start."""
+"""Policies and callbacks that run in Ray Train's controller: restarts, the number of workers, and their start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, SmallerM
 
 _SAVE_TIMEOUT_S = 30.0
 _RETRY_S = 0.5
-_MOST_FAILED_STARTS = 3
+_MAX_FAILED_STARTS = 3
 
 
 def raised_error(failure: Any) -> DenseNetDistError | None:
@@ -48,12 +48,12 @@ def _note(coordinator: Any, text: str, *, warning: bool = False) -> None:
 
 
 class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classes are untyped
-    """Restarts lost workers and reports it.
+    """Restarts all workers after a failure, at most ``cluster.max_failures`` times, and reports each restart.
 
-    An error that this package raises ends the run at once, except `SmallerMicroBatches`.
+    An error of this package ends the run at once, except `SmallerMicroBatches`, which does not count as a failure.
 
-    Workers that are lost while they start are restarted twice. Waiting for resources is repeated without limit: the
-    scaling policy ends a wait that takes too long.
+    Workers that are lost while they start are restarted twice. Waiting for resources is retried without limit, since
+    `WorkerCount` ends a wait that takes too long.
     """
 
     def __init__(self, failure_config: Any, coordinator: Any) -> None:
@@ -73,7 +73,7 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classe
             self._failed_starts = 0
         elif isinstance(problem, WorkerGroupStartupFailedError):
             self._failed_starts += 1
-            if self._failed_starts == _MOST_FAILED_STARTS:
+            if self._failed_starts == _MAX_FAILED_STARTS:
                 return FailureDecision.RAISE
             _note(self._coordinator, f"{explain_crash(problem, 'a worker')}; starting the workers again", warning=True)
         losses, preemptions = self._worker_group_failures, self._preemption_failures
@@ -94,8 +94,8 @@ class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray's classe
 class WorkerCount(ElasticScalingPolicy):  # type: ignore[misc]
     """Chooses the number of workers, and limits the wait for their resources at the start and after each loss.
 
-    An elastic run has as many workers as there is room for beside other jobs, and is saved before their number changes.
-    A static cluster has no autoscaler.
+    An elastic run uses all resources that other jobs leave free, and is saved before its number of workers changes.
+    A static cluster has no autoscaler to request resources from.
     """
 
     def __init__(self, scaling_config: Any, wait_s: float, static_cluster: bool, coordinator: Any) -> None:
@@ -142,17 +142,17 @@ class WorkerCount(ElasticScalingPolicy):  # type: ignore[misc]
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        free = state.available_resources_per_node()  # Ray also counts resources that other jobs use
+        free = state.available_resources_per_node()  # Ray's own count includes resources that other jobs use
         per_worker = self.scaling_config._resources_per_worker_not_none
         room = sum(count_fitting(node, per_worker) for node in free.values())
-        if self._placement is not None:  # after a loss, the other workers still have their places
+        if self._placement is not None:  # after a loss, the other workers still hold their bundles
             placed = ray.util.placement_group_table(self._placement)
             if placed.get("state") != "REMOVED":
                 room += sum(node in free for node in placed.get("bundles_to_node_id", {}).values())
         return min(room, int(super()._count_possible_workers(reserved_resources)))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Note that there are no workers to save."""
+        """Record that no workers are training, so that a resize has nothing to save."""
         self._trains = False
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:

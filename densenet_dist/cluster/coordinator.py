@@ -89,8 +89,10 @@ class Coordinator:
 
     async def save(self) -> None:
         """Request a checkpoint and wait for it."""
-        before = self._saved
         if await self.request(StopRequest.SAVE):
+            while self._request is StopRequest.SAVE:  # delivered with a heartbeat, which also updates `_saved`
+                await asyncio.sleep(0.1)
+            before = self._saved
             while self._saved == before:
                 await asyncio.sleep(0.1)
 
@@ -141,9 +143,10 @@ class EpochBarrier:
 
     Attributes:
         on_event: called with every event, in a thread of its own; after an epoch, returns whether to continue.
-        placements: an actor that records the placement groups of the workers of an owner, a trial.
+        placements: the actor that records the placement groups of each trial's workers (`SweepState`).
+        owner: the name of the trial.
         held: the lease of the sweep, see `densenet_dist.lease.fence`.
-        coordinator: of the run, once it has started.
+        coordinator: the run's `Coordinator`; None until the run has started.
     """
 
     on_event: Callable[[Event], bool]
@@ -214,7 +217,8 @@ def explain_crash(error: Any, owner: str) -> str:
     if not error:
         return f"{owner}'s process was lost"
     name, text = type(error).__name__, str(getattr(error, "cause", None) or error).strip()
-    if "OutOfMemory" in name or "running low on memory" in text:  # Ray's memory monitor
+    # Ray's memory monitor; PyTorch's error for the memory of a GPU has the same name.
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
         fix = "use smaller batches, or run fewer workers or trials at a time"
         return f"out of memory: the node had none left, and Ray killed {owner}'s process; {fix}"
     if found := re.search(r"health check has been hanging for ([\d.]+)", text):

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from densenet_dist.cluster.ray_train import RayContext
 
 _FIRST_STEP_LIMIT_S: Final = 600.0
-"""Limit for the first time in a phase: it may compile, or tune kernels."""
-_UNLIMITED: Final = ("start", "save")
-"""Phases with timeouts of their own: those of collective operations, and of the storage."""
+"""Idle limit of a phase in which this process has not completed anything yet: it may compile, or tune kernels."""
+_PHASES_WITHOUT_LIMIT: Final = ("start", "save")
+"""Phases without an idle limit: collective operations (start) and the storage (save) have timeouts of their own."""
 _LAST_SAVE_S: Final = 10.0
-"""How long before a preempted node is lost to save once more; later steps are lost with it."""
+"""Seconds before a preempted node's deadline at which a last checkpoint is requested; later steps are lost."""
 _PACKAGE: Final = str(Path(__file__).parents[1])
 
 
@@ -36,7 +36,7 @@ class Heartbeat:
 
     Attributes:
         idle_s: seconds since the last progress.
-        longest_idle_s: the longest such time so far; None the first time in a phase.
+        longest_idle_s: the longest such time so far; None until something has been completed in this phase.
         where: the line of this package that is being executed, if idle for long.
         waits_for_ranks: whether it may be waiting for other ranks in a collective operation.
     """
@@ -72,7 +72,7 @@ def is_hung(worker: Heartbeat, latest: Collection[Heartbeat], timeout_s: float) 
 
 
 def _idle_limit(worker: Heartbeat, timeout_s: float) -> float:
-    if worker.phase in _UNLIMITED:
+    if worker.phase in _PHASES_WITHOUT_LIMIT:
         return math.inf
     return max(timeout_s, _FIRST_STEP_LIMIT_S if worker.longest_idle_s is None else 10 * worker.longest_idle_s)
 

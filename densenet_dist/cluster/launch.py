@@ -200,7 +200,10 @@ def _refuse_used_name(run: RunFolder) -> None:
 
 
 def write_run(run: RunFolder, config: Config, resume: bool) -> None:
-    """Write config.yaml and the initial weights, unless the run is resumed, and env.json; delete results, if any."""
+    """Prepare a run folder: write env.json and, for a new run, config.yaml and the initial weights; delete results.
+
+    In the config.yaml of a resumed run, only ``train.epochs`` and ``train.max_minutes`` may be raised.
+    """
     if not resume:
         run.remove(ENV_FILE)
     run.remove(SUMMARY_FILE)  # before config.yaml changes: with a summary, an extended run would count as finished
@@ -214,7 +217,7 @@ def write_run(run: RunFolder, config: Config, resume: bool) -> None:
 
             write_initial_weights(run, config)
         run.write(CONFIG_FILE, to_yaml(config))
-    run.update_json(ENV_FILE, **describe_environment())  # what the run has measured stays
+    run.update_json(ENV_FILE, **describe_environment())  # keeps measured choices, such as the loader
 
 
 def prepare_data(config: Config) -> None:

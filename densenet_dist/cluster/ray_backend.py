@@ -37,7 +37,7 @@ from densenet_dist.cluster.controller import (
 )
 from densenet_dist.cluster.coordinator import EpochBarrier, explain_crash
 from densenet_dist.cluster.resources import Resources
-from densenet_dist.cluster.signals import NUMBERS, handle
+from densenet_dist.cluster.signals import HANDLED_SIGNALS, handle
 from densenet_dist.errors import DenseNetDistError, EnvironmentProblem, TrainingError
 from densenet_dist.schema import Config
 
@@ -66,7 +66,8 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
         storage: where Ray keeps its own files, in a folder that starts with the given name.
         is_private: whether the cluster is a private one, whose processes have inherited this one's environment.
         coordinator: of the run.
-        barrier: of a trial, which waits for its turn: the sweep has checked that the cluster is large enough.
+        barrier: for a trial of a sweep. A trial waits for resources without limit: the sweep has checked that the
+            cluster is large enough.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes
                 handle(signal.default_int_handler)  # a second signal interrupts the wait for a checkpoint
                 with suppress(KeyboardInterrupt, ray.exceptions.RayError):
                     ray.get(self._coordinator.stop.remote(), timeout=self._fault.grace_s)
-            for handled in NUMBERS:
+            for handled in HANDLED_SIGNALS:
                 signal.signal(handled, signal.SIG_IGN)  # nothing may interrupt the abort
             with suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=10)

@@ -205,7 +205,7 @@ def make_searcher(sweep: Sweep, recorded: Sequence[Trial], concurrent: int) -> A
 
 
 class _PastTrial(str):
-    """The name of a trial that ended before, in the place of one of Tune's trials."""
+    """Stands in for a Tune trial: the name of a trial that ended before this start of the sweep."""
 
     @property
     def trial_id(self) -> str:
@@ -213,25 +213,26 @@ class _PastTrial(str):
         return str(self)
 
 
-class _WithPast(schedulers.FIFOScheduler):  # type: ignore[misc]  # Ray's classes are untyped
-    """A scheduler that is told the past values of a trial when it is added: a resumed one has a new id in Tune."""
+class _ReplaysHistory(schedulers.FIFOScheduler):  # type: ignore[misc]  # Ray's classes are untyped
+    """Replays a trial's recorded values when the trial is added, since a resumed trial is a new one to Tune."""
 
     past: dict[str, dict[int, float]]  # by name and epoch
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         for epoch, value in self.past.pop(str(trial), {}).items():
             super().on_trial_add(controller, trial)
-            # It records the value without deciding whether to stop the trial, which ASHA then forgets.
+            # `on_trial_complete` records a value without deciding whether to stop the trial. ASHA then forgets the
+            # trial, so it is added again.
             super().on_trial_complete(controller, trial, {"epoch": epoch, self._metric: value})
         super().on_trial_add(controller, trial)
 
 
-class _Asha(_WithPast, schedulers.AsyncHyperBandScheduler):  # type: ignore[misc]
+class _Asha(_ReplaysHistory, schedulers.AsyncHyperBandScheduler):  # type: ignore[misc]
     """Successive halving."""
 
 
-class _Median(_WithPast, schedulers.MedianStoppingRule):  # type: ignore[misc]
-    """Median stopping without pauses, which need Tune's checkpoints, and without trials that ended before an epoch."""
+class _Median(_ReplaysHistory, schedulers.MedianStoppingRule):  # type: ignore[misc]
+    """Median stopping that never pauses trials, which needs Tune's checkpoints, and ignores trials without an epoch."""
 
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if self._metric in result:
@@ -248,14 +249,14 @@ def make_scheduler(sweep: Sweep, recorded: Sequence[Trial]) -> Any:
     if wanted.name == "fifo":
         return schedulers.FIFOScheduler()
     measured = {"time_attr": "epoch", "metric": settings.metric, "mode": "max" if settings.maximize else "min"}
-    scheduler: _WithPast
+    scheduler: _ReplaysHistory
     if wanted.name == "median":
         scheduler = _Median(**measured, grace_period=wanted.grace_epochs, min_samples_required=wanted.min_trials)
     else:
         epochs = int(max(searched.ends)) if searched else int(sweep.base["train"]["epochs"])
         scheduler = _Asha(
             **measured,
-            # The last epoch must not be a rung: stopping there would save nothing but the test.
+            # The last epoch must not be a rung: to stop a trial there would only skip its test.
             max_t=max(epochs, wanted.grace_epochs + 1),
             grace_period=wanted.grace_epochs,
             reduction_factor=wanted.reduction_factor,

@@ -145,6 +145,7 @@ def plan_trials(
     grows = sweep.workers == 1 and not fixed and sweep.search.name != "optuna"
     return TrialCapacity(
         per_worker=per_worker,
+        # Ray Train requests the resources of several workers; Tune rejects a trial without any, hence 1 MB of memory.
         per_trial=per_worker if sweep.workers == 1 else {"CPU": 0.0, "memory": 1e6},
         concurrent=wanted if grows else max(1, min(wanted, room)),
         settings={

@@ -61,11 +61,12 @@ def check_changes(run: RunFolder, config: Config) -> list[str]:
     allowed = [line for key, line in lines.items() if key.startswith(may_change)]
     refused = [line for key, line in lines.items() if not key.startswith(may_change)]
     if refused:
-        fine = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
+        permitted = "\nit may change:\n  " + "\n  ".join(allowed) if allowed else ""
         remedy = "start a new run for that, with name=NEW"
         if any(line.startswith(_LIMITS) for line in refused):
-            remedy = f"only {', '.join(OPEN_ENDED)} schedules can be extended, and none shortened; {_from_weights(run)}"
-        raise ConfigError("a resumed run cannot change:\n  " + "\n  ".join(refused) + f"\n  {remedy}{fine}")
+            schedules = ", ".join(OPEN_ENDED)
+            remedy = f"only runs with schedule {schedules} can be extended, and none shortened; {_from_weights(run)}"
+        raise ConfigError("a resumed run cannot change:\n  " + "\n  ".join(refused) + f"\n  {remedy}{permitted}")
     if extended and run.read_summary().get("status") == "early stop":
         raise ConfigError(f"the run stopped early, so more epochs would change nothing\n  {_from_weights(run)}")
     return allowed

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
-NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDLED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handle(handler: Callable[[int, FrameType | None], Any]) -> None:
     """Install a handler for these signals; SIGHUP stays ignored if it is already, as under nohup."""
-    for number in NUMBERS:
+    for number in HANDLED_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -31,7 +31,7 @@ def handled_by(handler: Callable[[int, FrameType | None], Any] | None = None) ->
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     try:
         if handler is not None:
             handle(handler)

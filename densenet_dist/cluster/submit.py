@@ -14,7 +14,7 @@ from typing import Any
 
 from densenet_dist.cluster.connection import EXCLUDED
 from densenet_dist.cluster.launch import require_permanent
-from densenet_dist.cluster.signals import NUMBERS
+from densenet_dist.cluster.signals import HANDLED_SIGNALS
 from densenet_dist.config import load_config
 from densenet_dist.credentials import held_credentials, without_credentials
 from densenet_dist.errors import ConfigError, EnvironmentProblem
@@ -23,7 +23,7 @@ from densenet_dist.train.preflight import check_run
 from densenet_dist.yaml_settings import BUNDLED, find_file, read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "doctor")
-_EXIT_CODES = (*range(1, 7), *(128 + number for number in NUMBERS))
+_EXIT_CODES = (*range(1, 7), *(128 + number for number in HANDLED_SIGNALS))
 _START_TIMEOUT_S = 60.0
 _LOST_TIMEOUT_S = 120.0
 _RESPONSE_TIMEOUT_S = 30.0

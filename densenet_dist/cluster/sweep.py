@@ -44,8 +44,8 @@ _WRITE_EVERY_S: Final = 5.0
 _TUNE_ENV: Final = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials have records of their own
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `TuneHooks.on_signal` handles signals
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # Tune's own state is never read
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -105,7 +105,11 @@ def _tune(sweep: Sweep, folder: RunFolder, lease: Lease, listener: Callable[[Eve
             finally:
                 if lease.lost is None:
                     folder.remove("ray")
-    write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
+    try:
+        write_page(folder, sweep, record.trials)  # not after an interruption: a job that is stopped has only seconds
+    except Exception as error:
+        text = f"the results are written, but the page of the sweep could not be: {error}"
+        listener({"kind": "note", "text": text, "warning": True})
     return SweepResult(sweep, folder.uri, record.trials, best_trial(record.trials, sweep.settings.maximize), ended_by)
 
 
@@ -222,16 +226,17 @@ class SweepRecord:
         best = best_trial(self.trials, settings.maximize)
         self.listener({"kind": "trial", "state": state, "trial": trial, "best": best, "all": self.trials})
         if state != "epoch" or time.monotonic() - self._written > _WRITE_EVERY_S:
-            with suppress(StorageError):  # a passing fault, or writing at the end will report it
+            with suppress(StorageError):  # if the fault persists, the write at the end reports it
                 self._write()
 
     def _end(self, trial: Trial, status: Status) -> None:
         trial.status = status
         file = TrialFile(trial.overrides, parameters=trial.parameters)
-        if status in ("stopped", "failed"):  # whether it finished is in its summary, an interrupted one may be resumed
+        # summary.json marks a finished trial, and an interrupted one may be resumed: neither status is stored here.
+        if status in ("stopped", "failed"):
             file = replace(file, status=status, error=trial.error)
         self._unwritten[trial.name] = file
-        with suppress(StorageError):  # in a callback, Tune would start the trial again; the next write tries it again
+        with suppress(StorageError):  # an error in a callback would make Tune restart the trial; the next write retries
             self._write_trial_files()
 
     def _write_trial_files(self) -> None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # the process of `SweepState` needs no more than this module
     from densenet_dist.cluster.sweep import SweepRecord
 
 _FATAL: Final = (StorageError, DataError, EnvironmentProblem)
+"""Errors that end the sweep, because every other trial would run into them as well."""
 _OF_ONE_TRIAL: Final = (DamagedRecord, OutOfMemory)
+"""Their subclasses that concern one trial alone."""
 
 
 class SweepState:

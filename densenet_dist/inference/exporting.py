@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from densenet_dist.custom import errors
+from densenet_dist.custom import user_code_errors
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import engine_class
 from densenet_dist.data.loader import EvalLoader
@@ -102,7 +102,7 @@ def export(
     if path.exists() and not path.is_file():  # a device would be replaced by the file
         raise StorageError(f"{path} cannot be written: not a regular file")
     dataset = load_run_data(config, open_run(run)) if check else None
-    with errors("model.variant", config.model.variant) if header.custom else nullcontext():
+    with user_code_errors("model.variant", config.model.variant) if header.custom else nullcontext():
         contents = WRITERS[format](network, header)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")  # PyTorch requires the suffix
     try:

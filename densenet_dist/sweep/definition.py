@@ -82,7 +82,7 @@ class SweepConfig:
         "train/loss",
     ] = "val/top1"
     """Trials are compared by this metric, each at its best epoch; it is also their checkpoint.monitor, unless that
-    is set or does not know it."""
+    is set or cannot be this metric (val/top5, train/...)."""
     mode: Literal["auto", "max", "min"] = "auto"
     """Whether the highest or the lowest value is best; auto: min for a loss, max for an accuracy."""
     trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -216,7 +216,7 @@ def load_sweep(*sources: str | Path, trust: bool | None = None) -> Sweep:
     base: Config | None = None
     with _collected(problems):
         settings = SETTINGS.validate(name | values)
-    # The test of a trial is that of the best epoch which the sweep shows, unless a source sets another metric.
+    # Trials test the checkpoint of their best epoch by the sweep's metric, unless a source sets another monitor.
     metric = "" if settings is None else settings.metric
     monitor = {"checkpoint.monitor": metric} if metric.startswith("val/") and metric != "val/top5" else {}
     with _collected(problems):

@@ -46,7 +46,7 @@ MAX_SECONDS: Final = 2.0
 MAX_SHARE: Final = 0.01
 """Limits of the time for measuring both forms: seconds, and a share of the estimated duration of the run."""
 MAX_IMAGES: Final = 32
-"""In a measured step on a CPU: the reference form may need several times the memory of the fused one."""
+"""Limit of a measured step on a CPU: the reference form may need several times the memory of the fused one."""
 MIN_IMAGES: Final = 10_000
 """Training images per rank, over all epochs, below which blocks are not measured."""
 
@@ -134,7 +134,7 @@ def choose_block(config: Config, context: RunContext, dataset: Dataset, images: 
 
     ``auto`` becomes the form that is faster with the run's own network, batch size, precision and number of threads. It
     is ``fused`` without a measurement if the steps are compiled or captured as a CUDA graph (the eager speed says
-    little about them), in short runs, and in runs of versions that did not measure it. `images` is the number of
+    little about them), in short runs, and in runs that an older version started without one. `images` is the number of
     training images over all epochs and ranks.
     """
     model = config.model
@@ -173,7 +173,9 @@ def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, image
         per_image = sum(1 / rate for rate in rates.values())  # seconds, of both forms
         remaining = min(MAX_SECONDS, MAX_SHARE * images * min(1 / rate for rate in rates.values()))
         count = max(2, min(share, MAX_IMAGES, int(remaining / 2 / per_image)))
-        if context.device.type == "cuda":  # two images show what launches cost; cuDNN searches for each batch size
+        # Steps of two images mostly measure kernel launches, so a GPU measures with its share of a batch, after a
+        # warm-up in which cuDNN searches for algorithms.
+        if context.device.type == "cuda":
             count, per_image, rates = max(2, share), 0.0, dict.fromkeys(FORMS, 0.0)
             for model in models.values():
                 _step_seconds(model, count, *how)
@@ -182,7 +184,7 @@ def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, image
             measure_steps(count)
             remaining -= time.perf_counter() - started
     except torch.OutOfMemoryError:
-        return Choice("fused", "the reference form does not fit into memory", {})
+        return Choice("fused", "the measurement ran out of memory", {})
     return _choice(rates, max(FORMS, key=lambda form: rates[form]))
 
 

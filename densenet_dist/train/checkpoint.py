@@ -91,13 +91,14 @@ class CheckpointStore:
                 self.entries, self.best = manifest.checkpoints, manifest.best
             else:
                 self._rebuild(f"the list of checkpoints {run.uri}/{_MANIFEST} is missing")
-        self._earlier = {entry.name for entry in self.entries}
+        self._names_at_start = {entry.name for entry in self.entries}
 
     def save(self, snapshot: Snapshot) -> None:
         """Copy a snapshot and write it in the background; `entries` and `best` include it at once."""
         self.wait()
-        if _name(snapshot) in self._earlier & {entry.name for entry in self.entries}:
-            return  # an epoch that was cut is validated again if the run is resumed but not extended
+        if _name(snapshot) in self._names_at_start & {entry.name for entry in self.entries}:
+            # On disk already: the run reached its time limit within this epoch, and is resumed without being extended.
+            return
         started = time.perf_counter()
         with self._status.during("save"):
             copy = snapshot.copy()
@@ -145,6 +146,7 @@ class CheckpointStore:
         entry = Entry(_name(snapshot), snapshot.position, snapshot.metrics)
         self.entries = [other for other in self.entries if other.name != entry.name] + [entry]
         self.best = self._find_best()
+        # If the run is extended, a best checkpoint within an epoch no longer counts: keep the best other one too.
         kept = {self.best, self._find_best(complete=True)}
         self.entries = [e for e in self.entries if e in self.entries[-self.keep :] or e.name in kept]
         return entry
@@ -230,8 +232,8 @@ class CheckpointStore:
     def _find_best(self, *, complete: bool = False) -> str | None:
         """Return the name of the best checkpoint in the list; of equally good ones the oldest.
 
-        That of an epoch which the time cut counts only as the newest, because an extended run completes the epoch; if
-        only `complete` epochs count, not at all.
+        A checkpoint within an epoch (of a run that reached its time limit) counts only while it is the newest, since an
+        extended run completes that epoch. With `complete`, it never counts.
         """
         newest = None if complete or not self.entries else self.entries[-1]
         counts = [entry for entry in self.entries if entry.position.step == 0 or entry is newest]
@@ -249,9 +251,12 @@ class CheckpointStore:
         """Rebuild the list from the checkpoints whose checkpoint.json can be read, oldest first."""
         found = []
         for name in self.run.names(CHECKPOINTS_FOLDER):
-            with suppress(*UNREADABLE, OverflowError):
+            try:
                 meta = self.run.read_json(f"{CHECKPOINTS_FOLDER}/{name}/{META}")
                 found.append(TypeAdapter(Entry).validate_python(meta | {"name": name}))
+            except (*UNREADABLE, OverflowError) as error:
+                if type(error) is StorageError:
+                    raise  # as in `load`: a checkpoint that cannot be read now would be deleted after the next save
         self.entries = sorted(found, key=lambda entry: (entry.position.global_step, entry.position.epoch))
         self.best = self._find_best()
         self.rebuilt = problem if self.entries else None

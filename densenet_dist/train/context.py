@@ -145,7 +145,8 @@ class Goodput:
 
     def __init__(self, status: WorkerStatus, launch_id: str = "", workers: int = 1) -> None:
         self._status, self._launch_id, self._workers = status, launch_id, workers
-        self._device_seconds = self._counted = 0.0
+        self._device_seconds = 0.0  # device time up to the loaded checkpoint
+        self._counted = 0.0  # seconds of the run that `_device_seconds` covers
         self._before: dict[str, float] = {}
 
     def seconds(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densenet_dist.custom import Callback, errors, is_custom, short_name
+from densenet_dist.custom import Callback, is_custom, short_name, user_code_errors
 from densenet_dist.custom_options import bind
 from densenet_dist.data.augment import Augmentation, draw
 from densenet_dist.data.datasets import Channels, Dataset, take_first
@@ -36,7 +36,7 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
             ones, which checkpoints cannot hold.
     """
     # The caller may be in a context without gradients.
-    with errors("model.variant", name), torch.inference_mode(False), torch.enable_grad():
+    with user_code_errors("model.variant", name), torch.inference_mode(False), torch.enable_grad():
         model = bind("model", name, options)(num_classes, image_size)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model.variant: {name} returned a {type(model).__name__}, not a torch.nn.Module")
@@ -46,7 +46,7 @@ def custom_model(name: str, options: Mapping[str, Any], num_classes: int, image_
             raise ConfigError(f"model.variant: {name} has no parameters to train")
         with torch.random.fork_rng([]):
             images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
-            shape = tuple(copy.deepcopy(model).eval()(images).shape)  # a model may keep what it computed
+            shape = tuple(copy.deepcopy(model).eval()(images).shape)  # of a copy: a model may cache results
         model.train()
     if shape != (2, num_classes):
         raise ConfigError(
@@ -71,7 +71,7 @@ def custom_dataset(config: Config) -> Dataset:
     """
     name, limit = config.data.name, config.data.limit
     make = bind("dataset", name, config.options.dataset)
-    with errors("data.name", name, DataError):
+    with user_code_errors("data.name", name, DataError):
         found = make(config.data.root, config.seed)
         if problem := _dataset_problem(found):
             raise DataError(f"data.name: {name} {problem}; it must return a Dataset (docs/extending.md)")
@@ -124,7 +124,7 @@ def geometry(config: Config) -> str | Callable[[npt.NDArray[np.float64]], Any]:
     if not is_custom(name):
         return name
     function = bind("augmentation", name, config.options.augmentation)
-    with errors("data.augment", name):
+    with user_code_errors("data.augment", name):
         draw(Augmentation(function), config.seed, 0, 5, config.data.resolved_image_size)
     return function
 
@@ -142,7 +142,7 @@ def training_loss(config: Config, num_classes: int, weights: Tensor | None) -> L
     function = bind("loss", name, config.options.loss)
 
     def loss(logits: Tensor, targets: Tensor, kind: Any = TrainingError) -> Tensor:
-        with errors("train.loss", name, kind):
+        with user_code_errors("train.loss", name, kind):
             found = function(logits, targets)
         if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -166,7 +166,7 @@ def custom_optimizer(
         ConfigError: it fails, or does not have exactly the given parameters.
     """
     given = {id(parameter) for group in groups for parameter in group["params"]}
-    with errors("train.optimizer.name", name):
+    with user_code_errors("train.optimizer.name", name):
         optimizer = bind("optimizer", name, options)(groups, lr)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(f"train.optimizer.name: {name} returned a {type(optimizer).__name__}, not an Optimizer")
@@ -176,11 +176,11 @@ def custom_optimizer(
 
 
 def load_custom_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load the state of a custom optimizer with the dtypes that it had, which PyTorch would change.
+    """Load the state of a custom optimizer without changes of dtype: PyTorch casts it to that of the parameters.
 
-    What it must be is unknown; its groups may have state, too.
+    The state is not checked, since only the optimizer knows its form. Parameter groups may contain state, too.
     """
-    with errors("train.optimizer.name", f"{type(optimizer).__name__}.load_state_dict", TrainingError):
+    with user_code_errors("train.optimizer.name", f"{type(optimizer).__name__}.load_state_dict", TrainingError):
         optimizer.load_state_dict(dict(saved))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in saved["state"].items():
@@ -195,7 +195,7 @@ def custom_schedule(name: str, options: Mapping[str, Any]) -> Schedule:
     function = bind("schedule", name, options)
 
     def schedule(state: ScheduleState) -> float:
-        with errors("train.schedule.name", name):
+        with user_code_errors("train.schedule.name", name):
             rate = float(function(state))
         if not 0 <= rate < math.inf:
             raise ConfigError(f"train.schedule.name: {name} returned the learning rate {rate} at step {state.step}")
@@ -212,7 +212,7 @@ def callbacks_of(config: Config) -> dict[str, Callback]:
     """
     found = {}
     for name in config.callbacks:
-        with errors("callbacks", name):
+        with user_code_errors("callbacks", name):
             made = bind("callbacks", name, config.options.callbacks.get(short_name(name), {}))()
         if not isinstance(made, Callback):
             raise ConfigError(f"callbacks: {name} is a {type(made).__name__}, not a subclass of densenet_dist.Callback")

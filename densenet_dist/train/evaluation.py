@@ -70,7 +70,7 @@ def evaluate_model(
     them. In a run, `sync_requests` must follow, and tells whether the evaluation is complete.
 
     Raises:
-        DataError: an image file cannot be read. Every rank raises an error of this package that one of them has.
+        DataError: an image file cannot be read. If a rank has an error of this package, every rank raises it.
         OutOfMemory: not even one image fits into memory.
     """
     model.eval()
@@ -186,7 +186,7 @@ def evaluate(
         (from 0 to 1) and ``images``.
 
     Raises:
-        StorageError, CheckpointError, DataError, EnvironmentProblem: as their names say.
+        StorageError, CheckpointError, ConfigError, DataError, EnvironmentProblem: as their names say.
     """
     found = prepare_evaluation(run, split, checkpoint, device, overrides, notify, trust)
     folder = found.context.run
@@ -239,6 +239,8 @@ def prepare_evaluation(
     trust: bool = False,
 ) -> Evaluation:
     """Load a run's checkpoint and images; arguments and errors are those of `evaluate`."""
+    if split not in ("test", "val", "train"):
+        raise ConfigError(f"split={split!r}: choose test, val or train")
     folder = run if isinstance(run, RunFolder) else open_run(run)
     config: Config = load_run_config(folder.fetch(CONFIG_FILE), *overrides, trust=trust)
     snapshot = load_checkpoint(folder, checkpoint, config)
@@ -246,7 +248,8 @@ def prepare_evaluation(
     dataset = load_run_data(config, folder)
     require_same(snapshot, {"always": {"class names": list(dataset.class_names)}}, f"the checkpoint of {folder.uri}")
     report_lines(notify, dataset.skipped)
-    if snapshot.state.get("pictures", digest := digest_of_files(dataset)) != digest:
+    digest = digest_of_files(dataset)
+    if snapshot.state.get("pictures", digest) != digest:  # older checkpoints do not have it
         notify("the images differ from those at the start of the run; the model may have been trained on some of them")
     train, val = train_and_val(config, dataset)
     indices = {"test": np.arange(len(dataset.test.labels)), "val": val, "train": train}[split]

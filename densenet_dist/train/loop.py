@@ -310,14 +310,15 @@ def _test(trainer: Trainer, log: RunLog | None) -> dict[str, Any]:
         "test/images": round(results.images),
     }
     if log is not None:
-        log.record({"epoch": best["epoch"], **metrics}, step)
-        log.write_tensorboard(TensorBoardWriter.test_results, results, step)
-        log.write_tensorboard(TensorBoardWriter.finished, step)
-        log.publish(last=True)
-        write_test_results(context.run, results)
-        context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
-        context.run.remove(WEIGHTS_FILE)  # there are checkpoints now
-        log.end_tracking(summary)
+        with context.status.during("save"):  # slow storage, or a slow tracker, is not a hang
+            log.record({"epoch": best["epoch"], **metrics}, step)
+            log.write_tensorboard(TensorBoardWriter.test_results, results, step)
+            log.write_tensorboard(TensorBoardWriter.finished, step)
+            log.publish(last=True)
+            write_test_results(context.run, results)
+            context.run.write(SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+            context.run.remove(WEIGHTS_FILE)  # the initial weights: there are checkpoints now
+            log.end_tracking(summary)
         context.report({"kind": "end", **summary})
     try:
         trainer.notify("on_end", dict(summary))

@@ -1,4 +1,4 @@
-"""What ranks exchange: values, and while training stop requests and losses that are not finite."""
+"""Collective operations: exchange values and, while training, stop requests and non-finite losses."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class RankSync:
         return self._steps >= self._interval or (alone and self._context.status.requested is not StopRequest.NONE)
 
     def exchange(self, request: StopRequest = StopRequest.NONE) -> tuple[int | None, StopRequest]:
-        """Exchange this rank's pending request, or a greater one of its own. A collective call.
+        """Exchange the greater of `request` and this rank's pending request. A collective call.
 
         Returns:
             The first step with a NaN or infinite loss on any rank, or None; the greatest request of any rank.
@@ -107,4 +107,5 @@ class RankSync:
         now = time.perf_counter()
         step_s = (now - self._exchanged) / max(self._steps, 1)
         self._exchanged = now
+        # At most doubled: the time of a few steps may be far from that of later ones.
         return max(1, min(2 * self._interval, int(_SYNC_EVERY_S / step_s), MAX_SYNC_STEPS))

@@ -55,7 +55,7 @@ class Mistake:
         confidence: the probability of the predicted class.
         label_probability: the probability of the true class.
         png: the image as the model sees it, at most 128 pixels a side; None if the file can no longer be read.
-        heat: the same under a heat map of the regions that support the predicted class (`grad_cam`), or None.
+        heat: the image overlaid with a heat map of the regions that support the predicted class (`grad_cam`), or None.
     """
 
     index: int
@@ -142,7 +142,7 @@ class TestResults:
         if self.pairs.shape != (len(self.pairs), 3) or self.pairs.min(initial=0) < 0 or bins.images.min() < 0:
             raise ValueError("a number of images is negative, or a pair of classes is not complete")
         if not labels | set(self.pairs[:, :2].flat) <= set(range(len(self.class_names))):
-            raise ValueError("there is no class of that number")
+            raise ValueError("a label is not the number of a class")
 
 
 class Metrics:
@@ -180,7 +180,7 @@ class Metrics:
     def compute(self, since: Metrics | None = None) -> dict[str, float]:
         """Return ``loss``, ``top1``, ``top5`` (in [0, 1]) and ``images`` over all ranks. A collective call.
 
-        There is no ``top5`` below 6 classes. `since`: earlier sums, without which to compute them.
+        There is no ``top5`` below 6 classes. `since`: earlier sums, which are subtracted.
         """
         sums = self.sums if since is None else self.sums - since.sums
         loss, top1, top5, images = gather_ranks(sums).sum(0).tolist()

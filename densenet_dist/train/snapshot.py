@@ -141,7 +141,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint. The rename at the end makes `folder` either complete or absent."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -177,7 +177,10 @@ _CHANGEABLE: Final = ("block", "drop_rate", "weights", "pretrained")
 
 
 def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """What a checkpoint must share with the run: ``always``, and ``within an epoch``, where the order matters too."""
+    """Return the values that must be equal in a checkpoint and the run.
+
+    Those under ``within an epoch`` are compared only for a checkpoint within an epoch: they set the order of images.
+    """
     model = {f"model.{key}": value for key, value in to_dict(config)["model"].items() if key not in _CHANGEABLE}
     model |= {f"options.model.{key}": value for key, value in config.options.model.items()}
     images = {"data set": dataset.name, "class names": list(dataset.class_names), "image side": dataset.image_size}

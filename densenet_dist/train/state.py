@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from densenet_dist.custom import errors, is_custom
+from densenet_dist.custom import is_custom, user_code_errors
 from densenet_dist.errors import CheckpointError, TrainingError
 from densenet_dist.train.custom_parts import load_custom_state, require_plain
 from densenet_dist.train.inputs import digest_of_files
@@ -55,7 +55,7 @@ def custom_states(trainer: Trainer) -> dict[str, Any]:
         require_plain(optimizer, name)
     callbacks = {}
     for name, callback in trainer.callbacks.items():
-        with errors("callbacks", f"{name}.state_dict", TrainingError):
+        with user_code_errors("callbacks", f"{name}.state_dict", TrainingError):
             callbacks[name] = copy.deepcopy(callback.state_dict())  # it may change while it is written
         require_plain(callbacks[name], name)
     return {"optimizer": optimizer, "callbacks": callbacks}
@@ -75,7 +75,8 @@ def resume(trainer: Trainer) -> None:
     snapshot = broadcast(snapshot)
     if snapshot is not None:
         restore(trainer, snapshot)
-        if snapshot.state.get("pictures") != digest_of_files(trainer.dataset):
+        digest = digest_of_files(trainer.dataset)
+        if snapshot.state.get("pictures", digest) != digest:  # older checkpoints do not have it
             trainer.context.warn("the images differ from those at the start of the run, so its results will differ too")
 
 
@@ -96,7 +97,7 @@ def restore(trainer: Trainer, snapshot: Snapshot) -> None:
         _restore(trainer, snapshot, origin)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # of the device, such as a lack of memory
+            raise  # subclasses are errors of the device, such as torch.OutOfMemoryError
         raise CheckpointError(
             f"{origin} is damaged: {type(error).__name__}: {error}\n"
             "  delete its folder to resume from the checkpoint before it, or restore a copy"
@@ -116,7 +117,7 @@ def _restore(trainer: Trainer, snapshot: Snapshot, origin: str) -> None:
     load_state(trainer.optimizer, state["optimizer"])
     for name, saved in state.get("callbacks", {}).items():
         callback = trainer.callbacks[name]
-        with errors("callbacks", f"{name}.load_state_dict", TrainingError):
+        with user_code_errors("callbacks", f"{name}.load_state_dict", TrainingError):
             callback.load_state_dict(saved)
     # Only the state is restored: settings such as the growth interval come from the configuration.
     scale = {key: state["scaler"][key] for key in ("scale", "_growth_tracker") if key in state["scaler"]}

@@ -263,7 +263,10 @@ class Trainer:
         """Call the callbacks: on_start, on_step, on_epoch or on_end. Every rank calls it."""
         phase: Phase = "train" if event == "on_step" else "save"  # in "save", slowness is not a hang
         for name, callback in self.callbacks.items():
-            with self.context.status.during(phase), custom.errors("callbacks", f"{name}.{event}", TrainingError):
+            with (
+                self.context.status.during(phase),
+                custom.user_code_errors("callbacks", f"{name}.{event}", TrainingError),
+            ):
                 getattr(callback, event)(self, *values)
 
     def divergence_error(self, what: str, step: int) -> TrainingError:

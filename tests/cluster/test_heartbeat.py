@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 
-from densenet_dist.cluster.coordinator import Coordinator
+from densenet_dist.cluster.coordinator import Coordinator, explain_crash
 from densenet_dist.cluster.heartbeat import Heartbeat, is_hung
 from densenet_dist.cluster.telemetry import GAUGES, Telemetry
 from densenet_dist.train.context import StopRequest
@@ -83,3 +85,8 @@ def test_no_run_fails_for_its_figures(caplog: pytest.LogCaptureFixture):
         telemetry({"kind": "progress"})
     (record,) = caplog.records
     assert "no longer exported" in record.message
+
+
+def test_the_memory_that_ran_out_is_named():
+    assert "the node had none left" in explain_crash(ray.exceptions.OutOfMemoryError("killed"), "the worker")
+    assert explain_crash(torch.OutOfMemoryError("CUDA out of memory."), "the worker") == "CUDA out of memory."

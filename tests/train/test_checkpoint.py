@@ -12,6 +12,7 @@ import stat
 import threading
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, dam
     assert caught.value.exit_code == 6
 
 
-def test_a_damaged_or_missing_list_of_checkpoints_is_rebuilt(run):
+def test_a_damaged_or_missing_list_of_checkpoints_is_rebuilt(run, monkeypatch):
     save(CheckpointStore(run), snapshot(1, {"val/top1": 0.5}))
     path = run.path / "checkpoints" / "manifest.json"
     whole = path.read_text()
@@ -160,6 +161,10 @@ def test_a_damaged_or_missing_list_of_checkpoints_is_rebuilt(run):
         assert again.best == "step-00000001"
         assert again.load_latest().position.global_step == 1
     path.write_text("")
+    with monkeypatch.context() as broken:
+        broken.setattr(type(run), "read_json", Mock(side_effect=StorageError("no answer")))
+        with pytest.raises(StorageError, match="no answer"):  # the checkpoint may be there
+            CheckpointStore(run)
     shutil.rmtree(run.path / "checkpoints" / "step-00000001")
     with pytest.raises(CheckpointError, match=r"the list of checkpoints .*manifest\.json is damaged"):
         CheckpointStore(run)
