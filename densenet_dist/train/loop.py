@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from densenet_dist.data.loader import Batch, BatchRecipe
-from densenet_dist.errors import DataError, TrainingError, storage_errors
+from densenet_dist.errors import DenseNetDistError, TrainingError, storage_errors
 from densenet_dist.run_folder import METRICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from densenet_dist.schema import Config
 from densenet_dist.train.context import RunContext, Stopped, StopRequest
@@ -245,8 +245,8 @@ def _validate(trainer: Trainer, before: Snapshot) -> dict[str, float]:
     try:
         model, precision = trainer.eval_model, trainer.config.train.precision
         totals = evaluate_model(model, trainer.val_loader, trainer.context, precision, None, save_now)
-    except DataError:
-        save(trainer, before)  # training resumes from here once the files are back
+    except DenseNetDistError:
+        save(trainer, before)  # training resumes from here once the files are back, or there is more memory
         trainer.store.wait()
         raise
     return {f"val/{name}": value for name, value in totals.items() if name != "images"}
