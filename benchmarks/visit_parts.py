@@ -58,6 +58,7 @@ def ceilings(small: bool, out: Path, seconds: float) -> None:
         found[f"{precision} TFLOP/s"], found["copy GB/s"] = peaks(device, precision, 0.1 if small else 2.0)
         print(f"{precision} matrix product: {found[f'{precision} TFLOP/s']:.1f} TFLOP/s (fp32 is TF32 on a GPU)")
     print(f"copy: {found['copy GB/s']:.0f} GB/s, read and written")
+    out.write_text(json.dumps(found, indent=1))
     values, count = torch.zeros(1024, device=device), 100 if small else 2000
 
     def launch() -> None:
@@ -90,6 +91,7 @@ def seconds_of(work: Callable[[], object], device: Any) -> float:
 
 
 def tests(small: bool, out: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds - 15
     if not find_spec("pytest"):
         raise SystemExit("pytest is not installed: no test was run")
     # The conftest.py files import the servers and packages of other tests; no plug-in is needed.
@@ -109,7 +111,8 @@ def tests(small: bool, out: Path, seconds: float) -> None:
     processes = []
     for index, log in enumerate(logs):
         with open(log, "w", encoding="utf-8") as sink:
-            command = [*pytest, *names[index::count]]
+            left = f"{max(1.0, end - time.monotonic()):.0f}"  # pytest reports what it has found when it is interrupted
+            command = ["timeout", "--foreground", "-s", "INT", "-k", "5", left, *pytest, *names[index::count]]
             processes.append(subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT))
     codes = [process.wait() for process in processes]
     text = "".join(log.read_text() for log in logs)

@@ -98,8 +98,9 @@ def _gpus(config: Config) -> Finding:
     driver = Path("/proc/driver/nvidia/version").exists()
     text = "an NVIDIA driver is installed, but torch cannot use a GPU" if driver else "no GPU"
     hint = f"update the driver to one that supports CUDA {torch.version.cuda}" if driver else ""
-    elsewhere = config.cluster.engine == "ray" and (address_of(config.cluster)[0] or driver)
-    if config.cluster.device == "cuda" and not elsewhere:
+    if config.cluster.engine == "ray" and address_of(config.cluster)[0]:
+        return Finding("note", f"{text} on this machine; the workers use those of the cluster (see Ray)", hint)
+    if config.cluster.device == "cuda" and not (config.cluster.engine == "ray" and driver):
         return Finding("bad", text, hint or "train on the CPU with cluster.device=cpu")
     return Finding("note", text + "; training runs on the CPU", hint)
 
@@ -111,7 +112,8 @@ def _device(config: Config) -> torch.device:
 def _block(config: Config) -> Finding:
     on_gpu = _device(config).type == "cuda"
     if reason := unavailable(_device(config).type):
-        hint = "install Triton: make setup" if on_gpu else "install a C++ compiler (Debian: apt install g++)"
+        hint = "install a C++ compiler (Debian: apt install g++)"
+        hint = "install Triton: make setup" if "not installed" in reason else hint
         hint = "" if "chmod" in reason else hint
         return Finding("note", f"{reason}; the reference form of the dense block is used", hint)
     return Finding("ok", "Triton kernels" if on_gpu else "C++ kernels, built for this CPU")

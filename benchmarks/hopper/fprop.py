@@ -195,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def keep(name: str, row: dict[str, Any]) -> None:
         found[name].append(row)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(name, {key: float(f"{value:.4g}") for key, value in row.items()}, flush=True)
 
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):

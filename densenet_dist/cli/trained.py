@@ -40,6 +40,7 @@ def evaluate(
     densenet-dist evaluate s3://bucket/runs/k24 data.root=/data
     """
     with status("loading PyTorch"):
+        from densenet_dist.display.json_lines import finite
         from densenet_dist.train.evaluation import evaluate as evaluate_run
 
     notify = partial(typer.echo, err=True)
@@ -48,7 +49,7 @@ def evaluate(
             run, split=split, checkpoint=checkpoint, overrides=tuple(settings or ()), notify=notify, trust=trust
         )
     if as_json:
-        typer.echo(json.dumps({"run": run, "split": split, "checkpoint": checkpoint, **found}))
+        typer.echo(json.dumps(finite({"run": run, "split": split, "checkpoint": checkpoint, **found})))
     else:
         top5 = f"top-5 {found['top5']:.2%}, " if "top5" in found else ""
         typer.echo(

@@ -34,7 +34,7 @@ _ATTEMPTS = 6
 _FIRST_WAIT_S = 1.0  # doubled after each attempt
 _RETRIED_4XX = (408, 425, 429)
 _FINAL = (ValueError, InvalidURL, socket.gaierror, ssl.SSLCertVerificationError)
-"""Too large, no address, no such host (unless errno says that the name server is busy), not the host."""
+"""Not retried: a file that is too large, an invalid address, an unknown host, a certificate of another host."""
 _FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
 
 

@@ -85,7 +85,8 @@ class DataStore:
         """
         data = source.read_bytes()  # first: closing the stream of a source that fails would publish a part of it
         path, local = f"{self._prefix}/{name}", self._files.type_name == "local"
-        partial = f"{path}.{os.getpid()}.partial" if local else path  # an object appears when it is complete
+        # An object appears when it is complete.
+        partial = f"{path}.{os.uname().nodename}.{os.getpid()}.partial" if local else path
         try:
             if local:
                 self._files.create_dir(path.rpartition("/")[0], recursive=True)

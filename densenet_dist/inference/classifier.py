@@ -17,8 +17,9 @@ from torch import Tensor
 from densenet_dist.config import load_run_config
 from densenet_dist.custom import is_custom
 from densenet_dist.data.augment import EVAL_CROP
+from densenet_dist.data.image_files import BadImage
 from densenet_dist.environment import git_commit, package_version
-from densenet_dist.errors import CheckpointError, ConfigError, DataError
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, OutOfMemory
 from densenet_dist.inference import formats
 from densenet_dist.inference.header import CustomModel, Header, first_problem
 from densenet_dist.inference.images import ImageLike, Unreadable, prepare, prepared
@@ -159,13 +160,22 @@ class Classifier:
         """
         if not has_heat_maps(self._network.model):
             return None
-        pixels = prepare(image, self.header.image_size, self.header.crop)
+        try:
+            pixels = prepare(image, self.header.image_size, self.header.crop)
+        except BadImage as error:
+            raise DataError(f"{image if isinstance(image, str | os.PathLike) else 'the image'}: {error}") from error
         images = self._network.normalize(pixels[None].to(self.device))
         (heat,) = grad_cam(self._network.model, images, torch.tensor([label])).cpu().numpy()
         return heat_overlay(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy(), heat)
 
     def _classify(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[ClassProbability, ...]]:
-        logits = self.logits(pixels, tta=tta)
+        try:
+            logits = self.logits(pixels, tta=tta)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"{len(pixels)} images at a time do not fit into the memory of {self.device}\n"
+                "  lower --batch-size (in Python: batch_size)"
+            ) from error
         if not logits.isfinite().all():
             raise CheckpointError("the model returns NaN or infinite logits: its weights are damaged")
         probabilities, labels = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)

@@ -104,7 +104,7 @@ def export(
     dataset = load_run_data(config, open_run(run)) if check else None
     with user_code_errors("model.variant", config.model.variant) if header.custom else nullcontext():
         contents = WRITERS[format](network, header)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # PyTorch requires the suffix
+    temporary = path.with_name(f".{os.uname().nodename}-{os.getpid()}-{path.name}")  # PyTorch requires the suffix
     try:
         with storage_errors(path):
             temporary.write_bytes(contents)

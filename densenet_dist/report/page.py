@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from densenet_dist.custom import names_in
 from densenet_dist.errors import storage_errors
 from densenet_dist.pages import render
 from densenet_dist.pages.figures import MAX_CLASSES, MAX_NAMES
@@ -62,6 +63,7 @@ def _run_page(run: RunRecord) -> str:
         has_validation=any("val/loss" in record for record in run.epochs),
         result_figures=result_figures(run.epochs, run.test),
         results=run.results,
+        trust=["--trust"] if any(names_in(run.config)) else [],
         **({} if run.results is None else _test_section(run.results)),
     )
 

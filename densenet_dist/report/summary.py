@@ -51,8 +51,8 @@ class ModelSummary:
         lines = [("layer (type)", "output shape", "parameters")]
         for layer in self.layers:
             name = "  " * layer.depth + layer.name.rpartition(".")[2]
-            shape = ", ".join(["N", *map(str, layer.shape)])
-            lines.append((f"{name} ({layer.kind})", f"({shape})", f"{layer.parameters:,}"))
+            shape = f"({', '.join(['N', *map(str, layer.shape)])})" if layer.shape else ""
+            lines.append((f"{name} ({layer.kind})", shape, f"{layer.parameters:,}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}" for name, shape, count in lines]
         rule = "-" * (sum(widths) + 4)

@@ -278,5 +278,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             "  start fewer processes (torchrun --nproc-per-node), or use cluster.device=cpu"
         )
     device = torch.device("cuda", local_rank)
+    # PyTorch reads it once per process, and a later run may set train.deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.cuda.set_device(device)
     return device

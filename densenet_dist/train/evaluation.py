@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -38,7 +37,7 @@ from densenet_dist.train.inputs import (
     report_lines,
     train_and_val,
 )
-from densenet_dist.train.network import autocast, build_model, free_memory
+from densenet_dist.train.network import autocast, build_model, free_memory, suppress_out_of_memory
 from densenet_dist.train.preflight import require_memory
 from densenet_dist.train.ranks import gather_objects, sync_from_rank0
 from densenet_dist.train.results import (
@@ -105,7 +104,7 @@ def _logits(model: nn.Module, images: Tensor, context: RunContext, precision: st
     status = context.status
     while True:
         count = min(status.eval_micro_batches, len(images))
-        with suppress(torch.OutOfMemoryError), autocast(context.device, precision):
+        with suppress_out_of_memory(), autocast(context.device, precision):
             return torch.cat([model(each) for each in images.tensor_split(count)])
         if count == len(images):
             raise OutOfMemory(f"rank {context.rank} is out of memory in the evaluation of one image")

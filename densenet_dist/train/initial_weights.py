@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from http.client import HTTPException
 from pathlib import Path, PurePath
 from typing import Any, Final
 
@@ -41,9 +42,9 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
     """Write the weights of ``model.weights`` or ``model.pretrained`` to the run folder.
 
     Raises:
-        StorageError: there is no such file or run, or it cannot be read.
+        StorageError: there is no such run, or the file or run cannot be read.
         CheckpointError: the file is damaged, or its tensors do not fit the model; the message lists them.
-        ConfigError: the file has another format.
+        ConfigError: there is no such file, or it has another format.
         EnvironmentProblem: torchvision's weights cannot be downloaded.
     """
     settings = config.model
@@ -64,9 +65,9 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
 
 
 def _specs_of(config: Config) -> tuple[dict[str, TensorSpec], set[str]]:
-    """Return the tensors of a model without its classifier, whose names are returned, too.
+    """Return the tensors of a model except those of its classifier, and the names of the classifier's tensors.
 
-    The classifier is what depends on the number of classes.
+    The classifier's tensors are those that depend on the number of classes.
     """
     if is_custom(config.model.variant):  # such a model may be one that cannot be built on the meta device
         size = config.data.resolved_image_size
@@ -88,7 +89,7 @@ def _is_weight(name: str) -> bool:
 
 
 def load_initial_weights(model: nn.Module, config: Config, context: RunContext) -> None:
-    """Load the weights that `write_initial_weights` wrote if the run has no checkpoint yet. A collective call.
+    """If the run has no checkpoint yet, load what `write_initial_weights` wrote. A collective call.
 
     Rank 0 reads them; DDP copies the parameters to the other ranks. If the classifier does not fit, it keeps its random
     weights, with a note.
@@ -104,6 +105,8 @@ def load_initial_weights(model: nn.Module, config: Config, context: RunContext) 
 
 def _load(model: nn.Module, config: Config, context: RunContext) -> None:
     if not context.run.exists(WEIGHTS_FILE):
+        if context.run.names(CHECKPOINTS_FOLDER):  # of a finished run; the list of them is rebuilt later
+            return
         raise StorageError(f"{context.run.uri}/{WEIGHTS_FILE} is missing\n  start a new run: name=NEW")
     weights = _read_file(context.run.fetch(WEIGHTS_FILE))
     own, (_, classifier) = model.state_dict(), _specs_of(config)
@@ -129,7 +132,9 @@ def read_weights(location: str, *, rename: bool = True, names: AbstractSet[str] 
     """
     suffix = PurePath(location.partition("?")[0]).suffix.lower()
     if suffix in _UNREADABLE:
-        raise ConfigError(f"model.weights: {location} is a compiled program; export the run as safetensors, or name it")
+        raise ConfigError(
+            f"model.weights: {location} is a compiled program; name the run itself, or export it as safetensors"
+        )
     if suffix == ".safetensors" or suffix in _PICKLES:
         return _standard(
             _read_file(fetch_file(location) if is_uri(location) else Path(location)), location, rename, names
@@ -147,6 +152,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, IsADirectoryError) as error:
+        raise StorageError(f"model.weights: {path} cannot be read: {error.strerror}") from error
     except FileNotFoundError:
         raise ConfigError(f"model.weights: there is no file {path}") from None
     except (*UNREADABLE, SafetensorError, IndexError, AssertionError, struct.error) as error:
@@ -188,7 +195,11 @@ def _torchvision_weights(variant: str) -> dict[str, Tensor]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), digest[1])
-        except (OSError, RuntimeError) as error:  # RuntimeError: another checksum, as of a transfer that broke off
+        except (
+            OSError,
+            HTTPException,
+            RuntimeError,
+        ) as error:  # RuntimeError: another checksum
             raise EnvironmentProblem(
                 f"model.pretrained: {url} cannot be downloaded: {error}\n"
                 f"  download it elsewhere and put it into {path.parent} (or $TORCH_HOME/hub/checkpoints)"

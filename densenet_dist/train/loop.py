@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from densenet_dist.train.context import RunContext, Stopped, StopRequest
 from densenet_dist.train.evaluation import Evaluation, evaluate_model, evaluate_test_set
 from densenet_dist.train.inputs import engine_of, report_lines, split_warnings, write_metadata
 from densenet_dist.train.logs import RunLog, TensorBoardWriter, epoch_event, progress_event, start_event
-from densenet_dist.train.network import no_sync
+from densenet_dist.train.network import no_sync, suppress_out_of_memory
 from densenet_dist.train.performance import epoch_metrics, step_metrics
 from densenet_dist.train.ranks import broadcast, sync_from_rank0
 from densenet_dist.train.results import write_test_results
@@ -137,7 +137,7 @@ def train_step(trainer: Trainer, batch: Batch | BatchRecipe) -> None:
     results: list[StepResult] | None = None
     while results is None:
         trainer.prepare_step()
-        with suppress(torch.OutOfMemoryError):  # releases the traceback, which holds the step's tensors
+        with suppress_out_of_memory():  # releases the traceback, which holds the step's tensors
             results = _forward_backward(trainer, batch)
         if results is None:
             trainer.halve_micro_batches(batch)

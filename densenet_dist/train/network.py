@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, cast
 
 import torch
@@ -31,6 +32,8 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 SMALLEST_BUCKET: Final = 2**20
 """Bytes below which a block's gradients are sent with those of the next: latency dominates smaller messages. DDP's
 own first bucket has the same size (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
+_NO_MEMORY: Final = re.compile("unable to find an engine|_ALLOC_FAILED|out of memory")
+"""Messages of cuDNN, cuBLAS and Triton."""
 DEFAULT_BUCKET: Final = 25 * 2**20
 """DDP's default, in bytes."""
 
@@ -72,6 +75,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context for a precision; it is disabled for fp32."""
     dtype = AUTOCAST[precision]
     return torch.autocast(device.type, dtype=None if precision == "fp32" else dtype, enabled=precision != "fp32")
+
+
+@contextmanager
+def suppress_out_of_memory() -> Iterator[None]:
+    """Suppress the errors of a device without enough memory; some are plain RuntimeErrors, as of a cuDNN workspace."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))):
+            raise
 
 
 def free_memory() -> None:
@@ -157,7 +170,7 @@ def _settle_buckets(parallel: DistributedDataParallel, config: Config, device: t
     kept = [buffer.clone() for buffer in parallel.module.buffers()]
     size = config.data.resolved_image_size
     images = torch.zeros(2, 3, size, size, device=device)
-    # PyTorch warns if a model leaves no parameter out.
+    # With find_unused_parameters, PyTorch warns about a model that uses all of them.
     ignored = warnings.catch_warnings(action="ignore")
     with ignored, step_errors("model", config), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for _ in range(2):

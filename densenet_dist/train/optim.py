@@ -54,7 +54,7 @@ def build_optimizer(
         return custom_optimizer(config.name, options or {}, groups, lr)
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-        for parameter in parameters if config.momentum > 0 else ():  # uninitialized if scaling skips the first step
+        for parameter in parameters if config.momentum > 0 else ():  # PyTorch's are garbage if step 1 is skipped
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam

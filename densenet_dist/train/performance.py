@@ -43,7 +43,7 @@ _PEAK_TFLOPS: Final = {
 }
 """Peak dense throughput in bf16 and fp16 with fp32 sums, from NVIDIA's data sheets, which double it for sparsity."""
 _OTHER: Final = re.compile(r"\b(MIG|Laptop|D|Ti)\b|-\d+[ABCQ]\b")
-"""Parts of a GPU (MIG, or a vGPU such as A100-10C), and other GPUs of a similar name."""
+"""Names with an unknown peak: parts of a GPU (MIG, or a vGPU such as A100-10C) and variants of those above."""
 _MIN_STEPS: Final = 20
 _SLOW: Final = 1.3
 """A rank that takes this many times as long as the median rank for its forward and backward pass is reported."""

@@ -95,4 +95,4 @@ class StepProfiler:
             try:
                 yield
             except Exception as error:
-                self._context.warn(f"the profile could not be written: {type(error).__name__}: {error}")
+                self._context.warn(f"there is no profile of these steps: {type(error).__name__}: {error}")

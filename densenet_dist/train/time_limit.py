@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from densenet_dist.train.trainer import Trainer
 
 INTERVAL: Final = 0.02
-"""Share of the time between two estimates."""
+"""Time between two estimates, as a share of the limit."""
 _NEWEST: Final = 0.3
 """Weight of the newest measurement of a step: other programs may change the speed of the machine for a while."""
 _FORWARD: Final = 0.5
@@ -63,9 +63,9 @@ class TimeLimit:
 
 
 def fit_to_time(trainer: Trainer) -> None:
-    """Plan anew when training ends, if ``train.max_minutes`` is set and that is due. A collective call.
+    """Estimate again when training ends, if ``train.max_minutes`` is set and an estimate is due. A collective call.
 
-    To be called just before a checkpoint is saved: steps that are repeated from there on have the same rates.
+    Call it just before a checkpoint is saved: a process that resumes from it repeats its steps with the same rates.
     """
     if trainer.config.train.max_minutes is None or trainer.finished:
         return

@@ -42,6 +42,7 @@ in calls than they save."""
 TYPICAL_LAYERS: Final = {1: (120, 48), 3: (48, 12)}
 """By kernel size, input and output channels of a layer in the middle of DenseNet-BC (k = 12)."""
 IMAGES, SIDE, ROUNDS = 8, 32, 5
+"""Of the measurement: images in a batch, height and width of the maps, and how often both are timed."""
 _ONEDNN_VARIABLES: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
@@ -259,8 +260,8 @@ def choose_convolutions(kernels: Kernels, like: Tensor, units: Sequence[Unit]) -
 def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
     """Return the kernel sizes of the convolutions that `kernels` compute faster than oneDNN with this many threads.
 
-    They are measured in float32 (about 0.1 s) and kept in `cache_folder`: the two differ by rounding, and runs on one
-    machine must be reproducible bit for bit. If that cannot be written, all sizes are returned.
+    Both are timed in float32 (about 0.1 s), and the result is kept in `cache_folder`: C++ and oneDNN round differently,
+    and runs on one machine must be reproducible bit for bit. If the result cannot be kept, all sizes are returned.
     """
     parts = [kernels.name, torch.__version__, str(threads), *(os.environ.get(name, "") for name in _ONEDNN_VARIABLES)]
     key = hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
@@ -271,7 +272,7 @@ def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
     faster = frozenset(size for size, (native, onednn) in times.items() if native <= onednn)
     record = {str(size): "own" if size in faster else "onednn" for size in KERNEL_SIZES}
     figures = {f"{size}_ms": [round(1e3 * seconds, 3) for seconds in pair] for size, pair in times.items()}
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(record | figures) + "\n")
         try:

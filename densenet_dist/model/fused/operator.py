@@ -146,7 +146,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     groups = ([maps, mean, var], bottlenecks, gammas, betas, weights, frozen, masks)
     ctx.save_for_backward(*(tensor for group in groups for tensor in group))
     ctx.lengths, ctx.settings = [len(group) for group in groups], settings
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # no zeros for outputs that the loss does not use, as large as the maps
 
 
 def _backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:

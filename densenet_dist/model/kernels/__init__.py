@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import cache
 from importlib.util import find_spec
 
@@ -32,7 +34,11 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, values: int = 1) ->
 def unavailable(device_type: str) -> str | None:
     """Return why a type of device has no fast kernels, in a few words; None if it has them or needs none."""
     if device_type == "cuda":
-        return None if find_spec("triton") else "Triton is not installed"
+        if not find_spec("triton"):
+            return "Triton is not installed"
+        if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+            return "Triton needs a C compiler, and there is neither gcc nor clang"
+        return None
     if device_type == "cpu":
         try:
             _native()

@@ -95,7 +95,8 @@ def store_output(
         count = tl.minimum(rows - start, tiles * BLOCK_R).to(pivot.dtype)
         pointer = moments + group.to(tl.int64) * 2 * channels + channel
         tl.store(pointer, pivot + first / count, mask=channel < channels)
-        tl.store(pointer + channels, tl.maximum(second - first * first / count, 0), mask=channel < channels)
+        spread = tl.maximum(second - first * first / count, 0, propagate_nan=tl.PropagateNan.ALL)  # NaN stays NaN
+        tl.store(pointer + channels, spread, mask=channel < channels)
         if _is_last_program(tickets + block, groups):
             _combine_moments(moments, mean, var, groups, tiles * BLOCK_R, rows, channel, channels, BLOCK_T)
 
@@ -294,7 +295,8 @@ def _combine_moments(moments, mean, var, groups, group_rows, rows, channel, chan
         squares += tl.where(exists, within + off * off * count, 0)
     off = tl.sum(total, 0) / rows
     tl.store(mean + channel, pivot + off, mask=valid)
-    tl.store(var + channel, tl.maximum(tl.sum(squares, 0) / rows - off * off, 0), mask=valid)
+    variance = tl.maximum(tl.sum(squares, 0) / rows - off * off, 0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(var + channel, variance, mask=valid)
 
 
 @triton.jit

@@ -136,8 +136,9 @@ class TritonKernels(Kernels):
 
     def _tickets_for(self, maps: Tensor) -> Tensor:
         """Return the ticket counters, one per block of channels; 0 before and after every launch."""
-        if self._tickets is None:
-            self._tickets = torch.zeros(_TICKETS, dtype=torch.int32, device=maps.device)
+        blocks = triton.cdiv(maps.shape[1], _block_channels(maps.shape[1]))
+        if self._tickets is None or len(self._tickets) < blocks:
+            self._tickets = torch.zeros(max(_TICKETS, blocks), dtype=torch.int32, device=maps.device)
         return self._tickets
 
 
