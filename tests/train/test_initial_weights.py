@@ -67,7 +67,7 @@ class Code:
     [
         ("absent.pth", None, ConfigError, "there is no file"),
         ("no-run", None, StorageError, "there is no run"),
-        ("export.onnx", b"", ConfigError, "export the run as safetensors"),
+        ("export.onnx", b"", ConfigError, "or export it as safetensors"),
         ("cut.safetensors", b"\x00" * 9, CheckpointError, "damaged"),
         ("cut.pth", b"PK", CheckpointError, "damaged"),
         ("code.pth", pickle.dumps(Code(), protocol=2), CheckpointError, "damaged, or contains more than tensors"),
