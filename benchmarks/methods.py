@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +127,7 @@ class ConvMuon(torch.optim.Muon):
         """Update the weights in place, through their matrices."""
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             matrix.grad = None if weight.grad is None else _matrix(weight.grad).clone()
-        return super().step(closure)
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def pixels(
     last = last.map(lambda array: array[rows])
     batch = (_applied(batch, last) / 255.0 - mean) / std
     if last.hole is not None:
-        batch.masked_fill_(torch_ops.inside(torch.from_numpy(last.hole), batch.shape[-1]), 0.0)
+        batch.masked_fill_(torch_ops.box_mask(torch.from_numpy(last.hole), batch.shape[-1]), 0.0)
     return batch.contiguous(memory_format=torch.channels_last), last
 
 
@@ -199,7 +199,7 @@ def batches(
 def build(method: Method, seed: int) -> nn.Module:
     """Build the network; with stochastic depth each image loses a layer's new maps with a probability that rises."""
     torch.manual_seed(seed)
-    block = "reference" if "depth" in method else "fused"
+    block: Literal["reference", "fused"] = "reference" if "depth" in method else "fused"
     model = densenet(
         variant="densenet", growth_rate=16, num_layers=[2, 4, 6], compression=0.5, num_classes=10, block=block
     )
@@ -226,8 +226,8 @@ def optimizers(method: Method, model: nn.Module) -> list[tuple[torch.optim.Optim
 
 
 def sharpness_step(model: nn.Module, loss: Callable[[], Tensor], radius: float = 0.05) -> None:
-    """Replace the gradients by those at the worst nearby point: SAM (Foret et al. 2021), statistics of BatchNorm once."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    """Replace the gradients by those at the worst nearby point (SAM, Foret et al. 2021), but not BatchNorm's sums."""
+    parameters: list[Tensor] = [p for p in model.parameters() if p.grad is not None]
     norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
     steps = [p.grad * (radius / (norm + 1e-12)) for p in parameters if p.grad is not None]
     kept = [buffer.clone() for buffer in model.buffers()]
