@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from densenet_dist.errors import ConfigError, DenseNetDistError, TrainingError
+from densenet_dist.errors import ConfigError, DenseNetDistError, TrainingError, is_out_of_memory
 
 _WORD: Final = "[A-Za-z_][A-Za-z0-9_]*"  # no \w, which is not the same in every engine of regular expressions
 NAME: Final = re.compile(rf"{_WORD}(\.{_WORD})*:{_WORD}")
@@ -192,9 +192,9 @@ def user_code_errors(key: str, name: str, kind: type[DenseNetDistError] = Config
     except DenseNetDistError:
         raise
     except Exception as error:
-        kinds = {each.__name__ for each in type(error).__mro__}  # this module does not import PyTorch
+        kinds = {each.__name__ for each in type(error).__mro__}  # PyTorch is not imported here
         of_another_rank = isinstance(error, RuntimeError) and "gloo" in str(error)
-        if of_another_rank or kinds & {"OutOfMemoryError", "DistError", "AcceleratorError"}:
+        if of_another_rank or is_out_of_memory(error) or kinds & {"DistError", "AcceleratorError"}:
             raise
         raise kind(f"{key}: {name} failed: {_described(error)}") from error
 

@@ -17,6 +17,11 @@ CACHE_ENV = "DENSENET_DIST_CACHE"
 _PACKAGES = ("densenet-dist", "torch", "torchvision", "ray", "nvidia-dali-cuda130", "numpy", "tensorboard")
 
 
+def unique_suffix() -> str:
+    """Return a suffix for temporary files that differs between processes, also of containers that share a disk."""
+    return f"{os.uname().nodename}.{os.getpid()}"
+
+
 def cache_folder() -> Path:
     """Return ``$DENSENET_DIST_CACHE``, else ``densenet_dist`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
 

@@ -5,12 +5,16 @@ traceback too.
 """
 
 import errno
+import re
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from densenet_dist.credentials import without_credentials
+
+_NO_MEMORY: Final = re.compile("unable to find an engine|_ALLOC_FAILED|out of memory")
 
 
 class DenseNetDistError(Exception):
@@ -81,6 +85,12 @@ class Interrupted(DenseNetDistError):
             f"{shlex.quote(run)}{options}"
         )
         self.exit_code = 128 + number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device ran out of memory: cuDNN, cuBLAS and Triton report that as a plain RuntimeError."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # of PyTorch
+    return isinstance(error, RuntimeError) and (named or _NO_MEMORY.search(str(error)) is not None)
 
 
 def first_lines(lines: Sequence[str], most: int) -> list[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from densenet_dist.environment import unique_suffix
 from densenet_dist.errors import DamagedRecord, StorageError
 from densenet_dist.object_store import explain_storage_error, open_filesystem, temporary_folder
 
@@ -203,7 +204,7 @@ class RunFolder:
         with self._errors("cannot be written", relative):
             target = self.path / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{target.name}.{os.uname().nodename}.{os.getpid()}")
+            beside = target.with_name(f".{target.name}.{unique_suffix()}")
             with open(beside, "wb") as file:
                 file.write(gzip.compress(content, mtime=0) if relative.endswith(".gz") else content)
                 file.flush()

@@ -83,7 +83,7 @@ class ModelConfig:
     compression: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of feature maps a transition keeps (theta in the paper)."""
     drop_rate: Fraction = 0.0
-    """Fraction that dropout zeroes a value."""
+    """Probability that dropout zeroes a value."""
     block: Literal["auto", "fused", "reference"] = "auto"
     """Implementation of dense blocks. All compute the same function: reference is the plain definition; fused needs
     memory linear in depth and is usually faster; auto: the faster one, measured at the start (short runs: fused)."""

@@ -20,7 +20,7 @@ from filelock import FileLock
 from densenet_dist.data.background import map_ahead, progress_bar
 from densenet_dist.data.image_files import has_image_suffix
 from densenet_dist.data.image_folder import is_ignored
-from densenet_dist.environment import CACHE_ENV, cache_folder
+from densenet_dist.environment import CACHE_ENV, cache_folder, unique_suffix
 from densenet_dist.errors import DataError, StorageError
 from densenet_dist.object_store import explain_storage_error, open_filesystem
 
@@ -86,7 +86,7 @@ class DataStore:
         data = source.read_bytes()  # first: closing the stream of a source that fails would publish a part of it
         path, local = f"{self._prefix}/{name}", self._files.type_name == "local"
         # An object appears when it is complete.
-        partial = f"{path}.{os.uname().nodename}.{os.getpid()}.partial" if local else path
+        partial = f"{path}.{unique_suffix()}.partial" if local else path
         try:
             if local:
                 self._files.create_dir(path.rpartition("/")[0], recursive=True)

@@ -19,7 +19,7 @@ from densenet_dist.custom import is_custom
 from densenet_dist.data.augment import EVAL_CROP
 from densenet_dist.data.image_files import BadImage
 from densenet_dist.environment import git_commit, package_version
-from densenet_dist.errors import CheckpointError, ConfigError, DataError, OutOfMemory
+from densenet_dist.errors import CheckpointError, ConfigError, DataError, OutOfMemory, is_out_of_memory
 from densenet_dist.inference import formats
 from densenet_dist.inference.header import CustomModel, Header, first_problem
 from densenet_dist.inference.images import ImageLike, Unreadable, prepare, prepared
@@ -171,7 +171,9 @@ class Classifier:
     def _classify(self, pixels: Tensor, top: int, tta: bool) -> list[tuple[ClassProbability, ...]]:
         try:
             logits = self.logits(pixels, tta=tta)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemory(
                 f"{len(pixels)} images at a time do not fit into the memory of {self.device}\n"
                 "  lower --batch-size (in Python: batch_size)"

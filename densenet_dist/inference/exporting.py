@@ -19,6 +19,7 @@ from densenet_dist.custom import user_code_errors
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.data.engine import engine_class
 from densenet_dist.data.loader import EvalLoader
+from densenet_dist.environment import unique_suffix
 from densenet_dist.errors import CheckpointError, ConfigError, StorageError, storage_errors
 from densenet_dist.inference.classifier import Checkpoint, open_trained
 from densenet_dist.inference.formats import INPUT, OUTPUT, SUFFIXES, WRITERS, Format, Network, read_safetensors
@@ -104,7 +105,7 @@ def export(
     dataset = load_run_data(config, open_run(run)) if check else None
     with user_code_errors("model.variant", config.model.variant) if header.custom else nullcontext():
         contents = WRITERS[format](network, header)
-    temporary = path.with_name(f".{os.uname().nodename}-{os.getpid()}-{path.name}")  # PyTorch requires the suffix
+    temporary = path.with_name(f".{unique_suffix()}.{path.name}")  # PyTorch requires the suffix
     try:
         with storage_errors(path):
             temporary.write_bytes(contents)

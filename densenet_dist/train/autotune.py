@@ -28,7 +28,7 @@ from densenet_dist.run_folder import CHECKPOINTS_FOLDER, ENV_FILE
 from densenet_dist.schema import Config, ModelConfig
 from densenet_dist.train.context import RunContext
 from densenet_dist.train.inputs import Indices, engine_of, train_loader
-from densenet_dist.train.network import autocast, build_model
+from densenet_dist.train.network import autocast, build_model, suppress_out_of_memory
 from densenet_dist.train.ranks import broadcast, gather_objects
 
 CHOICES: Final = {
@@ -166,7 +166,7 @@ def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, image
         for form, model in models.items():
             rates[form] = max(rates[form], count / _step_seconds(model, count, *how))
 
-    try:
+    with suppress_out_of_memory():
         for model in models.values():  # builds kernels and allocates
             _step_seconds(model, 2, *how)
         measure_steps(2)
@@ -183,9 +183,8 @@ def _measure_blocks(config: Config, context: RunContext, dataset: Dataset, image
             started = time.perf_counter()
             measure_steps(count)
             remaining -= time.perf_counter() - started
-    except torch.OutOfMemoryError:
-        return Choice("fused", "the measurement ran out of memory", {})
-    return _choice(rates, max(FORMS, key=lambda form: rates[form]))
+        return _choice(rates, max(FORMS, key=lambda form: rates[form]))
+    return Choice("fused", "the measurement ran out of memory", {})
 
 
 def _step_seconds(model: nn.Module, count: int, side: int, precision: str, device: torch.device) -> float:

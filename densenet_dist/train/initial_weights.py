@@ -195,11 +195,7 @@ def _torchvision_weights(variant: str) -> dict[str, Tensor]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), digest[1])
-        except (
-            OSError,
-            HTTPException,
-            RuntimeError,
-        ) as error:  # RuntimeError: another checksum
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the checksum differs
             raise EnvironmentProblem(
                 f"model.pretrained: {url} cannot be downloaded: {error}\n"
                 f"  download it elsewhere and put it into {path.parent} (or $TORCH_HOME/hub/checkpoints)"

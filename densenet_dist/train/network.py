@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from densenet_dist.custom import is_custom, step_errors
+from densenet_dist.errors import is_out_of_memory
 from densenet_dist.model import DenseNet
 from densenet_dist.model.sync_bn import synchronize_batchnorm
 from densenet_dist.model.variants import densenet
@@ -32,8 +32,6 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 SMALLEST_BUCKET: Final = 2**20
 """Bytes below which a block's gradients are sent with those of the next: latency dominates smaller messages. DDP's
 own first bucket has the same size (``torch.distributed._DEFAULT_FIRST_BUCKET_BYTES``)."""
-_NO_MEMORY: Final = re.compile("unable to find an engine|_ALLOC_FAILED|out of memory")
-"""Messages of cuDNN, cuBLAS and Triton."""
 DEFAULT_BUCKET: Final = 25 * 2**20
 """DDP's default, in bytes."""
 
@@ -64,7 +62,7 @@ def set_determinism(config: Config, device: torch.device) -> None:
     if device.type != "cuda":
         return  # CPU kernels are deterministic at a fixed number of threads
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # takes effect when cuBLAS is initialized, later
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for Ray's workers, see `choose_device`
     torch.backends.cudnn.benchmark = not config.train.deterministic
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Deterministic mode would also fill new memory with NaN, which is slow and makes no result more deterministic.
@@ -79,11 +77,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextmanager
 def suppress_out_of_memory() -> Iterator[None]:
-    """Suppress the errors of a device without enough memory; some are plain RuntimeErrors, as of a cuDNN workspace."""
+    """Suppress the errors for which `is_out_of_memory` is true."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))):
+        if not is_out_of_memory(error):
             raise
 
 

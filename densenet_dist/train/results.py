@@ -9,7 +9,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
@@ -28,6 +27,7 @@ from densenet_dist.pages.figures import heat_overlay
 from densenet_dist.run_folder import TEST_RESULTS_FILE, RunFolder
 from densenet_dist.schema import Config
 from densenet_dist.train.context import collective
+from densenet_dist.train.network import suppress_out_of_memory
 from densenet_dist.train.ranks import gather_objects, gather_ranks
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def add_images(results: TestResults, config: Config, engine: Engine, model: nn.M
         found = loader.batch_indices.tolist()
         labels, heat = torch.tensor([predicted[index] for index in found]), None
         if has_heat_maps(model):
-            with suppress(torch.OutOfMemoryError):  # the images alone, then
+            with suppress_out_of_memory():  # the images alone, then
                 heat = grad_cam(model, batch.images, labels).cpu().numpy()
         for number, (index, image) in enumerate(zip(found, pixels.permute(0, 2, 3, 1).numpy(), strict=True)):
             overlay = None if heat is None else _png(heat_overlay(image, heat[number]))

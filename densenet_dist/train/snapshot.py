@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map_only
 from densenet_dist.config import to_dict
 from densenet_dist.custom import is_custom
 from densenet_dist.data.datasets import Dataset
+from densenet_dist.environment import unique_suffix
 from densenet_dist.errors import CheckpointError, StorageError, first_lines
 from densenet_dist.run_folder import sync
 from densenet_dist.schema import Config
@@ -141,7 +142,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint. The rename at the end makes `folder` either complete or absent."""
-    temporary = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{unique_suffix()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

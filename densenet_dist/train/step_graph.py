@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from densenet_dist.data.loader import BatchRecipe
+from densenet_dist.errors import is_out_of_memory
 
 Step: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images, targets) -> (loss, logits): forward, backward and optimizer step, all on the device."""
@@ -95,8 +96,9 @@ class StepGraph:
                 result = self._whole_step(held)
         except RuntimeError as error:  # without memory, ending the capture may fail too, before the stream is restored
             torch.cuda.set_stream(stream)
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
+            cause = error.__context__
+            if cause is not None and is_out_of_memory(cause):
+                raise cause from None
             raise
         return graph, list(held.inputs), result
 

@@ -90,7 +90,7 @@ class BackwardPass:
         self._bottlenecks, self._dropouts = list(bottlenecks), list(dropouts)
         self._d_weights: list[Tensor | None] = []  # of all units, the last one's first
         self._waiting: list[Consumer] = []
-        self._accumulator: Tensor | None = None  # G without `_waiting`; without a tail, first the maps' gradient
+        self._accumulator: Tensor | None = None  # G so far; without a tail it starts as the maps' gradient
         self._buffer: Tensor | None = None  # the memory of G
         self._d_bottleneck: Tensor | None = None  # the memory of a bottleneck's gradient, of one layer at a time
 

@@ -20,7 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from densenet_dist.environment import cache_folder
+from densenet_dist.environment import cache_folder, unique_suffix
 from densenet_dist.model.fused.types import TENSOR_CORE_CHANNELS, Unit, empty_maps, empty_statistics, merge_statistics
 from densenet_dist.model.kernels.interface import (
     BNReLU,
@@ -272,7 +272,7 @@ def faster_native_sizes(kernels: NativeKernels, threads: int) -> frozenset[int]:
     faster = frozenset(size for size, (native, onednn) in times.items() if native <= onednn)
     record = {str(size): "own" if size in faster else "onednn" for size in KERNEL_SIZES}
     figures = {f"{size}_ms": [round(1e3 * seconds, 3) for seconds in pair] for size, pair in times.items()}
-    temporary = file.with_name(f"{file.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary = file.with_name(f"{file.name}.{unique_suffix()}")
     try:
         temporary.write_text(json.dumps(record | figures) + "\n")
         try:
