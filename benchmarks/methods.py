@@ -1,6 +1,6 @@
 """Which training methods help a small DenseNet on CIFAR-10, with seeds shared by all: an experiment, in one plain loop.
 
-    python benchmarks/methods.py DATA --methods plain muon sam --seeds 3 --out methods.jsonl
+    python benchmarks/methods.py DATA --methods plain muon_0.01 sam_2 --seeds 0 1 --out methods.jsonl
 
 The network and the recipe are those of configs/cifar10_small.yaml. It is trained on some images of the training set and
 evaluated (moving average of the weights) on its last 10,000; the test set is not touched. One process uses one thread:
@@ -31,11 +31,12 @@ from densenet_dist.data.datasets import load_dataset
 from densenet_dist.model.dense_block import DenseLayer
 from densenet_dist.model.variants import densenet
 from densenet_dist.schedules import ScheduleState, one_cycle
-from densenet_dist.train.optim import WeightAverage
+from densenet_dist.schema import OptimizerConfig
+from densenet_dist.train.optim import WeightAverage, build_optimizer
 
 BATCH, LR, DECAY, HELD_OUT = 128, 0.2, 5e-4, 10_000
 Method = dict[str, Any]
-"""Settings: ``augmentation``, ``draw`` (replaces `augment.draw`), ``optimizer``, ``lr``, ``depth``, ``sam``,
+"""Settings: ``augmentation``, ``draw`` (replaces `augment.draw`), ``muon`` (its learning rate), ``depth``, ``sam``,
 ``mix_until`` (share of the epochs with mixing)."""
 
 
@@ -105,33 +106,10 @@ METHODS: dict[str, Method] = {
     "sam": {"sam": 1},
     "sam_2": {"sam": 2},
     "sam_5": {"sam": 5},
+    "muon_0.005": {"muon": 0.005},
+    "muon_0.01": {"muon": 0.01},
     "muon_0.02": {"muon": 0.02},
-    "muon_0.05": {"muon": 0.05},
-    "muon_0.1": {"muon": 0.1},
-    "muon_0.2": {"muon": 0.2},
 }
-
-
-class ConvMuon(torch.optim.Muon):
-    """`torch.optim.Muon` for convolutions: each weight is a matrix (out, in * height * width)."""
-
-    def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        # Views of the weights' memory, of any layout: the columns' order does not matter.
-        self.weights = weights
-        self.matrices = [nn.Parameter(_matrix(weight.data)) for weight in weights]
-        assert all(m.data_ptr() == w.data_ptr() for m, w in zip(self.matrices, weights, strict=True))
-        super().__init__(self.matrices, lr=lr, weight_decay=weight_decay)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update the weights in place, through their matrices."""
-        for weight, matrix in zip(self.weights, self.matrices, strict=True):
-            matrix.grad = None if weight.grad is None else _matrix(weight.grad).clone()
-        return super().step(closure)  # type: ignore[no-untyped-call]
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 2, 3, 1).flatten(1)
 
 
 def pixels(
@@ -210,19 +188,14 @@ def build(method: Method, seed: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def optimizers(method: Method, model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Return the optimizers, each with its peak learning rate."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    found: list[tuple[torch.optim.Optimizer, float]] = []
+def build_optimizer_of(method: Method, model: nn.Module) -> tuple[torch.optim.Optimizer, float]:
+    """Return the optimizer, and its peak learning rate."""
     if "muon" in method:
-        # Its decay is decoupled: lr * weight_decay is chosen as for SGD, 0.2 * 5e-4.
-        convolutions = [p for p in decayed if p.ndim == 4]
-        found.append((ConvMuon(convolutions, method["muon"], LR * DECAY / method["muon"]), method["muon"]))
-        decayed = [p for p in decayed if p.ndim == 2]
-    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    found.append((torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True, fused=True), LR))
-    return found
+        # Its decay is decoupled: lr * weight_decay is that of the others.
+        lr, config = method["muon"], OptimizerConfig("muon", momentum=0.95, weight_decay=LR * DECAY / method["muon"])
+    else:
+        lr, config = LR, OptimizerConfig("sgd", momentum=0.9, weight_decay=DECAY)
+    return build_optimizer(model, config, lr), lr
 
 
 def sharpness_step(model: nn.Module, loss: Callable[[], Tensor], radius: float = 0.05) -> None:
@@ -247,16 +220,15 @@ def train(name: str, seed: int, epochs: int, limit: int, data: Any) -> dict[str,
     images, labels = data.train.images[:limit], torch.from_numpy(np.asarray(data.train.labels[:limit]))
     stats = tuple(torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
     model = build(method, seed)
-    average, chosen = WeightAverage(model, 0.995), optimizers(method, model)
+    average, (optimizer, peak) = WeightAverage(model, 0.995), build_optimizer_of(method, model)
     steps_per_epoch = len(images) // BATCH
     steps, step, started, trained = steps_per_epoch * epochs, 0, time.perf_counter(), 0.0
     for epoch in range(epochs):
         for batch, targets in batches(method, images, labels, epoch, epochs, seed, stats):
-            for optimizer, peak in chosen:
-                state = ScheduleState(step, 0, steps, steps_per_epoch, peak)
-                lr = one_cycle(state, pct_start=0.2, div_factor=25.0, final_div_factor=1e4, anneal="linear")
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+            state = ScheduleState(step, 0, steps, steps_per_epoch, peak)
+            lr = one_cycle(state, pct_start=0.2, div_factor=25.0, final_div_factor=1e4, anneal="linear")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
             def loss(batch: Tensor = batch, targets: Tensor = targets) -> Tensor:
                 return F.cross_entropy(model(batch), targets)
@@ -265,8 +237,7 @@ def train(name: str, seed: int, epochs: int, limit: int, data: Any) -> dict[str,
             value.backward()
             if method.get("sam") and step % method["sam"] == 0:
                 sharpness_step(model, loss)
-            for optimizer, _ in chosen:
-                optimizer.step()
+            optimizer.step()
             model.zero_grad()
             average.update(step)
             step, trained = step + 1, value.item()

@@ -71,13 +71,15 @@ def conflicts(config: Config) -> Iterator[str]:
         yield f"train.schedule.final_lr: {schedule.final_lr:g} is above train.lr={train.lr:g}"
     if train.cuda_graph and train.precision == "fp16":
         yield "train.cuda_graph: fp16 decides on the CPU whether to skip a step; use train.precision=bf16 (or fp32)"
+    if train.cuda_graph and train.optimizer.name == "muon":
+        yield "train.cuda_graph: PyTorch's Muon reads its learning rate on the CPU; use another train.optimizer.name"
     if train.cuda_graph and train.grad_accum_steps > 1:
         yield "train.cuda_graph: a captured step has one micro-batch; leave train.grad_accum_steps at 1"
     if train.compile and train.bucket_mb is not None and train.bucket_mb < 1:
         yield f"train.bucket_mb: must be at least 1 with train.compile=true, not {train.bucket_mb:g}"
     if train.profile is not None and not 0 < train.profile[1] - train.profile[0] <= 100:
         yield f"train.profile: must be up to 100 steps, [START, STOP] with START below STOP, not {list(train.profile)}"
-    if train.optimizer.nesterov and train.optimizer.name == "sgd" and train.optimizer.momentum == 0:
+    if train.optimizer.nesterov and train.optimizer.name in ("sgd", "muon") and train.optimizer.momentum == 0:
         yield "train.optimizer.nesterov: needs momentum > 0; set nesterov=false or a momentum"
     for name in config.cluster.variables:
         if re.search("key|secret|token|passw|credential", name, re.IGNORECASE):

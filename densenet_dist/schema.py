@@ -173,18 +173,19 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer."""
 
-    name: Literal["adam", "adamw", "sgd"] | CustomName = "sgd"
-    """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum; or your own."""
+    name: Literal["adam", "adamw", "muon", "sgd"] | CustomName = "sgd"
+    """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum; muon: for
+    convolutions, and adamw for other parameters, both with learning rates as for adamw; or your own."""
     momentum: Fraction = 0.9
-    """SGD only."""
+    """SGD and Muon only."""
     nesterov: bool = True
-    """SGD only."""
+    """SGD and Muon only."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Adam and AdamW only."""
+    """Adam, AdamW and Muon (for other parameters) only."""
     eps: PositiveFloat = 1e-8
-    """Adam and AdamW only. (Keras' default is 1e-7.)"""
+    """Adam, AdamW and Muon (for other parameters) only. (Keras' default is 1e-7.)"""
     weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, adam) or decoupled decay (adamw, muon)."""
     decay: Literal["all", "weights"] = "weights"
     """What weight_decay applies to: weights (not biases or BatchNorm's gamma and beta), or all, as in the paper."""
 

@@ -147,6 +147,7 @@ def test_what_is_wrong_is_one_line_with_its_key_and_a_suggestion(setting, proble
         ("train.schedule.warmup_epochs: 3 must be less", "train.epochs=3", "train.schedule.warmup_epochs=3"),
         ("train.schedule.final_lr: 1 is above train.lr", "train.schedule.final_lr=1"),
         ("train.cuda_graph: fp16 decides on the CPU", "train.cuda_graph=true", "train.precision=fp16"),
+        ("train.cuda_graph: PyTorch's Muon", "train.cuda_graph=true", "train.optimizer.name=muon"),
         ("train.bucket_mb: must be at least 1 with train.compile", "train.bucket_mb=0.5", "train.compile=true"),
         ("train.optimizer.nesterov: needs momentum > 0", "train.optimizer.momentum=0"),
         ("train.freeze[1]: Input should be 'stem' or greater than or equal to 1; got 0", "train.freeze=[stem, 0]"),

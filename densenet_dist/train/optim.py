@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -57,8 +57,59 @@ def build_optimizer(
         for parameter in parameters if config.momentum > 0 else ():  # PyTorch's are garbage if step 1 is skipped
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
+    if config.name == "muon":
+        return Muon(groups, lr, config)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return adam(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the weights of convolutions, `torch.optim.AdamW` for all other parameters.
+
+    Muon takes a weight (K, C, h, w) as a matrix of K rows. Its updates are as large as AdamW's, so both use the same
+    learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982). `state` and `param_groups` hold the model's
+    parameters, as in other optimizers; the two inner optimizers read them in each step.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, config: OptimizerConfig) -> None:
+        super().__init__(groups, {"lr": lr, "fused": True})
+        self._matrices: list[tuple[nn.Parameter, nn.Parameter]] = []
+        muon_groups, adam_groups = [], []
+        for group in self.param_groups:
+            weights = [parameter for parameter in group["params"] if _is_conv(parameter)]
+            matrices = [nn.Parameter(_matrix(weight, weight.detach())) for weight in weights]
+            self._matrices += zip(weights, matrices, strict=True)
+            muon_groups.append({**group, "params": matrices})
+            adam_groups.append({**group, "params": [p for p in group["params"] if not _is_conv(p)]})
+        for weight, _ in self._matrices:
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        self._muon = torch.optim.Muon(
+            muon_groups, momentum=config.momentum, nesterov=config.nesterov, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adam = torch.optim.AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters; `closure` is not supported."""
+        for own, *inner in zip(self.param_groups, self._muon.param_groups, self._adam.param_groups, strict=True):
+            for group in inner:
+                group["lr"] = own["lr"]
+        for weight, matrix in self._matrices:
+            matrix.grad = None if weight.grad is None else _matrix(weight, weight.grad)
+            self._muon.state[matrix]["momentum_buffer"] = _matrix(weight, self.state[weight]["momentum_buffer"])
+        self._adam.state = self.state  # loading a state replaces it
+        self._muon.step()
+        self._adam.step()
+
+
+def _is_conv(parameter: Tensor) -> bool:
+    return parameter.ndim > 2
+
+
+def _matrix(weight: Tensor, values: Tensor) -> Tensor:
+    """Return values of a weight's shape as a matrix (K, n); a view, if they have its memory layout."""
+    inner = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
+    return values.permute(0, *inner).flatten(1)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -71,12 +122,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
         ValueError: the state does not fit the optimizer's parameters.
     """
     own = optimizer.state_dict()
-    keys = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups, own_groups = ([group["params"] for group in each["param_groups"]] for each in (saved, own))
-    if groups != own_groups or any(values.keys() != keys for values in saved["state"].values()):
-        raise ValueError("the state is that of another optimizer, or not complete")
+    if groups != own_groups:
+        raise ValueError("the state is that of another optimizer")
     for number, values in saved["state"].items():
+        momentum = "momentum_buffer" in own["state"].get(number, ())
+        if values.keys() != ({"momentum_buffer"} if momentum else {"step", "exp_avg", "exp_avg_sq"}):
+            raise ValueError("the state is that of another optimizer, or not complete")
         for key, value in values.items():
             if not _fits(value, torch.zeros(()) if key == "step" else parameters[number]):
                 raise ValueError(f"the optimizer's {key} of parameter {number} does not fit")

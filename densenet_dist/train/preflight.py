@@ -111,7 +111,7 @@ def require_memory(config: Config, num_classes: int, device: torch.device, train
         trained, evaluated = min(trained, 1), min(evaluated, 1)
     train, side = config.train, config.data.resolved_image_size
     net = variant_architecture(**config.model.network, num_classes=num_classes, image_size=side)
-    state = {"adam": 2, "adamw": 2, "sgd": int(train.optimizer.momentum > 0)}.get(train.optimizer.name, 0)
+    state = {"adam": 2, "adamw": 2, "muon": 1, "sgd": int(train.optimizer.momentum > 0)}.get(train.optimizer.name, 0)
     values = max(trained * sum(net.block_values()), evaluated * max(net.block_values()))
     needed = net.num_parameters() * 4 * (2 + state if trained else 1) + values * (4 if train.precision == "fp32" else 2)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -163,6 +163,31 @@ def test_early_stopping(min_delta, losses, stops_after):
     assert stopped == [epoch == stops_after for epoch in range(1, len(losses) + 1)]
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_muon_updates_matrices_of_convolutions_and_adamw_the_rest(memory_format):
+    ours, plain = (net().to(memory_format=memory_format) for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.5}
+    config = OptimizerConfig(name="muon", weight_decay=0.5, decay="all", momentum=0.8)
+    optimizer = build_optimizer(ours, config, 0.1)
+    others = torch.optim.AdamW([p for p in plain.parameters() if p.ndim < 4], eps=1e-8, **settings)
+    order = (0, 2, 3, 1) if memory_format == torch.channels_last else (0, 1, 2, 3)
+    weights = [p for p in plain.parameters() if p.ndim == 4]
+    matrices = [nn.Parameter(p.detach().permute(order).flatten(1)) for p in weights]  # in the memory of the weights
+    muon = torch.optim.Muon(matrices, momentum=0.8, adjust_lr_fn="match_rms_adamw", **settings)
+    for lr in (0.1, 0.02):
+        for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
+            theirs.grad = torch.randn_like(theirs)
+            mine.grad = theirs.grad.clone()
+        for matrix, weight in zip(matrices, weights, strict=True):
+            matrix.grad = weight.grad.permute(order).flatten(1)
+        for group in (*optimizer.param_groups, *others.param_groups, *muon.param_groups):
+            group["lr"] = lr
+        for each in (optimizer, others, muon):
+            each.step()
+    assert len(weights) > 3
+    torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()), rtol=1e-5, atol=1e-6)
+
+
 def test_batchnorm_and_biases_are_spared_the_decay_and_frozen_parameters_left_out():
     model = net()
     model.features.conv0.weight.requires_grad_(False)

@@ -34,6 +34,7 @@ EVERYTHING = [
 CASES = {
     "fp32 sgd, parts": ["train.grad_accum_steps=3", "train.freeze=[stem, 1]", "train.head_lr=0.02"],
     "bf16 adamw": ["train.precision=bf16", "train.optimizer.name=adamw", "train.optimizer.weight_decay=0.1"],
+    "fp32 muon": ["train.optimizer.name=muon", "train.optimizer.weight_decay=0.01", "train.lr=0.01"],
     "fp16 adam": ["train.precision=fp16", "train.optimizer.name=adam", "train.lr=0.003"],
     "fp32 sgd, DALI, mixed, balanced": [
         "data.sampler=balanced",
@@ -179,7 +180,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, parts):
     assert records(torn) != records(whole)  # it was another sum, after all
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_with_it(tmp_path, optimizer):
     """PyTorch's fused optimizers write beyond a momentum buffer that is smaller than its parameter."""
     settings = ("train.ema_decay=0.9", "train.precision=fp16", "log.every_steps=9")
