@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 LIMITS = {
-    "lines of densenet_dist": 21_700,
+    "lines of densenet_dist": 21_760,
     "lines of the main path": 3_000,
     "lines of the training loop": 120,
     "lines of tests": 16_000,

@@ -5,10 +5,12 @@ libjpeg reports damage on C's standard error only, which is captured per thread.
 """
 
 import ctypes
+import errno
 import io
 import os
 import stat
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _MAGIC = (b"\xff\xd8\xff", _PNG, b"RIFF")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
 _MAX_BYTES = 2 << 30
+_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of network file systems
+_RETRY_S = 1.0
 _DAMAGED = "cut short or damaged"
 UNREADABLE = "cannot be read"  # the start of reasons that may change although the file does not
 
@@ -183,7 +187,7 @@ def verify_image(path: Path) -> Verdict:
     return width, height, zlib.crc32(data.data)
 
 
-def _read(path: Path) -> npt.NDArray[np.uint8]:
+def _read(path: Path, tries: int = 3) -> npt.NDArray[np.uint8]:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -194,6 +198,9 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise BadImage(f"{UNREADABLE}: it does not exist, or is a broken link") from error
     except (OSError, ValueError) as error:
+        if tries > 1 and getattr(error, "errno", None) in _TRANSIENT:
+            time.sleep(_RETRY_S)
+            return _read(path, tries - 1)
         raise BadImage(f"{UNREADABLE}: {getattr(error, 'strerror', None) or error}") from error
     if not len(data):
         raise BadImage("empty file")

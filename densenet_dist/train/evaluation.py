@@ -38,7 +38,7 @@ from densenet_dist.train.inputs import (
     train_and_val,
 )
 from densenet_dist.train.network import autocast, build_model, free_memory, suppress_out_of_memory
-from densenet_dist.train.preflight import require_memory
+from densenet_dist.train.preflight import check_device
 from densenet_dist.train.ranks import gather_objects, sync_from_rank0
 from densenet_dist.train.results import (
     ClassCounts,
@@ -256,7 +256,7 @@ def prepare_evaluation(
     if not len(indices):
         raise ConfigError(f"the run {folder.uri} has no images of this split (data.val_fraction=0): --split {split}")
     evaluated = min(config.train.eval_batch_size, len(indices))
-    require_memory(config, dataset.num_classes, context.device, 0, evaluated)
+    check_device(config, dataset.num_classes, context.device, 0, evaluated)
     sizes = dataset.num_classes, dataset.image_size
     model = trained_model(folder, config.model, snapshot, *sizes, config.options.model)
     # Measuring both loaders would take longer than it saves in a single pass.

@@ -59,7 +59,7 @@ def check_data(
     check_batches(config, num_train, {world_size, *others})
     trained = max(1, min(train.global_batch_size, num_train) // world_size // train.grad_accum_steps)
     evaluated = min(train.eval_batch_size, max(num_val, len(dataset.test.labels)) // world_size)
-    require_memory(config, dataset.num_classes, device, trained, evaluated)
+    check_device(config, dataset.num_classes, device, trained, evaluated)
 
 
 def check_batches(config: Config, num_images: int, world_sizes: Iterable[int]) -> None:
@@ -98,13 +98,18 @@ def least_images(config: Config, ranks: int) -> int:
     return 2 if trains_last_block and architecture.block_sides()[-1] == 1 else 1
 
 
-def require_memory(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
-    """Raise a ConfigError, before anything is built, if the configuration needs more memory than `device` has.
+def check_device(config: Config, num_classes: int, device: torch.device, trained: int, evaluated: int) -> None:
+    """Raise a ConfigError, before anything is built, if `device` lacks the memory or the precision that is configured.
 
-    The lower bound counts weights, gradients, the optimizer's state, and the feature maps of `trained` images in all
-    dense blocks or of `evaluated` images in the largest block; of one on a GPU, where batches are divided if necessary.
-    What a custom model needs is unknown.
+    The least memory is that of weights, gradients, the optimizer's state, and the feature maps of `trained` images in
+    all dense blocks or of `evaluated` images in the largest block; of one on a GPU, where batches are divided if
+    necessary. What a custom model needs is unknown.
     """
+    if device.type == "cuda" and config.train.precision == "bf16":
+        import torch
+
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError("train.precision=bf16: needs a GPU of the Ampere generation or newer; use fp16")
     if custom.is_custom(config.model.variant):
         return
     if device.type == "cuda":

@@ -1,10 +1,13 @@
 """Pictures in class folders are found, read as Pillow reads them, and refused with a reason where they are bad."""
 
+import errno
 import io
 import json
 import os
 import struct
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,8 @@ import pytest
 from image_loaders import picture_kinds, png_chunk
 from PIL import Image, ImageOps
 
-from densenet_dist.data import image_folder
-from densenet_dist.data.image_files import Verdict
+from densenet_dist.data import image_files, image_folder
+from densenet_dist.data.image_files import BadImage, Verdict, decode_any
 from densenet_dist.data.image_folder import Folder, read_folder
 from densenet_dist.errors import DataError
 
@@ -269,6 +272,22 @@ class TestBadImages:
         assert all(FOUND[name] == reason for name, reason in (line.strip().split(": ", 1) for line in shown))
         assert more == f"  ... and {total - 10} more"
         assert mend == "  delete or convert them, or leave them out: data.on_bad_image=skip"
+
+
+@pytest.mark.parametrize("faults", [2, 3])
+def test_a_fault_of_a_network_disk_that_passes_is_not_an_error(tmp_path: Path, monkeypatch: Any, faults: int) -> None:
+    put(tmp_path, "a.png")
+    left = [OSError(errno.ESTALE, "Stale file handle")] * faults
+
+    def stat(path: Path) -> os.stat_result:
+        if left:
+            raise left.pop()
+        return path.stat()
+
+    monkeypatch.setattr(image_files, "_RETRY_S", 0)
+    monkeypatch.setattr(image_files, "os", SimpleNamespace(stat=stat))
+    with pytest.raises(BadImage, match="Stale file handle") if faults == 3 else nullcontext():
+        decode_any(tmp_path / "a.png")
 
 
 class TestCache:

@@ -21,7 +21,7 @@ from densenet_dist.train.evaluation import evaluate, evaluate_model
 from densenet_dist.train.inputs import train_and_val
 from densenet_dist.train.loop import train_epoch, train_step
 from densenet_dist.train.network import build_model
-from densenet_dist.train.preflight import check_batches, require_memory
+from densenet_dist.train.preflight import check_batches, check_device
 from densenet_dist.train.snapshot import Position
 from densenet_dist.train.trainer import Trainer
 
@@ -49,9 +49,15 @@ PLAIN = {
 )
 def test_batches_larger_than_memory_are_refused(tmp_path, trained, evaluated, precision, need):
     config, cpu = tiny(tmp_path, f"train.precision={precision}"), torch.device("cpu")
-    require_memory(config, 10, cpu, 64, 500)
+    check_device(config, 10, cpu, 64, 500)
     with pytest.raises(ConfigError, match=f"1,000,000,000 images of 32x32 at a time need {need} GiB"):
-        require_memory(config, 10, cpu, trained, evaluated)
+        check_device(config, 10, cpu, trained, evaluated)
+
+
+def test_a_gpu_without_bf16_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(ConfigError, match=r"train\.precision=bf16: needs a GPU"):
+        check_device(tiny(tmp_path, "train.precision=bf16"), 10, torch.device("cuda"), 64, 500)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -167,8 +167,7 @@ def test_early_stopping(min_delta, losses, stops_after):
 def test_muon_updates_matrices_of_convolutions_and_adamw_the_rest(memory_format):
     ours, plain = (net().to(memory_format=memory_format) for _ in range(2))
     settings = {"lr": 0.1, "weight_decay": 0.5}
-    config = OptimizerConfig(name="muon", weight_decay=0.5, decay="all", momentum=0.8)
-    optimizer = build_optimizer(ours, config, 0.1)
+    optimizer = build_optimizer(ours, OptimizerConfig("muon", weight_decay=0.5, decay="all", momentum=0.8), 0.1)
     others = torch.optim.AdamW([p for p in plain.parameters() if p.ndim < 4], eps=1e-8, **settings)
     order = (0, 2, 3, 1) if memory_format == torch.channels_last else (0, 1, 2, 3)
     weights = [p for p in plain.parameters() if p.ndim == 4]
