@@ -16,8 +16,8 @@ from densenet_dist.model.kernels import build
 from densenet_dist.model.kernels.interface import Consumer, Dropout, Kernels, Norm, NormGrad, Statistics
 from densenet_dist.model.kernels.native import NativeKernels
 
-# Kernels work on chunks of about 128 pixels (3x3: whole image rows), threads on 256 or more, products on tiles of three
-# vectors of 2 to 16 values. These shapes have all kinds of remainders.
+# Kernels work on chunks of 128 pixels (3x3: on 16 or 32 squares of 4 x 4 pixels), threads on 256 or more, products on
+# tiles of three vectors of 2 to 16 values. These shapes have all kinds of remainders.
 CASES = [
     ((1, 1, 1, 1), 1, 1),
     ((1, 130, 1, 1), 17, 1),
@@ -34,8 +34,10 @@ CASES = [
     ((3, 48, 32, 32), 12, 3),
     ((2, 35, 16, 16), 35, 3),
     ((2, 20, 5, 7), 49, 3),
-    ((1, 9, 2, 300), 3, 3),  # an image row longer than a strip
-    ((2, 130, 23, 9), 17, 3),  # the last strip has another height
+    ((1, 9, 2, 300), 3, 3),  # 75 squares, cut off at the bottom
+    ((2, 130, 23, 9), 17, 3),
+    ((9, 5, 65, 130), 3, 3),  # 561 squares per image: more than are kept at a time
+    ((70, 50, 8, 8), 5, 3),  # several images at a time, the last time fewer
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}  # of sums of up to 67,405 terms
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -143,11 +145,12 @@ def test_relu_signs_equal_those_of_bn_relu(native: NativeKernels, dtype: torch.d
     identity, sums = torch.eye(35, dtype=dtype)[:, :, None, None], draw.normal(2, 35)
     identity = F.pad(identity, [side // 2] * 4)
     native.convolve(maps, norm, identity, None, slot, None)
-    assert torch.equal(slot, rectified)
+    if side == 1:  # the 3x3 convolution rounds
+        assert torch.equal(slot, rectified)
 
     native.convolve_backward(maps, NormGrad(norm, sums, None), identity, torch.ones_like(maps), None, total, None)
     assert torch.equal(rectified > 0, total != 0)
-    assert torch.equal(sums[0].double(), (rectified > 0).double().sum((0, 2, 3)))
+    close(sums[0], (rectified > 0).double().sum((0, 2, 3)), 1e-15 if side == 1 else TOLERANCE[dtype])
     assert (total[0, ::2] == 0).all()  # no gradient where y is 0
     assert 0.1 < (rectified[1:] > 0).double().mean() < 0.9
 

@@ -59,9 +59,10 @@ struct Affine {
 };
 
 template <typename T, typename O, typename A>
-inline void rectify(int64_t channels, const T *__restrict from, const Affine<A> &norm, O *__restrict to) {
-  const A *__restrict scale = norm.scale.data();
-  const A *__restrict shift = norm.shift.data();
+inline void rectify(int64_t channels, const T *__restrict from, const Affine<A> &norm, O *__restrict to,
+                    int64_t first = 0) {
+  const A *__restrict scale = norm.scale.data() + first;
+  const A *__restrict shift = norm.shift.data() + first;
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     const A y = load(from + c) * scale[c] + shift[c];

@@ -76,7 +76,8 @@ void conv1x1_backward(const ConvolutionBackward<A> &conv) {
                  weights.ld, d_rectified.row(0), d_rectified.ld);
         std::fill(sums.begin(), sums.end(), A(0));
         for (int64_t row = first; row < last; ++row)
-          conv.add_row(row, rectified.row(row - first), d_rectified.row(row - first), norm.scale.data(), sums.data());
+          conv.add_row(row, rectified.row(row - first), d_rectified.row(row - first), norm.scale.data(), sums.data(), 0,
+                       channels);
         for (int64_t c = 0; c < width; ++c) partial[group * width + c] += sums[c];
       }
     }

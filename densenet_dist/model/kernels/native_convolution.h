@@ -53,13 +53,16 @@ struct ConvolutionBackward : Convolution<A> {
   int64_t ldo;
   A *sums, *d_weight;
 
-  // Compute one row of `out` from the rectified row and its gradient, and add to the row's sums.
-  void add_row(int64_t row, const A *rectified, const A *d_rectified, const A *scale, A *sum) const {
-    const A *values = this->x + row * this->ldx;
+  // Compute `count` channels of one row of `out` from the rectified row and its gradient, and add to the row's sums.
+  void add_row(int64_t row, const A *rectified, const A *d_rectified, const A *scale, A *sum, int64_t first,
+               int64_t count) const {
+    const A *values = this->x + row * this->ldx + first, *means = this->mean + first;
+    A *to = out + row * ldo + first;
     if (accumulator == nullptr)
-      add_row<false>(values, rectified, d_rectified, scale, nullptr, out + row * ldo, sum);
+      add_row<false>(count, values, means, rectified, d_rectified, scale + first, nullptr, to, sum);
     else
-      add_row<true>(values, rectified, d_rectified, scale, accumulator + row * ldc, out + row * ldo, sum);
+      add_row<true>(count, values, means, rectified, d_rectified, scale + first, accumulator + row * ldc + first, to,
+                    sum);
   }
 
   // Add up the sums of all groups, (groups, 2, channels), in order.
@@ -75,12 +78,12 @@ struct ConvolutionBackward : Convolution<A> {
  private:
   // `kCarried` is a template argument because a masked vector load from a null pointer takes a slow, silent fault.
   template <bool kCarried>
-  void add_row(const A *__restrict values, const A *__restrict rectified, const A *__restrict d_rectified,
-               const A *__restrict scale, const A *before, A *to, A *__restrict sum) const {
-    const A *__restrict means = this->mean;
-    A *__restrict moment = sum + this->channels;
+  static void add_row(int64_t count, const A *__restrict values, const A *__restrict means,
+                      const A *__restrict rectified, const A *__restrict d_rectified, const A *__restrict scale,
+                      const A *before, A *to, A *__restrict sum) {
+    A *__restrict moment = sum + count;
 #pragma omp simd
-    for (int64_t c = 0; c < this->channels; ++c) {
+    for (int64_t c = 0; c < count; ++c) {
       const A g = rectified[c] <= 0 ? A(0) : d_rectified[c];
       to[c] = kCarried ? before[c] + scale[c] * g : scale[c] * g;
       sum[c] += g;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 namespace {
@@ -96,11 +97,20 @@ void multiply(int64_t rows, int64_t columns, const Left<A> &left, const A *right
   }
 }
 
+// Memory that begins at a cache line, so that no vector of a row crosses two.
+template <typename A>
+struct Aligned {
+  using value_type = A;
+  static constexpr std::align_val_t kLine{64};
+  A *allocate(size_t count) { return static_cast<A *>(::operator new(count * sizeof(A), kLine)); }
+  void deallocate(A *values, size_t) { ::operator delete(values, kLine); }
+};
+
 // A matrix whose rows are padded to whole vectors; padding is initially 0.
 template <typename A>
 struct Matrix {
   int64_t ld;
-  std::vector<A> values;
+  std::vector<A, Aligned<A>> values;
   Matrix(int64_t rows, int64_t columns) : ld(padded<A>(columns)), values(rows * ld) {}
   A *row(int64_t number) { return values.data() + number * ld; }
   const A *row(int64_t number) const { return values.data() + number * ld; }
