@@ -16,8 +16,8 @@ from densenet_dist.model.kernels import build
 from densenet_dist.model.kernels.interface import Consumer, Dropout, Kernels, Norm, NormGrad, Statistics
 from densenet_dist.model.kernels.native import NativeKernels
 
-# Kernels work on chunks of 128 pixels (3x3: on 16 or 32 squares of 4 x 4 pixels), threads on 256 or more, products on
-# tiles of three vectors of 2 to 16 values. These shapes have all kinds of remainders.
+# Kernels work on chunks of 128 pixels (3x3: 16 or 32 tiles of 4 x 4 pixels), threads on 256 pixels or more (3x3: whole
+# images), products on three vectors of 2 to 16 values. These shapes have all kinds of remainders.
 CASES = [
     ((1, 1, 1, 1), 1, 1),
     ((1, 130, 1, 1), 17, 1),
@@ -35,22 +35,20 @@ CASES = [
     ((2, 35, 16, 16), 35, 3),
     ((2, 20, 5, 7), 49, 3),
     ((2, 130, 23, 9), 17, 3),
-    ((9, 5, 65, 130), 3, 3),  # 561 squares per image: more than are kept at a time
+    ((65, 1, 1, 2045), 2, 3),  # two images of one thread, one after the other
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}  # of sums of up to 67,405 terms
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_side = pytest.mark.parametrize("side", [1, 3])
 
 
-@pytest.fixture(scope="module", params=["this processor", "AVX2"])
+@pytest.fixture(scope="module", params=["native", "haswell", "x86-64"])
 def native(request: pytest.FixtureRequest) -> NativeKernels:
-    """The kernels for this processor, and with AVX-512 also those for AVX2."""
-    if request.param == "this processor":
-        return NativeKernels()
-    if "avx512f" not in build._processor():
-        pytest.skip("the kernels of this processor are those for AVX2, or it has none")
+    """The kernels for this processor, and on x86 those for AVX2 and for SSE2: vectors of 8 and 4 float32."""
+    if request.param != "native" and "avx2" not in build._processor():
+        pytest.skip("not a processor with AVX2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXXFLAGS", "-march=haswell")
+        patch.setenv("CXXFLAGS", f"-march={request.param}")
         return NativeKernels(build.native_library.__wrapped__())
 
 
@@ -154,7 +152,7 @@ def test_relu_signs_equal_those_of_bn_relu(native: NativeKernels, dtype: torch.d
 
 @each_side
 @pytest.mark.parametrize("where", ["maps", "weight", "d_made", "accumulator"])
-def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: str, side: int) -> None:
+def test_nan_reaches_the_same_tensors_as_through_a_convolution(native: NativeKernels, where: str, side: int) -> None:
     for row in (0, 1080, 1124):  # of 1125; the last chunk reuses memory
         layer = Layer.draw((5, 17, 15, 15), 9, side, torch.float32)
         layer.weight[4, 5] = 0  # times NaN is NaN
@@ -178,8 +176,8 @@ def test_nan_propagates_as_through_a_convolution(native: NativeKernels, where: s
 
 
 def test_the_faster_convolutions_are_chosen_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path))
     kernels, measured = NativeKernels(), convolutions._time_layer
+    monkeypatch.setenv("DENSENET_DIST_CACHE", str(tmp_path))
     assert all(seconds > 0 for side in (1, 3) for seconds in measured(kernels, side))
     monkeypatch.setattr(convolutions, "_time_layer", lambda _, side: (2.0, 1.0) if side == 1 else (1.0, 2.0))
     choose = convolutions.faster_native_sizes.__wrapped__  # without the process-wide cache

@@ -2,7 +2,8 @@
 // takes a few seconds and works with every version of torch. Maps are rows of channels, one row per pixel, `ld`
 // elements apart.
 //
-// Sums are computed for fixed chunks of rows and added up in order, so any number of threads gives the same bits.
+// Sums are computed for chunks that depend on the shape only and added up in order, so any number of threads gives the
+// same bits.
 
 #include "native_common.h"
 #include "native_conv1x1.h"

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t kChunk = 128;   // rows summed in the accumulation type, while they are in the L1 cache
-constexpr int64_t kGroup = 1024;  // rows that one thread sums, in double
+constexpr int64_t kGroup = 1024;  // rows that one thread sums, in double (3x3: whole images)
 
 struct bfloat16 {
   uint16_t bits;
@@ -87,7 +87,7 @@ inline void drop(int64_t channels, const S *from, const uint8_t *kept, A factor,
 //
 //   chunk 0..127: mean, M2 -> group 0 (rows 0..1023): 8 chunks, added in order by one thread -> all groups, in order
 //
-// The order depends on the number of rows only, so any number of threads gives the same bits.
+// The order depends on the shape only, so any number of threads gives the same bits.
 template <typename A>
 class Moments {
  public:

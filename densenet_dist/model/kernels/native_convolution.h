@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t kMaxGradients = 64;  // partial gradients of a weight, each summed by one thread
+constexpr int64_t kMaxGradients = 64;  // most partial gradients of a weight, each summed by one thread
 
 // conv(relu(norm(x))) with stride 1 and "same" padding with zeros. native.py declares the same three structures.
 template <typename A>
@@ -92,7 +92,7 @@ struct ConvolutionBackward : Convolution<A> {
   }
 };
 
-// The partial gradients of a weight, one for each group of pixels.
+// The partial gradients of a weight, one for each group of rows (1x1) or images (3x3).
 template <typename A>
 class Gradients {
  public:

@@ -27,21 +27,19 @@ struct Simd {
   static constexpr int64_t lanes = kVectorBytes / sizeof(A);
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Round up columns, so that rows are whole vectors and kTall divides them too.
+// Round up columns, so that rows are whole vectors and can be the rows of a transposed left factor.
 template <typename A>
-inline int64_t padded(int64_t columns) {
+constexpr int64_t padded(int64_t columns) {
   return round_up(columns, std::max<int64_t>(Simd<A>::lanes, kTall));
 }
 
-// The left factor of a product. Element (i, p) of a segment is at i * ld + p, of a transposed factor at i + p * ld. The
-// inner dimension is that of all segments, one after another; segments begin `next_segment` elements apart.
+// The left factor of a product. Element (i, p) is at i * ld + p, of a transposed factor at i + p * ld.
 template <typename A>
 struct Left {
   const A *values;
   int64_t ld, inner;
-  int64_t segments = 1, next_segment = 0;
 };
 
 // Compute a tile of kTall rows by kWide vectors. Its sums stay in registers only if the loops over it are unrolled,
@@ -51,18 +49,17 @@ template <bool kTransposed, int kWide, typename A>
 inline void multiply_tile(const Left<A> left, const A *a, const A *b, int64_t ldb, A *out, int64_t ldo, bool add) {
   using Vector = typename Simd<A>::type;
   Vector sums[kTall][kWide] = {};
-  for (int64_t segment = 0; segment < left.segments; ++segment, a += left.next_segment)
-    for (int64_t p = 0; p < left.inner; ++p, b += ldb) {
-      Vector factors[kWide];
+  for (int64_t p = 0; p < left.inner; ++p, b += ldb) {
+    Vector factors[kWide];
 #pragma GCC unroll 8
-      for (int v = 0; v < kWide; ++v) std::memcpy(&factors[v], b + v * Simd<A>::lanes, kVectorBytes);
+    for (int v = 0; v < kWide; ++v) std::memcpy(&factors[v], b + v * Simd<A>::lanes, kVectorBytes);
 #pragma GCC unroll 16
-      for (int row = 0; row < kTall; ++row) {
-        const A factor = kTransposed ? a[row + p * left.ld] : a[row * left.ld + p];
+    for (int row = 0; row < kTall; ++row) {
+      const A factor = kTransposed ? a[row + p * left.ld] : a[row * left.ld + p];
 #pragma GCC unroll 8
-        for (int v = 0; v < kWide; ++v) sums[row][v] += factor * factors[v];
-      }
+      for (int v = 0; v < kWide; ++v) sums[row][v] += factor * factors[v];
     }
+  }
 #pragma GCC unroll 16
   for (int row = 0; row < kTall; ++row)
 #pragma GCC unroll 8
@@ -77,7 +74,8 @@ inline void multiply_tile(const Left<A> left, const A *a, const A *b, int64_t ld
     }
 }
 
-// out (+)= left right: (rows, inner) x (inner, columns). kTall must divide `rows`, the lanes `columns`.
+// out (+)= left right: (rows, inner) x (inner, columns). kTall must divide `rows`, the lanes `columns`; the memory of
+// `left` and `out` must have as many rows.
 template <bool kTransposed = false, typename A>
 void multiply(int64_t rows, int64_t columns, const Left<A> &left, const A *right, int64_t ldb, A *out, int64_t ldo,
               bool add = false) {
@@ -97,13 +95,15 @@ void multiply(int64_t rows, int64_t columns, const Left<A> &left, const A *right
   }
 }
 
-// Memory that begins at a cache line, so that no vector of a row crosses two.
+// Memory that begins at a cache line, so that no aligned vector crosses two.
 template <typename A>
 struct Aligned {
   using value_type = A;
   static constexpr std::align_val_t kLine{64};
   A *allocate(size_t count) { return static_cast<A *>(::operator new(count * sizeof(A), kLine)); }
   void deallocate(A *values, size_t) { ::operator delete(values, kLine); }
+  bool operator==(const Aligned &) const { return true; }
+  bool operator!=(const Aligned &) const { return false; }
 };
 
 // A matrix whose rows are padded to whole vectors; padding is initially 0.
