@@ -175,15 +175,15 @@ class OptimizerConfig:
 
     name: Literal["adam", "adamw", "muon", "sgd"] | CustomName = "sgd"
     """adam: weight decay as part of the gradient; adamw: decoupled weight decay; sgd: with momentum; muon: for
-    convolutions, and adamw for other parameters, both with learning rates as for adamw; or your own."""
+    convolutions, and adamw for other parameters, with lr as for adamw (0.01, not 0.1); or your own."""
     momentum: Fraction = 0.9
     """SGD and Muon only."""
     nesterov: bool = True
     """SGD and Muon only."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Adam, AdamW and Muon (for other parameters) only."""
+    """Adam and AdamW; with Muon, of the other parameters."""
     eps: PositiveFloat = 1e-8
-    """Adam, AdamW and Muon (for other parameters) only. (Keras' default is 1e-7.)"""
+    """Adam and AdamW; with Muon, of the other parameters. (Keras' default is 1e-7.)"""
     weight_decay: NonNegativeFloat = 0.0
     """L2 penalty (sgd, adam) or decoupled decay (adamw, muon)."""
     decay: Literal["all", "weights"] = "weights"

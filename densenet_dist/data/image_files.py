@@ -195,6 +195,8 @@ def _read(path: Path, tries: int = 3) -> npt.NDArray[np.uint8]:
         if status.st_size > _MAX_BYTES:
             raise BadImage(f"a file of {status.st_size:,} bytes, too many for an image")
         data = np.fromfile(path, dtype=np.uint8)
+        if len(data) < status.st_size:  # NumPy does not report errors of reading
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
     except FileNotFoundError as error:
         raise BadImage(f"{UNREADABLE}: it does not exist, or is a broken link") from error
     except (OSError, ValueError) as error:

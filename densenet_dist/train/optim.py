@@ -66,9 +66,9 @@ def build_optimizer(
 class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` for the weights of convolutions, `torch.optim.AdamW` for all other parameters.
 
-    Muon takes a weight (K, C, h, w) as a matrix of K rows. Its updates are as large as AdamW's, so both use the same
-    learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982). `state` and `param_groups` hold the model's
-    parameters, as in other optimizers; the two inner optimizers read them in each step.
+    Muon takes a weight (K, C, h, w) as a matrix of K rows. Its updates are scaled to the size of AdamW's, so both use
+    the same learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982). `state` and `param_groups` hold the
+    model's parameters, as in other optimizers; each step passes them to the two inner optimizers.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, config: OptimizerConfig) -> None:
@@ -93,21 +93,23 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters; `closure` is not supported."""
         for own, *inner in zip(self.param_groups, self._muon.param_groups, self._adam.param_groups, strict=True):
             for group in inner:
-                group["lr"] = own["lr"]
+                group.update({key: value for key, value in own.items() if key != "params"})
         for weight, matrix in self._matrices:
             matrix.grad = None if weight.grad is None else _matrix(weight, weight.grad)
             self._muon.state[matrix]["momentum_buffer"] = _matrix(weight, self.state[weight]["momentum_buffer"])
         self._adam.state = self.state  # loading a state replaces it
         self._muon.step()
         self._adam.step()
+        self._muon.zero_grad()  # the matrices' gradients are views of the weights', which would stay in memory
 
 
 def _is_conv(parameter: Tensor) -> bool:
-    return parameter.ndim > 2
+    """Return whether a parameter has three dimensions or more and can be viewed as a matrix."""
+    return parameter.ndim > 2 and _matrix(parameter, parameter).data_ptr() == parameter.data_ptr()
 
 
 def _matrix(weight: Tensor, values: Tensor) -> Tensor:
-    """Return values of a weight's shape as a matrix (K, n); a view, if they have its memory layout."""
+    """Return `values`, which have the shape of `weight`, as a matrix (K, n): a view if they have its layout."""
     inner = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
     return values.permute(0, *inner).flatten(1)
 

@@ -105,11 +105,11 @@ def check_device(config: Config, num_classes: int, device: torch.device, trained
     all dense blocks or of `evaluated` images in the largest block; of one on a GPU, where batches are divided if
     necessary. What a custom model needs is unknown.
     """
-    if device.type == "cuda" and config.train.precision == "bf16":
+    if device.type == "cuda" and config.train.precision == "bf16" and trained:
         import torch
 
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ConfigError("train.precision=bf16: needs a GPU of the Ampere generation or newer; use fp16")
+            raise ConfigError("train.precision=bf16: needs a GPU of the Ampere generation or newer; use fp16 or fp32")
     if custom.is_custom(config.model.variant):
         return
     if device.type == "cuda":

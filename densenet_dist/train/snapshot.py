@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from densenet_dist.config import to_dict
-from densenet_dist.custom import is_custom
 from densenet_dist.data.datasets import Dataset
 from densenet_dist.environment import unique_suffix
 from densenet_dist.errors import CheckpointError, StorageError, first_lines
@@ -192,12 +191,12 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
         "data.val_fraction": config.data.val_fraction,
         "train.global_batch_size": config.train.global_batch_size,
     }
+    name = config.train.optimizer.name
     train: dict[str, Any] = {
         "train.freeze": to_dict(config)["train"]["freeze"],
         "train.head_lr": config.train.head_lr is not None,
+        "optimizer": "adam" if name == "adamw" else name,  # they have the same state
     }
-    name = config.train.optimizer.name
-    train["custom optimizer"] = name if is_custom(name) else None
     return {"always": model | images | train, "within an epoch": order}
 
 

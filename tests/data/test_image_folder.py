@@ -7,7 +7,6 @@ import os
 import struct
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -277,15 +276,15 @@ class TestBadImages:
 @pytest.mark.parametrize("faults", [2, 3])
 def test_a_fault_of_a_network_disk_that_passes_is_not_an_error(tmp_path: Path, monkeypatch: Any, faults: int) -> None:
     put(tmp_path, "a.png")
-    left = [OSError(errno.ESTALE, "Stale file handle")] * faults
+    left, read = [OSError(errno.ESTALE, "Stale file handle"), None, None][:faults], np.fromfile
 
-    def stat(path: Path) -> os.stat_result:
-        if left:
-            raise left.pop()
-        return path.stat()
+    def fromfile(*arguments: Any, **options: Any) -> Any:
+        if left and (error := left.pop()):
+            raise error
+        return read(*arguments, **options)[: 9 if left else None]  # cut short, as NumPy does without an error
 
     monkeypatch.setattr(image_files, "_RETRY_S", 0)
-    monkeypatch.setattr(image_files, "os", SimpleNamespace(stat=stat))
+    monkeypatch.setattr(np, "fromfile", fromfile)
     with pytest.raises(BadImage, match="Stale file handle") if faults == 3 else nullcontext():
         decode_any(tmp_path / "a.png")
 

@@ -184,11 +184,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, parts):
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed_with_it(tmp_path, optimizer):
     """PyTorch's fused optimizers write beyond a momentum buffer that is smaller than its parameter."""
     settings = ("train.ema_decay=0.9", "train.precision=fp16", "log.every_steps=9")
-    config = tiny(tmp_path, f"train.optimizer.name={optimizer}", *settings)
-    trainer, fresh = trainer_of(config), trainer_of(config)
+    trainer, fresh = (trainer_of(tiny(tmp_path, f"train.optimizer.name={optimizer}", *settings)) for _ in range(2))
     train_step(trainer, next(iter(trainer.train_loader.epoch(0))))
     sound = copy.deepcopy(take_snapshot(trainer))
     restore(fresh, copy.deepcopy(sound))
+    other = f"train.optimizer.name={'muon' if optimizer == 'sgd' else 'sgd'}"
+    with pytest.raises(CheckpointError, match=r"does not fit this run:\n  optimizer: \w+ there, \w+ here"):
+        restore(trainer_of(tiny(tmp_path, other, *settings)), sound)
     damages: list[tuple[tuple[Any, ...], Any]] = [
         (("position",), Position(0, STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH + 1)),
         (("state",), {}),
